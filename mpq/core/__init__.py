@@ -1,0 +1,1 @@
+"""The vocabulary of mpq: formats, layers, tables, problems, allocations and frontiers. Imports nothing else of ours."""

@@ -1,0 +1,184 @@
+"""Number formats: an element grid, a scale and a granularity, with names that parse and print the same."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.metadata import entry_points
+
+from mpq.core.errors import MpqError, nearest_names
+from mpq.core.grids import FLOAT_COPIES, NORMAL_FLOAT_4, SCALES, Grid, float_grid, int_grid
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the numbers of one weight are stored.
+
+    A weight is seen as a matrix (rows, cols), one row for each output channel. `granularity` says how many elements
+    share a scale: "group" (`group_size` neighbours of a row; the last group of a row may be shorter), "channel" (a
+    row), "tensor" (all), or "none" (16- and 32-bit floats, stored as they are). `scale` is the scale's own number
+    format. `zero_point` adds an integer zero point for each scale. `tensor_scale` adds a float32 for the whole tensor
+    on top of the group scales (NVFP4's second level).
+
+    >>> parse_format("int4-g128-asym").effective_bits(4096, 4096)
+    4.15625
+    """
+
+    grid: Grid
+    granularity: str = "tensor"
+    group_size: int = 0
+    scale: str = "fp32"
+    zero_point: bool = False
+    tensor_scale: bool = False
+
+    @property
+    def name(self) -> str:
+        """The canonical name: `parse_format(format.name) == format`."""
+        return _ALIAS_OF.get(self) or _spell(self)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def is_float_copy(self) -> bool:
+        """Whether weights are stored as a plain 16- or 32-bit float, without codes and scales."""
+        return self.granularity == "none"
+
+    def groups(self, cols: int) -> int:
+        """Scales in a row of `cols` weights; a format with one scale for the tensor counts 1, a float copy 0."""
+        if self.granularity == "group":
+            return -(-cols // self.group_size)
+        return 0 if self.is_float_copy else 1
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Stored bytes of a (rows, cols) weight: codes, scales, zero points and the tensor scale.
+
+        A row's codes fill whole bytes, and so do a row's zero points.
+        """
+        codes = rows * _bytes(cols * self.grid.bits)
+        if self.is_float_copy:
+            return codes
+        scale_rows = 1 if self.granularity == "tensor" else rows
+        groups = self.groups(cols)
+        scales = scale_rows * groups * _bytes(SCALES[self.scale].bits)
+        zeros = scale_rows * _bytes(groups * self.grid.bits) if self.zero_point else 0
+        return codes + scales + zeros + (4 if self.tensor_scale else 0)
+
+    def effective_bits(self, rows: int = 4096, cols: int = 4096) -> float:
+        """Average stored bits for each weight of a (rows, cols) matrix."""
+        return 8 * self.nbytes(rows, cols) / (rows * cols)
+
+
+def _bytes(bits: int) -> int:
+    return -(-bits // 8)
+
+
+def _spell(format: Format) -> str:
+    grid = format.grid
+    if format.is_float_copy:
+        return grid.name
+    signed = int_grid(grid.bits) if format.zero_point else grid
+    name = f"fp{grid.bits}-{grid.name}" if grid.family == "float" else signed.name
+    if format.granularity != "tensor":
+        name += f"-g{format.group_size}" if format.granularity == "group" else "-channel"
+    if format.zero_point:
+        name += "-asym"
+    if format.scale != _default_scale(format.granularity):
+        name += f"-s{format.scale}"
+    return name + ("-ts" if format.tensor_scale else "")
+
+
+def _default_scale(granularity: str) -> str:
+    return "fp32" if granularity == "tensor" else "fp16"
+
+
+def _block(grid: Grid, group_size: int, scale: str, tensor_scale: bool = False) -> Format:
+    return Format(grid, "group", group_size, scale, tensor_scale=tensor_scale)
+
+
+# Standards that fix grid, group and scale together: OCP MX 1.0 section 5, NVIDIA's NVFP4. MXINT8's elements are k/64 in
+# the specification; ours are k, with scales smaller by 2**6, which gives the same numbers.
+ALIASES: dict[str, Format] = {
+    "mxfp4": _block(float_grid(2, 1), 32, "e8m0"),
+    "mxfp6-e3m2": _block(float_grid(3, 2), 32, "e8m0"),
+    "mxfp6-e2m3": _block(float_grid(2, 3), 32, "e8m0"),
+    "mxfp8-e4m3": _block(float_grid(4, 3), 32, "e8m0"),
+    "mxfp8-e5m2": _block(float_grid(5, 2), 32, "e8m0"),
+    "mxint8": _block(int_grid(8), 32, "e8m0"),
+    "nvfp4": _block(float_grid(2, 1), 16, "e4m3", tensor_scale=True),
+    **{name: Format(grid, "none", scale="") for name, grid in FLOAT_COPIES.items()},
+}
+_ALIAS_OF = {format: name for name, format in ALIASES.items()}
+
+_NAME = re.compile(
+    r"(?P<grid>u?int[2-8]|nf4|fp(?P<bits>[3-8])-e(?P<exponent>\d)m(?P<mantissa>\d))"
+    r"(-(?P<granularity>tensor|channel|g(?P<group>[1-9]\d*)))?"
+    r"(?P<asym>-asym)?(-s(?P<scale>[a-z0-9]+))?(?P<ts>-ts)?"
+)
+
+_EXAMPLES = (
+    *(f"int{bits}-g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)),
+    *(f"int{bits}-g128-asym" for bits in (2, 3, 4, 8)),
+    *(f"int{bits}-channel" for bits in (2, 3, 4, 5, 6, 8)),
+    "int8", "nf4-g64", "fp4-e2m1-g32", "fp6-e3m2-channel", "fp6-e2m3-channel",
+    "fp8-e4m3", "fp8-e4m3-channel", "fp8-e5m2", "fp8-e5m2-channel", *ALIASES,
+)  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def parse_format(name: str) -> Format:
+    """The format called `name`.
+
+    Grammar: GRID[-tensor|-channel|-gN][-asym][-sSCALE][-ts] with GRID one of int2..int8, uint2..uint8, nf4,
+    fpB-eXmY; or a standard's own name (mxfp4, nvfp4, bf16, ...). Without a granularity, one scale serves the tensor.
+
+    Raises:
+        MpqError: an unknown name, with the nearest known ones.
+
+    >>> parse_format("int4-g128").effective_bits(), parse_format("nvfp4").effective_bits(4096, 4096) > 4.5
+    (4.125, True)
+    """
+    if name in ALIASES:
+        return ALIASES[name]
+    match = _NAME.fullmatch(name)
+    if match is None:
+        plugin = _plugins().get(name)
+        if plugin is not None:
+            return plugin
+        raise MpqError(f"unknown format {name!r}: {nearest_names(name, FORMATS)} ('mpq formats' lists the grammar)")
+    grid = _grid(name, match)
+    granularity = (match["granularity"] or "tensor").rstrip("0123456789")
+    granularity = "group" if granularity == "g" else granularity
+    scale = match["scale"] or _default_scale(granularity)
+    if scale not in SCALES:
+        raise MpqError(f"format {name!r} asks for scale type {scale!r}: expected one of {', '.join(SCALES)}")
+    format = Format(grid, granularity, int(match["group"] or 0), scale, tensor_scale=bool(match["ts"]))
+    if not match["asym"]:
+        return format
+    if grid.family != "int" or not grid.signed:
+        raise MpqError(f"format {name!r} cannot have a zero point: only int2 to int8 take -asym")
+    if scale in ("e8m0", "e4m3", "ue5m3"):
+        raise MpqError(f"format {name!r} cannot have a zero point with {scale} scales: use fp16, bf16 or fp32")
+    return replace(format, grid=int_grid(grid.bits, signed=False), zero_point=True)
+
+
+def _grid(name: str, match: re.Match[str]) -> Grid:
+    if match["grid"] == "nf4":
+        return NORMAL_FLOAT_4
+    if match["exponent"] is None:
+        return int_grid(int(match["grid"][-1]), signed=not match["grid"].startswith("u"))
+    bits, exponent, mantissa = (int(match[field]) for field in ("bits", "exponent", "mantissa"))
+    if 1 + exponent + mantissa != bits or exponent < 1:
+        raise MpqError(
+            f"format {name!r}: sign, {exponent} exponent and {mantissa} mantissa bits do not make {bits} bits"
+        )
+    return float_grid(exponent, mantissa)
+
+
+@lru_cache(maxsize=1)
+def _plugins() -> Mapping[str, Format]:
+    return {point.name: point.load() for point in entry_points(group="mpq.formats")}
+
+
+FORMATS: dict[str, Format] = {}  # the well-known names; parse_format understands many more
+FORMATS.update({name: parse_format(name) for name in _EXAMPLES})

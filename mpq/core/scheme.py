@@ -1,0 +1,50 @@
+"""What a layer is given: the format of its weight and, where it has one, of its input activations."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from mpq.core.errors import MpqError
+from mpq.core.formats import Format, parse_format
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Formats of one layer.
+
+    `activation` quantizes the layer's input while it runs, with scales found on the fly; its granularity "channel" is
+    spelt "token", since the rows of an activation are tokens. None leaves activations in floating point.
+
+    >>> parse_scheme("int4-g128+a:int8-token").activation.name
+    'int8-channel'
+    """
+
+    weight: Format
+    activation: Format | None = None
+
+    @property
+    def name(self) -> str:
+        """Canonical name: `parse_scheme(scheme.name) == scheme`."""
+        if self.activation is None:
+            return self.weight.name
+        return f"{self.weight.name}+a:{self.activation.name.replace('-channel', '-token')}"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@lru_cache(maxsize=1024)
+def parse_scheme(name: str) -> Scheme:
+    """The scheme called WEIGHT or WEIGHT+a:ACTIVATION, both formats' names.
+
+    Raises:
+        MpqError: an unknown format, or an activation format with a zero point or a tensor-wide second scale.
+    """
+    weight, plus, activation = name.partition("+a:")
+    if not plus:
+        return Scheme(parse_format(weight))
+    format = parse_format(activation.replace("-token", "-channel"))
+    if format.tensor_scale or format.zero_point:
+        raise MpqError(
+            f"scheme {name!r}: activations take symmetric formats with one level of scales, not {format.name}"
+        )
+    return Scheme(parse_format(weight), format)
