@@ -104,7 +104,7 @@ def real_scales(scales: Tensor, tensor_scale: Tensor | None) -> Tensor:
 
 
 def tensor_scale_of(weight: Tensor, format: Format) -> Tensor | None:
-    """NVFP4's second level: absmax / (largest scale * largest element), so that no group scale overflows. () or None."""
+    """NVFP4's second level, () or None: absmax / (largest scale * largest element); no group scale overflows."""
     if not format.tensor_scale:
         return None
     largest = weight.abs().max() if weight.numel() else weight.new_zeros(())
@@ -155,12 +155,12 @@ def round_scales(scales: Tensor, kind: str) -> Tensor:
 
 
 def encode(values: Tensor, grid: Grid) -> Tensor:
-    """Nearest code of each value, ties to the even code (integers: the even number), saturating. uint8, same shape."""
+    """Nearest code of each value, saturating: uint8, same shape. Ties: the even code, or a codebook's lower."""
     if grid.family == "int":
         return (values.round().clamp(grid.min, grid.max) + grid.offset).to(torch.uint8)
     if grid.family == "codebook":
-        table = decode_table(grid, values.device)
-        return torch.bucketize(values, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+        table = torch.tensor(grid.values(), device=values.device)
+        return torch.bucketize(values.double(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
     if grid.family == "exponent":
         return (torch.log2(values).round() + grid.bias).clamp(0, 254).to(torch.uint8)
     return _encode_float(values, grid)
@@ -169,7 +169,7 @@ def encode(values: Tensor, grid: Grid) -> Tensor:
 def _encode_float(values: Tensor, grid: Grid) -> Tensor:
     magnitude = values.abs().clamp(max=grid.max)
     lowest = 1 - grid.bias  # exponent of the smallest normal number, and of all subnormals
-    exponent = (torch.frexp(magnitude).exponent - 1).clamp(min=lowest)
+    exponent = torch.where(magnitude > 0, torch.frexp(magnitude).exponent - 1, lowest).clamp(min=lowest)
     # In units of the last place; rounding up to the next power of two simply carries into the exponent field below.
     units = torch.ldexp(magnitude, grid.mantissa - exponent).round().int()
     code = units + ((exponent - lowest) << grid.mantissa)
@@ -178,12 +178,12 @@ def _encode_float(values: Tensor, grid: Grid) -> Tensor:
 
 
 def encode_by_search(values: Tensor, grid: Grid) -> Tensor:
-    """`encode` by comparing with every value of the grid: slow, and obviously right. A tie goes to the even code."""
+    """`encode` by comparing with every value of the grid: slow, and obviously right."""
     table = torch.tensor(grid.values(), dtype=torch.float64)
     distance = (values.double().unsqueeze(-1) - table).abs().nan_to_num(nan=math.inf)
-    odd = torch.arange(len(table)) % 2
     nearest = distance == distance.amin(-1, keepdim=True)
-    return torch.where(nearest, odd, 2).argmin(-1).to(torch.uint8)
+    preference = torch.arange(len(table)) % (len(table) if grid.family == "codebook" else 2)
+    return torch.where(nearest, preference, len(table)).argmin(-1).to(torch.uint8)
 
 
 def decode(codes: Tensor, grid: Grid) -> Tensor:
