@@ -34,6 +34,7 @@ def quantize(
     *,
     scales: Tensor | None = None,  # (rows, groups), rounded to the scale's type here
     zeros: Tensor | None = None,  # (rows, groups), integers
+    tensor_scale: Tensor | None = None,  # ()
 ) -> Quantized:
     """Round every element to the nearest code, ties to even; by default with scales from the largest magnitude.
 
@@ -49,7 +50,8 @@ def quantize(
     if format.is_float_copy:
         return Quantized(format, shape, to_float_copy(weight, format.grid.name))
     weight = weight.float()
-    tensor_scale = tensor_scale_of(weight, format)
+    if tensor_scale is None:
+        tensor_scale = tensor_scale_of(weight, format)
     if scales is None:
         scales, zeros = absmax_scales(weight, format, tensor_scale)
     else:
@@ -88,7 +90,7 @@ def spread(matrix: Tensor, format: Format) -> Tensor:
     if format.granularity == "channel":
         return matrix.unsqueeze(1)
     missing = -cols % format.group_size
-    return functional.pad(matrix, (0, missing)).reshape(rows, -1, format.group_size)
+    return functional.pad(matrix, (0, missing)).reshape(rows, format.groups(cols), format.group_size)
 
 
 def gather(elements: Tensor, format: Format, shape: tuple[int, int]) -> Tensor:
