@@ -1,0 +1,44 @@
+"""Patterns that pick names: globs, or regular expressions after "re:". One that picks nothing is a mistake."""
+
+import re
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+
+from mpq.core.errors import MpqError, nearest_names
+
+
+def match_names(patterns: str | Iterable[str], names: Iterable[str], what: str = "layer") -> list[str]:
+    """The names that at least one pattern matches whole, in the order of `names`.
+
+    Args:
+        patterns: globs ("*.q_proj"), or "re:" and a regular expression for the whole name.
+        names: what can be picked.
+        what: the noun of error messages.
+
+    Raises:
+        MpqError: a pattern that matches none of the names, or is no regular expression.
+
+    >>> match_names(["*.fc", "re:conv[12]"], ["conv1", "conv2", "head.fc", "conv10"])
+    ['conv1', 'conv2', 'head.fc']
+    """
+    names = list(names)
+    picked: set[str] = set()
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        matches = _matcher(pattern)
+        found = [name for name in names if matches(name)]
+        if not found:
+            raise MpqError(
+                f"the {what} pattern {pattern!r} matches nothing: {nearest_names(pattern.removeprefix('re:'), names)}"
+            )
+        picked.update(found)
+    return [name for name in names if name in picked]
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    if not pattern.startswith("re:"):
+        return lambda name: fnmatchcase(name, pattern)
+    try:
+        expression = re.compile(pattern[3:])
+    except re.error as error:
+        raise MpqError(f"the pattern {pattern!r} is no regular expression: {error}") from error
+    return lambda name: expression.fullmatch(name) is not None

@@ -1,0 +1,151 @@
+"""The sensitivity table: for every layer and scheme a predicted loss increase with its standard error; a CSV file."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpq.core.costs import weight_bytes
+from mpq.core.errors import MpqError
+from mpq.core.files import write_atomically
+from mpq.core.layer import Layer
+from mpq.core.scheme import parse_scheme
+
+if TYPE_CHECKING:
+    import pandas
+
+COLUMNS = ("layer", "kind", "rows", "cols", "macs", "tie", "aliases", "metric", "format", "bytes", "score", "error")
+ROW_COUNT = "rows"  # key of the first line that says how many rows follow, so that a truncated file is noticed
+
+
+@dataclass(frozen=True, eq=False)
+class SensitivityTable:
+    """Layers x schemes -> score.
+
+    Raises:
+        MpqError: shapes that do not fit, a name twice, or an infinite score or error (named).
+    """
+
+    layers: tuple[Layer, ...]
+    schemes: tuple[str, ...]  # canonical scheme names
+    scores: NDArray[np.float64]  # (layers, schemes), predicted loss increase; NaN: the layer cannot take the scheme
+    errors: NDArray[np.float64]  # (layers, schemes), standard errors; 0 where the score is exact
+    metric: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # JSON values: model, data, seed, method, ...
+
+    def __post_init__(self) -> None:
+        shape = (len(self.layers), len(self.schemes))
+        for what, names in (("layer", [layer.name for layer in self.layers]), ("scheme", list(self.schemes))):
+            if len(set(names)) < len(names):
+                raise MpqError(f"a table wants each {what} once; twice came {_first_repeated(names)!r}")
+        for field_name in ("scores", "errors"):
+            values = np.asarray(getattr(self, field_name), dtype=np.float64)
+            if values.shape != shape:
+                raise MpqError(f"a table of {shape[0]} layers and {shape[1]} schemes has {field_name} {values.shape}")
+            for row, column in np.argwhere(np.isinf(values)):
+                layer, scheme = self.layers[row].name, self.schemes[column]
+                raise MpqError(f"the {self.metric} {field_name} of layer {layer} in {scheme} are infinite")
+            object.__setattr__(self, field_name, values)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SensitivityTable):
+            return NotImplemented
+        return (
+            (self.layers, self.schemes, self.metric) == (other.layers, other.schemes, other.metric)
+            and np.array_equal(self.scores, other.scores, equal_nan=True)
+            and np.array_equal(self.errors, other.errors, equal_nan=True)
+            and dict(self.provenance) == dict(other.provenance)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def rows(self) -> Iterable[tuple[Any, ...]]:
+        """One tuple per layer and scheme, in the order of COLUMNS."""
+        for i, layer in enumerate(self.layers):
+            facts = (layer.name, layer.kind, layer.rows, layer.cols, layer.macs, layer.tie, " ".join(layer.aliases))
+            for j, scheme in enumerate(self.schemes):
+                stored = weight_bytes(parse_scheme(scheme), layer.rows, layer.cols)
+                yield (*facts, self.metric, scheme, stored, float(self.scores[i, j]), float(self.errors[i, j]))
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """The long form: a row per layer and scheme, columns COLUMNS."""
+        import pandas
+
+        return pandas.DataFrame.from_records(list(self.rows()), columns=list(COLUMNS))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a CSV file, whole or not at all; `pandas.read_csv(path, comment="#")` reads it.
+
+        Its first line is `# ` and the provenance as JSON. Numbers are written in full, so `load` gives the same table.
+        """
+        header = {**self.provenance, ROW_COUNT: len(self.layers) * len(self.schemes)}
+        with write_atomically(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
+            stream.write(f"# {json.dumps(header)}\n")
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows((*row[:-2], repr(row[-2]), repr(row[-1])) for row in self.rows())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "SensitivityTable":
+        """Read what `save` wrote.
+
+        Raises:
+            MpqError: no such file, or one that is truncated or no such table.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise MpqError(f"cannot read the table {os.fspath(path)}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise MpqError(f"{os.fspath(path)} is no sensitivity table: it is not a text file") from error
+        try:
+            return _parse(text)
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"no column {error}" if isinstance(error, KeyError) else str(error)
+            raise MpqError(f"{os.fspath(path)} is no whole sensitivity table ({reason}): profile again") from error
+
+
+def _parse(text: str) -> SensitivityTable:
+    if not text.endswith("\n"):
+        raise ValueError("the last line is cut")
+    provenance: dict[str, Any] = {}
+    if text.startswith("#"):
+        first, text = text.split("\n", 1)
+        provenance = json.loads(first[1:])
+    records = list(csv.DictReader(io.StringIO(text), strict=True))
+    if not records:
+        raise ValueError("no rows")
+    if len(records) != provenance.pop(ROW_COUNT, len(records)):
+        raise ValueError("rows are missing")
+    layers = tuple(dict.fromkeys(_layer(record) for record in records))
+    schemes = tuple(dict.fromkeys(parse_scheme(record["format"]).name for record in records))
+    metrics = {record["metric"] for record in records}
+    if len(metrics) > 1:
+        raise ValueError(f"several metrics in one table: {', '.join(sorted(metrics))}")
+    if [(_layer(record), parse_scheme(record["format"]).name) for record in records] != [
+        (layer, scheme) for layer in layers for scheme in schemes
+    ]:
+        raise ValueError("not every layer has every format, in the same order")
+    numbers = np.array([[float(record["score"]), float(record["error"])] for record in records])
+    scores, errors = numbers.T.reshape(2, len(layers), len(schemes))
+    return SensitivityTable(layers, schemes, scores.copy(), errors.copy(), metrics.pop(), provenance)
+
+
+def _layer(record: Mapping[str, str]) -> Layer:
+    sizes = (int(record["rows"]), int(record["cols"]), int(record["macs"]))
+    if min(sizes) < 0 or math.prod(sizes[:2]) == 0:
+        raise ValueError(f"layer {record['layer']} of {sizes[0]} x {sizes[1]} weights")
+    aliases = tuple((record.get("aliases") or "").split())
+    return Layer(record["layer"], record["kind"], *sizes, tie=record["tie"], aliases=aliases)
+
+
+def _first_repeated(names: list[str]) -> str:
+    return next(name for index, name in enumerate(names) if name in names[:index])
