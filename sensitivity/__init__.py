@@ -1,0 +1,35 @@
+"""How much a loss rises when a layer takes a format: one metric, one file; `mpq.sensitivity.profile.profile` makes the
+table. Plugins add metrics through the entry-point group "mpq.metrics".
+"""
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from mpq.core.errors import MpqError, nearest_names
+
+if TYPE_CHECKING:
+    from mpq.sensitivity.task import Metric
+
+DEFAULT_METRIC = "output"
+
+# name: (module:function, what it is); functions take a Task and options, and give scores and standard errors.
+METRICS: dict[str, tuple[str, str]] = {
+    "hessian": ("mpq.sensitivity.hessian:hessian", "mean Hessian trace x squared weight error (HAWQ-V2)"),
+    "fisher": ("mpq.sensitivity.fisher:fisher", "diagonal empirical Fisher x squared weight errors"),
+    "output": ("mpq.sensitivity.output:output", "squared output error weighted by output gradients"),
+    "loss": ("mpq.sensitivity.loss:loss", "measured loss change, one layer at a time: exact and slow"),
+}
+
+
+def metric_named(name: str) -> "Metric":
+    """The metric called `name`, ours or a plugin's; MpqError with the known names when there is none."""
+    plugins = {entry.name: entry for entry in entry_points(group="mpq.metrics")}
+    if name in METRICS:
+        module, _, function = METRICS[name][0].partition(":")
+        metric: Metric = getattr(import_module(module), function)
+        return metric
+    if name in plugins:
+        plugin: Metric = plugins[name].load()
+        return plugin
+    raise MpqError(f"unknown metric {name!r}: {nearest_names(name, [*METRICS, *plugins])}")

@@ -1,0 +1,125 @@
+"""What goes into the layers and what comes back: inputs and loss gradients of outputs, from one pass each way."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.calibration import Batch, LossFn, check_loss, samples_in, split_batch
+from mpq.core.layer import Layer
+from mpq.core.layers import input_matrix, output_matrix, weight_groups
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a layer's module: its inputs and the loss gradients of its outputs."""
+
+    module: nn.Module
+    inputs: Tensor  # (samples, ...)
+    gradient: Tensor  # (samples, ...), of each sample's own loss
+
+    def rows(self, samples: int) -> tuple[Tensor, Tensor]:
+        """Inputs (samples, groups, positions, cols) and gradients (samples, groups, positions, rows / groups)."""
+        groups = weight_groups(self.module)
+        inputs, gradient = input_matrix(self.module, self.inputs), output_matrix(self.module, self.gradient)
+        return tuple(  # type: ignore[return-value]
+            matrix.float().reshape(groups, samples, -1, matrix.shape[-1]).transpose(0, 1)
+            for matrix in (inputs, gradient)
+        )
+
+    def weight_gradients(self, samples: int, rows: int) -> Tensor:
+        """Each sample's gradient of the weight matrix, (samples, rows, cols)."""
+        if isinstance(self.module, nn.Embedding):
+            return self.by_token(self.gradient.float(), samples, rows)
+        inputs, gradient = self.rows(samples)
+        return (gradient.mT @ inputs).flatten(1, 2)
+
+    def by_token(self, values: Tensor, samples: int, rows: int) -> Tensor:
+        """Numbers (..., cols) in an embedding's outputs, summed by sample and token: (samples, rows, cols)."""
+        tokens = self.inputs.reshape(samples, -1)
+        place = (tokens + rows * torch.arange(samples, device=tokens.device).unsqueeze(1)).flatten()
+        sums = values.new_zeros(samples * rows, values.shape[-1])
+        return sums.index_add_(0, place, values.flatten(0, -2)).reshape(samples, rows, -1)
+
+    def take(self, samples: slice) -> "Use":
+        """The same call on some of the samples."""
+        return Use(self.module, self.inputs[samples], self.gradient[samples])
+
+
+Uses: TypeAlias = dict[str, list[Use]]  # by layer name, in the order of the calls
+
+
+def layer_uses(
+    model: nn.Module, layers: Sequence[Layer], batch: Batch, loss_fn: LossFn, index: int = 0
+) -> Iterator[tuple[int, Uses]]:
+    """Yield (samples, uses) of a batch: one forward and one backward pass, without gradients of weights.
+
+    `loss_fn` gives a mean over samples; gradients are scaled to belong to each sample's own loss. The batch comes in
+    one piece when every layer keeps the samples as its first dimension, sample by sample when one does not
+    (experts that see some tokens of many samples, say).
+
+    Raises:
+        MpqError: a NaN loss, naming batch `index`.
+    """
+    samples = samples_in(batch)
+    uses = _run(model, layers, batch, loss_fn, index)
+    if samples == 1 or all(_keeps_samples(use, samples) for found in uses.values() for use in found):
+        yield samples, uses
+        return
+    for sample in split_batch(batch):
+        yield 1, _run(model, layers, sample, loss_fn, index)
+
+
+def _keeps_samples(use: Use, samples: int) -> bool:
+    least = 1 if isinstance(use.module, nn.Embedding) else 2
+    if isinstance(use.module, (nn.Conv1d, nn.Conv2d)):
+        least = len(use.module.kernel_size) + 2
+    return use.inputs.ndim >= least and len(use.inputs) == len(use.gradient) == samples
+
+
+def _run(model: nn.Module, layers: Sequence[Layer], batch: Batch, loss_fn: LossFn, index: int) -> Uses:
+    with only_gradients_of(model), _recording(model, layers) as calls:
+        loss = check_loss(loss_fn(model, batch), index)
+        outputs = [output for *_, output in calls]
+        gradients = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
+    uses: Uses = {layer.name: [] for layer in layers}
+    for (name, module, inputs, _), gradient in zip(calls, gradients, strict=True):
+        uses[name].append(Use(module, inputs, gradient * samples_in(batch)))
+    return uses
+
+
+@contextmanager
+def _recording(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[tuple[str, nn.Module, Tensor, Tensor]]]:
+    """(layer name, module, inputs, outputs) of every call inside the block; the outputs require gradients."""
+    calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+    owners = {model.get_submodule(name): layer.name for layer in layers for name in layer.names}
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        calls.append((owners[module], module, args[0].detach(), output))
+        return output.clone()  # what follows may change it in place
+
+    handles = [module.register_forward_hook(hook) for module in owners]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def only_gradients_of(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Inside the block these parameters alone require gradients; all is put back afterwards."""
+    wanted = {id(weight) for weight in weights}
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in wanted)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)

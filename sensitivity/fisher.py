@@ -1,0 +1,50 @@
+"""Diagonal of the empirical Fisher information times squared weight errors, from per-sample gradients."""
+
+import torch
+from torch import Tensor
+
+from mpq.core.calibration import samples_in
+from mpq.core.layer import Layer
+from mpq.sensitivity.derivatives import Use, layer_uses
+from mpq.sensitivity.spread import Spread
+from mpq.sensitivity.task import Scores, Task, score_weight_errors
+
+CHUNK = 2**22  # numbers of per-sample gradients held at a time
+
+
+def fisher(task: Task) -> Scores:
+    """Predicted loss increase 1/2 * sum_j E_n[g_nj^2] (Q(w)_j - w_j)^2 of every layer and scheme.
+
+    g_n is the gradient of sample n's own loss (a sequence is one sample): squares of batch gradients would be smaller
+    by up to the batch size. Near a minimum the Fisher information is the Hessian; the empirical one, with the data's
+    own labels, shrinks with the training loss. Per-sample gradients come from one forward and one backward pass per
+    batch and one product per layer. The standard error is that of the layer's whole E||g_n||^2, over samples.
+    """
+    diagonals = {layer.name: torch.zeros(layer.rows, layer.cols) for layer in task.layers}
+    spreads = {layer.name: Spread() for layer in task.layers}
+    for index in task.track(range(len(task.batches)), "per-sample gradients"):
+        for samples, uses in layer_uses(task.model, task.layers, task.batches[index], task.loss_fn, index):
+            for layer in task.layers:
+                squares = _add_squares(diagonals[layer.name], uses[layer.name], samples, layer)
+                spreads[layer.name].add(squares)
+    samples = sum(samples_in(batch) for batch in task.batches)
+
+    def score(layer: Layer, difference: Tensor) -> tuple[float, float]:
+        weighted = diagonals[layer.name] * difference.cpu().square()
+        value = 0.5 * weighted.sum(dtype=torch.float64).item() / samples
+        return value, value * spreads[layer.name].relative_error()
+
+    return score_weight_errors(task, score)
+
+
+def _add_squares(diagonal: Tensor, uses: list[Use], samples: int, layer: Layer) -> Tensor:
+    """Add the samples' squared gradients to the diagonal; their sums (samples,). Several uses of a weight add up."""
+    step = max(1, CHUNK // layer.params)
+    totals = [torch.zeros(0)]
+    for start in range(0, samples if uses else 0, step):
+        count = min(step, samples - start)
+        parts = uses if samples == 1 else [use.take(slice(start, start + count)) for use in uses]
+        gradients = torch.stack([part.weight_gradients(count, layer.rows) for part in parts]).sum(0).square()
+        diagonal += gradients.sum(0).cpu()
+        totals.append(gradients.sum((1, 2)).cpu())
+    return torch.cat(totals) if uses else torch.zeros(samples)

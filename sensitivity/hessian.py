@@ -1,0 +1,139 @@
+"""Mean Hessian trace times squared weight error (HAWQ-V2, arXiv 1911.03852), all layers' traces at once."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mpq.core.calibration import check_loss, samples_in, seeded
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.sensitivity.derivatives import only_gradients_of
+from mpq.sensitivity.task import Scores, Task, score_weight_errors
+
+log = logging.getLogger(__name__)
+
+
+def hessian(task: Task, *, min_probes: int = 4, max_probes: int = 32, target: float = 0.1) -> Scores:
+    """Predicted loss increase 1/2 * Tr(H_i) / n_i * ||Q(W_i) - W_i||^2 of every layer i and scheme.
+
+    The paper's Omega (section 3.2) is twice this; with the half it is the second-order term of the loss itself, for a
+    perturbation spread evenly over directions, and can be compared with other metrics. A trace below its own standard
+    error is replaced by that error: noise, or an unconverged model's negative curvature, never makes a layer free.
+
+    Args:
+        task: model, data, layers and schemes.
+        min_probes: probes for each batch before the stopping rule is asked.
+        max_probes: probes for each batch at most.
+        target: stop when the probes' share of every layer's standard error is below this share of its trace.
+    """
+    traces = hessian_traces(task, min_probes=min_probes, max_probes=max_probes, target=target)
+    raised = int((traces.means < traces.errors).sum())
+    if raised:
+        negative = int((traces.means < 0).sum())
+        log.warning(
+            "%d of %d layers' Hessian traces are below their standard error (%d negative): the error is used instead",
+            raised, len(task.layers), negative,
+        )  # fmt: skip
+    index = {layer.name: i for i, layer in enumerate(task.layers)}
+
+    def score(layer: Layer, difference: Tensor) -> tuple[float, float]:
+        i = index[layer.name]
+        factor = 0.5 * difference.square().sum(dtype=torch.float64).item() / layer.params
+        return factor * float(max(traces.means[i], traces.errors[i])), factor * float(traces.errors[i])
+
+    return score_weight_errors(task, score)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Traces of the layers' diagonal Hessian blocks, with what is known of their errors."""
+
+    means: NDArray[np.float64]  # (layers,)
+    errors: NDArray[np.float64]  # standard errors over probes and batches together
+    probe_errors: NDArray[np.float64]  # the part that more probes would take away
+    probes: int  # per batch
+
+
+def hessian_traces(task: Task, *, min_probes: int = 4, max_probes: int = 32, target: float = 0.1) -> Traces:
+    """Hutchinson's estimate of Tr(H_ii) for every layer i from Hessian-vector products shared by all of them.
+
+    One draw is a Rademacher vector v over all layers' weights and one product H v on one batch; v_i . (H v)_i has mean
+    Tr(H_ii), since the cross terms v_i . H_ij v_j vanish on average, and variance
+    2 (||H_ii||_F^2 - sum_k H_ii,kk^2) + sum_j!=i ||H_ij||_F^2. H belongs to the loss per sample: batches are averaged
+    by their sizes. Draws are seeded by batch, index and layer name.
+
+    Raises:
+        MpqError: a batch of NaN loss, or an operation that cannot be differentiated twice.
+    """
+    if not 2 <= min_probes <= max_probes:
+        raise MpqError(f"Hessian probes: want 2 <= min_probes <= max_probes, not {min_probes} and {max_probes}")
+    sizes = np.array([samples_in(batch) for batch in task.batches], dtype=np.float64)
+    draws = np.empty((0, len(task.batches), len(task.layers)))
+    while True:
+        more = min_probes if not len(draws) else min(len(draws), max_probes - len(draws))
+        rounds = range(len(draws), len(draws) + more)
+        batches = task.track(range(len(task.batches)), f"Hessian probes {rounds.start + 1} to {rounds.stop}")
+        draws = np.concatenate([draws, np.stack([_draws(task, batch, rounds) for batch in batches], axis=1)])
+        traces = _summary(draws, sizes / sizes.sum())
+        if len(draws) >= max_probes or bool((traces.probe_errors <= target * np.abs(traces.means)).all()):
+            return traces
+
+
+def _summary(
+    draws: NDArray[np.float64],  # (probes, batches, layers)
+    shares: NDArray[np.float64],  # (batches,), sum 1
+) -> Traces:
+    probes, batches, _ = draws.shape
+    by_batch = draws.mean(0)
+    means = shares @ by_batch
+    probe_variances = shares**2 @ (draws.var(0, ddof=1) / probes)
+    # The spread between batches holds the probes' noise as well; few batches estimate it badly, so the larger counts.
+    spread = shares**2 @ (by_batch - means) ** 2 * (batches / (batches - 1)) if batches > 1 else probe_variances
+    return Traces(means, np.sqrt(np.maximum(spread, probe_variances)), np.sqrt(probe_variances), probes)
+
+
+def _draws(task: Task, batch: int, rounds: Sequence[int]) -> NDArray[np.float64]:
+    """v_i . (H v)_i of one batch, (rounds, layers); the gradient's graph is built once for all rounds."""
+    names = {index: f"probe {index} of batch {batch}" for index in rounds}
+    found = {index: task.journal.recall(name) for index, name in names.items()}
+    if any(numbers is None for numbers in found.values()):
+        weights: list[Tensor] = [task.module(layer).weight for layer in task.layers]  # type: ignore[misc]
+        with only_gradients_of(task.model, weights), sdpa_kernel(SDPBackend.MATH):
+            loss = check_loss(task.loss_fn(task.model, task.batches[batch]), batch)
+            gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True, materialize_grads=True)
+            for index in rounds:
+                if found[index] is None:
+                    numbers = _draw(task, gradients, weights, index, batch)
+                    task.journal.note(names[index], numbers)
+                    found[index] = numbers
+    return np.array([found[index] for index in rounds], dtype=np.float64)
+
+
+def _draw(task: Task, gradients: Sequence[Tensor], weights: Sequence[Tensor], index: int, batch: int) -> list[float]:
+    probes = [
+        rademacher(weight, seeded(task.seed, "hessian", batch, index, layer.name))
+        for weight, layer in zip(weights, task.layers, strict=True)
+    ]
+    used = [(gradient, probe) for gradient, probe in zip(gradients, probes, strict=True) if gradient.requires_grad]
+    try:
+        products = torch.autograd.grad(
+            [gradient for gradient, _ in used], weights, [probe for _, probe in used],
+            retain_graph=True, allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
+    except RuntimeError as error:
+        if "not implemented" in str(error):
+            raise MpqError(f"this model cannot be differentiated twice ({error}): take the metric 'fisher'") from error
+        raise
+    return [(v * hv).sum(dtype=torch.float64).item() for v, hv in zip(probes, products, strict=True)]
+
+
+def rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random signs in the shape, type and place of `like`."""
+    signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
+    return (signs * 2 - 1).to(like.device, like.dtype)

@@ -1,0 +1,87 @@
+"""The oracle: the measured loss change when one layer at a time takes each scheme."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mpq.core.activations import fake_quantize_inputs
+from mpq.core.calibration import check_loss, samples_in
+from mpq.core.errors import MpqError
+from mpq.core.formats import Format
+from mpq.core.layer import Layer
+from mpq.core.layers import matrix_to_weight
+from mpq.core.scheme import Scheme
+from mpq.sensitivity.task import Scores, Task, by_layer
+
+
+def loss(task: Task) -> Scores:
+    """Measured change of the mean loss per sample, for every layer and scheme; it can be negative.
+
+    Costs one forward pass over all batches for each pair. The standard error is that of the paired differences over
+    batches, 0 with a single batch. Weights are put back bit for bit, whatever happens.
+    """
+    sizes = np.array([samples_in(batch) for batch in task.batches], dtype=np.float64)
+    shares = sizes / sizes.sum()
+    reference = _batch_losses(task)
+
+    def row(layer: Layer) -> list[float]:
+        numbers: list[float] = []
+        for scheme in task.schemes:
+            with in_scheme(task, layer, scheme):
+                try:
+                    differences = _batch_losses(task) - reference
+                except MpqError as error:
+                    raise MpqError(f"layer {layer.name} in {scheme.name}: {error}") from error
+            numbers += _mean_and_error(differences, shares)
+        return numbers
+
+    return by_layer(task, row, "measuring")
+
+
+def _batch_losses(task: Task) -> NDArray[np.float64]:
+    with torch.no_grad():
+        losses = [check_loss(task.loss_fn(task.model, batch), index).item() for index, batch in enumerate(task.batches)]
+    return np.array(losses)
+
+
+def _mean_and_error(differences: NDArray[np.float64], shares: NDArray[np.float64]) -> tuple[float, float]:
+    mean = float(shares @ differences)
+    count = len(differences)
+    if count == 1:
+        return mean, 0.0
+    return mean, float(np.sqrt(shares**2 @ (differences - mean) ** 2 * count / (count - 1)))
+
+
+@contextmanager
+def in_scheme(task: Task, layer: Layer, scheme: Scheme) -> Iterator[None]:
+    """Inside the block the layer has this scheme's numbers for a weight, and inputs in its activation format if any.
+
+    An embedding's inputs are indices: it takes the weight format alone.
+    """
+    module = task.module(layer)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    original = weight.detach().clone()
+    with ExitStack() as stack:
+        if scheme.activation is not None:
+            for name in layer.names:
+                user = task.model.get_submodule(name)
+                if not isinstance(user, nn.Embedding):
+                    stack.callback(user.register_forward_pre_hook(_quantizer(scheme.activation)).remove)
+        try:
+            with torch.no_grad():
+                weight.copy_(matrix_to_weight(task.quantized(layer, scheme), module))
+            yield
+        finally:
+            with torch.no_grad():
+                weight.copy_(original)
+
+
+def _quantizer(format: Format) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (fake_quantize_inputs(module, args[0], format), *args[1:])
+
+    return hook

@@ -1,0 +1,122 @@
+"""One function from a model, data and candidate schemes to the sensitivity table."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpq.core.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in, tensors_in
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.core.layers import count_macs, find_layers, weight_matrix
+from mpq.core.methods import NEEDS_SECOND_MOMENT, method_named
+from mpq.core.moments import second_moments
+from mpq.core.scheme import Scheme, parse_scheme
+from mpq.core.table import SensitivityTable
+from mpq.sensitivity import DEFAULT_METRIC, metric_named
+from mpq.sensitivity.journal import Journal
+from mpq.sensitivity.task import Scores, Task
+
+
+def profile(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss_fn: LossFn,
+    schemes: Sequence[str | Scheme],
+    *,
+    metric: str = DEFAULT_METRIC,
+    method: str = "mse",
+    include: str | Iterable[str] = ("*",),
+    exclude: str | Iterable[str] = (),
+    seed: int = 0,
+    progress: bool = True,
+    resume: str | os.PathLike[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> SensitivityTable:
+    """Predict the loss increase of every layer in every scheme.
+
+    The model is measured in evaluation mode and left as it came, bit for bit. No copy of it is made.
+
+    Args:
+        model: any module with Linear, Conv1d, Conv2d, Embedding or transformers' Conv1D layers.
+        batches: calibration data, as `loss_fn` takes it.
+        loss_fn: `loss_fn(model, batch)`, the batch's mean loss per sample.
+        schemes: candidates, by name ("int4-g128", "int8-channel+a:int8-token") or as Scheme.
+        metric: a name of `mpq.sensitivity.METRICS` or of a plugin.
+        method: the rounding method, a name of `mpq.core.methods.METHODS`.
+        include: patterns of the layers to score (globs, or "re:" and a regular expression).
+        exclude: patterns of layers to leave out.
+        seed: of all random numbers; the same seed gives the same table.
+        progress: show progress bars.
+        resume: a file that keeps what is done; an interrupted run with the same settings goes on from it, and gives the
+            table of an uninterrupted one. It is removed when the table is complete.
+        options: keyword arguments of the metric.
+        provenance: facts to record in the table beside the settings ("model", "dataset", ...).
+
+    Raises:
+        MpqError: empty or NaN data (naming the batch), no layers, unknown names, a score that is NaN or infinite
+            (naming the layer), or a `resume` file of other settings.
+    """
+    batches = check_batches(batches)
+    scheme_tuple = _distinct(schemes)
+    score, rounding = metric_named(metric), method_named(method)
+    layers = find_layers(model, include, exclude)
+    with evaluating(model):
+        layers = count_macs(model, layers, batches[0], loss_fn)
+        reference = mean_loss(model, batches, loss_fn)
+        names = tuple(scheme.name for scheme in scheme_tuple)
+        settings = {
+            "metric": metric, "options": dict(options or {}), "method": method, "seed": seed,
+            "schemes": names, "layers": [layer.name for layer in layers],
+            "weights": _fingerprint(parameter.detach() for parameter in model.parameters()),
+            "data": _fingerprint(tensor for batch in batches for tensor in tensors_in(batch)),
+        }  # fmt: skip
+        moments = second_moments(model, layers, batches, loss_fn) if method in NEEDS_SECOND_MOMENT else {}
+        journal = Journal(resume, settings)
+        task = Task(model, batches, loss_fn, layers, scheme_tuple, rounding, seed, journal, progress, moments)
+        scores, errors = partial(score, **(options or {}))(task)
+    _check_finite(layers, scheme_tuple, metric, (scores, errors))
+    facts: dict[str, Any] = {
+        "metric": metric, "options": dict(options or {}), "method": method, "seed": seed,
+        "nsamples": sum(samples_in(batch) for batch in batches), "reference_loss": reference,
+        "overhead": _other_bytes(model, layers), **(provenance or {}),
+    }  # fmt: skip
+    table = SensitivityTable(layers, names, scores, errors, metric, facts)
+    journal.close()
+    return table
+
+
+def _distinct(schemes: Sequence[str | Scheme]) -> tuple[Scheme, ...]:
+    if isinstance(schemes, str):
+        schemes = (schemes,)
+    parsed = dict.fromkeys(parse_scheme(scheme) if isinstance(scheme, str) else scheme for scheme in schemes)
+    if not parsed:
+        raise MpqError("no formats came to choose from: name at least one, such as int4-g128")
+    return tuple(parsed)
+
+
+def _fingerprint(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_finite(layers: Sequence[Layer], schemes: Sequence[Scheme], metric: str, scores: Scores) -> None:
+    for name, values in zip(("score", "standard error"), scores, strict=True):
+        for i, j in np.argwhere(~np.isfinite(values)):
+            raise MpqError(f"the {metric} {name} of layer {layers[i].name} in {schemes[j].name} is {values[i, j]}")
+
+
+def _other_bytes(model: nn.Module, layers: Sequence[Layer]) -> int:
+    """Bytes of the tensors in the model's state that no scheme changes."""
+    weights = {weight_matrix(model.get_submodule(layer.name)).data_ptr() for layer in layers}
+    others = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.data_ptr() not in weights}
+    return sum(tensor.numel() * tensor.element_size() for tensor in others.values())

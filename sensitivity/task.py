@@ -1,0 +1,87 @@
+"""What a metric is asked, and the walk over layers and schemes that most of them share."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mpq.core.calibration import Batch, LossFn
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.core.layers import weight_matrix
+from mpq.core.methods import Method
+from mpq.core.rounding import dequantize
+from mpq.core.scheme import Scheme
+from mpq.sensitivity.journal import Journal
+
+Item = TypeVar("Item")
+Scores: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]  # scores and standard errors, (layers, schemes)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model in evaluation mode, its data, and the layers and schemes to score."""
+
+    model: nn.Module
+    batches: tuple[Batch, ...]
+    loss_fn: LossFn
+    layers: tuple[Layer, ...]
+    schemes: tuple[Scheme, ...]
+    method: Method
+    seed: int = 0
+    journal: Journal = field(default_factory=lambda: Journal(None, {}))
+    progress: bool = False
+    second_moments: Mapping[str, Tensor] = field(default_factory=dict)  # of inputs, for methods that need them
+
+    def module(self, layer: Layer) -> nn.Module:
+        """The module that holds the layer's weight."""
+        return self.model.get_submodule(layer.name)
+
+    def quantized(self, layer: Layer, scheme: Scheme) -> Tensor:
+        """The layer's weight matrix as it will be in this scheme, float32 (rows, cols)."""
+        weight = weight_matrix(self.module(layer)).detach()
+        return dequantize(self.method(weight, scheme.weight, self.second_moments.get(layer.name)))
+
+    def weight_error(self, layer: Layer, scheme: Scheme) -> Tensor:
+        """Q(W) - W, float32 (rows, cols)."""
+        return self.quantized(layer, scheme) - weight_matrix(self.module(layer)).detach().float()
+
+    def track(self, items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+        """The items, with a progress bar where one is wanted."""
+        yield from tqdm(items, desc=what, total=total, disable=not self.progress, leave=False, dynamic_ncols=True)
+
+
+Metric: TypeAlias = Callable[..., Scores]  # metric(task, **options)
+
+
+def score_weight_errors(task: Task, score: Callable[[Layer, Tensor], tuple[float, float]]) -> Scores:
+    """Scores and standard errors from `score(layer, Q(W) - W)`: one weight error is held at a time.
+
+    Raises:
+        MpqError: a scheme that quantizes activations, which a weight's error says nothing of.
+    """
+    for scheme in task.schemes:
+        if scheme.activation is not None:
+            raise MpqError(f"this metric scores weight formats only, not {scheme.name}: take the metric 'loss' for it")
+
+    def row(layer: Layer) -> list[float]:
+        return [number for scheme in task.schemes for number in score(layer, task.weight_error(layer, scheme))]
+
+    return by_layer(task, row, "rounding")
+
+
+def by_layer(task: Task, row: Callable[[Layer], Sequence[float]], what: str) -> Scores:
+    """Table of `row(layer)` = score, error, score, error, ...; rows are noted in the journal as they come."""
+    rows: list[Sequence[float]] = []
+    for layer in task.track(task.layers, what):
+        known = task.journal.recall(layer.name)
+        numbers = row(layer) if known is None else known
+        if known is None:
+            task.journal.note(layer.name, numbers)
+        rows.append(numbers)
+    table = np.array(rows, dtype=np.float64).reshape(len(task.layers), len(task.schemes), 2)
+    return table[..., 0].copy(), table[..., 1].copy()
