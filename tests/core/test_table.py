@@ -1,0 +1,103 @@
+"""Sensitivity tables survive the trip through a file bit for bit, and broken files are told in one sentence."""
+
+import math
+
+import numpy as np
+import pandas
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.core.table import COLUMNS, SensitivityTable
+
+LAYERS = (
+    Layer("embed", "embedding", 16, 8, aliases=("head", "other.head")),
+    Layer('odd, "name"', "linear", 3, 7, macs=21, tie="block.qkv"),
+)
+SCHEMES = ("int4-g32", "fp8-e4m3", "int8-channel+a:int8-token")
+
+
+def table(scores=None, errors=None, **provenance):
+    scores = np.array([[0.1, -1e-300, 3.0], [float("nan"), 1 / 3, 5e17]]) if scores is None else scores
+    errors = np.full((2, 3), 1e-9) if errors is None else errors
+    return SensitivityTable(LAYERS, SCHEMES, scores, errors, "output", provenance)
+
+
+@given(st.lists(st.floats(allow_infinity=False), min_size=12, max_size=12))
+@settings(max_examples=50)
+def test_any_table_comes_back_bit_for_bit(tmp_path_factory, numbers):
+    path = tmp_path_factory.mktemp("table") / "table.csv"
+    scores, errors = np.array(numbers).reshape(2, 2, 3)
+    saved = table(scores, errors, model="a # model", seed=3, reference_loss=numbers[0] if numbers[0] == 1 else 0.1)
+    saved.save(path)
+    loaded = SensitivityTable.load(path)
+    assert loaded == saved
+    assert not np.any(np.signbit(loaded.scores) != np.signbit(saved.scores), where=~np.isnan(scores))
+
+
+def test_pandas_reads_the_file_as_it_reads_the_table(tmp_path):
+    table(model="m").save(tmp_path / "t.csv")
+    frame = pandas.read_csv(tmp_path / "t.csv", comment="#")
+    expected = table().to_pandas()
+    assert list(frame.columns) == list(COLUMNS)
+    assert frame["bytes"].tolist() == expected["bytes"].tolist()
+    np.testing.assert_allclose(frame["score"], expected["score"], rtol=1e-15)
+
+
+def test_bytes_count_scales():
+    frame = table().to_pandas()
+    assert frame["bytes"].tolist()[0] == 16 * 4 + 16 * 2  # sixteen rows of 8 weights in 4 bits, each with an fp16 scale
+
+
+def test_every_cut_of_the_file_is_noticed(tmp_path):
+    path = tmp_path / "t.csv"
+    table(model="m").save(path)
+    whole = path.read_text()
+    for length in range(len(whole)):
+        path.write_text(whole[:length])
+        with pytest.raises(MpqError, match=r"t\.csv is no whole sensitivity table"):
+            SensitivityTable.load(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("score", "skore"), ("0.1,", "zero,"), ("int4-g32", "int4-g3x"), ("output", "fisher"), ("linear,3", "linear,4")],
+)
+def test_garbled_files_are_told(tmp_path, old, new):
+    path = tmp_path / "t.csv"
+    table().save(path)
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(MpqError, match=r"t\.csv is no whole sensitivity table"):
+        SensitivityTable.load(path)
+
+
+def test_binary_and_missing_files_are_told(tmp_path):
+    (tmp_path / "t.csv").write_bytes(bytes(range(256)))
+    with pytest.raises(MpqError, match="not a text file"):
+        SensitivityTable.load(tmp_path / "t.csv")
+    with pytest.raises(MpqError, match="No such file"):
+        SensitivityTable.load(tmp_path / "absent.csv")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "t.csv"
+    table().save(path)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        table(model=object()).save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_infinite_scores_name_the_layer():
+    with pytest.raises(MpqError, match="of layer embed in fp8-e4m3"):
+        table(np.array([[0.0, math.inf, 0], [0, 0, 0]]))
+
+
+def test_shapes_and_names_must_fit():
+    with pytest.raises(MpqError, match="has scores"):
+        table(np.zeros((3, 2)))
+    with pytest.raises(MpqError, match="each layer once"):
+        SensitivityTable((LAYERS[0],) * 2, SCHEMES, np.zeros((2, 3)), np.zeros((2, 3)), "output")
