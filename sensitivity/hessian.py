@@ -19,7 +19,9 @@ from mpq.sensitivity.task import Scores, Task, score_weight_errors
 log = logging.getLogger(__name__)
 
 
-def hessian(task: Task, *, min_probes: int = 4, max_probes: int = 32, target: float = 0.1) -> Scores:
+def hessian(
+    task: Task, *, min_probes: int = 2, max_probes: int = 16, target: float = 0.2, settle: float = 0.7
+) -> Scores:
     """Predicted loss increase 1/2 * Tr(H_i) / n_i * ||Q(W_i) - W_i||^2 of every layer i and scheme.
 
     The paper's Omega (section 3.2) is twice this; with the half it is the second-order term of the loss itself, for a
@@ -30,9 +32,10 @@ def hessian(task: Task, *, min_probes: int = 4, max_probes: int = 32, target: fl
         task: model, data, layers and schemes.
         min_probes: probes for each batch before the stopping rule is asked.
         max_probes: probes for each batch at most.
-        target: stop when the probes' share of every layer's standard error is below this share of its trace.
+        target: a layer is done when the probes' part of its standard error is below this share of its trace,
+        settle: or below this share of the whole standard error: the rest is the data's, and probes cannot lower it.
     """
-    traces = hessian_traces(task, min_probes=min_probes, max_probes=max_probes, target=target)
+    traces = hessian_traces(task, min_probes=min_probes, max_probes=max_probes, target=target, settle=settle)
     raised = int((traces.means < traces.errors).sum())
     if raised:
         negative = int((traces.means < 0).sum())
@@ -60,7 +63,9 @@ class Traces:
     probes: int  # per batch
 
 
-def hessian_traces(task: Task, *, min_probes: int = 4, max_probes: int = 32, target: float = 0.1) -> Traces:
+def hessian_traces(
+    task: Task, *, min_probes: int = 2, max_probes: int = 16, target: float = 0.2, settle: float = 0.7
+) -> Traces:
     """Hutchinson's estimate of Tr(H_ii) for every layer i from Hessian-vector products shared by all of them.
 
     One draw is a Rademacher vector v over all layers' weights and one product H v on one batch; v_i . (H v)_i has mean
@@ -81,7 +86,8 @@ def hessian_traces(task: Task, *, min_probes: int = 4, max_probes: int = 32, tar
         batches = task.track(range(len(task.batches)), f"Hessian probes {rounds.start + 1} to {rounds.stop}")
         draws = np.concatenate([draws, np.stack([_draws(task, batch, rounds) for batch in batches], axis=1)])
         traces = _summary(draws, sizes / sizes.sum())
-        if len(draws) >= max_probes or bool((traces.probe_errors <= target * np.abs(traces.means)).all()):
+        enough = np.maximum(target * np.abs(traces.means), settle * traces.errors)
+        if len(draws) >= max_probes or bool((traces.probe_errors <= enough).all()):
             return traces
 
 

@@ -22,13 +22,14 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
         self.path = None if path is None else Path(path)
         self.entries: dict[str, list[float]] = {}
+        settings = json.loads(json.dumps(dict(settings)))  # as they come back from a file
         if self.path is None:
             return
         if self.path.exists():
             self._read(self.path, settings)
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._append(dict(settings))
+            self._append(settings)
 
     def recall(self, name: str) -> list[float] | None:
         """What was noted under this name, None when nothing was."""
@@ -59,16 +60,15 @@ class Journal:
             path.write_text(whole, encoding="utf-8")  # the line that was being written when the run was killed
         lines = whole.splitlines()
         try:
-            found = json.loads(lines[0]) if lines else dict(settings)
+            found = json.loads(lines[0]) if lines else settings
             self.entries = {name: numbers for name, *numbers in map(json.loads, lines[1:])}
         except (ValueError, TypeError) as error:
             raise MpqError(f"{path} is not the record of an unfinished profile: delete it to start anew") from error
-        wanted = json.loads(json.dumps(dict(settings)))
-        if not isinstance(found, dict) or found != wanted:
-            differing = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
+        if found != settings:
+            differing = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
             raise MpqError(
                 f"{path} was left by a profile with other settings ({', '.join(differing) or 'of another version'}): "
                 "use the same ones to resume, or delete it to start anew"
             )
         if not lines:
-            self._append(dict(settings))
+            self._append(settings)

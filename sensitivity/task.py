@@ -44,7 +44,10 @@ class Task:
     def quantized(self, layer: Layer, scheme: Scheme) -> Tensor:
         """The layer's weight matrix as it will be in this scheme, float32 (rows, cols)."""
         weight = weight_matrix(self.module(layer)).detach()
-        return dequantize(self.method(weight, scheme.weight, self.second_moments.get(layer.name)))
+        try:
+            return dequantize(self.method(weight, scheme.weight, self.second_moments.get(layer.name)))
+        except MpqError as error:
+            raise MpqError(f"layer {layer.name} in {scheme.name}: {error}") from error
 
     def weight_error(self, layer: Layer, scheme: Scheme) -> Tensor:
         """Q(W) - W, float32 (rows, cols)."""

@@ -1,0 +1,198 @@
+"""Hessian traces against exact Hessians of networks of a few hundred weights, and against pyhessian."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pyhessian import hessian as PyHessian
+from small_models import (
+    Convolutions,
+    TiedLanguageModel,
+    class_batches,
+    make_task,
+    mlp,
+    seed_weights,
+    token_batches,
+)
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from mpq.core.calibration import cross_entropy, next_token_loss, samples_in
+from mpq.core.errors import MpqError
+from mpq.sensitivity.hessian import hessian, hessian_traces
+from mpq.sensitivity.journal import Journal
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+RESNET = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "cifar10_resnet20.safetensors"
+
+
+def exact_blocks(task):
+    """Hessian of the loss per sample over all layers' weights, as blocks [i][j] of (size i, size j)."""
+    names = [f"{layer.name}.weight" for layer in task.layers]
+    weights = tuple(task.model.get_parameter(name).detach() for name in names)
+    total = sum(samples_in(batch) for batch in task.batches)
+
+    class Substituted(nn.Module):
+        def __init__(self, values):
+            super().__init__()
+            self.values = values
+
+        def forward(self, *args):
+            return functional_call(task.model, dict(zip(names, self.values, strict=True)), args, tie_weights=True)
+
+    def loss(*values):
+        return sum(task.loss_fn(Substituted(values), batch) * samples_in(batch) / total for batch in task.batches)
+
+    blocks = torch.autograd.functional.hessian(loss, weights)
+    sizes = [weight.numel() for weight in weights]
+    return [[blocks[i][j].reshape(sizes[i], sizes[j]).double() for j in range(len(sizes))] for i in range(len(sizes))]
+
+
+def variance(blocks, i):
+    """Of one draw v_i . (H v)_i with Rademacher v."""
+    own = 2 * (blocks[i][i].square().sum() - blocks[i][i].diagonal().square().sum())
+    return (own + sum(blocks[i][j].square().sum() for j in range(len(blocks)) if j != i)).item()
+
+
+CASES = {
+    "mlp": lambda: make_task(mlp(), class_batches((5,), (7, 4)), cross_entropy),
+    "convolutions": lambda: make_task(seed_weights(Convolutions()), class_batches((4, 6, 6), (6, 5)), cross_entropy),
+    "tied": lambda: make_task(seed_weights(TiedLanguageModel()), token_batches(), next_token_loss),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_traces_are_unbiased_within_their_standard_errors(name):
+    task = CASES[name]()
+    blocks = exact_blocks(task)
+    traces = hessian_traces(task, min_probes=300, max_probes=300)
+    exact = np.array([blocks[i][i].trace().item() for i in range(len(blocks))])
+    assert np.all(np.abs(traces.means - exact) <= 4 * traces.probe_errors)
+    assert np.all(traces.probe_errors < 0.25 * np.abs(exact).max())
+
+
+def test_the_spread_of_draws_is_the_formulas():
+    task = make_task(mlp(), class_batches((5,), (12,)), cross_entropy)
+    blocks = exact_blocks(task)
+    count = 1500
+    traces = hessian_traces(task, min_probes=count, max_probes=count)
+    for i in range(len(blocks)):
+        assert traces.probe_errors[i] ** 2 * count == pytest.approx(variance(blocks, i), rel=0.15)
+
+
+def test_one_layer_alone_has_hutchinsons_variance():
+    """2 (||H||_F^2 - sum of squares of the diagonal), and exactly the trace when the Hessian is diagonal."""
+    model = nn.Sequential(nn.Linear(6, 4, bias=False))
+    task = make_task(seed_weights(model), class_batches((6,), (9,), 4), cross_entropy)
+    traces = hessian_traces(task, min_probes=1500, max_probes=1500)
+    assert traces.probe_errors[0] ** 2 * 1500 == pytest.approx(variance(exact_blocks(task), 0), rel=0.15)
+
+    def diagonal(model, batch):
+        return (torch.arange(24.0).view(4, 6) * model[0].weight.square()).sum() / 2
+
+    sure = hessian_traces(make_task(model, class_batches((6,), (9,), 4), diagonal))
+    assert sure.means[0] == pytest.approx(sum(range(24)))
+    assert sure.probe_errors[0] == pytest.approx(0, abs=1e-4)
+    assert sure.probes == 2
+
+
+def test_traces_agree_with_pyhessian_on_a_small_net():
+    task = make_task(mlp(), class_batches((5,), (16,)), cross_entropy)
+    traces = hessian_traces(task, min_probes=400, max_probes=400)
+    torch.manual_seed(0)
+    reference = PyHessian(task.model, functional.cross_entropy, data=task.batches[0], cuda=False)
+    draws = reference.trace(maxIter=400, tol=0)
+    assert len(draws) == 400
+    error = np.hypot(np.std(draws) / 20, np.sqrt((traces.probe_errors**2).sum()) * np.sqrt(3))
+    assert abs(traces.means.sum() - np.mean(draws)) <= 4 * error
+    assert error < 0.1 * abs(np.mean(draws))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RESNET.exists(), reason="needs the pretrained ResNet-20 in ../shared/data")
+def test_traces_agree_with_pyhessian_on_resnet20(monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    from reference_models import cifar10_calibration, resnet
+
+    model, (batch,) = resnet(20), cifar10_calibration(32, 32)
+    task = make_task(model, [batch], cross_entropy)
+    traces = hessian_traces(task, min_probes=12, max_probes=12)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("weight") and parameter.ndim > 1)
+    torch.manual_seed(0)
+    draws = PyHessian(model, functional.cross_entropy, data=batch, cuda=False).trace(maxIter=12, tol=0)
+    error = np.hypot(np.std(draws) / np.sqrt(12), np.sqrt((traces.probe_errors**2).sum()))
+    assert abs(traces.means.sum() - np.mean(draws)) <= 4 * error
+    sys.modules.pop("reference_models", None)
+
+
+def test_the_score_is_half_the_mean_trace_times_the_squared_error():
+    task = CASES["mlp"]()
+    scores, errors = hessian(task)
+    traces = hessian_traces(task)
+    for i, layer in enumerate(task.layers):
+        for j, scheme in enumerate(task.schemes):
+            squared = task.weight_error(layer, scheme).square().sum().item()
+            trace = max(traces.means[i], traces.errors[i])
+            assert scores[i, j] == pytest.approx(0.5 * trace / layer.params * squared)
+            assert errors[i, j] == pytest.approx(0.5 * traces.errors[i] / layer.params * squared)
+
+
+def test_negative_curvature_makes_no_layer_free(caplog):
+    def concave(model, batch):
+        return -(model(batch[0]).square().mean())
+
+    scores, errors = hessian(make_task(mlp(), class_batches((5,), (7, 4)), concave))
+    assert np.all(scores >= errors)
+    assert "below their standard error" in caplog.text
+
+
+def test_more_probes_are_drawn_until_the_target_is_met():
+    def probes(target):
+        return hessian_traces(CASES["mlp"](), min_probes=2, max_probes=512, target=target).probes
+
+    assert probes(10.0) == 2
+    assert 2 < probes(0.3) <= 512
+    assert hessian_traces(CASES["mlp"](), min_probes=2, max_probes=5, target=0.0, settle=0.0).probes == 5
+
+
+def test_probes_do_not_depend_on_which_other_layers_are_asked():
+    whole = make_task(mlp(), class_batches((5,), (12,)), cross_entropy)
+    one = replace(whole, layers=whole.layers[1:2], journal=Journal(None, {}))
+    first = hessian_traces(one, min_probes=400, max_probes=400)
+    shared = hessian_traces(whole, min_probes=400, max_probes=400)
+    assert abs(first.means[0] - shared.means[1]) < 4 * np.hypot(first.probe_errors[0], shared.probe_errors[1])
+    assert first.probe_errors[0] < shared.probe_errors[1]  # no cross terms
+
+
+def test_attention_is_differentiated_twice():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.v_proj, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            q, v = self.q_proj(x).unsqueeze(1), self.v_proj(x).unsqueeze(1)
+            return self.head(functional.scaled_dot_product_attention(q, q, v).squeeze(1).mean(1))
+
+    task = make_task(seed_weights(Attention()), class_batches((6, 4), (8,)), cross_entropy)
+    blocks = exact_blocks_with_plain_attention(task)
+    traces = hessian_traces(task, min_probes=300, max_probes=300)
+    assert np.all(np.abs(traces.means - blocks) <= 4 * traces.probe_errors)
+
+
+def exact_blocks_with_plain_attention(task):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        blocks = exact_blocks(task)
+    return np.array([blocks[i][i].trace().item() for i in range(len(blocks))])
+
+
+def test_bad_probe_numbers_are_told():
+    with pytest.raises(MpqError, match="min_probes"):
+        hessian_traces(CASES["mlp"](), min_probes=1, max_probes=3)

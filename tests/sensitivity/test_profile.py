@@ -1,0 +1,221 @@
+"""One function gives the table: whole, resumable, the same under the same seed, and it leaves the model alone."""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from small_models import Convolutions, TiedLanguageModel, class_batches, mlp, seed_weights, token_batches
+from torch import nn
+
+from mpq.core.calibration import cross_entropy, mean_loss, next_token_loss
+from mpq.core.errors import MpqError
+from mpq.core.table import SensitivityTable
+from mpq.sensitivity import METRICS, metric_named
+from mpq.sensitivity.profile import profile
+
+SCHEMES = ("int2-channel", "int4-g32", "bf16")
+ALL = sorted(METRICS)
+
+
+def run(metric, loss_fn=cross_entropy, model=None, **options):
+    model = seed_weights(Convolutions()) if model is None else model
+    options = {"progress": False, **options}
+    return profile(model, class_batches((4, 6, 6), (6, 5)), loss_fn, SCHEMES, metric=metric, **options)
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_every_metric_gives_a_whole_table(metric, tmp_path):
+    model = seed_weights(Convolutions()).train()
+    state = deepcopy(model.state_dict())
+    table = run(metric, model=model)
+    assert [layer.name for layer in table.layers] == ["first", "depthwise", "line", "head"]
+    assert table.schemes == SCHEMES
+    assert np.isfinite(table.scores).all()
+    assert (table.errors >= 0).all()
+    assert table.layers[0].macs == 6 * 36 * 18
+    if metric != "loss":
+        assert (table.scores[:, 0] > table.scores[:, 1]).all()
+        assert (table.scores[:, 1] > table.scores[:, 2]).all()
+        assert (table.scores >= 0).all()
+    assert model.training
+    assert model.drop.training
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    table.save(tmp_path / "table.csv")
+    assert SensitivityTable.load(tmp_path / "table.csv") == table
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_train_mode_changes_nothing(metric):
+    """Dropout is off and batch statistics are the stored ones, whatever mode the model came in."""
+    assert run(metric, model=seed_weights(Convolutions()).train()) == run(
+        metric, model=seed_weights(Convolutions()).eval()
+    )
+
+
+@pytest.mark.parametrize("metric", ALL)
+@pytest.mark.parametrize("stop", [5, 7, 9, 20])
+def test_an_interrupted_run_goes_on_to_the_same_table(metric, stop, tmp_path):
+    calls = 0
+
+    def interrupted(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise KeyboardInterrupt
+        return cross_entropy(model, batch)
+
+    whole = run(metric)
+    path = tmp_path / "partial"
+    try:
+        run(metric, interrupted, resume=path)
+    except KeyboardInterrupt:
+        assert path.exists()
+        done = len(path.read_text().splitlines())
+        calls = stop + 1
+        assert run(metric, interrupted, resume=path) == whole
+        assert done >= 1
+    assert not path.exists()
+
+
+def test_finished_layers_are_not_measured_again(tmp_path):
+    calls = []
+
+    def counted(model, batch):
+        calls.append(len(calls))
+        if len(calls) == 18:
+            raise KeyboardInterrupt
+        return cross_entropy(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("loss", counted, resume=tmp_path / "partial")
+    first = len(calls)
+    run("loss", counted, resume=tmp_path / "partial")
+    # one pass counts operations, two give the reference, two more the oracle's own; then 3 schemes x 2 batches a layer
+    assert len(calls) - first == 5 + 6 * (4 - 2)
+
+
+@pytest.mark.parametrize(("name", "other"), [("seed", {"seed": 1}), ("options", {"options": {"max_probes": 4}})])
+def test_other_settings_do_not_resume(tmp_path, name, other):
+    def interrupted(model, batch):
+        if torch.is_grad_enabled():
+            raise KeyboardInterrupt
+        return cross_entropy(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("hessian", interrupted, resume=tmp_path / "partial")
+    with pytest.raises(MpqError, match=rf"other settings \({name}\)"):
+        run("hessian", resume=tmp_path / "partial", **other)
+
+
+def test_other_data_and_weights_do_not_resume(tmp_path):
+    def interrupted(model, batch):
+        if torch.is_grad_enabled():
+            raise KeyboardInterrupt
+        return cross_entropy(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("fisher", interrupted, resume=tmp_path / "partial")
+    with pytest.raises(MpqError, match=r"other settings \(weights\)"):
+        run("fisher", resume=tmp_path / "partial", model=seed_weights(Convolutions(), 0.5))
+
+
+def test_the_seed_decides_the_probes():
+    assert run("hessian", seed=1) == run("hessian", seed=1)
+    assert run("hessian", seed=1) != run("hessian", seed=2)
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_tied_embeddings_are_scored_once(metric):
+    model = seed_weights(TiedLanguageModel())
+    table = profile(model, token_batches(), next_token_loss, SCHEMES, metric=metric, progress=False)
+    assert [layer.name for layer in table.layers] == ["embed", "mix", "twice"]
+    assert table.layers[0].aliases == ("head",)
+    assert model.head.weight is model.embed.weight
+
+
+def test_rounding_methods_that_look_at_inputs_get_them():
+    nearest, gptq = (run("loss", method=method) for method in ("nearest", "gptq"))
+    assert gptq.scores[:, 0].sum() < nearest.scores[:, 0].sum()
+
+
+def test_the_table_says_how_it_was_made():
+    table = run("output", options={"weighted": False}, provenance={"model": "small"}, include=["first", "head"])
+    model, batches = seed_weights(Convolutions()).eval(), class_batches((4, 6, 6), (6, 5))
+    facts = dict(table.provenance)
+    assert facts.pop("reference_loss") == pytest.approx(mean_loss(model, batches, cross_entropy))
+    weights = sum(layer.params for layer in table.layers)
+    other = sum(tensor.nbytes for tensor in model.state_dict().values()) - 4 * weights
+    assert facts == {
+        "metric": "output", "options": {"weighted": False}, "method": "mse", "seed": 0, "nsamples": 11,
+        "overhead": other, "model": "small",
+    }  # fmt: skip
+
+
+def test_nan_losses_name_the_batch():
+    model = seed_weights(Convolutions())
+
+    def broken(model, batch):
+        return cross_entropy(model, batch) * (float("nan") if len(batch[0]) == 5 else 1)
+
+    with pytest.raises(MpqError, match="loss of calibration batch 1 is nan"):
+        run("fisher", broken, model=model)
+
+
+def nan_scores(task):
+    """A metric that fails for the second layer's last scheme."""
+    scores = np.ones((len(task.layers), len(task.schemes)))
+    scores[1, 2] = np.nan
+    return scores, np.zeros_like(scores)
+
+
+def test_nan_scores_name_the_layer(monkeypatch):
+    monkeypatch.setitem(METRICS, "broken", (f"{__name__}:nan_scores", ""))
+    with pytest.raises(MpqError, match="broken score of layer depthwise in bf16 is nan"):
+        run("broken")
+
+
+def test_nan_weights_name_the_layer():
+    model = nn.Sequential(mlp(), nn.Identity())
+    model.idle = nn.Linear(3, 3)
+    model.idle.weight.data[0, 0] = float("nan")
+    model.forward = model[0].forward
+    with pytest.raises(MpqError, match="layer idle in int2-channel: a weight"):
+        profile(model, class_batches((5,)), cross_entropy, SCHEMES, metric="fisher", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": "hesian"}, "unknown metric 'hesian': did you mean hessian"),
+        ({"method": "nearst"}, "unknown rounding method"),
+        ({"include": ["frist"]}, "matches nothing: did you mean first"),
+    ],
+)
+def test_unknown_names_are_told(options, message):
+    with pytest.raises(MpqError, match=message):
+        run(**{"metric": "fisher", **options})
+
+
+@pytest.mark.parametrize("metric", sorted(set(ALL) - {"loss"}))
+def test_activations_are_the_oracles_alone(metric):
+    batches = class_batches((5,))
+    with pytest.raises(MpqError, match=r"weight formats only, not int4-g32\+a:int8"):
+        profile(mlp(), batches, cross_entropy, ["int4-g32+a:int8"], metric=metric, progress=False)
+    assert profile(mlp(), batches, cross_entropy, "int4-g32+a:int8", metric="loss", progress=False).scores.shape == (
+        3,
+        1,
+    )
+
+
+def test_no_data_and_no_formats_are_told():
+    with pytest.raises(MpqError, match="no calibration batches"):
+        profile(mlp(), [], cross_entropy, SCHEMES)
+    with pytest.raises(MpqError, match="no formats"):
+        profile(mlp(), class_batches((5,)), cross_entropy, [])
+
+
+def test_metrics_are_found_by_name():
+    for name in METRICS:
+        assert callable(metric_named(name))
