@@ -18,6 +18,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "hessian": ("mpq.sensitivity.hessian:hessian", "mean Hessian trace x squared weight error (HAWQ-V2)"),
     "fisher": ("mpq.sensitivity.fisher:fisher", "diagonal empirical Fisher x squared weight errors"),
     "output": ("mpq.sensitivity.output:output", "squared output error weighted by output gradients"),
+    "curvature": ("mpq.sensitivity.curvature:curvature", "Hessian trace spread as the layer's inputs are"),
     "loss": ("mpq.sensitivity.loss:loss", "measured loss change, one layer at a time: exact and slow"),
 }
 

@@ -36,19 +36,13 @@ def hessian(
         settle: or below this share of the whole standard error: the rest is the data's, and probes cannot lower it.
     """
     traces = hessian_traces(task, min_probes=min_probes, max_probes=max_probes, target=target, settle=settle)
-    raised = int((traces.means < traces.errors).sum())
-    if raised:
-        negative = int((traces.means < 0).sum())
-        log.warning(
-            "%d of %d layers' Hessian traces are below their standard error (%d negative): the error is used instead",
-            raised, len(task.layers), negative,
-        )  # fmt: skip
+    means = floored(traces)
     index = {layer.name: i for i, layer in enumerate(task.layers)}
 
     def score(layer: Layer, difference: Tensor) -> tuple[float, float]:
         i = index[layer.name]
         factor = 0.5 * difference.square().sum(dtype=torch.float64).item() / layer.params
-        return factor * float(max(traces.means[i], traces.errors[i])), factor * float(traces.errors[i])
+        return factor * float(means[i]), factor * float(traces.errors[i])
 
     return score_weight_errors(task, score)
 
@@ -61,6 +55,17 @@ class Traces:
     errors: NDArray[np.float64]  # standard errors over probes and batches together
     probe_errors: NDArray[np.float64]  # the part that more probes would take away
     probes: int  # per batch
+
+
+def floored(traces: Traces) -> NDArray[np.float64]:
+    """The traces (layers,), each at least its standard error; says in the log how many were raised."""
+    raised, negative = int((traces.means < traces.errors).sum()), int((traces.means < 0).sum())
+    if raised:
+        log.warning(
+            "%d of %d layers' Hessian traces are below their standard error (%d negative): the error is used instead",
+            raised, len(traces.means), negative,
+        )  # fmt: skip
+    return np.maximum(traces.means, traces.errors)
 
 
 def hessian_traces(

@@ -25,11 +25,7 @@ def output(task: Task, *, weighted: bool = True) -> Scores:
         weighted: False leaves gradients out: the plain squared output error E_n sum_t ||dW x_t||^2, which says what
             a layer's output loses but not what that costs.
     """
-    statistics = {layer.name: OutputStatistics(layer) for layer in task.layers}
-    for index in task.track(range(len(task.batches)), "output gradients"):
-        for samples, uses in layer_uses(task.model, task.layers, task.batches[index], task.loss_fn, index):
-            for layer in task.layers:
-                statistics[layer.name].add(uses[layer.name], samples, weighted)
+    statistics = output_statistics(task, weighted)
     samples = sum(samples_in(batch) for batch in task.batches)
     half = 0.5 if weighted else 1.0
 
@@ -38,6 +34,16 @@ def output(task: Task, *, weighted: bool = True) -> Scores:
         return value, value * statistics[layer.name].spread.relative_error()
 
     return score_weight_errors(task, score)
+
+
+def output_statistics(task: Task, weighted: bool) -> "dict[str, OutputStatistics]":
+    """Every layer's sums over all samples, by layer name."""
+    statistics = {layer.name: OutputStatistics(layer) for layer in task.layers}
+    for index in task.track(range(len(task.batches)), "output gradients"):
+        for samples, uses in layer_uses(task.model, task.layers, task.batches[index], task.loss_fn, index):
+            for layer in task.layers:
+                statistics[layer.name].add(uses[layer.name], samples, weighted)
+    return statistics
 
 
 class OutputStatistics:
@@ -80,6 +86,14 @@ class OutputStatistics:
             shares = torch.where(mean > 0, self.channels / mean, torch.zeros_like(self.channels))
             total += (errors * shares).sum(dtype=torch.float64).item()
         return max(total, 0.0)
+
+    def trace(self) -> float:
+        """Sum of `error` over unit errors in every single weight."""
+        total = 0.0 if self.looked_up is None else self.looked_up.sum(dtype=torch.float64).item()
+        if self.moment is not None:
+            traces = self.moment.diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float64)
+            total += traces.sum().item() * self.layer.rows / len(traces)
+        return total
 
 
 def _stacked(rows: Tensor) -> Tensor:
