@@ -15,10 +15,13 @@ CHUNK = 2**22  # numbers of per-sample gradients held at a time
 def fisher(task: Task) -> Scores:
     """Predicted loss increase 1/2 * sum_j E_n[g_nj^2] (Q(w)_j - w_j)^2 of every layer and scheme.
 
-    g_n is the gradient of sample n's own loss (a sequence is one sample): squares of batch gradients would be smaller
-    by up to the batch size. Near a minimum the Fisher information is the Hessian; the empirical one, with the data's
-    own labels, shrinks with the training loss. Per-sample gradients come from one forward and one backward pass per
-    batch and one product per layer. The standard error is that of the layer's whole E||g_n||^2, over samples.
+    g_n is the gradient of sample n's own loss: squares of batch gradients would be smaller by up to the batch size.
+    For the same reason a loss that is itself a mean over T predictions of one sample, such as the tokens of a sequence,
+    gives scores about T times too small; their order is not touched. Near a minimum the Fisher information is the
+    Hessian; the empirical one, with the data's own labels, vanishes with the training loss, so on data that a network
+    has learnt by heart a few samples decide, and the standard errors say so. Per-sample gradients come from one forward
+    and one backward pass per batch and one product per layer. The standard error is that of the layer's whole
+    E||g_n||^2, over samples.
     """
     diagonals = {layer.name: torch.zeros(layer.rows, layer.cols) for layer in task.layers}
     spreads = {layer.name: Spread() for layer in task.layers}

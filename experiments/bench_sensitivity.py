@@ -1,0 +1,131 @@
+"""Sensitivity on ResNet-20: the time of every metric, how well each predicts the measured loss, and our Hessian traces
+against pyhessian's.
+
+Each line `RESULT name value goal ok|short` is one figure; the tables above say more. `--quick` takes fewer images,
+formats and probes.
+"""
+
+import argparse
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pyhessian import hessian as PyHessian
+from reference_models import cifar10_calibration, resnet
+from scipy.stats import spearmanr
+from torch.nn import functional
+
+from mpq.core.calibration import Batch, cross_entropy
+from mpq.core.layers import find_layers
+from mpq.core.methods import METHODS
+from mpq.core.scheme import parse_scheme
+from mpq.core.table import SensitivityTable
+from mpq.sensitivity import METRICS
+from mpq.sensitivity.hessian import hessian_traces
+from mpq.sensitivity.journal import Journal
+from mpq.sensitivity.profile import profile
+from mpq.sensitivity.task import Task
+
+FORMATS = ("int2-channel", "int2-g32", "int3-channel", "int3-g32", "int4-channel", "int4-g32", "nvfp4", "int8-channel")
+QUICK_FORMATS = ("int2-g32", "int3-channel", "int4-channel")
+
+
+def predictions(batches: tuple[Batch, ...], formats: tuple[str, ...]) -> list[str]:
+    """Profile with every metric; the seconds of all but the oracle, and rank correlations with it."""
+    tables: dict[str, SensitivityTable] = {}
+    seconds: dict[str, float] = {}
+    for metric in METRICS:
+        start = time.perf_counter()
+        tables[metric] = profile(resnet(20), batches, cross_entropy, formats, metric=metric, progress=False)
+        seconds[metric] = time.perf_counter() - start
+    oracle = tables["loss"]
+    clear = oracle.scores > 2 * oracle.errors
+    print(f"\nResNet-20, {oracle.provenance['nsamples']} images, {len(formats)} formats; the oracle's loss is above")
+    print(f"twice its standard error in {clear.sum()} of {clear.size} cells; Spearman correlations with it:")
+    print(f"{'metric':12}{'seconds':>8}{'all':>7}{'clear':>7}   predicted/measured   {'  '.join(formats)}")
+    results = []
+    for metric, table in tables.items():
+        overall = spearmanr(table.scores.ravel(), oracle.scores.ravel()).statistic
+        clearly = spearmanr(table.scores[clear], oracle.scores[clear]).statistic
+        ratio = float(np.median(table.scores[clear] / oracle.scores[clear]))
+        by_format = [spearmanr(table.scores[:, j], oracle.scores[:, j]).statistic for j in range(len(formats))]
+        columns = "".join(f"{value:>{len(name) + 2}.2f}" for name, value in zip(formats, by_format, strict=True))
+        print(f"{metric:12}{seconds[metric]:>8.1f}{overall:>7.3f}{clearly:>7.3f}   {ratio:>18.2f} {columns}")
+        if metric != "loss":
+            results.append(result(f"resnet20_rank_correlation_{metric}", overall, ">0.8", overall > 0.8))
+    total = sum(seconds.values()) - seconds["loss"]
+    return [result("resnet20_profile_all_metrics_but_oracle_s", total, "<60", total < 60), *results]
+
+
+def traces(batch: Batch, probes: int) -> list[str]:
+    """Seconds until every layer's trace has a standard error of 10 %, ours and pyhessian's one layer at a time.
+
+    Both draw the same number of probes; times are scaled to the draws that the measured variances ask for.
+    """
+    model = resnet(20)
+    layers = find_layers(model)
+    task = Task(model, (batch,), cross_entropy, layers, (parse_scheme("int4-channel"),), METHODS["mse"])
+    start = time.perf_counter()
+    ours = hessian_traces(task, min_probes=probes, max_probes=probes)
+    per_draw = (time.perf_counter() - start) / probes
+    theirs = [pyhessian_draws(replace_model(task), layer.name, batch, probes) for layer in layers]
+    print(f"\nHessian traces, {len(batch[1])} images, {probes} probes: ours, pyhessian's (a run for each layer)")
+    needed_ours: NDArray[np.float64] = probes * (ours.probe_errors / (0.1 * ours.means)) ** 2
+    needed, seconds, differences = [], [], []
+    for i, layer in enumerate(layers):
+        draws, taken = theirs[i]
+        mean, error = float(draws.mean()), float(draws.std(ddof=1) / np.sqrt(len(draws)))
+        needed.append(len(draws) * (error / (0.1 * mean)) ** 2)
+        seconds.append(taken / len(draws))
+        differences.append((ours.means[i] - mean) / np.hypot(error, ours.probe_errors[i]))
+        print(f"{layer.name:20} {ours.means[i]:9.3f} +- {ours.probe_errors[i]:7.3f}   {mean:9.3f} +- {error:7.3f}")
+    our_time = float(needed_ours.max() * per_draw)
+    their_time = float(np.dot(np.maximum(needed, 1), seconds))
+    print(f"one draw: ours {per_draw:.2f} s for all layers, pyhessian {np.mean(seconds):.2f} s for one")
+    print(f"10 % on every layer: ours {our_time:.0f} s ({needed_ours.max():.0f} draws), pyhessian {their_time:.0f} s")
+    worst = float(np.abs(differences).max())
+    speed = their_time / our_time
+    by_probes = float(np.sum(seconds) / per_draw)
+    return [
+        result("traces_largest_difference_from_pyhessian_in_standard_errors", worst, "<4", worst < 4),
+        result("traces_speedup_over_pyhessian_at_equal_probes", by_probes, ">10", by_probes > 10),
+        result("traces_speedup_over_pyhessian_at_equal_error", speed, ">10", speed > 10),
+    ]
+
+
+def replace_model(task: Task) -> Task:
+    """The task with a fresh copy of the network: pyhessian leaves gradients behind."""
+    return replace(task, model=resnet(20), journal=Journal(None, {}))
+
+
+def pyhessian_draws(task: Task, name: str, batch: Batch, probes: int) -> tuple[NDArray[np.float64], float]:
+    """pyhessian's draws of one layer's trace, and the seconds they took."""
+    for parameter_name, parameter in task.model.named_parameters():
+        parameter.requires_grad_(parameter_name == f"{name}.weight")
+    torch.manual_seed(0)  # pyhessian draws from the global generator
+    start = time.perf_counter()
+    draws = PyHessian(task.model, functional.cross_entropy, data=batch, cuda=False).trace(maxIter=probes, tol=0)
+    return np.array(draws), time.perf_counter() - start
+
+
+def result(name: str, value: float, goal: str, reached: bool) -> str:
+    return f"RESULT {name} {value:.3f} {goal} {'ok' if reached else 'short'}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer images, formats and probes")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    batches = cifar10_calibration(128 if options.quick else 512, 64)
+    results = predictions(batches, QUICK_FORMATS if options.quick else FORMATS)
+    (batch,) = cifar10_calibration(64, 64)
+    results += traces(batch, 4 if options.quick else 16)
+    print("\n" + "\n".join(results))
+
+
+if __name__ == "__main__":
+    main()
