@@ -1,0 +1,1 @@
+"""Writers of packed weights, one consumer, one file."""

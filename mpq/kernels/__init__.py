@@ -1,0 +1,1 @@
+"""Low-bit kernels behind torch.ops.mpq: each op defined once, with a plain-PyTorch reference."""

@@ -1,0 +1,1 @@
+"""Conformance suites that the authors of plugins inherit."""

@@ -1,0 +1,1 @@
+"""Training-free scores as programs over layer statistics, and their evolution."""

@@ -1,0 +1,1 @@
+"""Searches: a problem in, a frontier of allocations out."""
