@@ -13,11 +13,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import reference_models
 import torch
 from torch import Tensor, nn
 
 import mpq
+import reference_models
 from mpq.core.calibration import Batch, cross_entropy, next_token_loss
 from mpq.core.layers import find_layers
 from mpq.core.methods import NEEDS_SECOND_MOMENT
@@ -90,10 +90,12 @@ def run(contest: Contest, metric: str, methods: Sequence[str]) -> list[str]:
     uniforms = dict(frontier.uniform(build_problem(table)))
     original = measure(contest.model, contest)
     print(
-        f"\n{contest.name}: profile and search {time.perf_counter() - start:.1f} s, metric {metric}; {show(original, contest)} unquantized"
+        f"\n{contest.name}: profile and search {time.perf_counter() - start:.1f} s, metric {metric}; "
+        f"{show(original, contest)} unquantized"
     )
     print(
-        f"{'method':8} {'uniform':14} {'bits':>6} {'quality':>9} {'loss':>8}   {'searched':>6} {'quality':>9} {'loss':>8}   gain"
+        f"{'method':8} {'uniform':14} {'bits':>6} {'quality':>9} {'loss':>8}   {'searched':>6} {'quality':>9} "
+        f"{'loss':>8}   gain"
     )
     for method in methods:
         for bits, format in contest.points:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pyhessian import hessian as PyHessian
-from reference_models import cifar10_calibration, resnet
 from scipy.stats import spearmanr
 from torch.nn import functional
 
@@ -27,6 +26,7 @@ from mpq.sensitivity.hessian import hessian_traces
 from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.profile import profile
 from mpq.sensitivity.task import Task
+from reference_models import cifar10_calibration, resnet
 
 FORMATS = ("int2-channel", "int2-g32", "int3-channel", "int3-g32", "int4-channel", "int4-g32", "nvfp4", "int8-channel")
 QUICK_FORMATS = ("int2-g32", "int3-channel", "int4-channel")

@@ -19,7 +19,8 @@ def output(task: Task, *, weighted: bool = True) -> Scores:
     equation 1; weighting by gradients as in Kronecker-factored curvature, arXiv 1503.05671). The squares d_tr^2 are
     replaced by a product of a position's and a channel's share, so one (cols, cols) matrix per layer serves every
     format. As in `fisher`, a loss that averages predictions within a sample shrinks the scores of all layers alike, and
-    so does data that is already fitted. The standard error is that of the layer's whole sum of d_tr^2 x_t^2, over samples.
+    so does data that is already fitted. The standard error is that of the layer's whole sum of d_tr^2 x_t^2, over
+    samples.
 
     Args:
         task: model, data, layers and schemes.

@@ -97,12 +97,13 @@ def _float_values(grid: Grid, codes: NDArray[np.int64]) -> NDArray[np.float64]:
     exponent = magnitude >> grid.mantissa
     fraction = (magnitude & (2**grid.mantissa - 1)) / 2**grid.mantissa
     normal = exponent > 0
-    values = np.exp2(np.where(normal, exponent, 1) - float(grid.bias)) * (fraction + normal)
+    values: NDArray[np.float64] = np.exp2(np.where(normal, exponent, 1) - float(grid.bias)) * (fraction + normal)
     if grid.specials == "ieee":
         values[exponent == 2**grid.exponent - 1] = np.nan
     elif grid.specials == "fn":
         values[magnitude == 2 ** (grid.exponent + grid.mantissa) - 1] = np.nan
-    return np.where(codes >> (grid.exponent + grid.mantissa) == 1, -values, values)
+    values[codes >> (grid.exponent + grid.mantissa) == 1] *= -1
+    return values
 
 
 def int_grid(bits: int, signed: bool = True) -> Grid:

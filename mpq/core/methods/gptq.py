@@ -114,6 +114,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     for _ in range(6):
         factor, failed = torch.linalg.cholesky_ex(hessian)
         if not bool(failed.any()):
+            inverse: Tensor
             inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not bool(failed.any()):
                 return inverse

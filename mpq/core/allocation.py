@@ -1,0 +1,1 @@
+"""One scheme per layer: what a search chose."""

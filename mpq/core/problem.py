@@ -1,0 +1,1 @@
+"""Table, costs, ties and budgets as plain arrays."""
