@@ -1,1 +1,149 @@
-"""One scheme per layer: what a search chose."""
+"""One scheme per layer: what a search chose, what it costs and what it was predicted to lose; a JSON file."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mpq.core.costs import bitops, weight_bytes
+from mpq.core.errors import MpqError
+from mpq.core.files import write_atomically
+from mpq.core.layer import Layer
+from mpq.core.scheme import Scheme, parse_scheme
+
+KIND = "mpq-allocation"  # how a file says what it is
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Layers with a scheme for each.
+
+    Raises:
+        MpqError: not one scheme for each layer, or a scheme of unknown name.
+
+    >>> allocation = Allocation((Layer("a", "linear", 64, 64), Layer("b", "linear", 64, 64)), ("int4-channel", "bf16"))
+    >>> allocation.bits, allocation.scheme_of["b"].name
+    (10.125, 'bf16')
+    """
+
+    layers: tuple[Layer, ...]
+    schemes: tuple[str, ...]  # canonical names, one for each layer
+    loss: float = math.nan  # predicted loss increase; NaN when nobody predicted
+    error: float = math.nan  # its standard error
+    metric: str = ""  # who predicted
+    overhead: int = 0  # bytes of tensors that no scheme changes: norms, biases, layers left out
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # JSON values
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != len(self.schemes):
+            raise MpqError(
+                f"an allocation wants one scheme for each of {len(self.layers)} layers, not {len(self.schemes)}"
+            )
+        object.__setattr__(self, "schemes", tuple(parse_scheme(name).name for name in self.schemes))
+
+    @property
+    def scheme_of(self) -> dict[str, Scheme]:
+        """Scheme by layer name."""
+        pairs = zip(self.layers, self.schemes, strict=True)
+        return {layer.name: parse_scheme(name) for layer, name in pairs}
+
+    @property
+    def size(self) -> int:
+        """Stored bytes of the layers' weights, scales and padding counted; `overhead` comes on top in a file."""
+        pairs = zip(self.layers, self.schemes, strict=True)
+        return sum(weight_bytes(parse_scheme(name), layer.rows, layer.cols) for layer, name in pairs)
+
+    @property
+    def bits(self) -> float:
+        """Stored bits for each weight, averaged over all weights of the layers."""
+        return 8 * self.size / sum(layer.params for layer in self.layers)
+
+    @property
+    def bitops(self) -> float:
+        """Bit operations of one sample (`mpq.core.costs.bitops`)."""
+        return sum(bitops(self.scheme_of[layer.name], layer.macs) for layer in self.layers)
+
+    def with_schemes(self, schemes: Mapping[str, str | Scheme]) -> "Allocation":
+        """The same with other schemes for some layers, by name; what was predicted no longer holds and is dropped.
+
+        Raises:
+            MpqError: a layer that is not there.
+        """
+        unknown = schemes.keys() - {layer.name for layer in self.layers}
+        if unknown:
+            raise MpqError(f"this allocation has no layer {sorted(unknown)[0]!r}: its names come from its table")
+        changed = (str(schemes.get(layer.name, old)) for layer, old in zip(self.layers, self.schemes, strict=True))
+        return replace(self, schemes=tuple(changed), loss=math.nan, error=math.nan)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON, whole or not at all; `load` gives the same allocation."""
+        with write_atomically(path) as draft:
+            draft.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; totals are written for readers and computed anew on loading."""
+        pairs = zip(self.layers, self.schemes, strict=True)
+        return {
+            "kind": KIND,
+            "version": 1,
+            "bits": self.bits,
+            "size": self.size,
+            "overhead": self.overhead,
+            "metric": self.metric,
+            "loss": _json_number(self.loss),
+            "error": _json_number(self.error),
+            "provenance": dict(self.provenance),
+            "layers": {layer.name: {"scheme": name, **_facts(layer)} for layer, name in pairs},
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Allocation":
+        """The inverse of `to_json`; KeyError, TypeError or ValueError when it is no allocation."""
+        if values["kind"] != KIND or values["version"] != 1:
+            raise ValueError(f"kind {values['kind']!r} version {values['version']}, not {KIND!r} version 1")
+        layers = tuple(_layer(name, facts) for name, facts in values["layers"].items())
+        schemes = tuple(facts["scheme"] for facts in values["layers"].values())
+        allocation = cls(
+            layers, schemes, _number(values["loss"]), _number(values["error"]),
+            values["metric"], int(values["overhead"]), values["provenance"],
+        )  # fmt: skip
+        if allocation.size != values["size"]:
+            raise ValueError(f"the schemes take {allocation.size} bytes, the file says {values['size']}")
+        return allocation
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Allocation":
+        """Read what `save` wrote.
+
+        Raises:
+            MpqError: no such file, or one that is no allocation.
+        """
+        try:
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise MpqError(f"cannot read the allocation {os.fspath(path)}: {error.strerror}") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise MpqError(f"{os.fspath(path)} is no whole allocation ({reason}): allocate again") from error
+
+
+def _facts(layer: Layer) -> dict[str, Any]:
+    return {item.name: getattr(layer, item.name) for item in fields(layer) if item.name != "name"}
+
+
+def _layer(name: str, facts: Mapping[str, Any]) -> Layer:
+    sizes = {field_name: int(facts[field_name]) for field_name in ("rows", "cols", "macs")}
+    if sizes["rows"] < 1 or sizes["cols"] < 1 or sizes["macs"] < 0:
+        raise ValueError(f"layer {name} of {sizes['rows']} x {sizes['cols']} weights")
+    return Layer(name, str(facts["kind"]), **sizes, tie=str(facts["tie"]), aliases=tuple(facts["aliases"]))
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

@@ -1,1 +1,170 @@
-"""Table, costs, ties and budgets as plain arrays."""
+"""A table with costs, ties and restrictions as plain arrays: what every search solves."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpq.core.allocation import Allocation
+from mpq.core.costs import bitops, weight_bytes
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.core.patterns import match_names
+from mpq.core.scheme import Scheme, parse_scheme
+from mpq.core.table import SensitivityTable
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Pick one scheme for each group of layers; losses and costs add up.
+
+    A group is a tie of layers that share a scheme, or a layer alone. A choice the group cannot take has loss inf.
+
+    >>> layers = (Layer("a", "linear", 8, 8), Layer("b", "linear", 8, 8))
+    >>> table = SensitivityTable(layers, ("int4-channel", "int8-channel"), [[2., 1.], [4., 1.]], np.zeros((2, 2)), "x")
+    >>> build_problem(table).allocation([0, 1]).loss
+    3.0
+    """
+
+    layers: tuple[Layer, ...]
+    schemes: tuple[str, ...]
+    groups: tuple[tuple[int, ...], ...]  # indices of layers; every layer in exactly one group
+    losses: Array  # (groups, schemes), predicted loss increase; inf where forbidden
+    variances: Array  # (groups, schemes), squared standard errors
+    costs: Mapping[str, Array]  # name -> (groups, schemes), finite; "size" in bytes is always there
+    budgets: Mapping[str, float] = field(default_factory=dict)  # largest total of a cost
+    metric: str = ""
+    overhead: int = 0  # bytes that no scheme changes
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in all layers."""
+        return sum(layer.params for layer in self.layers)
+
+    def group_name(self, group: int) -> str:
+        """The tie's name, or the lone layer's."""
+        first = self.layers[self.groups[group][0]]
+        return first.tie if len(self.groups[group]) > 1 else first.name
+
+    def totals(self, choices: Sequence[int] | NDArray[np.integer[Any]]) -> dict[str, float]:
+        """Total of every cost for one scheme index per group."""
+        picked = np.arange(len(self.groups)), np.asarray(choices, dtype=np.intp)
+        return {name: float(cost[picked].sum()) for name, cost in self.costs.items()}
+
+    def allocation(self, choices: Sequence[int] | NDArray[np.integer[Any]]) -> Allocation:
+        """The allocation of one scheme index per group.
+
+        Raises:
+            MpqError: a choice that its group cannot take (named).
+        """
+        choices = np.asarray(choices, dtype=np.intp)
+        picked = np.arange(len(self.groups)), choices
+        losses = self.losses[picked]
+        for group in np.flatnonzero(~np.isfinite(losses)).tolist():
+            raise MpqError(f"{self.group_name(group)} cannot take {self.schemes[choices[group]]}")
+        by_layer = {
+            layer: self.schemes[choice] for group, choice in zip(self.groups, choices, strict=True) for layer in group
+        }
+        return Allocation(
+            self.layers,
+            tuple(by_layer[index] for index in range(len(self.layers))),
+            float(losses.sum()),
+            float(np.sqrt(self.variances[picked].sum())),
+            self.metric,
+            self.overhead,
+            self.provenance,
+        )
+
+    def uniform(self) -> tuple[tuple[str, Allocation], ...]:
+        """The allocations that give every group one and the same scheme, with its name, for schemes all can take."""
+        possible = np.flatnonzero(np.isfinite(self.losses).all(0))
+        return tuple((self.schemes[j], self.allocation([j] * len(self.groups))) for j in possible)
+
+
+def build_problem(
+    table: SensitivityTable,
+    *,
+    pin: Mapping[str, str] | None = None,
+    forbid: Mapping[str, str | Iterable[str]] | None = None,
+    ties: bool = True,
+    costs: Mapping[str, Array] | None = None,
+    budgets: Mapping[str, float] | None = None,
+) -> Problem:
+    """The problem that a table poses.
+
+    Args:
+        table: losses of every layer and scheme; a NaN forbids the scheme.
+        pin: scheme by layer pattern; the matching layers take it and nothing else. The scheme must be in the table.
+        forbid: patterns of schemes that layers must not take, by layer pattern.
+        ties: whether tied layers (q/k/v, gate/up) share a scheme.
+        costs: further costs, name -> (layers, schemes); "size" and "bitops" are there already.
+        budgets: largest totals, by cost name, that every allocation must meet.
+
+    Raises:
+        MpqError: a pattern that matches nothing, an unknown cost, or a group with no scheme left (named).
+    """
+    losses = np.where(np.isnan(table.scores), np.inf, table.scores)
+    names = [layer.name for layer in table.layers]
+    for pattern, scheme in (pin or {}).items():
+        wanted = parse_scheme(scheme).name
+        if wanted not in table.schemes:
+            raise MpqError(f"{pattern} cannot be pinned to {wanted}: the table knows {', '.join(table.schemes)}")
+        for name in match_names(pattern, names):
+            losses[names.index(name), [j for j, other in enumerate(table.schemes) if other != wanted]] = np.inf
+    for pattern, schemes in (forbid or {}).items():
+        columns = [table.schemes.index(scheme) for scheme in match_names(schemes, table.schemes, "scheme")]
+        for name in match_names(pattern, names):
+            losses[names.index(name), columns] = np.inf
+    groups = _groups(table.layers, ties)
+    parsed = [parse_scheme(scheme) for scheme in table.schemes]
+    by_layer: dict[str, Array] = {
+        "size": _cost(table.layers, parsed, lambda layer, scheme: weight_bytes(scheme, layer.rows, layer.cols)),
+        "bitops": _cost(table.layers, parsed, lambda layer, scheme: bitops(scheme, layer.macs)),
+        **(costs or {}),
+    }
+    for name in budgets or {}:
+        if name not in by_layer:
+            raise MpqError(f"there is no cost {name!r} to budget: the problem knows {', '.join(by_layer)}")
+    problem = Problem(
+        table.layers, table.schemes, groups, _summed(losses, groups), _summed(table.errors**2, groups),
+        {name: _summed(np.asarray(cost, dtype=np.float64), groups) for name, cost in by_layer.items()},
+        dict(budgets or {}), table.metric, int(table.provenance.get("overhead", 0)), dict(table.provenance),
+    )  # fmt: skip
+    for group in np.flatnonzero(~np.isfinite(problem.losses).any(1)).tolist():
+        raise MpqError(
+            f"no scheme is left for {problem.group_name(group)}: its layers share one, so they must be pinned alike; "
+            "loosen what is pinned or forbidden"
+        )
+    return problem
+
+
+def restricted(problem: Problem, schemes: Iterable[str]) -> Problem:
+    """The problem with some of its schemes alone, in the problem's order; MpqError when a group is left with none."""
+    wanted = match_names(schemes, problem.schemes, "scheme")
+    columns = [problem.schemes.index(scheme) for scheme in wanted]
+    for group in np.flatnonzero(~np.isfinite(problem.losses[:, columns]).any(1)).tolist():
+        raise MpqError(f"{problem.group_name(group)} can take none of {', '.join(wanted)}")
+    return replace(
+        problem, schemes=tuple(wanted), losses=problem.losses[:, columns], variances=problem.variances[:, columns],
+        costs={name: cost[:, columns] for name, cost in problem.costs.items()},
+    )  # fmt: skip
+
+
+def _groups(layers: Sequence[Layer], ties: bool) -> tuple[tuple[int, ...], ...]:
+    members: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        members.setdefault(f"tie {layer.tie}" if ties and layer.tie else f"layer {layer.name}", []).append(index)
+    return tuple(tuple(group) for group in members.values())
+
+
+def _cost(layers: Sequence[Layer], schemes: Sequence[Scheme], cost: Callable[[Layer, Scheme], float]) -> Array:
+    return np.array([[cost(layer, scheme) for scheme in schemes] for layer in layers], dtype=np.float64)
+
+
+def _summed(by_layer: Array, groups: Sequence[Sequence[int]]) -> Array:
+    return np.stack([by_layer[list(group)].sum(0) for group in groups])
