@@ -83,7 +83,7 @@ class Problem:
     def uniform(self) -> tuple[tuple[str, Allocation], ...]:
         """The allocations that give every group one and the same scheme, with its name, for schemes all can take."""
         possible = np.flatnonzero(np.isfinite(self.losses).all(0))
-        return tuple((self.schemes[j], self.allocation([j] * len(self.groups))) for j in possible)
+        return tuple((self.schemes[j], self.allocation([j] * len(self.groups))) for j in possible.tolist())
 
 
 def build_problem(
