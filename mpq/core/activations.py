@@ -1,5 +1,9 @@
 """A layer's inputs in an activation format: quantized on the fly, with scales of the moment."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from mpq.core.formats import Format
@@ -15,3 +19,19 @@ def fake_quantize_inputs(module: nn.Module, inputs: Tensor, format: Format) -> T
     tokens = inputs.movedim(channels, -1)
     rounded = fake_quantize(tokens.reshape(-1, tokens.shape[-1]), format).reshape(tokens.shape)
     return rounded.movedim(-1, channels).to(inputs.dtype)
+
+
+def straight_through(values: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """`rounding(values)`, with the identity for a gradient (straight-through, arXiv 1308.3432)."""
+    rounded: Tensor = _StraightThrough.apply(values, rounding)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+        return rounding(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

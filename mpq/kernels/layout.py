@@ -1,0 +1,164 @@
+"""Bit layouts of quantized matrices: one canonical layout on disk, others arranged once at load, exactly invertible.
+
+The canonical layout is called "rows". Each row's codes are a little-endian bit stream (the first code in the lowest
+bits) filled up to whole bytes; so are each row's zero points. Scales are stored in their own type.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from mpq.core.errors import MpqError, nearest_names
+from mpq.core.formats import Format
+from mpq.core.rounding import COPY_DTYPES, SCALE_DTYPES, Quantized, decode_scales, encode_scales
+
+ROWS = "rows"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized matrix as bytes.
+
+    In the canonical layout `tensors` holds, where the format has them and in this order:
+    packed uint8 (rows, ceil(cols * bits / 8)), a float copy as it is (rows, cols); scale, in its stored type,
+    (rows, groups) or (1, 1); zeros uint8 (rows or 1, ceil(groups * bits / 8)); tensor_scale float32 ().
+    """
+
+    format: Format
+    shape: tuple[int, int]
+    layout: str = ROWS
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:  # codes: uint8 (rows, cols), each below 2**bits
+    """Each row as a bit stream: uint8 (rows, ceil(cols * bits / 8)).
+
+    >>> pack_bits(torch.tensor([[1, 2, 7]], dtype=torch.uint8), 3).tolist()
+    [[209, 1]]
+    """
+    rows, cols = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -cols % 8)).reshape(rows, -1, 8)
+    words = padded.new_zeros(padded.shape[:2], dtype=torch.int64)  # eight codes fill `bits` bytes
+    for index in range(8):
+        words |= padded[..., index].long() << (bits * index)
+    stream = torch.stack([words >> (8 * index) & 0xFF for index in range(bits)], -1).to(torch.uint8)
+    return stream.flatten(1)[:, : -(-cols * bits // 8)].contiguous()
+
+
+def unpack_bits(stream: Tensor, bits: int, cols: int) -> Tensor:  # stream: uint8 (rows, ceil(cols * bits / 8))
+    """The inverse of `pack_bits`: uint8 (rows, cols)."""
+    rows, length = stream.shape
+    blocks = torch.nn.functional.pad(stream, (0, -length % bits)).reshape(rows, -1, bits)
+    words = blocks.new_zeros(blocks.shape[:2], dtype=torch.int64)
+    for index in range(bits):
+        words |= blocks[..., index].long() << (8 * index)
+    mask = 2**bits - 1
+    codes = torch.stack([(words >> (bits * index) & mask).to(torch.uint8) for index in range(8)], -1)
+    return codes.flatten(1)[:, :cols].contiguous()
+
+
+def pack(quantized: Quantized) -> Packed:
+    """The matrix in the canonical layout."""
+    format = quantized.format
+    if format.is_float_copy:
+        return Packed(format, quantized.shape, tensors={"packed": quantized.codes.contiguous()})
+    assert quantized.scales is not None
+    tensors = {
+        "packed": pack_bits(quantized.codes, format.grid.bits),
+        "scale": encode_scales(quantized.scales, format.scale).contiguous(),
+    }
+    if quantized.zeros is not None:
+        tensors["zeros"] = pack_bits(quantized.zeros, format.grid.bits)
+    if quantized.tensor_scale is not None:
+        tensors["tensor_scale"] = quantized.tensor_scale
+    return Packed(format, quantized.shape, tensors=tensors)
+
+
+def unpack(packed: Packed) -> Quantized:
+    """The inverse of `pack`, from any layout."""
+    packed = to_layout(packed, ROWS)
+    format, (rows, cols), tensors = packed.format, packed.shape, packed.tensors
+    if format.is_float_copy:
+        return Quantized(format, packed.shape, tensors["packed"])
+    bits = format.grid.bits
+    zeros = tensors.get("zeros")
+    return Quantized(
+        format,
+        (rows, cols),
+        unpack_bits(tensors["packed"], bits, cols),
+        decode_scales(tensors["scale"], format.scale),
+        None if zeros is None else unpack_bits(zeros, bits, format.groups(cols)),
+        tensors.get("tensor_scale"),
+    )
+
+
+def tensor_specs(format: Format, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of every tensor of the canonical layout, in its fixed order."""
+    if format.is_float_copy:
+        return {"packed": ((rows, cols), COPY_DTYPES[format.grid.name])}
+    bits, groups = format.grid.bits, format.groups(cols)
+    scale_rows = 1 if format.granularity == "tensor" else rows
+    specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "packed": ((rows, -(-cols * bits // 8)), torch.uint8),
+        "scale": ((scale_rows, groups), SCALE_DTYPES[format.scale]),
+    }
+    if format.zero_point:
+        specs["zeros"] = ((scale_rows, -(-groups * bits // 8)), torch.uint8)
+    if format.tensor_scale:
+        specs["tensor_scale"] = ((), torch.float32)
+    return specs
+
+
+def take_rows(packed: Packed, rows: Tensor) -> Packed:  # rows: int64 (n,)
+    """The matrix of the chosen rows, canonical; nothing else is unpacked where the layout is canonical already."""
+    packed = to_layout(packed, ROWS)
+    whole = {"tensor_scale"} | ({"scale", "zeros"} if packed.format.granularity == "tensor" else set())
+    tensors = {name: tensor if name in whole else tensor[rows] for name, tensor in packed.tensors.items()}
+    return replace(packed, shape=(len(rows), packed.shape[1]), tensors=tensors)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to arrange the same bits, lossless.
+
+    `arrange` takes the canonical layout, `restore` gives it back; `names` are those of its tensors for a format, in
+    their fixed order. `suits` says whether the layout is the one to use for a matrix on a device; the layouts
+    registered last are asked first, and "rows" is taken when none suits.
+    """
+
+    arrange: Callable[[Packed], Packed]
+    restore: Callable[[Packed], Packed]
+    names: Callable[[Format], Sequence[str]]
+    suits: Callable[[Packed, torch.device], bool] = lambda packed, device: False
+
+
+LAYOUTS: dict[str, Layout] = {
+    ROWS: Layout(lambda packed: packed, lambda packed: packed, lambda format: tuple(tensor_specs(format, 1, 1)))
+}
+
+
+def packed_of(weight: Sequence[Tensor], format: Format, shape: tuple[int, int], layout: str) -> Packed:
+    """The bare tensors of a layout, in their fixed order, as what they are."""
+    return Packed(format, shape, layout, dict(zip(LAYOUTS[layout].names(format), weight, strict=True)))
+
+
+def to_layout(packed: Packed, name: str) -> Packed:
+    """The same matrix in the layout called `name`; MpqError when there is none."""
+    for wanted in (name, packed.layout):
+        if wanted not in LAYOUTS:
+            raise MpqError(f"unknown layout {wanted!r}: {nearest_names(wanted, LAYOUTS)}")
+    if packed.layout == name:
+        return packed
+    return LAYOUTS[name].arrange(LAYOUTS[packed.layout].restore(packed))
+
+
+def best_layout(packed: Packed, device: torch.device) -> str:
+    """The name of the layout to compute in on a device."""
+    return next((name for name in reversed(LAYOUTS) if LAYOUTS[name].suits(packed, device)), ROWS)

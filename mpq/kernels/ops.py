@@ -1,0 +1,100 @@
+"""torch.ops.mpq: each op defined once with its schema, shape function, gradient and plain-PyTorch reference.
+
+A weight comes as the tensors of its layout in their fixed order. A backend adds its kernel for a layout and a device
+type to `KERNELS`; anything else is computed by the reference, from every layout.
+
+    linear(input (..., cols), weight, bias (rows,) or None, ...) -> (..., rows) in the input's type
+    dequantize(weight, ...) -> (rows, cols) float32
+    embedding(indices (...), weight, ..., dtype) -> (..., cols)
+
+`activation` is "" or the name of the format that the input is rounded to first (see `mpq.core.scheme`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpq.kernels import reference
+
+_WEIGHT = "str format, int rows, int cols, str layout"
+SCHEMAS = {
+    "linear": f"(Tensor input, Tensor[] weight, Tensor? bias, {_WEIGHT}, str activation) -> Tensor",
+    "dequantize": f"(Tensor[] weight, {_WEIGHT}) -> Tensor",
+    "embedding": f"(Tensor indices, Tensor[] weight, {_WEIGHT}, ScalarType dtype) -> Tensor",
+}
+# (op, layout, device type) -> a function with the op's signature
+KERNELS: dict[tuple[str, str, str], Callable[..., Tensor]] = {}
+
+
+def _linear(
+    input: Tensor,
+    weight: Sequence[Tensor],
+    bias: Tensor | None,
+    format: str,
+    rows: int,
+    cols: int,
+    layout: str,
+    activation: str,
+) -> Tensor:
+    kernel = KERNELS.get(("linear", layout, input.device.type), reference.linear)
+    return kernel(input, weight, bias, format, rows, cols, layout, activation)
+
+
+def _dequantize(weight: Sequence[Tensor], format: str, rows: int, cols: int, layout: str) -> Tensor:
+    kernel = KERNELS.get(("dequantize", layout, weight[0].device.type), reference.dequantize)
+    return kernel(weight, format, rows, cols, layout)
+
+
+def _embedding(
+    indices: Tensor, weight: Sequence[Tensor], format: str, rows: int, cols: int, layout: str, dtype: torch.dtype
+) -> Tensor:
+    kernel = KERNELS.get(("embedding", layout, indices.device.type), reference.embedding)
+    return kernel(indices, weight, format, rows, cols, layout, dtype)
+
+
+def _linear_shape(
+    input: Tensor, weight: Sequence[Tensor], bias: Tensor | None, format: str, rows: int, *facts: Any
+) -> Tensor:
+    return input.new_empty((*input.shape[:-1], rows))
+
+
+def _dequantize_shape(weight: Sequence[Tensor], format: str, rows: int, cols: int, layout: str) -> Tensor:
+    return weight[0].new_empty((rows, cols), dtype=torch.float32)
+
+
+def _embedding_shape(
+    indices: Tensor, weight: Sequence[Tensor], format: str, rows: int, cols: int, layout: str, dtype: torch.dtype
+) -> Tensor:
+    return indices.new_empty((*indices.shape, cols), dtype=dtype)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, bias, *facts, _ = inputs
+    ctx.save_for_backward(*weight)
+    ctx.facts, ctx.bias_type = facts, None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    """Gradients of input and bias: packed weights are constants, and rounding the input counts as the identity."""
+    by_input = by_bias = None
+    if ctx.needs_input_grad[0]:
+        matrix = torch.ops.mpq.dequantize(list(ctx.saved_tensors), *ctx.facts)
+        by_input = (gradient.float() @ matrix).to(gradient.dtype)
+    if ctx.needs_input_grad[2]:
+        by_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_type)
+    return by_input, [None] * len(ctx.saved_tensors), by_bias, None, None, None, None, None
+
+
+_LIBRARY: Any = torch.library.Library("mpq", "DEF")  # type: ignore[no-untyped-call]
+_PARTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "linear": (_linear, _linear_shape),
+    "dequantize": (_dequantize, _dequantize_shape),
+    "embedding": (_embedding, _embedding_shape),
+}
+for _name, (_implementation, _shape) in _PARTS.items():
+    _LIBRARY.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mpq::{_name}", _shape, lib=_LIBRARY)
+torch.library.register_autograd("mpq::linear", _linear_backward, setup_context=_remember, lib=_LIBRARY)

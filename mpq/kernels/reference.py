@@ -1,0 +1,55 @@
+"""Plain PyTorch: what every kernel must equal. Unpack, dequantize, multiply in float32."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mpq.core.formats import parse_format
+from mpq.core.rounding import dequantize as dequantize_codes
+from mpq.core.rounding import fake_quantize
+from mpq.kernels.layout import packed_of, take_rows, unpack
+
+
+def linear(
+    input: Tensor,  # (..., cols)
+    weight: Sequence[Tensor],
+    bias: Tensor | None,  # (rows,)
+    format: str,
+    rows: int,
+    cols: int,
+    layout: str,
+    activation: str,
+) -> Tensor:
+    """input @ weight.T + bias, computed in float32, in the input's type: (..., rows)."""
+    matrix = dequantize(weight, format, rows, cols, layout)
+    if activation:
+        input = quantize_activation(input, activation)
+    output = functional.linear(input.float(), matrix, None if bias is None else bias.float())
+    return output.to(input.dtype)
+
+
+def quantize_activation(input: Tensor, activation: str) -> Tensor:
+    """The input (..., cols) as the activation format holds it, in its own type; rows are tokens."""
+    tokens = input.reshape(-1, input.shape[-1])
+    return fake_quantize(tokens, parse_format(activation)).reshape(input.shape).to(input.dtype)
+
+
+def dequantize(weight: Sequence[Tensor], format: str, rows: int, cols: int, layout: str) -> Tensor:
+    """The weight, float32 (rows, cols)."""
+    return dequantize_codes(unpack(packed_of(weight, parse_format(format), (rows, cols), layout)))
+
+
+def embedding(
+    indices: Tensor,  # int (...)
+    weight: Sequence[Tensor],
+    format: str,
+    rows: int,
+    cols: int,
+    layout: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The rows that the indices pick: (..., cols)."""
+    packed = take_rows(packed_of(weight, parse_format(format), (rows, cols), layout), indices.flatten())
+    return dequantize_codes(unpack(packed)).reshape(*indices.shape, cols).to(dtype)

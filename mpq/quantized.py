@@ -1,0 +1,165 @@
+"""Models that compute in an allocation's formats: simulated in floating point and trainable, or from packed weights."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mpq.core.activations import fake_quantize_inputs, straight_through
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError, nearest_names
+from mpq.core.formats import Format
+from mpq.core.layer import Layer
+from mpq.core.layers import layer_kind, matrix_to_weight, weight_matrix
+from mpq.core.methods import method_named
+from mpq.core.rounding import Quantized, dequantize, quantize
+from mpq.core.scheme import Scheme
+from mpq.kernels.layout import Packed, pack
+from mpq.kernels.modules import PackedWeight, packed_module
+
+Moments = Mapping[str, Tensor]  # second moments of the layers' inputs, by layer name
+
+
+def simulate(
+    model: nn.Module,
+    allocation: Allocation,
+    method: str = "mse",
+    second_moments: Moments | None = None,
+    *,
+    trainable: bool = True,
+) -> nn.Module:
+    """A copy of the model whose layers hold the numbers of their schemes, in the model's own floating-point types.
+
+    Trainable, weights stay in full precision and are rounded to the scheme's grid, with the scales found at the start,
+    whenever they are used; gradients pass rounding as if it were the identity (straight-through, arXiv 1308.3432).
+    Otherwise the rounded weights simply replace the original ones: half the memory, faster, same outputs. Activations
+    are rounded on their way into a layer in both cases. Weights shared by several modules stay shared.
+
+    Raises:
+        MpqError: the allocation's layers are not the model's, or a weight cannot be rounded (named).
+    """
+    simulated = copy.deepcopy(model)
+    for layer, scheme, quantized in quantized_layers(simulated, allocation, method, second_moments):
+        modules = [simulated.get_submodule(name) for name in layer.names]
+        if trainable:
+            rounding = WeightRounding(quantized, modules[0])
+            for module in modules:
+                parametrize.register_parametrization(module, "weight", rounding, unsafe=True)
+        else:
+            weight: Tensor = modules[0].weight  # type: ignore[assignment]
+            with torch.no_grad():
+                weight.copy_(matrix_to_weight(dequantize(quantized), modules[0]))
+        if scheme.activation is not None:
+            for module in modules:
+                if not isinstance(module, nn.Embedding):
+                    module.register_forward_pre_hook(InputRounding(scheme.activation))
+    return simulated
+
+
+def pack_model(
+    model: nn.Module, allocation: Allocation, method: str = "mse", second_moments: Moments | None = None
+) -> nn.Module:
+    """A copy of the model whose layers hold packed weights only and compute from them.
+
+    Raises:
+        MpqError: the allocation's layers are not the model's, or a weight cannot be rounded (named).
+    """
+    weights: dict[int, Any] = {}
+    for layer, _ in checked_layers(model, allocation):
+        weight = model.get_submodule(layer.name).weight
+        weights[id(weight)] = weight  # shared with the copy until they are packed: the original is not copied
+    packed = copy.deepcopy(model, dict(weights))
+    for layer, scheme, quantized in quantized_layers(packed, allocation, method, second_moments):
+        put_packed(packed, layer, scheme, pack(quantized))
+    return packed
+
+
+def put_packed(model: nn.Module, layer: Layer, scheme: Scheme, packed: Packed) -> None:
+    """Replace the modules of a layer, in place, by one that computes from the packed weight."""
+    weight: PackedWeight | None = None
+    for name in layer.names:
+        origin = model.get_submodule(name)
+        if weight is None:
+            original: Tensor = origin.weight  # type: ignore[assignment]
+            weight = PackedWeight(packed, original.dtype)
+            weight.arrange()
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, packed_module(origin, weight, scheme))
+
+
+def quantized_layers(
+    model: nn.Module, allocation: Allocation, method: str, second_moments: Moments | None = None
+) -> Iterator[tuple[Layer, Scheme, Quantized]]:
+    """Every layer with its scheme and its rounded weight, one at a time."""
+    choose = method_named(method)
+    for layer, scheme in checked_layers(model, allocation):
+        weight = weight_matrix(model.get_submodule(layer.name)).detach()
+        try:
+            yield layer, scheme, choose(weight, scheme.weight, (second_moments or {}).get(layer.name))
+        except MpqError as error:
+            raise MpqError(f"layer {layer.name} in {scheme.name}: {error}") from error
+
+
+def checked_layers(model: nn.Module, allocation: Allocation) -> list[tuple[Layer, Scheme]]:
+    """The allocation's layers with their schemes; MpqError when one of them is not the model's."""
+    schemes, modules = allocation.scheme_of, dict(model.named_modules(remove_duplicate=False))
+    for layer in allocation.layers:
+        for name in layer.names:
+            if name not in modules:
+                raise MpqError(
+                    f"the allocation names a layer {name} that the model lacks: {nearest_names(name, modules)}"
+                )
+            module = modules[name]
+            shape = tuple(weight_matrix(module).shape) if layer_kind(module) else None
+            if shape != (layer.rows, layer.cols):
+                raise MpqError(
+                    f"layer {name} is {type(module).__name__} {shape or ''} in the model, but {layer.kind} "
+                    f"{(layer.rows, layer.cols)} in the allocation: it was made for another model"
+                )
+    return [(layer, schemes[layer.name]) for layer in allocation.layers]
+
+
+class WeightRounding(nn.Module):
+    """A weight on the grid of its first rounding: scales and zero points stay, codes follow the weight."""
+
+    scales: Tensor | None
+    zeros: Tensor | None
+    tensor_scale: Tensor | None
+
+    def __init__(self, quantized: Quantized, owner: nn.Module) -> None:
+        super().__init__()
+        self.format, self.kind = quantized.format, layer_kind(owner)
+        self.register_buffer("scales", quantized.scales)
+        self.register_buffer("zeros", quantized.zeros)
+        self.register_buffer("tensor_scale", quantized.tensor_scale)
+        weight: Tensor = owner.weight  # type: ignore[assignment]
+        wanted = matrix_to_weight(dequantize(quantized), owner).to(weight.dtype)
+        with torch.no_grad():  # where a method chose another code than the nearest, the weight starts on that code
+            weight.copy_(torch.where(self._round(weight) == wanted, weight, wanted))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The rounded weight."""
+        return straight_through(weight, self._round)
+
+    def _round(self, weight: Tensor) -> Tensor:
+        transposed = self.kind == "transformers-conv1d"
+        matrix = weight.t() if transposed else weight.flatten(1)
+        rounded = dequantize(
+            quantize(matrix, self.format, scales=self.scales, zeros=self.zeros, tensor_scale=self.tensor_scale)
+        )
+        return (rounded.t() if transposed else rounded.reshape(weight.shape)).to(weight.dtype)
+
+
+class InputRounding:
+    """A hook that rounds a layer's input to its activation format, straight-through."""
+
+    def __init__(self, format: Format) -> None:
+        self.format = format
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments with the first one rounded."""
+        rounded = straight_through(args[0], lambda inputs: fake_quantize_inputs(module, inputs, self.format))
+        return (rounded, *args[1:])

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch.nn import functional
+
+import mpq.kernels.ops as ops
+from mpq.core.calibration import seeded
+from mpq.core.formats import FORMATS, parse_format
+from mpq.core.rounding import dequantize, fake_quantize, quantize
+from mpq.kernels.layout import pack
+
+ROWS, COLS = 6, 40
+CASES = [
+    ("int4-g32", ""),
+    ("int3-g32-asym", "int8-channel"),
+    ("nvfp4", "fp8-e4m3"),
+    ("int8", "mxfp8-e4m3"),
+    ("bf16", ""),
+]
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed, shape))
+
+
+def packed_weight(name):
+    quantized = quantize(random(ROWS, COLS), parse_format(name))
+    return list(pack(quantized).tensors.values()), dequantize(quantized)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "activation"), CASES)
+def test_ops_are_sound_operators(name, activation, dtype):
+    weight, _ = packed_weight(name)
+    x = random(2, 3, COLS).to(dtype).requires_grad_()
+    bias = random(ROWS).to(dtype).requires_grad_()
+    facts = (name, ROWS, COLS, "rows")
+    torch.library.opcheck(torch.ops.mpq.linear.default, (x, weight, bias, *facts, activation))
+    torch.library.opcheck(torch.ops.mpq.linear.default, (x.detach()[0, 0], weight, None, *facts, activation))
+    torch.library.opcheck(torch.ops.mpq.dequantize.default, (weight, *facts))
+    torch.library.opcheck(torch.ops.mpq.embedding.default, (torch.tensor([[1, 0, 5]]), weight, *facts, dtype))
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_linear_is_a_product_with_the_dequantized_weight(name):
+    weight, matrix = packed_weight(name)
+    x, bias = random(5, COLS, seed=1), random(ROWS, seed=2)
+    out = torch.ops.mpq.linear(x, weight, bias, name, ROWS, COLS, "rows", "")
+    assert torch.equal(out, functional.linear(x, matrix, bias))
+    rounded = torch.ops.mpq.linear(x, weight, bias, name, ROWS, COLS, "rows", "int8-channel")
+    assert torch.equal(rounded, functional.linear(fake_quantize(x, parse_format("int8-channel")), matrix, bias))
+    assert torch.equal(torch.ops.mpq.dequantize(weight, name, ROWS, COLS, "rows"), matrix)
+    indices = torch.tensor([[5, 0], [2, 5]])
+    rows = torch.ops.mpq.embedding(indices, weight, name, ROWS, COLS, "rows", torch.float32)
+    assert torch.equal(rows, functional.embedding(indices, matrix))
+
+
+def test_gradients_are_those_of_the_dequantized_product():
+    weight, matrix = packed_weight("int4-g32")
+    x, bias = random(2, 5, COLS, seed=1).requires_grad_(), random(ROWS, seed=2).requires_grad_()
+    torch.ops.mpq.linear(x, weight, bias, "int4-g32", ROWS, COLS, "rows", "").square().sum().backward()
+    plain_x, plain_bias = x.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
+    functional.linear(plain_x, matrix, plain_bias).square().sum().backward()
+    torch.testing.assert_close(x.grad, plain_x.grad)
+    torch.testing.assert_close(bias.grad, plain_bias.grad)
+
+
+def test_a_backend_serves_its_layout_and_device_alone(monkeypatch):
+    weight, matrix = packed_weight("int8")
+    monkeypatch.setitem(ops.KERNELS, ("linear", "rows", "cpu"), lambda input, *rest: input[..., :ROWS] * 0 + 7)
+    assert bool((torch.ops.mpq.linear(random(2, COLS), weight, None, "int8", ROWS, COLS, "rows", "") == 7).all())
+    assert torch.equal(torch.ops.mpq.dequantize(weight, "int8", ROWS, COLS, "rows"), matrix)
+
+
+def test_empty_input():
+    weight, _ = packed_weight("int4-g32")
+    out = torch.ops.mpq.linear(torch.empty(0, COLS), weight, None, "int4-g32", ROWS, COLS, "rows", "int8-channel")
+    assert out.shape == (0, ROWS)
+
+
+def test_compiled_graphs_keep_the_op():
+    weight, matrix = packed_weight("int4-g32")
+
+    def double(x):
+        return torch.ops.mpq.linear(x, weight, None, "int4-g32", ROWS, COLS, "rows", "") * 2
+
+    x = random(3, COLS)
+    compiled = torch.compile(double, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), functional.linear(x, matrix) * 2)
