@@ -163,7 +163,7 @@ def test_packed_weights_take_the_promised_bytes():
     model = language_model()
     allocation = allocate(model, "int3-g32", "nvfp4", "int8-channel")
     weights = {module for module in pack_model(model, allocation).modules() if isinstance(module, PackedWeight)}
-    assert sum(weight.packed.nbytes for weight in weights) == allocation.size
+    assert sum(weight.matrix().nbytes for weight in weights) == allocation.size
     quantized = {layer.name: pack(q) for layer, _, q in quantized_layers(model, allocation, "mse")}
     assert sum(packed.nbytes for packed in quantized.values()) == allocation.size
 
@@ -202,7 +202,7 @@ def test_a_weight_that_cannot_be_rounded_is_named():
     model = language_model()
     with torch.no_grad():
         model.twice.weight[0, 0] = torch.nan
-    with pytest.raises(MpqError, match="layer twice in int8: .* NaN"):
+    with pytest.raises(MpqError, match=r"layer twice in int8: .* NaN"):
         simulate(model, allocate(model, "int8"))
 
 

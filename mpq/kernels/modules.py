@@ -40,9 +40,8 @@ class PackedWeight(nn.Module):
         """The layout's tensors in their fixed order."""
         return list(self._buffers.values())  # type: ignore[arg-type]
 
-    @property
-    def packed(self) -> Packed:
-        """Format, shape and tensors."""
+    def matrix(self) -> Packed:
+        """Format, shape and tensors as one value."""
         return packed_of(self.tensors, self.format, self.shape, self.layout)
 
     @property
@@ -52,7 +51,7 @@ class PackedWeight(nn.Module):
 
     def arrange(self, layout: str | None = None) -> None:
         """Change the layout: to the one named, or to the best for the device; MpqError for an unknown name."""
-        packed = to_layout(self.packed, ROWS)
+        packed = to_layout(self.matrix(), ROWS)
         self._put(to_layout(packed, layout or best_layout(packed, self.device)))
 
     def dequantize(self) -> Tensor:
@@ -75,12 +74,12 @@ class PackedWeight(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, tensor in to_layout(self.packed, ROWS).tensors.items():
+        for name, tensor in to_layout(self.matrix(), ROWS).tensors.items():
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         layout = self.layout
-        self._put(to_layout(self.packed, ROWS))
+        self._put(to_layout(self.matrix(), ROWS))
         super()._load_from_state_dict(state, prefix, *args)
         self.arrange(layout)
 
