@@ -16,6 +16,7 @@ DEFAULT_METRIC = "output"
 # name: (module:function, what it is); functions take a Task and options, and give scores and standard errors.
 METRICS: dict[str, tuple[str, str]] = {
     "hessian": ("mpq.sensitivity.hessian:hessian", "mean Hessian trace x squared weight error (HAWQ-V2)"),
+    "eigenvalue": ("mpq.sensitivity.eigenvalue:eigenvalue", "top Hessian eigenvalue / weights x squared error (HAWQ)"),
     "fisher": ("mpq.sensitivity.fisher:fisher", "diagonal empirical Fisher x squared weight errors"),
     "output": ("mpq.sensitivity.output:output", "squared output error weighted by output gradients"),
     "curvature": ("mpq.sensitivity.curvature:curvature", "Hessian trace spread as the layer's inputs are"),

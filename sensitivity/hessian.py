@@ -1,41 +1,60 @@
-"""Mean Hessian trace times squared weight error (HAWQ-V2, arXiv 1911.03852), all layers' traces at once."""
+"""Mean Hessian trace times squared error (HAWQ-V2, arXiv 1911.03852), all layers' traces at once."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mpq.core.calibration import check_loss, samples_in, seeded
+from mpq.core.calibration import samples_in, seeded
 from mpq.core.errors import MpqError
+from mpq.core.formats import Format
 from mpq.core.layer import Layer
-from mpq.sensitivity.derivatives import only_gradients_of
+from mpq.sensitivity.inputs import input_curvature, input_errors
+from mpq.sensitivity.products import Curvature, operator_named, weight_curvature
 from mpq.sensitivity.task import Scores, Task, score_weight_errors
 
 log = logging.getLogger(__name__)
 
 
 def hessian(
-    task: Task, *, min_probes: int = 2, max_probes: int = 16, target: float = 0.2, settle: float = 0.7
+    task: Task,
+    *,
+    operator: str = "hessian",
+    min_probes: int = 2,
+    max_probes: int = 16,
+    target: float = 0.2,
+    settle: float = 0.7,
+    backend: str = "own",
 ) -> Scores:
     """Predicted loss increase 1/2 * Tr(H_i) / n_i * ||Q(W_i) - W_i||^2 of every layer i and scheme.
 
     The paper's Omega (section 3.2) is twice this; with the half it is the second-order term of the loss itself, for a
     perturbation spread evenly over directions, and can be compared with other metrics. A trace below its own standard
     error is replaced by that error: noise, or an unconverged model's negative curvature, never makes a layer free.
+    Schemes with an activation format add the same term of the layer's inputs a, 1/2 * Tr(H_a) / n_a * ||Q(a) - a||^2,
+    averaged over samples (section 3.3).
 
     Args:
         task: model, data, layers and schemes.
+        operator: "hessian", or "gauss-newton": its part without the network's own curvature.
         min_probes: probes for each batch before the stopping rule is asked.
         max_probes: probes for each batch at most.
         target: a layer is done when the probes' part of its standard error is below this share of its trace,
         settle: or below this share of the whole standard error: the rest is the data's, and probes cannot lower it.
+        backend: "own", or "pyhessian": its Hutchinson trace, `max_probes` draws for one layer at a time.
     """
-    traces = hessian_traces(task, min_probes=min_probes, max_probes=max_probes, target=target, settle=settle)
+    rule = {"min_probes": min_probes, "max_probes": max_probes, "target": target, "settle": settle}
+    if backend == "own":
+        traces = hessian_traces(task, operator=operator, **rule)  # type: ignore[arg-type]
+    elif backend == "pyhessian":
+        traces = _pyhessian_traces(task, max_probes)
+    else:
+        raise MpqError(f"unknown backend {backend!r}: take 'own' or 'pyhessian'")
     means = floored(traces)
     index = {layer.name: i for i, layer in enumerate(task.layers)}
 
@@ -44,7 +63,24 @@ def hessian(
         factor = 0.5 * difference.square().sum(dtype=torch.float64).item() / layer.params
         return factor * float(means[i]), factor * float(traces.errors[i])
 
-    return score_weight_errors(task, score)
+    if all(scheme.activation is None for scheme in task.schemes):
+        return score_weight_errors(task, score)
+    errors = input_errors(task)
+    of_inputs = hessian_traces(task, operator=operator, of="inputs", **rule)  # type: ignore[arg-type]
+    input_means = floored(of_inputs)
+
+    def activation(layer: Layer, format: Format) -> tuple[float, float]:
+        i, error = index[layer.name], errors[layer.name]
+        factor = 0.5 * error.squared[format] / max(error.numbers, 1)
+        return factor * float(input_means[i]), factor * float(of_inputs.errors[i])
+
+    return score_weight_errors(task, score, activation)
+
+
+CURVATURES: dict[str, Callable[[Task, int, str], AbstractContextManager[tuple[Curvature, list[int]]]]] = {
+    "weights": weight_curvature,
+    "inputs": input_curvature,
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +105,14 @@ def floored(traces: Traces) -> NDArray[np.float64]:
 
 
 def hessian_traces(
-    task: Task, *, min_probes: int = 2, max_probes: int = 16, target: float = 0.2, settle: float = 0.7
+    task: Task,
+    *,
+    operator: str = "hessian",
+    of: str = "weights",
+    min_probes: int = 2,
+    max_probes: int = 16,
+    target: float = 0.2,
+    settle: float = 0.7,
 ) -> Traces:
     """Hutchinson's estimate of Tr(H_ii) for every layer i from Hessian-vector products shared by all of them.
 
@@ -78,18 +121,24 @@ def hessian_traces(
     2 (||H_ii||_F^2 - sum_k H_ii,kk^2) + sum_j!=i ||H_ij||_F^2. H belongs to the loss per sample: batches are averaged
     by their sizes. Draws are seeded by batch, index and layer name.
 
+    Of "inputs", H_ii is the Hessian of a sample's loss in that sample's inputs of the layer, and its trace is averaged
+    over samples: samples do not meet, so one product serves all of them (HAWQ-V2, section 3.3).
+
     Raises:
         MpqError: a batch of NaN loss, or an operation that cannot be differentiated twice.
     """
     if not 2 <= min_probes <= max_probes:
         raise MpqError(f"Hessian probes: want 2 <= min_probes <= max_probes, not {min_probes} and {max_probes}")
+    operator_named(operator)
+    if of not in CURVATURES:
+        raise MpqError(f"traces are of {' or '.join(CURVATURES)}, not of {of!r}")
     sizes = np.array([samples_in(batch) for batch in task.batches], dtype=np.float64)
     draws = np.empty((0, len(task.batches), len(task.layers)))
     while True:
         more = min_probes if not len(draws) else min(len(draws), max_probes - len(draws))
         rounds = range(len(draws), len(draws) + more)
         batches = task.track(range(len(task.batches)), f"Hessian probes {rounds.start + 1} to {rounds.stop}")
-        draws = np.concatenate([draws, np.stack([_draws(task, batch, rounds) for batch in batches], axis=1)])
+        draws = np.concatenate([draws, np.stack([_draws(task, batch, rounds, operator, of) for batch in batches], 1)])
         traces = _summary(draws, sizes / sizes.sum())
         enough = np.maximum(target * np.abs(traces.means), settle * traces.errors)
         if len(draws) >= max_probes or bool((traces.probe_errors <= enough).all()):
@@ -109,42 +158,50 @@ def _summary(
     return Traces(means, np.sqrt(np.maximum(spread, probe_variances)), np.sqrt(probe_variances), probes)
 
 
-def _draws(task: Task, batch: int, rounds: Sequence[int]) -> NDArray[np.float64]:
+def _draws(task: Task, batch: int, rounds: Sequence[int], operator: str, of: str) -> NDArray[np.float64]:
     """v_i . (H v)_i of one batch, (rounds, layers); the gradient's graph is built once for all rounds."""
-    names = {index: f"probe {index} of batch {batch}" for index in rounds}
+    suffix = "" if of == "weights" else f" of {of}"
+    names = {index: f"probe {index} of batch {batch}{suffix}" for index in rounds}
     found = {index: task.journal.recall(name) for index, name in names.items()}
     if any(numbers is None for numbers in found.values()):
-        weights: list[Tensor] = [task.module(layer).weight for layer in task.layers]  # type: ignore[misc]
-        with only_gradients_of(task.model, weights), sdpa_kernel(SDPBackend.MATH):
-            loss = check_loss(task.loss_fn(task.model, task.batches[batch]), batch)
-            gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True, materialize_grads=True)
+        with CURVATURES[of](task, batch, operator) as (curvature, owners):
             for index in rounds:
                 if found[index] is None:
-                    numbers = _draw(task, gradients, weights, index, batch)
+                    numbers = _draw(task, curvature, owners, (batch, index))
                     task.journal.note(names[index], numbers)
                     found[index] = numbers
     return np.array([found[index] for index in rounds], dtype=np.float64)
 
 
-def _draw(task: Task, gradients: Sequence[Tensor], weights: Sequence[Tensor], index: int, batch: int) -> list[float]:
-    probes = [
-        rademacher(weight, seeded(task.seed, "hessian", batch, index, layer.name))
-        for weight, layer in zip(weights, task.layers, strict=True)
-    ]
-    used = [(gradient, probe) for gradient, probe in zip(gradients, probes, strict=True) if gradient.requires_grad]
-    try:
-        products = torch.autograd.grad(
-            [gradient for gradient, _ in used], weights, [probe for _, probe in used],
-            retain_graph=True, allow_unused=True, materialize_grads=True,
-        )  # fmt: skip
-    except RuntimeError as error:
-        if "not implemented" in str(error):
-            raise MpqError(f"this model cannot be differentiated twice ({error}): take the metric 'fisher'") from error
-        raise
-    return [(v * hv).sum(dtype=torch.float64).item() for v, hv in zip(probes, products, strict=True)]
+def _draw(task: Task, curvature: Curvature, owners: Sequence[int], seeds: tuple[int, int]) -> list[float]:
+    """One draw for every layer; a layer owns one variable, its weight, or as many as its module was called."""
+    calls: dict[int, int] = {}
+    probes = []
+    for variable, owner in zip(curvature.variables, owners, strict=True):
+        calls[owner] = calls.get(owner, 0) + 1
+        again = () if calls[owner] == 1 else (calls[owner],)
+        generator = seeded(task.seed, "hessian", *seeds, task.layers[owner].name, *again)
+        probes.append(rademacher(variable, generator))
+    numbers = [0.0] * len(task.layers)
+    for owner, v, hv in zip(owners, probes, curvature.product(probes), strict=True):
+        numbers[owner] += (v * hv).sum(dtype=torch.float64).item()
+    return numbers
 
 
 def rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
     """Random signs in the shape, type and place of `like`."""
     signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
     return (signs * 2 - 1).to(like.device, like.dtype)
+
+
+def _pyhessian_traces(task: Task, probes: int) -> Traces:
+    from mpq.sensitivity.pyhessian import pyhessian_draws
+
+    draws = []
+    for layer in task.track(task.layers, "pyhessian"):
+        known = task.journal.recall(f"draws of {layer.name}")
+        if known is None:
+            known = pyhessian_draws(task, [task.module(layer).weight], probes)  # type: ignore[list-item]
+            task.journal.note(f"draws of {layer.name}", known)
+        draws.append(known)
+    return _summary(np.array(draws).T[:, None], np.ones(1))

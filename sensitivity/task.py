@@ -1,5 +1,6 @@
 """What a metric is asked, and the walk over layers and schemes that most of them share."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from mpq.core.calibration import Batch, LossFn
 from mpq.core.errors import MpqError
+from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.layers import weight_matrix
 from mpq.core.methods import Method
@@ -58,21 +60,38 @@ class Task:
         yield from tqdm(items, desc=what, total=total, disable=not self.progress, leave=False, dynamic_ncols=True)
 
 
+SCORES_ACTIVATIONS = ("loss", "hessian")  # metrics that say something of activation formats
 Metric: TypeAlias = Callable[..., Scores]  # metric(task, **options)
 
 
-def score_weight_errors(task: Task, score: Callable[[Layer, Tensor], tuple[float, float]]) -> Scores:
+def score_weight_errors(
+    task: Task,
+    score: Callable[[Layer, Tensor], tuple[float, float]],
+    activation: Callable[[Layer, Format], tuple[float, float]] | None = None,
+) -> Scores:
     """Scores and standard errors from `score(layer, Q(W) - W)`: one weight error is held at a time.
 
+    What a scheme's activation format costs, `activation(layer, format)`, is added where there is such a function.
+
     Raises:
-        MpqError: a scheme that quantizes activations, which a weight's error says nothing of.
+        MpqError: a scheme that quantizes activations, when there is none.
     """
     for scheme in task.schemes:
-        if scheme.activation is not None:
-            raise MpqError(f"this metric scores weight formats only, not {scheme.name}: take the metric 'loss' for it")
+        if scheme.activation is not None and activation is None:
+            raise MpqError(
+                f"this metric scores weight formats only, not {scheme.name}: take one of "
+                f"{', '.join(SCORES_ACTIVATIONS)} for it"
+            )
 
     def row(layer: Layer) -> list[float]:
-        return [number for scheme in task.schemes for number in score(layer, task.weight_error(layer, scheme))]
+        numbers: list[float] = []
+        for scheme in task.schemes:
+            value, error = score(layer, task.weight_error(layer, scheme))
+            if scheme.activation is not None and activation is not None and layer.kind != "embedding":
+                more, its_error = activation(layer, scheme.activation)
+                value, error = value + more, math.hypot(error, its_error)
+            numbers += (value, error)
+        return numbers
 
     return by_layer(task, row, "rounding")
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy of a classifier on (inputs, labels (batch,)); `model(inputs)` gives (batch, classes)."""
     inputs, labels = batch
-    return functional.cross_entropy(_logits(model(inputs)), labels)
+    return functional.cross_entropy(logits_of(model(inputs)), labels)
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -40,11 +40,12 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     targets = tokens[:, 1:]
     if options:
         targets = targets.masked_fill(options["attention_mask"][:, 1:] == 0, -100)
-    logits = _logits(model(tokens, **options))[:, :-1]
+    logits = logits_of(model(tokens, **options))[:, :-1]
     return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """What a model's output predicts with: its `logits` when it has some, else the output itself."""
     logits: Tensor = getattr(output, "logits", output)
     return logits
 

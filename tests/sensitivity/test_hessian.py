@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exact import exact_blocks, exact_input_traces, gauss_newton_blocks
 from pyhessian import hessian as PyHessian
 from small_models import (
     Convolutions,
@@ -18,38 +19,17 @@ from small_models import (
     token_batches,
 )
 from torch import nn
-from torch.func import functional_call
 from torch.nn import functional
 
-from mpq.core.calibration import cross_entropy, next_token_loss, samples_in
+from mpq.core.calibration import cross_entropy, next_token_loss
 from mpq.core.errors import MpqError
+from mpq.core.formats import parse_format
+from mpq.core.rounding import fake_quantize
 from mpq.sensitivity.hessian import hessian, hessian_traces
 from mpq.sensitivity.journal import Journal
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 RESNET = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "cifar10_resnet20.safetensors"
-
-
-def exact_blocks(task):
-    """Hessian of the loss per sample over all layers' weights, as blocks [i][j] of (size i, size j)."""
-    names = [f"{layer.name}.weight" for layer in task.layers]
-    weights = tuple(task.model.get_parameter(name).detach() for name in names)
-    total = sum(samples_in(batch) for batch in task.batches)
-
-    class Substituted(nn.Module):
-        def __init__(self, values):
-            super().__init__()
-            self.values = values
-
-        def forward(self, *args):
-            return functional_call(task.model, dict(zip(names, self.values, strict=True)), args, tie_weights=True)
-
-    def loss(*values):
-        return sum(task.loss_fn(Substituted(values), batch) * samples_in(batch) / total for batch in task.batches)
-
-    blocks = torch.autograd.functional.hessian(loss, weights)
-    sizes = [weight.numel() for weight in weights]
-    return [[blocks[i][j].reshape(sizes[i], sizes[j]).double() for j in range(len(sizes))] for i in range(len(sizes))]
 
 
 def variance(blocks, i):
@@ -63,6 +43,53 @@ CASES = {
     "convolutions": lambda: make_task(seed_weights(Convolutions()), class_batches((4, 6, 6), (6, 5)), cross_entropy),
     "tied": lambda: make_task(seed_weights(TiedLanguageModel()), token_batches(), next_token_loss),
 }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gauss_newton_traces_are_unbiased_within_their_standard_errors(name):
+    task = CASES[name]()
+    blocks = gauss_newton_blocks(task)
+    traces = hessian_traces(task, operator="gauss-newton", min_probes=200, max_probes=200)
+    exact = np.array([blocks[i][i].trace().item() for i in range(len(blocks))])
+    assert np.all(np.abs(traces.means - exact) <= 4 * traces.probe_errors)
+    assert np.all(traces.probe_errors < 0.25 * exact.max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_traces_of_inputs_are_the_mean_of_each_samples_own(name):
+    task = CASES[name]()
+    traces = hessian_traces(task, of="inputs", min_probes=300, max_probes=300)
+    exact = exact_input_traces(task)
+    assert np.all(np.abs(traces.means - exact) <= 4 * traces.probe_errors + 1e-9)
+    assert np.all(traces.probe_errors < 0.25 * np.abs(exact).max())
+
+
+def test_activation_formats_add_the_term_of_the_inputs():
+    task = make_task(mlp(), class_batches((5,), (7, 4)), cross_entropy, ("int4-g32", "int4-g32+a:int4-token"))
+    scores, _ = hessian(task)
+    traces = hessian_traces(task, of="inputs")
+    inputs = torch.cat([batch[0] for batch in task.batches])
+    difference = fake_quantize(inputs, parse_format("int4-channel")) - inputs  # the first layer's are the model's own
+    squared = difference.square().sum().item() / len(inputs)
+    expected = 0.5 * max(traces.means[0], traces.errors[0]) / inputs.shape[1] * squared
+    assert scores[0, 1] - scores[0, 0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_pyhessian_backend_agrees():
+    task = make_task(mlp(), class_batches((5,), (7, 4)), cross_entropy)
+    theirs, errors = hessian(task, backend="pyhessian", max_probes=200)
+    ours, our_errors = hessian(replace(task, journal=Journal(None, {})), min_probes=200, max_probes=200, target=0)
+    blocks = exact_blocks(task)
+    positive = np.array([blocks[i][i].trace().item() for i in range(3)]) > 0
+    assert positive.any()
+    assert np.all(np.abs(theirs - ours)[positive] <= 4 * np.hypot(errors, our_errors)[positive])
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in task.model.parameters())
+
+
+@pytest.mark.parametrize("options", [{"operator": "hesian"}, {"backend": "pihessian"}])
+def test_unknown_curvatures_and_backends_are_told(options):
+    with pytest.raises(MpqError, match="unknown"):
+        hessian(CASES["mlp"](), **options)
 
 
 @pytest.mark.parametrize("name", CASES)

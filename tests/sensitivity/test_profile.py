@@ -13,6 +13,7 @@ from mpq.core.errors import MpqError
 from mpq.core.table import SensitivityTable
 from mpq.sensitivity import METRICS, metric_named
 from mpq.sensitivity.profile import profile
+from mpq.sensitivity.task import SCORES_ACTIVATIONS
 
 SCHEMES = ("int2-channel", "int4-g32", "bf16")
 ALL = sorted(METRICS)
@@ -198,15 +199,20 @@ def test_unknown_names_are_told(options, message):
         run(**{"metric": "fisher", **options})
 
 
-@pytest.mark.parametrize("metric", sorted(set(ALL) - {"loss"}))
-def test_activations_are_the_oracles_alone(metric):
-    batches = class_batches((5,))
+@pytest.mark.parametrize("metric", sorted(set(ALL) - set(SCORES_ACTIVATIONS)))
+def test_activations_are_refused_where_nothing_is_known_of_them(metric):
     with pytest.raises(MpqError, match=r"weight formats only, not int4-g32\+a:int8"):
-        profile(mlp(), batches, cross_entropy, ["int4-g32+a:int8"], metric=metric, progress=False)
-    assert profile(mlp(), batches, cross_entropy, "int4-g32+a:int8", metric="loss", progress=False).scores.shape == (
-        3,
-        1,
-    )
+        profile(mlp(), class_batches((5,)), cross_entropy, ["int4-g32+a:int8"], metric=metric, progress=False)
+
+
+@pytest.mark.parametrize("metric", SCORES_ACTIVATIONS)
+def test_activations_are_scored(metric):
+    schemes = ["int8-g32", "int8-g32+a:int8", "int8-g32+a:int2"]
+    scores = profile(mlp(), class_batches((5,)), cross_entropy, schemes, metric=metric, progress=False).scores
+    assert (scores[:, 2] != scores[:, 1]).all()
+    if metric != "loss":
+        assert (scores[:, 2] > scores[:, 1]).all()
+        assert (scores[:, 1] > scores[:, 0]).all()
 
 
 def test_no_data_and_no_formats_are_told():

@@ -1,0 +1,162 @@
+"""Top eigenvalue of each layer's curvature (HAWQ, arXiv 1905.03696): the ranking lambda_i / n_i, the tuning order."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpq.core.calibration import samples_in, seeded, take
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.core.table import SensitivityTable
+from mpq.sensitivity.lanczos import Lanczos
+from mpq.sensitivity.products import operator_named, weight_curvature
+from mpq.sensitivity.task import Scores, Task, score_weight_errors
+
+
+def eigenvalue(
+    task: Task,
+    *,
+    operator: str = "hessian",
+    samples: int = 128,
+    max_steps: int = 12,
+    tolerance: float = 0.1,
+    backend: str = "own",
+) -> Scores:
+    """Score 1/2 * lambda_i / n_i * ||Q(W_i) - W_i||^2 of every layer and scheme, lambda_i the top eigenvalue of H_ii.
+
+    lambda_i / n_i is HAWQ's rank S_i (section 3.1). It is no prediction of the loss: an error rarely lies along the top
+    eigenvector, and dividing by n_i only happens to give the scale of a mean eigenvalue. A top eigenvalue below its
+    residual is replaced by it.
+
+    Args:
+        task: model, data, layers and schemes.
+        operator, samples, max_steps, tolerance: see `top_eigenvalues`.
+        backend: "own", or "pyhessian": its power iteration, one layer at a time, on the same samples.
+    """
+    found = top_eigenvalues(
+        task, operator=operator, samples=samples, max_steps=max_steps, tolerance=tolerance, backend=backend
+    )
+    values = np.maximum(found.values, found.residuals)
+    index = {layer.name: i for i, layer in enumerate(task.layers)}
+
+    def score(layer: Layer, difference: Tensor) -> tuple[float, float]:
+        i = index[layer.name]
+        factor = 0.5 * difference.square().sum(dtype=torch.float64).item() / layer.params
+        return factor * float(values[i]), factor * float(found.residuals[i])
+
+    return score_weight_errors(task, score)
+
+
+def fine_tuning_order(table: SensitivityTable, schemes: Mapping[str, str]) -> tuple[str, ...]:
+    """Layers by descending Omega_i = lambda_i * ||Q(W_i) - W_i||^2: HAWQ's order of tuning (section 3.2).
+
+    Args:
+        table: of the metric "eigenvalue".
+        schemes: scheme by layer name, for every layer of the table.
+
+    Raises:
+        MpqError: another metric's table, or a layer without a scheme of the table.
+    """
+    if table.metric != "eigenvalue":
+        raise MpqError(f"HAWQ's fine-tuning order wants a table of the metric 'eigenvalue', not of {table.metric!r}")
+    omegas: dict[str, float] = {}
+    for i, layer in enumerate(table.layers):
+        if schemes.get(layer.name) not in table.schemes:
+            raise MpqError(f"layer {layer.name} has no scheme of the table's: {', '.join(table.schemes)}")
+        omegas[layer.name] = 2 * layer.params * float(table.scores[i, table.schemes.index(schemes[layer.name])])
+    return tuple(sorted(omegas, key=lambda name: -omegas[name]))
+
+
+@dataclass(frozen=True)
+class Eigenvalues:
+    """The largest eigenvalue of each layer's diagonal block."""
+
+    values: NDArray[np.float64]  # (layers,)
+    residuals: NDArray[np.float64]  # (layers,), ||H_ii v - lambda v||: an eigenvalue lies within
+    products: int  # block products taken, all layers together
+
+
+def top_eigenvalues(
+    task: Task,
+    *,
+    operator: str = "hessian",
+    samples: int = 128,
+    max_steps: int = 12,
+    tolerance: float = 0.1,
+    backend: str = "own",
+) -> Eigenvalues:
+    """The largest eigenvalue of every layer's block of the Hessian, by Lanczos, all layers side by side.
+
+    Blocks cannot share products as traces do, but they share the graph of the gradients, and a block's product walks it
+    from that layer on only. Lanczos finds the end of the spectrum in far fewer products than power iteration, and its
+    residual bounds the error, without an absolute epsilon.
+
+    Args:
+        task: model, data and layers.
+        operator: "hessian" or "gauss-newton".
+        samples: the first samples are used, this many; extreme eigenvalues of few samples lie above those of many.
+        max_steps: products for each layer at most.
+        tolerance: a layer is done when its residual is below this share of its eigenvalue. The error is smaller: of the
+            order of the residual squared over the distance to the next eigenvalue.
+        backend: "own" or "pyhessian".
+
+    Raises:
+        MpqError: an unknown operator or backend.
+    """
+    operator_named(operator)
+    if backend not in ("own", "pyhessian"):
+        raise MpqError(f"unknown backend {backend!r}: take 'own' or 'pyhessian'")
+    task = replace(task, batches=_first(task.batches, samples))
+    known = task.journal.recall("top eigenvalues")
+    if known is None:
+        if backend == "pyhessian":
+            from mpq.sensitivity.pyhessian import pyhessian_eigenvalues
+
+            found = pyhessian_eigenvalues(task, max_steps=max_steps, tolerance=tolerance)
+        else:
+            found = _lanczos(task, operator, max_steps, tolerance)
+        known = [*found.values.tolist(), *found.residuals.tolist(), found.products]
+        task.journal.note("top eigenvalues", known)
+    values, residuals = np.array(known[:-1]).reshape(2, len(task.layers))
+    return Eigenvalues(values, residuals, int(known[-1]))
+
+
+def _first(batches: tuple[object, ...], samples: int) -> tuple[object, ...]:
+    chosen: list[object] = []
+    for batch in batches:
+        if samples > 0:
+            chosen.append(take(batch, slice(0, samples)) if samples_in(batch) > samples else batch)
+            samples -= samples_in(batch)
+    return tuple(chosen)
+
+
+def _lanczos(task: Task, operator: str, max_steps: int, tolerance: float) -> Eigenvalues:
+    runs = [Lanczos(_start(task, layer)) for layer in task.layers]
+    sizes = np.array([samples_in(batch) for batch in task.batches], dtype=np.float64)
+    values, residuals = np.zeros(len(runs)), np.full(len(runs), np.inf)
+    unfinished, products = list(range(len(runs))), 0
+    for step in task.track(range(max_steps), "top eigenvalues"):
+        if not unfinished:
+            break
+        sums = {i: torch.zeros_like(runs[i].direction) for i in unfinished}
+        for index, share in enumerate(sizes / sizes.sum()):
+            with weight_curvature(task, index, operator) as (curvature, _):
+                for i in unfinished:
+                    sums[i] += float(share) * curvature.block(i, runs[i].direction)
+        for i in unfinished:
+            runs[i].take(sums[i])
+            ritz, _, remainders = runs[i].ritz()
+            values[i], residuals[i] = ritz[-1], remainders[-1]
+        products += len(unfinished)
+        small = residuals <= tolerance * np.abs(values)
+        unfinished = [i for i in unfinished if not (runs[i].exhausted or (small[i] and step > 0))]
+    return Eigenvalues(values, residuals, products)
+
+
+def _start(task: Task, layer: Layer) -> Tensor:
+    weight: Tensor = task.module(layer).weight  # type: ignore[assignment]
+    return torch.randn(weight.shape, generator=seeded(task.seed, "eigenvalue", layer.name)).to(weight.device)

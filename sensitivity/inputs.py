@@ -1,0 +1,77 @@
+"""The layers' inputs as something to quantize: their rounding errors, and the loss's curvature in them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.activations import fake_quantize_inputs
+from mpq.core.calibration import check_loss, samples_in
+from mpq.core.formats import Format
+from mpq.core.layer import Layer
+from mpq.core.moments import watching
+from mpq.sensitivity.derivatives import only_gradients_of
+from mpq.sensitivity.products import Curvature, differentiable_twice, operator_named, outputs_of
+from mpq.sensitivity.task import Task
+
+
+@dataclass
+class InputError:
+    """What a layer's inputs a lose in each activation format."""
+
+    numbers: float = 0.0  # in one sample's inputs, all calls of the layer together
+    squared: dict[Format, float] = field(default_factory=dict)  # mean of ||Q(a) - a||^2 over samples
+
+
+def input_errors(task: Task) -> dict[str, InputError]:
+    """The error of every layer's inputs in the task's activation formats, from one forward pass, by layer name."""
+    formats = {scheme.activation for scheme in task.schemes if scheme.activation is not None}
+    errors = {layer.name: InputError(squared=dict.fromkeys(formats, 0.0)) for layer in task.layers}
+    samples = sum(samples_in(batch) for batch in task.batches)
+
+    def see(name: str, module: nn.Module, inputs: Tensor) -> None:
+        errors[name].numbers += inputs.numel() / samples
+        for format in formats:
+            difference = fake_quantize_inputs(module, inputs, format) - inputs
+            errors[name].squared[format] += difference.square().sum(dtype=torch.float64).item() / samples
+
+    with torch.no_grad(), watching(task.model, task.layers, see):
+        for index in task.track(range(len(task.batches)), "input errors"):
+            check_loss(task.loss_fn(task.model, task.batches[index]), index)
+    return errors
+
+
+@contextmanager
+def input_curvature(task: Task, index: int, operator: str = "hessian") -> Iterator[tuple[Curvature, list[int]]]:
+    """The curvature of batch `index`'s loss in what is added to the layers' inputs, embeddings aside.
+
+    Every call of a layer's module has a variable of its own, zeros of the inputs' shape; the list says whose it is.
+    The loss is a mean over samples, so v^T H v is the mean of the samples' own v_n^T H_n v_n.
+    """
+    curvature = operator_named(operator)
+    with only_gradients_of(task.model), differentiable_twice(), outputs_of(task.model) as outputs:
+        with _shifted_inputs(task.model, task.layers) as (shifts, owners):
+            loss = check_loss(task.loss_fn(task.model, task.batches[index]), index)
+        yield curvature(loss, outputs, shifts), owners
+
+
+@contextmanager
+def _shifted_inputs(model: nn.Module, layers: Sequence[Layer]) -> Iterator[tuple[list[Tensor], list[int]]]:
+    shifts: list[Tensor] = []
+    owners: list[int] = []
+    modules = {model.get_submodule(name): i for i, layer in enumerate(layers) for name in layer.names}
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        shifts.append(torch.zeros_like(args[0], requires_grad=True))
+        owners.append(modules[module])
+        return (args[0] + shifts[-1], *args[1:])
+
+    handles = [module.register_forward_pre_hook(hook) for module in modules if not isinstance(module, nn.Embedding)]
+    try:
+        yield shifts, owners
+    finally:
+        for handle in handles:
+            handle.remove()
