@@ -1,17 +1,16 @@
 """One function from a model, data and candidate schemes to the sensitivity table."""
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpq.core.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in, tensors_in
 from mpq.core.errors import MpqError
+from mpq.core.fingerprint import fingerprint, model_fingerprint
 from mpq.core.layer import Layer
 from mpq.core.layers import count_macs, find_layers, weight_matrix
 from mpq.core.methods import NEEDS_SECOND_MOMENT, method_named
@@ -74,8 +73,8 @@ def profile(
         settings = {
             "metric": metric, "options": dict(options or {}), "method": method, "seed": seed,
             "schemes": names, "layers": [layer.name for layer in layers],
-            "weights": _fingerprint(parameter.detach() for parameter in model.parameters()),
-            "data": _fingerprint(tensor for batch in batches for tensor in tensors_in(batch)),
+            "weights": model_fingerprint(model),
+            "data": fingerprint(tensor for batch in batches for tensor in tensors_in(batch)),
         }  # fmt: skip
         moments = second_moments(model, layers, batches, loss_fn) if method in NEEDS_SECOND_MOMENT else {}
         journal = Journal(resume, settings)
@@ -99,14 +98,6 @@ def _distinct(schemes: Sequence[str | Scheme]) -> tuple[Scheme, ...]:
     if not parsed:
         raise MpqError("no formats came to choose from: name at least one, such as int4-g128")
     return tuple(parsed)
-
-
-def _fingerprint(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_finite(layers: Sequence[Layer], schemes: Sequence[Scheme], metric: str, scores: Scores) -> None:

@@ -1,0 +1,21 @@
+"""A short name for the exact contents of tensors: whether a file belongs to this model and this data."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of types, shapes and bytes, in order; 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """That of all parameters, in the model's own order."""
+    return fingerprint(parameter.detach() for parameter in model.parameters())

@@ -1,0 +1,153 @@
+"""A ranking benchmark: random configurations of one model, each measured after post-training quantization.
+
+The table is what MQ-Bench-101 is to EMQ (arXiv 2307.10554, section 4): the truth that proxies are ranked against.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from mpq.core.costs import bitops, weight_bytes
+from mpq.core.errors import MpqError
+from mpq.core.files import write_atomically
+from mpq.core.fingerprint import model_fingerprint
+from mpq.core.layer import Layer
+from mpq.core.scheme import parse_scheme
+
+COLUMNS = ("configuration", "loss", "accuracy")
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # a configuration is spelt one digit per layer, an index of schemes
+
+
+@dataclass(frozen=True, eq=False)
+class Benchmark:
+    """Measured configurations of one model."""
+
+    layers: tuple[Layer, ...]
+    schemes: tuple[str, ...]  # canonical names
+    choices: NDArray[np.int64]  # (rows, layers), indices of schemes
+    losses: NDArray[np.float64]  # (rows,), mean loss per sample
+    accuracies: NDArray[np.float64]  # (rows,), share of right answers; NaN where the data has no class labels
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # all that a rerun needs, and the model's fingerprint
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+    @property
+    def quality(self) -> NDArray[np.float64]:
+        """What proxies should rank, (rows,), more is better: accuracy where it was measured, else minus the loss."""
+        return -self.losses if np.isnan(self.accuracies).any() else self.accuracies
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Stored bytes of each configuration's weights, (rows,)."""
+        table = [[weight_bytes(parse_scheme(name), x.rows, x.cols) for name in self.schemes] for x in self.layers]
+        return self.totals(np.array(table, dtype=np.float64)).astype(np.int64)
+
+    @property
+    def bitops(self) -> NDArray[np.float64]:
+        """Bit operations of each configuration, (rows,)."""
+        return self.totals(
+            np.array([[bitops(parse_scheme(name), x.macs) for name in self.schemes] for x in self.layers])
+        )
+
+    def totals(self, table: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sum over layers of table (layers, schemes) at each configuration's schemes, (rows,)."""
+        sums: NDArray[np.float64] = table[np.arange(len(self.layers)), self.choices].sum(1)
+        return sums
+
+    def take(self, rows: Sequence[int] | NDArray[Any]) -> "Benchmark":
+        """Some of the rows."""
+        rows = np.asarray(rows)
+        return Benchmark(
+            self.layers, self.schemes, self.choices[rows], self.losses[rows], self.accuracies[rows], self.provenance
+        )
+
+    def halves(self, seed: int = 0) -> tuple["Benchmark", "Benchmark"]:
+        """One half for evolution to see, one held out; a random split that depends on the seed alone."""
+        order = np.random.default_rng([seed, len(self)]).permutation(len(self))
+        middle = (len(self) + 1) // 2
+        return self.take(np.sort(order[:middle])), self.take(np.sort(order[middle:]))
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that is not the measured one.
+
+        Raises:
+            MpqError: its weights differ.
+        """
+        if model_fingerprint(model) != self.provenance.get("weights"):
+            named = self.provenance.get("model", "another model")
+            raise MpqError(
+                f"this benchmark was measured on {named} with other weights than this {type(model).__name__}'s: "
+                "load that model, or measure this one with 'mpq proxy bench'"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a CSV file, whole or not at all. Its first line is `# ` and the provenance and layers as JSON."""
+        with write_atomically(path) as draft:
+            draft.write_text(self.to_csv(), encoding="utf-8")
+
+    def to_csv(self) -> str:
+        """The text of the file."""
+        facts = [
+            [x.name, x.kind, x.rows, x.cols, x.macs, x.tie, list(x.aliases)] for x in self.layers
+        ]  # in the order of Layer's fields
+        header = {**self.provenance, "layers": facts, "schemes": list(self.schemes), "rows": len(self)}
+        stream = io.StringIO()
+        stream.write(f"# {json.dumps(header)}\n")
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for choice, loss, accuracy in zip(self.choices, self.losses, self.accuracies, strict=True):
+            writer.writerow((spell(choice), repr(float(loss)), "" if np.isnan(accuracy) else repr(float(accuracy))))
+        return stream.getvalue()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Benchmark":
+        """Read what `save` wrote.
+
+        Raises:
+            MpqError: no such file, or one that is truncated or no benchmark.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            return _parse(text)
+        except OSError as error:
+            raise MpqError(f"cannot read the benchmark {os.fspath(path)}: {error.strerror}") from error
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise MpqError(f"{os.fspath(path)} is no whole benchmark ({error}): measure it again") from error
+
+
+def _parse(text: str) -> Benchmark:
+    first, _, rest = text.partition("\n")
+    if not first.startswith("# ") or not text.endswith("\n"):
+        raise ValueError("the first line is no JSON, or the last line is cut")
+    header = json.loads(first[2:])
+    layers = tuple(_layer(facts) for facts in header.pop("layers"))
+    schemes = tuple(parse_scheme(name).name for name in header.pop("schemes"))
+    records = list(csv.DictReader(io.StringIO(rest), strict=True))
+    if len(records) != header.pop("rows"):
+        raise ValueError("rows are missing")
+    choices = np.array([[DIGITS.index(digit) for digit in record["configuration"]] for record in records])
+    if choices.shape != (len(records), len(layers)) or choices.max(initial=0) >= len(schemes):
+        raise ValueError("configurations do not fit the layers and schemes")
+    losses = np.array([float(record["loss"]) for record in records])
+    accuracies = np.array([float(record["accuracy"] or "nan") for record in records])
+    return Benchmark(layers, schemes, choices, losses, accuracies, header)
+
+
+def spell(choice: Iterable[int]) -> str:
+    """A configuration as one digit per layer."""
+    return "".join(DIGITS[index] for index in choice)
+
+
+def _layer(facts: Sequence[Any]) -> Layer:
+    name, kind, rows, cols, macs, tie, aliases = facts
+    return Layer(name, kind, rows, cols, macs, tie, tuple(aliases))
