@@ -77,14 +77,19 @@ def pack_model(
     return packed
 
 
-def put_packed(model: nn.Module, layer: Layer, scheme: Scheme, packed: Packed) -> None:
-    """Replace the modules of a layer, in place, by one that computes from the packed weight."""
+def put_packed(
+    model: nn.Module, layer: Layer, scheme: Scheme, packed: Packed, dtype: torch.dtype | None = None
+) -> None:
+    """Replace the modules of a layer, in place, by some that compute from the packed weight.
+
+    `dtype` is that of the numbers an embedding gives; by default the original weight's.
+    """
     weight: PackedWeight | None = None
     for name in layer.names:
         origin = model.get_submodule(name)
         if weight is None:
             original: Tensor = origin.weight  # type: ignore[assignment]
-            weight = PackedWeight(packed, original.dtype)
+            weight = PackedWeight(packed, dtype or original.dtype)
             weight.arrange()
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed_module(origin, weight, scheme))

@@ -1,0 +1,130 @@
+"""Output folders: written whole or not at all, with checksums of every file, and nobody else's files touched."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mpq.core.allocation import KIND
+from mpq.core.errors import MpqError
+
+CHECKSUMS = "checksums.json"  # of every file in the folder that is ours: a digest, or one for each tensor in it
+Checksums = dict[str, str | dict[str, str]]
+
+
+@contextmanager
+def write_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `folder`; its files become the folder's when the block succeeds.
+
+    Files of an earlier export are replaced, with the checksums last, so that an interrupted replacement is noticed on
+    loading; files of other names stay.
+
+    Raises:
+        MpqError: the folder is a file, or holds a file of the same name that is no earlier export's.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise MpqError(f"{target} is a file: give the name of a folder to write into")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield draft
+        umask = os.umask(0)
+        os.umask(umask)
+        draft.chmod(0o777 & ~umask)
+        if target.exists():
+            _replace(draft, target)
+        else:
+            os.replace(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def refuse_foreign(folder: str | os.PathLike[str], names: tuple[str, ...]) -> None:
+    """MpqError when `folder` holds a file of one of these names that an earlier export did not write."""
+    known = _previous(Path(folder))
+    for name in names:
+        path = Path(folder) / name
+        if path.exists() and name not in known and not _is_allocation(path):
+            raise MpqError(f"{path} is there already and no earlier export wrote it: choose another folder")
+
+
+def _replace(draft: Path, target: Path) -> None:
+    names = tuple(sorted(path.name for path in draft.iterdir()))
+    refuse_foreign(target, names)
+    previous = _previous(target)
+    (target / CHECKSUMS).unlink(missing_ok=True)
+    for name in previous.keys() - set(names):
+        (target / name).unlink(missing_ok=True)
+    for name in sorted(names, key=lambda name: name == CHECKSUMS):
+        os.replace(draft / name, target / name)
+
+
+def _previous(folder: Path) -> Mapping[str, Any]:
+    if not (folder / CHECKSUMS).is_file():
+        return {}
+    return {CHECKSUMS: "", **read_checksums(folder)}
+
+
+def _is_allocation(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["kind"] == KIND)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_checksums(folder: Path, tensors: Mapping[str, dict[str, str]]) -> None:
+    """Note the digests of all files: of the tensors where the file has some, of the whole file otherwise."""
+    digests = {path.name: tensors.get(path.name) or digest(path.read_bytes()) for path in sorted(folder.iterdir())}
+    (folder / CHECKSUMS).write_text(json.dumps(digests, indent=0) + "\n", encoding="utf-8")
+
+
+def read_checksums(folder: Path) -> Checksums:
+    """What `write_checksums` noted.
+
+    Raises:
+        MpqError: no such file, a damaged one, or one that names a file outside of the folder.
+    """
+    path = folder / CHECKSUMS
+    checksums: Checksums = read_json(path)
+    for name in checksums:
+        safe_name(name, path)
+    return checksums
+
+
+def read_json(path: Path) -> Any:
+    """A JSON object; MpqError when the file is missing or damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MpqError(f"cannot read {path}: {error.strerror}; is {path.parent} an export of mpq?") from error
+    except ValueError as error:
+        raise MpqError(f"{path} is damaged ({error}): export again") from error
+    if not isinstance(values, dict):
+        raise MpqError(f"{path} is damaged (it holds no JSON object): export again")
+    return values
+
+
+def read_checked_json(path: Path, checksums: Checksums) -> Any:
+    """A JSON object whose file has the digest that was noted; MpqError otherwise."""
+    values = read_json(path)
+    if digest(path.read_bytes()) != checksums.get(path.name):
+        raise MpqError(f"{path} is not as it was exported (its checksum differs): export again")
+    return values
+
+
+def safe_name(name: str, source: Path) -> str:
+    """The name of a file in the same folder; MpqError when it leads anywhere else."""
+    if not name or name in (".", "..") or any(mark in name for mark in "/\\\0:"):
+        raise MpqError(f"{source} names the file {name!r}, which is not in its folder: refused")
+    return name
+
+
+def digest(content: bytes | memoryview) -> str:
+    """SHA-256, hexadecimal."""
+    return hashlib.sha256(content).hexdigest()

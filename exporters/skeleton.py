@@ -1,0 +1,96 @@
+"""A model's structure without its weights, from what an exported folder says of it."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from mpq.core.errors import MpqError
+
+BUNDLED = {"tiny-lm": "mpq.models.tiny_lm:TinyLM", "tiny-cnn": "mpq.models.tiny_cnn:TinyCNN"}
+
+
+def build_skeleton(config: Mapping[str, Any], folder: Path, trust: bool) -> nn.Module:
+    """The model that `config` (a folder's config.json) describes; parameters may have no storage.
+
+    A "recipe" {"source": ..., "arguments": {...}} names a bundled model, "timm:NAME", or "package.module:factory" of
+    the user's own, which is imported only when trusted. Without one, the first of "architectures" is a class of
+    transformers.
+
+    Raises:
+        MpqError: nothing says how to build the model, or it needs trust or a package that is not installed.
+    """
+    try:
+        with _EmptyOnMeta():
+            model = _build(config, folder, trust)
+    except (RuntimeError, NotImplementedError):  # its constructor computes with its weights
+        return _build(config, folder, trust)
+    stored = set(model.state_dict())
+    if any(buffer.is_meta and name not in stored for name, buffer in model.named_buffers()):
+        return _build(config, folder, trust)  # no file would ever fill that buffer: build it with its content
+    return model
+
+
+def _build(config: Mapping[str, Any], folder: Path, trust: bool) -> nn.Module:
+    recipe = config.get("recipe")
+    if recipe is None:
+        return _transformers_model(config, folder)
+    source, arguments = str(recipe["source"]), dict(recipe.get("arguments", {}))
+    if source.startswith("timm:"):
+        try:
+            import timm
+        except ImportError as error:
+            raise MpqError(f"{folder} holds the model {source}: pip install 'mpq[timm]' first") from error
+        model: nn.Module = timm.create_model(source.removeprefix("timm:"), pretrained=False, **arguments)
+        return model
+    if source not in BUNDLED and not trust:
+        raise MpqError(
+            f"{folder} wants to import {source} to build its model: "
+            "if you know that code, load with trust=True (--trust), or pass the model itself (model=...)"
+        )
+    return build_from(BUNDLED.get(source, source), folder, **arguments)
+
+
+def build_from(source: str, folder: Path, **arguments: Any) -> nn.Module:
+    """What "package.module:factory" returns; MpqError when it cannot be imported or is no module."""
+    module, _, name = source.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise MpqError(f"{folder} names the model factory {source!r}, which cannot be imported: {error}") from error
+    model = factory(**arguments)
+    if not isinstance(model, nn.Module):
+        raise MpqError(f"{source} gave a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def _transformers_model(config: Mapping[str, Any], folder: Path) -> nn.Module:
+    names = config.get("architectures")
+    if not names or "model_type" not in config:
+        raise MpqError(
+            f"{folder} does not say how to build its model: pass the model (model=...), weights are replaced"
+        )
+    try:
+        import transformers
+    except ImportError as error:
+        raise MpqError(f"{folder} holds a transformers model ({names[0]}): pip install 'mpq[hf]' first") from error
+    cls = getattr(transformers, names[0], None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise MpqError(f"{folder} wants the class {names[0]}, which transformers {transformers.__version__} lacks")
+    described = {key: value for key, value in config.items() if key != "quantization_config"}
+    model: nn.Module = cls._from_config(cls.config_class.from_dict(described))  # type: ignore[no-untyped-call,union-attr]
+    return model
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """torch.empty, of which layers make their parameters, allocates nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
