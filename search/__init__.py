@@ -1,1 +1,35 @@
-"""Searches: a problem in, a frontier of allocations out."""
+"""Searches: a problem in, a frontier of allocations out; one search, one file. Plugins add searches through the
+entry-point group "mpq.searches".
+"""
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from mpq.core.errors import MpqError, nearest_names
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpq.core.frontier import Frontier
+
+DEFAULT_SEARCH = "exact"
+
+# name: (module:function, what it is); functions take a Problem and options, and give a Frontier.
+SEARCHES: dict[str, tuple[str, str]] = {
+    "exact": ("mpq.search.exact:exact", "the whole frontier in one cost, proven (core knapsack algorithm)"),
+    "integer": ("mpq.search.integer:integer", "the optimum under several budgets, by HiGHS (HAWQ-V3)"),
+}
+
+
+def search_named(name: str) -> "Callable[..., Frontier]":
+    """The search called `name`, ours or a plugin's; MpqError with the known names when there is none."""
+    plugins = {entry.name: entry for entry in entry_points(group="mpq.searches")}
+    if name in SEARCHES:
+        module, _, function = SEARCHES[name][0].partition(":")
+        search: Callable[..., Frontier] = getattr(import_module(module), function)
+        return search
+    if name in plugins:
+        plugin: Callable[..., Frontier] = plugins[name].load()
+        return plugin
+    raise MpqError(f"unknown search {name!r}: {nearest_names(name, [*SEARCHES, *plugins])}")

@@ -57,6 +57,11 @@ class Allocation:
         return sum(weight_bytes(parse_scheme(name), layer.rows, layer.cols) for layer, name in pairs)
 
     @property
+    def total(self) -> int:
+        """Stored bytes of the whole model."""
+        return self.size + self.overhead
+
+    @property
     def bits(self) -> float:
         """Stored bits for each weight, averaged over all weights of the layers."""
         return 8 * self.size / sum(layer.params for layer in self.layers)

@@ -1,1 +1,154 @@
-"""Non-dominated allocations."""
+"""Allocations of which none is both smaller and better: dominance, budget query, knee, hypervolume, CSV."""
+
+import csv
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
+from mpq.core.files import write_atomically
+from mpq.core.problem import Array, Problem
+
+BITS_PER_BYTE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Frontier:
+    """Non-dominated solutions of a problem in one cost and the predicted loss, cheapest first.
+
+    `choices[i]` is one scheme index per group; searches may compute it when it is asked for. `gap` certifies: at no
+    budget is there an allocation whose loss is lower by more than this share of the frontier's.
+
+    Raises:
+        MpqError: costs or losses out of order.
+    """
+
+    problem: Problem
+    costs: Array  # (points,), strictly rising
+    losses: Array  # (points,), strictly falling
+    choices: Sequence[NDArray[np.integer[Any]]]  # (points, groups)
+    cost: str = "size"  # which of the problem's costs
+    gap: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (np.diff(self.costs) > 0).all() or not (np.diff(self.losses) < 0).all():
+            raise MpqError("a frontier wants costs that rise while losses fall: sort it with `non_dominated` first")
+
+    def __len__(self) -> int:
+        return len(self.costs)
+
+    def __iter__(self) -> Iterator[Allocation]:
+        return (self.allocation(index) for index in range(len(self)))
+
+    def allocation(self, index: int) -> Allocation:
+        """The allocation of a point."""
+        return self.problem.allocation(self.choices[index])
+
+    @property
+    def bits(self) -> Array:
+        """Average stored bits for each weight at every point (points,); of a frontier in size only."""
+        return BITS_PER_BYTE * self._sizes() / self.problem.weights
+
+    def at(self, *, bits: float | None = None, size: float | None = None, cost: float | None = None) -> Allocation:
+        """The best allocation within a budget.
+
+        Args:
+            bits: largest average of stored bits per weight, scales and zero points counted.
+            size: largest number of bytes of the whole model, with the tensors that no scheme changes.
+            cost: largest total of the frontier's own cost.
+
+        Raises:
+            MpqError: no or several budgets, or one out of reach, with the range that is reachable.
+        """
+        return self.allocation(self.index_at(bits=bits, size=size, cost=cost))
+
+    def index_at(self, *, bits: float | None = None, size: float | None = None, cost: float | None = None) -> int:
+        """Index of the point that `at` returns."""
+        if sum(budget is not None for budget in (bits, size, cost)) != 1:
+            raise MpqError("name one budget: bits, size or cost")
+        if bits is not None:
+            self._sizes()
+            return self._within("bits", bits, BITS_PER_BYTE / self.problem.weights, 0.0)
+        if size is not None:
+            self._sizes()
+            return self._within("bytes", size, 1.0, float(self.problem.overhead))
+        assert cost is not None
+        return self._within(self.cost, cost, 1.0, 0.0)
+
+    def uniform(self) -> tuple[tuple[str, Allocation], ...]:
+        """The uniform formats, for comparison: (name, allocation)."""
+        return self.problem.uniform()
+
+    def knee(self) -> int:
+        """Index of the point farthest below the chord between the ends, losses on a logarithmic scale when positive."""
+        if len(self) < 3:
+            return len(self) - 1
+        losses = np.log(self.losses) if self.losses[-1] > 0 else self.losses
+        x = (self.costs - self.costs[0]) / (self.costs[-1] - self.costs[0])
+        y = (losses - losses[-1]) / (losses[0] - losses[-1])
+        return int(np.argmin(x + y))
+
+    def hypervolume(self, cost: float, loss: float) -> float:
+        """Area that the frontier dominates below a reference point (cost, loss); larger is better."""
+        inside = (self.costs < cost) & (self.losses < loss)
+        edges = np.append(self.costs[inside], cost)
+        return float((np.diff(edges) * (loss - self.losses[inside])).sum())
+
+    def save(self, path: str | os.PathLike[str], *, points: int = 1000) -> None:
+        """Write a CSV file: size, bits, every cost and the predicted loss of at most so many points, evenly spread.
+
+        One column per layer holds its scheme.
+        """
+        shown = np.unique(np.linspace(0, len(self) - 1, min(points, len(self))).round().astype(int))
+        names = [layer.name for layer in self.problem.layers]
+        with write_atomically(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(["bits", *self.problem.costs, "loss", "error", *names])
+            for index in shown.tolist():
+                choices = self.choices[index]
+                allocation = self.problem.allocation(choices)
+                totals = [f"{total:.15g}" for total in self.problem.totals(choices).values()]
+                writer.writerow(
+                    [repr(allocation.bits), *totals, allocation.loss, allocation.error, *allocation.schemes]
+                )
+
+    def _sizes(self) -> Array:
+        if self.cost != "size":
+            raise MpqError(f"this frontier is in {self.cost}, not in size: name its budget as cost=")
+        return self.costs
+
+    def _within(self, unit: str, budget: float, factor: float, offset: float) -> int:
+        """Last point whose cost, as factor * cost + offset, is within the budget."""
+        possible = np.isfinite(self.problem.losses)
+        largest = np.where(possible, self.problem.costs[self.cost], -np.inf).max(1).sum() * factor + offset
+        smallest = self.costs[0] * factor + offset
+        # Budgets are often computed from the very same totals: rounding must not push them out of reach.
+        limit = budget * (1 + 1e-12)
+        if not smallest <= limit or not budget * (1 - 1e-12) <= largest:
+            side = "above the largest" if budget > largest else "below the smallest"
+            digits = 6 if unit == "bits" else 15
+            raise MpqError(
+                f"a budget of {budget:.{digits}g} {unit} is {side} allocation: "
+                f"{smallest:.{digits}g} to {largest:.{digits}g} {unit} can be reached"
+            )
+        return int(np.searchsorted(self.costs, (limit - offset) / factor, side="right")) - 1
+
+
+def non_dominated(costs: ArrayLike, losses: ArrayLike) -> NDArray[np.intp]:
+    """Indices of the points that no other beats or equals in both, by rising cost; of equal points the first.
+
+    >>> non_dominated([3, 1, 2, 2], [1.0, 5.0, 6.0, 4.0]).tolist()
+    [1, 3, 0]
+    """
+    costs, losses = np.asarray(costs, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    order = np.lexsort((losses, costs))
+    best = np.minimum.accumulate(losses[order])
+    kept = np.ones(len(order), dtype=bool)
+    kept[1:] = losses[order][1:] < best[:-1]
+    return order[kept & (best < math.inf)]

@@ -1,0 +1,93 @@
+import csv
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import make_problem
+
+from mpq.core.errors import MpqError
+from mpq.core.frontier import Frontier, non_dominated
+from mpq.search.exact import exact
+
+POINTS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=30)
+
+
+@given(POINTS)
+def test_non_dominated_points_are_those_no_other_beats(points):
+    costs, losses = [cost for cost, _ in points], [loss for _, loss in points]
+    kept = non_dominated(costs, losses)
+    chosen = [points[i] for i in kept]
+    truth = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+    assert set(chosen) == truth
+    assert len(chosen) == len(truth)
+    assert chosen == sorted(chosen)
+
+
+def test_a_budget_gets_the_best_allocation_within_it():
+    frontier = exact(make_problem(1))
+    weights = frontier.problem.weights
+    for index in range(len(frontier)):
+        bits = frontier.bits[index]
+        assert frontier.index_at(bits=bits) == index
+        assert frontier.index_at(size=frontier.costs[index] + 100) == index
+        assert frontier.index_at(cost=frontier.costs[index]) == index
+        if index + 1 < len(frontier):
+            between = (frontier.costs[index + 1] - 0.5) * 8 / weights
+            assert frontier.index_at(bits=between) == index
+            assert frontier.at(bits=between).bits <= between
+
+
+def test_unreachable_budgets_name_the_range():
+    frontier = exact(make_problem(1))
+    smallest, largest = frontier.bits[0], 16.0
+    with pytest.raises(MpqError, match=f"below the smallest allocation: {smallest:.6g} to {largest:.6g} bits"):
+        frontier.at(bits=1.0)
+    with pytest.raises(MpqError, match="above the largest"):
+        frontier.at(bits=17)
+    with pytest.raises(MpqError, match="above the largest"):
+        frontier.at(size=1e9)
+    with pytest.raises(MpqError, match="below the smallest"):
+        frontier.at(bits=math.nan)
+    with pytest.raises(MpqError, match="name one budget"):
+        frontier.at()
+    with pytest.raises(MpqError, match="name one budget"):
+        frontier.at(bits=4, size=100)
+
+
+def test_a_frontier_in_another_cost_takes_that_cost():
+    frontier = exact(make_problem(2), cost="bitops")
+    assert frontier.at(cost=frontier.costs[3]).bitops == frontier.costs[3]
+    with pytest.raises(MpqError, match="in bitops, not in size"):
+        frontier.at(bits=4)
+
+
+def test_hypervolume_is_the_area_below_the_reference():
+    problem = make_problem(1)
+    frontier = Frontier(problem, np.array([1.0, 3.0]), np.array([5.0, 2.0]), [None, None])
+    assert frontier.hypervolume(4, 6) == (3 - 1) * (6 - 5) + (4 - 3) * (6 - 2)
+    assert frontier.hypervolume(2, 6) == 1
+    assert frontier.hypervolume(1, 6) == 0
+
+
+def test_the_knee_lies_farthest_below_the_chord():
+    problem = make_problem(1)
+    frontier = Frontier(problem, np.array([0.0, 1.0, 2.0, 10.0]), np.exp([10.0, 2.0, 0.5, 0.0]), [None] * 4)
+    assert frontier.knee() == 2
+
+
+def test_points_out_of_order_are_refused():
+    with pytest.raises(MpqError, match="costs that rise"):
+        Frontier(make_problem(1), np.array([1.0, 3.0]), np.array([5.0, 5.0]), [None, None])
+
+
+def test_a_saved_frontier_tells_every_point(tmp_path):
+    frontier = exact(make_problem(1))
+    frontier.save(tmp_path / "frontier.csv")
+    rows = list(csv.DictReader((tmp_path / "frontier.csv").open()))
+    assert [float(row["size"]) for row in rows] == frontier.costs.tolist()
+    assert [float(row["loss"]) for row in rows] == pytest.approx(frontier.losses.tolist())
+    assert [rows[3][layer.name] for layer in frontier.problem.layers] == list(frontier.allocation(3).schemes)
+    frontier.save(tmp_path / "few.csv", points=5)
+    assert len((tmp_path / "few.csv").read_text().splitlines()) == 6
