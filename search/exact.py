@@ -23,7 +23,7 @@ Choices = NDArray[np.int16]
 MOVES = 12  # moves along the convex hull in one stretch
 FIRST_PASS = 0.03  # share of the hull's own gap that the first pass over a stretch looks into
 WIDER = 2.0  # how much farther the next pass looks, until the gap is closed
-ROUNDING = 1e-9  # relative slack of comparisons between sums
+ROUNDING = 1e-12  # relative slack of comparisons between sums
 
 
 def exact(problem: Problem, *, cost: str = "size", max_states: int = 200_000) -> Frontier:
@@ -55,6 +55,8 @@ def exact(problem: Problem, *, cost: str = "size", max_states: int = 200_000) ->
     all_costs = np.concatenate([stretch.costs for stretch in stretches])
     all_losses = np.concatenate([stretch.losses for stretch in stretches])
     kept = non_dominated(all_costs, all_losses)
+    same = np.diff(all_costs[kept]) <= ROUNDING * np.abs(all_costs[kept[1:]])  # twice found, summed in another order
+    kept = kept[~np.append(same, False)]
     kept = kept[all_costs[kept] <= problem.budgets.get(cost, np.inf)]
     if not len(kept):
         raise MpqError(f"a budget of {problem.budgets[cost]:.15g} {cost} is below the smallest, {hull.costs[0]:.15g}")
@@ -201,7 +203,7 @@ class _Core:
             history.append(np.divmod(kept, len(costs)))
             costs, regrets = all_costs[kept], all_regrets[kept]
         totals = self.cost + costs
-        at = np.flatnonzero((totals >= self.low) & (totals < self.high))[::-1]
+        at = np.flatnonzero((totals >= self.low - ROUNDING * abs(self.low)) & (totals < self.high))[::-1]
         losses = self.loss + regrets[at] - self.multiplier * costs[at]
         totals = totals[at]
         choices = np.empty((len(at), len(free)), np.int16)
