@@ -57,10 +57,10 @@ def exact(problem: Problem, *, cost: str = "size", max_states: int = 200_000) ->
     kept = non_dominated(all_costs, all_losses)
     same = np.diff(all_costs[kept]) <= ROUNDING * np.abs(all_costs[kept[1:]])  # twice found, summed in another order
     kept = kept[~np.append(same, False)]
+    gap = max(stretch.gap(all_costs[kept], all_losses[kept]) for stretch in stretches)
     kept = kept[all_costs[kept] <= problem.budgets.get(cost, np.inf)]
     if not len(kept):
         raise MpqError(f"a budget of {problem.budgets[cost]:.15g} {cost} is below the smallest, {hull.costs[0]:.15g}")
-    gap = max(stretch.gap for stretch in stretches)
     return Frontier(problem, all_costs[kept], all_losses[kept], _Lazy(stretches, kept), cost, gap)
 
 
@@ -83,8 +83,17 @@ class _Stretch:
     base: Choices  # (groups,)
     free: NDArray[np.intp]  # (free groups,)
     choices: Choices  # (points, free groups)
-    gap: float = 0.0  # share of the loss by which an unknown solution could be better
-    regret: float = 0.0  # regrets up to which solutions were looked at
+    regret: float = 0.0  # sum of regrets up to which solutions were looked at
+    core: "_Core | None" = None  # kept where that does not prove the stretch complete
+
+    def gap(self, costs: Array, losses: Array) -> float:
+        """Share of a frontier's loss by which a solution of this stretch that was not looked at could be better."""
+        if self.core is None:
+            return 0.0
+        first, last = np.searchsorted(costs, [self.core.low, self.core.high], side="left")
+        first = max(first - 1, 0)  # the last before the stretch serves until its own first
+        excess = self.core.excess(costs[first:last], losses[first:last]) - self.regret
+        return float(max((excess / np.abs(losses[first:last])).max(), 0.0))
 
     def choice(self, point: int) -> Choices:
         whole = self.base.copy()
@@ -156,10 +165,11 @@ def _solve(costs: Array, losses: Array, hull: _Hull, moves: slice, max_states: i
     while True:
         found = core.merge(min(regret, gap), max_states)
         gap = core.gap(np.append(known_costs[:-1], found.costs), np.append(known_losses[:-1], found.losses))
-        if gap <= found.regret or found.regret < regret:  # proven, or more is not affordable
-            break
+        if gap <= found.regret:
+            return found
+        if found.regret < regret:  # more would not be affordable
+            return replace(found, core=core)
         regret *= WIDER
-    return replace(found, gap=max(0.0, gap - found.regret) / abs(float(known_losses[-1])))
 
 
 class _Core:
@@ -178,8 +188,12 @@ class _Core:
     def gap(self, costs: Array, losses: Array) -> float:
         """Largest regret that an unknown solution of the stretch could have and not be dominated by a known one."""
         kept = non_dominated(costs, losses)
-        reach = np.append(costs[kept][1:], self.high)  # where the next known solution takes over
-        return float((losses[kept] - self.loss + self.multiplier * (reach - self.cost)).max())
+        return float(self.excess(costs[kept], losses[kept]).max())
+
+    def excess(self, costs: Array, losses: Array) -> Array:
+        """Losses above the multiplier's bound at the costs where the next solution takes over."""
+        reach = np.append(costs[1:], self.high)
+        return losses - self.loss + self.multiplier * (reach - self.cost)
 
     def merge(self, regret: float, max_states: int) -> _Stretch:
         """Non-dominated solutions of the stretch whose regrets sum up to at most `regret`, or less if too many."""
