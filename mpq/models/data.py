@@ -1,0 +1,52 @@
+"""Texts and images as batches: windows of tokens, halves that never meet, samples drawn from a seed."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mpq.core.calibration import seeded
+from mpq.core.errors import MpqError
+
+Encode = Callable[[str], Sequence[int]]
+
+
+def token_windows(tokens: Sequence[int] | Tensor, seqlen: int) -> Tensor:
+    """Consecutive windows, (windows, seqlen); what is left at the end is dropped.
+
+    Raises:
+        MpqError: fewer tokens than one window holds.
+    """
+    tokens = torch.as_tensor(tokens, dtype=torch.long)
+    if seqlen < 2:
+        raise MpqError(f"a window of {seqlen} tokens predicts nothing: seqlen must be at least 2")
+    if len(tokens) < seqlen:
+        raise MpqError(f"the text has {len(tokens)} tokens, less than one window of {seqlen}: take a smaller seqlen")
+    return tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
+
+
+def draw(samples: int, wanted: int, seed: int) -> Tensor:
+    """Indices of `wanted` of the samples, in order, or of all where there are not that many."""
+    if wanted < 1:
+        raise MpqError(f"at least one sample is needed, not {wanted}")
+    return torch.randperm(samples, generator=seeded(seed, "samples"))[:wanted].sort().values
+
+
+def text_batches(
+    text: str, encode: Encode, *, seqlen: int, batch_size: int, samples: int, seed: int
+) -> tuple[Tensor, ...]:
+    """Batches of token windows (batch, seqlen), drawn from the text."""
+    return window_batches(token_windows(encode(text), seqlen), batch_size=batch_size, samples=samples, seed=seed)
+
+
+def window_batches(windows: Tensor, *, batch_size: int, samples: int, seed: int) -> tuple[Tensor, ...]:
+    """Batches (batch, seqlen) of some of the windows."""
+    return torch.split(windows[draw(len(windows), samples, seed)], batch_size)
+
+
+def image_batches(
+    inputs: Tensor, labels: Tensor, *, batch_size: int, samples: int, seed: int
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """(inputs, labels) batches of some of the images."""
+    chosen = draw(len(inputs), samples, seed)
+    return tuple(zip(torch.split(inputs[chosen], batch_size), torch.split(labels[chosen], batch_size), strict=True))

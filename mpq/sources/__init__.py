@@ -1,0 +1,91 @@
+"""Where models and data come from: a name in, a model with calibration and evaluation batches out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.calibration import Batch, LossFn, cross_entropy, next_token_loss
+from mpq.core.errors import MpqError
+from mpq.sources.data import Data, open_data
+from mpq.sources.networks import Network, open_network, skeleton
+
+LOSSES: Mapping[str, LossFn] = {"accuracy": cross_entropy, "perplexity": next_token_loss}
+
+__all__ = ["Data", "Network", "Source", "open_data", "open_network", "open_source", "skeleton"]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model and its data, ready to be profiled and measured."""
+
+    name: str
+    model: nn.Module
+    calibration: tuple[Batch, ...]
+    evaluation: tuple[Batch, ...]  # samples that are not in `calibration`
+    loss_fn: LossFn
+    kind: str  # "accuracy", "perplexity" or "loss": what `mpq.evaluation.evaluate` measures
+    recipe: Mapping[str, Any]  # JSON values from which `skeleton` builds the model again, without its weights
+    data: str  # name of the data
+    tokenizer: Any = None
+
+
+def open_source(
+    model_name: str,
+    data_name: str | None = None,
+    *,
+    nsamples: int = 128,
+    seqlen: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    evaluation_samples: int | None = None,
+) -> Source:
+    """Find a model and data for it.
+
+    Args:
+        model_name: a bundled model (`tiny-lm`, `tiny-cnn`), a Hugging Face folder or hub id, `timm:NAME`, or
+            `package.module:factory`, called without arguments (the current folder is searched too).
+        data_name: `novels` or `digits` (bundled), a .txt, .jsonl, .npz or .parquet file, `datasets:ID[:CONFIG]`, or
+            `package.module:loader`. Left out, bundled models take their own data and language models the novels.
+        nsamples: calibration samples (windows of text, images), drawn by the seed.
+        seqlen: tokens in a window; left out, 256 or the model's context where that is shorter.
+        batch_size: samples in a batch.
+        seed: of the draw.
+        device: where model and batches go.
+        evaluation_samples: at most so many; left out, all there are for bundled data and else 256.
+
+    Raises:
+        MpqError: an unknown name, a missing extra (with the command that installs it), data that does not fit.
+    """
+    network = open_network(model_name)
+    data = open_data(
+        data_name, network, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, seed=seed,
+        evaluation_samples=evaluation_samples,
+    )  # fmt: skip
+    if data.loss_fn is None and data.kind not in LOSSES:
+        raise MpqError(f"{data.name} does not say what the loss is: let its loader return a 'loss_fn'")
+    return Source(
+        name=model_name,
+        model=network.model.to(device),
+        calibration=tuple(to_device(batch, device) for batch in data.calibration),
+        evaluation=tuple(to_device(batch, device) for batch in data.evaluation),
+        loss_fn=data.loss_fn or LOSSES[data.kind],
+        kind=data.kind,
+        recipe=network.recipe,
+        data=data.name,
+        tokenizer=network.tokenizer,
+    )
+
+
+def to_device(batch: Batch, device: str | torch.device) -> Batch:
+    """The batch with all its tensors on the device, in the same containers."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: to_device(part, device) for name, part in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(part, device) for part in batch)
+    return batch

@@ -1,0 +1,267 @@
+"""Data by name: bundled, a file, a `datasets` id or a loader of the user's, as calibration and evaluation batches."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpq.core.calibration import Batch, LossFn, check_batches, tensors_in
+from mpq.core.errors import MpqError, nearest_names
+from mpq.models import EVERYTHING, digit_batches, novel_batches
+from mpq.models.data import image_batches, token_windows, window_batches
+from mpq.sources.extras import import_object, need
+from mpq.sources.networks import Network
+
+BUNDLED_DATA = {"novels": "perplexity", "digits": "accuracy"}
+HELD_OUT = 0.2  # the last part of a file is for evaluation only
+EVALUATION_SAMPLES = 256
+SEQLEN = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Batches to calibrate with and others to evaluate on."""
+
+    name: str
+    calibration: tuple[Batch, ...]
+    evaluation: tuple[Batch, ...]
+    kind: str  # "accuracy", "perplexity" or "loss"
+    loss_fn: LossFn | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How many samples of which size."""
+
+    nsamples: int
+    seqlen: int
+    batch_size: int
+    seed: int
+    evaluation_samples: int | None
+
+    def options(self, evaluation: bool) -> dict[str, int]:
+        """Keyword arguments of the functions that make batches."""
+        most = self.evaluation_samples or EVALUATION_SAMPLES
+        samples = most if evaluation else self.nsamples
+        return {"batch_size": self.batch_size, "samples": samples, "seed": self.seed}
+
+
+def open_data(
+    name: str | None,
+    network: Network,
+    *,
+    nsamples: int = 128,
+    seqlen: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    evaluation_samples: int | None = None,
+) -> Data:
+    """The data called `name` (None: what fits the network) as batches for it; see `mpq.sources.open_source`.
+
+    A file's last fifth is for evaluation and the rest for calibration.
+
+    Raises:
+        MpqError: no such data, with the nearest names; data of another kind than the network takes.
+    """
+    if network.context is not None and (seqlen or 0) > network.context:
+        raise MpqError(f"seqlen {seqlen} is more than {network.name} takes: at most {network.context}")
+    if nsamples < 1 or batch_size < 1:
+        raise MpqError(f"nsamples and batch_size must be at least 1, not {nsamples} and {batch_size}")
+    wanted = Wanted(nsamples, seqlen or min(SEQLEN, network.context or SEQLEN), batch_size, seed, evaluation_samples)
+    if name is None:
+        name = _default(network)
+    if name in BUNDLED_DATA:
+        return _bundled(name, network, wanted)
+    if name.startswith("datasets:"):
+        return _from_hub(name, network, wanted)
+    path = Path(name)
+    if path.suffix in _READERS:
+        if not path.is_file():
+            raise MpqError(f"there is no file {name}")
+        return _READERS[path.suffix](path, network, wanted)
+    if ":" in name:
+        return _from_loader(name, wanted)
+    known = [*BUNDLED_DATA, *(f"FILE{suffix}" for suffix in _READERS), "datasets:ID", "package.module:loader"]
+    raise MpqError(f"unknown data {name!r}: {nearest_names(name, known)}")
+
+
+def _default(network: Network) -> str:
+    if network.recipe.get("name") == "tiny-cnn":
+        return "digits"
+    if network.kind == "perplexity":
+        return "novels"
+    raise MpqError(
+        f"say which data {network.name} is to be calibrated and measured on: a file or package.module:loader"
+    )
+
+
+def _bundled(name: str, network: Network, wanted: Wanted) -> Data:
+    _check_kind(name, BUNDLED_DATA[name], network)
+    samples = wanted.evaluation_samples or EVERYTHING
+    if name == "digits":
+        calibration, evaluation = digit_batches(wanted.nsamples, batch_size=wanted.batch_size, seed=wanted.seed)
+        limited: list[Batch] = []
+        for inputs, labels in evaluation:
+            left = samples - sum(len(part[1]) for part in limited)
+            limited += [(inputs[:left], labels[:left])] if left > 0 else []
+        return Data(name, calibration, tuple(limited), "accuracy")
+    encode, options = _encoder(network), wanted.options(evaluation=False)
+    texts = [
+        novel_batches(use, encode, seqlen=wanted.seqlen, **{**options, "samples": count})
+        for use, count in (("calibration", wanted.nsamples), ("evaluation", samples))
+    ]
+    return Data(name, texts[0], texts[1], "perplexity")
+
+
+def _from_text(path: Path, network: Network, wanted: Wanted) -> Data:
+    return _texts(str(path), [path.read_text("utf-8")], network, wanted)
+
+
+def _from_lines(path: Path, network: Network, wanted: Wanted) -> Data:
+    texts = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            if line.strip():
+                texts.append(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise MpqError(f'{path} line {number} is not {{"text": ...}}: {error!r}') from error
+    return _texts(str(path), texts, network, wanted)
+
+
+def _from_parquet(path: Path, network: Network, wanted: Wanted) -> Data:
+    parquet = need("pyarrow.parquet", "data", ".parquet files")
+    columns = parquet.read_schema(path).names
+    if "text" not in columns:
+        raise MpqError(f"{path} has the columns {', '.join(columns)}: expected one called text")
+    return _texts(str(path), parquet.read_table(path, columns=["text"])["text"].to_pylist(), network, wanted)
+
+
+def _from_hub(name: str, network: Network, wanted: Wanted) -> Data:
+    datasets = need("datasets", "data", "hub data sets")
+    _, id_, *config = name.split(":")
+    try:
+        splits = datasets.load_dataset(id_, *config)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise MpqError(f"the data set {id_!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    held_out = next((split for split in ("test", "validation") if split in splits), None)
+    seen = "train" if "train" in splits else next(iter(splits))
+    if "text" not in splits[seen].column_names:
+        raise MpqError(f"{name} has the columns {', '.join(splits[seen].column_names)}: expected one called text")
+    if held_out is None or held_out == seen:
+        return _texts(name, splits[seen]["text"], network, wanted)
+    windows = [_windows(splits[split]["text"], network, wanted) for split in (seen, held_out)]
+    return _data_of_windows(name, windows[0], windows[1], wanted)
+
+
+def _texts(name: str, texts: Iterable[str], network: Network, wanted: Wanted) -> Data:
+    _check_kind(name, "perplexity", network)
+    return _split_windows(name, _windows(texts, network, wanted), wanted)
+
+
+def _windows(texts: Iterable[str], network: Network, wanted: Wanted) -> Tensor:
+    return token_windows(_encoder(network)("\n".join(texts)), wanted.seqlen)
+
+
+def _split_windows(name: str, windows: Tensor, wanted: Wanted) -> Data:
+    border = len(windows) - max(1, round(HELD_OUT * len(windows)))
+    if border < 1:
+        raise MpqError(f"{name} gives {len(windows)} sample(s): at least two are needed, one of them for evaluation")
+    return _data_of_windows(name, windows[:border], windows[border:], wanted)
+
+
+def _data_of_windows(name: str, seen: Tensor, unseen: Tensor, wanted: Wanted) -> Data:
+    calibration = window_batches(seen, **wanted.options(evaluation=False))
+    return Data(name, calibration, window_batches(unseen, **wanted.options(evaluation=True)), "perplexity")
+
+
+def _from_arrays(path: Path, network: Network, wanted: Wanted) -> Data:
+    """`images` or `inputs` with `labels`, or `input_ids` (windows, seqlen)."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    if "input_ids" in arrays:
+        _check_kind(str(path), "perplexity", network)
+        return _split_windows(str(path), torch.from_numpy(arrays["input_ids"].astype(np.int64)), wanted)
+    key = next((name for name in ("images", "inputs") if name in arrays), None)
+    if key is None or "labels" not in arrays or len(arrays[key]) != len(arrays["labels"]):
+        raise MpqError(f"{path} holds {', '.join(arrays)}: expected images (or inputs) and labels, or input_ids")
+    _check_kind(str(path), "accuracy", network)
+    inputs = _image_tensor(arrays[key], network) if key == "images" else torch.from_numpy(arrays[key]).float()
+    labels = torch.from_numpy(arrays["labels"].astype(np.int64))
+    border = len(inputs) - max(1, round(HELD_OUT * len(inputs)))
+    if border < 1:
+        raise MpqError(f"{path} gives {len(inputs)} sample(s): at least two are needed, one of them for evaluation")
+    return Data(
+        str(path),
+        image_batches(inputs[:border], labels[:border], **wanted.options(evaluation=False)),
+        image_batches(inputs[border:], labels[border:], **wanted.options(evaluation=True)),
+        "accuracy",
+    )
+
+
+def _image_tensor(images: Any, network: Network) -> Tensor:
+    """uint8 (n, height, width[, channels]) as float (n, channels, height, width) in [0, 1], normalized."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise MpqError(
+            f"images are uint8 (n, height, width[, channels]), not {images.dtype} {images.shape}: use inputs"
+        )
+    tensor = torch.from_numpy(images).float() / 255
+    tensor = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
+    if network.mean:
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (network.mean, network.std))
+        tensor = (tensor - mean) / std
+    return tensor
+
+
+def _from_loader(name: str, wanted: Wanted) -> Data:
+    """What the loader returns: batches, or a mapping with "calibration", "evaluation" and maybe "loss_fn"."""
+    loaded = import_object(name)()
+    loss_fn = loaded.get("loss_fn") if isinstance(loaded, Mapping) else None
+    if isinstance(loaded, Mapping):
+        if "calibration" not in loaded:
+            raise MpqError(f"{name} gave {', '.join(map(str, loaded))}: expected calibration, evaluation[, loss_fn]")
+        calibration = check_batches(loaded["calibration"])
+        evaluation = check_batches(loaded.get("evaluation", ())) if "evaluation" in loaded else ()
+    else:
+        calibration, evaluation = check_batches(loaded), ()
+    if not evaluation:
+        if len(calibration) < 2:
+            raise MpqError(f"{name} gave one batch: at least two are needed, the last is for evaluation")
+        border = len(calibration) - max(1, round(HELD_OUT * len(calibration)))
+        calibration, evaluation = calibration[:border], calibration[border:]
+    return Data(name, calibration, evaluation, "loss" if loss_fn else _kind_of(name, calibration[0]), loss_fn)
+
+
+def _kind_of(name: str, batch: Batch) -> str:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return "accuracy"
+    first = tensors_in(batch)[0]
+    if first.ndim == 2 and not first.is_floating_point():
+        return "perplexity"
+    raise MpqError(f"{name} gives neither (inputs, labels) nor tokens: let it return a 'loss_fn' with its batches")
+
+
+def _encoder(network: Network) -> Callable[[str], list[int]]:
+    if network.encode is None:
+        raise MpqError(
+            f"{network.name} has no tokenizer for text: give token windows, as package.module:loader or .npz"
+        )
+    return network.encode
+
+
+def _check_kind(name: str, kind: str, network: Network) -> None:
+    if network.kind is not None and network.kind != kind:
+        needed = "text" if network.kind == "perplexity" else "labelled images"
+        raise MpqError(f"{network.name} takes {needed}, which {name} is not")
+
+
+_READERS: dict[str, Callable[[Path, Network, Wanted], Data]] = {
+    ".txt": _from_text,
+    ".jsonl": _from_lines,
+    ".npz": _from_arrays,
+    ".parquet": _from_parquet,
+}

@@ -1,0 +1,38 @@
+"""Optional packages and users' own modules, imported when they are needed."""
+
+import importlib
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+from mpq.core.errors import MpqError, nearest_names
+
+
+def need(module: str, extra: str, what: str) -> ModuleType:
+    """An optional package; MpqError with the command that installs it when it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MpqError(f"{what} need the package {module}: pip install 'mpq[{extra}]' ({error})") from error
+
+
+def import_object(path: str) -> Any:
+    """What `package.module:name` names; modules of the current folder can be imported.
+
+    Raises:
+        MpqError: there is no such module, or no such name in it (with the nearest ones).
+    """
+    module_name, _, name = path.partition(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise MpqError(f"{path!r} cannot be imported: {error}") from error
+    finally:
+        sys.path.remove(here)
+    if not hasattr(module, name):
+        known = [public for public in vars(module) if not public.startswith("_")]
+        raise MpqError(f"module {module_name} has no {name!r}: {nearest_names(name, known)}")
+    return getattr(module, name)

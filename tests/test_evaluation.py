@@ -1,0 +1,97 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpq.core.calibration import cross_entropy, mean_loss, next_token_loss, seeded
+from mpq.core.errors import MpqError
+from mpq.evaluation import evaluate
+
+
+def classifier() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(0, 1, generator=seeded(0, name))
+    return model
+
+
+class Bigrams(nn.Module):
+    """Logits of the next token by looking up the last one."""
+
+    def __init__(self, vocabulary: int = 11) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, vocabulary)
+        self.table.weight.data.normal_(0, 1, generator=seeded(0, "bigrams"))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.table(input_ids)
+
+
+def images(sizes=(7, 2)):
+    return [
+        (torch.randn(n, 4, generator=seeded(1, n)), torch.randint(0, 3, (n,), generator=seeded(2, n))) for n in sizes
+    ]
+
+
+def test_accuracy_counts_right_answers_and_leaves_the_mode():
+    model, batches = classifier().train(), images()
+    quality = evaluate(model, batches, "accuracy")
+    assert model.training
+    assert model[1].training
+    model.eval()
+    right = [bool(model(x[None]).argmax() == y) for xs, ys in batches for x, y in zip(xs, ys, strict=True)]
+    assert quality.hits.tolist() == right
+    assert quality.value == pytest.approx(np.mean(right))
+    assert quality.error == pytest.approx(np.std(right, ddof=1) / 3)
+    assert quality.loss == pytest.approx(mean_loss(model, batches, cross_entropy))
+
+
+def test_perplexity_is_the_exponential_of_the_mean_token_loss():
+    model = Bigrams()
+    batches = [torch.randint(0, 11, (n, 6), generator=seeded(3, n)) for n in (3, 2)]
+    quality = evaluate(model, batches, "perplexity")
+    assert quality.value == pytest.approx(math.exp(mean_loss(model, batches, next_token_loss)), rel=1e-6)
+    assert quality.error == pytest.approx(quality.value * np.std(quality.losses, ddof=1) / math.sqrt(5), rel=1e-6)
+
+
+def test_masked_tokens_weigh_nothing():
+    tokens = torch.randint(0, 11, (2, 6), generator=seeded(4))
+    mask = torch.ones_like(tokens)
+    mask[1, 4:] = 0
+    masked = evaluate(Bigrams(), [{"input_ids": tokens, "attention_mask": mask}], "perplexity")
+    parts = [evaluate(Bigrams(), [row], "perplexity") for row in (tokens[:1], tokens[1:, :4])]
+    assert masked.weights.tolist() == [5, 3]
+    assert masked.loss == pytest.approx((5 * parts[0].loss + 3 * parts[1].loss) / 8, rel=1e-6)
+
+
+def test_a_loss_of_its_own_is_asked_sample_by_sample():
+    model, batches = classifier(), images()
+    ours = evaluate(model, batches, "loss", cross_entropy)
+    assert ours.losses == pytest.approx(evaluate(model, batches, "accuracy").losses, rel=1e-5)
+
+
+def test_paired_differences_have_the_spread_of_the_differences():
+    batches = images((40,))
+    first, second = classifier(), classifier()
+    with torch.no_grad():
+        second[0].weight += 0.01
+    a, b = (evaluate(model, batches, "accuracy") for model in (first, second))
+    difference, error = b.loss_above(a)
+    assert difference == pytest.approx(b.loss - a.loss, rel=1e-4)
+    assert error == pytest.approx(np.std(b.losses - a.losses, ddof=1) / math.sqrt(40), rel=1e-6)
+    assert error < evaluate(first, batches, "loss", cross_entropy).error / 5
+    with pytest.raises(MpqError, match="same samples"):
+        a.loss_above(evaluate(first, images((5,)), "accuracy"))
+
+
+def test_bad_requests_are_named():
+    with pytest.raises(MpqError, match="accuracy, perplexity, loss"):
+        evaluate(classifier(), images(), "bleu")
+    with pytest.raises(MpqError, match="no calibration batches"):
+        evaluate(classifier(), [], "accuracy")
+    broken = classifier()
+    broken[2].bias.data.fill_(math.nan)
+    with pytest.raises(MpqError, match="batch 0 is nan"):
+        evaluate(broken, images(), "accuracy")
