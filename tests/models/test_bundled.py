@@ -12,7 +12,7 @@ from mpq.quantized import simulate
 
 def uniform(model, name):
     layers = find_layers(model)
-    return simulate(model, Allocation(layers, (name,) * len(layers), 0.0, 0.0, 0, "none"), "nearest", trainable=False)
+    return simulate(model, Allocation(layers, (name,) * len(layers)), "nearest", trainable=False)
 
 
 def test_the_language_model_reads_and_loses_at_few_bits():

@@ -1,0 +1,48 @@
+"""Stochastic rounding: up or down with the odds that keep the mean."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpq.core.errors import MpqError
+from mpq.core.grids import Grid
+
+
+def stochastic_round(values: Tensor, grid: Grid, generator: torch.Generator, random_bits: int | None = None) -> Tensor:
+    """One of the grid's two values around each number, float32 of the same shape; the mean is the number itself.
+
+    A number `d` of the way to the upper neighbour goes up when d + r >= 1, r uniform in (0, 1). Numbers beyond the
+    grid's ends become the ends, which is the only bias.
+
+    Args:
+        values: numbers in units of the scale, on the generator's device.
+        grid: of up to 8 bits.
+        generator: the source of r.
+        random_bits: draw r from the 2**random_bits centres of as many equal parts, as hardware does; the bias is then
+            at most a 2**-(random_bits + 1) of the step.
+
+    Raises:
+        MpqError: a grid of more than 8 bits.
+    """
+    if grid.bits > 8:
+        raise MpqError(f"stochastic rounding wants a grid of up to 8 bits, not {grid.name}")
+    table = _ascending(grid).to(values.device)
+    numbers = values.float().clamp(grid.min, grid.max)
+    upper = torch.searchsorted(table, numbers, right=True).clamp(1, len(table) - 1)
+    low, high = table[upper - 1], table[upper]
+    fraction = (numbers - low) / (high - low)
+    if random_bits is None:
+        draws = 1 - torch.rand(numbers.shape, generator=generator, device=values.device)
+    else:
+        parts = torch.randint(0, 2**random_bits, numbers.shape, generator=generator, device=values.device)
+        draws = (2 * parts + 1) / 2 ** (random_bits + 1)
+    # A draw of exactly 1 must not lift a number that lies on the grid.
+    return torch.where((fraction + draws >= 1) & (fraction > 0), high, low)
+
+
+@lru_cache(maxsize=32)
+def _ascending(grid: Grid) -> Tensor:
+    values = grid.values()
+    return torch.tensor(np.unique(values[np.isfinite(values)]), dtype=torch.float32)

@@ -1,0 +1,106 @@
+"""Linear layers whose three products - forward, input gradient, weight gradient - run in few bits.
+
+The weight itself stays in full precision (the master copy) and takes its gradient as if rounding were the identity.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mpq.core.calibration import seeded
+from mpq.core.errors import MpqError
+from mpq.core.formats import parse_format
+from mpq.core.methods.hadamard import random_rotation
+from mpq.core.patterns import match_names
+from mpq.lowprecision.recipe import Recipe, round_operand
+
+
+class LowPrecisionLinear(nn.Module):
+    """A linear layer that trains as a recipe says, in simulation; (..., in) to (..., out)."""
+
+    def __init__(self, linear: nn.Linear, recipe: Recipe, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.recipe, self.generator = recipe, generator
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The product in few bits; the bias is added in full precision."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        outputs: Tensor = _Products.apply(rows, self.weight, self.recipe, self.generator)  # type: ignore[no-untyped-call]
+        outputs = outputs.view(*inputs.shape[:-1], -1)
+        return outputs if self.bias is None else outputs + self.bias
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.recipe, ctx.generator = recipe, generator
+        return product(inputs, weight, recipe, generator, square=(False, recipe.square_weights))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        inputs, weight = ctx.saved_tensors
+        recipe, generator = ctx.recipe, ctx.generator
+        square = (False, recipe.square_weights)
+        by_inputs = product(gradient, weight.t(), recipe, generator, backward=True, square=square)
+        by_weight = product(gradient.t(), inputs.t(), recipe, generator, backward=True)
+        return by_inputs, by_weight, None, None
+
+
+def product(
+    left: Tensor,  # (m, k)
+    right: Tensor,  # (n, k)
+    recipe: Recipe,
+    generator: torch.Generator,
+    *,
+    backward: bool = False,
+    square: tuple[bool, bool] = (False, False),
+) -> Tensor:
+    """left @ right.T with both operands rounded along k, float32 (m, n).
+
+    In a backward product `left` is the gradient, and it alone is rounded stochastically. A rotated operand has no
+    square tiles: rotation mixes along k only, and its two products need two different ones.
+    """
+    format = parse_format(recipe.format)
+    rotates = recipe.rotates(backward)
+    if rotates:
+        rotation = random_rotation(recipe.rotation_block, generator)
+        left, right = rotation.rotate(left.float()), rotation.rotate(right.float())
+    draws = generator if recipe.rounds_stochastically(backward) else None
+    operands = [
+        round_operand(operand, format, convention=recipe.convention, square=tiles and not rotates, generator=draw)
+        for operand, tiles, draw in ((left, square[0], draws), (right, square[1], None if backward else draws))
+    ]
+    return functional.linear(*operands)
+
+
+def train_in(
+    model: nn.Module, recipe: Recipe, *, include: str = "*", exclude: tuple[str, ...] = (), seed: int = 0
+) -> nn.Module:
+    """The model itself, its linear layers replaced by ones of the recipe that hold the same parameters.
+
+    Args:
+        model: changed in place. Its first output layers are usually left out: exclude=("head",).
+        recipe: of all replaced layers.
+        include: pattern of the layers' names.
+        exclude: patterns of layers to leave alone.
+        seed: of stochastic rounding and rotations, together with each layer's name.
+
+    Raises:
+        MpqError: no linear layer, or a pattern that matches none.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name]
+    if not names:
+        raise MpqError(f"{type(model).__name__} has no linear layer to train in few bits")
+    left_out = set(match_names(exclude, names)) if exclude else set()
+    for name in match_names(include, names):
+        if name not in left_out:
+            parent, _, leaf = name.rpartition(".")
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            replacement = LowPrecisionLinear(linear, recipe, seeded(seed, "low precision", name))
+            setattr(model.get_submodule(parent), leaf, replacement)
+    return model
