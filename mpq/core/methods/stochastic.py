@@ -29,7 +29,7 @@ def stochastic_round(values: Tensor, grid: Grid, generator: torch.Generator, ran
     if grid.bits > 8:
         raise MpqError(f"stochastic rounding wants a grid of up to 8 bits, not {grid.name}")
     table = _ascending(grid).to(values.device)
-    numbers = values.float().clamp(grid.min, grid.max)
+    numbers = values.float().clamp(grid.min, grid.max).contiguous()
     upper = torch.searchsorted(table, numbers, right=True).clamp(1, len(table) - 1)
     low, high = table[upper - 1], table[upper]
     fraction = (numbers - low) / (high - low)
