@@ -1,0 +1,148 @@
+"""Layers that compute in a scheme, which can change at any step, while their weights stay full and trainable."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.activations import fake_quantize_inputs, straight_through
+from mpq.core.errors import MpqError, nearest_names
+from mpq.core.formats import Format
+from mpq.core.layer import Layer
+from mpq.core.layers import matrix_to_weight, weight_matrix
+from mpq.core.methods import NEEDS_SECOND_MOMENT, method_named
+from mpq.core.rounding import dequantize, quantize
+from mpq.core.scheme import Scheme
+from mpq.training.learned import LearnedScales
+
+
+class FakeQuantization(nn.Module):
+    """Quantizes the layers of a model in place, on their way through the forward pass.
+
+    At first every layer computes as ever; `use` gives schemes. The model's parameters and state are untouched, so its
+    optimizer and checkpoints go on working; this module holds what quantization adds: learned scales (its parameters)
+    and ranges of activations (its buffers).
+
+    An activation format with one scale for the tensor clips to a moving average of the largest magnitude, which only
+    layers in training mode update; one with scales per token or group finds them on the fly.
+
+    Args:
+        model: the model that holds the layers.
+        layers: the layers that may be quantized.
+        method: how the scales of weights are found, anew at every step: a name of `mpq.core.methods.METHODS` that
+            needs no inputs.
+        learned: formats whose scales are parameters instead, for every layer.
+        decay: of the moving average, per forward pass.
+
+    Raises:
+        MpqError: a layer whose weight is computed by somebody else (a parametrization), or a format in `learned`
+            whose scales cannot be.
+    """
+
+    ranges: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        *,
+        method: str = "nearest",
+        learned: Iterable[Format] = (),
+        decay: float = 0.99,
+    ) -> None:
+        super().__init__()
+        if method in NEEDS_SECOND_MOMENT:
+            raise MpqError(
+                f"the method {method} needs the layers' inputs, which change in training: take nearest or mse"
+            )
+        self.layers, self.decay, self.method = tuple(layers), decay, method_named(method)
+        self.schemes: dict[str, Scheme] = {}  # by layer name; a layer without one is not quantized
+        self.register_buffer("ranges", torch.full((len(self.layers),), torch.nan))
+        self.learned = nn.ModuleList()
+        formats = tuple(dict.fromkeys(learned))
+        self._modules_of = [[model.get_submodule(name) for name in layer.names] for layer in self.layers]
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        for index, modules in enumerate(self._modules_of):
+            if any("weight" not in module._parameters for module in modules):
+                raise MpqError(f"the weight of {self.layers[index].name} is no plain parameter: undo what computes it")
+            scales = {format.name: LearnedScales(weight_matrix(modules[0]), format) for format in formats}
+            self.learned.append(nn.ModuleDict(scales))
+        for index, modules in enumerate(self._modules_of):
+            for module in dict.fromkeys(modules):
+                self._handles += self._attach(index, module)
+
+    def use(self, schemes: Mapping[str, Scheme]) -> None:
+        """Let these layers, by name, compute in these schemes, and all others as without quantization.
+
+        Raises:
+            MpqError: a name that is none of the layers'.
+        """
+        names = {layer.name for layer in self.layers}
+        for name in schemes.keys() - names:
+            raise MpqError(f"there is no layer {name!r} to quantize: {nearest_names(name, names)}")
+        self.schemes = dict(schemes)
+
+    def remove(self) -> None:
+        """Take the hooks off the model, which computes as without quantization from now on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @torch.no_grad()
+    def bake(self) -> None:
+        """Write the weights as they are rounded now into the model, and take the hooks off."""
+        for index, (layer, modules) in enumerate(zip(self.layers, self._modules_of, strict=True)):
+            if layer.name in self.schemes:
+                module = modules[0]
+                weight: Tensor = module.weight  # type: ignore[assignment]
+                weight.copy_(self._weight(index, module, self.schemes[layer.name].weight))
+        self.remove()
+
+    def _attach(self, index: int, module: nn.Module) -> tuple["torch.utils.hooks.RemovableHandle", ...]:
+        name = self.layers[index].name
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            scheme = self.schemes.get(name)
+            if scheme is None:
+                return None
+            # An entry of the instance's dictionary hides the parameter of the same name for this forward pass.
+            module.__dict__["weight"] = self._weight(index, module, scheme.weight)
+            if scheme.activation is None or isinstance(module, nn.Embedding):
+                return None
+            return (self._inputs(index, module, args[0], scheme.activation), *args[1:])
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            module.__dict__.pop("weight", None)
+
+        return module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)
+
+    def _weight(self, index: int, module: nn.Module, format: Format) -> Tensor:
+        matrix, learned = weight_matrix(module), self.learned[index]
+        assert isinstance(learned, nn.ModuleDict)
+        if format.name in learned:
+            rounded: Tensor = learned[format.name](matrix)
+        else:
+            rounded = straight_through(matrix, lambda weight: self._rounded(weight, format))
+        return matrix_to_weight(rounded, module)
+
+    def _rounded(self, matrix: Tensor, format: Format) -> Tensor:
+        return dequantize(self.method(matrix.detach(), format, None)).to(matrix.dtype)
+
+    def _inputs(self, index: int, module: nn.Module, inputs: Tensor, format: Format) -> Tensor:
+        if format.granularity != "tensor":
+            return straight_through(inputs, lambda values: fake_quantize_inputs(module, values, format))
+        with torch.no_grad():
+            largest = inputs.detach().abs().max().float()
+            known = torch.where(self.ranges[index].isnan(), largest, self.ranges[index])
+            if module.training:
+                known = self.decay * known + (1 - self.decay) * largest
+                self.ranges[index] = known
+            scales = (known / format.grid.max).reshape(1, 1)
+
+        def rounding(values: Tensor) -> Tensor:
+            matrix = values.reshape(1, -1)
+            return dequantize(quantize(matrix, format, scales=scales)).reshape(values.shape).to(values.dtype)
+
+        limit = known.to(inputs.dtype)
+        return straight_through(inputs.clamp(-limit, limit), rounding)

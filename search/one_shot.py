@@ -1,0 +1,215 @@
+"""One-shot search (FLIQS, arXiv 2308.03290): formats are sampled while the weights train, and no retraining follows."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from mpq.core.allocation import Allocation
+from mpq.core.costs import bitops, weight_bytes
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.core.layers import count_macs, find_layers
+from mpq.core.scheme import Scheme, parse_scheme
+from mpq.search.controller import Controller, Schedule, Step
+from mpq.training.fake import FakeQuantization
+
+Cost = Callable[[Layer, Scheme], float]
+COSTS: dict[str, Cost] = {
+    "size": lambda layer, scheme: weight_bytes(scheme, layer.rows, layer.cols),
+    "bitops": lambda layer, scheme: bitops(scheme, layer.macs),
+}
+
+
+class OneShot:
+    """A search that drops into a training loop.
+
+    Inside `with search.sample():` the model's layers compute in sampled schemes; `update` tells the policy how well
+    that went. When the schedule is over the policy is all but certain, and the weights fit its choice.
+
+    Args:
+        model: trained in place; its parameters, optimizer and checkpoints stay what they are.
+        space: the candidate schemes of every layer; activations are searched where schemes name their format
+            ("int4-channel+a:int4").
+        cost: "bitops", "size", or a function of a layer and a scheme.
+        target: the cost wanted, as a share of what the model costs in the space's costliest schemes.
+        schedule: steps, delay, rates and weights.
+        blocks: a regular expression; layers whose names it matches with the same text, from the start, share a scheme
+            (r"layer\\d\\.\\d" decides by residual block). Tied layers (q/k/v, gate/up) always share.
+        include: patterns of the layers to search.
+        exclude: patterns of layers to leave in floating point.
+        method: how weights find their scales in every step.
+        learned: whether weight scales are parameters (LSQ); add `search.parameters()` to the optimizer.
+        seed: of the samples.
+
+    Raises:
+        MpqError: no layers, unknown names, a target that cannot be reached (with the range that can), or tied layers
+            in different blocks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: Sequence[str | Scheme],
+        cost: str | Cost = "bitops",
+        target: float = 0.25,
+        *,
+        schedule: Schedule | None = None,
+        blocks: str | None = None,
+        include: str | Iterable[str] = ("*",),
+        exclude: str | Iterable[str] = (),
+        method: str = "nearest",
+        learned: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.space = tuple(dict.fromkeys(parse_scheme(str(scheme)) for scheme in space))
+        if len(self.space) < 2:
+            raise MpqError(f"a one-shot search wants at least two schemes to choose from, not {len(self.space)}")
+        if isinstance(cost, str) and cost not in COSTS:
+            raise MpqError(f"unknown cost {cost!r}: take {' or '.join(COSTS)}, or a function of a layer and a scheme")
+        self.layers = find_layers(model, include, exclude)
+        self.target = target
+        self.history: list[Step] = []
+        self._choices: NDArray[np.intp] | None = None
+        self.groups = _groups(self.layers, blocks)
+        self.controller = Controller(len(self.groups), len(self.space), schedule or Schedule(), seed)
+        self._cost = COSTS[cost] if isinstance(cost, str) else cost
+        formats = [scheme.weight for scheme in self.space] if learned else []
+        self.quantization = FakeQuantization(model, self.layers, method=method, learned=formats)
+        self._counter = model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self._check_target()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Learned scales, for the optimizer; none unless `learned`."""
+        return self.quantization.parameters()
+
+    @contextmanager
+    def sample(self) -> Iterator[tuple[Scheme, ...]]:
+        """The model computes in schemes drawn from the policy, until the block ends; yields them, one a layer.
+
+        Gradients may be taken after the block, unless activations are recomputed (gradient checkpointing).
+        """
+        self._choices = self.controller.sample()
+        with self._computing_in(self._choices) as schemes:
+            yield schemes
+
+    @contextmanager
+    def chosen(self) -> Iterator[tuple[Scheme, ...]]:
+        """The model computes in the likeliest schemes, for validation."""
+        with self._computing_in(self.controller.best()) as schemes:
+            yield schemes
+
+    def update(self, *, quality: float) -> Step:
+        """Teach the policy how well the last sample did; higher is better.
+
+        Qualities should move by about 1 between good and bad samples: the reward takes off `cost_weight` for a cost of
+        twice the target. A quality that is not finite is noted and teaches nothing.
+
+        Raises:
+            MpqError: nothing was sampled since the last update.
+        """
+        if self._choices is None:
+            raise MpqError("update wants a sample to judge: run the model inside `with search.sample():` first")
+        step = self.controller.update(self._choices, quality, self.cost_of(self._choices))
+        self._choices = None
+        self.history.append(step)
+        return step
+
+    def cost_of(self, choices: Sequence[int] | NDArray[np.intp]) -> float:
+        """Cost of one scheme index per decision, as a share of the target.
+
+        Raises:
+            MpqError: the cost counts multiplications, and the model has not run yet.
+        """
+        costs = self._costs()
+        largest = costs.max(1).sum()
+        if largest <= 0:
+            raise MpqError("the layers cost nothing so far: run the model inside `with search.sample():` first")
+        return float(costs[np.arange(len(costs)), choices].sum() / (self.target * largest))
+
+    def allocation(self) -> Allocation:
+        """The likeliest scheme of every layer; its `loss` is unknown, its provenance says cost and certainty."""
+        best = self.controller.best()
+        facts = {
+            "search": "one-shot", "seed": self.controller.seed, "steps": self.controller.step, "target": self.target,
+            "cost_over_target": self.cost_of(best), "entropy": self.controller.entropy,
+        }  # fmt: skip
+        schemes = tuple(scheme.name for scheme in self._schemes(best))
+        return Allocation(self.layers, schemes, metric="one-shot", provenance=facts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint of the training needs of the search, beside the model's and the optimizer's own."""
+        return {"controller": self.controller.state_dict(), "quantization": self.quantization.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; MpqError when it is of another search."""
+        self.controller.load_state_dict(state["controller"])
+        self.quantization.load_state_dict(state["quantization"])
+
+    def close(self) -> None:
+        """Take all hooks off the model."""
+        self._counter.remove()
+        self.quantization.remove()
+
+    @contextmanager
+    def _computing_in(self, choices: NDArray[np.intp]) -> Iterator[tuple[Scheme, ...]]:
+        schemes = self._schemes(choices)
+        self.quantization.use({layer.name: scheme for layer, scheme in zip(self.layers, schemes, strict=True)})
+        try:
+            yield schemes
+        finally:
+            self.quantization.use({})
+
+    def _schemes(self, choices: NDArray[np.intp]) -> tuple[Scheme, ...]:
+        by_layer = {
+            layer: self.space[choice] for group, choice in zip(self.groups, choices, strict=True) for layer in group
+        }
+        return tuple(by_layer[index] for index in range(len(self.layers)))
+
+    def _costs(self) -> NDArray[np.float64]:
+        """(decisions, options)."""
+        by_layer = np.array([[self._cost(layer, scheme) for scheme in self.space] for layer in self.layers], np.float64)
+        return np.array([by_layer[list(group)].sum(0) for group in self.groups])
+
+    def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model runs for the first time: count multiplications in a pass of its own."""
+        self._counter.remove()
+        self.layers = count_macs(model, self.layers, (args, kwargs), lambda model, batch: model(*batch[0], **batch[1]))
+        self._check_target()
+
+    def _check_target(self) -> None:
+        costs = self._costs()
+        largest = costs.max(1).sum()
+        if largest > 0 and not costs.min(1).sum() / largest <= self.target <= 1:
+            raise MpqError(
+                f"a target of {self.target:g} cannot be reached: these schemes cost {costs.min(1).sum() / largest:.4g} "
+                "to 1 of the costliest"
+            )
+
+
+def _groups(layers: Sequence[Layer], blocks: str | None) -> tuple[tuple[int, ...], ...]:
+    """Layers that share a decision: those of a block, those of a tie, or a layer alone."""
+    try:
+        expression = None if blocks is None else re.compile(blocks)
+    except re.error as error:
+        raise MpqError(f"blocks {blocks!r} is no regular expression: {error}") from error
+    keys = []
+    block_of_tie: dict[str, str] = {}
+    for layer in layers:
+        match = None if expression is None else expression.match(layer.name)
+        block = match.group() if match else ""
+        if layer.tie and block_of_tie.setdefault(layer.tie, block) != block:
+            raise MpqError(
+                f"blocks {blocks!r} puts the tied layers {layer.tie} in different blocks: they share a scheme"
+            )
+        keys.append(f"block {block}" if block else f"tie {layer.tie}" if layer.tie else f"layer {layer.name}")
+    if expression is not None and not any(key.startswith("block ") for key in keys):
+        raise MpqError(f"blocks {blocks!r} matches no layer: names are like {layers[0].name}")
+    members: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        members.setdefault(key, []).append(index)
+    return tuple(tuple(group) for group in members.values())
