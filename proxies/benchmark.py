@@ -97,10 +97,12 @@ class Benchmark:
 
     def to_csv(self) -> str:
         """The text of the file."""
-        facts = [
-            [x.name, x.kind, x.rows, x.cols, x.macs, x.tie, list(x.aliases)] for x in self.layers
-        ]  # in the order of Layer's fields
-        header = {**self.provenance, "layers": facts, "schemes": list(self.schemes), "rows": len(self)}
+        header = {
+            **self.provenance,
+            "layers": [facts_of(layer) for layer in self.layers],
+            "schemes": list(self.schemes),
+            "rows": len(self),
+        }
         stream = io.StringIO()
         stream.write(f"# {json.dumps(header)}\n")
         writer = csv.writer(stream, lineterminator="\n")
@@ -130,7 +132,7 @@ def _parse(text: str) -> Benchmark:
     if not first.startswith("# ") or not text.endswith("\n"):
         raise ValueError("the first line is no JSON, or the last line is cut")
     header = json.loads(first[2:])
-    layers = tuple(_layer(facts) for facts in header.pop("layers"))
+    layers = tuple(layer_of(facts) for facts in header.pop("layers"))
     schemes = tuple(parse_scheme(name).name for name in header.pop("schemes"))
     records = list(csv.DictReader(io.StringIO(rest), strict=True))
     if len(records) != header.pop("rows"):
@@ -148,6 +150,12 @@ def spell(choice: Iterable[int]) -> str:
     return "".join(DIGITS[index] for index in choice)
 
 
-def _layer(facts: Sequence[Any]) -> Layer:
+def layer_of(facts: Sequence[Any]) -> Layer:
+    """The inverse of `facts_of`."""
     name, kind, rows, cols, macs, tie, aliases = facts
     return Layer(name, kind, rows, cols, macs, tie, tuple(aliases))
+
+
+def facts_of(layer: Layer) -> list[Any]:
+    """A layer as JSON values."""
+    return [layer.name, layer.kind, layer.rows, layer.cols, layer.macs, layer.tie, list(layer.aliases)]

@@ -23,6 +23,11 @@ METRICS: dict[str, tuple[str, str]] = {
     "loss": ("mpq.sensitivity.loss:loss", "measured loss change, one layer at a time: exact and slow"),
 }
 
+# prefix: (module:function, what it is); "prefix:TEXT" is the metric that the function makes of TEXT.
+FAMILIES: dict[str, tuple[str, str]] = {
+    "proxy": ("mpq.proxies.metric:proxy_metric", "proxy:FORMULA, or proxy:NAME of a known proxy"),
+}
+
 
 def metric_named(name: str) -> "Metric":
     """The metric called `name`, ours or a plugin's; MpqError with the known names when there is none."""
@@ -31,6 +36,11 @@ def metric_named(name: str) -> "Metric":
         module, _, function = METRICS[name][0].partition(":")
         metric: Metric = getattr(import_module(module), function)
         return metric
+    family, colon, text = name.partition(":")
+    if colon and family in FAMILIES:
+        module, _, function = FAMILIES[family][0].partition(":")
+        made: Metric = getattr(import_module(module), function)(text)
+        return made
     if name in plugins:
         plugin: Metric = plugins[name].load()
         return plugin

@@ -23,6 +23,18 @@ def fisher(task: Task) -> Scores:
     and one backward pass per batch and one product per layer. The standard error is that of the layer's whole
     E||g_n||^2, over samples.
     """
+    diagonals, spreads = fisher_diagonals(task)
+
+    def score(layer: Layer, difference: Tensor) -> tuple[float, float]:
+        weighted = diagonals[layer.name] * difference.cpu().square()
+        value = 0.5 * weighted.sum(dtype=torch.float64).item()
+        return value, value * spreads[layer.name].relative_error()
+
+    return score_weight_errors(task, score)
+
+
+def fisher_diagonals(task: Task) -> tuple[dict[str, Tensor], dict[str, Spread]]:
+    """Every layer's E_n[g_nj^2], (rows, cols), and the spread over samples of its sum, by layer name."""
     diagonals = {layer.name: torch.zeros(layer.rows, layer.cols) for layer in task.layers}
     spreads = {layer.name: Spread() for layer in task.layers}
     for index in task.track(range(len(task.batches)), "per-sample gradients"):
@@ -31,13 +43,7 @@ def fisher(task: Task) -> Scores:
                 squares = _add_squares(diagonals[layer.name], uses[layer.name], samples, layer)
                 spreads[layer.name].add(squares)
     samples = sum(samples_in(batch) for batch in task.batches)
-
-    def score(layer: Layer, difference: Tensor) -> tuple[float, float]:
-        weighted = diagonals[layer.name] * difference.cpu().square()
-        value = 0.5 * weighted.sum(dtype=torch.float64).item() / samples
-        return value, value * spreads[layer.name].relative_error()
-
-    return score_weight_errors(task, score)
+    return {name: total / samples for name, total in diagonals.items()}, spreads
 
 
 def _add_squares(diagonal: Tensor, uses: list[Use], samples: int, layer: Layer) -> Tensor:
