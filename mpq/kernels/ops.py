@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpq.kernels import reference
+from mpq.kernels import fragments, gpu, reference
 
 _WEIGHT = "str format, int rows, int cols, str layout"
 SCHEMAS = {
@@ -25,7 +25,9 @@ SCHEMAS = {
     "embedding": f"(Tensor indices, Tensor[] weight, {_WEIGHT}, ScalarType dtype) -> Tensor",
 }
 # (op, layout, device type) -> a function with the op's signature
-KERNELS: dict[tuple[str, str, str], Callable[..., Tensor]] = {}
+KERNELS: dict[tuple[str, str, str], Callable[..., Tensor]] = {
+    ("linear", fragments.FRAGMENTS, "cuda"): gpu.linear,
+}
 
 
 def _linear(
@@ -98,3 +100,4 @@ for _name, (_implementation, _shape) in _PARTS.items():
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mpq::{_name}", _shape, lib=_LIBRARY)
 torch.library.register_autograd("mpq::linear", _linear_backward, setup_context=_remember, lib=_LIBRARY)
+gpu.register()

@@ -1,0 +1,36 @@
+"""The CUDA backend of torch.ops.mpq: fused kernels over the layout "fragments". Speeds are not yet measured."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from mpq.kernels import fragments
+from mpq.kernels.layout import LAYOUTS, Layout, Packed
+
+
+def linear(
+    input: Tensor,
+    weight: Sequence[Tensor],
+    bias: Tensor | None,
+    format: str,
+    rows: int,
+    cols: int,
+    layout: str,
+    activation: str,
+) -> Tensor:
+    """torch.ops.mpq.linear from fragments on a CUDA device; Triton is imported at the first call."""
+    from mpq.kernels.triton.linear import linear as fused
+
+    return fused(input, weight, bias, format, rows, cols, layout, activation)
+
+
+def suits(packed: Packed, device: torch.device) -> bool:
+    """Whether fragments are the layout to compute in: a CUDA device, a covered format, and Triton installed."""
+    return device.type == "cuda" and fragments.covers(packed.format) and find_spec("triton") is not None
+
+
+def register() -> None:
+    """Add the layout to `LAYOUTS`."""
+    LAYOUTS[fragments.FRAGMENTS] = Layout(fragments.arrange, fragments.restore, fragments.names, suits)

@@ -1,0 +1,39 @@
+"""How a product is cut into blocks: chosen by the device's table, else by a safe rule."""
+
+from dataclasses import dataclass
+
+from mpq.kernels.triton.spec import Spec
+
+
+@dataclass(frozen=True)
+class Config:
+    """Output channels, tokens and columns of a program's step; programs that share a row; warps; pipeline stages."""
+
+    block_n: int = 64
+    block_m: int = 16
+    block_k: int = 64
+    split: int = 1
+    warps: int = 4
+    stages: int = 4
+
+
+def step_cols(spec: Spec) -> int:
+    """Columns of a step that lie in one group, so that group scales reach the accumulators; 64 where none do."""
+    if spec.group == 0:
+        return 128 if spec.bits <= 4 else 64
+    return next((cols for cols in (128, 64, 32) if spec.group % cols == 0), 64)
+
+
+def default_config(spec: Spec, tokens: int, rows: int, cols: int, processors: int) -> Config:
+    """A safe choice, not a tuned one: enough programs to fill the device twice, shared rows where there are too few."""
+    block_m = next((size for size in (16, 32, 64) if tokens <= size), 128)
+    block_n = 64 if block_m <= 64 else 128
+    block_k = step_cols(spec)
+    if block_m >= 64:
+        block_k = min(block_k, 64)
+    programs = -(-rows // block_n) * -(-tokens // block_m)
+    steps = -(-cols // block_k)
+    split = 1
+    while programs * split < 2 * processors and steps >= 8 * split and split < 16:
+        split *= 2
+    return Config(block_n, block_m, block_k, split, warps=4 if block_n == 64 else 8, stages=4 if block_m <= 64 else 3)

@@ -1,0 +1,54 @@
+"""What the compiler makes of the kernels for Ampere, Ada and Hopper, without a device."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import json, sys, torch
+from mpq.core.formats import parse_format
+from mpq.kernels.triton.ahead import compile_product
+from mpq.kernels.triton.config import Config, step_cols
+from mpq.kernels.triton.spec import spec_of
+facts = []
+for name, dtype, capability, mode in json.loads(sys.argv[1]):
+    format = parse_format(name)
+    block_k = min(64, step_cols(spec_of(format)))
+    kernel = compile_product(format, getattr(torch, dtype), Config(block_k=block_k), capability, mode)
+    ptx = kernel.asm["ptx"]
+    words = ("mma.sync", "wgmma.mma_async", "cp.async.cg", "st.shared", "st.local")
+    facts.append({word: ptx.count(word) for word in words} | {"cubin": len(kernel.asm["cubin"])})
+print(json.dumps(facts))
+"""
+
+
+def compile_all(cases: list[tuple[str, str, int, str]]) -> list[dict[str, int]]:
+    """Compile in a process of its own: the interpreter, once chosen, holds for a whole process."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(cases)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    facts: list[dict[str, int]] = json.loads(run.stdout.splitlines()[-1])
+    return facts
+
+
+def test_int4_reaches_the_tensor_cores_without_a_detour_through_shared_memory() -> None:
+    ampere, hopper = compile_all([("int4-g128", "float16", 80, "float"), ("int4-g128", "bfloat16", 90, "float")])
+    assert ampere["mma.sync"] > 0
+    assert ampere["cp.async.cg"] > 0  # 16 bytes a thread, in a pipeline
+    assert hopper["wgmma.mma_async"] > 0
+    assert hopper["cp.async.cg"] > 0
+    assert hopper["st.shared"] == 0  # weights go from registers into wgmma: the layout is its own fragment order
+    assert ampere["st.local"] == hopper["st.local"] == 0
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_formats_compile(capability: int) -> None:
+    names = ["int3-g64-asym", "int8-channel", "fp8-e4m3", "mxfp6-e3m2", "nvfp4", "nf4-g64"]
+    types = ["float16", "bfloat16"]
+    cases = [(name, types[place % 2], capability, "float") for place, name in enumerate(names)]
+    assert all(fact["cubin"] > 0 and fact["st.local"] == 0 for fact in compile_all(cases))
