@@ -1,0 +1,65 @@
+"""HAWQ-V2's frontier is that of enumerating monotone allocations, and never below the exact one."""
+
+from dataclasses import replace
+from itertools import combinations_with_replacement
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import make_problem
+
+from mpq.core.errors import MpqError
+from mpq.core.frontier import non_dominated
+from mpq.search.exact import exact
+from mpq.search.monotone import monotone
+
+
+def enumerated(problem, sensitivities, cost):
+    order = np.argsort(-sensitivities, kind="stable")
+    levels = np.argsort(problem.costs[cost].sum(0), kind="stable")[::-1]
+    choices = np.array(list(combinations_with_replacement(range(len(levels)), len(order))))
+    whole = np.empty_like(choices)
+    whole[:, order] = levels[choices]
+    rows = np.arange(len(order))
+    costs, losses = problem.costs[cost][rows, whole].sum(1), problem.losses[rows, whole].sum(1)
+    kept = non_dominated(costs, losses)
+    return costs[kept], losses[kept]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(1, 8), st.sampled_from(["size", "bitops"]))
+def test_it_is_the_frontier_of_enumeration(seed, layers, cost):
+    problem = make_problem(seed, layers)
+    sensitivities = np.random.default_rng(seed).random(layers)
+    costs, losses = enumerated(problem, sensitivities, cost)
+    if not len(costs):
+        with pytest.raises(MpqError, match="no monotone allocation"):
+            monotone(problem, cost=cost, sensitivities=sensitivities)
+        return
+    found = monotone(problem, cost=cost, sensitivities=sensitivities)
+    np.testing.assert_allclose(found.costs, costs, rtol=1e-12)
+    np.testing.assert_allclose(found.losses, losses, rtol=1e-12)
+    for index, choices in enumerate(found.choices):
+        assert problem.totals(choices)[cost] == pytest.approx(found.costs[index])
+        assert found.allocation(index).loss == pytest.approx(found.losses[index])
+    best = exact(problem, cost=cost)
+    for total, loss in zip(found.costs, found.losses, strict=True):
+        reachable = best.losses[best.costs <= total * (1 + 1e-12)]
+        assert reachable.min() <= loss * (1 + 1e-12)
+
+
+def test_fifty_layers_and_budgets():
+    problem = make_problem(1, 50)
+    whole = monotone(problem)
+    middle = float(np.median(whole.costs))
+    cut = monotone(replace(problem, budgets={"size": middle}))
+    assert cut.costs.tolist() == whole.costs[whole.costs <= middle].tolist()
+    with pytest.raises(MpqError, match="below the smallest monotone"):
+        monotone(replace(problem, budgets={"size": 1.0}))
+    with pytest.raises(MpqError, match="keeps no budget of bitops"):
+        monotone(replace(problem, budgets={"bitops": 1.0}))
+    with pytest.raises(MpqError, match="each of 50 groups"):
+        monotone(problem, sensitivities=[1.0])
+    with pytest.raises(MpqError, match="no cost 'time'"):
+        monotone(problem, cost="time")
