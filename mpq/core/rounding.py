@@ -203,7 +203,8 @@ def to_float_copy(weight: Tensor, name: str) -> Tensor:
     """The weight in a 16- or 32-bit float; numbers beyond its range become its largest."""
     dtype = COPY_DTYPES[name]
     limit = torch.finfo(dtype).max
-    return weight.clamp(-limit, limit).to(dtype)
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return wide.clamp(-limit, limit).to(dtype)
 
 
 def encode_scales(scales: Tensor, kind: str) -> Tensor:

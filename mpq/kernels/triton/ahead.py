@@ -38,7 +38,7 @@ def compile_product(
         "scale": _SCALES.get(spec.scale, "*u8"), "zeros": "*u8", "tensor_scale": "*fp32", "table": "*fp32",
         "bias": f"*{short}", "out": f"*{short}" if config.split == 1 else "*fp32",
         **dict.fromkeys(("M", "N", "K", "padded_n", "col_blocks", "input_row"), "i32"),
-        "input_col": "constexpr", "out_row": "i32", "steps_per_split": "i32",
+        "input_col": "constexpr", **dict.fromkeys(("out_row", "steps", "steps_per_split"), "i32"),
     }  # fmt: skip
     constants = {
         "input_col": 1, "SPEC": spec, "MODE": mode, "DTYPE": getattr(triton.language, MODES.get(mode, NAMES[dtype])),

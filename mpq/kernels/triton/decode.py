@@ -108,7 +108,9 @@ def to_numbers(codes, zeros, table, SPEC: tl.constexpr, DTYPE: tl.constexpr, EMU
 
     `zeros` (int16, broadcast against the codes) are what the code of zero is.
     """
-    if SPEC.kind == "table":
+    if tl.float8e4nv == DTYPE:
+        numbers = codes.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    elif SPEC.kind == "table":
         numbers = tl.load(table + codes.to(tl.int32)).to(DTYPE)
     elif SPEC.kind == "float":
         if tl.float16 == DTYPE and SPEC.fits_fp16:

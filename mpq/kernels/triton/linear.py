@@ -1,6 +1,7 @@
 """torch.ops.mpq.linear on Triton: what it covers, choosing blocks, launching."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -8,14 +9,21 @@ import triton.language as tl
 from torch import Tensor
 
 from mpq.core.formats import Format, parse_format
-from mpq.core.rounding import decode_table
+from mpq.core.rounding import absmax_scales, decode, decode_table, encode, gather, spread, to_float_copy
 from mpq.kernels import reference
-from mpq.kernels.fragments import TILE_ROWS, covers, fields, names
-from mpq.kernels.triton.config import Config, default_config
+from mpq.kernels.fragments import BLOCK_COLS, TILE_ROWS, covers, fields, names
+from mpq.kernels.triton.config import Config, default_config, step_cols
+from mpq.kernels.triton.inputs import round_kernel
 from mpq.kernels.triton.product import product_kernel, reduce_kernel
 from mpq.kernels.triton.spec import magic_of, spec_of
 
-TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.int8: tl.int8,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
+MODES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 EMULATE = bool(triton.knobs.runtime.interpret)
 
 
@@ -29,46 +37,58 @@ def linear(
     layout: str,
     activation: str,
 ) -> Tensor:
-    """input @ weight.T + bias in the input's type, accumulated in float32; the reference where no kernel applies."""
-    packed_format = parse_format(format)
+    """input @ weight.T + bias in the input's type, accumulated in float32 or int32; the reference where no kernel
+    applies. Never waits for the device.
+    """
+    packed = parse_format(format)
     tokens = input.reshape(-1, cols)
-    if not computes(packed_format, input.dtype) or 0 in (tokens.shape[0], rows, cols):
+    if not computes(packed, input.dtype) or 0 in (tokens.shape[0], rows, cols):
         return reference.linear(input, weight, bias, format, rows, cols, layout, activation)
+    config = default_config(spec_of(packed), tokens.shape[0], rows, cols, processors(input.device))
+    scales = None
     if activation:
-        tokens = reference.quantize_activation(tokens, activation)
-    config = default_config(spec_of(packed_format), tokens.shape[0], rows, cols, processors(input.device))
-    return product(tokens, weight, bias, packed_format, rows, config).reshape(*input.shape[:-1], rows)
+        rounded = parse_format(activation)
+        dtype = eight_bits(packed, rounded, input.device)
+        if dtype is None:
+            tokens = rounded_inputs(tokens, rounded)
+        else:
+            tokens, scales = eight_bit_inputs(tokens, rounded, dtype)
+            config = replace(config, block_k=max(32, config.block_k))
+    output = product(tokens, weight, bias, packed, rows, config, input.dtype, scales)
+    return output.reshape(*input.shape[:-1], rows)
 
 
 def product(
-    tokens: Tensor,  # (tokens, cols)
+    tokens: Tensor,  # (tokens, cols); int8 or fp8 from `eight_bit_inputs`
     weight: Sequence[Tensor],
     bias: Tensor | None,
     format: Format,
     rows: int,
     config: Config,
-    out_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype,
+    scales: Tensor | None = None,  # float32 (tokens,), of 8-bit tokens
 ) -> Tensor:
-    """One launch of the kernel, two when programs share a row: (tokens, rows), by default in the tokens' type."""
+    """One launch of the kernel, two when programs share a row: (tokens, rows)."""
     spec, dtype = spec_of(format), tokens.dtype
     count, cols = tokens.shape
     parts = dict(zip(names(format), weight, strict=True))
     codes = [parts[f"codes{width}"] for width in fields(format.grid.bits)]
     first, second, third = (codes + codes[:1] * 2)[:3]
     table = decode_table(format.grid, tokens.device) if spec.kind == "table" else first
-    out = tokens.new_empty((count, rows), dtype=out_dtype or dtype)
-    steps = -(-cols // config.block_k)
+    out = tokens.new_empty((count, rows), dtype=out_dtype)
+    grouped = parts["scale"].shape[0] * spec.group if spec.group else cols  # 8-bit tokens may be filled up beyond it
+    steps = -(-min(cols, grouped) // config.block_k)
     split = min(config.split, steps)
     target = out if split == 1 else out.new_empty((split, count, rows), dtype=torch.float32)
     padded = first.shape[0] * TILE_ROWS
     even = cols % config.block_k == 0 and padded % config.block_n == 0
     grid = (-(-rows // config.block_n) * -(-count // config.block_m), split)
     product_kernel[grid](
-        tokens, tokens, first, second, third, parts["scale"], parts.get("zeros", first),
+        tokens, tokens if scales is None else scales, first, second, third, parts["scale"], parts.get("zeros", first),
         parts.get("tensor_scale", first), table, first if bias is None else bias, target,
-        count, rows, cols, padded, first.shape[1], tokens.stride(0), tokens.stride(1), rows, -(-steps // split),
-        SPEC=spec, MODE="float", DTYPE=TYPES[dtype], MAGIC=magic_of(spec, dtype),
-        HAS_BIAS=bias is not None, INPUT_SCALE=False, EVEN=even, EMULATE=EMULATE,
+        count, rows, cols, padded, first.shape[1], tokens.stride(0), tokens.stride(1), rows, steps, -(-steps // split),
+        SPEC=spec, MODE=MODES.get(dtype, "float"), DTYPE=TYPES[dtype], MAGIC=magic_of(spec, dtype),
+        HAS_BIAS=bias is not None, INPUT_SCALE=scales is not None, EVEN=even, EMULATE=EMULATE,
         BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SPLIT=split,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -82,9 +102,50 @@ def product(
 
 def computes(format: Format, dtype: torch.dtype) -> bool:
     """Whether the kernel takes a format and inputs of a type: 16-bit floats whose range holds the format's numbers."""
-    if dtype not in TYPES or not covers(format):
+    if dtype not in (torch.float16, torch.bfloat16) or not covers(format):
         return False
     return dtype == torch.bfloat16 or format.grid.max <= torch.finfo(torch.float16).max
+
+
+def eight_bits(weight: Format, activation: Format, device: torch.device) -> torch.dtype | None:
+    """The 8-bit type whose matrix instructions multiply both formats exactly, or None.
+
+    int8: integers with zero points of at most 7 bits, groups that hold whole steps. float8_e4m3fn: e4m3 on both sides,
+    from compute capability 8.9 on. One scale for each token or for all.
+    """
+    if activation.granularity == "group" or (
+        weight.granularity == "group" and weight.group_size % step_cols(spec_of(weight))
+    ):
+        return None
+    if weight.grid.family == activation.grid.family == "int" and activation.grid.signed:
+        return torch.int8 if weight.grid.bits < 8 or weight.grid.signed else None
+    recent = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    return torch.float8_e4m3fn if weight.grid.name == activation.grid.name == "e4m3" and recent else None
+
+
+def eight_bit_inputs(tokens: Tensor, format: Format, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes (tokens, cols filled up to 64) in lane order, and float32 scales (tokens,), by the format's own rules."""
+    count, cols = tokens.shape
+    codes = tokens.new_empty((count, cols + -cols % BLOCK_COLS), dtype=dtype)
+    whole = format.granularity == "tensor" or format.scale not in ("fp16", "fp32")
+    if whole:
+        scales = absmax_scales(tokens.float(), format)[0].reshape(-1).expand(count).contiguous()
+    else:
+        scales = tokens.new_empty(count, dtype=torch.float32)
+    round_kernel[(count,)](
+        tokens, scales, codes, cols, codes.shape[1], tokens.stride(0), tokens.stride(1),
+        LIMIT=format.grid.max, LOW=format.grid.min, HALF=format.scale == "fp16", SHARED=whole, BLOCK=1024,
+    )  # fmt: skip
+    return codes, scales
+
+
+def rounded_inputs(tokens: Tensor, format: Format) -> Tensor:
+    """What `reference.quantize_activation` gives, without its look at the numbers, which would wait for the device."""
+    if format.is_float_copy:
+        return to_float_copy(tokens, format.grid.name).to(tokens.dtype)
+    scales = absmax_scales(tokens.float(), format)[0].unsqueeze(-1)
+    elements = decode(encode(spread(tokens.float(), format) / scales, format.grid), format.grid) * scales
+    return gather(elements, format, (tokens.shape[0], tokens.shape[1])).to(tokens.dtype)
 
 
 def processors(device: torch.device) -> int:

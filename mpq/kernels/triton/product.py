@@ -37,7 +37,7 @@ def _zeros(zeros, at, mask, SPEC: tl.constexpr):
 @triton.jit
 def product_kernel(
     inputs, input_scale, first, second, third, scale, zeros, tensor_scale, table, bias, out,
-    M, N, K, padded_n, col_blocks, input_row, input_col, out_row, steps_per_split,
+    M, N, K, padded_n, col_blocks, input_row, input_col, out_row, steps, steps_per_split,
     SPEC: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, MAGIC: tl.constexpr,
     HAS_BIAS: tl.constexpr, INPUT_SCALE: tl.constexpr, EVEN: tl.constexpr, EMULATE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
@@ -63,7 +63,7 @@ def product_kernel(
     lane_place = row_tile.to(tl.int64)[:, None, None] * (col_blocks * 128) + lane[None, :, None] * 4
     input_at = inputs + row_m.to(tl.int64)[:, None] * input_row + col[None, :] * input_col
     first_step = tl.program_id(1) * steps_per_split
-    last_step = tl.minimum(first_step + steps_per_split, tl.cdiv(K, BLOCK_K))
+    last_step = tl.minimum(first_step + steps_per_split, steps)
     if WHOLE_ROWS and MODE == "int8":
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     else:

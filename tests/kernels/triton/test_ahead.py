@@ -52,3 +52,13 @@ def test_formats_compile(capability: int) -> None:
     types = ["float16", "bfloat16"]
     cases = [(name, types[place % 2], capability, "float") for place, name in enumerate(names)]
     assert all(fact["cubin"] > 0 and fact["st.local"] == 0 for fact in compile_all(cases))
+
+
+def test_8_bit_inputs_reach_the_8_bit_instructions() -> None:
+    cases = [
+        ("int4-g128", "float16", 80, "int8"), ("int8-channel", "bfloat16", 90, "int8"),
+        ("fp8-e4m3-channel", "float16", 89, "fp8"), ("fp8-e4m3-channel", "bfloat16", 90, "fp8"),
+    ]  # fmt: skip
+    facts = compile_all(cases)
+    assert all(fact["mma.sync"] + fact["wgmma.mma_async"] > 0 and fact["st.local"] == 0 for fact in facts)
+    assert facts[1]["st.shared"] == facts[3]["st.shared"] == 0

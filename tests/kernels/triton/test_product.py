@@ -93,7 +93,7 @@ def test_strided_inputs_and_leading_axes(dtype: torch.dtype) -> None:
     inputs, bias, truth, *weight = problem(format, 6, 40, 128, dtype)
     columns = torch.empty(128, 6, dtype=dtype, device=DEVICE).copy_(inputs.T).T  # column by column in memory
     spaced = torch.empty(6, 256, dtype=dtype, device=DEVICE)[:, ::2].copy_(inputs)
-    expected = product(inputs, weight, bias, format, 40, BASE)
+    expected = product(inputs, weight, bias, format, 40, BASE, dtype)
     assert relative(expected, truth) < torch.finfo(dtype).eps
     for view in (columns, spaced, inputs.reshape(2, 3, 128)):
         output = linear(view, weight, bias, format.name, 40, 128, FRAGMENTS, "")
