@@ -31,7 +31,7 @@ def untrained(seed: int) -> TinyLM:
     model = TinyLM(CONFIG)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
-            deviation = 0.02 if name.startswith("embed") else parameter.shape[1] ** -0.5 / 2
+            deviation = 0.1 if name.startswith("embed") else parameter.shape[1] ** -0.5 / 2
             parameter.data.normal_(0, deviation, generator=seeded(seed, name))
     return model
 

@@ -3,6 +3,8 @@
 The weight itself stays in full precision (the master copy) and takes its gradient as if rounding were the identity.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,13 +16,14 @@ from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
 from mpq.core.methods.hadamard import random_rotation
 from mpq.core.patterns import match_names
+from mpq.lowprecision.masking import Mask, masked
 from mpq.lowprecision.recipe import Recipe, round_operand
 
 
 class LowPrecisionLinear(nn.Module):
     """A linear layer that trains as a recipe says, in simulation; (..., in) to (..., out)."""
 
-    def __init__(self, linear: nn.Linear, recipe: Recipe, generator: torch.Generator) -> None:
+    def __init__(self, linear: nn.Linear, recipe: Recipe | Mask, generator: torch.Generator) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.recipe, self.generator = recipe, generator
@@ -35,16 +38,16 @@ class LowPrecisionLinear(nn.Module):
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, recipe: Recipe | Mask, generator: torch.Generator) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.recipe, ctx.generator = recipe, generator
-        return product(inputs, weight, recipe, generator, square=(False, recipe.square_weights))
+        return product(inputs, weight, recipe, generator, square=(False, _square(recipe)))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         inputs, weight = ctx.saved_tensors
         recipe, generator = ctx.recipe, ctx.generator
-        square = (False, recipe.square_weights)
+        square = (False, _square(recipe))
         by_inputs = product(gradient, weight.t(), recipe, generator, backward=True, square=square)
         by_weight = product(gradient.t(), inputs.t(), recipe, generator, backward=True)
         return by_inputs, by_weight, None, None
@@ -53,17 +56,19 @@ class _Products(torch.autograd.Function):
 def product(
     left: Tensor,  # (m, k)
     right: Tensor,  # (n, k)
-    recipe: Recipe,
+    recipe: Recipe | Mask,
     generator: torch.Generator,
     *,
     backward: bool = False,
     square: tuple[bool, bool] = (False, False),
 ) -> Tensor:
-    """left @ right.T with both operands rounded along k, float32 (m, n).
+    """left @ right.T with both operands rounded along k, or masked; float32 (m, n).
 
     In a backward product `left` is the gradient, and it alone is rounded stochastically. A rotated operand has no
     square tiles: rotation mixes along k only, and its two products need two different ones.
     """
+    if isinstance(recipe, Mask):
+        return functional.linear(masked(left.float(), recipe), masked(right.float(), recipe))
     format = parse_format(recipe.format)
     rotates = recipe.rotates(backward)
     if rotates:
@@ -77,15 +82,24 @@ def product(
     return functional.linear(*operands)
 
 
+def _square(recipe: Recipe | Mask) -> bool:
+    return isinstance(recipe, Recipe) and recipe.square_weights
+
+
 def train_in(
-    model: nn.Module, recipe: Recipe, *, include: str = "*", exclude: tuple[str, ...] = (), seed: int = 0
+    model: nn.Module,
+    recipe: Recipe | Mask,
+    *,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = (),
+    seed: int = 0,
 ) -> nn.Module:
     """The model itself, its linear layers replaced by ones of the recipe that hold the same parameters.
 
     Args:
-        model: changed in place. Its first output layers are usually left out: exclude=("head",).
+        model: changed in place. Its output layer is usually left out: exclude=("head",).
         recipe: of all replaced layers.
-        include: pattern of the layers' names.
+        include: patterns of the layers' names.
         exclude: patterns of layers to leave alone.
         seed: of stochastic rounding and rotations, together with each layer's name.
 
@@ -95,12 +109,21 @@ def train_in(
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name]
     if not names:
         raise MpqError(f"{type(model).__name__} has no linear layer to train in few bits")
-    left_out = set(match_names(exclude, names)) if exclude else set()
+    left_out = set(match_names(exclude, names))
     for name in match_names(include, names):
         if name not in left_out:
-            parent, _, leaf = name.rpartition(".")
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            replacement = LowPrecisionLinear(linear, recipe, seeded(seed, "low precision", name))
-            setattr(model.get_submodule(parent), leaf, replacement)
+            model.set_submodule(name, LowPrecisionLinear(linear, recipe, seeded(seed, "low precision", name)))
     return model
+
+
+@contextmanager
+def computing_in(model: nn.Module, recipe: Recipe | Mask, **options: Any) -> Iterator[nn.Module]:
+    """The model with `train_in` inside the block, forward and backward; its own layers are put back after."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name}
+    try:
+        yield train_in(model, recipe, **options)
+    finally:
+        for name, linear in linears.items():
+            model.set_submodule(name, linear)

@@ -6,7 +6,8 @@ from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
 from mpq.core.rounding import fake_quantize
-from mpq.lowprecision.linear import LowPrecisionLinear, product, train_in
+from mpq.lowprecision.linear import LowPrecisionLinear, computing_in, product, train_in
+from mpq.lowprecision.masking import Mask, masked
 from mpq.lowprecision.recipe import Recipe
 
 
@@ -96,3 +97,18 @@ def test_a_model_trains_in_few_bits_and_its_loss_falls():
     assert losses[-1] < 0.4 * losses[0]
     with pytest.raises(MpqError, match="matches nothing"):
         train_in(nn.Sequential(nn.Linear(2, 2)), Recipe("nvfp4"), exclude=("head",))
+
+
+def test_masks_act_on_all_operands_and_the_model_is_put_back():
+    model, mask = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 2)), Mask(mantissa=2)
+    own = list(model)
+    inputs, upstream = normal(5, 8), normal(5, 6, seed=1)
+    with computing_in(model, mask, include="0"):
+        assert isinstance(model[0], LowPrecisionLinear)
+        assert model[1] is own[1]
+        outputs, by_inputs, by_weight = gradients(model[0], inputs, upstream)
+    assert list(model) == own
+    weight, bias = own[0].weight.detach(), own[0].bias.detach()
+    torch.testing.assert_close(outputs, masked(inputs, mask) @ masked(weight, mask).T + bias)
+    torch.testing.assert_close(by_inputs, masked(upstream, mask) @ masked(weight, mask))
+    torch.testing.assert_close(by_weight, masked(upstream, mask).T @ masked(inputs, mask))
