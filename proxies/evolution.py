@@ -1,0 +1,279 @@
+"""Evolving proxies: regularized evolution over genomes, with the three aids of EMQ (arXiv 2307.10554, section 3.3).
+
+Operation-sampling prioritization draws promising primitives more often, diversity-prompting selection lets a fresh
+random genome compete with every child, compatibility screening rejects a genome before it costs a fitness.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mpq.core.errors import MpqError
+from mpq.core.files import write_atomically
+from mpq.proxies.benchmark import Benchmark
+from mpq.proxies.evaluate import Evaluator
+from mpq.proxies.genomes import Genome, Pool, cross, program_of
+from mpq.proxies.history import Generation, History
+from mpq.proxies.programs import Program, formula
+from mpq.proxies.screening import Judge, check_fit
+from mpq.proxies.statistics import Statistics
+
+TRIES = 20  # genomes drawn for one child before its place stays empty
+SAVE_EVERY = 50  # generations between two writings of the resume file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of an evolution."""
+
+    population: int = 50
+    generations: int = 1000
+    offspring: int = 10  # children of a generation
+    seed: int = 0
+    crossover: float = 0.5  # the share of children that have two parents
+    diversity: bool = True  # a fresh random genome competes with every child
+    removal: str = "worst"  # who makes room for a child: the "worst", as in EMQ's code, or the "oldest"
+    pool: Pool = field(default_factory=Pool)
+
+    def __post_init__(self) -> None:
+        if self.population < 4 or self.generations < 0 or self.offspring < 1:
+            raise MpqError(
+                f"evolution wants a population of 4 or more and 1 or more offspring, "
+                f"not {self.population} and {self.offspring}"
+            )
+        if self.removal not in ("worst", "oldest"):
+            raise MpqError(f"unknown removal {self.removal!r}: take 'worst' or 'oldest'")
+
+
+@dataclass(frozen=True)
+class Individual:
+    """A genome with its fitness on the rows that evolution sees."""
+
+    genome: Genome
+    fitness: float
+
+    @property
+    def program(self) -> Program:
+        """What it computes."""
+        return program_of(self.genome)
+
+    @property
+    def formula(self) -> str:
+        """That as text."""
+        return formula(self.program)
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """What an evolution found."""
+
+    best: Individual  # of all that ever lived
+    population: tuple[Individual, ...]  # oldest first
+    history: History
+    fates: Mapping[str, int]  # how many genomes screening let pass ("judged") and rejected, by reason
+
+
+def evolve(
+    benchmark: Benchmark,
+    statistics: Statistics,
+    settings: Settings | None = None,
+    *,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Evolution:
+    """Find a proxy that ranks the benchmark's rows.
+
+    Args:
+        benchmark: the rows that evolution may see; keep others for judging what comes out.
+        statistics: of the benchmark's model, with every input of the pool.
+        settings: population, generations, seed and the rest.
+        resume: a file of the state, written now and then; an interrupted run with the same settings goes on from it to
+            the same result, and a finished one may be continued with more generations.
+        progress: show a progress bar with the best formula so far.
+
+    Raises:
+        MpqError: statistics of another model, or a `resume` file of other settings or rows.
+    """
+    settings = settings or Settings()
+    check_fit(benchmark, statistics)
+    for name in settings.pool.inputs:
+        statistics.get(name)
+    judge = Judge(benchmark, Evaluator(statistics))
+    state = _State(judge, settings)
+    if resume is not None and Path(resume).exists():
+        state.load(resume)
+    elif not state.population:
+        state.populate()
+    done = len(state.history) - 1
+    with tqdm(total=settings.generations, initial=done, disable=not progress, dynamic_ncols=True) as bar:
+        for generation in range(done + 1, settings.generations + 1):
+            state.step(generation)
+            bar.update()
+            bar.set_postfix_str(f"{state.best.fitness:.3f} {state.best.formula[:60]}", refresh=False)
+            if resume is not None and generation % SAVE_EVERY == 0:
+                state.save(resume)
+    if resume is not None:
+        state.save(resume)
+    return Evolution(state.best, tuple(state.population), tuple(state.history), dict(judge.fates))
+
+
+def random_search(
+    benchmark: Benchmark, statistics: Statistics, evaluations: int, seed: int = 0, pool: Pool | None = None
+) -> Individual:
+    """The best of so many distinct valid random genomes: what evolution has to beat at the same budget."""
+    check_fit(benchmark, statistics)
+    judge, random, pool = Judge(benchmark, Evaluator(statistics)), np.random.default_rng(seed), pool or Pool()
+    best: Individual | None = None
+    for _ in range(evaluations * 200):
+        if judge.fates["judged"] >= evaluations:
+            break
+        genome = pool.draw(random)
+        value = judge.fitness(genome)
+        if value is not None and (best is None or value > best.fitness):
+            best = Individual(genome, value)
+    if best is None:
+        raise MpqError("no valid proxy was drawn: allow more inputs or shapes")
+    return best
+
+
+def valid_fraction(benchmark: Benchmark, statistics: Statistics, pool: Pool, draws: int = 2000, seed: int = 0) -> float:
+    """Share of random genomes that are finite and not constant, duplicates counted as valid (EMQ, table 6)."""
+    judge, random = Judge(benchmark, Evaluator(statistics)), np.random.default_rng(seed)
+    return sum(judge.losses(pool.draw(random))[1] is not None for _ in range(draws)) / draws
+
+
+class _State:
+    """An evolution under way; everything random in a generation comes from the seed and the generation's number."""
+
+    def __init__(self, judge: Judge, settings: Settings) -> None:
+        self.judge, self.settings = judge, settings
+        self.population: list[Individual] = []  # oldest first
+        self.history: list[Generation] = []
+        self.best = Individual(Genome("", (), (), (), ""), -np.inf)
+
+    def populate(self) -> None:
+        """Generation 0: random genomes."""
+        random = np.random.default_rng([self.settings.seed, 0])
+        for _ in range(self.settings.population):
+            found = self.fresh(random, tries=200)
+            if found is not None:
+                self.population.append(found)
+        if len(self.population) < 2:
+            raise MpqError("random programs of these inputs and shapes are hardly ever valid: allow more")
+        self.note(0)
+
+    def step(self, generation: int) -> None:
+        """One generation."""
+        random = np.random.default_rng([self.settings.seed, generation])
+        for _ in range(self.settings.offspring):
+            rivals = [self.child(random)]
+            if self.settings.diversity:
+                rivals.append(self.fresh(random))
+            found = [rival for rival in rivals if rival is not None]
+            if found:
+                self.population.append(max(found, key=lambda individual: individual.fitness))
+                if len(self.population) > self.settings.population:
+                    self.remove()
+        self.note(generation)
+
+    def child(self, random: np.random.Generator) -> Individual | None:
+        """Of one or two of the better half: crossed, mutated, or both."""
+        ranked = sorted(self.population, key=lambda individual: -individual.fitness)
+        parents = ranked[: max(2, len(ranked) // 2)]
+        for _ in range(TRIES):
+            genome = pick_one(parents, random).genome
+            crossed = random.random() < self.settings.crossover
+            if crossed:
+                genome = cross(genome, pick_one(parents, random).genome, random)
+            if not crossed or random.random() < 0.5:
+                genome = self.settings.pool.mutate(genome, random)
+            value = self.judge.fitness(genome)
+            if value is not None:
+                return Individual(genome, value)
+        return None
+
+    def fresh(self, random: np.random.Generator, tries: int = TRIES) -> Individual | None:
+        """A random one."""
+        for _ in range(tries):
+            genome = self.settings.pool.draw(random)
+            value = self.judge.fitness(genome)
+            if value is not None:
+                return Individual(genome, value)
+        return None
+
+    def remove(self) -> None:
+        """Make room."""
+        if self.settings.removal == "oldest":
+            del self.population[0]
+        else:
+            self.population.remove(min(self.population, key=lambda individual: individual.fitness))
+
+    def note(self, generation: int) -> None:
+        """Write the generation down."""
+        self.best = max([self.best, *self.population], key=lambda individual: individual.fitness)
+        fates = self.judge.fates
+        self.history.append(
+            Generation(
+                generation, self.best.fitness, median(individual.fitness for individual in self.population),
+                fates["judged"], sum(fates.values()), self.best.formula,
+            )
+        )  # fmt: skip
+
+    def settings_for_file(self) -> dict[str, Any]:
+        """What must be the same in a run that goes on."""
+        settings = asdict(replace(self.settings, generations=0))
+        choices = self.judge.benchmark.choices
+        settings["rows"] = [len(choices), int((choices * (1 + np.arange(choices.size).reshape(choices.shape))).sum())]
+        settings["weights"] = self.judge.benchmark.provenance.get("weights")
+        loaded: dict[str, Any] = json.loads(json.dumps(settings))
+        return loaded
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state."""
+        content = {
+            "settings": self.settings_for_file(), "population": [asdict(one) for one in self.population],
+            "best": asdict(self.best), "history": self.history, "fates": self.judge.fates,
+            "seen": sorted(self.judge.seen),
+        }  # fmt: skip
+        with write_atomically(path) as draft:
+            draft.write_text(json.dumps(content), encoding="utf-8")
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take up the state that `save` wrote."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = content["settings"]
+            self.population = [_individual(one) for one in content["population"]]
+            self.best = _individual(content["best"])
+            self.history = [Generation(*line) for line in content["history"]]
+            self.judge.fates, self.judge.seen = Counter(content["fates"]), set(content["seen"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MpqError(f"{os.fspath(path)} is no state of an evolution: delete it to start anew") from error
+        wanted = self.settings_for_file()
+        if found != wanted:
+            differing = ", ".join(key for key in wanted if found.get(key) != wanted[key])
+            raise MpqError(
+                f"{os.fspath(path)} was left by an evolution with other settings ({differing}): "
+                "use the same ones to resume, or delete it to start anew"
+            )
+
+
+def pick_one(individuals: Sequence[Individual], random: np.random.Generator) -> Individual:
+    """One of them, evenly."""
+    return individuals[int(random.integers(len(individuals)))]
+
+
+def _individual(content: Mapping[str, Any]) -> Individual:
+    genes = content["genome"]
+    genome = Genome(
+        genes["shape"], tuple(genes["inputs"]), tuple(genes["unary"]), tuple(genes["binary"]), genes["coupling"]
+    )
+    return Individual(genome, content["fitness"])

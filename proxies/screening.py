@@ -1,0 +1,76 @@
+"""Judging genomes: compatibility screening rejects the hopeless and the known, the rest get a fitness (EMQ, 3.3)."""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from mpq.core.errors import MpqError
+from mpq.proxies.benchmark import Benchmark
+from mpq.proxies.evaluate import Evaluator
+from mpq.proxies.genomes import Genome, program_of
+from mpq.proxies.programs import Program
+from mpq.proxies.ranking import fitness
+from mpq.proxies.statistics import Statistics
+
+
+def check_fit(benchmark: Benchmark, statistics: Statistics) -> None:
+    """Refuse statistics that are not those of the benchmark's model.
+
+    Raises:
+        MpqError: weights, layers or schemes differ.
+    """
+    if statistics.provenance.get("weights") != benchmark.provenance.get("weights"):
+        raise MpqError("this benchmark was measured on another model than these statistics: take those of one model")
+    names = [layer.name for layer in benchmark.layers]
+    if [layer.name for layer in statistics.layers] != names or statistics.schemes != benchmark.schemes:
+        raise MpqError("benchmark and statistics have other layers or schemes: collect the statistics of its schemes")
+
+
+@dataclass
+class Judge:
+    """Fitness on the rows it was given, and what became of every genome that it saw."""
+
+    benchmark: Benchmark
+    evaluator: Evaluator
+    seen: set[str] = field(default_factory=set)  # behaviours that have had their fitness
+    fates: Counter[str] = field(default_factory=Counter)  # kinds, finite, constant, duplicate, judged
+
+    def fitness(self, genome: Genome) -> float | None:
+        """The genome's fitness; None when it is screened out."""
+        fate, losses = self.losses(genome)
+        if losses is not None:
+            behaviour = _behaviour(losses)
+            if behaviour in self.seen:
+                fate = "duplicate"
+            else:
+                self.seen.add(behaviour)
+        self.fates[fate] += 1
+        return fitness(losses, self.benchmark) if fate == "judged" and losses is not None else None
+
+    def losses(self, genome: Genome) -> tuple[str, NDArray[np.float64] | None]:
+        """What screening says, and the predicted loss of each row, (rows,)."""
+        try:
+            program = program_of(genome)
+        except MpqError:
+            return "kinds", None
+        return self.judge_program(program)
+
+    def judge_program(self, program: Program) -> tuple[str, NDArray[np.float64] | None]:
+        """As `losses`, of a program."""
+        with np.errstate(all="ignore"):
+            losses = self.benchmark.totals(self.evaluator.table(program))
+        if not np.isfinite(losses).all():
+            return "finite", None
+        if np.ptp(losses) <= 1e-9 * np.abs(losses).max():
+            return "constant", None
+        return "judged", losses
+
+
+def _behaviour(losses: NDArray[np.float64]) -> str:
+    """A name for the order in which a score puts the rows: proxies that rank alike are one."""
+    rounded = np.round(losses / np.abs(losses).max(), 9)
+    return hashlib.blake2b(rankdata(rounded, method="min").astype(np.int32).tobytes(), digest_size=8).hexdigest()
