@@ -1,0 +1,222 @@
+"""Pictures: facts first (small named tuples that tests compare), then ink."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from mpq.core.allocation import Allocation
+from mpq.core.frontier import Frontier
+from mpq.core.scheme import parse_scheme
+from mpq.core.table import SensitivityTable
+
+POINTS = 1000  # of one curve: more cannot be seen
+COLORS = ("#1f5fa8", "#c2572b", "#3d8a5b", "#7a4fa0", "#8c7a2e", "#a83a5b")
+CHOSEN, UNIFORM, INK = "#d1341f", "#6b7480", "#22262b"
+
+
+class Mark(NamedTuple):
+    """One allocation as a point."""
+
+    name: str
+    bits: float
+    loss: float
+
+
+class Curve(NamedTuple):
+    """One frontier; `band` is two standard errors of its predictions, zeros where they are exact."""
+
+    name: str
+    bits: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    band: NDArray[np.float64]
+
+
+class FrontierFacts(NamedTuple):
+    """What a frontier plot shows."""
+
+    curves: tuple[Curve, ...]
+    uniform: tuple[Mark, ...]
+    chosen: tuple[Mark, ...]
+    metric: str
+
+
+def frontier_facts(frontiers: Mapping[str, Frontier], chosen: Mapping[str, Allocation] | None = None) -> FrontierFacts:
+    """Curves of one or more frontiers in size, the uniform formats of the first, and chosen allocations, by name."""
+    first = next(iter(frontiers.values()))
+    return FrontierFacts(
+        tuple(_curve(name, frontier) for name, frontier in frontiers.items()),
+        tuple(Mark(name, allocation.bits, allocation.loss) for name, allocation in first.uniform()),
+        tuple(Mark(name, allocation.bits, allocation.loss) for name, allocation in (chosen or {}).items()),
+        first.problem.metric,
+    )
+
+
+def _curve(name: str, frontier: Frontier) -> Curve:
+    shown = np.unique(np.linspace(0, len(frontier) - 1, min(POINTS, len(frontier))).round().astype(int))
+    rows = np.arange(len(frontier.problem.groups))
+    variances = [frontier.problem.variances[rows, frontier.choices[index]].sum() for index in shown.tolist()]
+    return Curve(name, frontier.bits[shown], frontier.losses[shown], 2 * np.sqrt(np.array(variances)))
+
+
+def draw_frontier(facts: FrontierFacts, title: str = "") -> Figure:
+    """Bits per weight against predicted loss, losses on a logarithmic scale where they are positive."""
+    figure = Figure(figsize=(7.6, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes)
+    losses = np.concatenate([curve.losses for curve in facts.curves] + [[mark.loss for mark in facts.uniform]])
+    _loss_scale(axes, losses)
+    for color, curve in zip(_cycle(COLORS), facts.curves, strict=False):
+        low = np.maximum(curve.losses - curve.band, _floor(losses))
+        axes.fill_between(curve.bits, low, curve.losses + curve.band, color=color, alpha=0.15, linewidth=0)
+        axes.step(curve.bits, curve.losses, where="post", color=color, linewidth=1.8, label=curve.name)
+    if facts.uniform:
+        bits, uniform = [mark.bits for mark in facts.uniform], [mark.loss for mark in facts.uniform]
+        axes.plot(bits, uniform, "o", color=UNIFORM, markersize=5, label="one format for all layers")
+        _label_marks(axes, facts.uniform)
+    for mark in facts.chosen:
+        axes.plot(
+            mark.bits, mark.loss, "*", color=CHOSEN, markersize=15, zorder=5, label=f"{mark.name}: {mark.bits:.2f} bits"
+        )
+    axes.set_xlabel("bits per weight, scales and zero points counted")
+    axes.set_ylabel(f"predicted loss increase ({facts.metric})")
+    axes.legend(frameon=False, fontsize=9)
+    if title:
+        axes.set_title(title, loc="left", fontsize=11, color=INK)
+    return figure
+
+
+class LayerFacts(NamedTuple):
+    """Each layer's format: what the strip shows."""
+
+    layers: tuple[str, ...]
+    schemes: tuple[str, ...]
+    bits: tuple[float, ...]
+    params: tuple[int, ...]
+
+
+def layer_facts(allocation: Allocation) -> LayerFacts:
+    """Layers in the model's order with their schemes and stored bits per weight."""
+    pairs = list(zip(allocation.layers, allocation.schemes, strict=True))
+    bits = tuple(parse_scheme(name).weight.effective_bits(layer.rows, layer.cols) for layer, name in pairs)
+    names = tuple(layer.name for layer in allocation.layers)
+    return LayerFacts(names, allocation.schemes, bits, tuple(layer.params for layer in allocation.layers))
+
+
+def draw_layers(facts: LayerFacts) -> Figure:
+    """A strip of the model's layers, coloured by format, as high as the bits that a weight takes."""
+    count = len(facts.layers)
+    figure = Figure(figsize=(min(max(6.0, 0.24 * count + 2.5), 16.0), 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes)
+    colors = scheme_colors(facts.schemes)
+    axes.bar(range(count), facts.bits, width=0.9, color=[colors[name] for name in facts.schemes])
+    step = max(1, count // 60)
+    axes.set_xticks(range(0, count, step), facts.layers[::step], rotation=90, fontsize=7)
+    axes.set_xlim(-0.6, count - 0.4)
+    axes.set_ylabel("bits per weight")
+    handles = [Patch(color=color, label=name) for name, color in colors.items()]
+    axes.legend(handles=handles, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def scheme_colors(schemes: Iterable[str]) -> dict[str, Any]:
+    """A colour for each scheme, from light for few bits to dark for many."""
+    import matplotlib
+
+    ordered = sorted(set(schemes), key=lambda name: (parse_scheme(name).weight.effective_bits(), name))
+    shades = matplotlib.colormaps["viridis_r"](np.linspace(0.08, 0.95, max(len(ordered), 1)))
+    return dict(zip(ordered, shades, strict=True))
+
+
+def draw_table(table: SensitivityTable) -> Figure:
+    """Heat map of predicted losses, layers down and formats across; what cannot be had or costs nothing is white."""
+    count = len(table.layers)
+    figure = Figure(
+        figsize=(0.55 * len(table.schemes) + 4.2, min(max(3.2, 0.2 * count + 1.6), 18.0)), layout="constrained"
+    )
+    axes = figure.add_subplot()
+    scores = np.where(table.scores > 0, table.scores, np.nan)
+    norm = None
+    if np.isfinite(scores).any():
+        low, high = np.nanmin(scores), np.nanmax(scores)
+        norm = LogNorm(low, high if high > low else low * 10)
+    image = axes.imshow(scores, aspect="auto", cmap="magma_r", norm=norm, interpolation="nearest")
+    step = max(1, count // 70)
+    axes.set_yticks(range(0, count, step), [layer.name for layer in table.layers][::step], fontsize=7)
+    axes.set_xticks(range(len(table.schemes)), table.schemes, rotation=60, ha="right", fontsize=8)
+    figure.colorbar(image, ax=axes, label=f"predicted loss increase ({table.metric})", shrink=0.8)
+    return figure
+
+
+class Prediction(NamedTuple):
+    """Predicted and measured loss increase of an allocation."""
+
+    name: str
+    predicted: float
+    measured: float
+    error: float  # standard error of the measured one
+
+
+def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
+    """Measured against predicted loss increase, with the line where both are equal."""
+    figure = Figure(figsize=(5.2, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes)
+    predicted = np.array([point.predicted for point in predictions])
+    measured = np.array([point.measured for point in predictions])
+    errors = [point.error if math.isfinite(point.error) else 0.0 for point in predictions]
+    both = np.concatenate([predicted, measured])
+    _loss_scale(axes, both)
+    if (both > 0).all():
+        axes.set_xscale("log")
+    axes.errorbar(predicted, measured, yerr=errors, fmt="o", color=COLORS[0], markersize=5, elinewidth=1)
+    ends = [float(both.min()), float(both.max())]
+    axes.plot(ends, ends, color=UNIFORM, linewidth=1, linestyle="--")
+    for point in predictions:
+        axes.annotate(point.name, (point.predicted, point.measured), (5, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("predicted loss increase")
+    axes.set_ylabel("measured loss increase")
+    return figure
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#e3e6e9", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _loss_scale(axes: Axes, losses: NDArray[np.float64]) -> None:
+    if (losses > 0).all():
+        axes.set_yscale("log")
+    elif (losses > 0).any():
+        axes.set_yscale("symlog", linthresh=float(np.percentile(losses[losses > 0], 10)))
+
+
+def _floor(losses: NDArray[np.float64]) -> float:
+    """Bands are not drawn below this: on a logarithmic scale they would reach to zero."""
+    return float(losses.min()) / 3 if (losses > 0).all() else -math.inf
+
+
+def _cycle(colors: Sequence[str]) -> Iterable[str]:
+    while True:
+        yield from colors
+
+
+def _label_marks(axes: Axes, marks: Sequence[Mark]) -> None:
+    """Names beside the marks; a mark close to one that has a name goes without."""
+    placed: list[tuple[float, float]] = []
+    axes.figure.canvas.draw()
+    for mark in sorted(marks, key=lambda mark: mark.loss):
+        x, y = axes.transData.transform((mark.bits, mark.loss))
+        if all(abs(x - other_x) > 70 or abs(y - other_y) > 11 for other_x, other_y in placed):
+            axes.annotate(
+                mark.name, (mark.bits, mark.loss), (6, 3), textcoords="offset points", fontsize=7, color=UNIFORM
+            )
+            placed.append((x, y))

@@ -1,0 +1,125 @@
+"""One self-contained HTML file that tells a whole run: frontier, formats, sensitivities, predicted and measured."""
+
+import io
+import os
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from mpq.core.allocation import Allocation
+from mpq.core.files import write_atomically
+from mpq.core.frontier import Frontier
+from mpq.core.table import SensitivityTable
+from mpq.plots import (
+    Prediction,
+    draw_frontier,
+    draw_layers,
+    draw_predictions,
+    draw_table,
+    frontier_facts,
+    layer_facts,
+)
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #22262b; max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+p.lead { color: #555d66; margin-top: 0; } figure { margin: 0; overflow-x: auto; } svg { max-width: 100%; height: auto; }
+table { border-collapse: collapse; margin: .6rem 0; } th, td { padding: .3rem .9rem .3rem 0; text-align: right; }
+th { font-weight: 600; border-bottom: 1px solid #cfd4d9; } th:first-child, td:first-child { text-align: left; }
+tr.chosen td { font-weight: 600; } td { border-bottom: 1px solid #eceef0; font-variant-numeric: tabular-nums; }
+details { margin-top: .6rem; } summary { cursor: pointer; color: #1f5fa8; }
+"""
+
+
+class Row(NamedTuple):
+    """One line of the before/after table, as text."""
+
+    name: str
+    bits: str
+    size: str
+    quality: str
+    predicted: str
+    measured: str
+    chosen: bool = False
+
+
+HEADINGS = ("", "bits", "size", "quality", "predicted loss +", "measured loss +")
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    table: SensitivityTable,
+    frontier: Frontier,
+    allocation: Allocation,
+    rows: Sequence[Row],
+    predictions: Sequence[Prediction],
+) -> None:
+    """Write the report, whole or not at all."""
+    facts = frontier_facts({"searched frontier": frontier}, {"chosen": allocation})
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p class=lead>{escape(_lead(table, frontier, allocation))}</p>",
+        "<h2>Before and after</h2>", _html_table(rows),
+        "<h2>Frontier</h2>", _svg(draw_frontier(facts)),
+        "<h2>Format of each layer</h2>", _svg(draw_layers(layer_facts(allocation))), _layer_table(allocation),
+        "<h2>Predicted and measured</h2>", _svg(draw_predictions(predictions)),
+        "<h2>Sensitivity of each layer in each format</h2>", _svg(draw_table(table)),
+        "<h2>Settings</h2>", _settings(table),
+    ]  # fmt: skip
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
+    with write_atomically(path) as draft:
+        draft.write_text(page + "<body>" + "\n".join(parts) + "</body></html>\n", encoding="utf-8")
+
+
+def _lead(table: SensitivityTable, frontier: Frontier, allocation: Allocation) -> str:
+    proof = "proven exact" if frontier.gap == 0 else f"certified within {100 * frontier.gap:.2g} %"
+    return (
+        f"{len(table.layers)} layers, {len(table.schemes)} formats, metric {table.metric}; a frontier of "
+        f"{len(frontier):,} allocations, {proof}. Chosen: {allocation.bits:.3f} bits per weight."
+    )
+
+
+def _svg(figure: Figure) -> str:
+    stream = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mpq", "font.family": "sans-serif"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    text = stream.getvalue()
+    return f"<figure>{text[text.index('<svg') :]}</figure>"
+
+
+def _html_table(rows: Sequence[Row]) -> str:
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in HEADINGS)
+    lines = (
+        f"<tr{' class=chosen' if row.chosen else ''}>"
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[:-1])
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _cells(values: Iterable[object]) -> str:
+    return "".join(f"<td>{escape(str(value))}</td>" for value in values)
+
+
+def _layer_table(allocation: Allocation) -> str:
+    facts = layer_facts(allocation)
+    rows = zip(allocation.layers, facts.schemes, facts.bits, strict=True)
+    lines = (
+        f"<tr>{_cells((layer.name, layer.kind, f'{layer.rows} x {layer.cols}', scheme, f'{bits:.3f}', layer.tie))}</tr>"
+        for layer, scheme, bits in rows
+    )
+    head = "<tr><th>layer</th><th>kind</th><th>weights</th><th>format</th><th>bits</th><th>tie</th></tr>"
+    return f"<details><summary>All layers</summary><table>{head}{''.join(lines)}</table></details>"
+
+
+def _settings(table: SensitivityTable) -> str:
+    lines = (
+        f"<tr><td>{escape(str(key))}</td><td>{escape(str(value))}</td></tr>" for key, value in table.provenance.items()
+    )
+    return f"<table>{''.join(lines)}</table>"
