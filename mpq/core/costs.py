@@ -17,3 +17,15 @@ def bitops(scheme: Scheme, macs: int) -> float:
     """
     activation = FLOAT_ACTIVATION_BITS if scheme.activation is None else scheme.activation.grid.bits
     return float(macs) * scheme.weight.grid.bits * activation
+
+
+def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, bits: int, parameter_bytes: int = 4) -> int:
+    """Bytes of cached keys and values that one token adds to a model.
+
+    Below 16 bits, each head's codes fill whole bytes and carry `parameter_bytes` for scale and zero (two float16).
+
+    >>> kv_bytes_per_token(32, 32, 128, 16) / kv_bytes_per_token(32, 32, 128, 4)  # Llama-2-7B
+    3.764705882352941
+    """
+    head = -(-head_dim * bits // 8) + (parameter_bytes if bits < 16 else 0)
+    return 2 * layers * kv_heads * head

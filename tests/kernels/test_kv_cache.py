@@ -1,0 +1,96 @@
+"""The low-bit cache of keys and values against float64 attention."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mpq.core.costs import kv_bytes_per_token
+from mpq.core.errors import MpqError
+from mpq.kernels.kv_cache import Heads, attention, concatenate, dequantize_heads, quantize_heads
+
+
+def vectors(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(bits=st.integers(1, 8), width=st.integers(1, 20), seed=st.integers(0, 99), spread=st.floats(1e-3, 1e3))
+def test_every_element_is_within_half_a_step(bits: int, width: int, seed: int, spread: float) -> None:
+    values = vectors(2, 3, 4, width, seed=seed) * spread
+    heads = quantize_heads(values, bits)
+    error = (dequantize_heads(heads) - values).abs()
+    step = heads.scale.float().unsqueeze(-1)
+    # half a step; the float16 zero and the float16 scale, over all steps, may each be off by half a last place
+    slack = 2.0**-11 * (heads.zero.float().abs().unsqueeze(-1) + step * (2**bits - 1)) + 1e-7
+    assert bool((error <= step / 2 + slack).all())
+
+
+def test_constant_vectors_are_kept() -> None:
+    values = torch.full((1, 1, 2, 8), 0.75)
+    assert torch.equal(dequantize_heads(quantize_heads(values, 2)), values)
+
+
+def test_tokens_arrive_one_by_one() -> None:
+    values = vectors(2, 3, 5, 16)
+    whole = quantize_heads(values, 4)
+    joined = concatenate([quantize_heads(part, 4) for part in values.split(1, 2)])
+    assert torch.equal(joined.codes, whole.codes)
+    assert torch.equal(dequantize_heads(joined), dequantize_heads(whole))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_bytes_are_those_of_the_cost_model(bits: int) -> None:
+    heads = quantize_heads(vectors(1, 4, 10, 32), bits)
+    assert 2 * heads.nbytes == 10 * kv_bytes_per_token(1, 4, 32, bits)
+
+
+def slow(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    output = torch.zeros(query.shape, dtype=torch.float64)
+    shared = query.shape[1] // keys.shape[1]
+    for batch, head, token in itertools.product(*(range(size) for size in query.shape[:3])):
+        seen = keys.shape[2] - query.shape[2] + token + 1
+        scores = keys[batch, head // shared, :seen].double() @ query[batch, head, token].double()
+        weights = torch.softmax(scores / query.shape[-1] ** 0.5, 0)
+        output[batch, head, token] = weights @ values[batch, head // shared, :seen].double()
+    return output
+
+
+def in_precision(values: Tensor, precision: str) -> tuple[Tensor | Heads, Tensor]:
+    if precision.startswith("int"):
+        heads = quantize_heads(values, int(precision[3:]))
+        return heads, dequantize_heads(heads)
+    copy = values.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    return copy, copy.float()
+
+
+@pytest.mark.parametrize("precisions", list(itertools.product(["fp32", "bf16", "int8", "int4"], repeat=3)))
+def test_attention_over_every_mix_of_precisions(precisions: tuple[str, str, str]) -> None:
+    shapes = [(2, 4, 3, 16), (2, 2, 7, 16), (2, 2, 7, 16)]
+    pairs = [
+        in_precision(vectors(*shape, seed=place), precision)
+        for place, (shape, precision) in enumerate(zip(shapes, precisions, strict=True))
+    ]
+    output = attention(*(pair[0] for pair in pairs))
+    torch.testing.assert_close(output.double(), slow(*(pair[1] for pair in pairs)), rtol=1e-5, atol=1e-5)
+
+
+def test_more_bits_never_hurt() -> None:
+    query, keys, values = (vectors(4, 8, 64, 32, seed=place) for place in range(3))
+    truth = attention(query, keys, values)
+    errors = [
+        float((attention(query, quantize_heads(keys, bits), quantize_heads(values, bits)) - truth).norm())
+        for bits in range(1, 9)
+    ]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(MpqError, match="1 to 8 bits"):
+        quantize_heads(vectors(1, 1, 1, 4), 9)
+    with pytest.raises(MpqError, match="evenly"):
+        attention(vectors(1, 3, 2, 4), vectors(1, 2, 2, 4), vectors(1, 2, 2, 4))
+    with pytest.raises(MpqError, match="same bits"):
+        concatenate([quantize_heads(vectors(1, 1, 1, 4), 4), quantize_heads(vectors(1, 1, 1, 4), 8)])
