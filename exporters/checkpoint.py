@@ -6,7 +6,6 @@ with a `quantization_config`, allocation.json and checksums.json. A layer's tens
 several modules share is stored once.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from mpq.exporters.folder import (
 )
 from mpq.exporters.shards import SHARD, WHOLE, Shards, Specs, header_bytes, tensor_bytes, write_tensors
 from mpq.exporters.skeleton import build_skeleton
+from mpq.exporters.state import model_config, other_state, specs_of, write_config
 from mpq.kernels.layout import Packed, pack, tensor_specs
 from mpq.kernels.modules import PackedWeight
 from mpq.quantized import Moments, checked_layers, put_packed, quantized_layers
@@ -60,8 +60,8 @@ def export(
         MpqError: the allocation is another model's, a weight cannot be rounded, or the folder holds foreign files.
     """
     refuse_foreign(folder, (WHOLE, "config.json", "allocation.json"))
-    specs, tied = tensor_plan(model, allocation)
-    config = _config(model, recipe)
+    others, tied = other_state(model, allocation)
+    config = {**model_config(model), **({"recipe": dict(recipe)} if recipe is not None else {})}
     config["quantization_config"] = {
         "quant_method": METHOD,
         "version": VERSION,
@@ -69,13 +69,16 @@ def export(
         "layers": {layer.name: _facts(model, layer, allocation) for layer in allocation.layers},
         "tied": tied,
     }
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from others.items()
+        for layer, _, quantized in quantized_layers(model, allocation, method, second_moments):
+            for name, tensor in pack(quantized).tensors.items():
+                yield f"{layer.name}.weight.{name}", tensor
+
     with write_folder(folder) as draft:
-        tensors = _tensors(model, allocation, method, second_moments, specs)
-        digests = write_tensors(draft, specs, tensors, shard)
-        (draft / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            (draft / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
+        digests = write_tensors(draft, tensor_plan(model, allocation), tensors(), shard)
+        write_config(draft, config, model)
         allocation.save(draft / "allocation.json")
         write_checksums(draft, digests)
     return Path(folder)
@@ -83,46 +86,18 @@ def export(
 
 def file_size(model: nn.Module, allocation: Allocation) -> int:
     """Bytes that model.safetensors will have, header included, before anything is rounded; shards count as one file."""
-    specs, _ = tensor_plan(model, allocation)
+    specs = tensor_plan(model, allocation)
     return header_bytes(specs) + sum(tensor_bytes(*spec) for spec in specs.values())
 
 
-def tensor_plan(model: nn.Module, allocation: Allocation) -> tuple[Specs, dict[str, str]]:
-    """Shape and type of every stored tensor, in order, and for each tensor that is stored under another name that name.
-
-    Raises:
-        MpqError: the allocation is another model's, or the model's state holds something else than tensors.
-    """
-    specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    packed = {f"{name}.weight" for layer in allocation.layers for name in layer.names}
-    tied: dict[str, str] = {}
-    first: dict[Any, str] = {}
-    for name, tensor in model.state_dict().items():
-        if name in packed:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise MpqError(f"the model's state {name} is a {type(tensor).__name__}: only tensors can be exported")
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.data_ptr() and place in first:
-            tied[name] = first[place]
-            continue
-        first[place] = name
-        specs[name] = (tuple(tensor.shape), tensor.dtype)
+def tensor_plan(model: nn.Module, allocation: Allocation) -> Specs:
+    """Shape and type of every stored tensor, in order; MpqError when the allocation is another model's."""
+    others, _ = other_state(model, allocation)
+    specs = specs_of(others)
     for layer, scheme in checked_layers(model, allocation):
         for name, spec in tensor_specs(scheme.weight, layer.rows, layer.cols).items():
             specs[f"{layer.name}.weight.{name}"] = spec
-    return specs, tied
-
-
-def _tensors(
-    model: nn.Module, allocation: Allocation, method: str, moments: Moments | None, specs: Specs
-) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in model.state_dict().items():
-        if name in specs:
-            yield name, tensor
-    for layer, _, quantized in quantized_layers(model, allocation, method, moments):
-        for name, tensor in pack(quantized).tensors.items():
-            yield f"{layer.name}.weight.{name}", tensor
+    return specs
 
 
 def _facts(model: nn.Module, layer: Layer, allocation: Allocation) -> dict[str, Any]:
@@ -134,18 +109,6 @@ def _facts(model: nn.Module, layer: Layer, allocation: Allocation) -> dict[str, 
         "cols": layer.cols,
     }
     return {**facts, "dtype": str(weight.dtype).removeprefix("torch."), "aliases": list(layer.aliases)}
-
-
-def _config(model: nn.Module, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
-    own: Any = getattr(model, "config", None)
-    config: dict[str, Any] = json.loads(own.to_json_string()) if hasattr(own, "to_json_string") else {}
-    config.pop("quantization_config", None)
-    config.setdefault("architectures", [type(model).__name__])
-    if config["architectures"] is None:
-        config["architectures"] = [type(model).__name__]
-    if recipe is not None:
-        config["recipe"] = dict(recipe)
-    return config
 
 
 def load(

@@ -37,8 +37,7 @@ def write_tensors(
     coming = iter(tensors)
     digests: dict[str, dict[str, str]] = {}
     for file, names in zip(files, plan, strict=True):
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in (next(coming) for _ in names)}
-        assert list(held) == names
+        held = {name: _checked(name, specs[name], *next(coming)) for name in names}
         save_file(held, folder / file, metadata={"format": "pt"})
         digests[file] = {name: tensor_digest(tensor) for name, tensor in held.items()}
     if len(files) > 1:
@@ -46,6 +45,12 @@ def write_tensors(
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=0) + "\n", encoding="utf-8")
     return digests
+
+
+def _checked(name: str, spec: tuple[tuple[int, ...], torch.dtype], found: str, tensor: Tensor) -> Tensor:
+    if (name, *spec) != (found, tuple(tensor.shape), tensor.dtype):
+        raise AssertionError(f"{name} {spec} was planned, {found} {tuple(tensor.shape)} {tensor.dtype} came")
+    return tensor.detach().cpu().contiguous()
 
 
 def _plan(sizes: Mapping[str, int], shard: int) -> list[list[str]]:

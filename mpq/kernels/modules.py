@@ -84,10 +84,16 @@ class PackedWeight(nn.Module):
         self.arrange(layout)
 
 
-def empty_weight(format: Format, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> PackedWeight:
+def empty_weight(
+    format: Format,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> PackedWeight:
     """A weight to load a state dict into: its tensors have shapes and types, and zeros for content."""
     specs = tensor_specs(format, rows, cols)
-    tensors = {name: torch.zeros(shape, dtype=kind) for name, (shape, kind) in specs.items()}
+    tensors = {name: torch.zeros(shape, dtype=kind, device=device) for name, (shape, kind) in specs.items()}
     return PackedWeight(Packed(format, (rows, cols), ROWS, tensors), dtype)
 
 

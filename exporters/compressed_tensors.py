@@ -1,0 +1,179 @@
+"""compressed-tensors checkpoints: what vLLM, SGLang and transformers load (compressed-tensors 0.20's documentation).
+
+One `config_groups` entry per scheme with its own `format`, layers by name, everything else in `ignore`.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
+from mpq.core.formats import Format
+from mpq.core.layers import layer_kind, matrix_to_weight
+from mpq.core.scheme import Scheme
+from mpq.exporters.consumers import CONSUMERS, check, compressed_tensors_format
+from mpq.exporters.folder import refuse_foreign, write_checksums, write_folder
+from mpq.exporters.shards import SHARD, WHOLE, write_tensors
+from mpq.exporters.state import model_config, other_state, specs_of, write_config
+from mpq.kernels.layout import Packed, pack, pack_bits, unpack_bits
+from mpq.kernels.modules import empty_weight
+from mpq.quantized import Moments, checked_layers, quantized_layers
+
+Ranges = Mapping[str, tuple[float, float]]  # smallest and largest input, by layer name
+
+
+def export(
+    model: nn.Module,
+    allocation: Allocation,
+    folder: str | os.PathLike[str],
+    *,
+    method: str = "mse",
+    second_moments: Moments | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    shard: int = SHARD,
+    ranges: Ranges | None = None,
+) -> Path:
+    """Write a transformers model as a compressed-tensors checkpoint; the folder.
+
+    Args:
+        model: a transformers model; the others are as in `mpq.exporters.checkpoint.export`.
+        recipe: not needed, the model's config says how to build it.
+        ranges: of the layers' inputs. An fp8 activation with one scale for the tensor is static where its layer's
+            range is known, and found on the fly otherwise.
+
+    Raises:
+        MpqError: no transformers model, a scheme that cannot be held, fused layers in several schemes, foreign files.
+    """
+    if not hasattr(getattr(model, "config", None), "to_json_string"):
+        raise MpqError(
+            f"compressed-tensors checkpoints hold transformers models, not {type(model).__name__}: export mpq"
+        )
+    check(CONSUMERS["compressed-tensors"], allocation)
+    refuse_foreign(folder, (WHOLE, "config.json", "allocation.json"))
+    others, _ = other_state(model, allocation)
+    specs = specs_of(others)
+    for layer, scheme in checked_layers(model, allocation):
+        empty = empty_weight(scheme.weight, layer.rows, layer.cols, device="meta").matrix()
+        specs.update(specs_of(_named(model, layer.name, empty, scheme, ranges)))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from others.items()
+        for layer, scheme, quantized in quantized_layers(model, allocation, method, second_moments):
+            yield from _named(model, layer.name, pack(quantized), scheme, ranges).items()
+
+    with write_folder(folder) as draft:
+        digests = write_tensors(draft, specs, tensors(), shard)
+        config = {**model_config(model), "quantization_config": quantization_config(model, allocation, ranges)}
+        write_config(draft, config, model)
+        allocation.save(draft / "allocation.json")
+        write_checksums(draft, digests)
+    return Path(folder)
+
+
+def quantization_config(model: nn.Module, allocation: Allocation, ranges: Ranges | None = None) -> dict[str, Any]:
+    """The `quantization_config` of config.json."""
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for layer in allocation.layers:
+        scheme = allocation.scheme_of[layer.name]
+        if not scheme.weight.is_float_copy:
+            groups.setdefault((scheme.name, _is_static(layer.name, scheme, ranges)), []).append(layer.name)
+    targeted = {name for names in groups.values() for name in names}
+    entries = {
+        f"group_{index}": {"targets": names, **group_entry(allocation.scheme_of[names[0]], static)}
+        for index, ((_, static), names) in enumerate(groups.items())
+    }
+    formats = {str(entry["format"]) for entry in entries.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "config_groups": entries,
+        "ignore": [
+            name for name, part in model.named_modules() if layer_kind(part) == "linear" and name not in targeted
+        ],
+    }
+
+
+def group_entry(scheme: Scheme, static: bool = False) -> dict[str, Any]:
+    """How a scheme is spelt in `config_groups`."""
+    return {
+        "format": compressed_tensors_format(scheme),
+        "weights": _arguments(scheme.weight),
+        "input_activations": None if scheme.activation is None else _arguments(scheme.activation, True, not static),
+        "output_activations": None,
+    }
+
+
+def _arguments(format: Format, activation: bool = False, dynamic: bool = False) -> dict[str, Any]:
+    strategy = "tensor_group" if format.tensor_scale else format.granularity
+    arguments: dict[str, Any] = {
+        "num_bits": format.grid.bits,
+        "type": format.grid.family,
+        "symmetric": not format.zero_point,
+        "strategy": "token" if activation and strategy == "channel" else strategy,
+        "group_size": format.group_size or None,
+        "dynamic": dynamic,
+    }
+    stored = {"e8m0": "torch.uint8", "e4m3": "torch.float8_e4m3fn"}.get(format.scale)
+    return {**arguments, **({"scale_dtype": stored, "zp_dtype": stored} if stored else {})}
+
+
+def _is_static(name: str, scheme: Scheme, ranges: Ranges | None) -> bool:
+    static = scheme.activation is not None and scheme.activation.name == "fp8-e4m3"
+    return static and name in (ranges or {})
+
+
+def _named(model: nn.Module, layer: str, packed: Packed, scheme: Scheme, ranges: Ranges | None) -> dict[str, Tensor]:
+    """The layer's tensors under their names in the checkpoint."""
+    if packed.format.is_float_copy:
+        return {f"{layer}.weight": matrix_to_weight(packed.tensors["packed"], model.get_submodule(layer))}
+    tensors = compress(packed, str(compressed_tensors_format(scheme)))
+    if _is_static(layer, scheme, ranges):
+        assert ranges is not None
+        assert scheme.activation is not None
+        largest = max(map(abs, ranges[layer]))
+        device = packed.tensors["packed"].device
+        tensors["input_scale"] = torch.tensor([largest / scheme.activation.grid.max or 1.0], device=device)
+    return {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def compress(packed: Packed, storage: str) -> dict[str, Tensor]:
+    """The tensors of a module, as `compressed_tensors` compressors of that name decompress them."""
+    codes, scale = packed.tensors["packed"], packed.tensors["scale"]
+    if packed.format.granularity == "tensor":
+        scale = scale.reshape(1)
+    if storage == "int-quantized":
+        return {"weight": (codes ^ 0x80).view(torch.int8), "weight_scale": scale}
+    if storage in ("float-quantized", "mxfp8-quantized"):
+        return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+    if storage in ("mxfp4-pack-quantized", "mxfp6-pack-quantized"):
+        return {"weight_packed": codes, "weight_scale": scale}
+    if storage == "nvfp4-pack-quantized":
+        # Its global scale divides where ours multiplies.
+        inverse = packed.tensors["tensor_scale"].reciprocal().reshape(1)
+        return {
+            "weight_packed": codes,
+            "weight_scale": scale.view(torch.float8_e4m3fn),
+            "weight_global_scale": inverse,
+        }
+    tensors = {"weight_packed": _words(codes), "weight_scale": scale}
+    tensors["weight_shape"] = torch.tensor(packed.shape, device=codes.device)
+    if "zeros" in packed.tensors:
+        bits = packed.format.grid.bits
+        zeros = unpack_bits(packed.tensors["zeros"], bits, scale.shape[1])
+        tensors["weight_zero_point"] = _words(pack_bits(zeros.t(), bits)).t().contiguous()  # packed along the rows
+    return tensors
+
+
+def _words(stream: Tensor) -> Tensor:
+    """Bit streams filled up to whole 32-bit words: int32."""
+    padded = functional.pad(stream, (0, -stream.shape[1] % 4))
+    return padded.reshape(-1).view(torch.int32).reshape(len(stream), -1)

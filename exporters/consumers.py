@@ -1,0 +1,157 @@
+"""What the runtimes that people serve with can hold: rules on a layer and its scheme, known before any work."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError, nearest_names
+from mpq.core.formats import Format
+from mpq.core.layer import Layer
+from mpq.core.scheme import Scheme, parse_scheme
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A file format and who reads it.
+
+    `objection` says in half a sentence why a layer cannot have a scheme, "" when it can. `schemes` are the well-known
+    ones, of which the nearest is named in a refusal. `fuses` says whether tied layers (q/k/v, gate/up) must share one.
+    """
+
+    name: str
+    readers: str
+    schemes: tuple[str, ...]
+    objection: Callable[[Layer, Scheme], str]
+    fuses: bool = True
+
+
+def check(consumer: Consumer, allocation: Allocation) -> None:
+    """MpqError when a layer has a scheme that the consumer cannot hold, with the nearest that it can."""
+    for layer in allocation.layers:
+        scheme = allocation.scheme_of[layer.name]
+        why = consumer.objection(layer, scheme)
+        if why:
+            near = nearest(consumer, layer, scheme)
+            advice = f"the nearest it can hold is {near}" if near else "leave the layer out"
+            raise MpqError(f"{consumer.name} cannot hold layer {layer.name} in {scheme.name} ({why}): {advice}")
+    if consumer.fuses:
+        _check_ties(consumer, allocation)
+
+
+def _check_ties(consumer: Consumer, allocation: Allocation) -> None:
+    first: dict[str, Layer] = {}
+    for layer in allocation.layers:
+        other = first.setdefault(layer.tie or layer.name, layer)
+        schemes = allocation.scheme_of[other.name].name, allocation.scheme_of[layer.name].name
+        if schemes[0] != schemes[1]:
+            raise MpqError(
+                f"{consumer.readers} compute {other.name} and {layer.name} as one, so they must share a scheme, "
+                f"not {schemes[0]} and {schemes[1]}: search with ties"
+            )
+
+
+def nearest(consumer: Consumer, layer: Layer, scheme: Scheme) -> str | None:
+    """The well-known scheme that the layer can have with the closest bits; of equals one with the same kind of grid."""
+    bits = scheme.weight.effective_bits(layer.rows, layer.cols)
+
+    def distance(name: str) -> tuple[float, bool, bool]:
+        other = parse_scheme(name)
+        gap = abs(other.weight.effective_bits(layer.rows, layer.cols) - bits)
+        same = other.weight.grid.family == scheme.weight.grid.family
+        return round(gap, 2), not same, (other.activation is None) != (scheme.activation is None)
+
+    possible = [name for name in consumer.schemes if not consumer.objection(layer, parse_scheme(name))]
+    return min(possible, key=distance, default=None)
+
+
+def forbidden(consumer: Consumer, layers: Sequence[Layer], schemes: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The schemes that each layer cannot have, by layer name; what `mpq.core.problem.build_problem` takes as `forbid`.
+
+    Raises:
+        MpqError: a layer that can have none of them, with one that it could have.
+    """
+    schemes = tuple(schemes)
+    refused: dict[str, tuple[str, ...]] = {}
+    for layer in layers:
+        bad = tuple(name for name in schemes if consumer.objection(layer, parse_scheme(name)))
+        if len(bad) == len(schemes):
+            near = nearest(consumer, layer, parse_scheme(schemes[0]))
+            why = consumer.objection(layer, parse_scheme(schemes[0]))
+            raise MpqError(
+                f"{consumer.name} can hold layer {layer.name} in none of {', '.join(schemes)} ({why}): add {near}"
+            )
+        if bad:
+            refused[layer.name] = bad
+    return refused
+
+
+def consumer_named(name: str) -> Consumer:
+    """A consumer by its own name or a reader's ("vllm"); MpqError with the known names."""
+    name = READERS.get(name, name)
+    if name not in CONSUMERS:
+        raise MpqError(f"unknown export target {name!r}: {nearest_names(name, [*CONSUMERS, *READERS])}")
+    return CONSUMERS[name]
+
+
+def compressed_tensors_format(scheme: Scheme) -> str | None:
+    """compressed-tensors' name of how a scheme is stored, "dense" for a float copy, None when it has none."""
+    weight, activation = scheme.weight, scheme.activation
+    if weight.is_float_copy:
+        return "dense" if activation is None else None
+    dynamic = None if activation is None else activation.name
+    if weight.grid.family == "int" and weight.scale in ("fp16", "bf16", "fp32"):
+        if not weight.zero_point and not weight.grid.signed:
+            return None
+        by_token = dynamic in ("int8-channel", "int8")
+        if weight.grid.bits == 8 and weight.granularity != "group" and by_token and not weight.zero_point:
+            return "int-quantized"
+        if weight.granularity == "tensor" or not (dynamic is None or dynamic == "int8-channel"):
+            return None
+        return "pack-quantized"
+    if weight.name in ("fp8-e4m3", "fp8-e4m3-channel", "fp8-e4m3-channel-sfp32", "fp8-e4m3-channel-sbf16"):
+        return "float-quantized" if dynamic in (None, "fp8-e4m3", "fp8-e4m3-channel") else None
+    blocks = {
+        "mxfp4": "mxfp4-pack-quantized",
+        "mxfp6-e2m3": "mxfp6-pack-quantized",
+        "mxfp8-e4m3": "mxfp8-quantized",
+        "nvfp4": "nvfp4-pack-quantized",
+    }
+    return blocks.get(weight.name) if dynamic is None else None
+
+
+def _compressed_tensors(layer: Layer, scheme: Scheme) -> str:
+    if scheme.weight.is_float_copy and scheme.activation is None:
+        return ""
+    if layer.kind != "linear" or layer.aliases:
+        return f"it quantizes linear layers with weights of their own, not {layer.kind}"
+    if compressed_tensors_format(scheme) is None:
+        return "it has no such scheme"
+    return _whole_groups(layer, scheme.weight)
+
+
+def _whole_groups(layer: Layer, weight: Format) -> str:
+    if weight.granularity == "group" and layer.cols % weight.group_size:
+        return f"its rows of {layer.cols} weights do not divide into groups of {weight.group_size}"
+    return ""
+
+
+FLOAT_COPIES = ("bf16", "fp16", "fp32")
+
+CONSUMERS: dict[str, Consumer] = {
+    consumer.name: consumer
+    for consumer in (
+        Consumer("mpq", "mpq's own loader", (), lambda layer, scheme: "", fuses=False),
+        Consumer(
+            "compressed-tensors",
+            "vLLM, SGLang and transformers",
+            (
+                *(f"int{bits}-{size}" for bits in range(2, 9) for size in ("g32", "g64", "g128", "channel")),
+                *(f"int{bits}-g128-asym" for bits in (2, 3, 4, 8)),
+                *("int8-channel+a:int8-token", "fp8-e4m3", "fp8-e4m3-channel", "fp8-e4m3-channel+a:fp8-e4m3-token"),
+                *("mxfp4", "mxfp6-e2m3", "mxfp8-e4m3", "nvfp4", *FLOAT_COPIES),
+            ),
+            _compressed_tensors,
+        ),
+    )
+}
+READERS = {"vllm": "compressed-tensors", "sglang": "compressed-tensors", "transformers": "compressed-tensors"}
