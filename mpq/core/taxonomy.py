@@ -1,0 +1,44 @@
+"""What kind of mixed precision an allocation is, in the survey's terms (arXiv 2510.16805).
+
+A model's weights are "mixed" when its quantized layers have several formats, "uniform" when they have one, "float" when
+none is quantized; its activations likewise. A float format between quantized ones counts as one more precision, since
+W-{int4, bf16} is a mix of two.
+"""
+
+from dataclasses import dataclass
+
+from mpq.core.allocation import Allocation
+
+
+@dataclass(frozen=True)
+class Precision:
+    """An allocation's place in the taxonomy."""
+
+    label: str  # "MPW", "MPW+UPA", "MPW+MPA", "uniform" or "float"
+    weights: str  # "mixed", "uniform" or "float"
+    activations: str  # "mixed", "uniform" or "float"
+
+
+def classify(allocation: Allocation) -> Precision:
+    """Label an allocation: MPW (mixed weights, activations in floating point), MPW+UPA (uniform activations), MPW+MPA
+    (mixed activations), or "uniform", which the survey does not count as mixed: one weight format, whatever the
+    activations have. "float" when nothing at all is quantized.
+    """
+    schemes = [*allocation.scheme_of.values()]
+    weights = _spread({s.weight.name for s in schemes}, {s.weight.name for s in schemes if s.weight.is_float_copy})
+    activations = _spread(
+        {"float" if s.activation is None else s.activation.name for s in schemes},
+        {"float" if s.activation is None else s.activation.name for s in schemes if s.activation is None}
+        | {s.activation.name for s in schemes if s.activation is not None and s.activation.is_float_copy},
+    )
+    if weights == "mixed":
+        label = {"float": "MPW", "uniform": "MPW+UPA", "mixed": "MPW+MPA"}[activations]
+    else:
+        label = "float" if weights == activations == "float" else "uniform"
+    return Precision(label, weights, activations)
+
+
+def _spread(names: set[str], floats: set[str]) -> str:
+    if names == floats:
+        return "float"
+    return "mixed" if len(names) > 1 else "uniform"
