@@ -11,16 +11,24 @@ from mpq.core.errors import MpqError, nearest_names
 if TYPE_CHECKING:
     from mpq.sensitivity.task import Metric
 
+MEASURED = ("loss", "divergence", "wrong")  # a forward pass over the data for each layer and scheme
 DEFAULT_METRIC = "output"
 
 # name: (module:function, what it is); functions take a Task and options, and give scores and standard errors.
 METRICS: dict[str, tuple[str, str]] = {
-    "hessian": ("mpq.sensitivity.hessian:hessian", "mean Hessian trace x squared weight error (HAWQ-V2)"),
+    "hessian": ("mpq.sensitivity.hessian:hessian", "mean Hessian trace x squared error (HAWQ-V2)"),
     "eigenvalue": ("mpq.sensitivity.eigenvalue:eigenvalue", "top Hessian eigenvalue / weights x squared error (HAWQ)"),
-    "fisher": ("mpq.sensitivity.fisher:fisher", "diagonal empirical Fisher x squared weight errors"),
+    "fisher": ("mpq.sensitivity.fisher:fisher", "diagonal Fisher information x squared weight errors"),
     "output": ("mpq.sensitivity.output:output", "squared output error weighted by output gradients"),
+    "gptq": ("mpq.sensitivity.output:gptq", "squared output error, tr(dW X X^T dW^T), GPTQ's objective"),
+    "kronecker": ("mpq.sensitivity.kronecker:kronecker", "Kronecker-factored curvature (K-FAC)"),
+    "gradient": ("mpq.sensitivity.gradient:gradient", "squared gradient x output change (ModelOpt)"),
+    "quadratic": ("mpq.sensitivity.gradient:quadratic", "Gauss-Newton's whole quadratic form of each error"),
     "curvature": ("mpq.sensitivity.curvature:curvature", "Hessian trace spread as the layer's inputs are"),
+    "linearity": ("mpq.sensitivity.linearity:linearity", "slope of the loss under noise x relative error (HIGGS)"),
     "loss": ("mpq.sensitivity.loss:loss", "measured loss change, one layer at a time: exact and slow"),
+    "divergence": ("mpq.sensitivity.predicted:divergence", "measured KL divergence from the unquantized model"),
+    "wrong": ("mpq.sensitivity.predicted:wrong", "measured change of the share of wrong predictions"),
 }
 
 # prefix: (module:function, what it is); "prefix:TEXT" is the metric that the function makes of TEXT.

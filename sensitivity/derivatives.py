@@ -8,9 +8,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mpq.core.calibration import Batch, LossFn, check_loss, samples_in, split_batch
+from mpq.core.calibration import Batch, check_loss, samples_in, seeded, split_batch
+from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.layers import input_matrix, output_matrix, weight_groups
+from mpq.sensitivity.graph import only_gradients_of, outputs_of
+from mpq.sensitivity.predictions import predictions, random_slopes
+from mpq.sensitivity.task import Task
+
+LABELS = ("data", "model")
 
 
 @dataclass(frozen=True)
@@ -52,25 +58,36 @@ class Use:
 Uses: TypeAlias = dict[str, list[Use]]  # by layer name, in the order of the calls
 
 
-def layer_uses(
-    model: nn.Module, layers: Sequence[Layer], batch: Batch, loss_fn: LossFn, index: int = 0
-) -> Iterator[tuple[int, Uses]]:
-    """Yield (samples, uses) of a batch: one forward and one backward pass, without gradients of weights.
+def layer_uses(task: Task, index: int, labels: str = "data", draw: int = 0) -> Iterator[tuple[int, Uses]]:
+    """Yield (samples, uses) of batch `index`: one forward and one backward pass, without gradients of weights.
 
-    `loss_fn` gives a mean over samples; gradients are scaled to belong to each sample's own loss. The batch comes in
-    one piece when every layer keeps the samples as its first dimension, sample by sample when one does not
+    The task's loss is a mean over samples; gradients are scaled to belong to each sample's own loss. The batch comes
+    in one piece when every layer keeps the samples as its first dimension, sample by sample when one does not
     (experts that see some tokens of many samples, say).
 
+    Args:
+        task: model, data and layers.
+        index: of the batch, and of the message when its loss is NaN.
+        labels: "data", or "model": random slopes of the outputs whose second moment is the loss's Hessian there, as
+            if labels were drawn from the model's own predictions, each prediction on its own. Squares of these
+            gradients are on average Gauss-Newton's curvature, also where a network has learnt its data by heart, and
+            where the loss averages many predictions of one sample.
+        draw: number of the random draw.
+
     Raises:
-        MpqError: a NaN loss, naming batch `index`.
+        MpqError: a NaN loss, unknown labels, or labels "model" for a loss other than cross-entropy.
     """
+    if labels not in LABELS:
+        raise MpqError(f"gradients come from labels {' or '.join(LABELS)}, not {labels!r}")
+    batch = task.batches[index]
     samples = samples_in(batch)
-    uses = _run(model, layers, batch, loss_fn, index)
+    seeds = None if labels == "data" else (index, draw)
+    uses = _run(task, batch, index, seeds)
     if samples == 1 or all(_keeps_samples(use, samples) for found in uses.values() for use in found):
         yield samples, uses
         return
-    for sample in split_batch(batch):
-        yield 1, _run(model, layers, sample, loss_fn, index)
+    for number, sample in enumerate(split_batch(batch)):
+        yield 1, _run(task, sample, index, None if seeds is None else (*seeds, number))
 
 
 def _keeps_samples(use: Use, samples: int) -> bool:
@@ -80,14 +97,25 @@ def _keeps_samples(use: Use, samples: int) -> bool:
     return use.inputs.ndim >= least and len(use.inputs) == len(use.gradient) == samples
 
 
-def _run(model: nn.Module, layers: Sequence[Layer], batch: Batch, loss_fn: LossFn, index: int) -> Uses:
-    with only_gradients_of(model), _recording(model, layers) as calls:
-        loss = check_loss(loss_fn(model, batch), index)
+def _run(task: Task, batch: Batch, index: int, seeds: tuple[int, ...] | None) -> Uses:
+    samples = samples_in(batch)
+    with only_gradients_of(task.model), _recording(task.model, task.layers) as calls:
+        with outputs_of(task.model) as logits:
+            loss = check_loss(task.loss_fn(task.model, batch), index)
+        top, slopes = [loss], [torch.full_like(loss, samples)]
+        if seeds is not None:
+            weights = [found.weights for found in predictions(task.model, batch, task.loss_fn)]
+            generator = seeded(task.seed, "labels", *seeds)
+            top = logits
+            slopes = [
+                random_slopes(each.detach(), share * samples, generator)
+                for each, share in zip(logits, weights, strict=True)
+            ]
         outputs = [output for *_, output in calls]
-        gradients = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
-    uses: Uses = {layer.name: [] for layer in layers}
+        gradients = torch.autograd.grad(top, outputs, slopes, allow_unused=True, materialize_grads=True)
+    uses: Uses = {layer.name: [] for layer in task.layers}
     for (name, module, inputs, _), gradient in zip(calls, gradients, strict=True):
-        uses[name].append(Use(module, inputs, gradient * samples_in(batch)))
+        uses[name].append(Use(module, inputs, gradient))
     return uses
 
 
@@ -108,18 +136,3 @@ def _recording(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[tuple
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def only_gradients_of(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Inside the block these parameters alone require gradients; all is put back afterwards."""
-    wanted = {id(weight) for weight in weights}
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in wanted)
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)

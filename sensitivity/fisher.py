@@ -12,7 +12,7 @@ from mpq.sensitivity.task import Scores, Task, score_weight_errors
 CHUNK = 2**22  # numbers of per-sample gradients held at a time
 
 
-def fisher(task: Task) -> Scores:
+def fisher(task: Task, *, labels: str = "data") -> Scores:
     """Predicted loss increase 1/2 * sum_j E_n[g_nj^2] (Q(w)_j - w_j)^2 of every layer and scheme.
 
     g_n is the gradient of sample n's own loss: squares of batch gradients would be smaller by up to the batch size.
@@ -22,6 +22,11 @@ def fisher(task: Task) -> Scores:
     has learnt by heart a few samples decide, and the standard errors say so. Per-sample gradients come from one forward
     and one backward pass per batch and one product per layer. The standard error is that of the layer's whole
     E||g_n||^2, over samples.
+
+    Args:
+        task: model, data, layers and schemes.
+        labels: "model" takes gradients for random labels of the model's own, without the two defects above: the Fisher
+            information proper, Gauss-Newton's diagonal. Cross-entropy only.
     """
     diagonals, spreads = fisher_diagonals(task)
 
@@ -38,7 +43,7 @@ def fisher_diagonals(task: Task) -> tuple[dict[str, Tensor], dict[str, Spread]]:
     diagonals = {layer.name: torch.zeros(layer.rows, layer.cols) for layer in task.layers}
     spreads = {layer.name: Spread() for layer in task.layers}
     for index in task.track(range(len(task.batches)), "per-sample gradients"):
-        for samples, uses in layer_uses(task.model, task.layers, task.batches[index], task.loss_fn, index):
+        for samples, uses in layer_uses(task, index, labels):
             for layer in task.layers:
                 squares = _add_squares(diagonals[layer.name], uses[layer.name], samples, layer)
                 spreads[layer.name].add(squares)

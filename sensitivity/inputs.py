@@ -13,8 +13,8 @@ from mpq.core.calibration import check_loss, samples_in
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.moments import watching
-from mpq.sensitivity.derivatives import only_gradients_of
-from mpq.sensitivity.products import Curvature, differentiable_twice, operator_named, outputs_of
+from mpq.sensitivity.graph import differentiable_twice, only_gradients_of, outputs_of
+from mpq.sensitivity.products import Curvature, operator_named
 from mpq.sensitivity.task import Task
 
 

@@ -1,7 +1,8 @@
-"""The oracle: the measured loss change when one layer at a time takes each scheme."""
+"""The oracles: what is measured when one layer at a time takes each scheme."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,38 +18,54 @@ from mpq.core.layers import matrix_to_weight
 from mpq.core.scheme import Scheme
 from mpq.sensitivity.task import Scores, Task, by_layer
 
+ByBatch: TypeAlias = NDArray[np.float64]  # (batches,), a mean over each batch's samples
+
 
 def loss(task: Task) -> Scores:
     """Measured change of the mean loss per sample, for every layer and scheme; it can be negative.
 
     Costs one forward pass over all batches for each pair. The standard error is that of the paired differences over
-    batches, 0 with a single batch. Weights are put back bit for bit, whatever happens.
+    batches, 0 with a single batch. Weights are put back bit for bit, whatever happens. Any other number of the task, an
+    error rate say, is measured by passing it as the loss function.
     """
-    sizes = np.array([samples_in(batch) for batch in task.batches], dtype=np.float64)
-    shares = sizes / sizes.sum()
-    reference = _batch_losses(task)
+    return measured(task, lambda: batch_losses(task))
+
+
+def measured(task: Task, measure: Callable[[], ByBatch]) -> Scores:
+    """Change of the mean of `measure()` when one layer at a time takes each scheme."""
+    shares = batch_shares(task)
+    reference = measure()
 
     def row(layer: Layer) -> list[float]:
         numbers: list[float] = []
         for scheme in task.schemes:
             with in_scheme(task, layer, scheme):
                 try:
-                    differences = _batch_losses(task) - reference
+                    differences = measure() - reference
                 except MpqError as error:
                     raise MpqError(f"layer {layer.name} in {scheme.name}: {error}") from error
-            numbers += _mean_and_error(differences, shares)
+            numbers += mean_and_error(differences, shares)
         return numbers
 
     return by_layer(task, row, "measuring")
 
 
-def _batch_losses(task: Task) -> NDArray[np.float64]:
+def batch_losses(task: Task) -> ByBatch:
+    """The loss of every batch, without gradients."""
     with torch.no_grad():
         losses = [check_loss(task.loss_fn(task.model, batch), index).item() for index, batch in enumerate(task.batches)]
     return np.array(losses)
 
 
-def _mean_and_error(differences: NDArray[np.float64], shares: NDArray[np.float64]) -> tuple[float, float]:
+def batch_shares(task: Task) -> ByBatch:
+    """Each batch's share of all samples."""
+    sizes = np.array([samples_in(batch) for batch in task.batches], dtype=np.float64)
+    shares: ByBatch = sizes / sizes.sum()
+    return shares
+
+
+def mean_and_error(differences: ByBatch, shares: ByBatch) -> tuple[float, float]:
+    """Mean over batches and its standard error, 0 with a single batch."""
     mean = float(shares @ differences)
     count = len(differences)
     if count == 1:
@@ -62,22 +79,29 @@ def in_scheme(task: Task, layer: Layer, scheme: Scheme) -> Iterator[None]:
 
     An embedding's inputs are indices: it takes the weight format alone.
     """
-    module = task.module(layer)
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    original = weight.detach().clone()
     with ExitStack() as stack:
         if scheme.activation is not None:
             for name in layer.names:
                 user = task.model.get_submodule(name)
                 if not isinstance(user, nn.Embedding):
                     stack.callback(user.register_forward_pre_hook(_quantizer(scheme.activation)).remove)
-        try:
-            with torch.no_grad():
-                weight.copy_(matrix_to_weight(task.quantized(layer, scheme), module))
-            yield
-        finally:
-            with torch.no_grad():
-                weight.copy_(original)
+        stack.enter_context(with_weight(task, layer, task.quantized(layer, scheme)))
+        yield
+
+
+@contextmanager
+def with_weight(task: Task, layer: Layer, matrix: Tensor) -> Iterator[None]:
+    """Inside the block the layer's weight is this matrix (rows, cols); afterwards it is what it was, bit for bit."""
+    module = task.module(layer)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    original = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.copy_(matrix_to_weight(matrix, module))
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(original)
 
 
 def _quantizer(format: Format) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

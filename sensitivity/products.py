@@ -1,23 +1,15 @@
 """Products of a batch's curvature with vectors: the loss's Hessian, or Gauss-Newton's part of it, from one graph."""
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from mpq.core.calibration import check_loss, logits_of
+from mpq.core.calibration import check_loss
 from mpq.core.errors import MpqError, nearest_names
-from mpq.sensitivity.derivatives import only_gradients_of
+from mpq.sensitivity.graph import differentiable_twice, only_gradients_of, outputs_of
 from mpq.sensitivity.task import Task
-
-log = logging.getLogger(__name__)
 
 
 class Hessian:
@@ -91,51 +83,6 @@ def operator_named(name: str) -> Callable[[Tensor, Sequence[Tensor], Sequence[Te
     if name not in OPERATORS:
         raise MpqError(f"unknown curvature {name!r}: {nearest_names(name, OPERATORS)}")
     return OPERATORS[name]
-
-
-@contextmanager
-def outputs_of(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The logits of every call of the model inside the block, as they come."""
-    outputs: list[Tensor] = []
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        logits = logits_of(output)
-        if isinstance(logits, Tensor):
-            outputs.append(logits)
-
-    handle = model.register_forward_hook(hook)
-    try:
-        yield outputs
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def differentiable_twice() -> Iterator[None]:
-    """Attention in plain operations inside the block, for fused kernels have no second derivative; said in the log.
-
-    Raises:
-        MpqError: another operation without one.
-    """
-    try:
-        with sdpa_kernel(SDPBackend.MATH), _NoticeAttention():
-            yield
-    except RuntimeError as error:
-        if "not implemented" in str(error):
-            raise MpqError(f"this model cannot be differentiated twice ({error}): take the metric 'fisher'") from error
-        raise
-
-
-class _NoticeAttention(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention:
-            _say_plain()
-        return func(*args, **(kwargs or {}))
-
-
-@lru_cache(maxsize=1)
-def _say_plain() -> None:
-    log.info("attention runs in plain operations: its fused kernels cannot be differentiated twice")
 
 
 def _gradients(

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from mpq.core.calibration import samples_in
 from mpq.core.errors import MpqError
-from mpq.sensitivity.derivatives import only_gradients_of
-from mpq.sensitivity.products import differentiable_twice
+from mpq.sensitivity.graph import differentiable_twice, only_gradients_of
 from mpq.sensitivity.task import Task
 
 if TYPE_CHECKING:

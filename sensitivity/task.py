@@ -60,8 +60,27 @@ class Task:
         yield from tqdm(items, desc=what, total=total, disable=not self.progress, leave=False, dynamic_ncols=True)
 
 
-SCORES_ACTIVATIONS = ("loss", "hessian")  # metrics that say something of activation formats
+SCORES_ACTIVATIONS = (
+    "quadratic",
+    "gradient",
+    "output",
+    "kronecker",
+    "hessian",
+    "gptq",
+    "loss",
+    "divergence",
+    "wrong",
+)  # metrics that say something of activation formats
 Metric: TypeAlias = Callable[..., Scores]  # metric(task, **options)
+
+
+def score_errors(task: Task, score: Callable[[Layer, Scheme, Tensor], tuple[float, float]]) -> Scores:
+    """Scores and standard errors from `score(layer, scheme, Q(W) - W)`: one weight error is held at a time."""
+
+    def row(layer: Layer) -> list[float]:
+        return [number for scheme in task.schemes for number in score(layer, scheme, task.weight_error(layer, scheme))]
+
+    return by_layer(task, row, "rounding")
 
 
 def score_weight_errors(
@@ -69,7 +88,7 @@ def score_weight_errors(
     score: Callable[[Layer, Tensor], tuple[float, float]],
     activation: Callable[[Layer, Format], tuple[float, float]] | None = None,
 ) -> Scores:
-    """Scores and standard errors from `score(layer, Q(W) - W)`: one weight error is held at a time.
+    """Scores and standard errors from `score(layer, Q(W) - W)`.
 
     What a scheme's activation format costs, `activation(layer, format)`, is added where there is such a function.
 
@@ -83,17 +102,14 @@ def score_weight_errors(
                 f"{', '.join(SCORES_ACTIVATIONS)} for it"
             )
 
-    def row(layer: Layer) -> list[float]:
-        numbers: list[float] = []
-        for scheme in task.schemes:
-            value, error = score(layer, task.weight_error(layer, scheme))
-            if scheme.activation is not None and activation is not None and layer.kind != "embedding":
-                more, its_error = activation(layer, scheme.activation)
-                value, error = value + more, math.hypot(error, its_error)
-            numbers += (value, error)
-        return numbers
+    def both(layer: Layer, scheme: Scheme, difference: Tensor) -> tuple[float, float]:
+        value, error = score(layer, difference)
+        if scheme.activation is None or activation is None:
+            return value, error
+        more, its_error = activation(layer, scheme.activation)
+        return value + more, math.hypot(error, its_error)
 
-    return by_layer(task, row, "rounding")
+    return score_errors(task, both)
 
 
 def by_layer(task: Task, row: Callable[[Layer], Sequence[float]], what: str) -> Scores:

@@ -5,7 +5,10 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from mpq.core.activations import fake_quantize_inputs
 from mpq.core.calibration import samples_in, split_batch
+from mpq.core.layers import matrix_to_weight, output_matrix
+from mpq.sensitivity.derivatives import layer_uses
 
 
 class Substituted(nn.Module):
@@ -131,3 +134,42 @@ class _shifted:
     def __exit__(self, *exception):
         for handle in self.handles:
             handle.remove()
+
+
+def output_differences(task, layer, scheme):
+    """(use, change, gradient) of every call of the layer: difference of outputs and samples' gradients, as rows."""
+    for index in range(len(task.batches)):
+        for _, uses in layer_uses(task, index):
+            for use in uses[layer.name]:
+                before, inputs = use.module.weight.detach().clone(), use.inputs
+                with torch.no_grad():
+                    plain = use.module(inputs)
+                    use.module.weight.copy_(matrix_to_weight(task.quantized(layer, scheme), use.module))
+                    if scheme.activation is not None and not isinstance(use.module, nn.Embedding):
+                        inputs = fake_quantize_inputs(use.module, inputs, scheme.activation)
+                    changed = use.module(inputs)
+                    use.module.weight.copy_(before)
+                yield use, output_matrix(use.module, changed - plain), output_matrix(use.module, use.gradient)
+
+
+def sample_gradients(task):
+    """Gradient of every sample's own loss over all layers' weights, (samples, size)."""
+    weights = [task.module(layer).weight for layer in task.layers]
+    rows = []
+    for batch in task.batches:
+        for sample in split_batch(batch):
+            parts = torch.autograd.grad(task.loss_fn(task.model, sample), weights)
+            rows.append(torch.cat([part.flatten() for part in parts]).double())
+    return torch.stack(rows)
+
+
+def weight_errors(task, i, j):
+    """Q(W_i) - W_i of layer i in scheme j, flat, in the order of the weight itself."""
+    layer, scheme = task.layers[i], task.schemes[j]
+    return matrix_to_weight(task.weight_error(layer, scheme), task.module(layer)).flatten().double()
+
+
+def layer_slice(task, i):
+    """Where layer i's weights stand among all."""
+    start = sum(layer.params for layer in task.layers[:i])
+    return slice(start, start + task.layers[i].params)

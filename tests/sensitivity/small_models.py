@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from mpq.core.calibration import seeded
+from mpq.core.calibration import cross_entropy, next_token_loss, seeded
 from mpq.core.layers import find_layers
 from mpq.core.methods import METHODS
 from mpq.core.scheme import parse_scheme
@@ -109,3 +109,12 @@ def make_task(model, batches, loss_fn, schemes=("int3-channel", "int4-g32"), **o
     return Task(
         model, tuple(batches), loss_fn, find_layers(model), tuple(map(parse_scheme, schemes)), METHODS["mse"], **options
     )
+
+
+CASES = {
+    "mlp": lambda **options: make_task(mlp(), class_batches((5,), (7, 4)), cross_entropy, **options),
+    "convolutions": lambda **options: make_task(
+        seed_weights(Convolutions()), class_batches((4, 6, 6), (6, 5)), cross_entropy, **options
+    ),
+    "tied": lambda **options: make_task(seed_weights(TiedLanguageModel()), token_batches(), next_token_loss, **options),
+}

@@ -1,8 +1,12 @@
 """Per-sample squared gradients against a loop over samples."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from exact import gauss_newton_matrix, layer_slice, weight_errors
+from small_models import CASES as SMALL
 from small_models import (
     Convolutions,
     Routed,
@@ -16,6 +20,7 @@ from small_models import (
 
 from mpq.core.calibration import cross_entropy, next_token_loss, split_batch
 from mpq.core.layers import weight_groups, weight_matrix
+from mpq.core.methods import METHODS
 from mpq.sensitivity import fisher as fisher_file
 from mpq.sensitivity.fisher import fisher
 
@@ -82,3 +87,17 @@ def test_a_layer_the_loss_never_reaches_costs_nothing():
 
 def test_groups_of_the_small_models_are_what_they_seem():
     assert weight_groups(Convolutions().depthwise) == 6
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_labels_of_the_model_give_gauss_newtons_diagonal(name):
+    """Unbiased over seeds, also where a sample's loss averages over tokens."""
+    tasks = [replace(SMALL[name](seed=seed), method=METHODS["nearest"]) for seed in range(150)]
+    scores = np.stack([fisher(task, labels="model")[0] for task in tasks])
+    diagonal = gauss_newton_matrix(tasks[0]).diagonal()
+    for i in range(scores.shape[1]):
+        for j in range(scores.shape[2]):
+            exact = 0.5 * (diagonal[layer_slice(tasks[0], i)] * weight_errors(tasks[0], i, j).square()).sum().item()
+            error = scores[:, i, j].std(ddof=1) / np.sqrt(len(tasks))
+            assert abs(scores[:, i, j].mean() - exact) <= 4.5 * error
+            assert error < 0.15 * exact

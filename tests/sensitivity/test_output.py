@@ -2,34 +2,14 @@
 
 import pytest
 import torch
-from small_models import Convolutions, TiedLanguageModel, class_batches, make_task, mlp, seed_weights, token_batches
+from exact import output_differences
+from small_models import CASES, Convolutions, class_batches, make_task, seed_weights
 from torch import nn
 
-from mpq.core.calibration import cross_entropy, next_token_loss, samples_in
-from mpq.core.layers import find_layers, matrix_to_weight, output_matrix, weight_groups
+from mpq.core.calibration import cross_entropy, samples_in
+from mpq.core.layers import find_layers, weight_groups
 from mpq.core.moments import second_moments
-from mpq.sensitivity.derivatives import layer_uses
 from mpq.sensitivity.output import output
-
-CASES = {
-    "mlp": lambda: make_task(mlp(), class_batches((5,), (7, 4)), cross_entropy),
-    "convolutions": lambda: make_task(seed_weights(Convolutions()), class_batches((4, 6, 6), (6, 5)), cross_entropy),
-    "tied": lambda: make_task(seed_weights(TiedLanguageModel()), token_batches(), next_token_loss),
-}
-
-
-def output_differences(task, layer, scheme):
-    """(dW x, d) of every call of the layer: difference of outputs and loss gradient of each sample, as rows."""
-    for index, batch in enumerate(task.batches):
-        for _, uses in layer_uses(task.model, task.layers, batch, task.loss_fn, index):
-            for use in uses[layer.name]:
-                before = use.module.weight.detach().clone()
-                with torch.no_grad():
-                    plain = use.module(use.inputs)
-                    use.module.weight.copy_(matrix_to_weight(task.quantized(layer, scheme), use.module))
-                    changed = use.module(use.inputs)
-                    use.module.weight.copy_(before)
-                yield use, output_matrix(use.module, changed - plain), output_matrix(use.module, use.gradient)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -98,3 +78,14 @@ def test_gradients_belong_to_single_samples():
     parts = [(inputs[:5], labels[:5]), (inputs[5:], labels[5:])]
     split, _ = output(make_task(model, parts, cross_entropy))
     torch.testing.assert_close(torch.tensor(whole), torch.tensor(split), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_activation_formats_change_the_inputs_too(name):
+    task = CASES[name](schemes=("int3-channel+a:int4-token", "int4-g32+a:int8"))
+    scores, _ = output(task, weighted=False)
+    samples = sum(samples_in(batch) for batch in task.batches)
+    for i, layer in enumerate(task.layers):
+        for j, scheme in enumerate(task.schemes):
+            expected = sum(change.square().sum().item() for _, change, _ in output_differences(task, layer, scheme))
+            assert scores[i, j] == pytest.approx(expected / samples, rel=1e-3)

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from mpq.core.calibration import cross_entropy, next_token_loss
 from mpq.core.errors import MpqError
-from mpq.sensitivity.products import _say_plain, weight_curvature
+from mpq.sensitivity.graph import _say_plain
+from mpq.sensitivity.products import weight_curvature
 
 CASES = {
     "mlp": lambda: make_task(mlp(), class_batches((5,), (9,)), cross_entropy),

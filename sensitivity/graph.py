@@ -1,0 +1,78 @@
+"""What a graph of derivatives is built with: which parameters count, which outputs came, which attention runs."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from mpq.core.calibration import logits_of
+from mpq.core.errors import MpqError
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def only_gradients_of(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Inside the block these parameters alone require gradients; all is put back afterwards."""
+    wanted = {id(weight) for weight in weights}
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in wanted)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def outputs_of(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The logits of every call of the model inside the block, as they come."""
+    outputs: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        logits = logits_of(output)
+        if isinstance(logits, Tensor):
+            outputs.append(logits)
+
+    handle = model.register_forward_hook(hook)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """Attention in plain operations inside the block, for fused kernels have no second derivative; said in the log.
+
+    Raises:
+        MpqError: another operation without one.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _NoticeAttention():
+            yield
+    except RuntimeError as error:
+        if "not implemented" in str(error):
+            raise MpqError(f"this model cannot be differentiated twice ({error}): take the metric 'fisher'") from error
+        raise
+
+
+class _NoticeAttention(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            _say_plain()
+        return func(*args, **(kwargs or {}))
+
+
+@lru_cache(maxsize=1)
+def _say_plain() -> None:
+    log.info("attention runs in plain operations: its fused kernels cannot be differentiated twice")

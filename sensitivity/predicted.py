@@ -1,0 +1,74 @@
+"""Oracles of the predictions themselves: divergence from the unquantized model, and wrong predictions."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpq.core.errors import MpqError
+from mpq.sensitivity.graph import outputs_of
+from mpq.sensitivity.loss import ByBatch, measured
+from mpq.sensitivity.predictions import Predictions, predictions
+from mpq.sensitivity.task import Scores, Task
+
+
+def divergence(task: Task) -> Scores:
+    """Measured divergence KL(model || quantized) of the predictions, averaged with the loss's own weights.
+
+    It needs no labels, is never negative, and does not reward errors that happen to help. The unquantized model's
+    log-probabilities of all batches are kept in memory. The standard error is over batches.
+    """
+    reference = [[logits.log_softmax(-1) for logits in _logits(task, index)] for index in range(len(task.batches))]
+
+    def measure(index: int, call: int, logits: Tensor) -> Tensor:
+        known = reference[index][call]
+        return (known.exp() * (known - logits.log_softmax(-1))).sum(-1)
+
+    return _measured(task, measure)
+
+
+def wrong(task: Task) -> Scores:
+    """Measured change of the share of wrong predictions (top-1), averaged with the loss's own weights.
+
+    It moves in steps of one prediction, so small changes drown in the standard error, which is over batches.
+    """
+
+    def measure(index: int, call: int, logits: Tensor) -> Tensor:
+        return (logits.argmax(-1) != asked[index][call].targets).double()
+
+    asked = _asked(task)
+    return _measured(task, measure, asked)
+
+
+def _asked(task: Task) -> list[list[Predictions]]:
+    return [predictions(task.model, batch, task.loss_fn) for batch in task.batches]
+
+
+def _measured(
+    task: Task, measure: Callable[[int, int, Tensor], Tensor], asked: list[list[Predictions]] | None = None
+) -> Scores:
+    """Change of the weighted mean of `measure(batch, call, logits)`, one number for each prediction."""
+    asked = asked or _asked(task)
+
+    def by_batch() -> ByBatch:
+        means = []
+        for index, found in enumerate(asked):
+            logits = _logits(task, index)
+            total = sum(
+                (part.weights * measure(index, call, logits[call]).double()).sum().item()
+                for call, part in enumerate(found)
+            )
+            means.append(total / sum(part.weights.sum().item() for part in found))
+            if not np.isfinite(means[-1]):
+                raise MpqError(f"the predictions of calibration batch {index} are not finite")
+        return np.array(means)
+
+    return measured(task, by_batch)
+
+
+@torch.no_grad()
+def _logits(task: Task, index: int) -> list[Tensor]:
+    with outputs_of(task.model) as outputs:
+        task.loss_fn(task.model, task.batches[index])
+    return [logits.float() for logits in outputs]

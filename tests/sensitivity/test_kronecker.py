@@ -1,0 +1,69 @@
+"""Kronecker-factored curvature against Kronecker products."""
+
+import pytest
+import torch
+from exact import output_differences, sample_gradients
+from small_models import CASES, class_batches, make_task, seed_weights
+from torch import nn
+
+import mpq.sensitivity.kronecker as module
+from mpq.core.calibration import cross_entropy, samples_in
+from mpq.core.layers import output_matrix
+from mpq.sensitivity.derivatives import layer_uses
+from mpq.sensitivity.kronecker import kronecker
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolutions"])
+@pytest.mark.parametrize("schemes", [("int3-channel", "int4-g32"), ("int3-channel+a:int4-token",)])
+def test_the_score_pairs_every_gradient_with_every_change(name, schemes):
+    """Sum over all pairs of positions (p, q) of (d_p . e_q)^2 / (2 M N): what the product of both moments says."""
+    task = CASES[name](schemes=schemes)
+    scores, _ = kronecker(task)
+    samples = sum(samples_in(batch) for batch in task.batches)
+    for i, layer in enumerate(task.layers):
+        for j, scheme in enumerate(task.schemes):
+            found = [(change, slope) for _, change, slope in output_differences(task, layer, scheme)]
+            changes, slopes = (torch.cat(parts, -2) for parts in zip(*found, strict=True))
+            pairs = (slopes @ changes.mT).square().sum().item()
+            assert scores[i, j] == pytest.approx(0.5 * pairs / changes.shape[-2] / samples, rel=1e-3)
+
+
+def test_one_position_and_one_sample_is_the_fisher_form():
+    """With a single rank-one gradient d x^T nothing is approximated."""
+    task = make_task(seed_weights(nn.Sequential(nn.Linear(4, 3, bias=False))), class_batches((4,), (1,)), cross_entropy)
+    scores, errors = kronecker(task)
+    gradient = sample_gradients(task)[0]
+    error = task.weight_error(task.layers[0], task.schemes[0]).flatten().double()
+    assert scores[0, 0] == pytest.approx(0.5 * (gradient @ error).item() ** 2, rel=1e-4)
+    assert errors[0, 0] == pytest.approx(scores[0, 0])
+
+
+def test_an_embeddings_tokens_are_counted():
+    task = CASES["tied"]()
+    scores, _ = kronecker(task)
+    layer, total, samples = task.layers[0], 0.0, 5
+    difference = task.weight_error(layer, task.schemes[0])
+    looked_up = [use for index in range(2) for _, uses in layer_uses(task, index) for use in uses["embed"]]
+    tokens = torch.cat([use.inputs.flatten() for use in looked_up if isinstance(use.module, nn.Embedding)])
+    slopes = torch.cat([use.gradient.flatten(0, 1) for use in looked_up if isinstance(use.module, nn.Embedding)])
+    total = (slopes @ difference[tokens].T).square().sum().item() / len(tokens)
+    found = [
+        (change, output_matrix(use.module, use.gradient))
+        for use, change, _ in output_differences(task, layer, task.schemes[0])
+        if not isinstance(use.module, nn.Embedding)
+    ]
+    changes, gradients = (torch.cat(parts) for parts in zip(*found, strict=True))
+    total += (gradients @ changes.T).square().sum().item() / len(changes)
+    assert scores[0, 0] == pytest.approx(0.5 * total / samples, rel=1e-3)
+
+
+def test_very_wide_layers_keep_a_diagonal(monkeypatch):
+    whole, _ = kronecker(CASES["mlp"]())
+    monkeypatch.setattr(module, "WIDEST", 3)
+    task = CASES["mlp"]()
+    scores, _ = kronecker(task)
+    assert scores[2, 0] == pytest.approx(whole[2, 0])  # 3 channels: kept whole
+    found = [(change, slope) for _, change, slope in output_differences(task, task.layers[0], task.schemes[0])]
+    changes, slopes = (torch.cat(parts) for parts in zip(*found, strict=True))
+    expected = (slopes.square().sum(0) * changes.square().sum(0)).sum().item() / len(changes) / 11
+    assert scores[0, 0] == pytest.approx(0.5 * expected, rel=1e-3)
