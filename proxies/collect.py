@@ -21,11 +21,12 @@ from mpq.core.methods import method_named
 from mpq.core.scheme import parse_scheme
 from mpq.proxies.programs import INPUTS
 from mpq.proxies.statistics import Numbers, Space, Statistics
-from mpq.sensitivity.derivatives import layer_uses, only_gradients_of
+from mpq.sensitivity.derivatives import layer_uses
 from mpq.sensitivity.eigenvalue import top_eigenvalues
 from mpq.sensitivity.fisher import fisher_diagonals
+from mpq.sensitivity.graph import only_gradients_of, outputs_of
 from mpq.sensitivity.hessian import floored, hessian_traces
-from mpq.sensitivity.products import outputs_of, weight_curvature
+from mpq.sensitivity.products import weight_curvature
 from mpq.sensitivity.task import Task
 
 SAMPLES = 4096  # elements of a layer's matrix that are kept, at most
@@ -209,7 +210,7 @@ def _activations(task: Task, keep: _Keeper) -> dict[str, Numbers]:
     """Outputs and their loss gradients, a row per sample of the first batch, and how alike the layers' outputs are."""
     outputs: list[list[Tensor]] = [[] for _ in task.layers]
     slopes: list[list[Tensor]] = [[] for _ in task.layers]
-    for _, uses in layer_uses(task.model, task.layers, task.batches[0], task.loss_fn):
+    for _, uses in layer_uses(task, 0):
         for index, layer in enumerate(task.layers):
             for use in uses[layer.name][:1]:
                 with torch.no_grad():

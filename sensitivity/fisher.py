@@ -28,7 +28,7 @@ def fisher(task: Task, *, labels: str = "data") -> Scores:
         labels: "model" takes gradients for random labels of the model's own, without the two defects above: the Fisher
             information proper, Gauss-Newton's diagonal. Cross-entropy only.
     """
-    diagonals, spreads = fisher_diagonals(task)
+    diagonals, spreads = fisher_diagonals(task, labels)
 
     def score(layer: Layer, difference: Tensor) -> tuple[float, float]:
         weighted = diagonals[layer.name] * difference.cpu().square()
@@ -38,7 +38,7 @@ def fisher(task: Task, *, labels: str = "data") -> Scores:
     return score_weight_errors(task, score)
 
 
-def fisher_diagonals(task: Task) -> tuple[dict[str, Tensor], dict[str, Spread]]:
+def fisher_diagonals(task: Task, labels: str = "data") -> tuple[dict[str, Tensor], dict[str, Spread]]:
     """Every layer's E_n[g_nj^2], (rows, cols), and the spread over samples of its sum, by layer name."""
     diagonals = {layer.name: torch.zeros(layer.rows, layer.cols) for layer in task.layers}
     spreads = {layer.name: Spread() for layer in task.layers}
