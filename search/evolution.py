@@ -1,0 +1,296 @@
+"""Evolution on measured loss, by Optuna: many workers, several fidelities, no allocation measured twice."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.pruners import NopPruner, PercentilePruner
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError, nearest_names
+from mpq.core.frontier import Frontier, non_dominated
+from mpq.core.problem import Problem
+from mpq.search.exact import exact
+from mpq.search.integer import integer
+from mpq.search.levels import Levels, LevelSpace, level_space
+from mpq.search.trials import (
+    DROPPED,
+    DUPLICATE,
+    KEY,
+    LOST,
+    MEASURED,
+    NO_NUMBER,
+    OUTCOME,
+    START,
+    alive,
+    claim,
+    open_study,
+    retire_dead,
+    retry,
+    settle,
+    settled,
+    spent,
+    trials_of,
+)
+
+log = logging.getLogger(__name__)
+
+Evaluate = Callable[[Allocation, float], float]  # measured loss of an allocation on this share of the data
+PARENTS = 4  # children come from the best so many
+BROOD = 4  # of so many new children the one of least predicted loss is measured
+SURVIVORS = 50.0  # percentage of the trials that go on to the next share of the data
+STARTUP = 6  # trials measured in full before any is dropped
+GIVE_UP = 20  # duplicates in a row after which there is nothing new
+
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {  # besides "switch", the level-switch mutation; seed -> sampler
+    "nsga2": lambda seed: NSGAIISampler(population_size=16, seed=seed),
+    "tpe": lambda seed: TPESampler(multivariate=True, n_startup_trials=8, seed=seed),
+    "random": lambda seed: RandomSampler(seed=seed),
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An allocation that was measured on all the data."""
+
+    choices: tuple[int, ...]  # scheme index per group
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredFrontier(Frontier):
+    """A frontier whose losses were measured; an allocation keeps its predicted loss and tells the measured one."""
+
+    # `gap` is NaN: nothing is proven of what was not measured.
+    evaluations: tuple[Evaluation, ...] = ()  # all, in the order they began
+    failures: int = 0  # evaluations that gave no number
+    dropped: int = 0  # allocations that did badly on a part of the data
+
+    def allocation(self, index: int) -> Allocation:
+        """The allocation of a point."""
+        found = super().allocation(index)
+        facts = {**found.provenance, "search": "evolution", "measured_loss": float(self.losses[index])}
+        return replace(found, provenance=facts)
+
+
+def evolution(
+    problem: Problem,
+    *,
+    evaluate: Evaluate,
+    trials: int = 100,
+    cost: str = "size",
+    sampler: str = "switch",
+    shares: Sequence[float] = (1.0,),
+    starts: int = 4,
+    storage: str | os.PathLike[str] | None = None,
+    study: str = "mpq",
+    seed: int = 0,
+    heartbeat: float = 10.0,
+) -> MeasuredFrontier:
+    """Look for allocations within the budgets whose measured loss is lower than that of the predicted optimum.
+
+    It starts from the exact frontier's points below the budget, so it never ends with a worse one. The same storage,
+    study and seed go on where an earlier run stopped, and give what an uninterrupted one gives; several processes with
+    them share the work. A worker that dies loses the running evaluation, which another one repeats.
+
+    Args:
+        problem: with a budget on at least one of its costs; every allocation that is measured meets all of them.
+        evaluate: `evaluate(allocation, share)`, the loss on the first `share` of the data, lower is better.
+        trials: evaluations altogether, by all workers and earlier runs, those of a part of the data counted as one.
+        cost: the cost of the frontier that is returned.
+        sampler: "switch", the level-switch mutation of EvoPress (arXiv 2410.14649), or Optuna's "nsga2", "tpe" or
+            "random", whose proposals are lowered until they meet the budgets.
+        shares: rising shares of the data, the last one 1; after each but the last the worse half is dropped.
+        starts: points of the exact frontier to start from.
+        storage: a journal file, a database's URL, or None for memory.
+        study: name in the storage.
+        seed: of all random numbers.
+        heartbeat: seconds between signs of life; after five without one a worker is taken for dead.
+
+    Raises:
+        MpqError: no or unreachable budgets, unknown names, a study of another problem, or nothing but failures.
+    """
+    if sampler != "switch" and sampler not in SAMPLERS:
+        raise MpqError(f"unknown sampler {sampler!r}: {nearest_names(sampler, ['switch', *SAMPLERS])}")
+    if not shares or shares[-1] != 1 or shares[0] <= 0 or any(b <= a for a, b in pairwise(shares)):
+        raise MpqError(f"shares of the data must rise to 1, not {', '.join(map(str, shares))}")
+    space = level_space(problem, cost)
+    points = _starts(problem, cost, starts)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    found = open_study(storage, study, _settings(problem, sampler, shares, starts, seed))
+    found.pruner = NopPruner() if len(shares) == 1 else PercentilePruner(SURVIVORS, n_startup_trials=STARTUP)
+    worker = _Worker(found, space, evaluate, tuple(shares), sampler, seed, heartbeat)
+    worker.run(trials, [space.levels(choices) for choices in points])
+    return _frontier(found, space, cost)
+
+
+class _Worker:
+    """One process of a study."""
+
+    def __init__(
+        self, study: optuna.Study, space: LevelSpace, evaluate: Evaluate, shares: tuple[float, ...],
+        sampler: str, seed: int, heartbeat: float,
+    ) -> None:  # fmt: skip
+        self.study, self.space, self.evaluate, self.shares = study, space, evaluate, shares
+        self.sampler, self.seed, self.heartbeat = sampler, seed, heartbeat
+        self.distributions: dict[str, BaseDistribution] = {
+            _name(group): IntDistribution(0, int(size) - 1) for group, size in enumerate(space.sizes)
+        }
+
+    def run(self, trials: int, starts: Sequence[Levels]) -> None:
+        """Work until so many evaluations are made, the starting points first, or nothing new is found."""
+        duplicates = 0
+        while duplicates < GIVE_UP:
+            retire_dead(self.study, self.heartbeat)
+            known = trials_of(self.study)
+            made = spent(known)
+            if made >= trials:
+                return
+            if made + sum(trial.state is TrialState.RUNNING for trial in known) >= trials:
+                time.sleep(self.heartbeat / 2)  # others are at the last ones: one of them may die
+                continue
+            # A sampler of its own for each trial: it depends on what is known, not on how often a run was interrupted.
+            self.study.sampler = self._sampler(known)
+            self._queue_start(known, starts)
+            trial = self.study.ask(self.distributions)
+            try:
+                duplicates = 0 if self._measure(trial) else duplicates + 1
+            except BaseException:  # an interrupt above all: the evaluation is done again when the search goes on
+                retry(self.study, trial._get_latest_trial())
+                raise
+        log.warning("the search ended early: %d proposals in a row had been measured before", GIVE_UP)
+
+    def _queue_start(self, known: list[FrozenTrial], starts: Sequence[Levels]) -> None:
+        """Let the next trial be a starting point that nobody has begun; a lost trial that waits goes first."""
+        if any(trial.state is TrialState.WAITING for trial in known):
+            return
+        begun = {trial.user_attrs.get(KEY) for trial in known if trial.user_attrs.get(OUTCOME) != LOST}
+        left = [levels for levels in starts if _key(levels) not in begun]
+        if left:
+            self.study.enqueue_trial({_name(g): int(level) for g, level in enumerate(left[0])}, {START: True})
+
+    def _measure(self, trial: Trial) -> bool:
+        """Measure and end a trial; whether it was a new one."""
+        levels = self.space.repaired(np.array([trial.params[name] for name in self.distributions], np.intp))
+        other = claim(self.study, trial, _key(levels))
+        if other is not None:
+            settle(self.study, trial, DUPLICATE, other.value if other.state is TrialState.COMPLETE else None)
+            return False
+        allocation = self.space.problem.allocation(self.space.choices(levels))
+        loss = math.nan
+        with alive(trial, self.heartbeat):
+            for rung, share in enumerate(self.shares):
+                loss = float(self.evaluate(allocation, share))
+                if not math.isfinite(loss):
+                    break
+                trial.report(loss, rung)
+                if share < 1 and START not in trial.user_attrs and trial.should_prune():
+                    settle(self.study, trial, DROPPED)
+                    return True
+        settle(self.study, trial, MEASURED if math.isfinite(loss) else NO_NUMBER, loss if math.isfinite(loss) else None)
+        return True
+
+    def _sampler(self, known: list[FrozenTrial]) -> BaseSampler:
+        digest = hashlib.sha256(f"{self.seed}/evolution/{len(settled(known))}".encode()).digest()
+        number = int.from_bytes(digest[:4], "big")
+        if self.sampler == "switch":
+            return _SwitchSampler(self.space, self.distributions, number)
+        return SAMPLERS[self.sampler](number)
+
+
+class _SwitchSampler(BaseSampler):
+    """Children of the best trials by level switches."""
+
+    def __init__(self, space: LevelSpace, distributions: dict[str, BaseDistribution], seed: int) -> None:
+        self.space, self.distributions, self.random = space, distributions, np.random.default_rng(seed)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self.distributions
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        known = trials_of(study)
+        best = sorted((other for other in known if _measured(other)), key=lambda t: (t.value, t.user_attrs[KEY]))
+        parents = [_levels(other.user_attrs[KEY]) for other in best[:PARENTS]]
+        if not parents:  # nothing measured yet: others are at the starting points, or those failed
+            parents = [self.space.repaired(self.space.sizes - 1)]
+        seen = {other.user_attrs.get(KEY) for other in known}
+        child = self.space.child(parents, self.random, lambda levels: _key(levels) not in seen, BROOD)
+        levels = parents[0] if child is None else child
+        return {_name(group): int(level) for group, level in enumerate(levels)}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        raise NotImplementedError("all groups are sampled together")
+
+
+def _starts(problem: Problem, cost: str, number: int) -> list[NDArray[Any]]:
+    """The predicted optimum within the budgets, and the exact frontier's points below it."""
+    if set(problem.budgets) == {cost}:
+        return [*exact(problem, cost=cost).choices[-number:]][::-1]
+    return [*integer(problem, cost=cost).choices]
+
+
+def _frontier(study: optuna.Study, space: LevelSpace, cost: str) -> MeasuredFrontier:
+    problem, known = space.problem, trials_of(study)
+    outcomes = [trial.user_attrs[OUTCOME] for trial in settled(known)]
+    failures = outcomes.count(NO_NUMBER)
+    if failures:
+        log.warning("%d of %d evaluations gave no number and were left out", failures, spent(known))
+    measured = []
+    for trial in known:
+        if _measured(trial):
+            levels = _levels(trial.user_attrs[KEY])
+            choices = tuple(space.choices(levels).tolist())
+            assert trial.value is not None
+            measured.append(Evaluation(choices, space.loss(levels), trial.value))
+    if not measured:
+        raise MpqError(f"none of {spent(known)} evaluations gave a number: check the model and the data")
+    costs = np.array([problem.totals(one.choices)[cost] for one in measured])
+    losses = np.array([one.measured for one in measured])
+    kept = non_dominated(costs, losses)
+    return MeasuredFrontier(
+        problem, costs[kept], losses[kept], [np.array(measured[i].choices) for i in kept.tolist()], cost,
+        math.nan, tuple(measured), failures, outcomes.count(DROPPED),
+    )  # fmt: skip
+
+
+def _settings(problem: Problem, sampler: str, shares: Sequence[float], starts: int, seed: int) -> str:
+    digest = hashlib.sha256(problem.losses.tobytes())
+    for name in sorted(problem.costs):
+        digest.update(problem.costs[name].tobytes())
+    names = [layer.name for layer in problem.layers]
+    facts = [names, problem.schemes, dict(problem.budgets), sampler, list(shares), starts, seed, digest.hexdigest()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _measured(trial: FrozenTrial) -> bool:
+    return trial.state is TrialState.COMPLETE and trial.user_attrs.get(OUTCOME) == MEASURED
+
+
+def _name(group: int) -> str:
+    return f"group{group}"
+
+
+def _key(levels: Levels) -> str:
+    return " ".join(map(str, levels.tolist()))
+
+
+def _levels(key: str) -> Levels:
+    return np.array(key.split(), dtype=np.intp)

@@ -1,0 +1,138 @@
+"""Trials in a storage that many workers share: claimed once, kept alive by a heartbeat, retried when a worker dies."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from mpq.core.errors import MpqError
+
+log = logging.getLogger(__name__)
+
+MISSED_BEATS = 5  # a worker is dead when it is silent for so many intervals
+
+# What trials say of themselves (user attributes).
+KEY = "key"  # the allocation that is measured
+BEAT = "beat"  # seconds since 1970 of the last sign of life
+START = "start"  # a starting point, which is never dropped
+OUTCOME = "outcome"  # how the trial ended: one of those below
+MEASURED, DROPPED, NO_NUMBER, DUPLICATE, LOST = "measured", "dropped", "no number", "duplicate", "lost"
+
+
+def open_storage(storage: str | os.PathLike[str] | None) -> BaseStorage:
+    """Memory for None, a database for a URL ("postgresql://..."), else a journal file, which workers may share."""
+    if storage is None:
+        return InMemoryStorage()
+    name = os.fspath(storage)
+    if "://" in name:
+        return RDBStorage(name)
+    folder = os.path.dirname(os.path.abspath(name))
+    os.makedirs(folder, exist_ok=True)
+    return JournalStorage(JournalFileBackend(name))
+
+
+def open_study(storage: str | os.PathLike[str] | None, name: str, settings: str) -> optuna.Study:
+    """The study of this name, made when it is not there.
+
+    Raises:
+        MpqError: it was made with other settings.
+    """
+    study = optuna.create_study(storage=open_storage(storage), study_name=name, load_if_exists=True)
+    found = study.user_attrs.get("settings")
+    if found is None:
+        study.set_user_attr("settings", settings)
+    elif found != settings:
+        raise MpqError(
+            f"the study {name!r} in {storage} is of another problem, seed or fidelity: use the same ones to go on with "
+            "it, or give the new one a name of its own"
+        )
+    return study
+
+
+def trials_of(study: optuna.Study) -> list[FrozenTrial]:
+    """All trials as they are in the storage now."""
+    return study.get_trials(deepcopy=False)
+
+
+def settled(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Trials that ended for good, whatever their outcome; lost ones are done again and do not count."""
+    return [trial for trial in trials if trial.user_attrs.get(OUTCOME, LOST) != LOST and trial.state.is_finished()]
+
+
+def spent(trials: list[FrozenTrial]) -> int:
+    """Evaluations made so far."""
+    return sum(trial.user_attrs[OUTCOME] != DUPLICATE for trial in settled(trials))
+
+
+def claim(study: optuna.Study, trial: Trial, key: str) -> FrozenTrial | None:
+    """Reserve an allocation for this trial; None when that worked, else the trial that has it.
+
+    Writing comes before reading, so that of two workers at least one sees the other, and gives way.
+    """
+    trial.set_user_attr(KEY, key)
+    trial.set_user_attr(BEAT, time.time())
+    for other in trials_of(study):
+        outcome = other.user_attrs.get(OUTCOME)
+        if other.number != trial.number and other.user_attrs.get(KEY) == key and outcome not in (DUPLICATE, LOST):
+            return other
+    return None
+
+
+def settle(study: optuna.Study, trial: Trial, outcome: str, value: float | None = None) -> None:
+    """End a trial. One that was taken for lost meanwhile stays lost: its result is dropped, and said so."""
+    states = {NO_NUMBER: TrialState.FAIL, LOST: TrialState.FAIL, DROPPED: TrialState.PRUNED}
+    state = TrialState.COMPLETE if value is not None else states.get(outcome, TrialState.PRUNED)
+    try:
+        trial.set_user_attr(OUTCOME, outcome)
+        study.tell(trial, value, state=state)
+    except (UpdateFinishedTrialError, ValueError):
+        log.warning("trial %d was taken for dead and given to another worker; its result is dropped", trial.number)
+
+
+@contextmanager
+def alive(trial: Trial, interval: float) -> Iterator[None]:
+    """Send signs of life for a trial, every so many seconds, while the block runs."""
+    done = threading.Event()
+
+    def beat() -> None:
+        with suppress(UpdateFinishedTrialError):
+            while not done.wait(interval):
+                trial.set_user_attr(BEAT, time.time())
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def retire_dead(study: optuna.Study, interval: float) -> None:
+    """Let the trials of workers that have gone silent be done again."""
+    for trial in trials_of(study):
+        if trial.state is not TrialState.RUNNING:
+            continue
+        started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+        if time.time() - trial.user_attrs.get(BEAT, started) > MISSED_BEATS * interval:
+            retry(study, trial)
+
+
+def retry(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Mark a running trial as lost, and queue its parameters; nothing when somebody else was faster."""
+    try:
+        Trial(study, trial._trial_id).set_user_attr(OUTCOME, LOST)
+        study.tell(trial.number, state=TrialState.FAIL)
+    except (UpdateFinishedTrialError, ValueError):
+        return
+    log.warning("trial %d was lost with its worker: it is done again", trial.number)
+    kept = {START: True} if START in trial.user_attrs else {}
+    study.enqueue_trial(trial.params, {"retry_of": trial.number, **kept})

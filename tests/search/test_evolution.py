@@ -1,0 +1,189 @@
+"""Evolution keeps budgets, beats its start, measures nothing twice, and survives whatever happens to its workers."""
+
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from evolve import problem_within, true_loss
+from problems import every_choice, make_problem
+
+from mpq.core.errors import MpqError
+from mpq.search.evolution import SAMPLERS, evolution
+from mpq.search.exact import exact
+from mpq.search.trials import LOST, OUTCOME, open_storage
+
+
+class Recorder:
+    """An evaluation function that keeps what it was asked."""
+
+    def __init__(self, loss=true_loss):
+        self.loss, self.asked = loss, []
+
+    def __call__(self, allocation, share):
+        self.asked.append((allocation.schemes, share))
+        return self.loss(allocation, share)
+
+
+@pytest.mark.parametrize("sampler", ["switch", *SAMPLERS])
+def test_budgets_hold_nothing_is_measured_twice_and_the_start_is_beaten(sampler):
+    problem, evaluate = problem_within(), Recorder()
+    found = evolution(problem, evaluate=evaluate, trials=40, sampler=sampler)
+    assert len(set(evaluate.asked)) == len(evaluate.asked) == 40
+    for one in found.evaluations:
+        assert problem.totals(one.choices)["size"] <= problem.budgets["size"]
+        assert one.measured == true_loss(problem.allocation(one.choices))
+        assert one.predicted == pytest.approx(problem.allocation(one.choices).loss)
+    assert found.evaluations[0].choices == tuple(exact(problem).choices[-1])
+    best = found.allocation(len(found) - 1)
+    assert found.losses[-1] == min(one.measured for one in found.evaluations) == best.provenance["measured_loss"]
+    assert found.losses[-1] < found.evaluations[0].measured
+    assert true_loss(best) == pytest.approx(best.provenance["measured_loss"])
+
+
+def test_a_small_space_is_searched_whole(caplog):
+    problem = replace(make_problem(1, 2), budgets={"size": 1e9})
+    with caplog.at_level(logging.WARNING):
+        found = evolution(problem, evaluate=true_loss, trials=1000)
+    every = every_choice(problem)
+    assert {one.choices for one in found.evaluations} == {tuple(choices) for choices in every.tolist()}
+    assert "ended early" in caplog.text
+
+
+def test_several_budgets_at_once():
+    problem = problem_within()
+    budgets = {"size": problem.budgets["size"], "bitops": float(np.median(problem.costs["bitops"], 1).sum())}
+    problem = replace(problem, budgets=budgets)
+    found = evolution(problem, evaluate=true_loss, trials=20, cost="bitops")
+    for one in found.evaluations:
+        totals = problem.totals(one.choices)
+        assert all(totals[name] <= budget for name, budget in budgets.items())
+
+
+def test_few_data_first_and_the_rest_for_the_survivors():
+    problem, evaluate = problem_within(), Recorder()
+    found = evolution(problem, evaluate=evaluate, trials=40, shares=(0.25, 1.0))
+    whole = [schemes for schemes, share in evaluate.asked if share == 1]
+    part = [schemes for schemes, share in evaluate.asked if share == 0.25]
+    assert len(part) == len(set(part)) == 40
+    assert set(whole) < set(part)
+    assert len(whole) == len(set(whole)) == len(found.evaluations) == 40 - found.dropped
+    assert 5 <= found.dropped <= 34
+    for choices in exact(problem).choices[-4:]:  # starting points are never dropped
+        assert tuple(choices) in {one.choices for one in found.evaluations}
+
+
+def test_a_loss_that_is_no_number_is_left_out_and_told(caplog):
+    def fails(schemes):
+        return sum(map(ord, " ".join(schemes))) % 4 == 0
+
+    def loss(allocation, share):
+        return math.nan if fails(allocation.schemes) else true_loss(allocation, share)
+
+    problem = problem_within()
+    evaluate = Recorder(loss)
+    with caplog.at_level(logging.WARNING):
+        found = evolution(problem, evaluate=evaluate, trials=30)
+    bad = sum(fails(schemes) for schemes, _ in evaluate.asked)
+    assert bad > 0
+    assert found.failures == bad
+    assert len(found.evaluations) == 30 - bad
+    assert f"{bad} of 30 evaluations gave no number" in caplog.text
+    with pytest.raises(MpqError, match="none of 10 evaluations gave a number"):
+        evolution(problem, evaluate=lambda allocation, share: math.nan, trials=10)
+
+
+@pytest.mark.parametrize("sampler", ["switch", "nsga2", "tpe"])
+@pytest.mark.parametrize("stop", [2, 25])
+def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(tmp_path, sampler, stop):
+    problem = problem_within()
+    whole = evolution(problem, evaluate=true_loss, trials=26, sampler=sampler, seed=3, shares=(0.5, 1.0))
+    asked = Recorder()
+
+    def interrupted(allocation, share):
+        if len(asked.asked) == stop:
+            raise KeyboardInterrupt
+        return asked(allocation, share)
+
+    settings = {"trials": 26, "sampler": sampler, "seed": 3, "shares": (0.5, 1.0), "storage": tmp_path / "journal"}
+    with pytest.raises(KeyboardInterrupt):
+        evolution(problem, evaluate=interrupted, **settings)
+    again = Recorder()
+    resumed = evolution(problem, evaluate=again, **settings)
+    assert sorted(one.choices for one in resumed.evaluations) == sorted(one.choices for one in whole.evaluations)
+    assert resumed.losses.tolist() == whole.losses.tolist()
+    finished = {schemes for schemes, share in asked.asked if share == 1}
+    assert not finished & {schemes for schemes, _ in again.asked}
+    untouched = Recorder()
+    assert evolution(problem, evaluate=untouched, **settings).losses.tolist() == whole.losses.tolist()
+    assert not untouched.asked
+
+
+def run(*arguments):
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("evolve.py")), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment)
+
+
+def test_three_workers_share_a_study_and_one_is_killed(tmp_path):
+    storage, log = tmp_path / "journal", tmp_path / "log"
+    victim = run(storage, 24, log, 0.02, 3)  # hangs in its fourth evaluation
+    others = []
+    try:
+        wait_until(lambda: log.exists() and len(log.read_text().splitlines()) == 4)
+        others = [run(storage, 24, log, 0.1) for _ in range(2)]
+        wait_until(lambda: len({line.split()[0] for line in log.read_text().splitlines()}) == 3)
+        os.kill(victim.pid, signal.SIGKILL)
+        assert [worker.wait(60) for worker in others] == [0, 0]
+    finally:
+        for worker in (victim, *others):
+            worker.kill()
+            worker.wait()
+    lines = [line.split(maxsplit=1) for line in log.read_text().splitlines()]
+    lost = [allocation for pid, allocation in lines if pid == str(victim.pid)][3]
+    measured = [allocation for _, allocation in lines]
+    assert measured.count(lost) == 2  # the killed worker's evaluation was done again, by another
+    measured.remove(lost)
+    assert len(measured) == len(set(measured)) == 24  # and nothing else was lost or repeated
+    trials = optuna.load_study(study_name="mpq", storage=open_storage(storage)).get_trials()
+    assert sum(trial.user_attrs.get(OUTCOME) == LOST for trial in trials) == 1
+    found = evolution(problem_within(), evaluate=None, trials=24, storage=storage)
+    assert len(found.evaluations) == 24
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_databases_are_storages_too(tmp_path):
+    settings = {"trials": 8, "storage": f"sqlite:///{tmp_path / 'study.db'}", "study": "one"}
+    found = evolution(problem_within(), evaluate=true_loss, **settings)
+    again = evolution(problem_within(), evaluate=None, **settings)
+    assert again.evaluations == found.evaluations
+
+
+def test_mistakes_are_told(tmp_path):
+    problem = problem_within()
+    with pytest.raises(MpqError, match="at least one budget"):
+        evolution(replace(problem, budgets={}), evaluate=true_loss)
+    with pytest.raises(MpqError, match="unknown sampler 'tp'"):
+        evolution(problem, evaluate=true_loss, sampler="tp")
+    with pytest.raises(MpqError, match=r"rise to 1, not 0\.5, 0\.2"):
+        evolution(problem, evaluate=true_loss, shares=(0.5, 0.2))
+    with pytest.raises(MpqError, match="below the smallest"):
+        evolution(replace(problem, budgets={"size": 1.0}), evaluate=true_loss)
+    evolution(problem, evaluate=true_loss, trials=2, storage=tmp_path / "journal")
+    with pytest.raises(MpqError, match="of another problem, seed or fidelity"):
+        evolution(problem, evaluate=true_loss, trials=2, storage=tmp_path / "journal", seed=1)
