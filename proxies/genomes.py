@@ -26,7 +26,8 @@ COUPLINGS = {
     "none": "the score itself, which must depend on the scheme",
 }
 SOURCES = tuple(name for name in INPUTS if name not in ("bits", "bytes", "macs"))
-CHEAP = ("weight", "grad", "virtual", "error", "act", "actgrad", "params")  # one pass each way, no Hessian
+FIRST_ORDER = ("weight", "grad", "virtual", "error", "act", "actgrad", "params")  # one pass each way, no Hessian
+DATA_FREE = ("weight", "virtual", "error", "params")  # no data at all
 
 # Operation-sampling prioritization: EMQ's code gives "nothing" 0.2 and the binary ones 0.6, 0.3, 0.05, 0.05. Primitives
 # that fail on negative or zero numbers, or want a matrix where most programs have one number, are drawn less often.
