@@ -52,8 +52,8 @@ def export(
         allocation: layers and schemes.
         folder: made when missing. Files of an earlier export are replaced, others' files are never.
         method: rounding method, and `second_moments` of the inputs where it uses them.
-        recipe: how to build the model without weights: {"source": "tiny-lm" | "timm:NAME" | "package.module:factory",
-            "arguments": {...}}; not needed for a transformers model.
+        recipe: how to build the model without weights, as `mpq.sources` gives it with a model: {"kind": "bundled",
+            "name": "tiny-lm"}, {"kind": "factory", "path": "package.module:factory"}; not needed for transformers.
         shard: largest bytes of one file.
 
     Raises:

@@ -1,6 +1,5 @@
 """A model's structure without its weights, from what an exported folder says of it."""
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mpq.core.errors import MpqError
-
-BUNDLED = {"tiny-lm": "mpq.models.tiny_lm:TinyLM", "tiny-cnn": "mpq.models.tiny_cnn:TinyCNN"}
+from mpq.sources.networks import skeleton
 
 
 def build_skeleton(config: Mapping[str, Any], folder: Path, trust: bool) -> nn.Module:
     """The model that `config` (a folder's config.json) describes; parameters may have no storage.
 
-    A "recipe" {"source": ..., "arguments": {...}} names a bundled model, "timm:NAME", or "package.module:factory" of
-    the user's own, which is imported only when trusted. Without one, the first of "architectures" is a class of
-    transformers.
+    A "recipe" is what `mpq.sources` gives with a model; one that names a factory of the user's own is followed only
+    when trusted. Without one, the first of "architectures" is a class of transformers.
 
     Raises:
         MpqError: nothing says how to build the model, or it needs trust or a package that is not installed.
@@ -37,35 +34,14 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust: bool) -> nn.M
 
 def _build(config: Mapping[str, Any], folder: Path, trust: bool) -> nn.Module:
     recipe = config.get("recipe")
-    if recipe is None:
+    if recipe is None or recipe.get("kind") == "transformers":
         return _transformers_model(config, folder)
-    source, arguments = str(recipe["source"]), dict(recipe.get("arguments", {}))
-    if source.startswith("timm:"):
-        try:
-            import timm
-        except ImportError as error:
-            raise MpqError(f"{folder} holds the model {source}: pip install 'mpq[timm]' first") from error
-        model: nn.Module = timm.create_model(source.removeprefix("timm:"), pretrained=False, **arguments)
-        return model
-    if source not in BUNDLED and not trust:
+    if recipe.get("kind") == "factory" and not trust:
         raise MpqError(
-            f"{folder} wants to import {source} to build its model: "
+            f"{folder} wants to import {recipe.get('path')} to build its model: "
             "if you know that code, load with trust=True (--trust), or pass the model itself (model=...)"
         )
-    return build_from(BUNDLED.get(source, source), folder, **arguments)
-
-
-def build_from(source: str, folder: Path, **arguments: Any) -> nn.Module:
-    """What "package.module:factory" returns; MpqError when it cannot be imported or is no module."""
-    module, _, name = source.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise MpqError(f"{folder} names the model factory {source!r}, which cannot be imported: {error}") from error
-    model = factory(**arguments)
-    if not isinstance(model, nn.Module):
-        raise MpqError(f"{source} gave a {type(model).__name__}, not an nn.Module")
-    return model
+    return skeleton(recipe)
 
 
 def _transformers_model(config: Mapping[str, Any], folder: Path) -> nn.Module:

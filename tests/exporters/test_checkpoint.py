@@ -13,7 +13,9 @@ from mpq.core.errors import MpqError
 from mpq.core.formats import FORMATS
 from mpq.core.layers import find_layers
 from mpq.exporters.checkpoint import export, file_size, load
+from mpq.exporters.state import other_state
 from mpq.kernels.modules import PackedWeight
+from mpq.models import bundled_model
 from mpq.quantized import pack_model, simulate
 from tests.sensitivity.small_models import Convolutions, TiedLanguageModel, seed_weights
 
@@ -38,7 +40,7 @@ def allocate(model, *schemes) -> Allocation:
 
 
 def recipe(model):
-    return {"source": FACTORY + type(model).__name__}
+    return {"kind": "factory", "path": FACTORY + type(model).__name__}
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
@@ -217,6 +219,18 @@ def test_a_failed_export_leaves_nothing(tmp_path):
     with pytest.raises(MpqError, match="layer twice in int8"):
         export(model, allocate(model, "int8"), tmp_path / "deep" / "out")
     assert list(tmp_path.rglob("*")) == [tmp_path / "deep"]
+
+
+@pytest.mark.parametrize("name", ["tiny-lm", "tiny-cnn"])
+def test_bundled_models_come_back_by_name(name, tmp_path):
+    model = bundled_model(name)
+    allocation = allocate(model, "int4-g128", "int8-channel")
+    folder = export(model, allocation, tmp_path / "out", recipe={"kind": "bundled", "name": name})
+    inputs = torch.arange(40).reshape(2, 20) if name == "tiny-lm" else torch.rand(2, 1, 8, 8, generator=seeded(1))
+    expected = simulate(model, allocation, trainable=False)(inputs)
+    torch.testing.assert_close(load(folder)(inputs), expected, rtol=1e-4, atol=1e-4)
+    content = allocation.size + sum(t.nbytes for t in other_state(model, allocation)[0].values())
+    assert (folder / "model.safetensors").stat().st_size == file_size(model, allocation) >= content
 
 
 def test_transformers_models_need_no_recipe(tmp_path):
