@@ -17,6 +17,7 @@ EXPORTERS: dict[str, tuple[str, str]] = {
         "mpq.exporters.compressed_tensors:export",
         "one scheme per group of layers, for vLLM, SGLang and transformers",
     ),
+    "gguf": ("mpq.exporters.gguf_file:export", "a Llama for llama.cpp, each layer in its own tensor type"),
 }
 
 

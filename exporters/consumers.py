@@ -51,14 +51,14 @@ def _check_ties(consumer: Consumer, allocation: Allocation) -> None:
 
 
 def nearest(consumer: Consumer, layer: Layer, scheme: Scheme) -> str | None:
-    """The well-known scheme that the layer can have with the closest bits; of equals one with the same kind of grid."""
+    """The well-known scheme that the layer can have, of the same kind of grid where there is one, closest in bits."""
     bits = scheme.weight.effective_bits(layer.rows, layer.cols)
 
-    def distance(name: str) -> tuple[float, bool, bool]:
+    def distance(name: str) -> tuple[bool, float, bool]:
         other = parse_scheme(name)
         gap = abs(other.weight.effective_bits(layer.rows, layer.cols) - bits)
         same = other.weight.grid.family == scheme.weight.grid.family
-        return round(gap, 2), not same, (other.activation is None) != (scheme.activation is None)
+        return not same, round(gap, 2), (other.activation is None) != (scheme.activation is None)
 
     possible = [name for name in consumer.schemes if not consumer.objection(layer, parse_scheme(name))]
     return min(possible, key=distance, default=None)
@@ -137,6 +137,27 @@ def _whole_groups(layer: Layer, weight: Format) -> str:
 
 FLOAT_COPIES = ("bf16", "fp16", "fp32")
 
+# ggml's tensor types by the formats whose numbers they hold exactly. Types with another structure (a float minimum in
+# Q4_1 and Q5_1, two levels of scales in the K types) have no format yet.
+GGUF_TYPES = {
+    "int8-g32": "Q8_0", "int5-g32": "Q5_0", "int4-g32": "Q4_0", "mxfp4": "MXFP4", "fp4-e2m1-g16-se4m3": "NVFP4",
+    "bf16": "BF16", "fp16": "F16", "fp32": "F32",
+}  # fmt: skip
+
+
+def _gguf(layer: Layer, scheme: Scheme) -> str:
+    if layer.kind not in ("linear", "embedding"):
+        return f"it knows linear layers and embeddings, not {layer.kind}"
+    if scheme.activation is not None:
+        return "it rounds activations as it likes"
+    if scheme.weight.name not in GGUF_TYPES:
+        return "it has no tensor type with these numbers"
+    block = 64 if GGUF_TYPES[scheme.weight.name] == "NVFP4" else scheme.weight.group_size
+    return (
+        f"its rows of {layer.cols} weights do not divide into blocks of {block}" if block and layer.cols % block else ""
+    )
+
+
 CONSUMERS: dict[str, Consumer] = {
     consumer.name: consumer
     for consumer in (
@@ -152,6 +173,12 @@ CONSUMERS: dict[str, Consumer] = {
             ),
             _compressed_tensors,
         ),
+        Consumer("gguf", "llama.cpp", tuple(GGUF_TYPES), _gguf, fuses=False),
     )
 }
-READERS = {"vllm": "compressed-tensors", "sglang": "compressed-tensors", "transformers": "compressed-tensors"}
+READERS = {
+    "vllm": "compressed-tensors",
+    "sglang": "compressed-tensors",
+    "transformers": "compressed-tensors",
+    "llama.cpp": "gguf",
+}
