@@ -98,5 +98,22 @@ def _one_point(problem: Problem, choices: NDArray[np.intp], cost: str, gap: floa
 def _explain(problem: Problem, message: str) -> None:
     if "time limit" in message.lower():
         raise MpqError("the integer program found nothing within the time limit: give it more time")
-    names = " and ".join(problem.budgets)
-    raise MpqError(f"the budgets of {names} can each be met, but not together: raise one of them")
+    raise MpqError(f"the budgets of {' and '.join(conflicting(problem))} cannot be met together: raise one of them")
+
+
+def conflicting(problem: Problem) -> tuple[str, ...]:
+    """A smallest set of budgets that cannot be met together: without any one of them the others can (deletion filter)."""
+    budgets = dict(problem.budgets)
+    for name in problem.budgets:
+        others = {other: budget for other, budget in budgets.items() if other != name}
+        if others and not _feasible(problem, others):
+            budgets = others
+    return tuple(budgets)
+
+
+def _feasible(problem: Problem, budgets: Mapping[str, float]) -> bool:
+    rows, columns = np.nonzero(np.isfinite(problem.losses))
+    one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
+    constraints = [LinearConstraint(one_each, 1, 1), *_constraints(problem, budgets, rows, columns)]
+    answer = milp(np.zeros(len(rows)), integrality=np.ones(len(rows)), bounds=Bounds(0, 1), constraints=constraints)
+    return answer.x is not None

@@ -19,7 +19,7 @@ def test_the_optimum_under_two_budgets_is_that_of_enumeration(seed, layers, size
     problem = replace(problem, budgets=budgets)
     _, losses = brute_force(problem)
     if not len(losses):
-        with pytest.raises(MpqError, match="not together"):
+        with pytest.raises(MpqError, match="cannot be met together"):
             integer(problem)
         return
     found = integer(problem)

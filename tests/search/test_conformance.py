@@ -1,0 +1,70 @@
+"""Every search of the registry honours the contract; a search that does not is caught."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mpq.core.errors import MpqError
+from mpq.core.interactions import Interactions
+from mpq.search import SEARCHES, search_named
+from mpq.search.exact import exact
+from mpq.testing.search import SCHEMES, SearchConformance, small_problem
+
+
+class TestExact(SearchConformance):
+    search = staticmethod(search_named("exact"))
+    optimal = True
+
+
+class TestInteger(SearchConformance):
+    search = staticmethod(search_named("integer"))
+    optimal = True
+
+
+class TestMonotone(SearchConformance):
+    """With the pinned layer most sensitive, and the one that cannot take bf16 last."""
+
+    search = staticmethod(search_named("monotone"))
+    options = {"sensitivities": [2.0, 3.0, 1.0, 2.5]}
+
+
+class TestQuadratic(SearchConformance):
+    search = staticmethod(search_named("quadratic"))
+    options = {
+        "interactions": Interactions(
+            tuple(f"layer{i}" for i in range(5)), SCHEMES, np.ones((5, 4)) * [4, 3, 2, 1], np.zeros((5, 4, 5, 4))
+        )
+    }
+
+
+class TestEvolution(SearchConformance):
+    search = staticmethod(search_named("evolution"))
+    options = {"evaluate": lambda allocation, share: allocation.loss, "trials": 12}
+
+
+def test_every_search_is_here():
+    assert set(SEARCHES) == {"exact", "integer", "monotone", "quadratic", "evolution"}
+    with pytest.raises(MpqError, match="unknown search 'exakt': did you mean exact"):
+        search_named("exakt")
+
+
+@pytest.mark.parametrize("defect", ["budget", "tie", "silent"])
+def test_a_broken_search_is_caught(defect):
+    def broken(problem):
+        if defect == "budget" or (defect == "silent" and problem.budgets["size"] == 1):
+            return exact(replace(problem, budgets={}))
+        frontier = exact(problem)
+        if defect == "tie":
+            return replace(frontier, costs=frontier.costs - 1)
+        return frontier
+
+    class Suite(SearchConformance):
+        search = staticmethod(broken)
+
+    suite = Suite()
+    assert small_problem().budgets
+    with pytest.raises(AssertionError):
+        for name in dir(suite):
+            if name.startswith("test_"):
+                getattr(suite, name)()
