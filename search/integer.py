@@ -102,7 +102,7 @@ def _explain(problem: Problem, message: str) -> None:
 
 
 def conflicting(problem: Problem) -> tuple[str, ...]:
-    """A smallest set of budgets that cannot be met together: without any one of them the others can (deletion filter)."""
+    """A smallest set of budgets that cannot be met together: without any one of them the others can."""
     budgets = dict(problem.budgets)
     for name in problem.budgets:
         others = {other: budget for other, budget in budgets.items() if other != name}
