@@ -33,6 +33,7 @@ from mpq.kernels.modules import PackedWeight
 from mpq.quantized import Moments, checked_layers, put_packed, quantized_layers
 
 METHOD, VERSION = "mpq", 1
+FILES = (WHOLE, "config.json", "allocation.json")  # what every export writes
 
 
 def export(
@@ -59,9 +60,11 @@ def export(
     Raises:
         MpqError: the allocation is another model's, a weight cannot be rounded, or the folder holds foreign files.
     """
-    refuse_foreign(folder, (WHOLE, "config.json", "allocation.json"))
+    refuse_foreign(folder, FILES)
     others, tied = other_state(model, allocation)
-    config = {**model_config(model), **({"recipe": dict(recipe)} if recipe is not None else {})}
+    config = model_config(model)
+    if recipe is not None and recipe.get("kind") != "transformers":  # whose config says it all
+        config["recipe"] = dict(recipe)
     config["quantization_config"] = {
         "quant_method": METHOD,
         "version": VERSION,

@@ -50,15 +50,12 @@ def _transformers_model(config: Mapping[str, Any], folder: Path) -> nn.Module:
         raise MpqError(
             f"{folder} does not say how to build its model: pass the model (model=...), weights are replaced"
         )
-    try:
-        import transformers
-    except ImportError as error:
-        raise MpqError(f"{folder} holds a transformers model ({names[0]}): pip install 'mpq[hf]' first") from error
+    transformers = need("transformers", "hf", f"the model in {folder}, a {names[0]},")
     cls = getattr(transformers, names[0], None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise MpqError(f"{folder} wants the class {names[0]}, which transformers {transformers.__version__} lacks")
     described = {key: value for key, value in config.items() if key != "quantization_config"}
-    model: nn.Module = cls._from_config(cls.config_class.from_dict(described))  # type: ignore[no-untyped-call,union-attr]
+    model: nn.Module = cls._from_config(cls.config_class.from_dict(described))  # type: ignore[attr-defined]
     return model
 
 

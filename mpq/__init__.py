@@ -1,1 +1,65 @@
-"""Mixed-precision quantization search."""
+"""Mixed-precision quantization search: per-layer number formats, the whole size/quality frontier, packed weights.
+
+Verbs: `profile`, `frontier`, `quantize`, `export`, `load`, `evaluate`. Nouns: `Format`, `Scheme`, `SensitivityTable`,
+`Problem`, `Frontier`, `Allocation`. Names are imported when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpq.core.allocation import Allocation as Allocation
+    from mpq.core.errors import MpqError as MpqError
+    from mpq.core.formats import Format as Format
+    from mpq.core.formats import parse_format as parse_format
+    from mpq.core.frontier import Frontier as Frontier
+    from mpq.core.problem import Problem as Problem
+    from mpq.core.problem import build_problem as build_problem
+    from mpq.core.scheme import Scheme as Scheme
+    from mpq.core.scheme import parse_scheme as parse_scheme
+    from mpq.core.table import SensitivityTable as SensitivityTable
+    from mpq.evaluation import evaluate as evaluate
+    from mpq.exporters.checkpoint import export as export
+    from mpq.exporters.checkpoint import load as load
+    from mpq.quantized import simulate as quantize
+    from mpq.search import frontier_of as frontier
+    from mpq.sensitivity.profile import profile as profile
+
+_HOMES = {
+    "Allocation": "mpq.core.allocation:Allocation",
+    "Format": "mpq.core.formats:Format",
+    "Frontier": "mpq.core.frontier:Frontier",
+    "MpqError": "mpq.core.errors:MpqError",
+    "Problem": "mpq.core.problem:Problem",
+    "Scheme": "mpq.core.scheme:Scheme",
+    "SensitivityTable": "mpq.core.table:SensitivityTable",
+    "build_problem": "mpq.core.problem:build_problem",
+    "evaluate": "mpq.evaluation:evaluate",
+    "export": "mpq.exporters.checkpoint:export",
+    "frontier": "mpq.search:frontier_of",
+    "load": "mpq.exporters.checkpoint:load",
+    "parse_format": "mpq.core.formats:parse_format",
+    "parse_scheme": "mpq.core.scheme:parse_scheme",
+    "profile": "mpq.sensitivity.profile:profile",
+    "quantize": "mpq.quantized:simulate",
+}
+__version__ = "0.1.0"
+__all__ = [
+    "Allocation", "Format", "Frontier", "MpqError", "Problem", "Scheme", "SensitivityTable",
+    "build_problem", "evaluate", "export", "frontier", "load", "parse_format", "parse_scheme", "profile", "quantize",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("search", "proxies"):
+        return import_module(f"mpq.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mpq' has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -2,16 +2,15 @@
 entry-point group "mpq.searches".
 """
 
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mpq.core.errors import MpqError, nearest_names
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from mpq.core.frontier import Frontier
+from mpq.core.frontier import Frontier
+from mpq.core.problem import build_problem
+from mpq.core.table import SensitivityTable
 
 DEFAULT_SEARCH = "exact"
 
@@ -25,7 +24,33 @@ SEARCHES: dict[str, tuple[str, str]] = {
 }
 
 
-def search_named(name: str) -> "Callable[..., Frontier]":
+def frontier_of(
+    table: SensitivityTable,
+    *,
+    search: str = DEFAULT_SEARCH,
+    pin: Mapping[str, str] | None = None,
+    forbid: Mapping[str, str | Iterable[str]] | None = None,
+    ties: bool = True,
+    budgets: Mapping[str, float] | None = None,
+    **options: Any,
+) -> Frontier:
+    """The allocations that a table makes best: `mpq.frontier`.
+
+    Args:
+        table: predicted losses.
+        search: a name of SEARCHES or of a plugin; `options` are its own.
+        pin: scheme by layer pattern.
+        forbid: scheme patterns by layer pattern.
+        ties: whether layers that serving kernels fuse share a scheme.
+        budgets: largest totals by cost name ("size", "bitops"), for searches that keep several.
+
+    Raises:
+        MpqError: what `mpq.core.problem.build_problem` and the search refuse.
+    """
+    return search_named(search)(build_problem(table, pin=pin, forbid=forbid, ties=ties, budgets=budgets), **options)
+
+
+def search_named(name: str) -> Callable[..., Frontier]:
     """The search called `name`, ours or a plugin's; MpqError with the known names when there is none."""
     plugins = {entry.name: entry for entry in entry_points(group="mpq.searches")}
     if name in SEARCHES:

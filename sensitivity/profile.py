@@ -11,6 +11,7 @@ from torch import nn
 from mpq.core.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in, tensors_in
 from mpq.core.errors import MpqError
 from mpq.core.fingerprint import fingerprint, model_fingerprint
+from mpq.core.formats import DEFAULT_FORMATS
 from mpq.core.layer import Layer
 from mpq.core.layers import count_macs, find_layers, weight_matrix
 from mpq.core.methods import NEEDS_SECOND_MOMENT, method_named
@@ -26,7 +27,7 @@ def profile(
     model: nn.Module,
     batches: Iterable[Batch],
     loss_fn: LossFn,
-    schemes: Sequence[str | Scheme],
+    formats: Sequence[str | Scheme] = DEFAULT_FORMATS,
     *,
     metric: str = DEFAULT_METRIC,
     method: str = "mse",
@@ -46,7 +47,7 @@ def profile(
         model: any module with Linear, Conv1d, Conv2d, Embedding or transformers' Conv1D layers.
         batches: calibration data, as `loss_fn` takes it.
         loss_fn: `loss_fn(model, batch)`, the batch's mean loss per sample.
-        schemes: candidates, by name ("int4-g128", "int8-channel+a:int8-token") or as Scheme.
+        formats: candidates, by name ("int4-g128", "int8-channel+a:int8-token") or as Scheme.
         metric: a name of `mpq.sensitivity.METRICS` or of a plugin.
         method: the rounding method, a name of `mpq.core.methods.METHODS`.
         include: patterns of the layers to score (globs, or "re:" and a regular expression).
@@ -63,7 +64,7 @@ def profile(
             (naming the layer), or a `resume` file of other settings.
     """
     batches = check_batches(batches)
-    scheme_tuple = _distinct(schemes)
+    scheme_tuple = _distinct(formats)
     score, rounding = metric_named(metric), method_named(method)
     layers = find_layers(model, include, exclude)
     with evaluating(model):

@@ -180,5 +180,10 @@ def _plugins() -> Mapping[str, Format]:
     return {point.name: point.load() for point in entry_points(group="mpq.formats")}
 
 
+# What a search chooses from unless told otherwise: integers that every backend runs, from 2 to 8 bits.
+DEFAULT_FORMATS = (
+    "int2-g32", "int2-g64", "int3-g32", "int3-g64", "int3-g128", "int4-g32", "int4-g64", "int4-g128", "int5-g64",
+    "int5-g128", "int6-g128", "int8-channel",
+)  # fmt: skip
 FORMATS: dict[str, Format] = {}  # the well-known names; parse_format understands many more
 FORMATS.update({name: parse_format(name) for name in _EXAMPLES})

@@ -1,0 +1,214 @@
+"""The stages in a row: profile, search, export, reload, measure, report; every artefact a file in one folder."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
+from mpq.core.files import write_atomically
+from mpq.core.formats import DEFAULT_FORMATS
+from mpq.core.frontier import Frontier
+from mpq.core.methods import NEEDS_SECOND_MOMENT
+from mpq.core.moments import second_moments
+from mpq.core.table import SensitivityTable
+from mpq.evaluation import Quality, evaluate
+from mpq.exporters import checkpoint
+from mpq.exporters.folder import refuse_foreign
+from mpq.plots import Prediction, draw_frontier, frontier_facts
+from mpq.quantized import simulate
+from mpq.report import Row, write_report
+from mpq.search import frontier_of
+from mpq.sensitivity import DEFAULT_METRIC
+from mpq.sensitivity.profile import profile
+from mpq.sources import Source, open_source
+
+COMPARED = 3  # uniform formats that are measured beside the chosen allocation
+
+
+def moments_for(method: str, model: nn.Module, allocation: Allocation, source: Source) -> Mapping[str, Tensor] | None:
+    """The second moments that a rounding method asks for, None where it asks for none."""
+    if method not in NEEDS_SECOND_MOMENT:
+        return None
+    return second_moments(model, allocation.layers, source.calibration, source.loss_fn)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An allocation (None: the model as it came) and what evaluation found."""
+
+    name: str
+    allocation: Allocation | None
+    size: int  # bytes of the whole model
+    quality: Quality
+    increase: float  # measured loss increase
+    error: float  # its standard error, over paired samples
+
+    def row(self, chosen: bool = False) -> Row:
+        """The line of the before/after table."""
+        if self.allocation is None:
+            return Row(self.name, "", megabytes(self.size), str(self.quality), "", "")
+        return Row(
+            self.name, f"{self.allocation.bits:.3f}", megabytes(self.size), str(self.quality),
+            f"{self.allocation.loss:.4g}", f"{self.increase:.4g} +- {self.error:.1g}", chosen,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `quantize_model` did."""
+
+    folder: Path
+    table: SensitivityTable
+    frontier: Frontier
+    allocation: Allocation
+    measured: tuple[Measured, ...]  # the model as it came, uniform formats, the packed model last
+
+    def rows(self) -> list[Row]:
+        """The before/after table."""
+        return [measured.row(chosen=measured is self.measured[-1]) for measured in self.measured]
+
+
+def quantize_model(
+    source: Source,
+    folder: str | os.PathLike[str],
+    *,
+    bits: float | None = None,
+    size: float | None = None,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    metric: str = DEFAULT_METRIC,
+    method: str = "mse",
+    table: SensitivityTable | None = None,
+    include: str | Iterable[str] = ("*",),
+    exclude: str | Iterable[str] = (),
+    pin: Mapping[str, str] | None = None,
+    ties: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+    trust: bool = False,
+) -> Outcome:
+    """Profile, search, export, load back and measure; writes the model, table, frontier, plot and report to `folder`.
+
+    Args:
+        source: model and data.
+        folder: made when missing; an interrupted profile in it is resumed.
+        bits: largest average of stored bits per weight, or
+        size: largest number of bytes of the model.
+        formats: candidate schemes.
+        metric: sensitivity metric.
+        method: rounding method, for profile and export alike.
+        table: a table made before, instead of profiling.
+        include: patterns of the layers to quantize.
+        exclude: patterns of layers to leave as they are.
+        pin: scheme by layer pattern.
+        ties: whether fused layers share a scheme.
+        seed: of all random numbers.
+        progress: show progress bars.
+        trust: whether the checkpoint may import the factory that built the model, to load it back.
+
+    Raises:
+        MpqError: anything asked for that cannot be had.
+    """
+    folder = Path(folder)
+    if (bits is None) == (size is None):
+        raise MpqError("name one budget: bits or size")
+    refuse_foreign(folder, checkpoint.FILES)
+    if table is None:
+        table = profile(
+            source.model, source.calibration, source.loss_fn, formats, metric=metric, method=method, include=include,
+            exclude=exclude, seed=seed, progress=progress, resume=folder / "table.csv.unfinished",
+            provenance={"model": source.name, "dataset": source.data},
+        )  # fmt: skip
+    frontier = frontier_of(table, pin=pin, ties=ties)
+    allocation = frontier.at(bits=bits, size=size)
+    table.save(folder / "table.csv")
+    moments = moments_for(method, source.model, allocation, source)
+    checkpoint.export(source.model, allocation, folder, method=method, second_moments=moments, recipe=source.recipe)
+    measured = _measure(source, frontier, allocation, folder, method, moments, progress, trust)
+    outcome = Outcome(folder, table, frontier, allocation, measured)
+    _write_artefacts(outcome, source)
+    return outcome
+
+
+def _measure(
+    source: Source,
+    frontier: Frontier,
+    allocation: Allocation,
+    folder: Path,
+    method: str,
+    moments: Mapping[str, Tensor] | None,
+    progress: bool,
+    trust: bool,
+) -> tuple[Measured, ...]:
+    reference = evaluate(source.model, source.evaluation, source.kind, source.loss_fn, progress)
+    found = [Measured("as it came", None, model_bytes(source.model), reference, 0.0, 0.0)]
+
+    def add(name: str, choice: Allocation, model: nn.Module) -> None:
+        quality = evaluate(model, source.evaluation, source.kind, source.loss_fn, progress)
+        found.append(Measured(name, choice, choice.total, quality, *quality.loss_above(reference)))
+
+    uniform = sorted(frontier.uniform(), key=lambda item: abs(item[1].bits - allocation.bits))[:COMPARED]
+    for name, choice in sorted(uniform, key=lambda item: -item[1].bits):
+        add(f"all {name}", choice, simulate(source.model, choice, method, moments, trainable=False))
+    device = next((parameter.device for parameter in source.model.parameters()), torch.device("cpu"))
+    add("mpq, packed", allocation, checkpoint.load(folder, device=device, trust=trust))
+    return tuple(found)
+
+
+def _write_artefacts(outcome: Outcome, source: Source) -> None:
+    outcome.frontier.save(outcome.folder / "frontier.csv")
+    figure = draw_frontier(
+        frontier_facts({"searched frontier": outcome.frontier}, {"chosen": outcome.allocation}), source.name
+    )
+    with write_atomically(outcome.folder / "frontier.png") as draft:
+        figure.savefig(draft, dpi=150)
+    compared = [found for found in outcome.measured if found.allocation is not None]
+    predictions = [
+        Prediction(found.name, found.allocation.loss, found.increase, found.error)
+        for found in compared
+        if found.allocation is not None
+    ]
+    write_report(
+        outcome.folder / "report.html", title=f"{source.name} at {outcome.allocation.bits:.2f} bits per weight",
+        table=outcome.table, frontier=outcome.frontier, allocation=outcome.allocation, rows=outcome.rows(),
+        predictions=predictions,
+    )  # fmt: skip
+
+
+def evaluate_folder(
+    folder: str | os.PathLike[str],
+    data: str | None = None,
+    *,
+    trust: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> tuple[Quality, Allocation]:
+    """Load a packed model and measure it on the data that its table was made with, or on `data`."""
+    path = Path(folder)
+    model = checkpoint.load(path, trust=trust)
+    allocation = Allocation.load(path / "allocation.json")
+    facts = allocation.provenance
+    if "model" not in facts:
+        raise MpqError(f"{path} does not say which model it was made of: measure it with mpq.evaluate in Python")
+    source = open_source(facts["model"], data or facts.get("dataset"), **options)
+    return evaluate(model, source.evaluation, source.kind, source.loss_fn, progress), allocation
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors in a model's state, shared ones once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def megabytes(size: float) -> str:
+    """Bytes as readers like them: kB below a million, MB (10**6) above.
+
+    >>> megabytes(1_234_567), megabytes(65_000)
+    ('1.23 MB', '65.0 kB')
+    """
+    return f"{size / 1e6:.3g} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
