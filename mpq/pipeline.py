@@ -44,7 +44,7 @@ class Measured:
 
     name: str
     allocation: Allocation | None
-    size: int  # bytes of the whole model
+    size: int  # bytes of the whole model's file
     quality: Quality
     increase: float  # measured loss increase
     error: float  # its standard error, over paired samples
@@ -125,7 +125,7 @@ def quantize_model(
             provenance={"model": source.name, "dataset": source.data},
         )  # fmt: skip
     frontier = frontier_of(table, pin=pin, ties=ties)
-    allocation = frontier.at(bits=bits, size=size)
+    allocation = frontier.at(bits=bits) if size is None else _within_file(frontier, source.model, size)
     table.save(folder / "table.csv")
     moments = moments_for(method, source.model, allocation, source)
     checkpoint.export(source.model, allocation, folder, method=method, second_moments=moments, recipe=source.recipe)
@@ -133,6 +133,17 @@ def quantize_model(
     outcome = Outcome(folder, table, frontier, allocation, measured)
     _write_artefacts(outcome, source)
     return outcome
+
+
+def _within_file(frontier: Frontier, model: nn.Module, size: float) -> Allocation:
+    """The best allocation whose file, header included, is within a size."""
+    budget = size
+    while True:
+        allocation = frontier.at(size=budget)
+        excess = checkpoint.file_size(model, allocation) - size
+        if excess <= 0:
+            return allocation
+        budget -= excess
 
 
 def _measure(
@@ -150,7 +161,8 @@ def _measure(
 
     def add(name: str, choice: Allocation, model: nn.Module) -> None:
         quality = evaluate(model, source.evaluation, source.kind, source.loss_fn, progress)
-        found.append(Measured(name, choice, choice.total, quality, *quality.loss_above(reference)))
+        size = checkpoint.file_size(source.model, choice)
+        found.append(Measured(name, choice, size, quality, *quality.loss_above(reference)))
 
     uniform = sorted(frontier.uniform(), key=lambda item: abs(item[1].bits - allocation.bits))[:COMPARED]
     for name, choice in sorted(uniform, key=lambda item: -item[1].bits):
