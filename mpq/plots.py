@@ -74,7 +74,7 @@ def draw_frontier(facts: FrontierFacts, title: str = "") -> Figure:
     _loss_scale(axes, losses)
     for color, curve in zip(_cycle(COLORS), facts.curves, strict=False):
         low = np.maximum(curve.losses - curve.band, _floor(losses))
-        axes.fill_between(curve.bits, low, curve.losses + curve.band, color=color, alpha=0.15, linewidth=0)
+        axes.fill_between(curve.bits, low, curve.losses + curve.band, color=color, alpha=0.15, linewidth=0, step="post")
         axes.step(curve.bits, curve.losses, where="post", color=color, linewidth=1.8, label=curve.name)
     if facts.uniform:
         bits, uniform = [mark.bits for mark in facts.uniform], [mark.loss for mark in facts.uniform]
@@ -179,8 +179,7 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
     axes.errorbar(predicted, measured, yerr=errors, fmt="o", color=COLORS[0], markersize=5, elinewidth=1)
     ends = [float(both.min()), float(both.max())]
     axes.plot(ends, ends, color=UNIFORM, linewidth=1, linestyle="--")
-    for point in predictions:
-        axes.annotate(point.name, (point.predicted, point.measured), (5, 4), textcoords="offset points", fontsize=8)
+    _label_marks(axes, [Mark(point.name, point.predicted, point.measured) for point in predictions])
     axes.set_xlabel("predicted loss increase")
     axes.set_ylabel("measured loss increase")
     return figure
@@ -212,8 +211,10 @@ def _cycle(colors: Sequence[str]) -> Iterable[str]:
 def _label_marks(axes: Axes, marks: Sequence[Mark]) -> None:
     """Names beside the marks; a mark close to one that has a name goes without."""
     placed: list[tuple[float, float]] = []
-    axes.figure.canvas.draw()
-    for mark in sorted(marks, key=lambda mark: mark.loss):
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    for mark in sorted(marks, key=lambda mark: mark.loss):  # the best of a crowd is named
         x, y = axes.transData.transform((mark.bits, mark.loss))
         if all(abs(x - other_x) > 70 or abs(y - other_y) > 11 for other_x, other_y in placed):
             axes.annotate(
