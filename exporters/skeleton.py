@@ -9,6 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mpq.core.errors import MpqError
+from mpq.sources.extras import need
 from mpq.sources.networks import skeleton
 
 
