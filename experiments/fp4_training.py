@@ -11,6 +11,7 @@ import time
 import numpy as np
 import torch
 
+from mpq.core.patterns import match_names
 from mpq.lowprecision.linear import train_in
 from mpq.lowprecision.recipe import Recipe
 from small_lm import train, training_windows, unseen_loss, unseen_windows, untrained
@@ -59,38 +60,39 @@ def study(names: tuple[str, ...], seeds: int, steps: int) -> dict[str, list[floa
     return losses
 
 
-def result(name: str, value: float, goal: str, reached: bool) -> str:
-    return f"RESULT {name} {value:.4f} {goal} {'ok' if reached else 'short'}"
+def result(name: str, value: float, reached: bool) -> str:
+    return f"RESULT {name} {value:.4f} >0 {'ok' if reached else 'short'}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="four recipes, one seed, 40 steps")
+    parser.add_argument("--recipes", nargs="+", default=["*"], help="patterns of the recipes to train")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    names = QUICK if options.quick else tuple(RECIPES)
+    chosen = match_names(options.recipes, list(RECIPES), "recipe")
+    names = QUICK if options.quick else tuple(dict.fromkeys(("full precision", *chosen)))
     losses = study(names, 1 if options.quick else options.seeds, 40 if options.quick else options.steps)
     mean = {name: float(np.mean(values)) for name, values in losses.items()}
     base = mean["full precision"]
     smallest = min(value - base for name, value in mean.items() if name != "full precision")
-    lines = [
-        result("fp4_smallest_gap", smallest, ">0", smallest > 0),
-        result("fp4_sr_backward_gain_nvfp4", mean["nvfp4"] - mean["nvfp4, SR backward"], ">0",
-               mean["nvfp4"] > mean["nvfp4, SR backward"]),
-        result("fp4_tensor_scale_gain_e4m3", mean["e4m3 scales alone"] - mean["nvfp4"], ">0",
-               mean["e4m3 scales alone"] > mean["nvfp4"]),
-    ]  # fmt: skip
-    if not options.quick:
-        lines += [
-            result("fp4_nvfp4_gain_over_mxfp4", mean["mxfp4"] - mean["nvfp4"], ">0", mean["mxfp4"] > mean["nvfp4"]),
-            result("fp4_sr_forward_loss_nvfp4", mean["nvfp4, SR forward"] - mean["nvfp4"], ">0",
-                   mean["nvfp4, SR forward"] > mean["nvfp4"]),
-            result("fp4_division_gain_nvfp4", mean["nvfp4, reciprocal"] - mean["nvfp4"], ">0",
-                   mean["nvfp4, reciprocal"] > mean["nvfp4"]),
-        ]  # fmt: skip
+    better = {  # what is expected to win, and against what
+        "fp4_sr_backward_gain_nvfp4": ("nvfp4, SR backward", "nvfp4"),
+        "fp4_sr_forward_cost_nvfp4": ("nvfp4", "nvfp4, SR forward"),
+        "fp4_nvfp4_gain_over_mxfp4": ("nvfp4", "mxfp4"),
+        "fp4_tensor_scale_gain_e4m3": ("nvfp4", "e4m3 scales alone"),
+        "fp4_tensor_scale_gain_ue5m3": ("ue5m3, tensor scale", "ue5m3 scales alone"),
+        "fp4_division_gain_nvfp4": ("nvfp4", "nvfp4, reciprocal"),
+    }
+    lines = [result("fp4_smallest_gap", smallest, smallest > 0)]
+    lines += [
+        result(name, mean[other] - mean[winner], mean[winner] < mean[other])
+        for name, (winner, other) in better.items()
+        if winner in mean and other in mean
+    ]
     print("\n" + "\n".join(lines))
 
 

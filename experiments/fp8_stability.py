@@ -97,12 +97,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="three masks, one rate and seed, 42 steps")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", type=float, nargs="+", default=[BASE_RATE, 4 * BASE_RATE])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     steps, seeds = (42, 1) if options.quick else (options.steps, options.seeds)
-    rates = (BASE_RATE,) if options.quick else (BASE_RATE, 4 * BASE_RATE)
+    rates = (BASE_RATE,) if options.quick else tuple(options.rates)
     masks: dict[str, Mask | None] = {"full": None, **MANTISSAS, **OTHERS}
     if options.quick:
         masks = {name: masks[name] for name in ("full", "E8M7", "E8M1", "E4M7")}
