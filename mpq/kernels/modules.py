@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import mpq.kernels.ops  # noqa: F401  (defines torch.ops.mpq)
+import mpq.kernels.cpu  # noqa: F401  (its kernels, and torch.ops.mpq)
 from mpq.core.activations import straight_through
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format

@@ -69,7 +69,8 @@ def backwards(monkeypatch):
     monkeypatch.setitem(layout.LAYOUTS, "backwards", mine)
 
 
-def test_layouts_are_chosen_by_what_suits_and_restored(backwards):
+def test_layouts_are_chosen_by_what_suits_and_restored(backwards, monkeypatch):
+    monkeypatch.delitem(LAYOUTS, "panels", raising=False)
     quantized = quantize(random_matrix((4, 40)), parse_format("int4-g32-asym"))
     packed = pack(quantized)
     assert layout.best_layout(packed, torch.device("cpu")) == "backwards"

@@ -1,0 +1,159 @@
+"""The compiled CPU kernels: torch.ops.mpq.linear on the "panels" layout.
+
+`MPQ_CPU_LEVEL` (portable, avx2, avx512, amx) caps the instructions used. Two activation modes: by default activations
+become two planes of int8, about 15 bits with a scale for each tile of 128 columns (bfloat16 or float32 as they are for
+8-bit floats); under the activation format int8-channel (a scheme's "+a:int8-token"), one plane and a scale for each
+token, which is the reference's arithmetic.
+"""
+
+import ctypes
+import importlib
+import logging
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mpq.core.errors import MpqError
+from mpq.core.formats import parse_format
+from mpq.core.rounding import SCALE_DTYPES
+from mpq.kernels import panels, reference
+from mpq.kernels.layout import LAYOUTS, Layout, Packed
+from mpq.kernels.ops import KERNELS
+
+LEVELS = ("portable", "avx2", "avx512", "amx")
+_SCALE_KINDS = ("fp32", "fp16", "bf16", "e8m0", "e4m3", "ue5m3")  # as native/mpq.h numbers them
+_WEIGHT = struct.Struct("@qqq11if256s256s")
+_CALL = struct.Struct("@PPPqqPPq6iPP")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Native:
+    """The loaded library."""
+
+    library: ctypes.CDLL
+    level: int  # index in LEVELS
+    parallel: int  # address of PyTorch's own GOMP_parallel: one pool of threads, not two; 0 without
+
+
+@lru_cache(maxsize=1)
+def native() -> Native | None:
+    """The library, or None where the package was installed without a compiler (said once, in the log)."""
+    try:
+        path = importlib.import_module("mpq.kernels._native").__file__
+    except ImportError:
+        _log.warning("mpq was installed without its compiled kernels; packed layers run in plain PyTorch")
+        return None
+    library = ctypes.CDLL(path)
+    library.mpq_linear.restype = ctypes.c_int64
+    library.mpq_linear.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    wanted = os.environ.get("MPQ_CPU_LEVEL", LEVELS[-1])
+    if wanted not in LEVELS:
+        raise MpqError(f"MPQ_CPU_LEVEL is {wanted!r}: expected one of {', '.join(LEVELS)}")
+    return Native(library, min(library.mpq_best_level(), LEVELS.index(wanted)), _torch_parallel())
+
+
+def level_name() -> str:
+    """The instructions in use: one of LEVELS, or "none"."""
+    found = native()
+    return LEVELS[found.level] if found else "none"
+
+
+def _torch_parallel() -> int:
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")):
+        try:
+            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value or 0
+        except (OSError, AttributeError):
+            continue
+    return 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the library is told about a weight, whatever its numbers."""
+
+    weight: bytes  # an mpq_weight
+    kind: int
+
+
+@lru_cache(maxsize=4096)
+def _plan(format_name: str, rows: int, cols: int) -> Plan:
+    format = parse_format(format_name)
+    cut, levels = panels.cut_of(format, rows, cols), panels.levels_of(format.grid)
+    assert levels is not None
+    scale_bytes = SCALE_DTYPES[format.scale].itemsize
+    extras = panels.ROWS * (scale_bytes + format.zero_point)
+    panel_bytes = cut.tiles * cut.tile * 8 * format.grid.bits
+    panel_bytes += extras if cut.row_scales else extras * cut.tiles * cut.segments
+    weight = _WEIGHT.pack(
+        rows, cols, panel_bytes, format.grid.bits, levels.kind, levels.offset,
+        cut.group, cut.segment, cut.segments, cut.tiles, _SCALE_KINDS.index(format.scale), scale_bytes,
+        cut.row_scales, format.zero_point, levels.factor, levels.low, levels.high,
+    )  # fmt: skip
+    return Plan(weight, levels.kind)
+
+
+def linear(
+    input: Tensor,
+    weight: Sequence[Tensor],
+    bias: Tensor | None,
+    format: str,
+    rows: int,
+    cols: int,
+    layout: str,
+    activation: str,
+) -> Tensor:
+    """torch.ops.mpq.linear for the panels layout; as `mpq.kernels.reference.linear`."""
+    found = native()
+    if found is None or not cols or not rows:
+        return reference.linear(input, weight, bias, format, rows, cols, layout, activation)
+    plan, planes = _plan(format, rows, cols), 2
+    if activation == "int8-channel" and plan.kind != panels.BFLOAT:
+        planes = 1
+    elif activation:
+        input = reference.quantize_activation(input, activation)
+    x = input.reshape(-1, cols)
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        x = x.float()
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if bias is not None and (bias.dtype not in (torch.float32, torch.bfloat16) or bias.stride(0) != 1):
+        bias = bias.float().contiguous()
+    tokens, bfloat = len(x), x.dtype == torch.bfloat16
+    out = x.new_empty((tokens, rows))
+    unfit = x.new_empty(tokens, dtype=torch.int8)
+    status = found.library.mpq_linear(plan.weight, _CALL.pack(
+        weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0,
+        x.data_ptr(), tokens, x.stride(0),
+        0 if bias is None else bias.data_ptr(), out.data_ptr(), rows,
+        bfloat, bias is not None and bias.dtype == torch.bfloat16, bfloat,
+        planes, torch.get_num_threads(), found.level, unfit.data_ptr(), found.parallel,
+    ))  # fmt: skip
+    if status < 0:
+        raise MemoryError("the CPU kernel found no room for its scratch memory")
+    if status:
+        _redo(out, x, unfit.bool(), weight, bias, format, rows, cols, layout, activation if planes == 1 else "")
+    return out.view(*input.shape[:-1], rows).to(input.dtype)
+
+
+def _redo(
+    out: Tensor, x: Tensor, unfit: Tensor, weight: Sequence[Tensor], bias: Tensor | None,
+    format: str, rows: int, cols: int, layout: str, activation: str,
+) -> None:  # fmt: skip
+    """Tokens with NaN, infinities or vanishing numbers, by the reference."""
+    out[unfit] = reference.linear(x[unfit], weight, bias, format, rows, cols, layout, activation)
+
+
+def _suits(packed: Packed, device: torch.device) -> bool:
+    fits = device.type == "cpu" and panels.supports(packed.format) and min(packed.shape) > 0
+    return fits and native() is not None and panels.finite_scales(packed)
+
+
+LAYOUTS[panels.NAME] = Layout(panels.arrange, panels.restore, panels.names, _suits)
+KERNELS["linear", panels.NAME, "cpu"] = linear

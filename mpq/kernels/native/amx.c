@@ -1,0 +1,186 @@
+/* AMX: products of 16 tokens by 64 columns by 16 rows; a tile's quads are already what the matrix unit wants. */
+#include "mpq.h"
+#ifdef MPQ_X86
+#include "avx512.h"
+#define AMX_TARGET                                                                                    \
+  __attribute__((target("amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni," \
+                        "avx512vbmi,fma,f16c,avx2")))
+#define AMX_INLINE static inline __attribute__((always_inline)) AMX_TARGET
+
+static _Thread_local int shaped; /* rows of the two activation tiles that this thread's unit is set up for */
+
+/* Tiles 0 and 1: activations; 2 and 3: weights; 4 to 7: sums, (first, second) activations by (first, second) rows. */
+AMX_INLINE void shape(int first, int second) {
+  if (shaped == first * 32 + second) return;
+  shaped = first * 32 + second;
+  struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } config __attribute__((aligned(64))) = {0};
+  const int rows[8] = {first, second, 16, 16, first, first, second, second};
+  config.palette = 1;
+  for (int i = 0; i < 8; i++) config.bytes[i] = rows[i] ? 64 : 0, config.rows[i] = rows[i];
+  _tile_loadconfig(&config);
+}
+
+/* Sums over `steps` of 64 bytes of 32 weight rows and up to 32 activation rows: dots (2 blocks, 32, 16). */
+AMX_INLINE void dot(const uint8_t *levels, const uint8_t *x, int64_t stride, const uint8_t *x2, int steps,
+                    const int brain, const int second, int first_rows, int32_t *dots) {
+  _tile_zero(4);
+  _tile_zero(5);
+  if (second) {
+    _tile_zero(6);
+    _tile_zero(7);
+  }
+  for (int step = 0; step < steps; step++, levels += 16 * 256) {
+    _tile_loadd(0, x + 64 * step, stride);
+    _tile_loadd(2, levels, 256);
+    _tile_loadd(3, levels + 64, 256);
+    if (second) _tile_loadd(1, x2 + 64 * step, stride);
+    if (brain) {
+      _tile_dpbf16ps(4, 0, 2);
+      _tile_dpbf16ps(5, 0, 3);
+      if (second) {
+        _tile_dpbf16ps(6, 1, 2);
+        _tile_dpbf16ps(7, 1, 3);
+      }
+    } else { /* signed activations, unsigned levels */
+      _tile_dpbsud(4, 0, 2);
+      _tile_dpbsud(5, 0, 3);
+      if (second) {
+        _tile_dpbsud(6, 1, 2);
+        _tile_dpbsud(7, 1, 3);
+      }
+    }
+  }
+  _tile_stored(4, dots, 64);
+  _tile_stored(5, dots + 512, 64);
+  if (second) {
+    _tile_stored(6, dots + 16 * first_rows, 64);
+    _tile_stored(7, dots + 512 + 16 * first_rows, 64);
+  }
+}
+
+AMX_INLINE void add(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int segment, int64_t token,
+                    int count, const int planes, const int two, const float *high, const int32_t *dots, int block,
+                    float *sums) {
+  const int index = MPQ_ROWS * segment + 16 * block;
+  const int32_t *sum = x->sums + (tile->index * weight->segments + segment) * planes * x->tokens + token;
+  const float *scale = x->scale + tile->index * x->tokens + token;
+  const __m512 scales = _mm512_mul_ps(
+      scales16(weight->scale_kind, tile->scales, weight->row_scales ? 16 * block : index), _mm512_set1_ps(weight->factor));
+  __m512 zero = _mm512_set1_ps(two ? 32768.f : weight->offset);
+  if (tile->zeros) zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(LOAD(__m128i, tile->zeros + index)));
+  for (int t = 0; t < count; t++) {
+    float *to = sums + (token + t) * MPQ_ROWS + 16 * block;
+    __m512 value = _mm512_cvtepi32_ps(LOAD(__m512i, dots + 16 * t));
+    float total = sum[t];
+    if (planes == 2) {
+      value = _mm512_fmadd_ps(value, _mm512_set1_ps(256), _mm512_cvtepi32_ps(LOAD(__m512i, dots + 16 * (count + t))));
+      total = 256 * total + sum[x->tokens + t];
+    }
+    if (two) value = _mm512_fmadd_ps(LOAD(__m512, high + 64 * t + 16 * block), _mm512_set1_ps(256), value);
+    value = _mm512_fnmadd_ps(zero, _mm512_set1_ps(total), value);
+    STORE(to, _mm512_fmadd_ps(value, _mm512_mul_ps(scales, _mm512_set1_ps(scale[t])), LOAD(__m512, to)));
+  }
+}
+
+/* `count` tokens: up to 16, or up to 32 in one plane. */
+AMX_INLINE void multiply_bytes_amx(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x,
+                                   int64_t token, int count, const int planes, const int second, const int two,
+                                   float *sums) {
+  const int width = weight->segment * weight->segments, steps = weight->segment / 64;
+  const int rows = second ? (planes == 2 ? count : 16) : planes * count;
+  const uint8_t *q = (const uint8_t *)x->q + (tile->index * planes * x->tokens + token) * width;
+  const uint8_t *q2 = q + (planes == 2 ? x->tokens : 16) * width;
+  int32_t dots[2 * 512] __attribute__((aligned(64)));
+  float high[two ? 32 * 64 : 1];
+  shape(rows, second ? (planes == 2 ? count : count - 16) : 0);
+  for (int segment = 0; segment < weight->segments; segment++, q += weight->segment, q2 += weight->segment)
+    for (int plane = 0; plane <= two; plane++)
+      for (int block = 0; block < 4; block += 2) {
+        const uint8_t *levels = tile->levels[plane] + 64 * (size_t)weight->segment * segment + 64 * block;
+        dot(levels, q, width, q2, steps, 0, second, rows, dots);
+        for (int i = 0; i < 2; i++) {
+          if (two && !plane) {
+            for (int t = 0; t < count; t++) {
+              __m512 value = _mm512_cvtepi32_ps(LOAD(__m512i, dots + 512 * i + 16 * t));
+              if (planes == 2)
+                value = _mm512_fmadd_ps(value, _mm512_set1_ps(256),
+                                        _mm512_cvtepi32_ps(LOAD(__m512i, dots + 512 * i + 16 * (count + t))));
+              STORE(high + 64 * t + 16 * (block + i), value);
+            }
+          } else {
+            add(weight, tile, x, segment, token, count, planes, two, high, dots + 512 * i, block + i, sums);
+          }
+        }
+      }
+}
+
+/* Up to 32 tokens in bfloat16: what rounding left over is added by a second pass over the same sums. */
+AMX_INLINE void multiply_brain(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int64_t token,
+                               int count, const int second, float *sums) {
+  const int width = weight->segment * weight->segments, steps = weight->segment / 32;
+  const int rows = second ? 16 : count;
+  float dots[2 * 512] __attribute__((aligned(64)));
+  shape(rows, count - rows);
+  for (int plane = 0; plane < x->planes; plane++) {
+    const uint16_t *near = x->brain + ((tile->index * x->planes + plane) * x->tokens + token) * width;
+    for (int segment = 0; segment < weight->segments; segment++, near += weight->segment)
+      for (int block = 0; block < 4; block += 2) {
+        const uint8_t *levels = tile->levels[0] + 128 * (size_t)weight->segment * segment + 64 * block;
+        dot(levels, (const uint8_t *)near, 2 * width, (const uint8_t *)(near + 16 * width), steps, 1, second, rows,
+            (int32_t *)dots);
+        for (int i = 0; i < 2; i++) {
+          const int index = (weight->row_scales ? 0 : MPQ_ROWS * segment) + 16 * (block + i);
+          const __m512 scales =
+              _mm512_mul_ps(scales16(weight->scale_kind, tile->scales, index), _mm512_set1_ps(weight->factor));
+          for (int t = 0; t < count; t++) {
+            float *to = sums + (token + t) * MPQ_ROWS + 16 * (block + i);
+            STORE(to, _mm512_fmadd_ps(LOAD(__m512, dots + 512 * i + 16 * t), scales, LOAD(__m512, to)));
+          }
+        }
+      }
+  }
+}
+
+static AMX_TARGET void multiply(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int64_t first,
+                                int64_t last, float *sums) {
+  if (weight->kind == MPQ_BFLOAT && x->brain) {
+    for (int64_t token = first; token < last; token += 32) {
+      const int count = last - token < 32 ? (int)(last - token) : 32;
+      if (count > 16) multiply_brain(weight, tile, x, token, count, 1, sums);
+      else multiply_brain(weight, tile, x, token, count, 0, sums);
+    }
+    return;
+  }
+  const int planes = x->planes, two = weight->kind == MPQ_TABLE16;
+  if (weight->kind == MPQ_BFLOAT || weight->segment % 64 || x->tokens * planes < 6) {
+    multiply_vectors(weight, tile, x, first, last, sums);
+    return;
+  }
+  const int joined = planes == 2 && x->tokens <= 8, most = planes == 2 ? 16 : 32;
+  for (int64_t token = first; token < last; token += most) {
+    const int count = last - token < most ? (int)(last - token) : most;
+    if (planes == 2 && joined) {
+      if (two) multiply_bytes_amx(weight, tile, x, token, count, 2, 0, 1, sums);
+      else multiply_bytes_amx(weight, tile, x, token, count, 2, 0, 0, sums);
+    } else if (planes == 2) {
+      if (two) multiply_bytes_amx(weight, tile, x, token, count, 2, 1, 1, sums);
+      else multiply_bytes_amx(weight, tile, x, token, count, 2, 1, 0, sums);
+    } else if (count > 16) {
+      if (two) multiply_bytes_amx(weight, tile, x, token, count, 1, 1, 1, sums);
+      else multiply_bytes_amx(weight, tile, x, token, count, 1, 1, 0, sums);
+    } else {
+      if (two) multiply_bytes_amx(weight, tile, x, token, count, 1, 0, 1, sums);
+      else multiply_bytes_amx(weight, tile, x, token, count, 1, 0, 0, sums);
+    }
+  }
+}
+
+static AMX_TARGET void begin(void) { shaped = -1; }
+static AMX_TARGET void end(void) { _tile_release(); }
+
+const mpq_level mpq_amx = {"amx", 0, 1, quantize, decode, multiply, begin, end};
+#endif

@@ -1,0 +1,80 @@
+/* Fused low-bit linear layers: y = x W^T with W as codes and scales, decoded in cache and never written back.
+ *
+ * A weight is cut into panels of 64 rows; a panel is one stream that one thread reads front to back. It is a row of
+ * tiles, each of `tile` columns: the codes, the scales of the tile's segments (64 for each) and their zero points
+ * (64 bytes for each). When one scale serves a whole row, the 64 scales stand once, at the panel's end.
+ *
+ * Codes come in steps of 64: 4 columns of 16 rows, a row's 4 columns side by side. A quad is 4 columns of the
+ * panel's 64 rows: 4 steps, 32 * bits bytes. 8 bits: the steps in turn; 4 bits: two steps in the nibbles of 64 bytes;
+ * 2 bits: four steps in the bit pairs of 64 bytes; other widths: 64 codes as a little-endian bit stream.
+ */
+#ifndef MPQ_H
+#define MPQ_H
+#include <stddef.h>
+#include <stdint.h>
+
+#define MPQ_ROWS 64       /* rows of a panel */
+#define MPQ_MAX_TILE 256  /* columns of a tile at most */
+#define MPQ_CHUNK 256     /* tokens that share one decoding of a tile */
+#define MPQ_AHEAD 3072    /* bytes of the stream that are asked for ahead of use */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MPQ_X86 1
+#endif
+
+/* How codes become numbers. value = factor * (level - offset) * scale, where a level is
+ * INTEGER the code; TABLE8 a byte looked up; TABLE16 two bytes looked up, 256 * (high - 128) + low;
+ * BFLOAT a bfloat16 looked up (steps hold columns 0 and 1 of four rows, then columns 2 and 3, four times). */
+enum { MPQ_INTEGER, MPQ_TABLE8, MPQ_TABLE16, MPQ_BFLOAT };
+enum { MPQ_FP32, MPQ_FP16, MPQ_BF16, MPQ_E8M0, MPQ_E4M3, MPQ_UE5M3 };
+
+typedef struct {
+  int64_t rows, cols, panel_bytes;
+  int32_t bits, kind, offset;
+  int32_t group;       /* columns that share a scale */
+  int32_t segment;     /* the same, filled up to a multiple of 4 */
+  int32_t segments;    /* segments of a tile */
+  int32_t tiles;       /* tiles of a panel */
+  int32_t scale_kind;
+  int32_t scale_bytes;
+  int32_t row_scales;  /* scales stand at the panel's end */
+  int32_t zeros;       /* zero points stand after the scales */
+  float factor;
+  uint8_t low[256], high[256]; /* tables: of bytes, or of a bfloat16's halves */
+} mpq_weight;
+
+/* Activations of a chunk of tokens, cut like the weight's tiles.
+ * Integers: x = scale * (256 q[0] + q[1]) in two planes, or scale * q[0] in one. */
+typedef struct {
+  int64_t tokens;
+  int32_t planes;
+  int8_t *q;       /* (tiles, planes, tokens, tile) */
+  int16_t *wide;   /* (tiles, tokens, tile): the planes as one number, for machines that multiply 16 bits */
+  float *real;     /* (tiles, tokens, tile): as they are, for BFLOAT */
+  uint16_t *brain; /* (tiles, planes, tokens, tile): bfloat16, and what it left over in a second plane */
+  float *scale;    /* (tiles, tokens) */
+  int32_t *sums;   /* (tiles, segments, planes, tokens): of q */
+} mpq_activation;
+
+/* One tile, decoded: (level planes, quads, 4 steps, 64) bytes, or (quads, 2 pairs, 4 steps, 32) bfloat16. */
+typedef struct {
+  const uint8_t *levels[2];
+  const uint8_t *scales, *zeros;
+  int64_t index;
+} mpq_tile;
+
+typedef struct {
+  const char *name;
+  int wide; /* activations as 16-bit numbers instead of planes of bytes */
+  int brain; /* tokens from which BFLOAT weights meet bfloat16 activations; 0: never */
+  void (*quantize)(const mpq_weight *, mpq_activation *, const void *x, int bfloat, int64_t stride, int64_t token,
+                   int8_t *unfit);
+  const uint8_t *(*decode)(const mpq_weight *, const uint8_t *codes, uint8_t *out, size_t plane);
+  /* sums (tokens, 64) += the tile's part of the tokens from `first` to `last` */
+  void (*multiply)(const mpq_weight *, const mpq_tile *, const mpq_activation *, int64_t first, int64_t last,
+                   float *sums);
+  void (*begin)(void); /* once for each thread and call, or NULL */
+  void (*end)(void);
+} mpq_level;
+
+extern const mpq_level mpq_portable, mpq_avx2, mpq_avx512, mpq_amx;
+#endif

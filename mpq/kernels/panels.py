@@ -1,0 +1,242 @@
+"""The "panels" layout: what the CPU kernels stream, one thread one panel of 64 rows front to back.
+
+native/mpq.h describes the bytes. A panel is a row of tiles; a tile is its codes in steps of 64 (4 columns of 16 rows),
+then its scales and zero points, 64 for each segment (columns that share a scale). One scale for a row, or for the
+tensor, stands once at the panel's end.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mpq.core.formats import Format
+from mpq.core.grids import SCALES, Grid
+from mpq.core.rounding import SCALE_DTYPES
+from mpq.kernels.layout import Packed, pack_bits, unpack_bits
+
+NAME = "panels"
+ROWS = 64
+TILE = 128  # columns of a tile, where groups allow
+MAX_TILE = 256
+INTEGER, TABLE8, TABLE16, BFLOAT = range(4)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """How codes become the integers or bfloat16 that kernels multiply: value = factor * (level - offset).
+
+    A level is the code itself (INTEGER), a byte looked up (TABLE8), 256 * (high - 128) + low of two bytes looked up
+    (TABLE16), or a bfloat16 whose halves are looked up (BFLOAT, offset 0).
+    """
+
+    kind: int
+    offset: int = 0
+    factor: float = 1.0
+    low: bytes = b""
+    high: bytes = b""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a (rows, cols) matrix is cut: sizes in columns unless said otherwise."""
+
+    group: int  # that share a scale
+    segment: int  # the same, filled up to a multiple of 4
+    segments: int  # segments in a tile
+    tiles: int  # tiles in a panel
+    panels: int
+    row_scales: bool  # scales stand at the panel's end
+    repeats: int  # segments that a scale of the format is repeated for
+
+    @property
+    def tile(self) -> int:
+        """Columns of a tile."""
+        return self.segment * self.segments
+
+
+def supports(format: Format) -> bool:
+    """Whether the layout can hold a format."""
+    if format.is_float_copy or format.grid.bits > 8 or format.grid.family == "exponent":
+        return False
+    if format.granularity == "group" and format.group_size > MAX_TILE and format.group_size % TILE:
+        return False
+    return levels_of(format.grid) is not None
+
+
+def cut_of(format: Format, rows: int, cols: int) -> Cut:
+    """How the format's matrix is cut."""
+    panels = -(-rows // ROWS)
+    if format.granularity != "group":
+        width = TILE if cols > TILE // 2 else TILE // 2
+        return Cut(width, width, 1, -(-cols // width), panels, True, 1)
+    group, repeats = format.group_size, 1
+    if group > MAX_TILE:
+        group, repeats = TILE, group // TILE
+    segment = -(-group // 4) * 4
+    segments = max(1, TILE // segment)
+    groups = -(-cols // group)
+    return Cut(group, segment, segments, -(-groups // segments), panels, False, repeats)
+
+
+@lru_cache(maxsize=64)
+def levels_of(grid: Grid) -> Levels | None:
+    """The levels of a grid, exact except for codebooks (steps of 1/32767 of their largest value); None if none fit."""
+    if grid.family == "int":
+        return Levels(INTEGER, grid.offset)
+    values = grid.values()
+    if grid.bits <= 6 and np.isfinite(values).all():
+        if grid.family == "codebook":
+            unit = float(np.abs(values).max()) / 32767
+        else:
+            unit = grid.smallest
+        whole = np.rint(values / unit).astype(np.int64)
+        if whole.min() >= -128 and whole.max() <= 127:
+            return Levels(TABLE8, -int(whole.min()), unit, _table(whole - whole.min()))
+        while np.abs(whole).max() < 16384:  # use all bits: offsets then cancel without loss
+            whole, unit = 2 * whole, unit / 2
+        if np.abs(whole).max() <= 32767:
+            return Levels(TABLE16, 0, unit, _table(whole & 255), _table((whole >> 8) + 128))
+    halves = torch.tensor(values, dtype=torch.float32).to(torch.bfloat16)
+    if not np.array_equal(halves.double().numpy(), values, equal_nan=True) or grid.family != "float":
+        return None
+    words = halves.view(torch.int16).numpy().astype(np.int64)
+    return Levels(BFLOAT, 0, 1.0, _table(words & 255), _table(words >> 8 & 255))
+
+
+def _table(entries: NDArray[np.int64]) -> bytes:
+    """256 bytes, the entries over and over."""
+    return bytes(np.resize(entries, 256).astype(np.uint8))
+
+
+def arrange(packed: Packed) -> Packed:
+    """The canonical layout as panels."""
+    format, (rows, cols), tensors = packed.format, packed.shape, packed.tensors
+    cut, bits = cut_of(format, rows, cols), format.grid.bits
+    codes = _segments(unpack_bits(tensors["packed"], bits, cols), cut)
+    steps = codes.reshape(cut.panels, 4, 16, cut.tiles, cut.tile // 4, 4).permute(0, 3, 4, 1, 2, 5)
+    parts = [_steps_to_bytes(steps, format).reshape(cut.panels, cut.tiles, -1)]
+    scales = tensors["scale"].expand(rows, -1)
+    zeros = None
+    if format.zero_point:
+        zeros = unpack_bits(tensors["zeros"], bits, scales.shape[1]).expand(rows, -1)
+    for part in (scales, zeros):
+        if part is not None:
+            parts.append(
+                _by_segment(part, cut).view(torch.uint8).reshape(cut.panels, 1 if cut.row_scales else cut.tiles, -1)
+            )
+    if cut.row_scales:
+        panels = torch.cat([part.flatten(1) for part in parts], 1)
+    else:
+        panels = torch.cat(parts, 2).flatten(1)
+    arranged = {"panels": panels.contiguous()}
+    if format.tensor_scale:
+        arranged["tensor_scale"] = tensors["tensor_scale"]
+    return Packed(format, packed.shape, NAME, arranged)
+
+
+def restore(packed: Packed) -> Packed:
+    """Panels as the canonical layout."""
+    format, (rows, cols) = packed.format, packed.shape
+    cut, bits = cut_of(format, rows, cols), format.grid.bits
+    panels = packed.tensors["panels"]
+    sizes = [cut.tile * 8 * bits, cut.segments * ROWS * SCALE_DTYPES[format.scale].itemsize]
+    if format.zero_point:
+        sizes.append(cut.segments * ROWS)
+    if cut.row_scales:
+        parts = list(torch.split(panels, [sizes[0] * cut.tiles, *sizes[1:]], 1))
+    else:
+        parts = list(torch.split(panels.reshape(cut.panels, cut.tiles, -1), sizes, 2))
+    steps = _bytes_to_steps(parts[0].reshape(cut.panels, cut.tiles, cut.tile // 4, -1), format)
+    codes = steps.permute(0, 3, 4, 1, 2, 5).reshape(cut.panels * ROWS, cut.tiles * cut.segments, cut.segment)
+    codes = codes[:rows, :, : cut.group].flatten(1)[:, :cols]
+    groups = format.groups(cols)
+    scale_rows = 1 if format.granularity == "tensor" else rows
+    small = [
+        _by_row(part, kind, cut)[:scale_rows, :: cut.repeats][:, :groups].contiguous()
+        for part, kind in zip(parts[1:], (SCALE_DTYPES[format.scale], torch.uint8), strict=False)
+    ]
+    tensors = {"packed": pack_bits(codes.contiguous(), bits), "scale": small[0]}
+    if format.zero_point:
+        tensors["zeros"] = pack_bits(small[1], bits)
+    if format.tensor_scale:
+        tensors["tensor_scale"] = packed.tensors["tensor_scale"]
+    return Packed(format, packed.shape, tensors=tensors)
+
+
+def names(format: Format) -> tuple[str, ...]:
+    """The layout's tensors in their fixed order."""
+    return ("panels", "tensor_scale") if format.tensor_scale else ("panels",)
+
+
+def finite_scales(packed: Packed) -> bool:
+    """Whether no scale is NaN or infinite: kernels read scales by their bits alone."""
+    scale = packed.tensors["scale"]
+    if scale.is_floating_point():
+        return bool(torch.isfinite(scale).all())
+    values = torch.tensor(SCALES[packed.format.scale].values())
+    return not bool(torch.isnan(values[scale.int()]).any())
+
+
+def _segments(codes: Tensor, cut: Cut) -> Tensor:  # (rows, cols)
+    """(panels * 64, tiles * segments, segment), filled up with zeros."""
+    rows, cols = codes.shape
+    groups = cut.tiles * cut.segments
+    filled = pad(codes, (0, groups * cut.group - cols, 0, cut.panels * ROWS - rows))
+    return pad(filled.reshape(cut.panels * ROWS, groups, cut.group), (0, cut.segment - cut.group))
+
+
+def _by_segment(part: Tensor, cut: Cut) -> Tensor:  # (rows, groups)
+    """(panels, tiles, segments, 64), or (panels, 64) for scales of rows."""
+    if cut.row_scales:
+        return pad(part.reshape(-1), (0, cut.panels * ROWS - len(part))).reshape(cut.panels, ROWS)
+    part = part.repeat_interleave(cut.repeats, 1)[:, : cut.tiles * cut.segments]
+    part = pad(part, (0, cut.tiles * cut.segments - part.shape[1], 0, cut.panels * ROWS - len(part)))
+    return part.reshape(cut.panels, ROWS, cut.tiles, cut.segments).permute(0, 2, 3, 1).contiguous()
+
+
+def _by_row(part: Tensor, dtype: torch.dtype, cut: Cut) -> Tensor:
+    """The inverse of `_by_segment`, from bytes: (panels * 64, groups)."""
+    if cut.row_scales:
+        return part.contiguous().view(dtype).reshape(-1, 1)
+    part = part.contiguous().view(dtype).reshape(cut.panels, cut.tiles, cut.segments, ROWS)
+    return part.permute(0, 3, 1, 2).reshape(cut.panels * ROWS, -1)
+
+
+def _is_bfloat(format: Format) -> bool:
+    levels = levels_of(format.grid)
+    return levels is not None and levels.kind == BFLOAT
+
+
+def _steps_to_bytes(steps: Tensor, format: Format) -> Tensor:  # (panels, tiles, quads, 4, 16, 4)
+    """(panels, tiles, quads, 32 * bits)."""
+    shape, bits = steps.shape[:3], format.grid.bits
+    if _is_bfloat(format):  # columns 0 and 1 of four rows, then columns 2 and 3
+        steps = steps.reshape(*shape, 4, 4, 4, 2, 2).transpose(-3, -2)
+    steps = steps.reshape(*shape, 4, 64)
+    if bits == 8:
+        return steps.flatten(3)
+    if bits == 4:
+        return (steps[..., 0::2, :] | steps[..., 1::2, :] << 4).flatten(3)
+    if bits == 2:
+        return steps[..., 0, :] | steps[..., 1, :] << 2 | steps[..., 2, :] << 4 | steps[..., 3, :] << 6
+    return pack_bits(steps.reshape(-1, 64), bits).reshape(*shape, 32 * bits)
+
+
+def _bytes_to_steps(stream: Tensor, format: Format) -> Tensor:  # (panels, tiles, quads, 32 * bits)
+    """The inverse of `_steps_to_bytes`."""
+    shape, bits = stream.shape[:3], format.grid.bits
+    if bits == 4:
+        halves = stream.reshape(*shape, 2, 64)
+        steps = torch.stack([halves & 15, halves >> 4], -2)
+    elif bits == 2:
+        steps = torch.stack([stream >> 2 * index & 3 for index in range(4)], -2)
+    else:
+        steps = stream if bits == 8 else unpack_bits(stream.reshape(-1, 8 * bits), bits, 64)
+    if _is_bfloat(format):
+        steps = steps.reshape(*shape, 4, 4, 2, 4, 2).transpose(-3, -2)
+    return steps.reshape(*shape, 4, 16, 4)

@@ -1,0 +1,248 @@
+import os
+import shutil
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import mpq.kernels
+from mpq.core.calibration import seeded
+from mpq.core.errors import MpqError
+from mpq.core.formats import FORMATS, parse_format
+from mpq.core.rounding import dequantize, quantize
+from mpq.kernels import cpu, panels
+from mpq.kernels.layout import LAYOUTS, best_layout, pack, to_layout, unpack
+
+SOURCES = Path(mpq.kernels.__file__).parent / "native"
+EXTRA = (
+    "int4-g10", "int5-g100", "int7-g128", "int4-g512", "int4-channel-asym", "int4-g32-sbf16", "uint4-g32",
+    "fp7-e3m3-g64", "fp8-e3m4-g16", "fp8-e4m3-g10", "fp4-e2m1-g16-sue5m3", "fp5-e2m2-g100",
+)  # fmt: skip
+NAMES = tuple(name for name in (*FORMATS, *EXTRA) if panels.supports(parse_format(name)))
+
+needs_native = pytest.mark.skipif(
+    cpu.native() is None, reason="the kernels are not compiled here: pip install -e . with a C compiler"
+)
+
+
+def levels():
+    return range(cpu.native().library.mpq_best_level() + 1) if cpu.native() else ()
+
+
+@pytest.fixture(params=list(levels()), ids=lambda level: cpu.LEVELS[level])
+def level(request, monkeypatch):
+    found = cpu.native()
+    capped = cpu.Native(found.library, request.param, found.parallel)
+    monkeypatch.setattr(cpu, "native", lambda: capped)
+    return request.param
+
+
+@lru_cache(maxsize=256)
+def weight_of(name, rows, cols):
+    packed = pack(quantize(torch.randn((rows, cols), generator=seeded(0, name, rows, cols)), parse_format(name)))
+    return packed, to_layout(packed, panels.NAME)
+
+
+def linear(x, packed, bias=None, activation=""):
+    facts = (packed.format.name, *packed.shape, packed.layout)
+    return torch.ops.mpq.linear(x, list(packed.tensors.values()), bias, *facts, activation)
+
+
+def bound(x, packed):
+    """How far a kernel may be from exact products of the same numbers, (tokens, rows).
+
+    Activations: half a step of 1/32639 of the largest magnitude (bfloat16 in two planes: 2**-17 of each). Codebooks:
+    half a step of 1/32767 of the grid's largest value. Float32: each of the tiles' sums and its four operations rounds
+    once, relative to the sum of magnitudes with the offset in.
+    """
+    matrix, x = dequantize(unpack(packed)).double().abs(), x.double().abs()
+    largest = x.amax(-1, keepdim=True)
+    scale = matrix.amax(-1)
+    tiles = -(-packed.shape[1] // 64) + 8
+    by_x = largest * matrix.sum(-1) / 65278
+    by_codebook = x.sum(-1, keepdim=True) * scale / 65534
+    by_sums = (tiles * 2**-24) * 8 * (x.sum(-1, keepdim=True) * scale)
+    return by_x + by_codebook + by_sums + 1e-30
+
+
+TYPES = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@needs_native
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(NAMES), st.sampled_from([1, 2, 3, 5, 8, 9, 16, 17, 33, 40, 257]), st.integers(1, 150),
+    st.integers(1, 400), st.sampled_from(sorted(TYPES, key=str)), st.booleans(), st.integers(0, 9),
+)  # fmt: skip
+@example("mxfp8-e4m3", 300, 65, 129, torch.float32, True, 0)
+@example("fp6-e3m2-channel", 12, 64, 384, torch.float32, False, 1)
+@example("nf4-g64", 40, 70, 257, torch.bfloat16, True, 1)
+def test_equals_the_reference(level, name, tokens, rows, cols, dtype, with_bias, seed):
+    packed, arranged = weight_of(name, rows, cols)
+    random = seeded(seed, tokens, cols)
+    x = torch.randn((tokens, cols + 3), generator=random).to(dtype)[:, :cols]  # strided
+    bias = torch.randn(rows, generator=random).to(dtype) if with_bias else None
+    exact = x.double() @ dequantize(unpack(packed)).double().T
+    if bias is not None:
+        exact = exact + bias.double()
+    found = linear(x, arranged, bias)
+    assert found.dtype == dtype
+    assert found.shape == exact.shape
+    error = (found.double() - exact).abs()
+    allowed = bound(x, packed) + TYPES[dtype] * exact.abs() + 2**-22 * exact.abs()
+    allowed += 2**-24 if dtype == torch.float16 else 0  # its subnormals
+    assert (error <= allowed).all(), (error / allowed).max()
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if panels.levels_of(parse_format(name).grid).kind != panels.BFLOAT]
+)
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_int8_activations_are_the_reference_arithmetic(level, name, tokens):
+    packed, arranged = weight_of(name, 70, 300)
+    x = torch.randn((tokens, 300), generator=seeded(tokens))
+    error = (linear(x, arranged, activation="int8-channel") - linear(x, packed, activation="int8-channel")).abs()
+    largest = dequantize(unpack(packed)).abs().amax(-1) * x.abs().sum(-1, keepdim=True)
+    codebook = 1 / 65534 if parse_format(name).grid.family == "codebook" else 0
+    assert (error <= largest * (2**-20 + codebook)).all()  # float32 sums in another order
+
+
+@needs_native
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(NAMES), st.integers(1, 150), st.integers(1, 700))
+def test_panels_are_lossless(name, rows, cols):
+    packed, arranged = weight_of(name, rows, cols)
+    assert list(arranged.tensors) == list(LAYOUTS[panels.NAME].names(packed.format))
+    restored = to_layout(arranged, "rows")
+    assert list(restored.tensors) == list(packed.tensors)
+    for key, tensor in packed.tensors.items():
+        assert torch.equal(restored.tensors[key], tensor), key
+        assert restored.tensors[key].dtype == tensor.dtype
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["int4-g128", "int3-g64-asym", "fp8-e4m3", "nf4-g64", "nvfp4"])
+@pytest.mark.parametrize("tokens", [1, 7, 70])
+def test_same_bits_whatever_the_threads_and_every_element_written(level, name, tokens):
+    _, arranged = weight_of(name, 200, 300)
+    x = torch.randn((tokens, 300), generator=seeded(tokens))
+    torch.full((tokens, 200), float("nan"))  # freed at once: the allocator hands its poison to the output
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 8):
+            torch.set_num_threads(threads)
+            found.append(linear(x, arranged))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.isfinite(found[0]).all()
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["int4-g128", "fp8-e4m3", "mxfp4", "fp6-e3m2-channel"])
+@pytest.mark.parametrize("tokens", [1, 6, 40])
+def test_nan_infinities_and_vanishing_numbers_pass_through(level, name, tokens):
+    packed, arranged = weight_of(name, 70, 300)
+    for value in (float("nan"), float("inf"), -float("inf"), 1e-38, 3e38):
+        x = torch.randn((tokens, 300), generator=seeded(tokens))
+        x[0, 150] = value
+        if value == 1e-38:
+            x[0] = value
+        expected, found = linear(x, packed), linear(x, arranged)
+        assert torch.equal(torch.isnan(expected), torch.isnan(found))
+        assert torch.equal(torch.isinf(expected), torch.isinf(found))
+        good = torch.isfinite(expected)
+        assert torch.allclose(
+            found[good], expected[good], rtol=1e-3, atol=1e-2 if abs(value) < 1e30 or value != value else 1e36
+        )
+
+
+@needs_native
+def test_zero_tokens_and_leading_dimensions():
+    _, arranged = weight_of("int4-g128", 70, 300)
+    assert linear(torch.empty(0, 300), arranged).shape == (0, 70)
+    x = torch.randn(2, 3, 300)
+    assert torch.equal(linear(x, arranged).reshape(6, 70), linear(x.reshape(6, 300), arranged))
+
+
+@needs_native
+def test_cpu_matrices_are_computed_in_panels():
+    packed, _ = weight_of("int4-g128", 70, 300)
+    assert best_layout(packed, torch.device("cpu")) == panels.NAME
+    assert best_layout(pack(quantize(torch.ones(3, 3), parse_format("bf16"))), torch.device("cpu")) == "rows"
+    nan = pack(quantize(torch.ones(3, 32), parse_format("mxfp4")))
+    nan.tensors["scale"][0] = 255
+    assert best_layout(nan, torch.device("cpu")) == "rows"
+
+
+@needs_native
+def test_the_environment_caps_the_level():
+    script = "from mpq.kernels import cpu; print(cpu.level_name())"
+    for name in [cpu.LEVELS[level] for level in levels()]:
+        found = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "MPQ_CPU_LEVEL": name}
+        )
+        assert found.stdout.strip() == name, found.stderr
+
+
+@needs_native
+def test_an_unknown_level_is_an_error(monkeypatch):
+    monkeypatch.setenv("MPQ_CPU_LEVEL", "sse9")
+    with pytest.raises(MpqError, match="sse9"):
+        cpu.native.__wrapped__()
+
+
+def test_compiles_without_warnings_and_runs_under_sanitizers(tmp_path):
+    """A small program drives every level with addresses and undefined behaviour checked, outputs on guarded memory."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    program = tmp_path / "drive"
+    sources = [str(path) for path in sorted(SOURCES.glob("*.c")) if path.name != "module.c"]
+    flags = [
+        "-O1",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-psabi",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    ]
+    driver = Path(__file__).with_name("drive_native.c")
+    built = subprocess.run(
+        [compiler, *flags, f"-I{SOURCES}", str(driver), *sources, "-lpthread", "-o", str(program)],
+        capture_output=True,
+        text=True,
+    )
+    if "cannot find" in built.stderr or "unrecognized" in built.stderr:
+        pytest.skip("the compiler has no sanitizers")
+    assert built.returncode == 0, built.stderr
+    cases = []
+    for name in (
+        "int4-g128",
+        "int3-g10-asym",
+        "int2-channel",
+        "int8-channel",
+        "mxfp4",
+        "nf4-g64",
+        "fp8-e4m3",
+        "fp6-e3m2-g128",
+        "nvfp4",
+    ):
+        rows, cols = 70, 150
+        _, arranged = weight_of(name, rows, cols)
+        plan = cpu._plan(name, rows, cols)
+        path = tmp_path / name
+        path.write_bytes(plan.weight + arranged.tensors["panels"].numpy().tobytes())
+        cases.append(str(path))
+    ran = subprocess.run([str(program), *cases], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.split() == ["done"] * len(cases)
