@@ -1,0 +1,79 @@
+import pytest
+import torch
+from small_cnn import images, small_cnn
+
+import mpq
+from mpq.core.calibration import cross_entropy
+from mpq.core.errors import MpqError
+from mpq.pipeline import quantize_model
+from mpq.sources import open_source
+
+FORMATS = ("int2-g32", "int4-g32", "int8-channel")
+
+
+def test_the_face_runs_the_whole_job_in_a_few_lines(tmp_path):
+    model, batches = small_cnn(), images()
+    table = mpq.profile(model, batches, cross_entropy, formats=["int2-g64", "int4-g64", "fp8-e4m3"], progress=False)
+    frontier = mpq.frontier(table)
+    allocation = frontier.at(bits=5)
+    simulated = mpq.quantize(model, allocation)
+    mpq.export(model, allocation, tmp_path / "out")
+    packed = mpq.load(tmp_path / "out", model=small_cnn())
+    inputs = batches[0][0]
+    with torch.no_grad():
+        torch.testing.assert_close(packed(inputs), simulated.eval()(inputs), rtol=1e-5, atol=1e-5)
+    assert allocation.bits <= 5
+    cross_entropy(simulated.train(), batches[0]).backward()
+    assert all(parameter.grad is not None for parameter in simulated.parameters())
+
+
+def test_every_name_of_the_face_is_there():
+    assert set(mpq.__all__) <= set(dir(mpq))
+    for name in mpq.__all__:
+        assert getattr(mpq, name) is not None
+    with pytest.raises(AttributeError, match="nobody"):
+        _ = mpq.nobody
+
+
+@pytest.mark.parametrize("method", ["mse", "gptq"])
+def test_the_packed_model_is_as_good_as_it_was_simulated(method, tmp_path):
+    source = open_source("tiny-cnn", nsamples=32)
+    outcome = quantize_model(
+        source, tmp_path / "out", bits=4.5, formats=FORMATS, metric="fisher", method=method, progress=False
+    )
+    before, *uniform, packed = outcome.measured
+    assert before.quality.value > 0.95
+    assert packed.quality.value > 0.95
+    assert [found.name for found in uniform] == [f"all {name}" for name in reversed(FORMATS)]
+    assert uniform[-1].quality.value < packed.quality.value
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert packed.size == written
+
+
+def test_a_size_budget_holds_for_the_file(tmp_path):
+    source = open_source("tiny-cnn", nsamples=16)
+    outcome = quantize_model(source, tmp_path / "out", size=70_000, formats=FORMATS, metric="fisher", progress=False)
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert 60_000 < written <= 70_000
+    assert outcome.measured[-1].size == written
+
+
+def test_the_same_seed_gives_the_same_allocation(tmp_path):
+    def run(name: str):
+        source = open_source("tiny-cnn", nsamples=16, seed=3)
+        return quantize_model(source, tmp_path / name, bits=4, formats=FORMATS, metric="fisher", seed=3, progress=False)
+
+    assert run("a").allocation == run("b").allocation
+    for name in ("model.safetensors", "table.csv", "frontier.csv", "report.html"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_budgets_are_named_once_and_foreign_folders_are_left_alone(tmp_path):
+    source = open_source("tiny-cnn", nsamples=16)
+    with pytest.raises(MpqError, match="name one budget"):
+        quantize_model(source, tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    with pytest.raises(MpqError, match="no earlier export wrote it"):
+        quantize_model(source, tmp_path / "mine", bits=4)
+    assert (tmp_path / "mine" / "config.json").read_text() == "{}"

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+from problems import make_problem, make_table
+
+from mpq.core.problem import build_problem
+from mpq.plots import (
+    Prediction,
+    draw_frontier,
+    draw_layers,
+    draw_predictions,
+    draw_table,
+    frontier_facts,
+    layer_facts,
+    scheme_colors,
+)
+from mpq.report import Row, write_report
+from mpq.search.exact import exact
+
+
+def test_facts_of_a_frontier_are_its_points_and_the_uniform_formats():
+    frontier = exact(make_problem(1))
+    chosen = frontier.at(bits=5)
+    facts = frontier_facts({"exact": frontier, "again": frontier}, {"chosen": chosen})
+    assert [curve.name for curve in facts.curves] == ["exact", "again"]
+    np.testing.assert_array_equal(facts.curves[0].bits, frontier.bits)
+    np.testing.assert_array_equal(facts.curves[0].losses, frontier.losses)
+    assert facts.curves[0].band[3] == pytest.approx(2 * frontier.allocation(3).error)
+    assert {mark.name: (mark.bits, mark.loss) for mark in facts.uniform} == {
+        name: (allocation.bits, allocation.loss) for name, allocation in frontier.uniform()
+    }
+    assert facts.chosen == (("chosen", chosen.bits, chosen.loss),)
+
+
+def test_a_long_frontier_is_thinned_but_keeps_its_ends():
+    frontier = exact(build_problem(make_table(5, layers=40)))
+    (curve,) = frontier_facts({"exact": frontier}).curves
+    assert len(curve.bits) <= 1000 < len(frontier)
+    assert (curve.bits[0], curve.bits[-1]) == (frontier.bits[0], frontier.bits[-1])
+
+
+def test_facts_of_layers_are_their_formats_and_bits():
+    allocation = exact(make_problem(1)).at(bits=5)
+    facts = layer_facts(allocation)
+    assert facts.schemes == allocation.schemes
+    assert np.average(facts.bits, weights=facts.params) == pytest.approx(allocation.bits)
+
+
+def test_more_bits_are_darker():
+    colors = scheme_colors(["int8-channel", "int2-g32", "int4-g32", "int2-g32"])
+    assert list(colors) == ["int2-g32", "int4-g32", "int8-channel"]
+    brightness = [sum(color[:3]) for color in colors.values()]
+    assert brightness == sorted(brightness, reverse=True)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_every_picture_can_be_drawn_with_negative_losses_too(shift, tmp_path):
+    table = make_table(3)
+    table.scores[:] -= shift * table.scores.mean()
+    frontier = exact(build_problem(table))
+    allocation = frontier.allocation(len(frontier) // 2)
+    predictions = [Prediction("a", 0.1, 0.2 - shift, 0.1), Prediction("b", 0.5, 0.4, float("nan"))]
+    facts = frontier_facts({"exact": frontier}, {"chosen": allocation})
+    for figure in (
+        draw_frontier(facts, "t"),
+        draw_layers(layer_facts(allocation)),
+        draw_table(table),
+        draw_predictions(predictions),
+    ):
+        figure.savefig(tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").stat().st_size > 5_000
+
+
+def test_a_report_is_one_file_that_escapes_what_it_tells(tmp_path):
+    table = make_table(3)
+    frontier = exact(build_problem(table))
+    write_report(
+        tmp_path / "report.html", title="<b>&", table=table, frontier=frontier, allocation=frontier.at(bits=5),
+        rows=[Row("<i>", "1", "2", "3", "4", "5", True)], predictions=[Prediction("a", 0.1, 0.2, 0.1)],
+    )  # fmt: skip
+    text = (tmp_path / "report.html").read_text()
+    assert "&lt;b&gt;&amp;" in text
+    assert "<b>" not in text
+    assert "<i>" not in text
+    assert text.count("<svg") == 4
+    assert "<script" not in text
+    assert 'src="http' not in text
