@@ -18,6 +18,7 @@ EXPORTERS: dict[str, tuple[str, str]] = {
         "one scheme per group of layers, for vLLM, SGLang and transformers",
     ),
     "gguf": ("mpq.exporters.gguf_file:export", "a Llama for llama.cpp, each layer in its own tensor type"),
+    "onnx": ("mpq.exporters.onnx_file:export", "a graph with integers at each layer's own width, for ONNX Runtime"),
 }
 
 

@@ -19,13 +19,12 @@ from mpq.core.layers import layer_kind, matrix_to_weight
 from mpq.core.scheme import Scheme
 from mpq.exporters.consumers import CONSUMERS, check, compressed_tensors_format
 from mpq.exporters.folder import refuse_foreign, write_checksums, write_folder
+from mpq.exporters.ranges import Ranges
 from mpq.exporters.shards import SHARD, WHOLE, write_tensors
 from mpq.exporters.state import model_config, other_state, specs_of, write_config
 from mpq.kernels.layout import Packed, pack, pack_bits, unpack_bits
 from mpq.kernels.modules import empty_weight
 from mpq.quantized import Moments, checked_layers, quantized_layers
-
-Ranges = Mapping[str, tuple[float, float]]  # smallest and largest input, by layer name
 
 
 def export(

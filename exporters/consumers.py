@@ -158,6 +158,21 @@ def _gguf(layer: Layer, scheme: Scheme) -> str:
     )
 
 
+def _onnx(layer: Layer, scheme: Scheme) -> str:
+    weight, activation = scheme.weight, scheme.activation
+    if activation is not None and (activation.name != "int8" or layer.kind == "embedding"):
+        return "its activations are int8 with one static scale, of layers that multiply"
+    if weight.is_float_copy:
+        return ""
+    if weight.scale not in ("fp32", "fp16", "bf16"):
+        return "its scales are 16- or 32-bit floats"
+    if weight.grid.family == "int":
+        return "" if weight.grid.bits in (4, 8) else "its integers have 4 or 8 bits"
+    if weight.grid.name == "e4m3" and weight.granularity != "group":
+        return ""
+    return "it has no such scheme"
+
+
 CONSUMERS: dict[str, Consumer] = {
     consumer.name: consumer
     for consumer in (
@@ -174,6 +189,17 @@ CONSUMERS: dict[str, Consumer] = {
             _compressed_tensors,
         ),
         Consumer("gguf", "llama.cpp", tuple(GGUF_TYPES), _gguf, fuses=False),
+        Consumer(
+            "onnx",
+            "ONNX Runtime",
+            (
+                *("int8", "int8-channel", "int8-g32", "int4-channel", "int4-g32", "int4-g64", "int4-g128"),
+                *("int4-g128-asym", "int8-g128-asym", "fp8-e4m3", "fp8-e4m3-channel", *FLOAT_COPIES),
+                *("int8-channel+a:int8", "int4-channel+a:int8"),
+            ),
+            _onnx,
+            fuses=False,
+        ),
     )
 }
 READERS = {
@@ -181,4 +207,5 @@ READERS = {
     "sglang": "compressed-tensors",
     "transformers": "compressed-tensors",
     "llama.cpp": "gguf",
+    "onnxruntime": "onnx",
 }
