@@ -31,10 +31,10 @@ def network():
 
 
 def data():
-    return tuple(
-        (torch.randn(16, 12, generator=seeded(7, k)), torch.randint(0, 3, (16,), generator=seeded(8, k)))
-        for k in range(2)
-    )
+    """Labels are the network's own predictions, so that errors cost something."""
+    inputs = [torch.randn(32, 12, generator=seeded(7, k)) for k in range(2)]
+    with torch.no_grad():
+        return tuple((batch, network()(batch).argmax(1)) for batch in inputs)
 
 
 def tables():
