@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, rankdata
-from torch import Tensor, nn
+from torch import nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.calibration import Batch, LossFn, check_batches, evaluating
@@ -21,7 +21,7 @@ from mpq.core.table import SensitivityTable
 from mpq.search.exact import exact
 from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.loss import batch_losses, batch_shares, in_scheme
-from mpq.sensitivity.task import Task
+from mpq.sensitivity.task import RememberingTask
 
 BOOTSTRAPS = 1000
 
@@ -189,7 +189,7 @@ def _measurer(
     """A function that measures loss increases of choices; each layer is rounded once for each scheme."""
     moments = second_moments(model, problem.layers, batches, loss_fn) if method in NEEDS_SECOND_MOMENT else {}
     schemes = tuple(parse_scheme(name) for name in problem.schemes)
-    task = _Remembering(
+    task = RememberingTask(
         model, batches, loss_fn, problem.layers, schemes, method_named(method),
         journal=Journal(None, {}), progress=progress, second_moments=moments,
     )  # fmt: skip
@@ -204,19 +204,6 @@ def _measurer(
             return float(shares @ batch_losses(task)) - reference
 
     return lambda every: np.array([one(choices) for choices in task.track(every, "measuring allocations")])
-
-
-@dataclass(frozen=True)
-class _Remembering(Task):
-    """A task that rounds each layer once for each scheme."""
-
-    rounded: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-
-    def quantized(self, layer: Any, scheme: Any) -> Tensor:
-        key = (layer.name, scheme.weight.name)
-        if key not in self.rounded:
-            self.rounded[key] = super().quantized(layer, scheme)
-        return self.rounded[key]
 
 
 def _verdict(

@@ -60,6 +60,20 @@ class Task:
         yield from tqdm(items, desc=what, total=total, disable=not self.progress, leave=False, dynamic_ncols=True)
 
 
+@dataclass(frozen=True)
+class RememberingTask(Task):
+    """A task that rounds each layer once for each scheme and keeps the result: one float32 copy of the model each."""
+
+    rounded: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+
+    def quantized(self, layer: Layer, scheme: Scheme) -> Tensor:
+        """As `Task.quantized`, remembered."""
+        key = (layer.name, scheme.weight.name)
+        if key not in self.rounded:
+            self.rounded[key] = super().quantized(layer, scheme)
+        return self.rounded[key]
+
+
 SCORES_ACTIVATIONS = (
     "quadratic",
     "gradient",
