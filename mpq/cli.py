@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     _profile_options(quantize)
     _budget_options(quantize)
     _choice_options(quantize)
+    quantize.add_argument("--for", dest="consumer", default="mpq", help="who will run it: vllm, llama.cpp, ... or mpq")
     quantize.add_argument("--table", help="a table made before, instead of profiling")
     quantize.add_argument("-o", "--output", required=True, help="folder to write")
 
@@ -85,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     _model_options(export)
     export.add_argument("allocation", help="what 'mpq allocate' wrote")
     export.add_argument("--method", default="mse", help="rounding: nearest, mse (default) or gptq")
-    export.add_argument("--to", default="mpq", help="consumer (default: mpq, our own checkpoint)")
+    export.add_argument("--to", default="mpq", help="mpq (default), compressed-tensors, gguf, ...")
     export.add_argument("-o", "--output", required=True, help="folder to write")
 
     evaluate = command("eval", _eval, "load a packed model and measure it")
@@ -161,12 +162,11 @@ def _source(options: argparse.Namespace) -> "Source":
 
 
 def _profiling(options: argparse.Namespace) -> dict[str, Any]:
-    from mpq.core.formats import DEFAULT_FORMATS
     from mpq.core.scheme import parse_scheme
     from mpq.sensitivity import DEFAULT_METRIC
 
-    formats = tuple(filter(None, options.formats.split(","))) if options.formats else DEFAULT_FORMATS
-    for name in formats:
+    formats = tuple(filter(None, options.formats.split(","))) if options.formats is not None else None
+    for name in formats or ():
         parse_scheme(name)  # before the model is read
     return {
         "formats": formats, "metric": options.metric or DEFAULT_METRIC, "method": options.method,
@@ -182,7 +182,7 @@ def _quantize(options: argparse.Namespace) -> None:
     table = SensitivityTable.load(options.table) if options.table else None
     outcome = quantize_model(
         _source(options), options.output, bits=options.bits, size=options.size, table=table, pin=pin,
-        ties=not options.no_ties, trust=options.trust, **settings,
+        ties=not options.no_ties, trust=options.trust, consumer=options.consumer, **settings,
     )  # fmt: skip
     from mpq.report import HEADINGS
 
@@ -192,9 +192,11 @@ def _quantize(options: argparse.Namespace) -> None:
 
 
 def _profile(options: argparse.Namespace) -> None:
+    from mpq.core.formats import DEFAULT_FORMATS
     from mpq.sensitivity.profile import profile
 
     settings = _profiling(options)
+    settings["formats"] = settings["formats"] or DEFAULT_FORMATS
     source = _source(options)
     table = profile(
         source.model, source.calibration, source.loss_fn, resume=f"{options.output}.unfinished",
@@ -256,19 +258,18 @@ def _plot(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from mpq.core.allocation import Allocation
-    from mpq.exporters import checkpoint
+    from mpq.exporters import exporter_named
     from mpq.pipeline import megabytes, moments_for
 
-    allocation = Allocation.load(options.allocation)
-    if options.to != "mpq":
-        raise MpqError(f"unknown consumer {options.to!r}: known names: mpq")
+    allocation, export = Allocation.load(options.allocation), exporter_named(options.to)
     source = _source(options)
     moments = moments_for(options.method, source.model, allocation, source)
-    folder = checkpoint.export(
+    written = export(
         source.model, allocation, options.output, method=options.method, second_moments=moments, recipe=source.recipe
     )
-    written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    print(f"{folder}: {megabytes(written)}, {allocation.bits:.3f} bits per weight")
+    files = [written] if written.is_file() else [path for path in written.iterdir() if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    print(f"{written}: {megabytes(size)}, {allocation.bits:.3f} bits per weight")
 
 
 def _eval(options: argparse.Namespace) -> None:

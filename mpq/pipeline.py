@@ -1,5 +1,6 @@
 """The stages in a row: profile, search, export, reload, measure, report; every artefact a file in one folder."""
 
+import glob
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from mpq.core.moments import second_moments
 from mpq.core.table import SensitivityTable
 from mpq.evaluation import Quality, evaluate
 from mpq.exporters import checkpoint
+from mpq.exporters.consumers import consumer_named, forbidden
 from mpq.exporters.folder import refuse_foreign
 from mpq.plots import Prediction, draw_frontier, frontier_facts
 from mpq.quantized import simulate
@@ -80,7 +82,8 @@ def quantize_model(
     *,
     bits: float | None = None,
     size: float | None = None,
-    formats: Sequence[str] = DEFAULT_FORMATS,
+    formats: Sequence[str] | None = None,
+    consumer: str = "mpq",
     metric: str = DEFAULT_METRIC,
     method: str = "mse",
     table: SensitivityTable | None = None,
@@ -99,7 +102,9 @@ def quantize_model(
         folder: made when missing; an interrupted profile in it is resumed.
         bits: largest average of stored bits per weight, or
         size: largest number of bytes of the model.
-        formats: candidate schemes.
+        formats: candidate schemes; left out, integers of 2 to 8 bits, or what the consumer holds.
+        consumer: who will run the model (`mpq.exporters.consumers`): layers get only what it can hold, and its own
+            export stands in a folder of its name beside ours.
         metric: sensitivity metric.
         method: rounding method, for profile and export alike.
         table: a table made before, instead of profiling.
@@ -118,13 +123,18 @@ def quantize_model(
     if (bits is None) == (size is None):
         raise MpqError("name one budget: bits or size")
     refuse_foreign(folder, checkpoint.FILES)
+    reader = consumer_named(consumer)
+    if formats is None:
+        formats = [name for name in reader.schemes if "+a:" not in name] or DEFAULT_FORMATS
     if table is None:
         table = profile(
             source.model, source.calibration, source.loss_fn, formats, metric=metric, method=method, include=include,
             exclude=exclude, seed=seed, progress=progress, resume=folder / "table.csv.unfinished",
             provenance={"model": source.name, "dataset": source.data},
         )  # fmt: skip
-    frontier = frontier_of(table, pin=pin, ties=ties)
+    banned = forbidden(reader, table.layers, table.schemes)
+    forbid = {glob.escape(name): schemes for name, schemes in banned.items() if schemes}
+    frontier = frontier_of(table, pin=pin, forbid=forbid, ties=ties or reader.fuses)
     allocation = frontier.at(bits=bits) if size is None else _within_file(frontier, source.model, size)
     table.save(folder / "table.csv")
     moments = moments_for(method, source.model, allocation, source)
