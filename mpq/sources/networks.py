@@ -1,6 +1,7 @@
 """Models by name, and the recipe from which each can be built again without its weights."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import nn
 from mpq.core.errors import MpqError, nearest_names
 from mpq.models import BUNDLED, bundled_model, tokenizer
 from mpq.sources.extras import import_object, need
+
+log = logging.getLogger(__name__)
 
 HF_CLASSES = {"ForCausalLM": "AutoModelForCausalLM", "ForImageClassification": "AutoModelForImageClassification"}
 
@@ -100,17 +103,29 @@ def _transformers(name: str) -> Network:
         raise MpqError(f"the weights of {name} cannot be loaded: {_first_line(error)}") from error
     recipe = {"kind": "transformers", "class": class_name, "config": json.loads(config.to_json_string(use_diff=False))}
     if class_name == "AutoModelForImageClassification":
-        processor = transformers.AutoImageProcessor.from_pretrained(name)
-        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+        mean, std = _normalization(name, transformers)
         return Network(name, model.eval(), "accuracy", recipe, mean=mean, std=std)
-    tokens = transformers.AutoTokenizer.from_pretrained(name)
+    context = getattr(config, "max_position_embeddings", None)
+    try:
+        tokens = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        log.warning("%s comes without a tokenizer (%s): give its data as tokens", name, _first_line(error))
+        return Network(name, model.eval(), "perplexity", recipe, context=context)
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokens(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    context = getattr(config, "max_position_embeddings", None)
     return Network(name, model.eval(), "perplexity", recipe, tokens, encode, context)
+
+
+def _normalization(name: str, transformers: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the channels that an image model wants; () for both where it does not say."""
+    try:
+        about, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
+    except OSError:
+        return (), ()
+    return tuple(about.get("image_mean") or ()), tuple(about.get("image_std") or ())
 
 
 def _timm(name: str) -> Network:

@@ -48,6 +48,12 @@ def test_a_hugging_face_folder(tmp_path):
     assert torch.equal(ours, theirs)
     with pytest.raises(MpqError, match=r"seqlen 4096 is more than .* at most 512"):
         open_source(str(STORIES), seqlen=4096)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((STORIES / name).read_bytes())
+    with pytest.raises(MpqError, match="has no tokenizer for text"):
+        open_source(str(bare))
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text((STORIES / "config.json").read_text())
