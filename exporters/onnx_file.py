@@ -95,7 +95,19 @@ def _trace(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
         )
     finally:
         model.train(training)
-    return program.model_proto
+    return _stripped(program.model_proto)
+
+
+def _stripped(traced: Any) -> Any:
+    """The graph without what the tracer notes of its own work (stack traces, shapes of values): more than the weights
+    of a small network.
+    """
+    graph = traced.graph
+    for part in (traced, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *traced.functions):
+        for field in ("metadata_props", "doc_string", "value_info"):
+            if field in part.DESCRIPTOR.fields_by_name:
+                part.ClearField(field)
+    return traced
 
 
 def _copies(name: str, others: list[str]) -> list[Any]:
