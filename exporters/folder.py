@@ -37,6 +37,8 @@ def write_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         draft.chmod(0o777 & ~umask)
+        for path in draft.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         if target.exists():
             _replace(draft, target)
         else:
