@@ -22,8 +22,8 @@ from mpq.core.calibration import Batch, cross_entropy, next_token_loss
 from mpq.core.layers import find_layers
 from mpq.core.methods import NEEDS_SECOND_MOMENT
 from mpq.core.moments import second_moments
-from mpq.core.problem import build_problem
 from mpq.quantized import simulate
+from mpq.sensitivity import DEFAULT_METRIC
 
 LADDER = (
     "int2-g32", "int2-g64", "int2-g128", "int2-channel", "int3-g32", "int3-g64", "int3-g128", "int3-channel",
@@ -77,17 +77,19 @@ def spread(difference: Tensor) -> float:
     return (difference.std() / math.sqrt(len(difference))).item()
 
 
-def run(contest: Contest, metric: str, methods: Sequence[str]) -> list[str]:
+def run(contest: Contest, metric: str | None, methods: Sequence[str]) -> list[str]:
     results = []
     loss_fn = cross_entropy if contest.kind == "top1" else next_token_loss
     layers = find_layers(contest.model)
     start = time.perf_counter()
-    table = mpq.profile(contest.model, contest.calibration, loss_fn, LADDER, metric=metric, progress=False)
+    table = mpq.profile(
+        contest.model, contest.calibration, loss_fn, LADDER, metric=metric or DEFAULT_METRIC, progress=False
+    )
     frontier = mpq.frontier(table)
     moments = None
     if NEEDS_SECOND_MOMENT & set(methods):
         moments = second_moments(contest.model, layers, contest.calibration, loss_fn)
-    uniforms = dict(frontier.uniform(build_problem(table)))
+    uniforms = dict(frontier.uniform())
     original = measure(contest.model, contest)
     print(
         f"\n{contest.name}: profile and search {time.perf_counter() - start:.1f} s, metric {metric}; "
@@ -103,7 +105,7 @@ def run(contest: Contest, metric: str, methods: Sequence[str]) -> list[str]:
             allocation = frontier.at(bits=min(bits, uniform.bits) if bits != round(uniform.bits, 1) else uniform.bits)
             pair = []
             for choice in (uniform, allocation):
-                simulated = simulate(contest.model, choice, method=method, second_moments=moments)
+                simulated = simulate(contest.model, choice, method, moments, trainable=False)
                 pair.append(measure(simulated, contest))
             plain, searched = pair
             gain, error = difference(plain, searched, contest)
@@ -145,8 +147,8 @@ def contests(quick: bool) -> list[Contest]:
     found.append(
         Contest(
             "llama5m", reference_models.wikitext_llama(),
-            reference_models.wikitext_tokens("train", 8 if quick else 64, batch_size=8),
-            reference_models.wikitext_tokens("test", windows, batch_size=16), "perplexity",
+            reference_models.wikitext_tokens("train", 8 if quick else 64).split(8),
+            reference_models.wikitext_tokens("test", windows).split(16), "perplexity",
             ((4.25, "int4-g64"), (3.25, "int3-g64"), (2.5, "int2-g32")),
         )
     )  # fmt: skip

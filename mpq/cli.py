@@ -3,21 +3,30 @@
 import argparse
 import logging
 import math
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpq.core.errors import MpqError
+from mpq.options import (
+    budget_options,
+    choice_options,
+    data_options,
+    model_options,
+    pairs_of,
+    print_table,
+    profile_options,
+    profiling_of,
+    source_of,
+)
+from mpq.studies import add_studies
 
 if TYPE_CHECKING:
     from mpq.core.allocation import Allocation
     from mpq.core.frontier import Frontier
     from mpq.core.table import SensitivityTable
-    from mpq.sources import Source
 
-UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 
 
@@ -52,23 +61,23 @@ def parser() -> argparse.ArgumentParser:
         return found
 
     quantize = command("quantize", _quantize, "profile, search, export and measure a model")
-    _model_options(quantize)
-    _profile_options(quantize)
-    _budget_options(quantize)
-    _choice_options(quantize)
+    model_options(quantize)
+    profile_options(quantize)
+    budget_options(quantize)
+    choice_options(quantize)
     quantize.add_argument("--for", dest="consumer", default="mpq", help="who will run it: vllm, llama.cpp, ... or mpq")
     quantize.add_argument("--table", help="a table made before, instead of profiling")
     quantize.add_argument("-o", "--output", required=True, help="folder to write")
 
     profile = command("profile", _profile, "measure how much each layer suffers in each format")
-    _model_options(profile)
-    _profile_options(profile)
+    model_options(profile)
+    profile_options(profile)
     profile.add_argument("-o", "--output", required=True, help="table to write, a .csv file")
 
     allocate = command("allocate", _allocate, "choose formats under a budget, from a table")
     allocate.add_argument("table", help="what 'mpq profile' wrote")
-    _budget_options(allocate)
-    _choice_options(allocate)
+    budget_options(allocate)
+    choice_options(allocate)
     allocate.add_argument(
         "--budget", action="append", default=[], metavar="COST=NUMBER", help="another budget, as bitops=2e9"
     )
@@ -83,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     export = command("export", _export, "write the packed weights of an allocation")
-    _model_options(export)
+    model_options(export)
     export.add_argument("allocation", help="what 'mpq allocate' wrote")
     export.add_argument("--method", default="mse", help="rounding: nearest, mse (default) or gptq")
     export.add_argument("--to", default="mpq", help="mpq (default), compressed-tensors, gguf, ...")
@@ -91,102 +100,28 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = command("eval", _eval, "load a packed model and measure it")
     evaluate.add_argument("folder", help="what 'mpq quantize' or 'mpq export' wrote")
-    _data_options(evaluate)
+    data_options(evaluate)
     evaluate.add_argument("--trust", action="store_true", help="import the model's own factory")
 
     formats = command("formats", _formats, "list number formats, or tell all of one")
     formats.add_argument("names", nargs="*", help="formats to tell the whole grid of")
+    add_studies(command)
     return top
-
-
-def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", help="tiny-lm, tiny-cnn, a Hugging Face folder or id, timm:NAME, package.module:factory"
-    )
-    _data_options(parser)
-    parser.add_argument("--trust", action="store_true", help="let a checkpoint import the model's own factory")
-
-
-def _data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", help="data: a file, datasets:ID, package.module:loader (default: the model's own)")
-    parser.add_argument("--nsamples", type=int, default=128, help="calibration samples (default: 128)")
-    parser.add_argument("--seqlen", type=int, help="tokens of a sample (default: 256, or the model's context)")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-
-
-def _profile_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--formats", help="candidates, separated by commas (default: integers of 2 to 8 bits)")
-    parser.add_argument("--metric", help="sensitivity metric (default: the one that predicts best)")
-    parser.add_argument("--method", default="mse", help="rounding: nearest, mse (default) or gptq")
-    parser.add_argument("--include", action="append", help="layer pattern: a glob, or re:REGEX (default: all)")
-    parser.add_argument("--exclude", action="append", default=[], help="layer pattern to leave as it is")
-
-
-def _budget_options(parser: argparse.ArgumentParser) -> None:
-    budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--bits", type=float, help="largest average bits per weight, scales counted")
-    budget.add_argument("--size", type=_size, help="largest size of the model, as 500MB")
-
-
-def _choice_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pin", action="append", default=[], metavar="LAYERS=FORMAT", help="fix layers to a format")
-    parser.add_argument("--no-ties", action="store_true", help="let fused layers (q/k/v, gate/up) differ")
-
-
-def _size(text: str) -> float:
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
-    if match is None or match[2] not in UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write it as 500MB, 1.5GB or a number of bytes")
-    return float(match[1]) * UNITS[match[2]]
-
-
-def _pairs(items: Sequence[str], what: str) -> dict[str, str]:
-    pairs = {}
-    for item in items:
-        name, equals, value = item.rpartition("=")
-        if not (name and equals and value):
-            raise MpqError(f"{item!r} is no {what}: write NAME=VALUE")
-        pairs[name] = value
-    return pairs
-
-
-def _source(options: argparse.Namespace) -> "Source":
-    from mpq.sources import open_source
-
-    return open_source(
-        options.model, options.dataset, nsamples=options.nsamples, seqlen=options.seqlen,
-        batch_size=options.batch_size, seed=options.seed, device=options.device,
-    )  # fmt: skip
-
-
-def _profiling(options: argparse.Namespace) -> dict[str, Any]:
-    from mpq.core.scheme import parse_scheme
-    from mpq.sensitivity import DEFAULT_METRIC
-
-    formats = tuple(filter(None, options.formats.split(","))) if options.formats is not None else None
-    for name in formats or ():
-        parse_scheme(name)  # before the model is read
-    return {
-        "formats": formats, "metric": options.metric or DEFAULT_METRIC, "method": options.method,
-        "include": options.include or ("*",), "exclude": options.exclude, "seed": options.seed,
-    }  # fmt: skip
 
 
 def _quantize(options: argparse.Namespace) -> None:
     from mpq.core.table import SensitivityTable
     from mpq.pipeline import quantize_model
 
-    settings, pin = _profiling(options), _pairs(options.pin, "pin")
+    settings, pin = profiling_of(options), pairs_of(options.pin, "pin")
     table = SensitivityTable.load(options.table) if options.table else None
     outcome = quantize_model(
-        _source(options), options.output, bits=options.bits, size=options.size, table=table, pin=pin,
+        source_of(options), options.output, bits=options.bits, size=options.size, table=table, pin=pin,
         ties=not options.no_ties, trust=options.trust, consumer=options.consumer, **settings,
     )  # fmt: skip
     from mpq.report import HEADINGS
 
-    _print_table([HEADINGS, *(row[:-1] for row in outcome.rows())])
+    print_table([HEADINGS, *(row[:-1] for row in outcome.rows())])
     print(f"\n{_summary(outcome.frontier, outcome.allocation)}")
     print(f"written to {outcome.folder}: packed weights, table, frontier, report.html")
 
@@ -195,9 +130,9 @@ def _profile(options: argparse.Namespace) -> None:
     from mpq.core.formats import DEFAULT_FORMATS
     from mpq.sensitivity.profile import profile
 
-    settings = _profiling(options)
+    settings = profiling_of(options)
     settings["formats"] = settings["formats"] or DEFAULT_FORMATS
-    source = _source(options)
+    source = source_of(options)
     table = profile(
         source.model, source.calibration, source.loss_fn, resume=f"{options.output}.unfinished",
         provenance={"model": source.name, "dataset": source.data}, **settings,
@@ -211,8 +146,8 @@ def _allocate(options: argparse.Namespace) -> None:
     from mpq.search import frontier_of
 
     table = SensitivityTable.load(options.table)
-    budgets = {name: float(value) for name, value in _pairs(options.budget, "budget").items()}
-    pin, ties = _pairs(options.pin, "pin"), not options.no_ties
+    budgets = {name: float(value) for name, value in pairs_of(options.budget, "budget").items()}
+    pin, ties = pairs_of(options.pin, "pin"), not options.no_ties
     search = options.by or ("integer" if budgets else "exact")
     if search == "exact":
         frontier = frontier_of(table, pin=pin, ties=ties, budgets=budgets)
@@ -262,7 +197,7 @@ def _export(options: argparse.Namespace) -> None:
     from mpq.pipeline import megabytes, moments_for
 
     allocation, export = Allocation.load(options.allocation), exporter_named(options.to)
-    source = _source(options)
+    source = source_of(options)
     moments = moments_for(options.method, source.model, allocation, source)
     written = export(
         source.model, allocation, options.output, method=options.method, second_moments=moments, recipe=source.recipe
@@ -301,7 +236,7 @@ def _formats(options: argparse.Namespace) -> None:
         low, high = format.grid.min, format.grid.max
         bits = f"{format.effective_bits():.3f}"
         rows.append((name, bits, format.grid.name, scale, shared[format.granularity], f"{low:g} to {high:g}"))
-    _print_table(rows)
+    print_table(rows)
     print("\nGRID[-tensor|-channel|-gN][-asym][-sSCALE][-ts]; bits are those of a 4096 x 4096 matrix, scales counted")
 
 
@@ -318,13 +253,7 @@ def _print_allocation(allocation: "Allocation", table: "SensitivityTable") -> No
     for i, (layer, scheme) in enumerate(zip(allocation.layers, allocation.schemes, strict=True)):
         score = table.scores[i, table.schemes.index(scheme)]
         rows.append((layer.name, f"{layer.rows} x {layer.cols}", scheme, f"{score:.3g}", layer.tie))
-    _print_table(rows)
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(rows)
 
 
 if __name__ == "__main__":
