@@ -26,11 +26,11 @@ from mpq.proxies import PROXIES
 from mpq.proxies.benchmark import Benchmark
 from mpq.proxies.evaluate import Evaluator
 from mpq.proxies.evolution import Evolution, Settings, evolve, random_search, valid_fraction
-from mpq.proxies.formulas import parse, save_formulas
+from mpq.proxies.formulas import load_formulas, parse, save_formulas
 from mpq.proxies.genomes import DATA_FREE, FIRST_ORDER, SHAPES, SOURCES, Pool
 from mpq.proxies.history import plot_history, save_history
 from mpq.proxies.measuring import measure
-from mpq.proxies.programs import INPUTS, Program, formula, inputs_of
+from mpq.proxies.programs import INPUTS, Program, inputs_of
 from mpq.proxies.ranking import MEASURES, bootstrap, interval, rankings
 from mpq.proxies.statistics import Statistics
 from mpq.quantized import simulate
@@ -42,7 +42,7 @@ POOLS = {
     "first-order": FIRST_ORDER,
     "data-free": DATA_FREE,
 }
-GENERATIONS = {"resnet20": 1.0, "resnet56": 0.3, "llama5m": 0.3}  # share of --generations: larger statistics
+GENERATIONS = {"resnet20": 1.0, "resnet56": 0.1, "llama5m": 0.1}  # share of --generations: larger statistics
 WIDTH = 32
 
 
@@ -100,7 +100,7 @@ def judge(here: World, candidates: dict[str, Program]) -> None:
     for i, name in enumerate(names):
         cells = [f"{values[i, j]:6.3f} [{low[i, j]:6.3f}, {high[i, j]:6.3f}]" for j in range(4)]
         print(f"    {name:{WIDTH}} " + "   ".join(cells), flush=True)
-    for name in set(candidates) & set(names):
+    for name in (name for name in candidates if name in names):
         i = names.index(name)
         for j, what in ((0, "spearman"), (3, "fixed_size")):
             best = max(range(len(names)), key=lambda k: values[k, j] if names[k] in known else -2.0)
@@ -208,25 +208,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     generations = 30 if options.quick else options.generations
     pools = ("first-order",) if options.quick else tuple(POOLS)
-    transferred: dict[str, Program] = {}
     for name in ("resnet20",) if options.quick else options.models:
         here = world(name, options.quick)
-        own = {
-            f"evolved {pool}": evolved(
-                here, pool, round(generations * GENERATIONS[name]), options.offspring
-            ).best.program
-            for pool in pools
-        }
+        rounds = round(generations * GENERATIONS[name])
+        own = {f"evolved {pool}": evolved(here, pool, rounds, options.offspring).best.program for pool in pools}
         save_formulas(OUT / f"evolved_{name}.txt", own)
-        candidates = {**own, **transferred}
         if name == "resnet20":
-            transferred = {f"{label} on resnet20": program for label, program in own.items()}
             validity(here, 200 if options.quick else 2000)
             against_chance(here, 10 if options.quick else 200, options.offspring, 1 if options.quick else 3)
-        judge(here, candidates)
-        allocations(here, candidates)
-    for name, program in transferred.items():
-        print(f"{name}: {formula(program)}")
+        elif (OUT / "evolved_resnet20.txt").exists():
+            transferred = load_formulas(OUT / "evolved_resnet20.txt")
+            own |= {f"{label} on resnet20": program for label, program in transferred.items()}
+        judge(here, own)
+        allocations(here, own)
     print("\n" + "\n".join(RESULTS))
 
 

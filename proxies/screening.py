@@ -38,16 +38,25 @@ class Judge:
     evaluator: Evaluator
     seen: set[str] = field(default_factory=set)  # behaviours that have had their fitness
     fates: Counter[str] = field(default_factory=Counter)  # kinds, finite, constant, duplicate, judged
+    computed: set[Program] = field(default_factory=set)  # whose behaviour is in `seen`: no need to compute them again
 
     def fitness(self, genome: Genome) -> float | None:
         """The genome's fitness; None when it is screened out."""
-        fate, losses = self.losses(genome)
+        try:
+            program = program_of(genome)
+        except MpqError:
+            self.fates["kinds"] += 1
+            return None
+        if program in self.computed:
+            self.fates["duplicate"] += 1
+            return None
+        fate, losses = self.judge_program(program)
         if losses is not None:
+            self.computed.add(program)
             behaviour = _behaviour(losses)
             if behaviour in self.seen:
                 fate = "duplicate"
-            else:
-                self.seen.add(behaviour)
+            self.seen.add(behaviour)
         self.fates[fate] += 1
         return fitness(losses, self.benchmark) if fate == "judged" and losses is not None else None
 
