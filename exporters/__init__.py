@@ -17,6 +17,10 @@ EXPORTERS: dict[str, tuple[str, str]] = {
         "mpq.exporters.compressed_tensors:export",
         "one scheme per group of layers, for vLLM, SGLang and transformers",
     ),
+    "gptq": (
+        "mpq.exporters.gptq_layout:export",
+        "the GPTQ layout, bits and groups per layer, for gptqmodel and vLLM",
+    ),
     "gguf": ("mpq.exporters.gguf_file:export", "a Llama for llama.cpp, each layer in its own tensor type"),
     "onnx": ("mpq.exporters.onnx_file:export", "a graph with integers at each layer's own width, for ONNX Runtime"),
 }

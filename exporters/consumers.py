@@ -136,6 +136,7 @@ def _whole_groups(layer: Layer, weight: Format) -> str:
 
 
 FLOAT_COPIES = ("bf16", "fp16", "fp32")
+GROUPS = ("g32", "g64", "g128", "channel")
 
 # ggml's tensor types by the formats whose numbers they hold exactly. Types with another structure (a float minimum in
 # Q4_1 and Q5_1, two levels of scales in the K types) have no format yet.
@@ -173,6 +174,23 @@ def _onnx(layer: Layer, scheme: Scheme) -> str:
     return "it has no such scheme"
 
 
+def _gptq(layer: Layer, scheme: Scheme) -> str:
+    weight = scheme.weight
+    if scheme.activation is not None:
+        return "its activations stay in floating point"
+    if weight.is_float_copy:
+        return ""
+    if layer.kind != "linear" or layer.aliases:
+        return f"it quantizes linear layers with weights of their own, not {layer.kind}"
+    if weight.grid.name not in ("int2", "int3", "int4", "int8") or weight.granularity == "tensor":
+        return "it has symmetric integers of 2, 3, 4 and 8 bits by group or channel"
+    if weight.scale != "fp16":
+        return "its scales are float16"
+    if layer.cols * weight.grid.bits % 32 or layer.rows * weight.grid.bits % 32:
+        return f"{layer.rows} x {layer.cols} codes of {weight.grid.bits} bits do not fill whole 32-bit words"
+    return _whole_groups(layer, weight)
+
+
 CONSUMERS: dict[str, Consumer] = {
     consumer.name: consumer
     for consumer in (
@@ -181,7 +199,7 @@ CONSUMERS: dict[str, Consumer] = {
             "compressed-tensors",
             "vLLM, SGLang and transformers",
             (
-                *(f"int{bits}-{size}" for bits in range(2, 9) for size in ("g32", "g64", "g128", "channel")),
+                *(f"int{bits}-{size}" for bits in range(2, 9) for size in GROUPS),
                 *(f"int{bits}-g128-asym" for bits in (2, 3, 4, 8)),
                 *("int8-channel+a:int8-token", "fp8-e4m3", "fp8-e4m3-channel", "fp8-e4m3-channel+a:fp8-e4m3-token"),
                 *("mxfp4", "mxfp6-e2m3", "mxfp8-e4m3", "nvfp4", *FLOAT_COPIES),
@@ -189,6 +207,15 @@ CONSUMERS: dict[str, Consumer] = {
             _compressed_tensors,
         ),
         Consumer("gguf", "llama.cpp", tuple(GGUF_TYPES), _gguf, fuses=False),
+        Consumer(
+            "gptq",
+            "gptqmodel and vLLM",
+            (
+                *(f"int{bits}-{size}" for bits in (2, 3, 4, 8) for size in ("g32", "g64", "g128", "channel")),
+                *FLOAT_COPIES,
+            ),
+            _gptq,
+        ),
         Consumer(
             "onnx",
             "ONNX Runtime",

@@ -1,0 +1,118 @@
+"""The GPTQ checkpoint layout (AutoGPTQ, gptqmodel, vLLM's marlin kernels), bits and groups per layer in `dynamic`.
+
+qweight int32 (in * bits / 32, out): each column the bit stream of an output's codes; scales float16 (groups, out);
+qzeros int32 (groups, out * bits / 32): each group's zero points less one, 2**(bits - 1) - 1 as the grids are symmetric;
+g_idx int32 (in,): the group of each input.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
+from mpq.core.formats import Format
+from mpq.core.layers import layer_kind, matrix_to_weight
+from mpq.exporters.consumers import CONSUMERS, check
+from mpq.exporters.folder import refuse_foreign, write_checksums, write_folder
+from mpq.exporters.shards import SHARD, WHOLE, write_tensors
+from mpq.exporters.state import model_config, other_state, specs_of, write_config
+from mpq.kernels.layout import Packed, pack, pack_bits
+from mpq.kernels.modules import empty_weight
+from mpq.quantized import Moments, checked_layers, quantized_layers
+
+
+def export(
+    model: nn.Module,
+    allocation: Allocation,
+    folder: str | os.PathLike[str],
+    *,
+    method: str = "mse",
+    second_moments: Moments | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    shard: int = SHARD,
+) -> Path:
+    """Write a transformers model in the GPTQ layout; the folder. Any rounding method will do.
+
+    Raises:
+        MpqError: no transformers model, a scheme that the layout cannot hold, fused layers in two, foreign files.
+    """
+    if not hasattr(getattr(model, "config", None), "to_json_string"):
+        raise MpqError(f"GPTQ checkpoints hold transformers models, not {type(model).__name__}: export to mpq")
+    check(CONSUMERS["gptq"], allocation)
+    refuse_foreign(folder, (WHOLE, "config.json", "allocation.json"))
+    others, _ = other_state(model, allocation)
+    specs = specs_of(others)
+    for layer, scheme in checked_layers(model, allocation):
+        empty = empty_weight(scheme.weight, layer.rows, layer.cols).matrix()
+        specs.update(specs_of(_named(model, layer.name, empty)))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from others.items()
+        for layer, _, quantized in quantized_layers(model, allocation, method, second_moments):
+            yield from _named(model, layer.name, pack(quantized)).items()
+
+    with write_folder(folder) as draft:
+        digests = write_tensors(draft, specs, tensors(), shard)
+        write_config(draft, {**model_config(model), "quantization_config": _config(model, allocation)}, model)
+        allocation.save(draft / "allocation.json")
+        write_checksums(draft, digests)
+    return Path(folder)
+
+
+def _named(model: nn.Module, layer: str, packed: Packed) -> dict[str, Tensor]:
+    if packed.format.is_float_copy:
+        return {f"{layer}.weight": matrix_to_weight(packed.tensors["packed"], model.get_submodule(layer))}
+    return {f"{layer}.{name}": tensor for name, tensor in gptq_tensors(packed).items()}
+
+
+def gptq_tensors(packed: Packed) -> dict[str, Tensor]:
+    """The layer's tensors in the GPTQ layout."""
+    format, (rows, cols) = packed.format, packed.shape
+    bits, groups = format.grid.bits, format.groups(cols)
+    zeros = torch.full((groups, rows), 2 ** (bits - 1) - 1, dtype=torch.uint8)
+    return {
+        "qweight": _words(packed.tensors["packed"]).t().contiguous(),
+        "qzeros": _words(pack_bits(zeros, bits)),
+        "scales": packed.tensors["scale"].t().contiguous(),
+        "g_idx": torch.arange(cols, dtype=torch.int32) // (format.group_size or cols),
+    }
+
+
+def _words(stream: Tensor) -> Tensor:
+    return stream.reshape(-1).view(torch.int32).reshape(len(stream), -1)
+
+
+def _config(model: nn.Module, allocation: Allocation) -> dict[str, Any]:
+    formats = {layer.name: allocation.scheme_of[layer.name].weight for layer in allocation.layers}
+    coded = {name: _numbers(format) for name, format in formats.items() if not format.is_float_copy}
+    usual = Counter(coded.values()).most_common(1)[0][0] if coded else (4, 128)
+    dynamic: dict[str, dict[str, Any]] = {
+        f"+:^{re.escape(name)}$": {"bits": bits, "group_size": size}
+        for name, (bits, size) in coded.items()
+        if (bits, size) != usual
+    }
+    for name, module in model.named_modules():
+        if layer_kind(module) == "linear" and name not in coded:
+            dynamic[f"-:^{re.escape(name)}$"] = {}
+    return {
+        "quant_method": "gptq",
+        "bits": usual[0],
+        "group_size": usual[1],
+        "sym": True,
+        "desc_act": False,
+        "lm_head": "lm_head" in coded,
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+        "dynamic": dynamic,
+    }
+
+
+def _numbers(format: Format) -> tuple[int, int]:
+    return format.grid.bits, format.group_size or -1
