@@ -7,7 +7,10 @@ from mpq.kernels.triton.spec import Spec
 
 @dataclass(frozen=True)
 class Config:
-    """Output channels, tokens and columns of a program's step; programs that share a row; warps; pipeline stages."""
+    """Output channels, tokens and columns of a program's step; programs that share a row; warps; pipeline stages.
+
+    backend "cuda" is the CUDA C++ kernel, where it applies: it takes `split` alone from here.
+    """
 
     block_n: int = 64
     block_m: int = 16
@@ -15,6 +18,7 @@ class Config:
     split: int = 1
     warps: int = 4
     stages: int = 4
+    backend: str = "triton"
 
 
 def step_cols(spec: Spec) -> int:

@@ -11,11 +11,13 @@ from torch import Tensor
 from mpq.core.formats import Format, parse_format
 from mpq.core.rounding import absmax_scales, decode, decode_table, encode, gather, spread, to_float_copy
 from mpq.kernels import reference
+from mpq.kernels.cuda import int4
 from mpq.kernels.fragments import BLOCK_COLS, TILE_ROWS, covers, fields, names
-from mpq.kernels.triton.config import Config, default_config, step_cols
+from mpq.kernels.triton.config import Config, step_cols
 from mpq.kernels.triton.inputs import round_kernel
 from mpq.kernels.triton.product import product_kernel, reduce_kernel
 from mpq.kernels.triton.spec import magic_of, spec_of
+from mpq.kernels.triton.tables import config_for
 
 TYPES = {
     torch.float16: tl.float16,
@@ -44,7 +46,7 @@ def linear(
     tokens = input.reshape(-1, cols)
     if not computes(packed, input.dtype) or 0 in (tokens.shape[0], rows, cols):
         return reference.linear(input, weight, bias, format, rows, cols, layout, activation)
-    config = default_config(spec_of(packed), tokens.shape[0], rows, cols, processors(input.device))
+    config = config_for(packed.name, activation, tokens.shape[0], rows, cols, input.device)
     scales = None
     if activation:
         rounded = parse_format(activation)
@@ -54,6 +56,8 @@ def linear(
         else:
             tokens, scales = eight_bit_inputs(tokens, rounded, dtype)
             config = replace(config, block_k=max(32, config.block_k))
+    elif config.backend == "cuda" and int4.covers(packed, tokens):
+        return int4.product(tokens, weight, bias, packed, rows, config.split).reshape(*input.shape[:-1], rows)
     output = product(tokens, weight, bias, packed, rows, config, input.dtype, scales)
     return output.reshape(*input.shape[:-1], rows)
 
@@ -146,8 +150,3 @@ def rounded_inputs(tokens: Tensor, format: Format) -> Tensor:
     scales = absmax_scales(tokens.float(), format)[0].unsqueeze(-1)
     elements = decode(encode(spread(tokens.float(), format) / scales, format.grid), format.grid) * scales
     return gather(elements, format, (tokens.shape[0], tokens.shape[1])).to(tokens.dtype)
-
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a device; 1 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
