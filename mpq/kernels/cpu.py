@@ -53,6 +53,7 @@ def native() -> Native | None:
     library = ctypes.CDLL(path)
     library.mpq_linear.restype = ctypes.c_int64
     library.mpq_linear.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    library.mpq_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
     wanted = os.environ.get("MPQ_CPU_LEVEL", LEVELS[-1])
     if wanted not in LEVELS:
         raise MpqError(f"MPQ_CPU_LEVEL is {wanted!r}: expected one of {', '.join(LEVELS)}")
@@ -150,6 +151,32 @@ def _redo(
     out[unfit] = reference.linear(x[unfit], weight, bias, format, rows, cols, layout, activation)
 
 
+def embedding(
+    indices: Tensor,
+    weight: Sequence[Tensor],
+    format: str,
+    rows: int,
+    cols: int,
+    layout: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """torch.ops.mpq.embedding for the panels layout: only the panels looked up are unpacked."""
+    wanted, place = torch.unique(indices.flatten() // panels.ROWS, return_inverse=True)
+    part = [weight[0][wanted], *weight[1:]]
+    local = place * panels.ROWS + indices.flatten() % panels.ROWS
+    found = reference.embedding(local, part, format, len(wanted) * panels.ROWS, cols, layout, dtype)
+    return found.reshape(*indices.shape, cols)
+
+
+def read(data: Tensor) -> None:
+    """Read a contiguous tensor's whole megabytes with PyTorch's threads, at the machine's bandwidth."""
+    found = native()
+    if found is None:
+        data.sum()
+    else:
+        found.library.mpq_read(data.data_ptr(), data.nbytes, torch.get_num_threads(), found.parallel)
+
+
 def _suits(packed: Packed, device: torch.device) -> bool:
     fits = device.type == "cpu" and panels.supports(packed.format) and min(packed.shape) > 0
     return fits and native() is not None and panels.finite_scales(packed)
@@ -157,3 +184,4 @@ def _suits(packed: Packed, device: torch.device) -> bool:
 
 LAYOUTS[panels.NAME] = Layout(panels.arrange, panels.restore, panels.names, _suits)
 KERNELS["linear", panels.NAME, "cpu"] = linear
+KERNELS["embedding", panels.NAME, "cpu"] = embedding

@@ -14,6 +14,7 @@ from mpq.core.formats import FORMATS
 from mpq.core.layers import find_layers
 from mpq.exporters.checkpoint import export, file_size, load
 from mpq.exporters.state import other_state
+from mpq.kernels.layout import to_layout
 from mpq.kernels.modules import PackedWeight
 from mpq.models import bundled_model
 from mpq.quantized import pack_model, simulate
@@ -98,7 +99,7 @@ def test_file_is_weights_and_overhead_and_header(tmp_path):
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     assert file.stat().st_size == allocation.size + overhead + header
     assert allocation.size == sum(
-        weight.matrix().nbytes
+        to_layout(weight.matrix(), "rows").nbytes
         for weight in load(file.parent, model=model).modules()
         if isinstance(weight, PackedWeight)
     )

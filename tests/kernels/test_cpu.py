@@ -246,3 +246,16 @@ def test_compiles_without_warnings_and_runs_under_sanitizers(tmp_path):
     ran = subprocess.run([str(program), *cases], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.split() == ["done"] * len(cases)
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["int4-g128", "int8", "nvfp4", "int3-channel-asym"])
+def test_embeddings_unpack_the_panels_they_need(name):
+    packed, arranged = weight_of(name, 300, 70)
+    indices = torch.tensor([[299, 0, 64], [63, 64, 130]])
+    facts = (packed.format.name, *packed.shape)
+    found, expected = (
+        torch.ops.mpq.embedding(indices, list(one.tensors.values()), *facts, one.layout, torch.float32)
+        for one in (arranged, packed)
+    )
+    assert torch.equal(found, expected)

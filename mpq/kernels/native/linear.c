@@ -236,3 +236,31 @@ EXPORT int64_t mpq_linear(const mpq_weight *given, const mpq_call *call) {
   }
   return unfit;
 }
+
+typedef struct {
+  const uint8_t *data;
+  int64_t blocks;
+  atomic_llong next, found;
+} reading;
+
+static void read_blocks(void *argument) {
+  reading *work = argument;
+  typedef uint64_t words __attribute__((vector_size(64)));
+  words all = {0};
+  for (int64_t block; (block = atomic_fetch_add(&work->next, 1)) < work->blocks;)
+    for (const uint8_t *at = work->data + (block << 20), *end = at + (1 << 20); at < end; at += 64) {
+      words line;
+      memcpy(&line, at, 64);
+      __builtin_prefetch(at + MPQ_AHEAD);
+      all |= line;
+    }
+  for (int i = 0; i < 8; i++) atomic_fetch_or(&work->found, (long long)all[i]);
+}
+
+/* Read whole megabytes, for the machine's bandwidth; returns whether any bit was set. */
+EXPORT int mpq_read(const uint8_t *data, int64_t size, int threads, mpq_parallel parallel) {
+  reading work = {.data = data, .blocks = size >> 20};
+  if (threads > 1 && parallel) parallel(read_blocks, &work, threads, 0);
+  else read_blocks(&work);
+  return atomic_load(&work.found) != 0;
+}

@@ -1,0 +1,84 @@
+"""Measured seconds of layers on one machine, as a cost for searches; read without torch."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpq.core.errors import MpqError, nearest_names
+from mpq.core.files import write_atomically
+from mpq.core.layer import Layer
+from mpq.core.scheme import Scheme, parse_scheme
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One measurement: the median seconds of a (rows, cols) layer in a scheme for `batch` tokens."""
+
+    scheme: str  # canonical name
+    rows: int
+    cols: int
+    batch: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Measurements of one machine. `provenance` says which: bandwidth in bytes per second, threads, instructions."""
+
+    entries: tuple[Latency, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def seconds(self, scheme: Scheme | str, rows: int, cols: int, batch: int = 1) -> float:
+        """Seconds of a layer: as measured, or by its number of weights between the measured shapes.
+
+        Beyond the largest shape time grows with the weights; below the smallest it falls with them.
+
+        Raises:
+            MpqError: nothing was measured for the scheme and the batch.
+        """
+        name = str(parse_scheme(scheme) if isinstance(scheme, str) else scheme)
+        found = [entry for entry in self.entries if entry.scheme == name and entry.batch == batch]
+        if not found:
+            known = sorted({f"{entry.scheme} at batch {entry.batch}" for entry in self.entries})
+            raise MpqError(
+                f"no latency was measured for {name} at batch {batch}: "
+                f"{nearest_names(f'{name} at batch {batch}', known)}; 'mpq bench' measures it"
+            )
+        for entry in found:
+            if (entry.rows, entry.cols) == (rows, cols):
+                return entry.seconds
+        points = sorted((entry.rows * entry.cols, entry.seconds) for entry in found)
+        sizes, times = np.array(points, dtype=float).T
+        size = float(rows * cols)
+        if size <= sizes[0]:
+            return float(times[0] * size / sizes[0])
+        if size >= sizes[-1]:
+            return float(times[-1] * size / sizes[-1])
+        return float(np.interp(size, sizes, times))
+
+    def cost(self, batch: int = 1) -> Callable[[Layer, Scheme], float]:
+        """Seconds of a layer in a scheme, as `mpq.core.problem` takes a cost."""
+        return lambda layer, scheme: self.seconds(scheme, layer.rows, layer.cols, batch)
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, whole or not at all."""
+        content = {"provenance": dict(self.provenance), "entries": [asdict(entry) for entry in self.entries]}
+        with write_atomically(path) as draft:
+            draft.write_text(json.dumps(content, indent=1))
+
+
+def load_latencies(path: str | Path) -> LatencyTable:
+    """The table that `LatencyTable.save` wrote.
+
+    Raises:
+        MpqError: the file is missing or holds something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        return LatencyTable(tuple(Latency(**entry) for entry in content["entries"]), content["provenance"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MpqError(f"{path} is not a latency table ({error}): write one with 'mpq bench'") from None

@@ -1,0 +1,85 @@
+"""Text from a causal language model: a light loop over its key-value cache, packed or not, with tokens per second."""
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.calibration import seeded
+from mpq.core.errors import MpqError
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out, and how fast."""
+
+    tokens: tuple[int, ...]  # without the prompt
+    prompt_seconds: float  # until the first token
+    seconds: float  # of the tokens after the first
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed, the prompt left out; NaN when fewer than two tokens came."""
+        return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 else float("nan")
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module,
+    prompt: Tensor,  # int (tokens,)
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,  # 0: always the likeliest token
+    top_k: int = 0,  # 0: all
+    seed: int = 0,
+    stop: Collection[int] = (),  # tokens that end the text, themselves included
+) -> Generation:
+    """Continue a prompt with a transformers causal language model, in evaluation mode, one sequence.
+
+    Raises:
+        MpqError: an empty prompt, or a model that keeps no key-value cache.
+    """
+    if prompt.ndim != 1 or not len(prompt):
+        raise MpqError(f"a prompt is one row of at least one token, not {tuple(prompt.shape)}")
+    random, tokens, cache = seeded(seed, "generate"), [], None
+    step, training = prompt.unsqueeze(0), model.training
+    model.eval()
+    started = first = time.perf_counter()
+    try:
+        for _ in range(max_new_tokens):
+            output: Any = model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            if cache is None:
+                raise MpqError("the model keeps no key-value cache: generate wants a causal language model")
+            token = _choose(output.logits[0, -1].float(), temperature, top_k, random)
+            tokens.append(token)
+            if len(tokens) == 1:
+                first = time.perf_counter()
+            if token in stop:
+                break
+            step = step.new_tensor([[token]])
+    finally:
+        model.train(training)
+    return Generation(tuple(tokens), first - started, time.perf_counter() - first)
+
+
+def compare_speeds(
+    models: Mapping[str, nn.Module], prompt: Tensor, *, max_new_tokens: int = 64, rounds: int = 3
+) -> dict[str, float]:
+    """Median tokens per second of each model, greedy, taking turns."""
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+            found[name].append(generate(model, prompt, max_new_tokens=max_new_tokens).tokens_per_second)
+    return {name: sorted(speeds)[len(speeds) // 2] for name, speeds in found.items()}
+
+
+def _choose(logits: Tensor, temperature: float, top_k: int, random: torch.Generator) -> int:
+    if temperature <= 0:
+        return int(logits.argmax())
+    if 0 < top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    return int(torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=random))

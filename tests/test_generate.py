@@ -1,0 +1,46 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mpq.core.errors import MpqError
+from mpq.generate import compare_speeds, generate
+
+PROMPT = torch.tensor([3, 1, 4, 1, 5])
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=64, **shape)).eval()
+
+
+def test_greedy_text_is_that_of_recomputing_everything(model):
+    found = generate(model, PROMPT, max_new_tokens=12)
+    sequence = PROMPT
+    for _ in range(12):
+        with torch.no_grad():
+            sequence = torch.cat([sequence, model(sequence[None]).logits[0, -1].argmax()[None]])
+    assert found.tokens == tuple(sequence[5:].tolist())
+    assert found.tokens_per_second > 0
+
+
+def test_sampling_follows_its_seed_and_top_one_is_greedy(model):
+    once, again, other = (generate(model, PROMPT, temperature=1.0, seed=seed).tokens for seed in (1, 1, 2))
+    assert once == again != other
+    assert generate(model, PROMPT, temperature=2.0, top_k=1).tokens == generate(model, PROMPT).tokens
+
+
+def test_stops_at_a_stop_token(model):
+    whole = generate(model, PROMPT, max_new_tokens=8).tokens
+    stopped = generate(model, PROMPT, max_new_tokens=8, stop={whole[3]}).tokens
+    assert stopped == whole[: whole.index(whole[3]) + 1]
+
+
+def test_an_empty_prompt_is_an_error(model):
+    with pytest.raises(MpqError, match="prompt"):
+        generate(model, PROMPT[:0])
+
+
+def test_speeds_of_several_models(model):
+    assert set(compare_speeds({"a": model, "b": model}, PROMPT, max_new_tokens=4, rounds=2)) == {"a", "b"}
