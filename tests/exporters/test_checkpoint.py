@@ -231,7 +231,7 @@ def test_bundled_models_come_back_by_name(name, tmp_path):
     folder = export(model, allocation, tmp_path / "out", recipe={"kind": "bundled", "name": name})
     inputs = torch.arange(40).reshape(2, 20) if name == "tiny-lm" else torch.rand(2, 1, 8, 8, generator=seeded(1))
     expected = simulate(model, allocation, trainable=False)(inputs)
-    torch.testing.assert_close(load(folder)(inputs), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(load(folder)(inputs), expected, rtol=1e-4, atol=3e-3)
     content = allocation.size + sum(t.nbytes for t in other_state(model, allocation)[0].values())
     assert (folder / "model.safetensors").stat().st_size == file_size(model, allocation) >= content
 
