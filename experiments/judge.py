@@ -1,6 +1,6 @@
 """Which metric predicts best: random allocations measured on ResNet-20, ResNet-56 and a language model.
 
-    python experiments/judge.py [--quick] [--models resnet20 llama] [--count 25] [--figures DIR]
+    python experiments/judge.py [--quick] [--models resnet20 llama] [--metrics ...] [--count 20] [--figures DIR]
 
 Tables come from calibration data, true losses from held-out data. For every metric: Spearman and Kendall with bootstrap
 intervals, Spearman at fixed size, and regret: how much more loss its own allocation has than the best known at that
@@ -22,7 +22,7 @@ from mpq.search.exact import exact
 from mpq.sensitivity.profile import profile
 from reference_models import cifar10_calibration, cifar10_test, resnet, wikitext_llama, wikitext_tokens
 
-FORMATS = ("int2-g32", "int3-g32", "int4-g32", "int4-channel", "int6-channel", "int8-channel")
+FORMATS = ("int2-g32", "int3-g32", "int4-g32", "int8-channel")
 CONTESTANTS: dict[str, tuple[str, dict[str, object]]] = {
     "hessian": ("hessian", {"max_probes": 4}),
     "hessian-gn": ("hessian", {"operator": "gauss-newton", "max_probes": 4}),
@@ -45,33 +45,46 @@ QUICK = ("fisher", "output", "output-model", "quadratic")
 
 
 def subject(
-    name: str, quick: bool
+    name: str, samples: int
 ) -> tuple[nn.Module, tuple[Batch, ...], tuple[Batch, ...], LossFn, tuple[float, ...]]:
     """Model, calibration data, held-out data, loss, budgets in bits."""
     if name == "llama":
-        windows = 2 if quick else 8
-        calibration = tuple(wikitext_tokens("valid", windows).split(4))
-        held_out = tuple(wikitext_tokens("test", 2 if quick else 8).split(4))
+        calibration = tuple(wikitext_tokens("valid", max(4, samples // 16)).split(4))
+        held_out = tuple(wikitext_tokens("test", max(4, samples // 16)).split(4))
         return wikitext_llama(), calibration, held_out, next_token_loss, (2.8, 3.2, 4.0)
     depth = int(name.removeprefix("resnet"))
-    calibration = cifar10_calibration(64 if quick else 128, 64)
-    return resnet(depth), calibration, cifar10_test(100 if quick else 300)[:1], cross_entropy, (2.9, 3.3, 4.0)
+    calibration = cifar10_calibration(samples, 32)
+    return resnet(depth), calibration, cifar10_test(max(100, samples))[:1], cross_entropy, (2.9, 3.3, 4.0)
 
 
 def study(name: str, options: argparse.Namespace) -> list[str]:
     """Profile with every contestant, judge, and HAWQ's ranking against its reverse at equal size."""
-    model, calibration, held_out, loss_fn, budgets = subject(name, options.quick)
+    model, calibration, held_out, loss_fn, budgets = subject(name, options.samples)
     tables: dict[str, SensitivityTable] = {}
     seconds: dict[str, float] = {}
-    for contestant in QUICK if options.quick else CONTESTANTS:
+    for contestant in options.metrics:
         metric, settings = CONTESTANTS[contestant]
         start = time.perf_counter()
         tables[contestant] = profile(
-            model, calibration, loss_fn, FORMATS, metric=metric, options=settings, progress=False
+            model,
+            calibration,
+            loss_fn,
+            FORMATS,
+            metric=metric,
+            options=settings,
+            method="nearest",
+            progress=False,
         )
         seconds[contestant] = time.perf_counter() - start
     found = judge(
-        model, held_out, loss_fn, tables, budgets=budgets, count=8 if options.quick else options.count, progress=False
+        model,
+        held_out,
+        loss_fn,
+        tables,
+        budgets=budgets,
+        count=options.count,
+        method="nearest",
+        progress=False,
     )
     print(f"\n{name}: {len(found.measured)} random allocations at {budgets} bits, {len(FORMATS)} formats\n{found}")
     print("seconds of profiling: " + ", ".join(f"{key} {value:.1f}" for key, value in seconds.items()))
@@ -98,7 +111,14 @@ def reversed_ranking(name: str, tables: dict[str, SensitivityTable], bits: float
     reverse = SensitivityTable(table.layers, table.schemes, scores, table.errors * 0, "reversed", table.provenance)
     model, batches, loss_fn = data
     found = judge(
-        model, batches, loss_fn, {"forward": table, "reversed": reverse}, budgets=(bits,), count=3, progress=False
+        model,
+        batches,
+        loss_fn,
+        {"forward": table, "reversed": reverse},
+        budgets=(bits,),
+        count=3,
+        method="nearest",
+        progress=False,
     )
     forward, backward = float(found.chosen["forward"][0]), float(found.chosen["reversed"][0])
     sizes = [exact(build_problem(each)).at(bits=bits).bits for each in (table, reverse)]
@@ -117,12 +137,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer metrics, samples and allocations")
     parser.add_argument("--models", nargs="+", default=["resnet20", "llama"], help="resnet20, resnet56, llama")
-    parser.add_argument("--count", type=int, default=25, help="random allocations at each budget")
+    parser.add_argument("--metrics", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
+    parser.add_argument("--samples", type=int, default=256, help="calibration images; a sixteenth as many windows")
+    parser.add_argument("--count", type=int, default=20, help="random allocations at each budget")
     parser.add_argument("--figures", type=Path, help="folder for figures")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = [line for name in (["resnet20"] if options.quick else options.models) for line in study(name, options)]
+    if options.quick:
+        options.models, options.metrics, options.samples, options.count = ["resnet20"], list(QUICK), 64, 8
+    results = [line for name in options.models for line in study(name, options)]
     print("\n" + "\n".join(results))
 
 
