@@ -63,7 +63,7 @@ def measure(
         MpqError: an unknown scheme.
     """
     parsed = [parse_scheme(name) for name in schemes]
-    page = torch.zeros(beyond // 4)
+    page = torch.ones(beyond // 4)  # written, so that it is memory and not the one page of zeros
     for rows, cols in shapes:
         dense = torch.randn((rows, cols), generator=seeded(0, "bench", rows, cols))
         floats = {kind: _rotation([dense.to(kind)], beyond) for kind in (torch.float32, torch.bfloat16)}

@@ -245,16 +245,15 @@ typedef struct {
 
 static void read_blocks(void *argument) {
   reading *work = argument;
-  typedef uint64_t words __attribute__((vector_size(64)));
-  words all = {0};
-  for (int64_t block; (block = atomic_fetch_add(&work->next, 1)) < work->blocks;)
-    for (const uint8_t *at = work->data + (block << 20), *end = at + (1 << 20); at < end; at += 64) {
-      words line;
-      memcpy(&line, at, 64);
-      __builtin_prefetch(at + MPQ_AHEAD);
-      all |= line;
-    }
-  for (int i = 0; i < 8; i++) atomic_fetch_or(&work->found, (long long)all[i]);
+  uint64_t all = 0;
+  for (int64_t block; (block = atomic_fetch_add(&work->next, 1)) < work->blocks;) {
+    const uint64_t *words = (const uint64_t *)(work->data + (block << 20));
+    uint64_t some[8] = {0};
+    for (int i = 0; i < 1 << 17; i += 8)
+      for (int j = 0; j < 8; j++) some[j] |= words[i + j];
+    for (int j = 0; j < 8; j++) all |= some[j];
+  }
+  atomic_fetch_or(&work->found, (long long)all);
 }
 
 /* Read whole megabytes, for the machine's bandwidth; returns whether any bit was set. */
