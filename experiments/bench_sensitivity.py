@@ -30,15 +30,24 @@ from reference_models import cifar10_calibration, resnet
 
 FORMATS = ("int2-channel", "int2-g32", "int3-channel", "int3-g32", "int4-channel", "int4-g32", "nvfp4", "int8-channel")
 QUICK_FORMATS = ("int2-g32", "int3-channel", "int4-channel")
+QUICK_OPTIONS = {"hessian": {"max_probes": 4}, "curvature": {"max_probes": 4}, "eigenvalue": {"max_steps": 5}}
 
 
-def predictions(batches: tuple[Batch, ...], formats: tuple[str, ...]) -> list[str]:
+def predictions(batches: tuple[Batch, ...], formats: tuple[str, ...], quick: bool) -> list[str]:
     """Profile with every metric; the seconds of all but the measured ones, and rank correlations with the oracle."""
     tables: dict[str, SensitivityTable] = {}
     seconds: dict[str, float] = {}
     for metric in METRICS:
         start = time.perf_counter()
-        tables[metric] = profile(resnet(20), batches, cross_entropy, formats, metric=metric, progress=False)
+        tables[metric] = profile(
+            resnet(20),
+            batches,
+            cross_entropy,
+            formats,
+            metric=metric,
+            options=QUICK_OPTIONS.get(metric) if quick else None,
+            progress=False,
+        )
         seconds[metric] = time.perf_counter() - start
     oracle = tables["loss"]
     clear = oracle.scores > 2 * oracle.errors
@@ -120,9 +129,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    batches = cifar10_calibration(128 if options.quick else 512, 64)
-    results = predictions(batches, QUICK_FORMATS if options.quick else FORMATS)
-    (batch,) = cifar10_calibration(64, 64)
+    batches = cifar10_calibration(64 if options.quick else 512, 32)
+    results = predictions(batches, QUICK_FORMATS if options.quick else FORMATS, options.quick)
+    (batch,) = cifar10_calibration(32 if options.quick else 64, 64)
     results += traces(batch, 4 if options.quick else 16)
     print("\n" + "\n".join(results))
 
