@@ -61,3 +61,11 @@ def search_named(name: str) -> Callable[..., Frontier]:
         plugin: Callable[..., Frontier] = plugins[name].load()
         return plugin
     raise MpqError(f"unknown search {name!r}: {nearest_names(name, [*SEARCHES, *plugins])}")
+
+
+def __getattr__(name: str) -> object:
+    """`OneShot` and `Schedule`, which need torch, are imported when they are asked for."""
+    homes = {"OneShot": "mpq.search.one_shot", "Schedule": "mpq.search.controller"}
+    if name in homes:
+        return getattr(import_module(homes[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -70,3 +70,12 @@ def run_all(suite):
     for name in dir(suite):
         if name.startswith("test_"):
             getattr(suite, name)()
+
+
+def test_the_one_shot_search_is_found_where_training_loops_look_for_it():
+    import mpq.search
+    from mpq.search.one_shot import OneShot
+
+    assert mpq.search.OneShot is OneShot
+    with pytest.raises(AttributeError, match="no attribute 'TwoShot'"):
+        _ = mpq.search.TwoShot
