@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
+from mpq.core.rounding import Quantized, decode_scales
 from mpq.kernels.layout import ROWS, Packed, pack_bits, unpack_bits
 
 FRAGMENTS = "fragments"
@@ -125,6 +126,19 @@ def restore(packed: Packed) -> Packed:
     if "tensor_scale" in arranged:
         tensors["tensor_scale"] = arranged["tensor_scale"]
     return replace(packed, layout=ROWS, tensors=tensors)
+
+
+def take_rows(packed: Packed, rows: Tensor) -> Quantized:  # rows: int64 (n,)
+    """The chosen rows, unpacking no more than the 16-row tiles that hold them."""
+    format, arranged, chosen = packed.format, packed.tensors, rows.shape[0]
+    tiles = {name: arranged[name][rows // TILE_ROWS] for name in names(format) if name.startswith("codes")}
+    lanes = unpack_fields(tiles, format.grid.bits)
+    spread = from_lanes(lanes, chosen * TILE_ROWS, packed.shape[1])
+    codes = spread[torch.arange(chosen, device=rows.device) * TILE_ROWS + rows % TILE_ROWS]
+    picked = rows[:0].new_zeros(1) if format.granularity == "tensor" else rows
+    scales = decode_scales(arranged["scale"][:, picked].T, format.scale)
+    zeros = arranged["zeros"][:, picked].T if "zeros" in arranged else None
+    return Quantized(format, (chosen, packed.shape[1]), codes, scales, zeros, arranged.get("tensor_scale"))
 
 
 def names(format: Format) -> tuple[str, ...]:

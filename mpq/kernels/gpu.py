@@ -6,8 +6,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from mpq.core.formats import parse_format
+from mpq.core.rounding import dequantize
 from mpq.kernels import fragments
-from mpq.kernels.layout import LAYOUTS, Layout, Packed
+from mpq.kernels.layout import LAYOUTS, Layout, Packed, packed_of
 
 
 def linear(
@@ -24,6 +26,15 @@ def linear(
     from mpq.kernels.triton.linear import linear as fused
 
     return fused(input, weight, bias, format, rows, cols, layout, activation)
+
+
+def embedding(
+    indices: Tensor, weight: Sequence[Tensor], format: str, rows: int, cols: int, layout: str, dtype: torch.dtype
+) -> Tensor:
+    """torch.ops.mpq.embedding from fragments: only the tiles of the picked rows are unpacked."""
+    packed = packed_of(weight, parse_format(format), (rows, cols), layout)
+    numbers = dequantize(fragments.take_rows(packed, indices.flatten()))
+    return numbers.reshape(*indices.shape, cols).to(dtype)
 
 
 def suits(packed: Packed, device: torch.device) -> bool:

@@ -27,6 +27,7 @@ SCHEMAS = {
 # (op, layout, device type) -> a function with the op's signature
 KERNELS: dict[tuple[str, str, str], Callable[..., Tensor]] = {
     ("linear", fragments.FRAGMENTS, "cuda"): gpu.linear,
+    ("embedding", fragments.FRAGMENTS, "cuda"): gpu.embedding,
 }
 
 

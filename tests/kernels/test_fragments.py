@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 import mpq.kernels.ops  # noqa: F401  (registers the layouts)
 from mpq.core.errors import MpqError
 from mpq.core.formats import FORMATS, parse_format
-from mpq.core.rounding import quantize
-from mpq.kernels import fragments
+from mpq.core.rounding import dequantize, quantize
+from mpq.kernels import fragments, gpu
 from mpq.kernels.layout import pack, to_layout
 
 COVERED = [name for name in FORMATS if fragments.covers(parse_format(name))]
@@ -53,3 +53,18 @@ def test_arranging_is_lossless(name: str) -> None:
 def test_float_copies_stay_as_they_are() -> None:
     with pytest.raises(MpqError, match="float copy"):
         to_layout(pack(quantize(torch.ones(2, 2), parse_format("bf16"))), fragments.FRAGMENTS)
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int3-g16-asym", "int8", "nvfp4", "fp6-e3m2-channel"])
+def test_embeddings_unpack_the_rows_they_pick(name: str) -> None:
+    format = parse_format(name)
+    quantized = quantize(torch.randn(37, 70, generator=torch.Generator().manual_seed(2)), format)
+    weight = list(to_layout(pack(quantized), fragments.FRAGMENTS).tensors.values())
+    indices = torch.tensor([[0, 36, 5], [16, 15, 5]])
+    rows = gpu.embedding(indices, weight, format.name, 37, 70, fragments.FRAGMENTS, torch.float32)
+    assert torch.equal(rows, dequantize(quantized)[indices])
+    assert gpu.embedding(indices[:0], weight, format.name, 37, 70, fragments.FRAGMENTS, torch.float32).shape == (
+        0,
+        3,
+        70,
+    )
