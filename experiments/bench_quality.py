@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--metric", default=None, help="sensitivity metric (default: that of mpq.profile)")
     parser.add_argument("--methods", nargs="+", default=["mse", "gptq"])
     arguments = parser.parse_args()
-    if not reference_models.available():
+    if not reference_models.DATA.exists():
         print("bench_quality: ../shared/data is absent, nothing to measure")
         return
     results = []
