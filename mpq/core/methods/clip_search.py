@@ -83,10 +83,13 @@ class _Search:
 
     def _units(self, factor: Tensor, zeros: Tensor | None) -> Tensor:
         units = self.elements / factor
+        grid = self.format.grid
+        if zeros is None and grid.family == "int":
+            return units.round_().clamp_(grid.min, grid.max)
         if zeros is None:
-            return decode(encode(units, self.format.grid), self.format.grid)
+            return decode(encode(units, grid), grid)
         offsets = zeros.unsqueeze(-1)
-        return units.round_().add_(offsets).clamp_(0, self.format.grid.max).sub_(offsets)
+        return units.round_().add_(offsets).clamp_(0, grid.max).sub_(offsets)
 
 
 def _candidates(elements: Tensor, widest: Tensor, format: Format) -> list[tuple[Tensor, Tensor | None]]:
