@@ -4,9 +4,9 @@ import argparse
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpq.core.errors import MpqError
 from mpq.options import (
@@ -20,7 +20,7 @@ from mpq.options import (
     profiling_of,
     source_of,
 )
-from mpq.studies import add_studies
+from mpq.studies import add_studies, adding_to
 
 if TYPE_CHECKING:
     from mpq.core.allocation import Allocation
@@ -55,11 +55,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("-v", "--verbose", action="count", default=0, help="say more")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        found = commands.add_parser(name, help=text, description=text)
-        found.set_defaults(run=run)
-        return found
-
+    command = adding_to(commands)
     quantize = command("quantize", _quantize, "profile, search, export and measure a model")
     model_options(quantize)
     profile_options(quantize)
@@ -81,7 +77,14 @@ def parser() -> argparse.ArgumentParser:
     allocate.add_argument(
         "--budget", action="append", default=[], metavar="COST=NUMBER", help="another budget, as bitops=2e9"
     )
+    allocate.add_argument("--latency", help="what 'mpq bench -o' wrote: adds the cost latency, in seconds")
     allocate.add_argument("--by", default=None, help="search: exact (default), integer (several budgets), ...")
+    allocate.add_argument("--model", help="for --by evolution: the model to measure on (default: the table's)")
+    allocate.add_argument("--dataset", help="for --by evolution: its data (default: the table's)")
+    allocate.add_argument("--trials", type=int, default=100, help="for --by evolution: evaluations (default: 100)")
+    allocate.add_argument("--storage", help="for --by evolution: journal file or database that workers share")
+    allocate.add_argument("--study", default="mpq", help="for --by evolution: name in the storage")
+    allocate.add_argument("--seed", type=int, default=0)
     allocate.add_argument("-o", "--output", help="allocation to write, a .json file")
     allocate.add_argument("--frontier", help="also write the frontier, a .csv file")
 
@@ -142,21 +145,31 @@ def _profile(options: argparse.Namespace) -> None:
 
 
 def _allocate(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from mpq.core.latency import load_latencies
+    from mpq.core.scheme import parse_scheme
     from mpq.core.table import SensitivityTable
     from mpq.search import frontier_of
 
     table = SensitivityTable.load(options.table)
     budgets = {name: float(value) for name, value in pairs_of(options.budget, "budget").items()}
-    pin, ties = pairs_of(options.pin, "pin"), not options.no_ties
+    costs = {}
+    if options.latency:
+        seconds = load_latencies(options.latency).cost()
+        schemes = [parse_scheme(name) for name in table.schemes]
+        costs["latency"] = np.array([[seconds(layer, scheme) for scheme in schemes] for layer in table.layers])
+    asked: dict[str, Any] = {"pin": pairs_of(options.pin, "pin"), "ties": not options.no_ties, "costs": costs}
     search = options.by or ("integer" if budgets else "exact")
     if search == "exact":
-        frontier = frontier_of(table, pin=pin, ties=ties, budgets=budgets)
+        frontier = frontier_of(table, budgets=budgets, **asked)
         allocation = frontier.at(bits=options.bits, size=options.size)
     else:
         weights = sum(layer.params for layer in table.layers)
         overhead = table.provenance.get("overhead", 0)
         budgets["size"] = options.bits * weights / 8 if options.size is None else options.size - overhead
-        frontier = frontier_of(table, search=search, pin=pin, ties=ties, budgets=budgets)
+        extra = _evolving(options, table) if search == "evolution" else {}
+        frontier = frontier_of(table, search=search, budgets=budgets, **asked, **extra)
         allocation = frontier.allocation(len(frontier) - 1)
     if options.frontier:
         frontier.save(options.frontier)
@@ -166,6 +179,22 @@ def _allocate(options: argparse.Namespace) -> None:
     else:
         _print_allocation(allocation, table)
         print(f"\n{_summary(frontier, allocation)}")
+
+
+def _evolving(options: argparse.Namespace, table: "SensitivityTable") -> dict[str, Any]:
+    """What evolution needs besides the problem: the model, to measure allocations on."""
+    from mpq.pipeline import measuring
+    from mpq.sources import open_source
+
+    name = options.model or table.provenance.get("model")
+    if name is None:
+        raise MpqError("evolution measures allocations on the model, which the table does not name: give --model")
+    source = open_source(name, options.dataset or table.provenance.get("dataset"))
+    evaluate = measuring(source, table.provenance.get("method", "mse"))
+    return {
+        "evaluate": evaluate, "trials": options.trials, "storage": options.storage, "study": options.study,
+        "seed": options.seed,
+    }  # fmt: skip
 
 
 def _plot(options: argparse.Namespace) -> None:

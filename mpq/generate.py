@@ -1,5 +1,6 @@
 """Text from a causal language model: a light loop over its key-value cache, packed or not, with tokens per second."""
 
+import inspect
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.core.calibration import seeded
+from mpq.core.calibration import logits_of, seeded
 from mpq.core.errors import MpqError
 
 
@@ -37,30 +38,32 @@ def generate(
     seed: int = 0,
     stop: Collection[int] = (),  # tokens that end the text, themselves included
 ) -> Generation:
-    """Continue a prompt with a transformers causal language model, in evaluation mode, one sequence.
+    """Continue a prompt with a causal language model, in evaluation mode, one sequence.
+
+    A transformers model keeps a key-value cache; one that takes tokens alone computes all positions anew each time.
 
     Raises:
-        MpqError: an empty prompt, or a model that keeps no key-value cache.
+        MpqError: an empty prompt.
     """
     if prompt.ndim != 1 or not len(prompt):
         raise MpqError(f"a prompt is one row of at least one token, not {tuple(prompt.shape)}")
     random, tokens, cache = seeded(seed, "generate"), [], None
+    cached = "past_key_values" in inspect.signature(model.forward).parameters
     step, training = prompt.unsqueeze(0), model.training
     model.eval()
     started = first = time.perf_counter()
     try:
         for _ in range(max_new_tokens):
-            output: Any = model(input_ids=step, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            if cache is None:
-                raise MpqError("the model keeps no key-value cache: generate wants a causal language model")
-            token = _choose(output.logits[0, -1].float(), temperature, top_k, random)
+            output: Any = model(input_ids=step, past_key_values=cache, use_cache=True) if cached else model(step)
+            cache = output.past_key_values if cached else None
+            token = _choose(logits_of(output)[0, -1].float(), temperature, top_k, random)
             tokens.append(token)
             if len(tokens) == 1:
                 first = time.perf_counter()
             if token in stop:
                 break
-            step = step.new_tensor([[token]])
+            new = step.new_tensor([[token]])
+            step = torch.cat([step, new], dim=1) if cache is None else new
     finally:
         model.train(training)
     return Generation(tuple(tokens), first - started, time.perf_counter() - first)

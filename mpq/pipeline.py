@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
+from mpq.core.calibration import mean_loss
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.formats import DEFAULT_FORMATS
 from mpq.core.frontier import Frontier
+from mpq.core.layers import find_layers
 from mpq.core.methods import NEEDS_SECOND_MOMENT
 from mpq.core.moments import second_moments
 from mpq.core.table import SensitivityTable
@@ -219,6 +221,19 @@ def evaluate_folder(
         raise MpqError(f"{path} does not say which model it was made of: measure it with mpq.evaluate in Python")
     source = open_source(facts["model"], data or facts.get("dataset"), **options)
     return evaluate(model, source.evaluation, source.kind, source.loss_fn, progress), allocation
+
+
+def measuring(source: Source, method: str) -> Callable[[Allocation, float], float]:
+    """What evolution asks: the loss of an allocation on the first share of the calibration batches."""
+    moments = None
+    if method in NEEDS_SECOND_MOMENT:
+        moments = second_moments(source.model, find_layers(source.model), source.calibration, source.loss_fn)
+
+    def measure(allocation: Allocation, share: float) -> float:
+        batches = source.calibration[: max(1, round(share * len(source.calibration)))]
+        return mean_loss(simulate(source.model, allocation, method, moments, trainable=False), batches, source.loss_fn)
+
+    return measure
 
 
 def model_bytes(model: nn.Module) -> int:

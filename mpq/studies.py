@@ -1,13 +1,14 @@
-"""Commands that study: which metric to trust on a model, and better proxies for a family of models."""
+"""Commands that study: metrics on a model, proxies for a family of models, kernels on a machine, a model's text."""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 from mpq.core.errors import MpqError
-from mpq.options import model_options, pairs_of, profile_options, profiling_of, source_of
+from mpq.options import model_options, pairs_of, print_table, profile_options, profiling_of, source_of
 
-AddCommand = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
+Run = Callable[[argparse.Namespace], None]
+AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
 
 
 def add_studies(command: AddCommand) -> None:
@@ -20,23 +21,56 @@ def add_studies(command: AddCommand) -> None:
     judge.add_argument("--count", type=int, default=40, help="random allocations at each budget (default: 40)")
     judge.add_argument("-o", "--output", default="judge.png", help="picture to write (default: judge.png)")
 
-    bench = command("proxy-bench", _proxy_bench, "measure random configurations of a model: the truth for proxies")
+    family = command("proxy", _nothing, "training-free scores: measure a benchmark, evolve, judge")
+    proxy = adding_to(family.add_subparsers(metavar="WHAT", required=True))
+    bench = proxy("bench", _proxy_bench, "measure random configurations of a model: the truth for proxies")
     model_options(bench)
     bench.add_argument("-n", "--rows", type=int, default=425, help="configurations (default: 425)")
     bench.add_argument("--pin", action="append", default=[], metavar="LAYERS=FORMAT", help="fix layers to a format")
     bench.add_argument("-o", "--output", required=True, help="benchmark to write, a .csv file")
 
-    evolve = command("proxy-evolve", _proxy_evolve, "evolve a training-free score on one half of a benchmark")
+    evolve = proxy("evolve", _proxy_evolve, "evolve a training-free score on one half of a benchmark")
     model_options(evolve)
-    evolve.add_argument("benchmark", help="what 'mpq proxy-bench' wrote")
+    evolve.add_argument("benchmark", help="what 'mpq proxy bench' wrote")
     evolve.add_argument("--population", type=int, default=50)
     evolve.add_argument("--generations", type=int, default=1000)
     evolve.add_argument("-o", "--output", required=True, help="folder to write; a stopped run in it is resumed")
 
-    show = command("proxy-show", _proxy_show, "how proxies rank a benchmark's configurations")
+    show = proxy("show", _proxy_show, "how proxies rank a benchmark's configurations")
     model_options(show)
-    show.add_argument("benchmark", help="what 'mpq proxy-bench' wrote")
+    show.add_argument("benchmark", help="what 'mpq proxy bench' wrote")
     show.add_argument("proxies", nargs="*", help="names or formulas (default: all known ones)")
+
+    bench = command("bench", _bench, "time packed layers on this machine, for searches with measured latency")
+    bench.add_argument("--formats", default="int2-g128,int3-g128,int4-g128,int8-channel,mxfp4,nvfp4,nf4-g64")
+    bench.add_argument("--shapes", default="4096x4096", help="rows x columns of layers (default: 4096x4096)")
+    bench.add_argument("--batches", default="1,16", help="tokens at a time (default: 1,16)")
+    bench.add_argument("--repeats", type=int, default=30)
+    bench.add_argument("--list", action="store_true", help="say which kernels this machine runs, and stop")
+    bench.add_argument("-o", "--output", help="latency table to write, a .json file for 'mpq allocate --latency'")
+
+    generate = command("generate", _generate, "continue a prompt with a packed language model")
+    generate.add_argument("folder", help="what 'mpq quantize' wrote")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--compare", action="store_true", help="also time the original model in bfloat16")
+
+
+def adding_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> AddCommand:
+    """A function that adds a command with its text to these."""
+
+    def command(name: str, run: Run, text: str) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=text, description=text)
+        found.set_defaults(run=run)
+        return found
+
+    return command
+
+
+def _nothing(options: argparse.Namespace) -> None:
+    """The parser has asked for a command of the family already."""
 
 
 def _judge(options: argparse.Namespace) -> None:
@@ -99,3 +133,57 @@ def _proxy_show(options: argparse.Namespace) -> None:
         source.model, source.calibration, source.loss_fn, options.benchmark, options.proxies, seed=options.seed
     )
     print(table_of(standings))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from mpq.kernels import cpu
+    from mpq.kernels.bench import latency_table, measure
+
+    print(f"CPU kernels: {cpu.level_name() if cpu.native() else 'none compiled, the plain PyTorch reference runs'}")
+    if options.list:
+        return
+    try:
+        shapes = [tuple(int(side) for side in shape.split("x")) for shape in options.shapes.split(",")]
+        batches = [int(batch) for batch in options.batches.split(",")]
+        sizes = [(rows, cols) for rows, cols in shapes]
+    except ValueError as error:
+        raise MpqError(
+            f"shapes are written 4096x4096,..., batches 1,16,...: not {options.shapes}, {options.batches}"
+        ) from error
+    rows = [("format", "rows x cols", "batch", "us", "GB/s", "of read", "x float32", "x bf16")]
+    timings = []
+    for timing in measure(options.formats.split(","), sizes, batches, repeats=options.repeats):
+        timings.append(timing)
+        speed = f"{timing.nbytes / timing.seconds / 1e9:.1f}"
+        ratios = (f"{timing.float32 / timing.seconds:.2f}", f"{timing.bfloat16 / timing.seconds:.2f}")
+        where = (timing.scheme, f"{timing.rows} x {timing.cols}", str(timing.batch), f"{1e6 * timing.seconds:.0f}")
+        rows.append((*where, speed, f"{100 * timing.roof:.0f} %", *ratios))
+    print_table(rows)
+    if options.output:
+        latency_table(timings).save(options.output)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    import torch
+
+    from mpq.core.allocation import Allocation
+    from mpq.exporters import checkpoint
+    from mpq.generate import compare_speeds, generate
+    from mpq.sources import open_network
+
+    model = checkpoint.load(options.folder)
+    name = Allocation.load(Path(options.folder) / "allocation.json").provenance.get("model")
+    if name is None:
+        raise MpqError(f"{options.folder} does not say which model it was made of, so there is no tokenizer for it")
+    network = open_network(name)
+    if network.encode is None or network.tokenizer is None:
+        raise MpqError(f"{name} has no tokenizer: only language models can continue a prompt")
+    prompt = torch.tensor(network.encode(options.prompt))
+    found = generate(
+        model, prompt, max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
+    )
+    print(options.prompt + network.tokenizer.decode(list(found.tokens)))
+    print(f"\n{found.tokens_per_second:.1f} tokens per second")
+    if options.compare:
+        speeds = compare_speeds({"packed": model, "bfloat16": network.model.to(torch.bfloat16)}, prompt)
+        print(", ".join(f"{which} {speed:.1f}" for which, speed in speeds.items()))

@@ -9,7 +9,7 @@ from typing import Any
 
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.frontier import Frontier
-from mpq.core.problem import build_problem
+from mpq.core.problem import Array, build_problem
 from mpq.core.table import SensitivityTable
 
 DEFAULT_SEARCH = "exact"
@@ -31,6 +31,7 @@ def frontier_of(
     pin: Mapping[str, str] | None = None,
     forbid: Mapping[str, str | Iterable[str]] | None = None,
     ties: bool = True,
+    costs: Mapping[str, Array] | None = None,
     budgets: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Frontier:
@@ -42,12 +43,14 @@ def frontier_of(
         pin: scheme by layer pattern.
         forbid: scheme patterns by layer pattern.
         ties: whether layers that serving kernels fuse share a scheme.
+        costs: further costs, name -> (layers, schemes).
         budgets: largest totals by cost name ("size", "bitops"), for searches that keep several.
 
     Raises:
         MpqError: what `mpq.core.problem.build_problem` and the search refuse.
     """
-    return search_named(search)(build_problem(table, pin=pin, forbid=forbid, ties=ties, budgets=budgets), **options)
+    problem = build_problem(table, pin=pin, forbid=forbid, ties=ties, costs=costs, budgets=budgets)
+    return search_named(search)(problem, **options)
 
 
 def search_named(name: str) -> Callable[..., Frontier]:

@@ -154,3 +154,41 @@ def test_an_interrupted_profile_is_resumed(tmp_path, monkeypatch):
     assert len(calls) == 8 + 3 * 12 - 6  # two layers of three formats were not rounded again
     assert not (tmp_path / "table.csv.unfinished").exists()
     assert len(SensitivityTable.load(path).layers) == 12
+
+
+def test_evolution_measures_on_the_tables_own_model(table, tmp_path, capsys):
+    storage = tmp_path / "study.log"
+    job = ["allocate", str(table), "--bits", "3", "--by", "evolution", "--trials", "4", "--storage", str(storage)]
+    assert main(job) == 0
+    assert main([*job, "-o", str(tmp_path / "a.json")]) == 0  # nothing is left to measure
+    assert Allocation.load(tmp_path / "a.json").bits <= 3
+    assert storage.exists()
+
+
+def test_measured_latency_is_a_cost(table, tmp_path, capsys):
+    latencies = tmp_path / "latency.json"
+    shapes = ["--shapes", "16x64", "--batches", "1", "--repeats", "3", "-o", str(latencies)]
+    assert main(["bench", "--formats", "int2-g32,int4-g32,int8-channel", *shapes]) == 0
+    assert main(["allocate", str(table), "--bits", "6", "--latency", str(latencies), "--budget", "latency=10"]) == 0
+    assert "int4-g32" in capsys.readouterr().out
+
+
+def test_a_packed_language_model_continues_a_prompt(tmp_path, capsys):
+    job = ["quantize", "tiny-lm", "--bits", "8.12", "--formats", "int8-channel,int8-g128", "--metric", "proxy:size"]
+    assert main([*job, "--nsamples", "2", "-o", str(tmp_path / "out")]) == 0
+    job = ["generate", str(tmp_path / "out"), "--prompt", "It was a truth", "--max-new-tokens", "5", "--compare"]
+    assert main(job) == 0
+    said = capsys.readouterr().out
+    assert "It was a truth" in said
+    assert "tokens per second" in said
+    assert "bfloat16" in said
+
+
+def test_proxies_from_benchmark_to_formula(tmp_path, capsys):
+    few = ["--nsamples", "16"]
+    rows = str(tmp_path / "rows.csv")
+    assert main(["proxy", "bench", "tiny-cnn", *few, "-n", "12", "-o", rows]) == 0
+    assert main(["proxy", "show", "tiny-cnn", rows, "size", "fisher", *few]) == 0
+    said = capsys.readouterr().out
+    assert "12 configurations" in said
+    assert "fisher" in said

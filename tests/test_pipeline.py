@@ -21,7 +21,7 @@ def test_the_face_runs_the_whole_job_in_a_few_lines(tmp_path):
     packed = mpq.load(tmp_path / "out", model=small_cnn())
     inputs = batches[0][0]
     with torch.no_grad():
-        torch.testing.assert_close(packed(inputs), simulated.eval()(inputs), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(packed(inputs), simulated.eval()(inputs), rtol=1e-3, atol=1e-3)  # 15-bit activations
     assert allocation.bits <= 5
     cross_entropy(simulated.train(), batches[0]).backward()
     assert all(parameter.grad is not None for parameter in simulated.parameters())
