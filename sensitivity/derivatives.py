@@ -1,5 +1,6 @@
 """What goes into the layers and what comes back: inputs and loss gradients of outputs, from one pass each way."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from mpq.sensitivity.graph import only_gradients_of, outputs_of
 from mpq.sensitivity.predictions import predictions, random_slopes
 from mpq.sensitivity.task import Task
 
-LABELS = ("data", "model")
+log = logging.getLogger(__name__)
+
+LABELS = ("data", "model", "auto")
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ def layer_uses(task: Task, index: int, labels: str = "data", draw: int = 0) -> I
         labels: "data", or "model": random slopes of the outputs whose second moment is the loss's Hessian there, as
             if labels were drawn from the model's own predictions, each prediction on its own. Squares of these
             gradients are on average Gauss-Newton's curvature, also where a network has learnt its data by heart, and
-            where the loss averages many predictions of one sample.
+            where the loss averages many predictions of one sample. "auto": the model's where the loss is
+            cross-entropy, else the data's, said in the log.
         draw: number of the random draw.
 
     Raises:
@@ -81,6 +85,8 @@ def layer_uses(task: Task, index: int, labels: str = "data", draw: int = 0) -> I
         raise MpqError(f"gradients come from labels {' or '.join(LABELS)}, not {labels!r}")
     batch = task.batches[index]
     samples = samples_in(batch)
+    if labels == "auto":
+        labels = _known_labels(task, batch)
     seeds = None if labels == "data" else (index, draw)
     uses = _run(task, batch, index, seeds)
     if samples == 1 or all(_keeps_samples(use, samples) for found in uses.values() for use in found):
@@ -88,6 +94,15 @@ def layer_uses(task: Task, index: int, labels: str = "data", draw: int = 0) -> I
         return
     for number, sample in enumerate(split_batch(batch)):
         yield 1, _run(task, sample, index, None if seeds is None else (*seeds, number))
+
+
+def _known_labels(task: Task, batch: Batch) -> str:
+    try:
+        predictions(task.model, batch, task.loss_fn)
+    except (MpqError, AttributeError, TypeError, RuntimeError) as error:  # outputs may be of any kind
+        log.warning("gradients are of the data's own labels: %s", error)
+        return "data"
+    return "model"
 
 
 def _keeps_samples(use: Use, samples: int) -> bool:

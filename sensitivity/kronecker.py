@@ -19,7 +19,7 @@ WIDEST = 4096  # output channels whose gradients' moment is kept whole; of more,
 log = logging.getLogger(__name__)
 
 
-def kronecker(task: Task, *, labels: str = "data") -> Scores:
+def kronecker(task: Task, *, labels: str = "auto") -> Scores:
     """Predicted loss increase 1/2 * tr(G dW A dW^T) / M of every layer and scheme.
 
     A = E_n sum_t x_t x_t^T and G = sum over all M positions of d_t d_t^T: the layer's Fisher block as A (x) G / M
@@ -30,7 +30,7 @@ def kronecker(task: Task, *, labels: str = "data") -> Scores:
 
     Args:
         task: model, data, layers and schemes.
-        labels: "data" or "model", see `layer_uses`.
+        labels: "auto", "data" or "model", see `layer_uses`.
     """
     statistics = {layer.name: KroneckerStatistics(layer, activation_formats(task)) for layer in task.layers}
     for index in task.track(range(len(task.batches)), "output gradients"):

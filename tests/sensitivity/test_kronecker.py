@@ -1,5 +1,8 @@
 """Kronecker-factored curvature against Kronecker products."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from exact import output_differences, sample_gradients
@@ -18,7 +21,7 @@ from mpq.sensitivity.kronecker import kronecker
 def test_the_score_pairs_every_gradient_with_every_change(name, schemes):
     """Sum over all pairs of positions (p, q) of (d_p . e_q)^2 / (2 M N): what the product of both moments says."""
     task = CASES[name](schemes=schemes)
-    scores, _ = kronecker(task)
+    scores, _ = kronecker(task, labels="data")
     samples = sum(samples_in(batch) for batch in task.batches)
     for i, layer in enumerate(task.layers):
         for j, scheme in enumerate(task.schemes):
@@ -31,7 +34,7 @@ def test_the_score_pairs_every_gradient_with_every_change(name, schemes):
 def test_one_position_and_one_sample_is_the_fisher_form():
     """With a single rank-one gradient d x^T nothing is approximated."""
     task = make_task(seed_weights(nn.Sequential(nn.Linear(4, 3, bias=False))), class_batches((4,), (1,)), cross_entropy)
-    scores, errors = kronecker(task)
+    scores, errors = kronecker(task, labels="data")
     gradient = sample_gradients(task)[0]
     error = task.weight_error(task.layers[0], task.schemes[0]).flatten().double()
     assert scores[0, 0] == pytest.approx(0.5 * (gradient @ error).item() ** 2, rel=1e-4)
@@ -40,7 +43,7 @@ def test_one_position_and_one_sample_is_the_fisher_form():
 
 def test_an_embeddings_tokens_are_counted():
     task = CASES["tied"]()
-    scores, _ = kronecker(task)
+    scores, _ = kronecker(task, labels="data")
     layer, total, samples = task.layers[0], 0.0, 5
     difference = task.weight_error(layer, task.schemes[0])
     looked_up = [use for index in range(2) for _, uses in layer_uses(task, index) for use in uses["embed"]]
@@ -58,12 +61,20 @@ def test_an_embeddings_tokens_are_counted():
 
 
 def test_very_wide_layers_keep_a_diagonal(monkeypatch):
-    whole, _ = kronecker(CASES["mlp"]())
+    whole, _ = kronecker(CASES["mlp"](), labels="data")
     monkeypatch.setattr(module, "WIDEST", 3)
     task = CASES["mlp"]()
-    scores, _ = kronecker(task)
+    scores, _ = kronecker(task, labels="data")
     assert scores[2, 0] == pytest.approx(whole[2, 0])  # 3 channels: kept whole
     found = [(change, slope) for _, change, slope in output_differences(task, task.layers[0], task.schemes[0])]
     changes, slopes = (torch.cat(parts) for parts in zip(*found, strict=True))
     expected = (slopes.square().sum(0) * changes.square().sum(0)).sum().item() / len(changes) / 11
     assert scores[0, 0] == pytest.approx(0.5 * expected, rel=1e-3)
+
+
+def test_labels_are_the_models_where_the_loss_is_cross_entropy_and_the_datas_elsewhere(caplog):
+    task = CASES["mlp"]()
+    np.testing.assert_array_equal(kronecker(task)[0], kronecker(task, labels="model")[0])
+    other = replace(task, loss_fn=lambda model, batch: model(batch[0]).square().mean())
+    np.testing.assert_array_equal(kronecker(other)[0], kronecker(other, labels="data")[0])
+    assert "data's own labels" in caplog.text
