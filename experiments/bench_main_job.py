@@ -42,12 +42,15 @@ WHOLE = "from mpq.cli import main; assert main(sys.argv[1:]) == 0"
 def llama_table(layers: int, seed: int = 0) -> SensitivityTable:
     random = np.random.default_rng(seed)
     names = list(SHAPES)
-    found = tuple(
-        Layer(f"layers.{i // 7}.{names[i % 7]}", "linear", *SHAPES[names[i % 7]], macs=1) for i in range(layers)
-    )
+    ties = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+    found = []
+    for i in range(layers):
+        block, name = f"layers.{i // 7}", names[i % 7]
+        tie = f"{block}.{ties[name]}" if name in ties else ""
+        found.append(Layer(f"{block}.{name}", "linear", *SHAPES[name], macs=1, tie=tie))
     errors = np.array([4.0 ** -parse_scheme(name).weight.effective_bits() for name in FORMATS])
     scores = random.lognormal(0, 1.5, (layers, 1)) * errors * random.lognormal(0, 0.1, (layers, len(FORMATS)))
-    return SensitivityTable(found, FORMATS, scores, np.zeros_like(scores), "drawn")
+    return SensitivityTable(tuple(found), FORMATS, scores, np.zeros_like(scores), "drawn")
 
 
 def quantize_memory() -> float:
@@ -87,8 +90,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer layers and repeats")
     quick = parser.parse_args().quick
     results = []
-    for layers in (100, 250) if quick else (100, 250, 500):
-        problem = build_problem(llama_table(layers), ties=False)
+    for layers, tied in ((100, True), (100, False)) if quick else ((100, True), (500, True), (500, False)):
+        problem, kind = build_problem(llama_table(layers), ties=tied), "tied" if tied else "free"
         seconds = best_of(1 if quick else 5, lambda problem=problem: exact(problem))
         frontier = exact(problem)
         budgets = np.linspace(2.5, 7.5, 200)
@@ -99,9 +102,9 @@ def main() -> None:
         print(
             f"{layers} layers x {len(FORMATS)} formats: {len(frontier):,} points, gap {frontier.gap:g}, {seconds:.2f} s"
         )
-        results.append(result(f"exact_frontier_{layers}_layers_s", seconds, "<2", seconds < 2))
-        results.append(result(f"budget_query_{layers}_layers_ms", 1e3 * query, "<1", query < 1e-3))
-        results.append(result(f"exact_frontier_{layers}_layers_gap", frontier.gap, "=0", frontier.gap == 0))
+        results.append(result(f"exact_frontier_{layers}_{kind}_layers_s", seconds, "<2", seconds < 2))
+        results.append(result(f"budget_query_{layers}_{kind}_layers_ms", 1e3 * query, "<1", query < 1e-3))
+        results.append(result(f"exact_frontier_{layers}_{kind}_layers_gap", frontier.gap, "=0", frontier.gap == 0))
     ours, torch_alone = import_seconds("mpq"), import_seconds("torch")
     face = import_seconds("mpq.pipeline")
     print(f"import mpq {ours:.2f} s, torch {torch_alone:.2f} s, mpq.pipeline (everything) {face:.2f} s")
