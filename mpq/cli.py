@@ -223,14 +223,11 @@ def _plot(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from mpq.core.allocation import Allocation
     from mpq.exporters import exporter_named
-    from mpq.pipeline import megabytes, moments_for
+    from mpq.pipeline import export_to, megabytes
 
-    allocation, export = Allocation.load(options.allocation), exporter_named(options.to)
-    source = source_of(options)
-    moments = moments_for(options.method, source.model, allocation, source)
-    written = export(
-        source.model, allocation, options.output, method=options.method, second_moments=moments, recipe=source.recipe
-    )
+    allocation = Allocation.load(options.allocation)
+    exporter_named(options.to)  # before the model is read
+    written = export_to(options.to, source_of(options), allocation, options.output, options.method)
     files = [written] if written.is_file() else [path for path in written.iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     print(f"{written}: {megabytes(size)}, {allocation.bits:.3f} bits per weight")

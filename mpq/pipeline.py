@@ -1,6 +1,7 @@
 """The stages in a row: profile, search, export, reload, measure, report; every artefact a file in one folder."""
 
 import glob
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.calibration import mean_loss
+from mpq.core.calibration import mean_loss, tensors_in
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.formats import DEFAULT_FORMATS
@@ -21,7 +22,7 @@ from mpq.core.methods import NEEDS_SECOND_MOMENT
 from mpq.core.moments import second_moments
 from mpq.core.table import SensitivityTable
 from mpq.evaluation import Quality, evaluate
-from mpq.exporters import checkpoint
+from mpq.exporters import checkpoint, exporter_named
 from mpq.exporters.consumers import consumer_named, forbidden
 from mpq.exporters.folder import refuse_foreign
 from mpq.plots import Prediction, draw_frontier, frontier_facts
@@ -40,6 +41,24 @@ def moments_for(method: str, model: nn.Module, allocation: Allocation, source: S
     if method not in NEEDS_SECOND_MOMENT:
         return None
     return second_moments(model, allocation.layers, source.calibration, source.loss_fn)
+
+
+def export_to(
+    name: str,
+    source: Source,
+    allocation: Allocation,
+    folder: str | os.PathLike[str],
+    method: str = "mse",
+    moments: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write an allocation by the exporter called `name`; what was written. Graphs are traced with calibration data."""
+    export = exporter_named(name)
+    settings: dict[str, Any] = {"method": method, "recipe": source.recipe}
+    settings["second_moments"] = moments or moments_for(method, source.model, allocation, source)
+    if "inputs" in inspect.signature(export).parameters:
+        settings["inputs"] = tensors_in(source.calibration[0])[0][:2]
+    written: Path = export(source.model, allocation, folder, **settings)
+    return written
 
 
 @dataclass(frozen=True)
@@ -140,7 +159,9 @@ def quantize_model(
     allocation = frontier.at(bits=bits) if size is None else _within_file(frontier, source.model, size)
     table.save(folder / "table.csv")
     moments = moments_for(method, source.model, allocation, source)
-    checkpoint.export(source.model, allocation, folder, method=method, second_moments=moments, recipe=source.recipe)
+    export_to("mpq", source, allocation, folder, method, moments)
+    if reader.name != "mpq":
+        export_to(reader.name, source, allocation, folder / reader.name, method, moments)
     measured = _measure(source, frontier, allocation, folder, method, moments, progress, trust)
     outcome = Outcome(folder, table, frontier, allocation, measured)
     _write_artefacts(outcome, source)

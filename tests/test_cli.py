@@ -66,6 +66,15 @@ def test_allocate_export_eval_in_steps(table, tmp_path, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
+def test_a_graph_for_onnx_runtime_is_traced_with_the_calibration_data(table, tmp_path, capsys):
+    pytest.importorskip("onnx")
+    chosen = tmp_path / "allocation.json"
+    job = ["allocate", str(table), "--bits", "9", "--by", "integer", "--pin", "*=int8-channel", "-o", str(chosen)]
+    assert main(job) == 0
+    assert main(["export", "tiny-cnn", str(chosen), "--to", "onnx", "-o", str(tmp_path / "out")]) == 0
+    assert list((tmp_path / "out").glob("*.onnx"))
+
+
 def test_allocate_takes_sizes_and_several_budgets(table, capsys):
     assert main(["allocate", str(table), "--size", "60kB"]) == 0
     assert main(["allocate", str(table), "--bits", "6", "--budget", "bitops=1e9"]) == 0

@@ -77,3 +77,14 @@ def test_budgets_are_named_once_and_foreign_folders_are_left_alone(tmp_path):
     with pytest.raises(MpqError, match="no earlier export wrote it"):
         quantize_model(source, tmp_path / "mine", bits=4)
     assert (tmp_path / "mine" / "config.json").read_text() == "{}"
+
+
+def test_a_consumer_gets_its_own_export_of_formats_it_can_hold(tmp_path):
+    pytest.importorskip("onnx")
+    source, formats = open_source("tiny-cnn", nsamples=16), ("int4-channel", "int8-channel", "int3-channel")
+    outcome = quantize_model(
+        source, tmp_path / "out", bits=5, formats=formats, consumer="onnxruntime", metric="fisher", progress=False
+    )
+    assert "int3-channel" not in outcome.allocation.schemes
+    assert list((tmp_path / "out" / "onnx").glob("*.onnx"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
