@@ -17,6 +17,7 @@ from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.formats import DEFAULT_FORMATS
 from mpq.core.frontier import Frontier
+from mpq.core.layer import Layer
 from mpq.core.layers import find_layers
 from mpq.core.methods import NEEDS_SECOND_MOMENT
 from mpq.core.moments import second_moments
@@ -36,11 +37,11 @@ from mpq.sources import Source, open_source
 COMPARED = 3  # uniform formats that are measured beside the chosen allocation
 
 
-def moments_for(method: str, model: nn.Module, allocation: Allocation, source: Source) -> Mapping[str, Tensor] | None:
+def moments_for(method: str, source: Source, layers: Sequence[Layer]) -> Mapping[str, Tensor] | None:
     """The second moments that a rounding method asks for, None where it asks for none."""
     if method not in NEEDS_SECOND_MOMENT:
         return None
-    return second_moments(model, allocation.layers, source.calibration, source.loss_fn)
+    return second_moments(source.model, layers, source.calibration, source.loss_fn)
 
 
 def export_to(
@@ -54,7 +55,7 @@ def export_to(
     """Write an allocation by the exporter called `name`; what was written. Graphs are traced with calibration data."""
     export = exporter_named(name)
     settings: dict[str, Any] = {"method": method, "recipe": source.recipe}
-    settings["second_moments"] = moments or moments_for(method, source.model, allocation, source)
+    settings["second_moments"] = moments or moments_for(method, source, allocation.layers)
     if "inputs" in inspect.signature(export).parameters:
         settings["inputs"] = tensors_in(source.calibration[0])[0][:2]
     written: Path = export(source.model, allocation, folder, **settings)
@@ -158,7 +159,7 @@ def quantize_model(
     frontier = frontier_of(table, pin=pin, forbid=forbid, ties=ties or reader.fuses)
     allocation = frontier.at(bits=bits) if size is None else _within_file(frontier, source.model, size)
     table.save(folder / "table.csv")
-    moments = moments_for(method, source.model, allocation, source)
+    moments = moments_for(method, source, allocation.layers)
     export_to("mpq", source, allocation, folder, method, moments)
     if reader.name != "mpq":
         export_to(reader.name, source, allocation, folder / reader.name, method, moments)
@@ -246,9 +247,7 @@ def evaluate_folder(
 
 def measuring(source: Source, method: str) -> Callable[[Allocation, float], float]:
     """What evolution asks: the loss of an allocation on the first share of the calibration batches."""
-    moments = None
-    if method in NEEDS_SECOND_MOMENT:
-        moments = second_moments(source.model, find_layers(source.model), source.calibration, source.loss_fn)
+    moments = moments_for(method, source, find_layers(source.model))
 
     def measure(allocation: Allocation, share: float) -> float:
         batches = source.calibration[: max(1, round(share * len(source.calibration)))]
