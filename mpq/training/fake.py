@@ -12,7 +12,7 @@ from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.layers import matrix_to_weight, weight_matrix
 from mpq.core.methods import NEEDS_SECOND_MOMENT, method_named
-from mpq.core.rounding import dequantize, quantize
+from mpq.core.rounding import dequantize, round_scales, snap
 from mpq.core.scheme import Scheme
 from mpq.training.learned import LearnedScales
 
@@ -133,16 +133,18 @@ class FakeQuantization(nn.Module):
         if format.granularity != "tensor":
             return straight_through(inputs, lambda values: fake_quantize_inputs(module, values, format))
         with torch.no_grad():
-            largest = inputs.detach().abs().max().float()
+            low, high = inputs.detach().aminmax()
+            largest = torch.maximum(-low, high).float()
+            if not bool(torch.isfinite(largest)):
+                raise MpqError(f"the inputs of {self.layers[index].name} hold NaN or infinite numbers")
             known = torch.where(self.ranges[index].isnan(), largest, self.ranges[index])
             if module.training:
                 known = self.decay * known + (1 - self.decay) * largest
                 self.ranges[index] = known
-            scales = (known / format.grid.max).reshape(1, 1)
+            scale = round_scales(known / format.grid.max, format.scale)
 
         def rounding(values: Tensor) -> Tensor:
-            matrix = values.reshape(1, -1)
-            return dequantize(quantize(matrix, format, scales=scales)).reshape(values.shape).to(values.dtype)
+            return snap(values / scale, format.grid).mul_(scale).to(values.dtype)
 
         limit = known.to(inputs.dtype)
         return straight_through(inputs.clamp(-limit, limit), rounding)

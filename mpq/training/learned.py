@@ -7,7 +7,7 @@ from mpq.core.activations import straight_through
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.methods import method_named
-from mpq.core.rounding import Quantized, decode, encode, gather, quantize, round_scales, spread
+from mpq.core.rounding import Quantized, gather, quantize, round_scales, snap, spread
 
 
 def round_with_scales(
@@ -26,7 +26,7 @@ def round_with_scales(
     slowed = scales * gradient_scale + (scales - scales * gradient_scale).detach()
     steps = straight_through(slowed, lambda values: round_scales(values, format.scale)).unsqueeze(-1)
     inside = (elements / steps).clamp(format.grid.min, format.grid.max)
-    rounded = straight_through(inside, lambda values: decode(encode(values, format.grid), format.grid))
+    rounded = straight_through(inside, lambda values: snap(values, format.grid))
     return gather(rounded * steps, format, (matrix.shape[0], matrix.shape[1]))
 
 

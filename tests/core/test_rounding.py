@@ -19,6 +19,7 @@ from mpq.core.rounding import (
     quantize,
     real_scales,
     round_scales,
+    snap,
     spread,
 )
 
@@ -43,7 +44,9 @@ def test_encode_equals_the_exhaustive_search(grid):
     values = torch.cat([numbers, midpoints, wild])
     if not grid.signed:
         values = values.abs()
-    assert torch.equal(decode(encode(values, grid), grid), decode(encode_by_search(values, grid), grid))
+    expected = decode(encode_by_search(values, grid), grid)
+    assert torch.equal(decode(encode(values, grid), grid), expected)
+    assert torch.equal(snap(values, grid), expected)
 
 
 @pytest.mark.parametrize(

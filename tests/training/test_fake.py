@@ -95,6 +95,14 @@ def test_ranges_are_a_moving_average_that_only_training_moves():
     torch.testing.assert_close(inputs.grad[0], weight.sum(0) * torch.tensor([0.0, 1.0, 1.0]))  # clipped: no gradient
 
 
+def test_inputs_that_are_no_numbers_are_told():
+    model = nn.Sequential(nn.Linear(3, 2))
+    attached(model, "bf16+a:int8")
+    for value in (float("nan"), float("-inf")):
+        with pytest.raises(MpqError, match="the inputs of 0 hold NaN or infinite numbers"):
+            model(torch.tensor([[0.5, value, 1.0]]))
+
+
 def test_activations_with_scales_per_token_are_rounded_on_the_fly():
     model = seed_weights(Convolutions()).eval()
     inputs = class_batches((4, 6, 6))[0][0]
