@@ -15,6 +15,7 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import NopPruner, PercentilePruner
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -35,10 +36,11 @@ from mpq.search.trials import (
     NO_NUMBER,
     OUTCOME,
     START,
+    TAKEN_FOR_DEAD,
+    Watch,
     alive,
     claim,
     open_study,
-    retire_dead,
     retry,
     settle,
     settled,
@@ -110,7 +112,8 @@ def evolution(
     Args:
         problem: with a budget on at least one of its costs; every allocation that is measured meets all of them.
         evaluate: `evaluate(allocation, share)`, the loss on the first `share` of the data, lower is better.
-        trials: evaluations altogether, by all workers and earlier runs, those of a part of the data counted as one.
+        trials: evaluations altogether, by all workers and earlier runs, those of a part of the data counted as one;
+            workers that begin the last one in the same moment make one more each.
         cost: the cost of the frontier that is returned.
         sampler: "switch", the level-switch mutation of EvoPress (arXiv 2410.14649), or Optuna's "nsga2", "tpe" or
             "random", whose proposals are lowered until they meet the budgets.
@@ -119,7 +122,7 @@ def evolution(
         storage: a journal file, a database's URL, or None for memory.
         study: name in the storage.
         seed: of all random numbers.
-        heartbeat: seconds between signs of life; after five without one a worker is taken for dead.
+        heartbeat: seconds between signs of life; after eight without one a worker is taken for dead.
 
     Raises:
         MpqError: no or unreachable budgets, unknown names, a study of another problem, or nothing but failures.
@@ -153,9 +156,9 @@ class _Worker:
 
     def run(self, trials: int, starts: Sequence[Levels]) -> None:
         """Work until so many evaluations are made, the starting points first, or nothing new is found."""
-        duplicates = 0
+        duplicates, watch = 0, Watch(self.study, self.heartbeat)
         while duplicates < GIVE_UP:
-            retire_dead(self.study, self.heartbeat)
+            watch.retire_dead()
             known = trials_of(self.study)
             made = spent(known)
             if made >= trials:
@@ -169,6 +172,8 @@ class _Worker:
             trial = self.study.ask(self.distributions)
             try:
                 duplicates = 0 if self._measure(trial) else duplicates + 1
+            except UpdateFinishedTrialError:
+                log.warning(TAKEN_FOR_DEAD, trial.number)
             except BaseException:  # an interrupt above all: the evaluation is done again when the search goes on
                 retry(self.study, trial._get_latest_trial())
                 raise

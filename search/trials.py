@@ -17,7 +17,9 @@ from mpq.core.errors import MpqError
 
 log = logging.getLogger(__name__)
 
-MISSED_BEATS = 5  # a worker is dead when it is silent for so many intervals
+MISSED_BEATS = 5  # a worker is suspected when it is silent for so many intervals
+CONFIRMING_BEATS = 3  # and dead when it stays silent for so many more
+TAKEN_FOR_DEAD = "trial %d was taken for dead and given to another worker; its result is dropped"
 
 # What trials say of themselves (user attributes).
 KEY = "key"  # the allocation that is measured
@@ -94,7 +96,7 @@ def settle(study: optuna.Study, trial: Trial, outcome: str, value: float | None 
         trial.set_user_attr(OUTCOME, outcome)
         study.tell(trial, value, state=state)
     except (UpdateFinishedTrialError, ValueError):
-        log.warning("trial %d was taken for dead and given to another worker; its result is dropped", trial.number)
+        log.warning(TAKEN_FOR_DEAD, trial.number)
 
 
 @contextmanager
@@ -116,14 +118,36 @@ def alive(trial: Trial, interval: float) -> Iterator[None]:
         thread.join()
 
 
-def retire_dead(study: optuna.Study, interval: float) -> None:
-    """Let the trials of workers that have gone silent be done again."""
-    for trial in trials_of(study):
-        if trial.state is not TrialState.RUNNING:
-            continue
-        started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-        if time.time() - trial.user_attrs.get(BEAT, started) > MISSED_BEATS * interval:
-            retry(study, trial)
+class Watch:
+    """Finds workers that have gone silent, so that their trials are done again."""
+
+    # A clock alone would convict the living: a worker killed in the middle of a write leaves the journal locked for
+    # half a minute, and nobody's signs of life arrive. So a suspect stays one until a write of ours has gone through
+    # and it was silent for some intervals more.
+
+    def __init__(self, study: optuna.Study, interval: float) -> None:
+        self.study, self.interval = study, interval
+        self.suspects: dict[int, tuple[float, float]] = {}  # trial number -> last sign of life, suspected since
+
+    def retire_dead(self) -> None:
+        """Suspect the silent ones, and retire those that stayed silent under suspicion."""
+        suspects = {}
+        for trial in trials_of(self.study):
+            if trial.state is not TrialState.RUNNING:
+                continue
+            started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+            beat = trial.user_attrs.get(BEAT, started)
+            if time.time() - beat <= MISSED_BEATS * self.interval:
+                continue
+            known, since = self.suspects.get(trial.number, (None, 0.0))
+            if known != beat:
+                self.study.set_user_attr("watch", time.time())
+                suspects[trial.number] = beat, time.monotonic()
+            elif time.monotonic() - since > CONFIRMING_BEATS * self.interval:
+                retry(self.study, trial)
+            else:
+                suspects[trial.number] = beat, since
+        self.suspects = suspects
 
 
 def retry(study: optuna.Study, trial: FrozenTrial) -> None:

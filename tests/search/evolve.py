@@ -40,7 +40,7 @@ def main():
         time.sleep(600 if hang and count > int(hang[0]) else float(seconds))
         return true_loss(allocation, share)
 
-    evolution(problem_within(), evaluate=evaluate, trials=int(trials), storage=storage, heartbeat=0.2)
+    evolution(problem_within(), evaluate=evaluate, trials=int(trials), storage=storage, heartbeat=0.5)
 
 
 if __name__ == "__main__":

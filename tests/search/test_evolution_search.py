@@ -19,7 +19,7 @@ from problems import every_choice, make_problem
 from mpq.core.errors import MpqError
 from mpq.search.evolution import SAMPLERS, evolution
 from mpq.search.exact import exact
-from mpq.search.trials import LOST, OUTCOME, open_storage
+from mpq.search.trials import LOST, OUTCOME, open_storage, retry
 
 
 class Recorder:
@@ -143,7 +143,7 @@ def test_three_workers_share_a_study_and_one_is_killed(tmp_path):
         others = [run(storage, 24, log, 0.1) for _ in range(2)]
         wait_until(lambda: len({line.split()[0] for line in log.read_text().splitlines()}) == 3)
         os.kill(victim.pid, signal.SIGKILL)
-        assert [worker.wait(60) for worker in others] == [0, 0]
+        assert [worker.wait(120) for worker in others] == [0, 0]
     finally:
         for worker in (victim, *others):
             worker.kill()
@@ -153,11 +153,12 @@ def test_three_workers_share_a_study_and_one_is_killed(tmp_path):
     measured = [allocation for _, allocation in lines]
     assert measured.count(lost) == 2  # the killed worker's evaluation was done again, by another
     measured.remove(lost)
-    assert len(measured) == len(set(measured)) == 24  # and nothing else was lost or repeated
+    assert len(measured) == len(set(measured))  # and nothing else was repeated
+    assert 24 <= len(measured) <= 25  # nor lost; both may begin the last one in the same moment
     trials = optuna.load_study(study_name="mpq", storage=open_storage(storage)).get_trials()
     assert sum(trial.user_attrs.get(OUTCOME) == LOST for trial in trials) == 1
     found = evolution(problem_within(), evaluate=None, trials=24, storage=storage)
-    assert len(found.evaluations) == 24
+    assert len(found.evaluations) == len(measured)
 
 
 def wait_until(condition, seconds=60):
@@ -187,3 +188,20 @@ def test_mistakes_are_told(tmp_path):
     evolution(problem, evaluate=true_loss, trials=2, storage=tmp_path / "journal")
     with pytest.raises(MpqError, match="of another problem, seed or fidelity"):
         evolution(problem, evaluate=true_loss, trials=2, storage=tmp_path / "journal", seed=1)
+
+
+def test_a_worker_that_was_taken_for_dead_drops_its_result_and_goes_on(tmp_path, caplog):
+    problem, storage = problem_within(), tmp_path / "journal"
+    stolen = []
+
+    def evaluate(allocation, share):
+        if not stolen:
+            study = optuna.load_study(study_name="mpq", storage=open_storage(storage))
+            running = study.get_trials()[-1]
+            stolen.append(running.number)
+            retry(study, running)
+        return true_loss(allocation, share)
+
+    found = evolution(problem, evaluate=evaluate, trials=8, storage=storage)
+    assert len(found.evaluations) == 8
+    assert "trial 0 was taken for dead" in caplog.text
