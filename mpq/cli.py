@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
         "--budget", action="append", default=[], metavar="COST=NUMBER", help="another budget, as bitops=2e9"
     )
     allocate.add_argument("--latency", help="what 'mpq bench -o' wrote: adds the cost latency, in seconds")
+    allocate.add_argument("--batch", type=int, default=1, help="tokens at a time, for --latency (default: 1)")
     allocate.add_argument("--by", default=None, help="search: exact (default), integer (several budgets), ...")
     allocate.add_argument("--model", help="for --by evolution: the model to measure on (default: the table's)")
     allocate.add_argument("--dataset", help="for --by evolution: its data (default: the table's)")
@@ -156,7 +157,7 @@ def _allocate(options: argparse.Namespace) -> None:
     budgets = {name: float(value) for name, value in pairs_of(options.budget, "budget").items()}
     costs = {}
     if options.latency:
-        seconds = load_latencies(options.latency).cost()
+        seconds = load_latencies(options.latency).cost(options.batch)
         schemes = [parse_scheme(name) for name in table.schemes]
         costs["latency"] = np.array([[seconds(layer, scheme) for scheme in schemes] for layer in table.layers])
     asked: dict[str, Any] = {"pin": pairs_of(options.pin, "pin"), "ties": not options.no_ties, "costs": costs}

@@ -3,9 +3,13 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mpq.core.errors import MpqError
 from mpq.options import model_options, pairs_of, print_table, profile_options, profiling_of, source_of
+
+if TYPE_CHECKING:
+    import torch
 
 Run = Callable[[argparse.Namespace], None]
 AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
@@ -46,7 +50,9 @@ def add_studies(command: AddCommand) -> None:
     bench.add_argument("--shapes", default="4096x4096", help="rows x columns of layers (default: 4096x4096)")
     bench.add_argument("--batches", default="1,16", help="tokens at a time (default: 1,16)")
     bench.add_argument("--repeats", type=int, default=30)
-    bench.add_argument("--list", action="store_true", help="say which kernels this machine runs, and stop")
+    bench.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    bench.add_argument("--tune", action="store_true", help="on a GPU: choose blocks by timing first, and keep them")
+    bench.add_argument("--list", action="store_true", help="say which kernels the device runs, and stop")
     bench.add_argument("-o", "--output", help="latency table to write, a .json file for 'mpq allocate --latency'")
 
     generate = command("generate", _generate, "continue a prompt with a packed language model")
@@ -136,10 +142,10 @@ def _proxy_show(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from mpq.kernels import cpu
-    from mpq.kernels.bench import latency_table, measure
+    from mpq.kernels.bench import describe, device_of, latency_table, measure
 
-    print(f"CPU kernels: {cpu.level_name() if cpu.native() else 'none compiled, the plain PyTorch reference runs'}")
+    device = device_of(options.device)
+    print(describe(device))
     if options.list:
         return
     try:
@@ -150,17 +156,38 @@ def _bench(options: argparse.Namespace) -> None:
         raise MpqError(
             f"shapes are written 4096x4096,..., batches 1,16,...: not {options.shapes}, {options.batches}"
         ) from error
-    rows = [("format", "rows x cols", "batch", "us", "GB/s", "of read", "x float32", "x bf16")]
+    schemes = options.formats.split(",")
+    if options.tune:
+        _tune(schemes, sizes, batches, device)
+    of_roof = "of copy" if device.type == "cuda" else "of read"
+    rows = [("format", "rows x cols", "batch", "us", "GB/s", of_roof, "x float32", "x bf16")]
     timings = []
-    for timing in measure(options.formats.split(","), sizes, batches, repeats=options.repeats):
+    for timing in measure(schemes, sizes, batches, repeats=options.repeats, device=device):
         timings.append(timing)
         speed = f"{timing.nbytes / timing.seconds / 1e9:.1f}"
         ratios = (f"{timing.float32 / timing.seconds:.2f}", f"{timing.bfloat16 / timing.seconds:.2f}")
-        where = (timing.scheme, f"{timing.rows} x {timing.cols}", str(timing.batch), f"{1e6 * timing.seconds:.0f}")
+        where = (timing.scheme, f"{timing.rows} x {timing.cols}", str(timing.batch), _microseconds(timing.seconds))
         rows.append((*where, speed, f"{100 * timing.roof:.0f} %", *ratios))
     print_table(rows)
     if options.output:
-        latency_table(timings).save(options.output)
+        latency_table(timings, device).save(options.output)
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f}" if seconds < 1e-4 else f"{1e6 * seconds:.0f}"
+
+
+def _tune(schemes: list[str], sizes: list[tuple[int, int]], batches: list[int], device: "torch.device") -> None:
+    if device.type != "cuda":
+        raise MpqError("--tune chooses blocks of the GPU kernels: it needs --device cuda")
+    try:
+        from mpq.kernels.triton.tune import tune
+    except ImportError:
+        raise MpqError("--tune needs Triton: pip install triton") from None
+    for scheme in schemes:
+        for rows, cols in sizes:
+            for batch in batches:
+                tune(scheme, rows, cols, batch, device)
 
 
 def _generate(options: argparse.Namespace) -> None:

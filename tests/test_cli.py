@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from mpq.cli import main
 from mpq.core.allocation import Allocation
@@ -124,6 +125,8 @@ def test_formats_lists_and_tells(capsys):
         (["allocate", "none.csv", "--bits", "4"], "cannot read the table"),
         (["eval", "none"], "no folder"),
         (["plot", "none.csv", "-o", "x.gif"], "expected .png"),
+        (["bench", "--device", "gpu"], "expected cpu, cuda or cuda:N"),
+        (["bench", "--tune", "--shapes", "16x16"], "needs --device cuda"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
@@ -176,10 +179,34 @@ def test_evolution_measures_on_the_tables_own_model(table, tmp_path, capsys):
 
 def test_measured_latency_is_a_cost(table, tmp_path, capsys):
     latencies = tmp_path / "latency.json"
-    shapes = ["--shapes", "16x64", "--batches", "1", "--repeats", "3", "-o", str(latencies)]
+    shapes = ["--shapes", "16x64", "--batches", "1,3", "--repeats", "3", "-o", str(latencies)]
     assert main(["bench", "--formats", "int2-g32,int4-g32,int8-channel", *shapes]) == 0
     assert main(["allocate", str(table), "--bits", "6", "--latency", str(latencies), "--budget", "latency=10"]) == 0
     assert "int4-g32" in capsys.readouterr().out
+    job = ["allocate", str(table), "--bits", "6", "--latency", str(latencies), "--budget", "latency=10", "--batch"]
+    assert main([*job, "3"]) == 0
+    assert main([*job, "2"]) == 2
+    assert "at batch 2" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_bench_without_the_gpu_it_is_asked_for_is_a_mistake(capsys):
+    for more in ([], ["--list"]):
+        assert main(["bench", "--device", "cuda", *more]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("mpq: --device cuda needs an NVIDIA GPU")
+        assert len(said.err.splitlines()) == 1
+        assert said.out == ""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpus_latency_is_a_cost(table, tmp_path, capsys):
+    latencies = tmp_path / "latency.json"
+    job = ["bench", "--device", "cuda", "--shapes", "16x64,64x256", "--batches", "1,4", "--repeats", "3"]
+    assert main([*job, "--formats", "int2-g32,int4-g32,int8-channel", "-o", str(latencies)]) == 0
+    assert "of copy" in capsys.readouterr().out
+    job = ["allocate", str(table), "--bits", "6", "--latency", str(latencies), "--batch", "4"]
+    assert main([*job, "--budget", "latency=10"]) == 0
 
 
 def test_a_packed_language_model_continues_a_prompt(tmp_path, capsys):

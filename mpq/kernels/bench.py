@@ -1,23 +1,25 @@
-"""What this machine takes for each scheme, shape and batch: read bandwidth, microseconds, the latency table."""
+"""What this machine takes for each scheme, shape and batch: its own bandwidth, microseconds, the latency table."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import count
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from mpq.core.calibration import seeded
+from mpq.core.errors import MpqError
 from mpq.core.latency import Latency, LatencyTable
 from mpq.core.rounding import quantize
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.kernels import cpu
+from mpq.kernels.clock import Contestant, Rotation, interleaved
 from mpq.kernels.layout import best_layout, pack, to_layout
 
-BEYOND = 256 * 2**20  # bytes of weights that are read in turn, more than a core's share of the cache
+BEYOND = 256 * 2**20  # bytes of weights that are read in turn, more than a core's share of the cache, or a GPU's L2
+PAGE = {"cpu": 2**23, "cuda": 2**27}  # bytes that one call reads or copies when bandwidth is measured
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,53 @@ class Timing:
     seconds: float
     fastest: float
     nbytes: int  # stored bytes of the weight
-    bandwidth: float  # bytes per second that reading alone reached in the same run
+    bandwidth: float  # bytes per second that reading alone (copying, on a GPU) reached in the same run
     float32: float
     bfloat16: float
 
     @property
     def roof(self) -> float:
-        """Stored bytes per second, as a fraction of the read bandwidth."""
+        """Stored bytes per second, as a fraction of the bandwidth."""
         return self.nbytes / self.seconds / self.bandwidth
 
     @property
     def latency(self) -> Latency:
         """The entry of the latency table."""
         return Latency(self.scheme, self.rows, self.cols, self.batch, self.seconds)
+
+
+def device_of(name: str) -> torch.device:
+    """The device called `name`: "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        MpqError: no such device is here, or none that kernels are timed on.
+    """
+    kind, _, index = name.partition(":")
+    if kind not in PAGE or (index and not index.isdecimal()) or (kind == "cpu" and index):
+        raise MpqError(f"{name!r} is no device to time kernels on: expected cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return CPU
+    if not torch.cuda.is_available():
+        raise MpqError(
+            "--device cuda needs an NVIDIA GPU and a PyTorch built for it, and PyTorch finds none here: "
+            "run this on a machine with one, or with --device cpu"
+        )
+    number = int(index) if index else torch.cuda.current_device()
+    if number >= torch.cuda.device_count():
+        raise MpqError(f"there is no {name}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return torch.device("cuda", number)
+
+
+def describe(device: torch.device) -> str:
+    """Which kernels a device runs, in one line."""
+    if device.type == "cpu":
+        return f"CPU kernels: {cpu.level_name() if cpu.native() else 'none compiled, the plain PyTorch reference runs'}"
+    name = torch.cuda.get_device_name(device)
+    if find_spec("triton") is None:
+        return f"GPU kernels on {name}: none, the plain PyTorch reference runs; pip install triton"
+    from mpq.kernels.triton.tables import provenance_of
+
+    return f"GPU kernels on {name}: Triton, block choices {provenance_of(name)}"
 
 
 def measure(
@@ -53,71 +89,79 @@ def measure(
     *,
     repeats: int = 30,
     beyond: int = BEYOND,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[Timing]:
-    """Time each scheme against reading and PyTorch's float32 and bfloat16, taking turns within one run.
+    """Time each scheme against the device's bandwidth and PyTorch's float32 and bfloat16, in turns within one run.
 
-    Weights rotate through copies that fill `beyond` bytes, so that none is still in the cache.
+    Weights rotate through copies that fill `beyond` bytes, so that none is still in the cache. `dtype` is the inputs',
+    by default float32 on a CPU and bfloat16 on a GPU.
 
     Raises:
         MpqError: an unknown scheme.
     """
     parsed = [parse_scheme(name) for name in schemes]
-    # Read in pieces as short as a layer: a longer run would meet the scheduler where layers do not.
-    pages = _rotation([torch.ones(2**21)], beyond)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    bandwidth = _bandwidth(device, beyond)
     for rows, cols in shapes:
-        dense = torch.randn((rows, cols), generator=seeded(0, "bench", rows, cols))
-        floats = {kind: _rotation([dense.to(kind)], beyond) for kind in (torch.float32, torch.bfloat16)}
+        dense = torch.randn((rows, cols), generator=seeded(0, "bench", rows, cols)).to(device)
+        floats = {kind: Rotation([dense.to(kind)], beyond) for kind in (torch.float32, torch.bfloat16)}
         for scheme in parsed:
-            packed_rows, nbytes = _packed(dense, scheme, beyond)
+            nbytes, product = _packed(dense, scheme, beyond)
             for batch in batches:
-                x = torch.randn((batch, cols), generator=seeded(1, batch)).to(dtype)
-                contestants: list[Callable[[], object]] = [
-                    partial(packed_rows, x),
-                    *(partial(_dense, x.to(kind), weights) for kind, weights in floats.items()),
-                    lambda: cpu.read(pages()[0]),
+                x = torch.randn((batch, cols), generator=seeded(1, batch)).to(device, dtype)
+                contestants = [
+                    product(x),
+                    *(_dense(x.to(kind), weights) for kind, weights in floats.items()),
+                    bandwidth,
                 ]
-                ours, single, half, read = _interleaved(contestants, repeats)
+                ours, single, half, read = interleaved(contestants, repeats, device)
                 yield Timing(
                     scheme.name, rows, cols, batch, statistics.median(ours), min(ours), nbytes,
-                    2**23 / statistics.median(read), statistics.median(single), statistics.median(half),
+                    _moved(device) / statistics.median(read), statistics.median(single), statistics.median(half),
                 )  # fmt: skip
 
 
-def _dense(x: Tensor, following: Callable[[], list[Tensor]]) -> Tensor:
-    return torch.nn.functional.linear(x, following()[0])
+def _moved(device: torch.device) -> int:
+    """Bytes that a call of `_bandwidth` moves: a copy reads and writes."""
+    return PAGE[device.type] * (2 if device.type == "cuda" else 1)
 
 
-def latency_table(timings: Sequence[Timing]) -> LatencyTable:
+def _bandwidth(device: torch.device, beyond: int) -> Contestant:
+    # Read in pieces as short as a layer: a longer run would meet the scheduler where layers do not.
+    page = torch.ones(PAGE[device.type] // 4, device=device)
+    if device.type == "cuda":
+        target = torch.empty_like(page)
+        return Contestant(lambda: target.copy_(page))
+    pages = Rotation([page], beyond)
+    return Contestant(lambda: cpu.read(pages()[0]), len(pages))
+
+
+def _dense(x: Tensor, following: Rotation) -> Contestant:
+    return Contestant(lambda: torch.nn.functional.linear(x, following()[0]), len(following))
+
+
+def _packed(dense: Tensor, scheme: Scheme, beyond: int) -> tuple[int, Callable[[Tensor], Contestant]]:
+    """The weight's stored bytes, and the contestant that multiplies an input by it."""
+    packed = pack(quantize(dense, scheme.weight))
+    arranged = to_layout(packed, best_layout(packed, dense.device))
+    activation = "" if scheme.activation is None else scheme.activation.name
+    facts = (scheme.weight.name, *packed.shape, arranged.layout)
+    following = Rotation(list(arranged.tensors.values()), beyond)
+    linear = torch.ops.mpq.linear
+    return packed.nbytes, lambda x: Contestant(lambda: linear(x, following(), None, *facts, activation), len(following))
+
+
+def latency_table(timings: Sequence[Timing], device: torch.device = CPU) -> LatencyTable:
     """Timings as the table that searches take."""
-    facts = {"threads": torch.get_num_threads(), "instructions": cpu.level_name()}
+    if device.type == "cuda":
+        facts: dict[str, object] = {
+            "device": torch.cuda.get_device_name(device),
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+            "clock": "graph replay between device events",
+        }
+    else:
+        facts = {"threads": torch.get_num_threads(), "instructions": cpu.level_name()}
     if timings:
         facts["bandwidth"] = statistics.median(timing.bandwidth for timing in timings)
     return LatencyTable(tuple(timing.latency for timing in timings), facts)
-
-
-def _packed(dense: Tensor, scheme: Scheme, beyond: int) -> tuple[Callable[[Tensor], Tensor], int]:
-    """A function that multiplies by the next copy of the weight, and the weight's stored bytes."""
-    packed = pack(quantize(dense, scheme.weight))
-    arranged = to_layout(packed, best_layout(packed, dense.device))
-    facts = (scheme.weight.name, *packed.shape, arranged.layout)
-    activation = "" if scheme.activation is None else scheme.activation.name
-    following = _rotation(list(arranged.tensors.values()), beyond)
-    return lambda x: torch.ops.mpq.linear(x, following(), None, *facts, activation), packed.nbytes
-
-
-def _rotation(tensors: list[Tensor], beyond: int) -> Callable[[], list[Tensor]]:
-    copies = max(2, beyond // max(1, sum(tensor.nbytes for tensor in tensors)))
-    kept = [[tensor.clone() for tensor in tensors] for _ in range(copies)]
-    turn = count()
-    return lambda: kept[next(turn) % copies]
-
-
-def _interleaved(contestants: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
-    times: list[list[float]] = [[] for _ in contestants]
-    for _ in range(repeats + 1):
-        for run, found in zip(contestants, times, strict=True):
-            start = time.perf_counter()
-            run()
-            found.append(time.perf_counter() - start)
-    return [found[1:] for found in times]  # the first turn warms up

@@ -25,7 +25,8 @@ def linear(
     """torch.ops.mpq.linear from fragments on a CUDA device; Triton is imported at the first call."""
     from mpq.kernels.triton.linear import linear as fused
 
-    return fused(input, weight, bias, format, rows, cols, layout, activation)
+    with torch.cuda.device(input.device):  # Triton launches on the current device
+        return fused(input, weight, bias, format, rows, cols, layout, activation)
 
 
 def embedding(

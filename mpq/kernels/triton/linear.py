@@ -47,19 +47,30 @@ def linear(
     if not computes(packed, input.dtype) or 0 in (tokens.shape[0], rows, cols):
         return reference.linear(input, weight, bias, format, rows, cols, layout, activation)
     config = config_for(packed.name, activation, tokens.shape[0], rows, cols, input.device)
-    scales = None
-    if activation:
-        rounded = parse_format(activation)
-        dtype = eight_bits(packed, rounded, input.device)
-        if dtype is None:
-            tokens = rounded_inputs(tokens, rounded)
-        else:
-            tokens, scales = eight_bit_inputs(tokens, rounded, dtype)
-            config = replace(config, block_k=max(32, config.block_k))
-    elif config.backend == "cuda" and int4.covers(packed, tokens):
-        return int4.product(tokens, weight, bias, packed, rows, config.split).reshape(*input.shape[:-1], rows)
-    output = product(tokens, weight, bias, packed, rows, config, input.dtype, scales)
-    return output.reshape(*input.shape[:-1], rows)
+    return compute(tokens, weight, bias, packed, rows, config, activation).reshape(*input.shape[:-1], rows)
+
+
+def compute(
+    tokens: Tensor,  # (tokens, cols), fp16 or bf16
+    weight: Sequence[Tensor],
+    bias: Tensor | None,
+    format: Format,
+    rows: int,
+    config: Config,
+    activation: str = "",
+) -> Tensor:
+    """The product by the blocks of `config`, tokens rounded to `activation` first: (tokens, rows) in their type."""
+    if not activation:
+        if config.backend == "cuda" and int4.covers(format, tokens):
+            return int4.product(tokens, weight, bias, format, rows, config.split)
+        return product(tokens, weight, bias, format, rows, config, tokens.dtype)
+    rounded = parse_format(activation)
+    dtype = eight_bits(format, rounded, tokens.device)
+    if dtype is None:
+        return product(rounded_inputs(tokens, rounded), weight, bias, format, rows, config, tokens.dtype)
+    codes, scales = eight_bit_inputs(tokens, rounded, dtype)
+    wide = replace(config, block_k=max(32, config.block_k))
+    return product(codes, weight, bias, format, rows, wide, tokens.dtype, scales)
 
 
 def product(

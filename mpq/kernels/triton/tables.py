@@ -58,6 +58,13 @@ def table_of(device_name: str) -> dict[str, Config]:
     return configs
 
 
+def provenance_of(device_name: str) -> str:
+    """Where a device's choices come from, and whether any of them was measured."""
+    if tuned_path(device_name).is_file():
+        return f"tuned here ({tuned_path(device_name)}), defaults where not"
+    return "the defaults, never measured: 'mpq bench --device cuda --tune' measures"
+
+
 def tuned_path(device_name: str) -> Path:
     """The user's own table for a device."""
     return cache_folder() / "tuned" / f"{_slug(device_name)}.json"

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
-from mpq.kernels.triton.bench import bench, candidates, tune
 from mpq.kernels.triton.config import Config, default_config
 from mpq.kernels.triton.linear import EMULATE
 from mpq.kernels.triton.spec import spec_of
-from mpq.kernels.triton.tables import bucket, config_for, table_of, tuned_path
+from mpq.kernels.triton.tables import bucket, config_for, provenance_of, table_of, tuned_path
+from mpq.kernels.triton.tune import candidates, tune
 
 DEVICE = torch.device("cpu" if EMULATE else "cuda")
 
@@ -54,8 +55,16 @@ def test_candidates_keep_groups_whole(name: str) -> None:
         assert all(format.group_size % config.block_k == 0 for config in found if config.backend == "triton")
 
 
-def test_timings_are_positive() -> None:
-    (timing,) = bench(["int4-g64"], [(64, 128)], [2], DEVICE)
-    assert timing.microseconds > 0
-    assert timing.gigabytes > 0
-    assert timing.speedup > 0
+def test_products_of_rounded_inputs_are_tuned_too() -> None:
+    choices = [Config(block_k=32), Config(block_k=64)]
+    best = tune("int4-g64+a:int8-token", 64, 128, 3, DEVICE, choices)
+    assert config_for("int4-g64", "int8-channel", 3, 64, 128, DEVICE) == best
+    with pytest.raises(MpqError, match="bf16"):
+        tune("bf16", 64, 128, 3, DEVICE)
+
+
+def test_tables_say_whether_anyone_measured() -> None:
+    assert "never measured" in provenance_of("interpreter")
+    tune("int4-g64", 64, 128, 3, DEVICE, [Config()])
+    if EMULATE:
+        assert "tuned here" in provenance_of("interpreter")

@@ -1,0 +1,107 @@
+"""Others' int4 kernels on the same weights, found by import: PyTorch's own, gemlite, MARLIN. None of them is needed."""
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpq.core.rounding import Quantized, dequantize
+from mpq.kernels import marlin as marlin_layout
+from mpq.kernels.clock import Contestant, Rotation
+
+_log = logging.getLogger(__name__)
+Peer = Callable[[Tensor], Contestant]  # from an input (tokens, cols) in bfloat16
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights as every peer takes them, int4 with groups and the code of zero at 8, on the device."""
+
+    codes: Tensor  # uint8 (rows, cols)
+    scales: Tensor  # float32 (rows, groups)
+    group: int
+    beyond: int  # bytes that copies fill
+
+
+def peers_of(quantized: Quantized, beyond: int) -> dict[str, Peer]:
+    """Those that are installed, take the layer and agree with its dequantized product; others are logged."""
+    assert quantized.scales is not None
+    layer = Layer(quantized.codes, quantized.scales, quantized.format.group_size, beyond)
+    x = torch.randn(4, layer.codes.shape[1], device=layer.codes.device).bfloat16()
+    truth = x.float() @ dequantize(quantized).T
+    found: dict[str, Peer] = {}
+    for name, make in PEERS.items():
+        try:
+            peer = make(layer)
+            output = peer(x).run()
+            error = float((output.float() - truth).norm() / truth.norm())  # type: ignore[attr-defined]
+        except Exception as problem:  # whatever a foreign package throws, it is left out by name
+            _log.warning("%s is left out: %s", name, problem)
+            continue
+        if error > 0.02:  # three times what 16-bit weights and inputs of another type may differ
+            _log.warning("%s is left out: its product differs by %.3g", name, error)
+            continue
+        found[name] = peer
+    return found
+
+
+def _torch(layer: Layer) -> Peer:
+    packed = (layer.codes[:, ::2] << 4) | layer.codes[:, 1::2]
+    weight = torch.ops.aten._convert_weight_to_int4pack(packed, 8)
+    scales = torch.stack([layer.scales.T, torch.zeros_like(layer.scales.T)], -1).bfloat16().contiguous()
+    turn = Rotation([weight, scales], layer.beyond)
+
+    def peer(x: Tensor) -> Contestant:
+        def run() -> Tensor:
+            weight, scales = turn()
+            return torch.ops.aten._weight_int4pack_mm(x, weight, layer.group, scales)
+
+        return Contestant(run, len(turn))
+
+    return peer
+
+
+def _gemlite(layer: Layer) -> Peer:
+    core = importlib.import_module("gemlite.core")
+    rows, cols = layer.codes.shape
+    copies = max(2, layer.beyond // (rows * cols // 2))
+    modules = []
+    for _ in range(copies):
+        module = core.GemLiteLinearTriton(
+            4, group_size=layer.group, in_features=cols, out_features=rows,
+            input_dtype=core.DType.BF16, output_dtype=core.DType.BF16,
+        )  # fmt: skip
+        scales = layer.scales.bfloat16().reshape(-1, 1)
+        module.pack(layer.codes.clone(), scales, torch.full_like(scales, 8), None)
+        modules.append(module)
+    return lambda x: _in_turn([lambda module=module: module(x) for module in modules])
+
+
+def _marlin(layer: Layer) -> Peer:
+    marlin = importlib.import_module("marlin")
+    rows, device = layer.codes.shape[0], layer.codes.device
+    turn = Rotation([marlin_layout.pack(layer.codes), marlin_layout.pack_scales(layer.scales.half())], layer.beyond)
+    workspace = torch.zeros(rows // 128 * 16, dtype=torch.int, device=device)
+
+    def peer(x: Tensor) -> Contestant:
+        half, out = x.half(), torch.empty(x.shape[0], rows, dtype=torch.half, device=device)
+
+        def run() -> Tensor:
+            weight, scales = turn()
+            marlin.mul(half, weight, out, scales, workspace)
+            return out
+
+        return Contestant(run, len(turn))
+
+    return peer
+
+
+def _in_turn(runs: list[Callable[[], Tensor]]) -> Contestant:
+    place = iter(range(2**62))
+    return Contestant(lambda: runs[next(place) % len(runs)](), len(runs))
+
+
+PEERS: dict[str, Callable[[Layer], Peer]] = {"torch int4": _torch, "gemlite": _gemlite, "marlin": _marlin}
