@@ -48,14 +48,14 @@ def generate(
     if prompt.ndim != 1 or not len(prompt):
         raise MpqError(f"a prompt is one row of at least one token, not {tuple(prompt.shape)}")
     random, tokens, cache = seeded(seed, "generate"), [], None
-    cached = "past_key_values" in inspect.signature(model.forward).parameters
+    memory = _cache_argument(model)
     step, training = prompt.unsqueeze(0), model.training
     model.eval()
     started = first = time.perf_counter()
     try:
         for _ in range(max_new_tokens):
-            output: Any = model(input_ids=step, past_key_values=cache, use_cache=True) if cached else model(step)
-            cache = output.past_key_values if cached else None
+            output: Any = model(input_ids=step, use_cache=True, **{memory: cache}) if memory else model(step)
+            cache = getattr(output, memory) if memory else None
             token = _choose(logits_of(output)[0, -1].float(), temperature, top_k, random)
             tokens.append(token)
             if len(tokens) == 1:
@@ -78,6 +78,12 @@ def compare_speeds(
         for name, model in models.items():
             found[name].append(generate(model, prompt, max_new_tokens=max_new_tokens).tokens_per_second)
     return {name: sorted(speeds)[len(speeds) // 2] for name, speeds in found.items()}
+
+
+def _cache_argument(model: nn.Module) -> str:
+    """The name under which the model takes its key-value cache: transformers has had two; "" when it takes none."""
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in ("past_key_values", "cache") if name in taken), "")
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int, random: torch.Generator) -> int:

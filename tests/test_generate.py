@@ -25,6 +25,16 @@ def test_greedy_text_is_that_of_recomputing_everything(model):
     assert found.tokens_per_second > 0
 
 
+def test_the_cache_spares_positions_that_were_computed(model):
+    lengths = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda module, args, output: lengths.append(args[0].shape[1]))
+    try:
+        generate(model, PROMPT, max_new_tokens=4)
+    finally:
+        hook.remove()
+    assert lengths == [5, 1, 1, 1]
+
+
 def test_sampling_follows_its_seed_and_top_one_is_greedy(model):
     once, again, other = (generate(model, PROMPT, temperature=1.0, seed=seed).tokens for seed in (1, 1, 2))
     assert once == again != other
