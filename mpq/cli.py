@@ -3,6 +3,7 @@
 import argparse
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING - 10 * options.verbose, format="mpq: %(message)s")
     try:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and options.run is not _profile:
+            raise MpqError("of all commands torchrun starts 'mpq profile' alone: give its table to quantize --table")
         options.run(options)
     except MpqError as error:
         print(f"mpq: {error}", file=sys.stderr)
@@ -132,15 +135,19 @@ def _quantize(options: argparse.Namespace) -> None:
 
 def _profile(options: argparse.Namespace) -> None:
     from mpq.core.formats import DEFAULT_FORMATS
+    from mpq.core.parallel import place, processes
     from mpq.sensitivity.profile import profile
 
     settings = profiling_of(options)
     settings["formats"] = settings["formats"] or DEFAULT_FORMATS
     source = source_of(options)
-    table = profile(
-        source.model, source.calibration, source.loss_fn, resume=f"{options.output}.unfinished",
-        provenance={"model": source.name, "dataset": source.data}, **settings,
-    )  # fmt: skip
+    with processes(options.device):
+        table = profile(
+            source.model, source.calibration, source.loss_fn, resume=f"{options.output}.unfinished",
+            provenance={"model": source.name, "dataset": source.data}, **settings,
+        )  # fmt: skip
+        if place()[0] > 0:
+            return
     table.save(options.output)
     print(f"{options.output}: {len(table.layers)} layers x {len(table.schemes)} formats, metric {table.metric}")
 

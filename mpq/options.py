@@ -75,11 +75,12 @@ def pairs_of(items: Sequence[str], what: str) -> dict[str, str]:
 
 def source_of(options: argparse.Namespace) -> "Source":
     """The model and data that the options name."""
+    from mpq.core.parallel import own_device
     from mpq.sources import open_source
 
     return open_source(
         options.model, options.dataset, nsamples=options.nsamples, seqlen=options.seqlen,
-        batch_size=options.batch_size, seed=options.seed, device=options.device,
+        batch_size=options.batch_size, seed=options.seed, device=own_device(options.device),
     )  # fmt: skip
 
 

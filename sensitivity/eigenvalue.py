@@ -1,6 +1,6 @@
 """Top eigenvalue of each layer's curvature (HAWQ, arXiv 1905.03696): the ranking lambda_i / n_i, the tuning order."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -111,18 +111,18 @@ def top_eigenvalues(
     if backend not in ("own", "pyhessian"):
         raise MpqError(f"unknown backend {backend!r}: take 'own' or 'pyhessian'")
     task = replace(task, batches=_first(task.batches, samples))
-    known = task.journal.recall("top eigenvalues")
-    if known is None:
+
+    def work(layers: Sequence[Layer]) -> Iterator[list[float]]:
+        own = replace(task, layers=tuple(layers))
         if backend == "pyhessian":
             from mpq.sensitivity.pyhessian import pyhessian_eigenvalues
 
-            found = pyhessian_eigenvalues(task, max_steps=max_steps, tolerance=tolerance)
-        else:
-            found = _lanczos(task, operator, max_steps, tolerance)
-        known = [*found.values.tolist(), *found.residuals.tolist(), found.products]
-        task.journal.note("top eigenvalues", known)
-    values, residuals = np.array(known[:-1]).reshape(2, len(task.layers))
-    return Eigenvalues(values, residuals, int(known[-1]))
+            return pyhessian_eigenvalues(own, max_steps=max_steps, tolerance=tolerance)
+        return _lanczos(own, operator, max_steps, tolerance)
+
+    found = task.numbers({f"top eigenvalue of {layer.name}": layer for layer in task.layers}, work)
+    values, residuals, products = np.array(found).T
+    return Eigenvalues(values, residuals, int(products.sum()))
 
 
 def _first(batches: tuple[object, ...], samples: int) -> tuple[object, ...]:
@@ -134,11 +134,12 @@ def _first(batches: tuple[object, ...], samples: int) -> tuple[object, ...]:
     return tuple(chosen)
 
 
-def _lanczos(task: Task, operator: str, max_steps: int, tolerance: float) -> Eigenvalues:
+def _lanczos(task: Task, operator: str, max_steps: int, tolerance: float) -> Iterator[list[float]]:
+    """Value, residual and number of products of every layer, side by side."""
     runs = [Lanczos(_start(task, layer)) for layer in task.layers]
     sizes = np.array([samples_in(batch) for batch in task.batches], dtype=np.float64)
     values, residuals = np.zeros(len(runs)), np.full(len(runs), np.inf)
-    unfinished, products = list(range(len(runs))), 0
+    unfinished, products = list(range(len(runs))), np.zeros(len(runs))
     for step in task.track(range(max_steps), "top eigenvalues"):
         if not unfinished:
             break
@@ -151,10 +152,10 @@ def _lanczos(task: Task, operator: str, max_steps: int, tolerance: float) -> Eig
             runs[i].take(sums[i])
             ritz, _, remainders = runs[i].ritz()
             values[i], residuals[i] = ritz[-1], remainders[-1]
-        products += len(unfinished)
+        products[unfinished] += 1
         small = residuals <= tolerance * np.abs(values)
         unfinished = [i for i in unfinished if not (runs[i].exhausted or (small[i] and step > 0))]
-    return Eigenvalues(values, residuals, products)
+    yield from np.stack([values, residuals, products], 1).tolist()
 
 
 def _start(task: Task, layer: Layer) -> Tensor:

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from mpq.core.calibration import samples_in
 from mpq.core.layer import Layer
+from mpq.core.parallel import total
 from mpq.sensitivity.derivatives import Use, layer_uses
-from mpq.sensitivity.spread import Spread
+from mpq.sensitivity.spread import relative_error, spread
 from mpq.sensitivity.task import Scores, Task, score_weight_errors
 
 CHUNK = 2**22  # numbers of per-sample gradients held at a time
@@ -33,22 +34,22 @@ def fisher(task: Task, *, labels: str = "data") -> Scores:
     def score(layer: Layer, difference: Tensor) -> tuple[float, float]:
         weighted = diagonals[layer.name] * difference.cpu().square()
         value = 0.5 * weighted.sum(dtype=torch.float64).item()
-        return value, value * spreads[layer.name].relative_error()
+        return value, value * relative_error(spreads[layer.name])
 
     return score_weight_errors(task, score)
 
 
-def fisher_diagonals(task: Task, labels: str = "data") -> tuple[dict[str, Tensor], dict[str, Spread]]:
-    """Every layer's E_n[g_nj^2], (rows, cols), and the spread over samples of its sum, by layer name."""
+def fisher_diagonals(task: Task, labels: str = "data") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Every layer's E_n[g_nj^2], (rows, cols), and the `spread` over samples of its sum, by layer name."""
     diagonals = {layer.name: torch.zeros(layer.rows, layer.cols) for layer in task.layers}
-    spreads = {layer.name: Spread() for layer in task.layers}
-    for index in task.track(range(len(task.batches)), "per-sample gradients"):
+    spreads = {layer.name: torch.zeros(3, dtype=torch.float64) for layer in task.layers}
+    for index in task.own_batches("per-sample gradients"):
         for samples, uses in layer_uses(task, index, labels):
             for layer in task.layers:
                 squares = _add_squares(diagonals[layer.name], uses[layer.name], samples, layer)
-                spreads[layer.name].add(squares)
+                spreads[layer.name] += spread(squares)
     samples = sum(samples_in(batch) for batch in task.batches)
-    return {name: total / samples for name, total in diagonals.items()}, spreads
+    return {name: squares / samples for name, squares in total(diagonals).items()}, total(spreads)
 
 
 def _add_squares(diagonal: Tensor, uses: list[Use], samples: int, layer: Layer) -> Tensor:

@@ -1,6 +1,6 @@
 """Output gradients times the change of outputs that quantizing makes, in every scheme, without a further model pass."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from mpq.sensitivity.task import Scores, Task
 
 HELD = 2**28  # numbers of inputs and gradients held at a time; weights are rounded once for each such portion
 
+Pass = list[tuple[int, Uses]]  # what one batch's pass recorded: (samples, uses), in one or several pieces
 Meet = Callable[[list[tuple[Tensor, Tensor]]], Tensor]  # (gradient, change) of each call -> (samples,)
 
 
@@ -63,15 +64,16 @@ def quadratic(task: Task, *, labels: str = "model", draws: int = 2) -> Scores:
 def _meeting(task: Task, meet: Meet, labels: str, draws: int) -> Scores:
     """Half the mean over samples of `meet`, with its standard error."""
     draws = 1 if labels == "data" else draws
-    sums = np.zeros((2, len(task.layers), len(task.schemes)))
-    for number, portion in enumerate(_portions(task, labels, draws)):
-        known = task.journal.recall(f"portion {number}")
-        if known is None:
-            found = _sums(task, portion, meet)
-            task.journal.note(f"portion {number}", found.ravel().tolist())
-        else:
-            found = np.array(known).reshape(sums.shape)
-        sums += found
+
+    def work(missing: Sequence[tuple[int, int]]) -> Iterator[list[float]]:
+        for portion in _portions(task, missing, labels):
+            yield from _sums(task, portion, meet).reshape(len(portion), -1).tolist()
+
+    items = {
+        f"draw {draw} of batch {index}": (index, draw) for index in range(len(task.batches)) for draw in range(draws)
+    }
+    found = np.array(task.numbers(items, work))
+    sums = found.sum(0).reshape(2, len(task.layers), len(task.schemes))
     count = draws * sum(samples_in(batch) for batch in task.batches)
     means = sums[0] / count
     variances = np.maximum(sums[1] / count - means**2, 0) * count / max(count - 1, 1)
@@ -79,34 +81,33 @@ def _meeting(task: Task, meet: Meet, labels: str, draws: int) -> Scores:
     return 0.5 * means, 0.5 * errors
 
 
-def _portions(task: Task, labels: str, draws: int) -> Iterator[list[tuple[int, Uses]]]:
-    """What several batches' passes recorded, as many as HELD allows."""
-    portion: list[tuple[int, Uses]] = []
+def _portions(task: Task, passes: Sequence[tuple[int, int]], labels: str) -> Iterator[list[Pass]]:
+    """What several passes (batch, draw) recorded, as many together as HELD allows."""
+    portion: list[Pass] = []
     held = 0
-    for index in task.track(range(len(task.batches)), "output gradients"):
-        for draw in range(draws):
-            for samples, uses in layer_uses(task, index, labels, draw):
-                portion.append((samples, uses))
-                held += sum(use.inputs.numel() + use.gradient.numel() for found in uses.values() for use in found)
-                if held >= HELD:
-                    yield portion
-                    portion, held = [], 0
+    for index, draw in task.track(passes, "output gradients"):
+        portion.append(list(layer_uses(task, index, labels, draw)))
+        found = [use for _, uses in portion[-1] for calls in uses.values() for use in calls]
+        held += sum(use.inputs.numel() + use.gradient.numel() for use in found)
+        if held >= HELD:
+            yield portion
+            portion, held = [], 0
     if portion:
         yield portion
 
 
-def _sums(task: Task, portion: list[tuple[int, Uses]], meet: Meet) -> NDArray[np.float64]:
-    """Sum over the portion's samples of the numbers and of their squares, (2, layers, schemes)."""
-    sums = np.zeros((2, len(task.layers), len(task.schemes)))
+def _sums(task: Task, portion: list[Pass], meet: Meet) -> NDArray[np.float64]:
+    """Sum over each pass's samples of the numbers and of their squares, (passes, 2, layers, schemes)."""
+    sums = np.zeros((len(portion), 2, len(task.layers), len(task.schemes)))
     for i, layer in enumerate(task.track(task.layers, "changes of outputs")):
         for j, scheme in enumerate(task.schemes):
             difference = task.weight_error(layer, scheme)
-            for samples, uses in portion:
+            for k, samples, uses in ((k, *part) for k, parts in enumerate(portion) for part in parts):
                 calls = [_change(task, layer, scheme, use, difference) for use in uses[layer.name]]
                 if calls:
                     numbers = meet([_by_sample(call, samples) for call in calls]).double()
-                    sums[0, i, j] += numbers.sum().item()
-                    sums[1, i, j] += numbers.square().sum().item()
+                    sums[k, 0, i, j] += numbers.sum().item()
+                    sums[k, 1, i, j] += numbers.square().sum().item()
     return sums
 
 

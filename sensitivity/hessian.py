@@ -1,9 +1,10 @@
 """Mean Hessian trace times squared error (HAWQ-V2, arXiv 1911.03852), all layers' traces at once."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -137,8 +138,7 @@ def hessian_traces(
     while True:
         more = min_probes if not len(draws) else min(len(draws), max_probes - len(draws))
         rounds = range(len(draws), len(draws) + more)
-        batches = task.track(range(len(task.batches)), f"Hessian probes {rounds.start + 1} to {rounds.stop}")
-        draws = np.concatenate([draws, np.stack([_draws(task, batch, rounds, operator, of) for batch in batches], 1)])
+        draws = np.concatenate([draws, _draws(task, rounds, operator, of)])
         traces = _summary(draws, sizes / sizes.sum())
         enough = np.maximum(target * np.abs(traces.means), settle * traces.errors)
         if len(draws) >= max_probes or bool((traces.probe_errors <= enough).all()):
@@ -158,19 +158,24 @@ def _summary(
     return Traces(means, np.sqrt(np.maximum(spread, probe_variances)), np.sqrt(probe_variances), probes)
 
 
-def _draws(task: Task, batch: int, rounds: Sequence[int], operator: str, of: str) -> NDArray[np.float64]:
-    """v_i . (H v)_i of one batch, (rounds, layers); the gradient's graph is built once for all rounds."""
+def _draws(task: Task, rounds: Sequence[int], operator: str, of: str) -> NDArray[np.float64]:
+    """v_i . (H v)_i of every batch, (rounds, batches, layers); a batch's graph serves all its rounds."""
     suffix = "" if of == "weights" else f" of {of}"
-    names = {index: f"probe {index} of batch {batch}{suffix}" for index in rounds}
-    found = {index: task.journal.recall(name) for index, name in names.items()}
-    if any(numbers is None for numbers in found.values()):
-        with CURVATURES[of](task, batch, operator) as (curvature, owners):
-            for index in rounds:
-                if found[index] is None:
-                    numbers = _draw(task, curvature, owners, (batch, index))
-                    task.journal.note(names[index], numbers)
-                    found[index] = numbers
-    return np.array([found[index] for index in rounds], dtype=np.float64)
+    items = {
+        f"probe {index} of batch {batch}{suffix}": (batch, index)
+        for batch in range(len(task.batches))
+        for index in rounds
+    }
+
+    def draw(missing: Sequence[tuple[int, int]]) -> Iterator[list[float]]:
+        told = task.track(missing, f"Hessian probes {rounds[0] + 1} to {rounds[-1] + 1}")
+        for batch, indices in groupby(told, key=lambda item: item[0]):
+            with CURVATURES[of](task, batch, operator) as (curvature, owners):
+                for seeds in indices:
+                    yield _draw(task, curvature, owners, seeds)
+
+    found = task.numbers(items, draw, adjacent=True)
+    return np.array(found).reshape(len(task.batches), len(rounds), len(task.layers)).swapaxes(0, 1)
 
 
 def _draw(task: Task, curvature: Curvature, owners: Sequence[int], seeds: tuple[int, int]) -> list[float]:
@@ -197,11 +202,9 @@ def rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
 def _pyhessian_traces(task: Task, probes: int) -> Traces:
     from mpq.sensitivity.pyhessian import pyhessian_draws
 
-    draws = []
-    for layer in task.track(task.layers, "pyhessian"):
-        known = task.journal.recall(f"draws of {layer.name}")
-        if known is None:
-            known = pyhessian_draws(task, [task.module(layer).weight], probes)  # type: ignore[list-item]
-            task.journal.note(f"draws of {layer.name}", known)
-        draws.append(known)
+    def work(layers: Sequence[Layer]) -> Iterator[list[float]]:
+        for layer in task.track(layers, "pyhessian"):
+            yield pyhessian_draws(task, [task.module(layer).weight], probes)  # type: ignore[list-item]
+
+    draws = task.numbers({f"draws of {layer.name}": layer for layer in task.layers}, work)
     return _summary(np.array(draws).T[:, None], np.ones(1))

@@ -1,8 +1,8 @@
 """The layers' inputs as something to quantize: their rounding errors, and the loss's curvature in them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,35 +13,41 @@ from mpq.core.calibration import check_loss, samples_in
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.moments import watching
+from mpq.core.parallel import total
 from mpq.sensitivity.graph import differentiable_twice, only_gradients_of, outputs_of
 from mpq.sensitivity.products import Curvature, operator_named
 from mpq.sensitivity.task import Task
 
 
-@dataclass
+@dataclass(frozen=True)
 class InputError:
     """What a layer's inputs a lose in each activation format."""
 
-    numbers: float = 0.0  # in one sample's inputs, all calls of the layer together
-    squared: dict[Format, float] = field(default_factory=dict)  # mean of ||Q(a) - a||^2 over samples
+    numbers: float  # in one sample's inputs, all calls of the layer together
+    squared: Mapping[Format, float]  # mean of ||Q(a) - a||^2 over samples
 
 
 def input_errors(task: Task) -> dict[str, InputError]:
     """The error of every layer's inputs in the task's activation formats, from one forward pass, by layer name."""
     formats = {scheme.activation for scheme in task.schemes if scheme.activation is not None}
-    errors = {layer.name: InputError(squared=dict.fromkeys(formats, 0.0)) for layer in task.layers}
-    samples = sum(samples_in(batch) for batch in task.batches)
+    keys = [(layer.name, format) for layer in task.layers for format in (None, *formats)]
+    sums = {key: torch.zeros((), dtype=torch.float64) for key in keys}
 
     def see(name: str, module: nn.Module, inputs: Tensor) -> None:
-        errors[name].numbers += inputs.numel() / samples
+        sums[name, None] += inputs.numel()
         for format in formats:
             difference = fake_quantize_inputs(module, inputs, format) - inputs
-            errors[name].squared[format] += difference.square().sum(dtype=torch.float64).item() / samples
+            sums[name, format] += difference.square().sum(dtype=torch.float64).item()
 
     with torch.no_grad(), watching(task.model, task.layers, see):
-        for index in task.track(range(len(task.batches)), "input errors"):
+        for index in task.own_batches("input errors"):
             check_loss(task.loss_fn(task.model, task.batches[index]), index)
-    return errors
+    samples = sum(samples_in(batch) for batch in task.batches)
+    means = {key: added.item() / samples for key, added in total(sums).items()}
+    return {
+        layer.name: InputError(means[layer.name, None], {format: means[layer.name, format] for format in formats})
+        for layer in task.layers
+    }
 
 
 @contextmanager

@@ -1,33 +1,41 @@
 """What a long measurement has found so far, on disk: an interrupted run goes on where it stopped."""
 
+import glob
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpq.core.errors import MpqError
+from mpq.core.parallel import gathered, place
 
 
 class Journal:
     """Named lists of numbers; with a path also lines of a file, each written at once and whole or dropped on reading.
 
     The first line holds the settings that the numbers depend on. Numbers are written in full, so a resumed run gives
-    what an uninterrupted one gives.
+    what an uninterrupted one gives. Of several processes each writes a file of its own, the first one the path itself,
+    the others path.1, path.2, ...; on reading they are one, however many processes go on.
 
     Raises:
         MpqError: the file was left by a run with other settings (named), or is no journal.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
+        self.whole = None if path is None else Path(path)
+        self.path = self.whole
         self.entries: dict[str, list[float]] = {}
-        settings = json.loads(json.dumps(dict(settings)))  # as they come back from a file
-        if self.path is None:
+        self.untold: list[str] = []  # names that other processes may not know
+        if self.whole is None:
             return
-        if self.path.exists():
-            self._read(self.path, settings)
-        else:
+        settings = json.loads(json.dumps(dict(settings)))  # as they come back from a file
+        rank, _ = place()
+        for part in self._parts() if rank == 0 else []:
+            self._read(part, settings)
+        self.entries = gathered(self.entries)
+        self.path = self.whole if rank == 0 else self.whole.with_name(f"{self.whole.name}.{rank}")
+        if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._append(settings)
 
@@ -38,13 +46,26 @@ class Journal:
     def note(self, name: str, numbers: Sequence[float]) -> None:
         """Keep these numbers under this name."""
         self.entries[name] = list(numbers)
+        self.untold.append(name)
         if self.path is not None:
             self._append([name, *numbers])
 
+    def agree(self, names: Iterable[str]) -> list[list[float]]:
+        """What any process has noted under each of these names; all processes must ask."""
+        self.entries.update(gathered({name: self.entries[name] for name in self.untold}))
+        self.untold = []
+        return [self.entries[name] for name in names]
+
     def close(self) -> None:
         """The measurement is complete: remove the file."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        for part in self._parts() if place()[0] == 0 else []:
+            part.unlink(missing_ok=True)
+
+    def _parts(self) -> list[Path]:
+        if self.whole is None:
+            return []
+        found = self.whole.parent.glob(f"{glob.escape(self.whole.name)}*")
+        return sorted(path for path in found if path == self.whole or path.name[len(self.whole.name) + 1 :].isdigit())
 
     def _append(self, line: Any) -> None:
         assert self.path is not None
@@ -61,7 +82,7 @@ class Journal:
         lines = whole.splitlines()
         try:
             found = json.loads(lines[0]) if lines else settings
-            self.entries = {name: numbers for name, *numbers in map(json.loads, lines[1:])}
+            self.entries.update({name: numbers for name, *numbers in map(json.loads, lines[1:])})
         except (ValueError, TypeError) as error:
             raise MpqError(f"{path} is not the record of an unfinished profile: delete it to start anew") from error
         if found != settings:

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from mpq.core.calibration import samples_in
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
+from mpq.core.parallel import total
 from mpq.core.scheme import Scheme
 from mpq.sensitivity.derivatives import Use, layer_uses
-from mpq.sensitivity.output import activation_formats, joint_error, joint_inputs, plus, stacked
-from mpq.sensitivity.spread import Spread
+from mpq.sensitivity.output import Sums, activation_formats, add, joint_error, joint_inputs, stacked
+from mpq.sensitivity.spread import relative_error, spread
 from mpq.sensitivity.task import Scores, Task, score_errors
 
 WIDEST = 4096  # output channels whose gradients' moment is kept whole; of more, its diagonal
@@ -33,17 +34,19 @@ def kronecker(task: Task, *, labels: str = "auto") -> Scores:
         labels: "auto", "data" or "model", see `layer_uses`.
     """
     statistics = {layer.name: KroneckerStatistics(layer, activation_formats(task)) for layer in task.layers}
-    for index in task.track(range(len(task.batches)), "output gradients"):
+    for index in task.own_batches("output gradients"):
         for samples, uses in layer_uses(task, index, labels):
             for layer in task.layers:
                 statistics[layer.name].add(uses[layer.name], samples)
+    for found in statistics.values():
+        found.sums = total(found.sums)
     samples = sum(samples_in(batch) for batch in task.batches)
 
     def score(layer: Layer, scheme: Scheme, difference: Tensor) -> tuple[float, float]:
         found = statistics[layer.name]
         error = joint_error(task, layer, scheme, difference.cpu())
         value = 0.5 * found.error(error, scheme.activation) / samples
-        return value, value * found.spread.relative_error()
+        return value, value * relative_error(found.sums["spread"])
 
     return score_errors(task, score)
 
@@ -54,13 +57,11 @@ class KroneckerStatistics:
     def __init__(self, layer: Layer, formats: tuple[Format | None, ...] = (None,)) -> None:
         self.layer = layer
         self.formats = formats
-        self.inputs: dict[Format | None, Tensor] = {}  # by activation format: (groups, cols, cols)
-        self.gradients: Tensor | None = None  # (groups, rows / groups, rows / groups), or its diagonal
-        self.positions = 0
-        self.tokens: Tensor | None = None  # (rows, 1), an embedding's: how often each token came
-        self.token_gradients: Tensor | None = None  # (cols, cols)
-        self.token_positions = 0
-        self.spread = Spread()
+        # An activation format, or None: moment of the inputs, (groups, cols, cols).
+        # "gradients": (groups, rows / groups, rows / groups), or its diagonal; "positions": their number.
+        # "tokens", an embedding's: (rows, 1), how often each came; "token gradients": (cols, cols);
+        # "token positions". "spread": of the samples' sums of |x_t|^2 |d_t|^2.
+        self.sums: Sums = {}
 
     def add(self, uses: list[Use], samples: int) -> None:
         """Take the calls of the layer on some samples."""
@@ -69,32 +70,32 @@ class KroneckerStatistics:
             if isinstance(use.module, nn.Embedding):
                 slopes = use.gradient.float().flatten(0, -2)
                 counts = torch.bincount(use.inputs.flatten(), minlength=self.layer.rows).float().unsqueeze(1)
-                self.tokens = plus(self.tokens, counts.cpu())
-                self.token_gradients = plus(self.token_gradients, (slopes.mT @ slopes).cpu())
-                self.token_positions += len(slopes)
+                add(self.sums, "tokens", counts.cpu())
+                add(self.sums, "token gradients", (slopes.mT @ slopes).cpu())
+                add(self.sums, "token positions", torch.tensor(len(slopes)))
                 sizes += slopes.square().sum(-1).reshape(samples, -1).sum(1).cpu()
                 continue
             inputs, slopes = use.rows(samples)
             for format in self.formats:
                 rows = stacked(inputs if format is None else joint_inputs(use, samples, format))
-                self.inputs[format] = plus(self.inputs.get(format), (rows.mT @ rows).cpu())
+                add(self.sums, format, (rows.mT @ rows).cpu())
             flat = stacked(slopes)
             moment = flat.mT @ flat if flat.shape[-1] <= WIDEST else flat.square().sum(1)
-            self.gradients = plus(self.gradients, moment.cpu())
-            self.positions += flat.shape[1]
+            add(self.sums, "gradients", moment.cpu())
+            add(self.sums, "positions", torch.tensor(flat.shape[1]))
             sizes += (inputs.square().sum(-1) * slopes.square().sum(-1)).sum((1, 2)).cpu()
-        self.spread.add(sizes)
+        add(self.sums, "spread", spread(sizes))
 
     def error(self, difference: Tensor, format: Format | None = None) -> float:
         """tr(G dW A dW^T) / M, summed over the samples, of a `joint_error` (rows, cols or 2 cols)."""
-        total = 0.0
-        if self.tokens is not None and self.token_gradients is not None:
+        error = 0.0
+        if "tokens" in self.sums:
             own = difference[:, : self.layer.cols]
-            seen = ((own @ self.token_gradients) * own * self.tokens).sum(dtype=torch.float64).item()
-            total += seen / self.token_positions
-        if self.gradients is not None:
-            moment = self.inputs[format]
+            seen = (own @ self.sums["token gradients"]) * own * self.sums["tokens"]
+            error += seen.sum(dtype=torch.float64).item() / self.sums["token positions"].item()
+        if "gradients" in self.sums:
+            moment, gradients = self.sums[format], self.sums["gradients"]
             blocks = difference.reshape(len(moment), -1, difference.shape[1])
-            weighted = self.gradients @ blocks if self.gradients.ndim == 3 else self.gradients.unsqueeze(-1) * blocks
-            total += ((blocks @ moment) * weighted).sum(dtype=torch.float64).item() / self.positions
-        return max(total, 0.0)
+            weighted = gradients @ blocks if gradients.ndim == 3 else gradients.unsqueeze(-1) * blocks
+            error += ((blocks @ moment) * weighted).sum(dtype=torch.float64).item() / self.sums["positions"].item()
+        return max(error, 0.0)

@@ -1,6 +1,7 @@
 """Squared error of the layers' outputs, tr(dW E[x x^T] dW^T), weighted by what each output means to the loss."""
 
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,13 @@ from mpq.core.calibration import samples_in
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.layers import weight_matrix
+from mpq.core.parallel import total
 from mpq.core.scheme import Scheme
 from mpq.sensitivity.derivatives import Use, layer_uses
-from mpq.sensitivity.spread import Spread
+from mpq.sensitivity.spread import relative_error, spread
 from mpq.sensitivity.task import Scores, Task, score_errors
+
+Sums: TypeAlias = dict[str | Format | None, Tensor]  # over samples, by what they are of
 
 
 def output(task: Task, *, weighted: bool = True, labels: str = "data") -> Scores:
@@ -42,7 +46,7 @@ def output(task: Task, *, weighted: bool = True, labels: str = "data") -> Scores
         found = statistics[layer.name]
         error = joint_error(task, layer, scheme, difference.cpu())
         value = half * found.error(error, scheme.activation) / samples
-        return value, value * found.spread.relative_error()
+        return value, value * relative_error(found.sums["spread"])
 
     return score_errors(task, score)
 
@@ -55,10 +59,12 @@ def gptq(task: Task) -> Scores:
 def output_statistics(task: Task, weighted: bool, labels: str = "data") -> "dict[str, OutputStatistics]":
     """Every layer's sums over all samples, by layer name."""
     statistics = {layer.name: OutputStatistics(layer, activation_formats(task)) for layer in task.layers}
-    for index in task.track(range(len(task.batches)), "output gradients"):
+    for index in task.own_batches("output gradients"):
         for samples, uses in layer_uses(task, index, labels):
             for layer in task.layers:
                 statistics[layer.name].add(uses[layer.name], samples, weighted)
+    for found in statistics.values():
+        found.sums = total(found.sums)
     return statistics
 
 
@@ -92,11 +98,11 @@ class OutputStatistics:
     def __init__(self, layer: Layer, formats: tuple[Format | None, ...] = (None,)) -> None:
         self.layer = layer
         self.formats = formats
-        # By activation format: (groups, cols, cols), sum of a_t x_t x_t^T, a_t the mean of d_tr^2 over r.
-        self.moments: dict[Format | None, Tensor] = {}
-        self.channels: Tensor | None = None  # (groups, rows / groups): sum of d_tr^2 over t
-        self.looked_up: Tensor | None = None  # (rows, cols), an embedding's: sum of d_tc^2 over the token's positions
-        self.spread = Spread()
+        # An activation format, or None: (groups, cols, cols), sum of a_t x_t x_t^T, a_t the mean of d_tr^2 over r.
+        # "channels": (groups, rows / groups), sum of d_tr^2 over t.
+        # "looked up", an embedding's: (rows, cols), sum of d_tc^2 over the token's positions.
+        # "spread": of the samples' sums of d_tr^2 x_t^2.
+        self.sums: Sums = {}
 
     def add(self, uses: list[Use], samples: int, weighted: bool) -> None:
         """Take the calls of the layer on some samples."""
@@ -105,40 +111,42 @@ class OutputStatistics:
             squares = use.gradient.float().square() if weighted else torch.ones_like(use.gradient)
             if isinstance(use.module, nn.Embedding):
                 found = use.by_token(squares, samples, self.layer.rows).cpu()
-                self.looked_up = plus(self.looked_up, found.sum(0))
+                add(self.sums, "looked up", found.sum(0))
                 sizes += found.sum((1, 2))
             else:
                 inputs, weights = Use(use.module, use.inputs, squares).rows(samples)
                 shares = weights.mean(-1, keepdim=True)  # (samples, groups, positions, 1)
                 for format in self.formats:
                     rows = inputs if format is None else joint_inputs(use, samples, format)
-                    moment = (stacked(rows * shares).mT @ stacked(rows)).cpu()
-                    self.moments[format] = plus(self.moments.get(format), moment)
-                self.channels = plus(self.channels, weights.sum((0, 2)).cpu())
+                    add(self.sums, format, (stacked(rows * shares).mT @ stacked(rows)).cpu())
+                add(self.sums, "channels", weights.sum((0, 2)).cpu())
                 sizes += (inputs.square() * shares).sum((1, 2, 3)).cpu()
-        self.spread.add(sizes)
+        add(self.sums, "spread", spread(sizes))
 
     def error(self, difference: Tensor, format: Format | None = None) -> float:
         """Weighted squared output error, summed over the samples, of a `joint_error` (rows, cols or 2 cols)."""
-        total = 0.0
-        if self.looked_up is not None:
-            total += (self.looked_up * difference[:, : self.layer.cols].square()).sum(dtype=torch.float64).item()
-        if self.channels is not None:
-            moment = self.moments[format]
+        looked_up, channels = self.sums.get("looked up"), self.sums.get("channels")
+        error = 0.0
+        if looked_up is not None:
+            error += (looked_up * difference[:, : self.layer.cols].square()).sum(dtype=torch.float64).item()
+        if channels is not None:
+            moment = self.sums[format]
             blocks = difference.reshape(len(moment), -1, difference.shape[1])
             errors = ((blocks @ moment) * blocks).sum(-1)
-            mean = self.channels.mean(-1, keepdim=True)
-            shares = torch.where(mean > 0, self.channels / mean, torch.zeros_like(self.channels))
-            total += (errors * shares).sum(dtype=torch.float64).item()
-        return max(total, 0.0)
+            mean = channels.mean(-1, keepdim=True)
+            shares = torch.where(mean > 0, channels / mean, torch.zeros_like(channels))
+            error += (errors * shares).sum(dtype=torch.float64).item()
+        return max(error, 0.0)
 
     def trace(self) -> float:
         """Sum of `error` over unit errors in every single weight."""
-        total = 0.0 if self.looked_up is None else self.looked_up.sum(dtype=torch.float64).item()
-        if self.channels is not None:
-            traces = self.moments[None].diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float64)
-            total += traces.sum().item() * self.layer.rows / len(traces)
-        return total
+        trace = 0.0
+        if "looked up" in self.sums:
+            trace += self.sums["looked up"].sum(dtype=torch.float64).item()
+        if None in self.sums:
+            traces = self.sums[None].diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float64)
+            trace += traces.sum().item() * self.layer.rows / len(traces)
+        return trace
 
 
 def stacked(rows: Tensor) -> Tensor:
@@ -146,6 +154,6 @@ def stacked(rows: Tensor) -> Tensor:
     return rows.transpose(0, 1).flatten(1, 2)
 
 
-def plus(total: Tensor | None, more: Tensor) -> Tensor:
-    """A sum that begins with its first part, which it may change in place."""
-    return more if total is None else total.add_(more)
+def add(sums: Sums, name: str | Format | None, part: Tensor) -> None:
+    """Add to a sum that begins with its first part, which it may change in place."""
+    sums[name] = part if name not in sums else sums[name].add_(part)

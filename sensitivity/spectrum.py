@@ -12,6 +12,7 @@ from mpq.core.calibration import Batch, LossFn, check_batches, evaluating, sampl
 from mpq.core.errors import MpqError
 from mpq.core.layers import find_layers
 from mpq.core.methods import METHODS
+from mpq.core.parallel import share, total
 from mpq.sensitivity.lanczos import Lanczos
 from mpq.sensitivity.products import operator_named, weight_curvature
 from mpq.sensitivity.task import Task
@@ -118,10 +119,10 @@ def _run(task: Task, operator: str, steps: int, run: int, size: int) -> tuple[Ar
 def _product(task: Task, operator: str, vector: Tensor) -> Tensor:
     """H v over all batches, flat."""
     parts = torch.split(vector, [layer.params for layer in task.layers])
-    total, samples = torch.zeros_like(vector), sum(samples_in(batch) for batch in task.batches)
-    for index, batch in enumerate(task.batches):
+    added, samples = torch.zeros_like(vector), sum(samples_in(batch) for batch in task.batches)
+    for index, batch in share(list(enumerate(task.batches))):
         with weight_curvature(task, index, operator) as (curvature, _):
             shaped = [part.view_as(weight) for part, weight in zip(parts, curvature.variables, strict=True)]
             product = torch.cat([tensor.float().flatten() for tensor in curvature.product(shaped)])
-        total += product * (samples_in(batch) / samples)
-    return total
+        added += product * (samples_in(batch) / samples)
+    return total({"product": added})["product"]

@@ -1,28 +1,29 @@
 """The relative standard error of a mean, from numbers that come in portions."""
 
-from dataclasses import dataclass, field
 from math import sqrt
 
 import torch
 from torch import Tensor
 
 
-@dataclass
-class Spread:
-    """Numbers, one per sample, and how well they fix their mean."""
+def spread(numbers: Tensor) -> Tensor:
+    """Count, sum and sum of squares of numbers, one per sample: (3,) float64, to be added up over portions."""
+    numbers = numbers.double().cpu().flatten()
+    return torch.stack([torch.ones_like(numbers).sum(), numbers.sum(), numbers.square().sum()])
 
-    portions: list[Tensor] = field(default_factory=list)
 
-    def add(self, numbers: Tensor) -> None:
-        """Take the next samples' numbers, (samples,)."""
-        self.portions.append(numbers.double().cpu())
+def relative_error(sums: Tensor) -> float:
+    """Standard error of the mean over the mean, from the sum of `spread`s.
 
-    def relative_error(self) -> float:
-        """Standard error of the mean over the mean; 1 when a single number tells nothing, 0 when all are zero."""
-        numbers = torch.cat(self.portions)
-        mean = numbers.mean().item()
-        if mean == 0:
-            return 0.0
-        if len(numbers) == 1:
-            return 1.0
-        return numbers.std().item() / sqrt(len(numbers)) / mean
+    1 when a single number tells nothing, 0 when all are zero. Numbers that hardly differ give 1e-8 at worst.
+
+    >>> round(relative_error(spread(torch.tensor([1.0, 2.0])) + spread(torch.tensor([3.0]))), 6)  # sqrt(1 / 3) / 2
+    0.288675
+    """
+    count, total, squares = sums.tolist()
+    if total == 0:
+        return 0.0
+    if count == 1:
+        return 1.0
+    variance = max(squares - total**2 / count, 0.0) / (count - 1)
+    return float(sqrt(variance / count) * count / total)

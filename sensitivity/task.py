@@ -16,6 +16,7 @@ from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.layers import weight_matrix
 from mpq.core.methods import Method
+from mpq.core.parallel import place, share
 from mpq.core.rounding import dequantize
 from mpq.core.scheme import Scheme
 from mpq.sensitivity.journal import Journal
@@ -55,9 +56,30 @@ class Task:
         """Q(W) - W, float32 (rows, cols)."""
         return self.quantized(layer, scheme) - weight_matrix(self.module(layer)).detach().float()
 
+    def own_batches(self, what: str) -> Iterator[int]:
+        """Indices of the batches that this process passes through the model, with a progress bar."""
+        yield from self.track(share(range(len(self.batches))), what)
+
+    def numbers(
+        self,
+        items: Mapping[str, Item],
+        work: Callable[[Sequence[Item]], Iterable[Sequence[float]]],
+        adjacent: bool = False,
+    ) -> list[list[float]]:
+        """The numbers of every item, in order: from the journal, or what `work(items)` yields for those it lacks.
+
+        Each process works on a share of them, of neighbours when `adjacent`; all come to know all.
+        """
+        missing = share([name for name in items if self.journal.recall(name) is None], adjacent)
+        for name, numbers in zip(missing, work([items[name] for name in missing]), strict=True):
+            self.journal.note(name, numbers)
+        return self.journal.agree(items)
+
     def track(self, items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
         """The items, with a progress bar where one is wanted."""
-        yield from tqdm(items, desc=what, total=total, disable=not self.progress, leave=False, dynamic_ncols=True)
+        yield from tqdm(
+            items, desc=what, total=total, disable=not self.progress or place()[0] > 0, leave=False, dynamic_ncols=True
+        )
 
 
 @dataclass(frozen=True)
@@ -128,12 +150,7 @@ def score_weight_errors(
 
 def by_layer(task: Task, row: Callable[[Layer], Sequence[float]], what: str) -> Scores:
     """Table of `row(layer)` = score, error, score, error, ...; rows are noted in the journal as they come."""
-    rows: list[Sequence[float]] = []
-    for layer in task.track(task.layers, what):
-        known = task.journal.recall(layer.name)
-        numbers = row(layer) if known is None else known
-        if known is None:
-            task.journal.note(layer.name, numbers)
-        rows.append(numbers)
+    items = {layer.name: layer for layer in task.layers}
+    rows = task.numbers(items, lambda layers: (row(layer) for layer in task.track(layers, what)))
     table = np.array(rows, dtype=np.float64).reshape(len(task.layers), len(task.schemes), 2)
     return table[..., 0].copy(), table[..., 1].copy()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpq.core.errors import MpqError
+from mpq.core.parallel import share, total
 
 Batch: TypeAlias = Any  # a tensor, or a tuple, list or dict of tensors whose first dimension counts samples
 LossFn: TypeAlias = Callable[[nn.Module, Batch], Tensor]  # the mean loss of the batch's samples, a scalar
@@ -112,11 +113,11 @@ def check_loss(loss: Tensor, batch_index: int) -> Tensor:
 
 def mean_loss(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn) -> float:
     """Loss per sample over all batches, without gradients; the model's mode is left as it is."""
-    total = 0.0
+    added = torch.zeros(1, dtype=torch.float64)
     with torch.no_grad():
-        for index, batch in enumerate(batches):
-            total += check_loss(loss_fn(model, batch), index).item() * samples_in(batch)
-    return total / sum(samples_in(batch) for batch in batches)
+        for index, batch in share(list(enumerate(batches))):
+            added += check_loss(loss_fn(model, batch), index).item() * samples_in(batch)
+    return total({"loss": added})["loss"].item() / sum(samples_in(batch) for batch in batches)
 
 
 def seeded(seed: int, *names: object) -> torch.Generator:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mpq.core.calibration import Batch, LossFn, evaluating
 from mpq.core.layer import Layer
 from mpq.core.layers import input_matrix
+from mpq.core.parallel import share, total
 
 
 def second_moments(
@@ -29,9 +30,11 @@ def second_moments(
         counts[name] = counts.get(name, 0) + matrix.shape[-2]
 
     with torch.no_grad(), evaluating(model), watching(model, layers, collect):
-        for batch in batches:
+        for batch in share(batches):
             forward(model, batch)
-    return {name: total / max(counts[name], 1) for name, total in sums.items()}
+    sums = total(sums)
+    rows = total({name: torch.tensor(count) for name, count in counts.items()})
+    return {name: moment / max(int(rows[name]), 1) for name, moment in sums.items()}
 
 
 @contextmanager

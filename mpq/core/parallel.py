@@ -1,0 +1,99 @@
+"""Many processes, one result: each works on its share, sums are taken over all, and every process knows them.
+
+Nothing here communicates outside of a `processes()` block, so one process of many may profile alone.
+"""
+
+import os
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from mpq.core.errors import MpqError
+
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
+
+_place: ContextVar[tuple[int, int]] = ContextVar("place", default=(0, 1))
+
+
+def launched() -> int:
+    """How many processes `torchrun` has started, this one included; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device(device: str) -> str:
+    """The device of this process: under `torchrun`, "cuda" is the GPU of its local rank."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launched() > 1 else device
+
+
+@contextmanager
+def processes(device: str = "cpu") -> Iterator[None]:
+    """Inside the block the processes that `torchrun` started, or of the group that is there, work together.
+
+    They meet over nccl when the device is a GPU, else over gloo. All must enter the block with the same model, data and
+    settings. An error in one of them ends that one; `torchrun` then ends the others.
+
+    Raises:
+        MpqError: a torch built without distributed.
+    """
+    if launched() == 1 and not (distributed.is_available() and distributed.is_initialized()):
+        yield
+        return
+    if not distributed.is_available():
+        raise MpqError("this PyTorch was built without torch.distributed: run one process, without torchrun")
+    own = not distributed.is_initialized()
+    if own:
+        if device.startswith("cuda"):
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    token = _place.set((distributed.get_rank(), distributed.get_world_size()))
+    try:
+        yield
+    finally:
+        _place.reset(token)
+        if own:
+            distributed.destroy_process_group()
+
+
+def place() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return _place.get()
+
+
+def share(items: Sequence[Item], adjacent: bool = False) -> Sequence[Item]:
+    """The items that this process works on: every n-th one, or neighbours when they should stay together.
+
+    >>> share([1, 2, 3])
+    [1, 2, 3]
+    """
+    rank, count = place()
+    if adjacent:
+        return items[len(items) * rank // count : len(items) * (rank + 1) // count]
+    return items[rank::count]
+
+
+def gathered(found: Mapping[Key, Any]) -> dict[Key, Any]:
+    """What all processes found, by name, from the first process to the last."""
+    if place()[1] == 1:
+        return dict(found)
+    parts: list[Any] = [None] * place()[1]
+    distributed.all_gather_object(parts, dict(found))
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def total(sums: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """Each tensor's sum over all processes, by name; a process that lacks one adds nothing to it."""
+    if place()[1] == 1:
+        return dict(sums)
+    wire = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    found: dict[Key, Tensor] = {}
+    for key, (shape, dtype) in gathered({key: (part.shape, part.dtype) for key, part in sums.items()}).items():
+        own = sums[key] if key in sums else torch.zeros(shape, dtype=dtype)
+        moved = own.to(wire, copy=True).contiguous()
+        distributed.all_reduce(moved)
+        found[key] = moved.to(own.device)
+    return found
