@@ -138,12 +138,19 @@ def _whole_groups(layer: Layer, weight: Format) -> str:
 FLOAT_COPIES = ("bf16", "fp16", "fp32")
 GROUPS = ("g32", "g64", "g128", "channel")
 
-# ggml's tensor types by the formats whose numbers they hold exactly. Types with another structure (a float minimum in
-# Q4_1 and Q5_1, two levels of scales in the K types) have no format yet.
+# ggml's tensor types by the formats whose numbers they hold exactly.
 GGUF_TYPES = {
-    "int8-g32": "Q8_0", "int5-g32": "Q5_0", "int4-g32": "Q4_0", "mxfp4": "MXFP4", "fp4-e2m1-g16-se4m3": "NVFP4",
-    "bf16": "BF16", "fp16": "F16", "fp32": "F32",
+    "int8-g32": "Q8_0", "q6_k": "Q6_K", "q5_1": "Q5_1", "q5_k": "Q5_K", "int5-g32": "Q5_0", "q4_1": "Q4_1",
+    "q4_k": "Q4_K", "int4-g32": "Q4_0", "iq4_nl": "IQ4_NL", "q3_k": "Q3_K", "q2_k": "Q2_K",
+    "mxfp4": "MXFP4", "fp4-e2m1-g16-se4m3": "NVFP4", "bf16": "BF16", "fp16": "F16", "fp32": "F32",
 }  # fmt: skip
+
+
+def gguf_block(weight: Format) -> int:
+    """Weights of one block of the format's tensor type; 0 for float copies, which have none."""
+    if weight.super_group:
+        return weight.group_size * weight.super_group
+    return 64 if GGUF_TYPES.get(weight.name) == "NVFP4" else weight.group_size
 
 
 def _gguf(layer: Layer, scheme: Scheme) -> str:
@@ -153,10 +160,10 @@ def _gguf(layer: Layer, scheme: Scheme) -> str:
         return "it rounds activations as it likes"
     if scheme.weight.name not in GGUF_TYPES:
         return "it has no tensor type with these numbers"
-    block = 64 if GGUF_TYPES[scheme.weight.name] == "NVFP4" else scheme.weight.group_size
-    return (
-        f"its rows of {layer.cols} weights do not divide into blocks of {block}" if block and layer.cols % block else ""
-    )
+    block = gguf_block(scheme.weight)
+    if block and layer.cols % block:
+        return f"its rows of {layer.cols} weights do not divide into blocks of {block}"
+    return ""
 
 
 def _onnx(layer: Layer, scheme: Scheme) -> str:
@@ -165,8 +172,8 @@ def _onnx(layer: Layer, scheme: Scheme) -> str:
         return "its activations are int8 with one static scale, of layers that multiply"
     if weight.is_float_copy:
         return ""
-    if weight.scale not in ("fp32", "fp16", "bf16"):
-        return "its scales are 16- or 32-bit floats"
+    if not weight.is_plain or weight.scale not in ("fp32", "fp16", "bf16"):
+        return "its scales are 16- or 32-bit floats, without minima"
     if weight.grid.family == "int":
         return "" if weight.grid.bits in (4, 8) else "its integers have 4 or 8 bits"
     if weight.grid.name == "e4m3" and weight.granularity != "group":

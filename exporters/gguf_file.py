@@ -1,8 +1,4 @@
-"""GGUF, the file of llama.cpp: each layer in the tensor type that holds exactly its format's numbers.
-
-Types and block structures follow ggml's quants (gguf 0.19): a block of 32 weights is a float16 scale and codes whose
-low halves are the first 16 weights and whose high halves are the last 16.
-"""
+"""GGUF, the file of llama.cpp: each layer in the tensor type that holds exactly its format's numbers."""
 
 import json
 import os
@@ -11,16 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
-from mpq.core.rounding import Quantized, encode_scales
-from mpq.exporters.consumers import CONSUMERS, GGUF_TYPES, check
+from mpq.core.rounding import Quantized
+from mpq.exporters.consumers import CONSUMERS, check
 from mpq.exporters.folder import refuse_foreign, write_checksums, write_folder
+from mpq.exporters.gguf_blocks import encode_blocks, raw_copy
 from mpq.exporters.state import other_state
 from mpq.quantized import Moments, quantized_layers
 
@@ -65,7 +60,7 @@ def export(
         for name, tensor in _others(model, allocation):
             stem, _, ending = name.rpartition(".")
             values = tensor.float() if tensor.ndim == 1 else tensor
-            content, kind = _raw_copy(values, gguf)
+            content, kind = raw_copy(values, gguf)
             writer.add_tensor(f"{_translated(names, stem)}.{ending}", content, raw_dtype=kind)
         for layer, _, quantized in quantized_layers(model, allocation, method, second_moments):
             leaf = layer.name.rpartition(".")[2]
@@ -135,37 +130,5 @@ def _interleaved(rows: int, heads: int) -> Tensor:
 
 
 def _rows_of(quantized: Quantized, rows: Tensor) -> Quantized:
-    scales, zeros = (None if table is None else table[rows] for table in (quantized.scales, quantized.zeros))
-    return replace(quantized, codes=quantized.codes[rows], scales=scales, zeros=zeros)
-
-
-def encode_blocks(quantized: Quantized, gguf: Any) -> tuple[NDArray[Any], Any]:
-    """The matrix as ggml stores it, uint8 (rows, bytes of a row), and its tensor type."""
-    kind = gguf.GGMLQuantizationType[GGUF_TYPES[quantized.format.name]]
-    if quantized.format.is_float_copy:
-        return _raw_copy(quantized.codes, gguf)
-    rows, cols = quantized.shape
-    assert quantized.scales is not None
-    codes = quantized.codes.numpy()
-    scale = encode_scales(quantized.scales, quantized.format.scale).contiguous()
-    scales: NDArray[np.uint8] = scale.view(torch.uint8).numpy().reshape(rows, quantized.scales.shape[1], -1)
-    if kind.name == "NVFP4":  # four groups of 16 share a block
-        halves = codes.reshape(rows, -1, 2, 8)
-        nibbles = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(rows, -1, 32)
-        return np.concatenate([scales.reshape(rows, -1, 4), nibbles], -1).reshape(rows, -1), kind
-    blocks = codes.reshape(rows, cols // 32, 32)
-    if kind.name == "Q8_0":
-        parts = [scales, blocks ^ 0x80]
-    else:
-        low = blocks & 0x0F
-        parts = [scales, low[..., :16] | low[..., 16:] << 4]
-        if kind.name == "Q5_0":
-            parts.insert(1, np.packbits(blocks >> 4, axis=-1, bitorder="little"))
-    return np.concatenate(parts, -1).reshape(rows, -1), kind
-
-
-def _raw_copy(tensor: Tensor, gguf: Any) -> tuple[NDArray[Any], Any]:
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint8).numpy(), gguf.GGMLQuantizationType.BF16
-    return tensor.numpy(), None
+    by_row = quantized.map_tables(lambda name, table: table[rows])
+    return replace(by_row, codes=quantized.codes[rows])

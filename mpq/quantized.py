@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.layers import layer_kind, matrix_to_weight, weight_matrix
 from mpq.core.methods import method_named
-from mpq.core.rounding import Quantized, dequantize, quantize
+from mpq.core.rounding import Quantized, dequantize, quantize, recode
 from mpq.core.scheme import Scheme
 from mpq.kernels.layout import Packed, pack
 from mpq.kernels.modules import PackedWeight, packed_module
@@ -128,18 +129,14 @@ def checked_layers(model: nn.Module, allocation: Allocation) -> list[tuple[Layer
 
 
 class WeightRounding(nn.Module):
-    """A weight on the grid of its first rounding: scales and zero points stay, codes follow the weight."""
-
-    scales: Tensor | None
-    zeros: Tensor | None
-    tensor_scale: Tensor | None
+    """A weight on the grid of its first rounding: scales, zero points and minima stay, codes follow the weight."""
 
     def __init__(self, quantized: Quantized, owner: nn.Module) -> None:
         super().__init__()
-        self.format, self.kind = quantized.format, layer_kind(owner)
-        self.register_buffer("scales", quantized.scales)
-        self.register_buffer("zeros", quantized.zeros)
-        self.register_buffer("tensor_scale", quantized.tensor_scale)
+        self.kind = layer_kind(owner)
+        for name, table in quantized.tables().items():
+            self.register_buffer(name, table)
+        self.tables = replace(quantized, codes=quantized.codes[:0])
         weight: Tensor = owner.weight  # type: ignore[assignment]
         wanted = matrix_to_weight(dequantize(quantized), owner).to(weight.dtype)
         with torch.no_grad():  # where a method chose another code than the nearest, the weight starts on that code
@@ -152,9 +149,11 @@ class WeightRounding(nn.Module):
     def _round(self, weight: Tensor) -> Tensor:
         transposed = self.kind == "transformers-conv1d"
         matrix = weight.t() if transposed else weight.flatten(1)
-        rounded = dequantize(
-            quantize(matrix, self.format, scales=self.scales, zeros=self.zeros, tensor_scale=self.tensor_scale)
-        )
+        if self.tables.format.is_float_copy:
+            rounded = dequantize(quantize(matrix, self.tables.format))
+        else:
+            tables = self.tables.map_tables(lambda name, _: self.get_buffer(name))  # wherever the model has moved to
+            rounded = dequantize(recode(matrix.detach(), tables))
         return (rounded.t() if transposed else rounded.reshape(weight.shape)).to(weight.dtype)
 
 

@@ -7,7 +7,16 @@ from functools import lru_cache
 from importlib.metadata import entry_points
 
 from mpq.core.errors import MpqError, nearest_names
-from mpq.core.grids import FLOAT_COPIES, NORMAL_FLOAT_4, SCALES, Grid, float_grid, int_grid
+from mpq.core.grids import (
+    FLOAT_COPIES,
+    INTEGER_SCALES,
+    NON_LINEAR_4,
+    NORMAL_FLOAT_4,
+    SCALES,
+    Grid,
+    float_grid,
+    int_grid,
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +27,9 @@ class Format:
     share a scale: "group" (`group_size` neighbours of a row; the last group of a row may be shorter), "channel" (a
     row), "tensor" (all), or "none" (16- and 32-bit floats, stored as they are). `scale` is the scale's own number
     format. `zero_point` adds an integer zero point for each scale. `tensor_scale` adds a float32 for the whole tensor
-    on top of the group scales (NVFP4's second level).
+    on top of the group scales (NVFP4's second level). `minimum` is the number format of a number that each group adds
+    to its own ("" for none). `super_group` neighbouring groups of a row share a float16 scale of their scales, and
+    another of their minima: both are integers then (ggml's K types).
 
     >>> parse_format("int4-g128-asym").effective_bits(4096, 4096)
     4.15625
@@ -30,6 +41,8 @@ class Format:
     scale: str = "fp32"
     zero_point: bool = False
     tensor_scale: bool = False
+    minimum: str = ""
+    super_group: int = 0
 
     @property
     def name(self) -> str:
@@ -44,25 +57,36 @@ class Format:
         """Whether weights are stored as a plain 16- or 32-bit float, without codes and scales."""
         return self.granularity == "none"
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a group has a scale and at most a zero point: no minimum, and no scale of scales but the tensor's."""
+        return not self.minimum and not self.super_group
+
     def groups(self, cols: int) -> int:
         """Scales in a row of `cols` weights; a format with one scale for the tensor counts 1, a float copy 0."""
         if self.granularity == "group":
             return -(-cols // self.group_size)
         return 0 if self.is_float_copy else 1
 
-    def nbytes(self, rows: int, cols: int) -> int:
-        """Stored bytes of a (rows, cols) weight: codes, scales, zero points and the tensor scale.
+    def super_groups(self, cols: int) -> int:
+        """Scales of scales in a row of `cols` weights."""
+        return -(-self.groups(cols) // self.super_group) if self.super_group else 0
 
-        A row's codes fill whole bytes, and so do a row's zero points.
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Stored bytes of a (rows, cols) weight: codes, and whatever scales, zero points and minima it has.
+
+        A row's codes fill whole bytes, and so do a row's zero points, scales and minima.
         """
         codes = rows * _bytes(cols * self.grid.bits)
         if self.is_float_copy:
             return codes
         scale_rows = 1 if self.granularity == "tensor" else rows
         groups = self.groups(cols)
-        scales = scale_rows * groups * _bytes(SCALES[self.scale].bits)
-        zeros = scale_rows * _bytes(groups * self.grid.bits) if self.zero_point else 0
-        return codes + scales + zeros + (4 if self.tensor_scale else 0)
+        widths = [SCALES[self.scale].bits, self.grid.bits * self.zero_point]
+        widths.append(SCALES[self.minimum].bits if self.minimum else 0)
+        tables = scale_rows * sum(_bytes(groups * width) for width in widths)
+        supers = 2 * rows * self.super_groups(cols) * (2 if self.minimum else 1)
+        return codes + tables + supers + (4 if self.tensor_scale else 0)
 
     def effective_bits(self, rows: int = 4096, cols: int = 4096) -> float:
         """Average stored bits for each weight of a (rows, cols) matrix."""
@@ -85,6 +109,8 @@ def _spell(format: Format) -> str:
         name += "-asym"
     if format.scale != _default_scale(format.granularity):
         name += f"-s{format.scale}"
+    name += f"-m{format.minimum}" if format.minimum else ""
+    name += f"-b{format.super_group}" if format.super_group else ""
     return name + ("-ts" if format.tensor_scale else "")
 
 
@@ -96,8 +122,12 @@ def _block(grid: Grid, group_size: int, scale: str, tensor_scale: bool = False) 
     return Format(grid, "group", group_size, scale, tensor_scale=tensor_scale)
 
 
-# Standards that fix grid, group and scale together: OCP MX 1.0 section 5, NVIDIA's NVFP4. MXINT8's elements are k/64 in
-# the specification; ours are k, with scales smaller by 2**6, which gives the same numbers.
+def _super_block(grid: Grid, group_size: int, scale: str, minimum: str = "") -> Format:
+    return Format(grid, "group", group_size, scale, minimum=minimum, super_group=256 // group_size)
+
+
+# Standards that fix grid, group and scale together: OCP MX 1.0 section 5, NVIDIA's NVFP4, ggml's types of llama.cpp.
+# MXINT8's elements are k/64 in the specification; ours are k, with scales smaller by 2**6: the same numbers.
 ALIASES: dict[str, Format] = {
     "mxfp4": _block(float_grid(2, 1), 32, "e8m0"),
     "mxfp6-e3m2": _block(float_grid(3, 2), 32, "e8m0"),
@@ -106,14 +136,23 @@ ALIASES: dict[str, Format] = {
     "mxfp8-e5m2": _block(float_grid(5, 2), 32, "e8m0"),
     "mxint8": _block(int_grid(8), 32, "e8m0"),
     "nvfp4": _block(float_grid(2, 1), 16, "e4m3", tensor_scale=True),
+    "q2_k": _super_block(int_grid(2, signed=False), 16, "uint4", "uint4"),
+    "q3_k": _super_block(int_grid(3), 16, "int6"),
+    "q4_k": _super_block(int_grid(4, signed=False), 32, "uint6", "uint6"),
+    "q5_k": _super_block(int_grid(5, signed=False), 32, "uint6", "uint6"),
+    "q6_k": _super_block(int_grid(6), 16, "int8"),
+    "q4_1": Format(int_grid(4, signed=False), "group", 32, "fp16", minimum="fp16"),
+    "q5_1": Format(int_grid(5, signed=False), "group", 32, "fp16", minimum="fp16"),
+    "iq4_nl": _block(NON_LINEAR_4, 32, "fp16"),
     **{name: Format(grid, "none", scale="") for name, grid in FLOAT_COPIES.items()},
 }
 _ALIAS_OF = {format: name for name, format in ALIASES.items()}
+SYNONYMS = {"q4_0": "int4-g32", "q5_0": "int5-g32", "q8_0": "int8-g32", "f16": "fp16", "f32": "fp32"}  # ggml's names
 
 _NAME = re.compile(
-    r"(?P<grid>u?int[2-8]|nf4|fp(?P<bits>[3-8])-e(?P<exponent>\d)m(?P<mantissa>\d))"
+    r"(?P<grid>u?int[2-8]|nf4|iq4nl|fp(?P<bits>[3-8])-e(?P<exponent>\d)m(?P<mantissa>\d))"
     r"(-(?P<granularity>tensor|channel|g(?P<group>[1-9]\d*)))?"
-    r"(?P<asym>-asym)?(-s(?P<scale>[a-z0-9]+))?(?P<ts>-ts)?"
+    r"(?P<asym>-asym)?(-s(?P<scale>[a-z0-9]+))?(-m(?P<minimum>[a-z0-9]+))?(-b(?P<block>[1-9]\d*))?(?P<ts>-ts)?"
 )
 
 _EXAMPLES = (
@@ -129,8 +168,9 @@ _EXAMPLES = (
 def parse_format(name: str) -> Format:
     """The format called `name`.
 
-    Grammar: GRID[-tensor|-channel|-gN][-asym][-sSCALE][-ts] with GRID one of int2..int8, uint2..uint8, nf4,
-    fpB-eXmY; or a standard's own name (mxfp4, nvfp4, bf16, ...). Without a granularity, one scale serves the tensor.
+    Grammar: GRID[-tensor|-channel|-gN][-asym][-sSCALE][-mMINIMUM][-bN][-ts] with GRID one of int2..int8, uint2..uint8,
+    nf4, iq4nl, fpB-eXmY; or a standard's own name (mxfp4, nvfp4, q4_k, bf16, ...). Without a granularity, one scale
+    serves the tensor; -bN makes super-blocks of N groups, whose scales and minima are integers.
 
     Raises:
         MpqError: an unknown name, with the nearest known ones.
@@ -138,6 +178,7 @@ def parse_format(name: str) -> Format:
     >>> parse_format("int4-g128").effective_bits(), parse_format("nvfp4").effective_bits(4096, 4096) > 4.5
     (4.125, True)
     """
+    name = SYNONYMS.get(name, name)
     if name in ALIASES:
         return ALIASES[name]
     match = _NAME.fullmatch(name)
@@ -152,9 +193,15 @@ def parse_format(name: str) -> Format:
     scale = match["scale"] or _default_scale(granularity)
     if scale not in SCALES:
         raise MpqError(f"format {name!r} asks for scale type {scale!r}: expected one of {', '.join(SCALES)}")
-    format = Format(grid, granularity, int(match["group"] or 0), scale, tensor_scale=bool(match["ts"]))
+    format = Format(
+        grid, granularity, int(match["group"] or 0), scale, tensor_scale=bool(match["ts"]),
+        minimum=match["minimum"] or "", super_group=int(match["block"] or 0),
+    )  # fmt: skip
+    _check_tables(name, format)
     if not match["asym"]:
         return format
+    if not format.is_plain:
+        raise MpqError(f"format {name!r} cannot have a zero point beside a minimum or super-blocks: leave out -asym")
     if grid.family != "int" or not grid.signed:
         raise MpqError(f"format {name!r} cannot have a zero point: only int2 to int8 take -asym")
     if scale in ("e8m0", "e4m3", "ue5m3"):
@@ -162,9 +209,25 @@ def parse_format(name: str) -> Format:
     return replace(format, grid=int_grid(grid.bits, signed=False), zero_point=True)
 
 
+def _check_tables(name: str, format: Format) -> None:
+    """Scales and minima are integers in super-blocks, and nowhere else."""
+    if format.super_group and (format.granularity != "group" or format.tensor_scale):
+        raise MpqError(f"format {name!r} cannot have super-blocks: they are made of groups (-gN), without -ts")
+    if (format.scale in INTEGER_SCALES) != bool(format.super_group):
+        kinds = ", ".join(INTEGER_SCALES)
+        raise MpqError(f"format {name!r} pairs {format.scale} scales wrongly: {kinds} go with super-blocks (-bN) alone")
+    if not format.minimum:
+        return
+    expected = [kind for kind in INTEGER_SCALES if kind[0] == "u"] if format.super_group else [*FLOAT_COPIES]
+    if format.minimum not in expected or format.grid.family != "int" or format.grid.signed or format.tensor_scale:
+        raise MpqError(
+            f"format {name!r} cannot have the minimum {format.minimum!r}: uint grids take {', '.join(expected)}"
+        )
+
+
 def _grid(name: str, match: re.Match[str]) -> Grid:
-    if match["grid"] == "nf4":
-        return NORMAL_FLOAT_4
+    if match["grid"] in ("nf4", "iq4nl"):
+        return NORMAL_FLOAT_4 if match["grid"] == "nf4" else NON_LINEAR_4
     if match["exponent"] is None:
         return int_grid(int(match["grid"][-1]), signed=not match["grid"].startswith("u"))
     bits, exponent, mantissa = (int(match[field]) for field in ("bits", "exponent", "mantissa"))

@@ -3,7 +3,7 @@
 A grid maps unsigned codes to values. Integers are offset-binary (int4: code 0 is -8, code 8 is 0), unsigned integers
 are the number itself, floats are the standard's bit pattern, codebooks are indices in ascending order of value.
 Sources: OCP 8-bit floating point (OFP8) 1.0 for e4m3 and e5m2; OCP Microscaling (MX) 1.0, section 5.3 for e3m2, e2m3,
-e2m1 and e8m0; QLoRA (arXiv 2305.14314, appendix E) for nf4.
+e2m1 and e8m0; QLoRA (arXiv 2305.14314, appendix E) for nf4; ggml's `kvalues_iq4nl` for iq4_nl.
 """
 
 import math
@@ -19,6 +19,8 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+# ggml's non-linear 4 bits: finer around zero, and longer below it than above.
+IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class Grid:
             return float(np.finfo(np.float32).smallest_subnormal)
         values = self.values()
         return float(np.nanmin(np.where(values > 0, values, np.nan)))
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether some code is zero."""
+        return self.family != "codebook" or 0.0 in self.codebook
 
     @property
     def max_exponent(self) -> int:
@@ -138,15 +145,19 @@ def float_grid(exponent: int, mantissa: int, signed: bool = True) -> Grid:
 
 E8M0 = Grid("e8m0", 8, "exponent", signed=False, exponent=8, bias=127)
 NORMAL_FLOAT_4 = Grid("nf4", 4, "codebook", codebook=NF4)
+NON_LINEAR_4 = Grid("iq4nl", 4, "codebook", codebook=tuple(map(float, IQ4_NL)))
 FLOAT_COPIES = {
     "fp32": Grid("fp32", 32, "float", True, 8, 23, 127, "ieee"),
     "fp16": Grid("fp16", 16, "float", True, 5, 10, 15, "ieee"),
     "bf16": Grid("bf16", 16, "float", True, 8, 7, 127, "ieee"),
 }
+# Scales and minima that are integers, in units of a scale of their own.
+INTEGER_SCALES = {grid.name: grid for grid in (int_grid(4, False), int_grid(6, False), int_grid(6), int_grid(8))}
 # The number formats that a scale can be stored in.
 SCALES: dict[str, Grid] = {
     **FLOAT_COPIES,
     "e8m0": E8M0,
     "e4m3": float_grid(4, 3),
     "ue5m3": float_grid(5, 3, signed=False),
+    **INTEGER_SCALES,
 }

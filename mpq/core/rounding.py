@@ -1,8 +1,10 @@
 """Quantize and dequantize a matrix in a format: the plain reference that every kernel must equal."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,16 +12,21 @@ from torch.nn import functional
 
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
-from mpq.core.grids import SCALES, Grid
+from mpq.core.grids import INTEGER_SCALES, SCALES, Grid
 
 COPY_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXPONENT_BITS, FLOAT32_MANTISSA = 0x7F800000, 23
-SCALE_DTYPES = {**COPY_DTYPES, "e8m0": torch.uint8, "e4m3": torch.uint8, "ue5m3": torch.uint8}
+SCALE_DTYPES = {**COPY_DTYPES, **dict.fromkeys(SCALES.keys() - COPY_DTYPES.keys(), torch.uint8)}
+TABLES = ("scales", "zeros", "tensor_scale", "minima", "super_scales", "super_minima")
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix in a format. Its numbers are (value of the code - zero point) * (scale * tensor scale)."""
+    """A matrix in a format: codes, and the tables that say what they mean.
+
+    Its numbers are (value of the code - zero point) * scale + minimum. A group's scale is the one in `scales`, times
+    the tensor's or the super-block's own where there is one; its minimum likewise.
+    """
 
     format: Format
     shape: tuple[int, int]
@@ -27,6 +34,18 @@ class Quantized:
     scales: Tensor | None = None  # float32 (rows, groups), or (1, 1) for the tensor; exact in the scale's own type
     zeros: Tensor | None = None  # uint8, as scales
     tensor_scale: Tensor | None = None  # float32 ()
+    minima: Tensor | None = None  # float32, as scales; exact in the minimum's own type
+    super_scales: Tensor | None = None  # float32 (rows, super-blocks), exact in float16
+    super_minima: Tensor | None = None  # the same; what a minimum of 1 adds, negative as a rule
+
+    def tables(self) -> dict[str, Tensor]:
+        """The tables that the format has, by field name."""
+        return {name: table for name in TABLES if (table := getattr(self, name)) is not None}
+
+    def map_tables(self, change: Callable[[str, Tensor], Tensor]) -> "Quantized":
+        """The same codes with every table changed."""
+        changed: dict[str, Any] = {name: change(name, table) for name, table in self.tables().items()}
+        return replace(self, **changed)
 
 
 def quantize(
@@ -47,22 +66,32 @@ def quantize(
     weight = weight.detach()
     if not bool(torch.isfinite(weight).all()):
         raise MpqError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinite numbers and cannot be quantized")
-    shape = (weight.shape[0], weight.shape[1])
     if format.is_float_copy:
-        return Quantized(format, shape, to_float_copy(weight, format.grid.name))
+        return Quantized(format, (weight.shape[0], weight.shape[1]), to_float_copy(weight, format.grid.name))
     weight = weight.float()
+    if not format.is_plain:
+        return recode(weight, store_tables(*range_tables(weight, format), format, weight))
     if tensor_scale is None:
         tensor_scale = tensor_scale_of(weight, format)
     if scales is None:
         scales, zeros = absmax_scales(weight, format, tensor_scale)
     else:
-        scales = round_scales(scales.float(), format.scale)
-    elements = spread(weight, format) / real_scales(scales, tensor_scale).unsqueeze(-1)
-    if zeros is not None:
-        elements = elements.round() + zeros.unsqueeze(-1)
-    codes = gather(encode(elements, format.grid), format, shape)
+        scales = storable_scales(scales.float(), format)
     stored_zeros = None if zeros is None else zeros.to(torch.uint8)
-    return Quantized(format, shape, codes, scales, stored_zeros, tensor_scale)
+    shape = (weight.shape[0], weight.shape[1])
+    return recode(weight, Quantized(format, shape, weight, scales, stored_zeros, tensor_scale))
+
+
+def recode(weight: Tensor, tables: Quantized) -> Quantized:  # (rows, cols), float
+    """The nearest codes of the weight, ties to even, with the tables of another of its format and shape."""
+    format, scales, minima = tables.format, group_scales(tables).unsqueeze(-1), group_minima(tables)
+    elements = spread(weight.float(), format)
+    if minima is not None:
+        elements = elements - minima.unsqueeze(-1)
+    elements = elements / torch.where(scales == 0, torch.ones_like(scales), scales)
+    if tables.zeros is not None:
+        elements = elements.round() + tables.zeros.unsqueeze(-1)
+    return replace(tables, codes=gather(encode(elements, format.grid), format, tables.shape))
 
 
 def dequantize(quantized: Quantized) -> Tensor:
@@ -70,12 +99,40 @@ def dequantize(quantized: Quantized) -> Tensor:
     format = quantized.format
     if format.is_float_copy:
         return quantized.codes.float()
-    assert quantized.scales is not None
     elements = spread(decode(quantized.codes, format.grid), format)
     if quantized.zeros is not None:
         elements = elements - quantized.zeros.unsqueeze(-1).float()
-    elements = elements * real_scales(quantized.scales, quantized.tensor_scale).unsqueeze(-1)
+    elements = elements * group_scales(quantized).unsqueeze(-1)
+    minima = group_minima(quantized)
+    if minima is not None:
+        elements = elements + minima.unsqueeze(-1)
     return gather(elements, format, quantized.shape)
+
+
+def group_scales(quantized: Quantized) -> Tensor:
+    """What the codes of each group are multiplied by, float32 (rows, groups), or (1, 1) for the tensor."""
+    assert quantized.scales is not None
+    scales = real_scales(quantized.scales, quantized.tensor_scale)
+    return _in_units(scales, quantized.super_scales, quantized.format)
+
+
+def group_minima(quantized: Quantized) -> Tensor | None:
+    """What each group adds to its numbers, float32, as `group_scales`; None in formats without minima."""
+    if quantized.minima is None:
+        return None
+    return _in_units(quantized.minima, quantized.super_minima, quantized.format)
+
+
+def _in_units(table: Tensor, units: Tensor | None, format: Format) -> Tensor:
+    """(rows, groups) times the units of their super-blocks, if any."""
+    if units is None:
+        return table
+    return table * units.repeat_interleave(format.super_group, 1)[:, : table.shape[1]]
+
+
+def real_scales(scales: Tensor, tensor_scale: Tensor | None) -> Tensor:
+    """Group scales times the tensor's own."""
+    return scales if tensor_scale is None else scales * tensor_scale
 
 
 def fake_quantize(matrix: Tensor, format: Format) -> Tensor:
@@ -99,11 +156,6 @@ def gather(elements: Tensor, format: Format, shape: tuple[int, int]) -> Tensor:
     if format.granularity == "group":
         return elements.flatten(1)[:, : shape[1]].contiguous()
     return elements.reshape(shape)
-
-
-def real_scales(scales: Tensor, tensor_scale: Tensor | None) -> Tensor:
-    """Group scales times the tensor's own."""
-    return scales if tensor_scale is None else scales * tensor_scale
 
 
 def tensor_scale_of(weight: Tensor, format: Format) -> Tensor | None:
@@ -136,7 +188,73 @@ def absmax_scales(weight: Tensor, format: Format, tensor_scale: Tensor | None = 
         exponent = torch.frexp(absmax).exponent - 1 - format.grid.max_exponent
         scales = torch.ldexp(torch.ones_like(absmax), exponent.clamp(-126, 127))
         return torch.where(absmax > 0, scales, torch.ones_like(scales)), None
-    return round_scales(absmax / format.grid.max, format.scale), None
+    return storable_scales(absmax / format.grid.max, format), None
+
+
+def range_tables(weight: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+    """Scales and minima, not yet rounded, that map each group's range to the grid's; for formats that are not plain.
+
+    Minima of super-blocks are never above zero: their units have one sign.
+    """
+    if not format.minimum:
+        return spread(weight, format).abs().amax(-1) / format.grid.max, None
+    low, high = group_range(weight, format)
+    return (high - low) / format.grid.max, low
+
+
+def group_range(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Smallest and largest number of each group, (rows, groups); not above and not below zero in super-blocks."""
+    elements = spread(weight, format)
+    if elements.shape[-1] == 0:
+        return elements.new_zeros(elements.shape[:-1]), elements.new_zeros(elements.shape[:-1])
+    filling = spread(torch.ones_like(weight), format) == 0  # of a short last group
+    low = torch.where(filling, torch.inf, elements).amin(-1)
+    high = torch.where(filling, -torch.inf, elements).amax(-1)
+    return (low.clamp(max=0), high.clamp(min=0)) if format.super_group else (low, high)
+
+
+def store_tables(scales: Tensor, minima: Tensor | None, format: Format, weight: Tensor) -> Quantized:
+    """Scales and minima (rows, groups) rounded to the types that the format stores them in; codes are still missing."""
+    shape = (weight.shape[0], weight.shape[1])
+    if format.super_group:
+        scales, super_scales = round_in_units(scales, format.scale, format.super_group)
+        super_minima = None
+        if minima is not None:
+            minima, super_minima = round_in_units(minima, format.minimum, format.super_group)
+        return Quantized(format, shape, weight, scales, None, None, minima, super_scales, super_minima)
+    minima = None if minima is None else round_minima(minima, format)
+    return Quantized(format, shape, weight, storable_scales(scales, format), minima=minima)
+
+
+def round_in_units(
+    table: Tensor,  # (rows, groups)
+    kind: str,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """Integers of a type, (rows, groups), and for `size` neighbours the float16 unit, that are nearest to a table.
+
+    The number of largest magnitude becomes the type's integer of largest magnitude.
+    """
+    grid = INTEGER_SCALES[kind]
+    rows, groups = table.shape
+    blocks = functional.pad(table, (0, -groups % size)).reshape(rows, -(-groups // size), size)
+    extreme = torch.gather(blocks, -1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    units = round_scales(extreme / (grid.min if grid.signed else grid.max), "fp16")
+    integers = (blocks / units.unsqueeze(-1)).round().clamp(grid.min, grid.max)
+    return integers.flatten(1)[:, :groups].contiguous(), units
+
+
+def storable_scales(scales: Tensor, format: Format) -> Tensor:
+    """Scales rounded to the format's type; zero only in grids without a zero, whose zero weights need such a scale."""
+    rounded = round_scales(scales, format.scale)
+    if format.grid.has_zero:
+        return rounded
+    return torch.where(scales == 0, torch.zeros_like(rounded), rounded)
+
+
+def round_minima(minima: Tensor, format: Format) -> Tensor:
+    """Minima in the float type that the format stores them in, float32."""
+    return to_float_copy(minima, format.minimum).float()
 
 
 def round_scales(scales: Tensor, kind: str) -> Tensor:
@@ -223,7 +341,7 @@ def to_float_copy(weight: Tensor, name: str) -> Tensor:
 
 
 def encode_scales(scales: Tensor, kind: str) -> Tensor:
-    """Scales as they are stored: a float tensor, or the bit patterns of an 8-bit type as uint8. Exact."""
+    """Scales as they are stored: a float tensor, or the codes of a smaller type as uint8. Exact."""
     if kind in COPY_DTYPES:
         return scales.to(COPY_DTYPES[kind])
     return encode(scales, SCALES[kind])

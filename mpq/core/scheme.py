@@ -37,13 +37,13 @@ def parse_scheme(name: str) -> Scheme:
     """The scheme called WEIGHT or WEIGHT+a:ACTIVATION, both formats' names.
 
     Raises:
-        MpqError: an unknown format, or an activation format with a zero point or a tensor-wide second scale.
+        MpqError: an unknown format, or an activation format with a zero point, a minimum or a second level of scales.
     """
     weight, plus, activation = name.partition("+a:")
     if not plus:
         return Scheme(parse_format(weight))
     format = parse_format(activation.replace("-token", "-channel"))
-    if format.tensor_scale or format.zero_point:
+    if format.tensor_scale or format.zero_point or not format.is_plain:
         raise MpqError(
             f"scheme {name!r}: activations take symmetric formats with one level of scales, not {format.name}"
         )

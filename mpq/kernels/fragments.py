@@ -149,4 +149,4 @@ def names(format: Format) -> tuple[str, ...]:
 
 def covers(format: Format) -> bool:
     """Whether the GPU kernels compute from the format: groups of a multiple of 16, rows, or the whole tensor."""
-    return not format.is_float_copy and format.grid.bits <= 8 and format.group_size % TILE_ROWS == 0
+    return not format.is_float_copy and format.is_plain and format.grid.bits <= 8 and format.group_size % TILE_ROWS == 0

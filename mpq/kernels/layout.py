@@ -1,7 +1,8 @@
 """Bit layouts of quantized matrices: one canonical layout on disk, others arranged once at load, exactly invertible.
 
 The canonical layout is called "rows". Each row's codes are a little-endian bit stream (the first code in the lowest
-bits) filled up to whole bytes; so are each row's zero points. Scales are stored in their own type.
+bits) filled up to whole bytes; so are each row's zero points, and scales and minima that are integers. Other scales are
+stored in their own type.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import Format
+from mpq.core.grids import INTEGER_SCALES
 from mpq.core.rounding import COPY_DTYPES, SCALE_DTYPES, Quantized, decode_scales, encode_scales
 
 ROWS = "rows"
@@ -23,7 +25,8 @@ class Packed:
 
     In the canonical layout `tensors` holds, where the format has them and in this order:
     packed uint8 (rows, ceil(cols * bits / 8)), a float copy as it is (rows, cols); scale, in its stored type,
-    (rows, groups) or (1, 1); zeros uint8 (rows or 1, ceil(groups * bits / 8)); tensor_scale float32 ().
+    (rows, groups) or (1, 1), or a bit stream of integers; zeros uint8 (rows or 1, ceil(groups * bits / 8)); minimum, as
+    scale; super_scale and super_minimum float16 (rows, super-blocks); tensor_scale float32 ().
     """
 
     format: Format
@@ -72,10 +75,16 @@ def pack(quantized: Quantized) -> Packed:
     assert quantized.scales is not None
     tensors = {
         "packed": pack_bits(quantized.codes, format.grid.bits),
-        "scale": encode_scales(quantized.scales, format.scale).contiguous(),
+        "scale": _stored(quantized.scales, format.scale),
     }
     if quantized.zeros is not None:
         tensors["zeros"] = pack_bits(quantized.zeros, format.grid.bits)
+    if quantized.minima is not None:
+        tensors["minimum"] = _stored(quantized.minima, format.minimum)
+    if quantized.super_scales is not None:
+        tensors["super_scale"] = quantized.super_scales.half()
+    if quantized.super_minima is not None:
+        tensors["super_minimum"] = quantized.super_minima.half()
     if quantized.tensor_scale is not None:
         tensors["tensor_scale"] = quantized.tensor_scale
     return Packed(format, quantized.shape, tensors=tensors)
@@ -87,16 +96,32 @@ def unpack(packed: Packed) -> Quantized:
     format, (rows, cols), tensors = packed.format, packed.shape, packed.tensors
     if format.is_float_copy:
         return Quantized(format, packed.shape, tensors["packed"])
-    bits = format.grid.bits
+    bits, groups = format.grid.bits, format.groups(cols)
     zeros = tensors.get("zeros")
     return Quantized(
         format,
         (rows, cols),
         unpack_bits(tensors["packed"], bits, cols),
-        decode_scales(tensors["scale"], format.scale),
-        None if zeros is None else unpack_bits(zeros, bits, format.groups(cols)),
+        _read(tensors["scale"], format.scale, groups),
+        None if zeros is None else unpack_bits(zeros, bits, groups),
         tensors.get("tensor_scale"),
+        _read(tensors["minimum"], format.minimum, groups) if format.minimum else None,
+        tensors["super_scale"].float() if format.super_group else None,
+        tensors["super_minimum"].float() if "super_minimum" in tensors else None,
     )
+
+
+def _stored(table: Tensor, kind: str) -> Tensor:
+    """Scales or minima as bytes: integers as bit streams, others in their own type."""
+    stored = encode_scales(table, kind).contiguous()
+    return pack_bits(stored, INTEGER_SCALES[kind].bits) if kind in INTEGER_SCALES else stored
+
+
+def _read(stored: Tensor, kind: str, groups: int) -> Tensor:
+    """The inverse of `_stored`, float32 (rows, groups)."""
+    if kind in INTEGER_SCALES:
+        stored = unpack_bits(stored, INTEGER_SCALES[kind].bits, groups)
+    return decode_scales(stored, kind)
 
 
 def tensor_specs(format: Format, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -107,19 +132,30 @@ def tensor_specs(format: Format, rows: int, cols: int) -> dict[str, tuple[tuple[
     scale_rows = 1 if format.granularity == "tensor" else rows
     specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "packed": ((rows, -(-cols * bits // 8)), torch.uint8),
-        "scale": ((scale_rows, groups), SCALE_DTYPES[format.scale]),
+        "scale": ((scale_rows, _width(groups, format.scale)), SCALE_DTYPES[format.scale]),
     }
     if format.zero_point:
         specs["zeros"] = ((scale_rows, -(-groups * bits // 8)), torch.uint8)
+    if format.minimum:
+        specs["minimum"] = ((scale_rows, _width(groups, format.minimum)), SCALE_DTYPES[format.minimum])
+    if format.super_group:
+        specs["super_scale"] = ((rows, format.super_groups(cols)), torch.float16)
+        if format.minimum:
+            specs["super_minimum"] = specs["super_scale"]
     if format.tensor_scale:
         specs["tensor_scale"] = ((), torch.float32)
     return specs
 
 
+def _width(groups: int, kind: str) -> int:
+    """Entries of a row's stored scales or minima."""
+    return -(-groups * INTEGER_SCALES[kind].bits // 8) if kind in INTEGER_SCALES else groups
+
+
 def take_rows(packed: Packed, rows: Tensor) -> Packed:  # rows: int64 (n,)
     """The matrix of the chosen rows, canonical; nothing else is unpacked where the layout is canonical already."""
     packed = to_layout(packed, ROWS)
-    whole = {"tensor_scale"} | ({"scale", "zeros"} if packed.format.granularity == "tensor" else set())
+    whole = {"tensor_scale"} | ({"scale", "zeros", "minimum"} if packed.format.granularity == "tensor" else set())
     tensors = {name: tensor if name in whole else tensor[rows] for name, tensor in packed.tensors.items()}
     return replace(packed, shape=(len(rows), packed.shape[1]), tensors=tensors)
 

@@ -61,7 +61,7 @@ class Cut:
 
 def supports(format: Format) -> bool:
     """Whether the layout can hold a format."""
-    if format.is_float_copy or format.grid.bits > 8 or format.grid.family == "exponent":
+    if format.is_float_copy or not format.is_plain or format.grid.bits > 8 or format.grid.family == "exponent":
         return False
     if format.granularity == "group" and format.group_size > MAX_TILE and format.group_size % TILE:
         return False

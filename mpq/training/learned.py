@@ -34,12 +34,12 @@ class LearnedScales(nn.Module):
     """The scales of one weight in one format, from the ones that a clip search by squared error finds.
 
     Raises:
-        MpqError: a format with zero points, a second level of scales, or no scales at all.
+        MpqError: a format with zero points, minima, a second level of scales, or no scales at all.
     """
 
     def __init__(self, matrix: Tensor, format: Format) -> None:
         super().__init__()
-        if format.zero_point or format.tensor_scale or format.is_float_copy:
+        if format.zero_point or format.tensor_scale or format.is_float_copy or not format.is_plain:
             raise MpqError(
                 f"scales of {format.name} cannot be learned: only symmetric formats with one level of scales"
             )

@@ -7,7 +7,7 @@ from mpq.core.scheme import parse_scheme
 from mpq.exporters import EXPORTERS, exporter_named
 from mpq.exporters.consumers import CONSUMERS, READERS, check, consumer_named, forbidden, nearest
 
-LINEAR = Layer("a", "linear", 64, 128)
+LINEAR = Layer("a", "linear", 64, 256)
 CONV = Layer("c", "conv2d", 64, 72)
 
 

@@ -4,19 +4,27 @@ import torch
 from torch import Tensor
 
 from mpq.core.formats import Format
+from mpq.core.grids import SCALES
+from mpq.core.methods.super_blocks import settle
 from mpq.core.rounding import (
     Quantized,
     absmax_scales,
-    decode,
-    encode,
+    group_range,
     quantize,
+    range_tables,
     real_scales,
+    recode,
+    round_minima,
     round_scales,
+    snap,
     spread,
+    storable_scales,
+    store_tables,
     tensor_scale_of,
 )
 
 RATIOS = tuple(1.0 - 0.035 * step for step in range(20))  # of the absmax scale, 1 down to 0.335
+RANGES = tuple(1.1 - 0.06 * step for step in range(10))  # of a group's range where it has a minimum, 1.1 to 0.56
 REFITS = 3
 
 
@@ -27,11 +35,12 @@ def clip_search(
     *,
     importance: Tensor | None = None,  # (rows, cols) weights of the squared errors
 ) -> Quantized:
-    """Nearest codes, with the scale of each group that leaves the least (weighted) squared error.
+    """Nearest codes, with the scale (and minimum) of each group that leaves the least (weighted) squared error.
 
     Tries a ladder of clipping ratios, then refits each scale to its codes by least squares, alternately (as in
-    LSQ-style initialisations; the error never rises). Integer grids reach one step further below zero than above, so
-    scales of both signs are tried where the scale's type has a sign. The second moment is not used.
+    LSQ-style initialisations; the error never rises). Grids that reach further below zero than above are tried with
+    scales of both signs, where the scale's type has a sign. In super-blocks, scales and minima are free numbers at
+    first and then settle on their integers. The second moment is not used.
     """
     start = quantize(weight, format)
     if format.is_float_copy or weight.numel() == 0:
@@ -39,57 +48,92 @@ def clip_search(
     weight = weight.detach().float()
     tensor_scale = tensor_scale_of(weight, format)
     elements = spread(weight, format)
-    weights = torch.ones_like(elements) if importance is None else spread(importance.float(), format)
-    widest, zeros = absmax_scales(weight, format, tensor_scale)
+    weights = spread(torch.ones_like(weight) if importance is None else importance.float(), format)
     search = _Search(elements, weights, format, tensor_scale)
-    search.offer(widest, zeros)
-    for candidate, candidate_zeros in _candidates(elements, widest, format):
-        search.offer(candidate, candidate_zeros)
+    if format.minimum:
+        _search_ranges(search, weight)
+    else:
+        widest, zeros = absmax_scales(weight, format, tensor_scale) if format.is_plain else range_tables(weight, format)
+        search.offer(widest, zeros)
+        for candidate, candidate_zeros in _candidates(elements, widest, format):
+            search.offer(candidate, candidate_zeros)
     for _ in range(REFITS):
-        search.offer(search.refit(), search.zeros)
+        scales, minima = search.refit()
+        search.offer(scales, search.zeros, minima)
+    if format.super_group:
+        return settle(weight, weights, search.scales, search.minima, start)
+    if format.minimum:
+        return recode(weight, store_tables(search.scales, search.minima, format, weight))
     return quantize(weight, format, scales=search.scales, zeros=search.zeros)
 
 
 class _Search:
-    """The best scale of every group so far."""
+    """The best scale, and zero point or minimum, of every group so far."""
 
     def __init__(self, elements: Tensor, weights: Tensor, format: Format, tensor_scale: Tensor | None) -> None:
         self.elements, self.weights, self.format, self.tensor_scale = elements, weights, format, tensor_scale
         self.scales = torch.ones(elements.shape[:-1])
         self.zeros: Tensor | None = None
+        self.minima: Tensor | None = None
         self.errors = torch.full(elements.shape[:-1], torch.inf)
 
-    def offer(self, scales: Tensor, zeros: Tensor | None) -> None:
+    def offer(self, scales: Tensor, zeros: Tensor | None = None, minima: Tensor | None = None) -> None:
         """Keep the offered scales where they leave a smaller error."""
-        scales = round_scales(scales, self.format.scale)
+        scales, minima = self._storable(scales, minima)
         factor = real_scales(scales, self.tensor_scale).unsqueeze(-1)
-        residual = self._units(factor, zeros).mul_(factor).sub_(self.elements)
-        errors = residual.square_().mul_(self.weights).sum(-1)
+        numbers = self._units(factor, zeros, minima).mul_(factor)
+        if minima is not None:
+            numbers.add_(minima.unsqueeze(-1))
+        errors = numbers.sub_(self.elements).square_().mul_(self.weights).sum(-1)
         better = errors < self.errors
         self.errors = torch.where(better, errors, self.errors)
         self.scales = torch.where(better, scales, self.scales)
         if zeros is not None:
             self.zeros = zeros if self.zeros is None else torch.where(better, zeros, self.zeros)
+        if minima is not None:
+            self.minima = minima if self.minima is None else torch.where(better, minima, self.minima)
 
-    def refit(self) -> Tensor:
-        """The least-squares scales for the codes that the best scales give."""
-        factor = real_scales(self.scales, self.tensor_scale).unsqueeze(-1)
-        units = self._units(factor, self.zeros)
+    def refit(self, scales: Tensor | None = None, minima: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The least-squares scales (and minima) for the codes that these, or the best so far, give."""
+        scales, minima = (self.scales, self.minima) if scales is None else self._storable(scales, minima)
+        units = self._units(real_scales(scales, self.tensor_scale).unsqueeze(-1), self.zeros, minima)
+        if minima is not None:
+            return self._refit_line(units, scales)
         power = (units.square() * self.weights).sum(-1)
         fit = (units * self.elements * self.weights).sum(-1) / power.clamp(min=torch.finfo(torch.float32).tiny)
         if self.tensor_scale is not None:
             fit = fit / self.tensor_scale
-        return torch.where((power > 0) & (fit != 0), fit, self.scales)
+        return torch.where((power > 0) & (fit != 0), fit, scales), None
 
-    def _units(self, factor: Tensor, zeros: Tensor | None) -> Tensor:
-        units = self.elements / factor
-        grid = self.format.grid
-        if zeros is None and grid.family == "int":
-            return units.round_().clamp_(grid.min, grid.max)
+    def _refit_line(self, units: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Slope and height of the line through (code, number); the line through zero where its height is too high."""
+        total = self.weights.sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        middle, height = ((x * self.weights).sum(-1) / total for x in (units, self.elements))
+        centred = (units - middle.unsqueeze(-1)).mul_(self.weights)
+        power, fit = (centred * units).sum(-1), (centred * self.elements).sum(-1)
+        slope = torch.where((power > 0) & (fit != 0), fit / power.clamp(min=1e-30), scales)
+        minima = height - slope * middle
+        if self.format.super_group:
+            weighted = units * self.weights
+            through_zero = (weighted * self.elements).sum(-1) / (weighted * units).sum(-1).clamp(min=1e-30)
+            slope = torch.where((minima > 0) & (through_zero != 0), through_zero, slope)
+        return slope, minima
+
+    def _storable(self, scales: Tensor, minima: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Rounded to what the format stores; in super-blocks, only what no rounding could store is changed."""
+        if self.format.super_group:
+            free = torch.where(scales == 0, torch.ones_like(scales), scales)
+            return free, None if minima is None else minima.clamp(max=0)
+        rounded = storable_scales(scales, self.format)
+        return rounded, None if minima is None else round_minima(minima, self.format)
+
+    def _units(self, factor: Tensor, zeros: Tensor | None, minima: Tensor | None) -> Tensor:
+        elements = self.elements if minima is None else self.elements - minima.unsqueeze(-1)
+        units = elements / factor
         if zeros is None:
-            return decode(encode(units, grid), grid)
+            return snap(units, self.format.grid)
         offsets = zeros.unsqueeze(-1)
-        return units.round_().add_(offsets).clamp_(0, grid.max).sub_(offsets)
+        return units.round_().add_(offsets).clamp_(0, self.format.grid.max).sub_(offsets)
 
 
 def _candidates(elements: Tensor, widest: Tensor, format: Format) -> list[tuple[Tensor, Tensor | None]]:
@@ -103,7 +147,18 @@ def _candidates(elements: Tensor, widest: Tensor, format: Format) -> list[tuple[
     if format.scale == "e8m0":
         return [(widest * 0.5, None), (widest * 2, None)]
     candidates: list[tuple[Tensor, Tensor | None]] = [(widest * ratio, None) for ratio in RATIOS[1:]]
-    if format.grid.family == "int" and format.grid.signed and format.scale in ("fp32", "fp16", "bf16"):
-        wider = format.grid.max / -format.grid.min
+    wider = format.grid.max / -format.grid.min if format.grid.signed else 1.0
+    if wider != 1 and SCALES[format.scale].signed and format.scale not in ("e4m3",):
         candidates += [(widest * (sign * wider * ratio), None) for ratio in RATIOS for sign in (1, -1)]
     return candidates
+
+
+def _search_ranges(search: _Search, weight: Tensor) -> None:
+    """Offer each group's range, and the lines fitted to the codes of wider and narrower ones."""
+    low, high = group_range(weight, search.format)
+    search.offer((high - low) / search.format.grid.max, None, low)
+    for ratio in RANGES:
+        width = (high - low) * ratio
+        lowest = (low + high - width) / 2
+        scales, minima = search.refit(width / search.format.grid.max, lowest)
+        search.offer(scales, None, minima)

@@ -8,7 +8,17 @@ from torch import Tensor
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.methods.clip_search import clip_search
-from mpq.core.rounding import Quantized, decode, dequantize, encode, gather, quantize, real_scales, spread
+from mpq.core.rounding import (
+    Quantized,
+    decode,
+    dequantize,
+    encode,
+    gather,
+    group_minima,
+    group_scales,
+    quantize,
+    spread,
+)
 
 BLOCK = 128  # columns whose corrections are applied to the rest in one product (section 4, step 2)
 
@@ -76,8 +86,7 @@ def _compensate(weight: Tensor, start: Quantized, hessian: Tensor) -> Tensor:
         return torch.gather(matrix, 2, order.unsqueeze(1).expand_as(matrix))
 
     pending = arrange(weight)
-    scales, zeros = (None if table is None else arrange(table) for table in _elementwise(start))
-    assert scales is not None
+    scales, lowest = (arrange(table) for table in _elementwise(start))
     codes = torch.empty(pending.shape, dtype=torch.uint8)
     grid = start.format.grid
     for first in range(0, cols, BLOCK):
@@ -85,11 +94,10 @@ def _compensate(weight: Tensor, start: Quantized, hessian: Tensor) -> Tensor:
         errors = torch.empty_like(pending[..., first:last])
         for column in range(first, last):
             scale = scales[..., column]
-            offset = 0 if zeros is None else zeros[..., column]
-            units = pending[..., column] / scale
-            code = encode(units if zeros is None else units.round() + offset, grid)
+            wanted = pending[..., column] - lowest[..., column]
+            code = encode(wanted / torch.where(scale == 0, torch.ones_like(scale), scale), grid)
             codes[..., column] = code
-            error = (pending[..., column] - (decode(code, grid) - offset) * scale) / inverse[:, column, column, None]
+            error = (wanted - decode(code, grid) * scale) / inverse[:, column, column, None]
             pending[..., column + 1 : last] -= error.unsqueeze(-1) * inverse[:, column, None, column + 1 : last]
             errors[..., column - first] = error
         pending[..., last:] -= errors @ inverse[:, first:last, last:]
@@ -98,15 +106,18 @@ def _compensate(weight: Tensor, start: Quantized, hessian: Tensor) -> Tensor:
     return placed.reshape(weight.shape)
 
 
-def _elementwise(start: Quantized) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of each element, (rows, cols)."""
-    assert start.scales is not None
+def _elementwise(start: Quantized) -> tuple[Tensor, Tensor]:
+    """Of each element, (rows, cols): what its code is multiplied by, and what is added then."""
     template = spread(torch.ones(start.shape), start.format)
-    factor = real_scales(start.scales, start.tensor_scale).unsqueeze(-1)
-    scales = gather(factor.expand_as(template), start.format, start.shape)
-    if start.zeros is None:
-        return scales, None
-    return scales, gather(start.zeros.float().unsqueeze(-1).expand_as(template), start.format, start.shape)
+    scales, minima = group_scales(start), group_minima(start)
+    if start.zeros is not None:
+        minima = -scales * start.zeros
+    if minima is None:
+        minima = torch.zeros_like(scales)
+    factors, lowest = (
+        gather(table.unsqueeze(-1).expand_as(template), start.format, start.shape) for table in (scales, minima)
+    )
+    return factors, lowest
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
@@ -129,12 +140,12 @@ def _best_rows(weight: Tensor, hessian: Tensor, candidates: list[Quantized]) -> 
         return candidates[int(errors.sum(1).argmin())]
     choice = errors.argmin(0)
 
-    def pick(field: str) -> Tensor | None:
-        tables = [getattr(candidate, field) for candidate in candidates]
-        if tables[0] is None:
-            return None
+    def pick(tables: list[Tensor]) -> Tensor:
+        if tables[0].ndim == 0:  # one for the tensor, the same for all
+            return tables[0]
         return torch.stack(tables)[choice, torch.arange(len(choice))]
 
-    codes = pick("codes")
-    assert codes is not None
-    return replace(candidates[0], codes=codes, scales=pick("scales"), zeros=pick("zeros"))
+    return replace(
+        candidates[0].map_tables(lambda name, _: pick([getattr(candidate, name) for candidate in candidates])),
+        codes=pick([candidate.codes for candidate in candidates]),
+    )
