@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mpq.core.calibration import samples_in
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
+from mpq.core.moments import half_gram, whole_gram
 from mpq.core.parallel import total
 from mpq.core.scheme import Scheme
 from mpq.sensitivity.derivatives import Use, layer_uses
@@ -57,8 +58,8 @@ class KroneckerStatistics:
     def __init__(self, layer: Layer, formats: tuple[Format | None, ...] = (None,)) -> None:
         self.layer = layer
         self.formats = formats
-        # An activation format, or None: moment of the inputs, (groups, cols, cols).
-        # "gradients": (groups, rows / groups, rows / groups), or its diagonal; "positions": their number.
+        # An activation format, or None: moment of the inputs, (groups, half of cols x cols).
+        # "gradients": theirs, (groups, half of rows / groups squared), or "diagonal" of it; "positions": their number.
         # "tokens", an embedding's: (rows, 1), how often each came; "token gradients": (cols, cols);
         # "token positions". "spread": of the samples' sums of |x_t|^2 |d_t|^2.
         self.sums: Sums = {}
@@ -78,10 +79,12 @@ class KroneckerStatistics:
             inputs, slopes = use.rows(samples)
             for format in self.formats:
                 rows = stacked(inputs if format is None else joint_inputs(use, samples, format))
-                add(self.sums, format, (rows.mT @ rows).cpu())
+                add(self.sums, format, half_gram(rows).cpu())
             flat = stacked(slopes)
-            moment = flat.mT @ flat if flat.shape[-1] <= WIDEST else flat.square().sum(1)
-            add(self.sums, "gradients", moment.cpu())
+            if flat.shape[-1] <= WIDEST:
+                add(self.sums, "gradients", half_gram(flat).cpu())
+            else:
+                add(self.sums, "diagonal", flat.square().sum(1).cpu())
             add(self.sums, "positions", torch.tensor(flat.shape[1]))
             sizes += (inputs.square().sum(-1) * slopes.square().sum(-1)).sum((1, 2)).cpu()
         add(self.sums, "spread", spread(sizes))
@@ -93,9 +96,12 @@ class KroneckerStatistics:
             own = difference[:, : self.layer.cols]
             seen = (own @ self.sums["token gradients"]) * own * self.sums["tokens"]
             error += seen.sum(dtype=torch.float64).item() / self.sums["token positions"].item()
-        if "gradients" in self.sums:
-            moment, gradients = self.sums[format], self.sums["gradients"]
+        if "positions" in self.sums:
+            moment = whole_gram(self.sums[format], difference.shape[1])
             blocks = difference.reshape(len(moment), -1, difference.shape[1])
-            weighted = gradients @ blocks if gradients.ndim == 3 else gradients.unsqueeze(-1) * blocks
+            if "diagonal" in self.sums:
+                weighted = self.sums["diagonal"].unsqueeze(-1) * blocks
+            else:
+                weighted = whole_gram(self.sums["gradients"], blocks.shape[1]) @ blocks
             error += ((blocks @ moment) * weighted).sum(dtype=torch.float64).item() / self.sums["positions"].item()
         return max(error, 0.0)

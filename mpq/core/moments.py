@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from mpq.core.calibration import Batch, LossFn, evaluating
 from mpq.core.layer import Layer
 from mpq.core.layers import input_matrix
-from mpq.core.parallel import share, total
+from mpq.core.parallel import gathered, share, total
+
+STRIP = 256  # columns
 
 
 def second_moments(
@@ -22,19 +24,41 @@ def second_moments(
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
+    widths: dict[str, int] = {}
 
     def collect(name: str, module: nn.Module, inputs: Tensor) -> None:
         matrix = input_matrix(module, inputs.detach()).float()
-        product = matrix.mT @ matrix
-        sums[name] = sums[name] + product if name in sums else product
+        product = half_gram(matrix)
+        sums[name] = sums[name].add_(product) if name in sums else product
         counts[name] = counts.get(name, 0) + matrix.shape[-2]
+        widths[name] = matrix.shape[-1]
 
     with torch.no_grad(), evaluating(model), watching(model, layers, collect):
         for batch in share(batches):
             forward(model, batch)
     sums = total(sums)
     rows = total({name: torch.tensor(count) for name, count in counts.items()})
-    return {name: moment / max(int(rows[name]), 1) for name, moment in sums.items()}
+    widths = gathered(widths)
+    return {name: whole_gram(sums.pop(name), widths[name]).div_(max(int(rows[name]), 1)) for name in list(sums)}
+
+
+def half_gram(matrix: Tensor) -> Tensor:
+    """x^T x of (..., rows, cols), of which only the strips up to the diagonal are computed and kept: (..., kept)."""
+    ends = range(STRIP, matrix.shape[-1] + STRIP, STRIP)
+    return torch.cat([(matrix[..., end - STRIP : end].mT @ matrix[..., :end]).flatten(-2) for end in ends], -1)
+
+
+def whole_gram(half: Tensor, cols: int) -> Tensor:
+    """(..., cols, cols) of what `half_gram` keeps, or of a sum of such."""
+    whole = half.new_empty((*half.shape[:-1], cols, cols))
+    read = 0
+    for start in range(0, cols, STRIP):
+        end = min(start + STRIP, cols)
+        strip = half[..., read : read + (end - start) * end].reshape(*half.shape[:-1], end - start, end)
+        whole[..., start:end, :end] = strip
+        whole[..., :end, start:end] = strip.mT
+        read += (end - start) * end
+    return whole
 
 
 @contextmanager
