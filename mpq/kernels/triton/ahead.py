@@ -12,6 +12,7 @@ from mpq.kernels.fragments import fields
 from mpq.kernels.triton.config import Config
 from mpq.kernels.triton.product import product_kernel
 from mpq.kernels.triton.spec import magic_of, spec_of
+from mpq.kernels.triton.stream import stream_kernel
 
 _CODES = {8: "*u8", 4: "*i32", 2: "*i16", 1: "*u8"}
 _SCALES = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
@@ -33,12 +34,15 @@ def compile_product(
     codes = [_CODES[width] for width in fields(spec.bits)]
     first, second, third = (codes + codes[:1] * 2)[:3]
     element = {"float": short, "int8": "i8", "fp8": "fp8e4nv"}[mode]
+    stream = config.programs > 0
+    kernel = stream_kernel if stream else product_kernel
+    own = ("waves", "quota", "shared") if stream else ("steps_per_split",)
     signature: dict[str, str] = {
         "inputs": f"*{element}", "input_scale": "*fp32", "first": first, "second": second, "third": third,
         "scale": _SCALES.get(spec.scale, "*u8"), "zeros": "*u8", "tensor_scale": "*fp32", "table": "*fp32",
-        "bias": f"*{short}", "out": f"*{short}" if config.split == 1 else "*fp32",
+        "bias": f"*{short}", "out": f"*{short}" if stream or config.split == 1 else "*fp32", "parts": "*fp32",
         **dict.fromkeys(("M", "N", "K", "padded_n", "col_blocks", "input_row"), "i32"),
-        "input_col": "constexpr", **dict.fromkeys(("out_row", "steps", "steps_per_split"), "i32"),
+        "input_col": "constexpr", **dict.fromkeys(("out_row", "steps", *own), "i32"),
     }  # fmt: skip
     constants = {
         "input_col": 1, "SPEC": spec, "MODE": mode, "DTYPE": getattr(triton.language, MODES.get(mode, NAMES[dtype])),
@@ -47,9 +51,11 @@ def compile_product(
         "BLOCK_K": config.block_k, "SPLIT": config.split,
     }  # fmt: skip
     signature |= dict.fromkeys(set(constants) - {"input_col"}, "constexpr")
-    order = {name: place for place, name in enumerate(product_kernel.arg_names)}
+    order = {name: place for place, name in enumerate(kernel.arg_names)}
+    signature = {name: kind for name, kind in signature.items() if name in order}
+    constants = {name: value for name, value in constants.items() if name in order}
     divisible = [name for name, kind in signature.items() if kind.startswith("*")]
     divisible += ["N", "K", "padded_n", "input_row", "out_row"]
-    source = ASTSource(product_kernel, signature, constants, {(order[name],): _DIVISIBLE for name in divisible})
+    source = ASTSource(kernel, signature, constants, {(order[name],): _DIVISIBLE for name in divisible})
     options = {"num_warps": config.warps, "num_stages": config.stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -7,8 +7,9 @@ from mpq.kernels.triton.spec import Spec
 
 @dataclass(frozen=True)
 class Config:
-    """Output channels, tokens and columns of a program's step; programs that share a row; warps; pipeline stages.
+    """Output channels, tokens and columns of a program's step; programs that share a block; warps; pipeline stages.
 
+    With `programs`, so many stay and share all steps evenly (see `mpq.kernels.triton.stream`), and `split` is not used.
     backend "cuda" is the CUDA C++ kernel, where it applies: it takes `split` alone from here.
     """
 
@@ -18,6 +19,7 @@ class Config:
     split: int = 1
     warps: int = 4
     stages: int = 4
+    programs: int = 0
     backend: str = "triton"
 
 
@@ -29,15 +31,22 @@ def step_cols(spec: Spec) -> int:
 
 
 def default_config(spec: Spec, tokens: int, rows: int, cols: int, processors: int) -> Config:
-    """A safe choice, not a tuned one: enough programs to fill the device twice, shared rows where there are too few."""
+    """A safe choice, not a tuned one.
+
+    Few tokens: enough programs to fill the device twice, `split` to a block where there are too few blocks. Above 32
+    tokens the shares of split blocks would move more bytes than the weights: there the programs stay instead, which
+    leaves at most two parts each.
+    """
     block_m = next((size for size in (16, 32, 64) if tokens <= size), 128)
     block_n = 64 if block_m <= 64 else 128
     block_k = step_cols(spec)
+    warps, stages = (4, 4) if block_n == 64 else (8, 3)
     if block_m >= 64:
-        block_k = min(block_k, 64)
+        resident = processors * (2 if block_n == 64 else 1)
+        return Config(block_n, block_m, min(block_k, 64), warps=warps, stages=stages, programs=resident)
     programs = -(-rows // block_n) * -(-tokens // block_m)
     steps = -(-cols // block_k)
     split = 1
     while programs * split < 2 * processors and steps >= 8 * split and split < 16:
         split *= 2
-    return Config(block_n, block_m, block_k, split, warps=4 if block_n == 64 else 8, stages=4 if block_m <= 64 else 3)
+    return Config(block_n, block_m, block_k, split, warps, stages)

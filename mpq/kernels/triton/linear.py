@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +18,7 @@ from mpq.kernels.triton.config import Config, step_cols
 from mpq.kernels.triton.inputs import round_kernel
 from mpq.kernels.triton.product import product_kernel, reduce_kernel
 from mpq.kernels.triton.spec import magic_of, spec_of
+from mpq.kernels.triton.stream import Stream, join_kernel, stream_kernel
 from mpq.kernels.triton.tables import config_for
 
 TYPES = {
@@ -83,7 +85,7 @@ def product(
     out_dtype: torch.dtype,
     scales: Tensor | None = None,  # float32 (tokens,), of 8-bit tokens
 ) -> Tensor:
-    """One launch of the kernel, two when programs share a row: (tokens, rows)."""
+    """One launch of the kernel, two when programs share a block: (tokens, rows)."""
     spec, dtype = spec_of(format), tokens.dtype
     count, cols = tokens.shape
     parts = dict(zip(names(format), weight, strict=True))
@@ -93,26 +95,53 @@ def product(
     out = tokens.new_empty((count, rows), dtype=out_dtype)
     grouped = parts["scale"].shape[0] * spec.group if spec.group else cols  # 8-bit tokens may be filled up beyond it
     steps = -(-min(cols, grouped) // config.block_k)
-    split = min(config.split, steps)
-    target = out if split == 1 else out.new_empty((split, count, rows), dtype=torch.float32)
     padded = first.shape[0] * TILE_ROWS
-    even = cols % config.block_k == 0 and padded % config.block_n == 0
-    grid = (-(-rows // config.block_n) * -(-count // config.block_m), split)
-    product_kernel[grid](
+    blocks = -(-rows // config.block_n) * -(-count // config.block_m)
+    operands = (
         tokens, tokens if scales is None else scales, first, second, third, parts["scale"], parts.get("zeros", first),
-        parts.get("tensor_scale", first), table, first if bias is None else bias, target,
-        count, rows, cols, padded, first.shape[1], tokens.stride(0), tokens.stride(1), rows, steps, -(-steps // split),
-        SPEC=spec, MODE=MODES.get(dtype, "float"), DTYPE=TYPES[dtype], MAGIC=magic_of(spec, dtype),
-        HAS_BIAS=bias is not None, INPUT_SCALE=scales is not None, EVEN=even, EMULATE=EMULATE,
-        BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_K=config.block_k, SPLIT=split,
-        num_warps=config.warps, num_stages=config.stages,
+        parts.get("tensor_scale", first), table, first if bias is None else bias,
     )  # fmt: skip
+    sizes = (count, rows, cols, padded, first.shape[1], tokens.stride(0), tokens.stride(1), rows)
+    fixed: dict[str, Any] = {
+        "SPEC": spec, "MODE": MODES.get(dtype, "float"), "DTYPE": TYPES[dtype], "MAGIC": magic_of(spec, dtype),
+        "HAS_BIAS": bias is not None, "INPUT_SCALE": scales is not None, "EMULATE": EMULATE,
+        "EVEN": cols % config.block_k == 0 and padded % config.block_n == 0,
+        "BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "BLOCK_K": config.block_k,
+        "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
+    if config.programs:
+        _stream(operands, out, sizes, fixed, Stream(min(config.programs, blocks * steps), blocks, steps))
+    else:
+        _share(operands, out, sizes, fixed, blocks, steps, min(config.split, steps))
+    return out
+
+
+def _share(
+    operands: tuple[Tensor, ...], out: Tensor, sizes: tuple[int, ...], fixed: dict[str, Any],
+    blocks: int, steps: int, split: int,
+) -> None:  # fmt: skip
+    """A program for each block, or `split` of them, whose sums a second launch adds."""
+    target = out if split == 1 else out.new_empty((split, *out.shape), dtype=torch.float32)
+    product_kernel[(blocks, split)](*operands, target, *sizes, steps, -(-steps // split), SPLIT=split, **fixed)
     if split > 1:
         reduce_kernel[(-(-out.numel() // 1024),)](
-            target, first if bias is None else bias, out, out.numel(), rows,
-            HAS_BIAS=bias is not None, SPLIT=split, BLOCK=1024,
+            target, operands[-1], out, out.numel(), out.shape[1],
+            HAS_BIAS=fixed["HAS_BIAS"], SPLIT=split, BLOCK=1024,
         )  # fmt: skip
-    return out
+
+
+def _stream(
+    operands: tuple[Tensor, ...], out: Tensor, sizes: tuple[int, ...], fixed: dict[str, Any], cut: Stream
+) -> None:
+    """Programs that stay, and a second launch for the blocks that they share."""
+    block_n, block_m = fixed["BLOCK_N"], fixed["BLOCK_M"]
+    parts = out.new_empty((cut.programs, 2, block_n, block_m) if cut.shared else 1, dtype=torch.float32)
+    stream_kernel[(cut.programs,)](*operands, out, parts, *sizes, cut.steps, cut.waves, cut.quota, cut.shared, **fixed)
+    if cut.shared:
+        join_kernel[(cut.shared, block_n // TILE_ROWS)](
+            parts, operands[-1], out, out.shape[0], out.shape[1], out.shape[1], cut.steps, cut.quota,
+            cut.waves * cut.programs, HAS_BIAS=fixed["HAS_BIAS"], BLOCK_N=block_n, BLOCK_M=block_m, ROWS=TILE_ROWS,
+        )  # fmt: skip
 
 
 def computes(format: Format, dtype: torch.dtype) -> bool:

@@ -4,7 +4,8 @@ The weights are the left operand, so that small batches fill the short side of t
 computes out.T for BLOCK_N output channels and BLOCK_M tokens, walking the columns in steps of BLOCK_K. Group scales are
 applied to the accumulators once per group where BLOCK_K divides the group, which keeps the weights exact; where a step
 spans several groups, to the weights. With SPLIT > 1 every program sums its share of the columns into a buffer of its
-own, and `reduce_kernel` adds the shares in a fixed order: no atomics, the same bits each time.
+own, and `reduce_kernel` adds the shares in a fixed order: no atomics, the same bits each time. `stream.py` shares the
+same blocks out to programs that stay.
 """
 
 import triton
@@ -35,35 +36,33 @@ def _zeros(zeros, at, mask, SPEC: tl.constexpr):
 
 
 @triton.jit
-def product_kernel(
-    inputs, input_scale, first, second, third, scale, zeros, tensor_scale, table, bias, out,
-    M, N, K, padded_n, col_blocks, input_row, input_col, out_row, steps, steps_per_split,
+def block_sums(
+    inputs, input_scale, first, second, third, scale, zeros, tensor_scale, table,
+    block, first_step, last_step, M, K, padded_n, col_blocks, input_row, input_col,
     SPEC: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, MAGIC: tl.constexpr,
-    HAS_BIAS: tl.constexpr, INPUT_SCALE: tl.constexpr, EVEN: tl.constexpr, EMULATE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    INPUT_SCALE: tl.constexpr, EVEN: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out (M, N) = inputs (M, K) @ weights.T + bias; with SPLIT > 1, float32 (SPLIT, M, N) shares without the bias.
+    """What the steps from `first_step` to before `last_step` give to a block: scaled float32 (BLOCK_N, BLOCK_M).
 
-    MODE "float": 16-bit inputs and weights; "int8": int8 inputs with each tile's 16 columns in a lane's order, and
-    float32 `input_scale` (M,); "fp8" likewise. EVEN: no mask is needed along weights and columns.
+    Blocks are counted along the tokens first. MODE "float": 16-bit inputs and weights; "int8": int8 inputs with each
+    tile's 16 columns in a lane's order, and float32 `input_scale` (M,); "fp8" likewise. EVEN: no mask is needed along
+    weights and columns.
     """
     COL_TILES: tl.constexpr = BLOCK_K // 16
     WHOLE_ROWS: tl.constexpr = SPEC.group == 0
     PER_STEP: tl.constexpr = SPEC.group == 0 or SPEC.group % BLOCK_K == 0
-    pid = tl.program_id(0)
     pids_m = tl.cdiv(M, BLOCK_M)
-    row_n = (pid // pids_m) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_m = (pid % pids_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_n = (block // pids_m) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_m = (block % pids_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     real_n = row_n < padded_n
     real_m = row_m < M
-    row_tile = (pid // pids_m) * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16)
+    row_tile = (block // pids_m) * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16)
     lane = tl.arange(0, 32)
     col_tile = tl.arange(0, COL_TILES)
     col = tl.arange(0, BLOCK_K)
     lane_place = row_tile.to(tl.int64)[:, None, None] * (col_blocks * 128) + lane[None, :, None] * 4
     input_at = inputs + row_m.to(tl.int64)[:, None] * input_row + col[None, :] * input_col
-    first_step = tl.program_id(1) * steps_per_split
-    last_step = tl.minimum(first_step + steps_per_split, steps)
     if WHOLE_ROWS and MODE == "int8":
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     else:
@@ -106,14 +105,45 @@ def product_kernel(
         total *= tl.load(tensor_scale)
     if INPUT_SCALE:
         total *= tl.load(input_scale + row_m, mask=real_m, other=0.0)[None, :]
-    inside = (row_n < N)[:, None] & real_m[None, :]
+    return total
+
+
+@triton.jit
+def put_block(
+    total, bias, out, block, M, N, out_row,
+    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Write a block's sums to out (M, N), with the bias (N,)."""
+    pids_m = tl.cdiv(M, BLOCK_M)
+    row_n = (block // pids_m) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_m = (block % pids_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = (row_n < N)[:, None] & (row_m < M)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias + row_n, mask=row_n < N, other=0.0).to(tl.float32)[:, None]
     out_at = row_m.to(tl.int64)[None, :] * out_row + row_n[:, None]
+    tl.store(out + out_at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def product_kernel(
+    inputs, input_scale, first, second, third, scale, zeros, tensor_scale, table, bias, out,
+    M, N, K, padded_n, col_blocks, input_row, input_col, out_row, steps, steps_per_split,
+    SPEC: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, MAGIC: tl.constexpr,
+    HAS_BIAS: tl.constexpr, INPUT_SCALE: tl.constexpr, EVEN: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """out (M, N) = inputs (M, K) @ weights.T + bias; with SPLIT > 1, float32 (SPLIT, M, N) shares without the bias."""
+    block = tl.program_id(0)
+    first_step = tl.program_id(1) * steps_per_split
+    last_step = tl.minimum(first_step + steps_per_split, steps)
+    total = block_sums(
+        inputs, input_scale, first, second, third, scale, zeros, tensor_scale, table,
+        block, first_step, last_step, M, K, padded_n, col_blocks, input_row, input_col,
+        SPEC, MODE, DTYPE, MAGIC, INPUT_SCALE, EVEN, EMULATE, BLOCK_N, BLOCK_M, BLOCK_K,
+    )  # fmt: skip
     if SPLIT > 1:
-        tl.store(out + tl.program_id(1).to(tl.int64) * M * out_row + out_at, total, mask=inside)
-    else:
-        if HAS_BIAS:
-            total += tl.load(bias + row_n, mask=row_n < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(out + out_at, total.to(out.dtype.element_ty), mask=inside)
+        out += tl.program_id(1).to(tl.int64) * M * out_row
+    put_block(total, bias, out, block, M, N, out_row, HAS_BIAS and SPLIT == 1, BLOCK_N, BLOCK_M)
 
 
 @triton.jit

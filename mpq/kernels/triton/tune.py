@@ -34,6 +34,11 @@ def candidates(format: Format, tokens: int, rows: int, cols: int, processors: in
         for block_n, split, stages in ((64, 1, 4), (64, 2, 4), (64, 4, 4), (64, 8, 5), (128, 1, 3), (128, 4, 4)):
             warps = 4 if block_n == 64 else 8
             found.append(replace(base, block_n=block_n, block_k=block_k, split=split, stages=stages, warps=warps))
+        if tokens > 16:
+            found += [
+                replace(found[-1], block_n=block_n, split=1, warps=warps, stages=stages, programs=times * processors)
+                for block_n, warps, stages, times in ((64, 4, 4, 1), (64, 4, 4, 2), (128, 8, 3, 1), (128, 8, 4, 1))
+            ]
     found += [Config(split=split, backend="cuda") for split in (1, 2, 4, 8)]
     return list(dict.fromkeys(found))
 

@@ -14,10 +14,10 @@ from mpq.kernels.triton.ahead import compile_product
 from mpq.kernels.triton.config import Config, step_cols
 from mpq.kernels.triton.spec import spec_of
 facts = []
-for name, dtype, capability, mode in json.loads(sys.argv[1]):
+for name, dtype, capability, mode, *programs in json.loads(sys.argv[1]):
     format = parse_format(name)
-    block_k = min(64, step_cols(spec_of(format)))
-    kernel = compile_product(format, getattr(torch, dtype), Config(block_k=block_k), capability, mode)
+    config = Config(block_k=min(64, step_cols(spec_of(format))), programs=sum(programs))
+    kernel = compile_product(format, getattr(torch, dtype), config, capability, mode)
     ptx = kernel.asm["ptx"]
     words = ("mma.sync", "wgmma.mma_async", "cp.async.cg", "st.shared", "st.local")
     facts.append({word: ptx.count(word) for word in words} | {"cubin": len(kernel.asm["cubin"])})
@@ -25,7 +25,7 @@ print(json.dumps(facts))
 """
 
 
-def compile_all(cases: list[tuple[str, str, int, str]]) -> list[dict[str, int]]:
+def compile_all(cases: list[tuple[str | int, ...]]) -> list[dict[str, int]]:
     """Compile in a process of its own: the interpreter, once chosen, holds for a whole process."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(
@@ -62,3 +62,13 @@ def test_8_bit_inputs_reach_the_8_bit_instructions() -> None:
     facts = compile_all(cases)
     assert all(fact["mma.sync"] + fact["wgmma.mma_async"] > 0 and fact["st.local"] == 0 for fact in facts)
     assert facts[1]["st.shared"] == facts[3]["st.shared"] == 0
+
+
+def test_programs_that_stay_keep_the_pipeline_and_the_instructions() -> None:
+    names = [("int4-g128", 80), ("int4-g128", 89), ("int4-g128", 90), ("nvfp4", 90)]
+    facts = compile_all([(name, "bfloat16", capability, "float", 132) for name, capability in names])
+    ampere, ada, hopper, _ = facts
+    assert all(fact["mma.sync"] > 0 and fact["cp.async.cg"] > 0 for fact in (ampere, ada))
+    assert hopper["wgmma.mma_async"] > 0
+    assert hopper["cp.async.cg"] > 0
+    assert all(fact["st.local"] == 0 for fact in facts)

@@ -1,5 +1,7 @@
 """The Triton product against float64, in Triton's interpreter unless TRITON_INTERPRET=0 and a GPU say otherwise."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from mpq.kernels.layout import pack, to_layout
 from mpq.kernels.triton.config import Config, default_config, step_cols
 from mpq.kernels.triton.linear import EMULATE, linear, product
 from mpq.kernels.triton.spec import spec_of
+from mpq.kernels.triton.stream import Stream
 
 DEVICE = "cpu" if EMULATE else "cuda"
 COVERED = [name for name in FORMATS if covers(parse_format(name))]
@@ -121,8 +124,58 @@ def test_shares_are_added_in_one_order() -> None:
     assert torch.equal(outputs[0], outputs[2])
 
 
-@pytest.mark.parametrize(("tokens", "split"), [(1, 8), (4096, 1)])
-def test_few_programs_share_rows_and_many_do_not(tokens: int, split: int) -> None:
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(["int4-g128", "int3-g32-asym", "int8-channel", "nvfp4", "mxfp6-e2m3"]),
+    tokens=st.integers(1, 40),
+    rows=st.integers(1, 200),
+    cols=st.integers(1, 300),
+    blocks=st.sampled_from([(32, 16, 32), (64, 16, 64), (64, 32, 128), (128, 32, 16)]),
+    programs=st.integers(1, 9),
+    bias=st.booleans(),
+)
+def test_programs_that_stay(
+    name: str, tokens: int, rows: int, cols: int, blocks: tuple[int, int, int], programs: int, bias: bool
+) -> None:
+    format, dtype = parse_format(name), torch.float16
+    config = Config(*blocks, programs=programs)
+    inputs, added, truth, *weight = problem(format, tokens, rows, cols, dtype, seed=rows)
+    truth = truth if bias else truth - added.double()
+    with poisoned():
+        outputs = [
+            product(inputs, weight, added if bias else None, format, rows, config, torch.float32) for _ in range(2)
+        ]
+    assert relative(outputs[0], truth) < 2 * tolerance(format, dtype, config)
+    assert torch.equal(outputs[0], outputs[1])
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """New float memory holds NaN: what a kernel does not write, or reads before writing, shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_poison_shows() -> None:
+    with poisoned():
+        assert torch.ones(1).new_empty(100).isnan().all()
+
+
+@given(programs=st.integers(1, 300), blocks=st.integers(1, 2000), steps=st.integers(1, 200))
+def test_every_step_of_every_block_is_shared_out_once(programs: int, blocks: int, steps: int) -> None:
+    cut = Stream(programs, blocks, steps)
+    assert cut.waves * programs + cut.shared == blocks
+    assert programs * cut.quota >= cut.shared * steps > (programs - 1) * cut.quota - programs
+    assert cut.quota <= 2 * steps  # a program works no longer than two blocks beyond its waves
+    assert cut.shared == 0 or blocks % programs
+
+
+@pytest.mark.parametrize(("tokens", "split"), [(1, 8), (16, 8), (64, 1), (4096, 1)])
+def test_few_programs_share_blocks_and_many_stay(tokens: int, split: int) -> None:
     config = default_config(spec_of(parse_format("int4-g128")), tokens, 4096, 4096, processors=132)
     assert config.split >= split if split > 1 else config.split == 1
+    assert (config.programs > 0) == (tokens > 32)
     assert 128 % config.block_k == 0
