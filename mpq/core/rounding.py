@@ -1,7 +1,7 @@
 """Quantize and dequantize a matrix in a format: the plain reference that every kernel must equal."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -80,6 +80,17 @@ def quantize(
     stored_zeros = None if zeros is None else zeros.to(torch.uint8)
     shape = (weight.shape[0], weight.shape[1])
     return recode(weight, Quantized(format, shape, weight, scales, stored_zeros, tensor_scale))
+
+
+def stacked(parts: Sequence[Quantized]) -> Quantized:
+    """Matrices of one format, tensor scale and number of columns, one below the other."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    shape = (sum(part.shape[0] for part in parts), first.shape[1])
+    whole = replace(first, shape=shape, codes=torch.cat([part.codes for part in parts]))
+    tables = [part.tables() for part in parts]
+    return whole.map_tables(lambda name, table: table if table.ndim == 0 else torch.cat([one[name] for one in tables]))
 
 
 def recode(weight: Tensor, tables: Quantized) -> Quantized:  # (rows, cols), float

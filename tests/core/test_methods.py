@@ -1,5 +1,7 @@
 """Rounding methods: each does what it says at least as well as the plain one."""
 
+import sys
+
 import pytest
 import torch
 
@@ -29,6 +31,14 @@ def test_clip_search_never_leaves_more_squared_error_than_nearest(name):
     searched = (dequantize(clip_search(weight, format)) - weight).square().sum()
     plain = (dequantize(quantize(weight, format)) - weight).square().sum()
     assert searched <= plain * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_clip_search_in_blocks_of_rows_is_the_whole_search(name, monkeypatch):
+    weight, _ = layer()
+    whole = clip_search(weight, parse_format(name), importance=weight.abs())
+    monkeypatch.setattr(sys.modules[clip_search.__module__], "BLOCK", 5 * weight.shape[1])
+    assert torch.equal(dequantize(clip_search(weight, parse_format(name), importance=weight.abs())), dequantize(whole))
 
 
 def test_clip_search_finds_the_best_scale_of_a_fine_ladder():

@@ -18,6 +18,7 @@ from mpq.core.rounding import (
     round_scales,
     snap,
     spread,
+    stacked,
     storable_scales,
     store_tables,
     tensor_scale_of,
@@ -26,6 +27,7 @@ from mpq.core.rounding import (
 RATIOS = tuple(1.0 - 0.035 * step for step in range(20))  # of the absmax scale, 1 down to 0.335
 RANGES = tuple(1.1 - 0.06 * step for step in range(10))  # of a group's range where it has a minimum, 1.1 to 0.56
 REFITS = 3
+BLOCK = 2**18  # elements searched at once: the copies that a search makes stay in the cache
 
 
 def clip_search(
@@ -42,11 +44,20 @@ def clip_search(
     scales of both signs, where the scale's type has a sign. In super-blocks, scales and minima are free numbers at
     first and then settle on their integers. The second moment is not used.
     """
-    start = quantize(weight, format)
     if format.is_float_copy or weight.numel() == 0:
-        return start
-    weight = weight.detach().float()
-    tensor_scale = tensor_scale_of(weight, format)
+        return quantize(weight, format)
+    weight = weight.detach()
+    tensor_scale = tensor_scale_of(weight.float(), format)
+    rows = len(weight) if format.granularity == "tensor" else max(1, BLOCK // weight.shape[1])
+    parts = torch.split(weight, rows)
+    shares = [None] * len(parts) if importance is None else torch.split(importance, rows)
+    return stacked(
+        [_search_rows(part.float(), format, tensor_scale, one) for part, one in zip(parts, shares, strict=True)]
+    )
+
+
+def _search_rows(weight: Tensor, format: Format, tensor_scale: Tensor | None, importance: Tensor | None) -> Quantized:
+    start = quantize(weight, format, tensor_scale=tensor_scale)
     elements = spread(weight, format)
     weights = spread(torch.ones_like(weight) if importance is None else importance.float(), format)
     search = _Search(elements, weights, format, tensor_scale)
@@ -64,7 +75,7 @@ def clip_search(
         return settle(weight, weights, search.scales, search.minima, start)
     if format.minimum:
         return recode(weight, store_tables(search.scales, search.minima, format, weight))
-    return quantize(weight, format, scales=search.scales, zeros=search.zeros)
+    return quantize(weight, format, scales=search.scales, zeros=search.zeros, tensor_scale=tensor_scale)
 
 
 class _Search:
