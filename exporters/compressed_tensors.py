@@ -16,10 +16,10 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.layers import layer_kind, matrix_to_weight
+from mpq.core.ranges import Ranges, static_scale
 from mpq.core.scheme import Scheme
 from mpq.exporters.consumers import CONSUMERS, check, compressed_tensors_format
 from mpq.exporters.folder import refuse_foreign, write_checksums, write_folder
-from mpq.exporters.ranges import Ranges
 from mpq.exporters.shards import SHARD, WHOLE, write_tensors
 from mpq.exporters.state import model_config, other_state, specs_of, write_config
 from mpq.kernels.layout import Packed, pack, pack_bits, unpack_bits
@@ -138,9 +138,8 @@ def _named(model: nn.Module, layer: str, packed: Packed, scheme: Scheme, ranges:
     if _is_static(layer, scheme, ranges):
         assert ranges is not None
         assert scheme.activation is not None
-        largest = max(map(abs, ranges[layer]))
         device = packed.tensors["packed"].device
-        tensors["input_scale"] = torch.tensor([largest / scheme.activation.grid.max or 1.0], device=device)
+        tensors["input_scale"] = torch.tensor([static_scale(scheme.activation, ranges[layer])], device=device)
     return {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
 
 

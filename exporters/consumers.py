@@ -8,6 +8,7 @@ from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme, parse_scheme
+from mpq.exporters.onnx_ops import has_int2, needs_int2
 
 
 @dataclass(frozen=True)
@@ -168,17 +169,19 @@ def _gguf(layer: Layer, scheme: Scheme) -> str:
 
 def _onnx(layer: Layer, scheme: Scheme) -> str:
     weight, activation = scheme.weight, scheme.activation
-    if activation is not None and (activation.name != "int8" or layer.kind == "embedding"):
-        return "its activations are int8 with one static scale, of layers that multiply"
+    if activation is not None and (activation.name not in ("int8", "fp8-e4m3") or layer.kind == "embedding"):
+        return "its activations are int8 or fp8 with one static scale, of layers that multiply"
     if weight.is_float_copy:
         return ""
     if not weight.is_plain or weight.scale not in ("fp32", "fp16", "bf16"):
         return "its scales are 16- or 32-bit floats, without minima"
     if weight.grid.family == "int":
-        return "" if weight.grid.bits in (4, 8) else "its integers have 4 or 8 bits"
-    if weight.grid.name == "e4m3" and weight.granularity != "group":
+        if weight.grid.bits not in (2, 4, 8):
+            return "its integers have 2, 4 or 8 bits"
+        if needs_int2(layer, scheme) and not has_int2():
+            return "the onnx and onnxruntime that are installed have 2-bit integers in MatMulNBits only"
         return ""
-    return "it has no such scheme"
+    return "" if weight.grid.name in ("e4m3", "e5m2") else "it has no such scheme"
 
 
 def _gptq(layer: Layer, scheme: Scheme) -> str:
@@ -228,8 +231,9 @@ CONSUMERS: dict[str, Consumer] = {
             "ONNX Runtime",
             (
                 *("int8", "int8-channel", "int8-g32", "int4-channel", "int4-g32", "int4-g64", "int4-g128"),
-                *("int4-g128-asym", "int8-g128-asym", "fp8-e4m3", "fp8-e4m3-channel", *FLOAT_COPIES),
-                *("int8-channel+a:int8", "int4-channel+a:int8"),
+                *("int2-channel", "int2-g32", "int2-g64", "int2-g64-asym", "int4-g128-asym", "int8-g128-asym"),
+                *("fp8-e4m3", "fp8-e4m3-channel", "fp8-e5m2-channel", *FLOAT_COPIES),
+                *("int8-channel+a:int8", "int4-channel+a:int8", "int2-channel+a:int8", "fp8-e4m3-channel+a:fp8-e4m3"),
             ),
             _onnx,
             fuses=False,

@@ -1,13 +1,14 @@
-"""ONNX: weights as DequantizeLinear of integers or fp8 at each layer's own width, activations as static QDQ pairs.
+"""ONNX: weights as integers or fp8 at each layer's own width, activations as static QDQ pairs.
 
-The graph is torch's own export of the model; only the weights and the inputs of the layers are changed (ONNX operator
-set 21: DequantizeLinear with blocks, 4-bit integers).
+The graph is torch's own export of the model; only the weights and the inputs of the layers are changed. A linear layer
+whose weight alone is quantized becomes ONNX Runtime's MatMulNBits, every other weight comes out of a DequantizeLinear.
+A graph of more than 2 GB, which no protobuf holds, keeps its tensors in a file beside it.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,20 @@ from torch import Tensor, nn
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
-from mpq.core.rounding import Quantized, encode_scales
+from mpq.core.ranges import Ranges
+from mpq.core.rounding import Quantized
+from mpq.core.scheme import Scheme
 from mpq.exporters.consumers import CONSUMERS, check
 from mpq.exporters.folder import refuse_foreign, write_checksums, write_folder
-from mpq.exporters.ranges import Ranges
-from mpq.kernels.layout import pack_bits
-from mpq.quantized import Moments, quantized_layers
+from mpq.exporters.onnx_nodes import Graph, drop_unused, products_with, put_products, put_weight, round_inputs
+from mpq.exporters.onnx_ops import OPSET, OPSET_INT2, nbits_block, needs_int2
+from mpq.kernels.layout import unpack
+from mpq.kernels.modules import empty_weight
+from mpq.quantized import Moments, checked_layers, quantized_layers
 
-FILE, OPSET = "model.onnx", 21
+FILE, DATA = "model.onnx", "model.onnx.data"
+INSIDE = 1_900_000_000  # bytes of tensors in one protobuf, whose limit is 2**31 - 1 with everything
+Layers = Iterable[tuple[Layer, Scheme, Quantized]]
 
 
 def export(
@@ -35,6 +42,7 @@ def export(
     recipe: Mapping[str, Any] | None = None,
     inputs: Tensor | tuple[Any, ...] | None = None,
     ranges: Ranges | None = None,
+    inside: int = INSIDE,
 ) -> Path:
     """Write `model.onnx`; the folder.
 
@@ -42,60 +50,116 @@ def export(
         model: on the CPU, in float32; the others are as in `mpq.exporters.checkpoint.export`.
         recipe: not needed, the graph is the model.
         inputs: what the model is called with; the first dimension of each tensor is left open.
-        ranges: of the layers' inputs (`mpq.exporters.ranges.input_ranges`), for schemes with int8 activations.
+        ranges: of the layers' inputs (`mpq.core.ranges.input_ranges`), for schemes with activations.
+        inside: tensors of more bytes than that in all are written to `model.onnx.data`, one layer in memory at a time.
 
     Raises:
         MpqError: a scheme that ONNX cannot hold, no inputs, no range for a layer that needs one, a missing package.
     """
-    if inputs is None:
-        raise MpqError("ONNX export traces the model: pass the inputs it is called with (inputs=...)")
-    check(CONSUMERS["onnx"], allocation)
-    for layer in allocation.layers:
-        if allocation.scheme_of[layer.name].activation is not None and layer.name not in (ranges or {}):
-            raise MpqError(f"layer {layer.name} has int8 activations: pass the ranges of its inputs (ranges=...)")
-    refuse_foreign(folder, (FILE, "allocation.json"))
-    graph_of = _trace(model, inputs if isinstance(inputs, tuple) else (inputs,))
-    graph = graph_of.graph
-    weights = {initializer.name: initializer for initializer in graph.initializer}
-    nodes: list[Any] = []
-    for layer, scheme, quantized in quantized_layers(model, allocation, method, second_moments):
-        found = [f"{name}.weight" for name in layer.names if f"{name}.weight" in weights]
-        if not found:
-            raise MpqError(f"the traced graph has no weight of layer {layer.name}: the model does not use it")
-        name, *shared = found
-        shape = list(weights[name].dims)
-        for weight in found:
-            graph.initializer.remove(weights[weight])
-        nodes += _weight_nodes(graph, layer, quantized, name, shape)
-        nodes += _copies(name, shared)
-        if scheme.activation is not None:
-            _round_input(graph, name, (ranges or {})[layer.name])
-    for index, node in enumerate(nodes):
-        graph.node.insert(index, node)
+    _refuse(allocation, inputs, ranges)
+    refuse_foreign(folder, (FILE, DATA, "allocation.json"))
+    traced, names = _trace(model, allocation, inputs)
+    rounded = quantized_layers(model, allocation, method, second_moments)
     with write_folder(folder) as draft:
-        (draft / FILE).write_bytes(graph_of.SerializeToString())
+        if _tensor_bytes(traced, allocation) > inside:
+            with (draft / DATA).open("wb") as data:
+                graph = _fill(Graph(traced, data, DATA), model, rounded, names, ranges)
+        else:
+            graph = _fill(Graph(traced), model, rounded, names, ranges)
+        (draft / FILE).write_bytes(graph.model.SerializeToString())
         allocation.save(draft / "allocation.json")
         write_checksums(draft, {})
     return Path(folder)
 
 
-def _trace(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+def file_size(model: nn.Module, allocation: Allocation, inputs: Tensor | tuple[Any, ...], inside: int = INSIDE) -> int:
+    """Bytes that the graph's file (and the one beside it) will have, before anything is rounded."""
+    _refuse(allocation, inputs, None, sized=True)
+    traced, names = _trace(model, allocation, inputs)
+    ranges = {layer.name: (0.0, 1.0) for layer in allocation.layers}
+    blank = (
+        (layer, scheme, unpack(empty_weight(scheme.weight, layer.rows, layer.cols).matrix()))
+        for layer, scheme in checked_layers(model, allocation)
+    )
+    with open(os.devnull, "wb") as nowhere:
+        data: BinaryIO | None = nowhere if _tensor_bytes(traced, allocation) > inside else None
+        graph = _fill(Graph(traced, data, DATA), model, blank, names, ranges)
+    return int(graph.model.ByteSize()) + graph.end
+
+
+def _refuse(allocation: Allocation, inputs: Any, ranges: Ranges | None, sized: bool = False) -> None:
+    """What can be told before any work."""
+    if inputs is None:
+        raise MpqError("ONNX export traces the model: pass the inputs it is called with (inputs=...)")
+    check(CONSUMERS["onnx"], allocation)
+    for layer in allocation.layers:
+        activation = allocation.scheme_of[layer.name].activation
+        if not sized and activation is not None and layer.name not in (ranges or {}):
+            raise MpqError(
+                f"layer {layer.name} has {activation.name} activations: pass the ranges of its inputs (ranges=...)"
+            )
+
+
+def _tensor_bytes(traced: Any, allocation: Allocation) -> int:
+    return allocation.size + sum(len(tensor.raw_data) for tensor in traced.graph.initializer)
+
+
+def _fill(graph: Graph, model: nn.Module, layers: Layers, names: set[str], ranges: Ranges | None) -> Graph:
+    """Put every layer's weight into the graph and round its inputs."""
+    for tensor in list(graph.graph.initializer):
+        if graph.data is not None:
+            graph.graph.initializer.remove(tensor)
+            content = torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.uint8) if tensor.raw_data else None
+            graph.store(tensor.name, tensor.data_type, tensor.dims, torch.empty(0) if content is None else content)
+    for layer, scheme, quantized in layers:
+        name, *shared = [f"{name}.weight" for name in layer.names if f"{name}.weight" in names] or [""]
+        if not name:
+            raise MpqError(f"the traced graph has no weight of layer {layer.name}: the model does not use it")
+        block = 0 if shared else nbits_block(layer, scheme)
+        products = products_with(graph, name, layer.kind == "transformers-conv1d") if block else []
+        if products:
+            put_products(graph, quantized, name, block, products)
+            drop_unused(graph, name)
+        else:
+            weight: Tensor = model.get_submodule(layer.name).weight  # type: ignore[assignment]
+            put_weight(graph, layer, quantized, name, list(weight.shape))
+            for other in shared:
+                graph.make("Identity", [name], other)
+        if scheme.activation is not None:
+            assert ranges is not None
+            round_inputs(graph, name, scheme.activation, ranges[layer.name])
+    graph.finish()
+    return graph
+
+
+def _trace(model: nn.Module, allocation: Allocation, inputs: Any) -> tuple[Any, set[str]]:
+    """The model's graph without the weights of the layers, and the names under which it uses them."""
     try:
-        import onnx  # noqa: F401
+        import onnx_ir
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MpqError("ONNX files are written with onnx and onnxscript: pip install 'mpq[onnx]'") from error
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     batch = torch.export.Dim("batch")
     open_batch = tuple({0: batch} if isinstance(part, Tensor) and part.ndim else None for part in inputs)
+    int2 = any(needs_int2(layer, allocation.scheme_of[layer.name]) for layer in allocation.layers)
     training = model.training
     model.eval()
     try:
         program: Any = torch.onnx.export(
-            model, inputs, dynamo=True, optimize=False, dynamic_shapes=open_batch, opset_version=OPSET, verbose=False
-        )
+            model, inputs, dynamo=True, optimize=False, dynamic_shapes=open_batch,
+            opset_version=OPSET_INT2 if int2 else OPSET, verbose=False,
+        )  # fmt: skip
     finally:
         model.train(training)
-    return _stripped(program.model_proto)
+    weights = {f"{name}.weight" for layer in allocation.layers for name in layer.names}
+    stored = program.model.graph.initializers
+    for name in weights & set(stored):
+        stored.pop(name).const_value = None  # which the optimizer would otherwise fold into new constants
+    program.optimize()
+    traced = _stripped(onnx_ir.to_proto(program.model))
+    traced.opset_import.add(domain="com.microsoft", version=1)
+    return traced, weights & {name for node in traced.graph.node for name in node.input}
 
 
 def _stripped(traced: Any) -> Any:
@@ -108,91 +172,3 @@ def _stripped(traced: Any) -> Any:
             if field in part.DESCRIPTOR.fields_by_name:
                 part.ClearField(field)
     return traced
-
-
-def _copies(name: str, others: list[str]) -> list[Any]:
-    from onnx import helper
-
-    return [helper.make_node("Identity", [name], [other]) for other in others]
-
-
-def _weight_nodes(graph: Any, layer: Layer, quantized: Quantized, name: str, shape: list[int]) -> list[Any]:
-    """Add the stored tensors of a weight to the graph, and give the nodes that make the float weight of them."""
-    from onnx import TensorProto, helper
-
-    (rows, cols), format = quantized.shape, quantized.format
-    floats = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16, "fp32": TensorProto.FLOAT}
-    transposed = layer.kind == "transformers-conv1d"
-    made = f"{name}.matrix"
-    if format.is_float_copy:
-        _store(graph, f"{name}.copy", floats[format.grid.name], [rows, cols], quantized.codes)
-        nodes = [helper.make_node("Cast", [f"{name}.copy"], [made], to=TensorProto.FLOAT)]
-    else:
-        assert quantized.scales is not None
-        kind, stored = _codes(quantized.codes, quantized)
-        by_group = format.granularity == "group"
-        scale_shape = list(quantized.scales.shape) if by_group else [] if format.granularity == "tensor" else [rows]
-        _store(graph, f"{name}.codes", kind, [rows, cols], stored)
-        _store(graph, f"{name}.scale", floats[format.scale], scale_shape, encode_scales(quantized.scales, format.scale))
-        inputs = [f"{name}.codes", f"{name}.scale.float"]
-        if quantized.zeros is not None:
-            _store(graph, f"{name}.zeros", kind, scale_shape, _codes(quantized.zeros, quantized)[1])
-            inputs.append(f"{name}.zeros")
-        options: Any = {"axis": 1, "block_size": format.group_size} if by_group else {"axis": 0}
-        nodes = [
-            helper.make_node("Cast", [f"{name}.scale"], [f"{name}.scale.float"], to=TensorProto.FLOAT),
-            helper.make_node("DequantizeLinear", inputs, [made], **options),
-        ]
-    if transposed:
-        return [*nodes, helper.make_node("Transpose", [made], [name], perm=[1, 0])]
-    _store(graph, f"{name}.shape", TensorProto.INT64, [len(shape)], torch.tensor(shape))
-    return [*nodes, helper.make_node("Reshape", [made, f"{name}.shape"], [name])]
-
-
-def _codes(codes: Tensor, quantized: Quantized) -> tuple[int, Tensor]:
-    """ONNX's type of the codes, and their bytes: two's complement where signed, two of 4 bits in a byte."""
-    from onnx import TensorProto
-
-    grid = quantized.format.grid
-    if grid.family == "float":
-        return TensorProto.FLOAT8E4M3FN, codes
-    signed = codes ^ grid.offset
-    if grid.bits == 4:
-        return TensorProto.INT4 if grid.signed else TensorProto.UINT4, pack_bits(signed.reshape(1, -1), 4)
-    if grid.signed:
-        return TensorProto.INT8, signed
-    return TensorProto.UINT8, signed
-
-
-def _store(graph: Any, name: str, kind: int, shape: list[int], content: Tensor) -> None:
-    from onnx import TensorProto
-
-    raw = content.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    graph.initializer.append(TensorProto(name=name, data_type=kind, dims=shape, raw_data=raw))
-
-
-def _round_input(graph: Any, weight: str, span: tuple[float, float]) -> None:
-    """Put a QDQ pair before the node that multiplies by a weight: int8, one scale, no zero point."""
-    from onnx import TensorProto, helper
-
-    reached = {weight}
-    for index, node in enumerate(graph.node):
-        if not reached & set(node.input):
-            continue
-        if node.op_type in ("Transpose", "Reshape", "Cast"):
-            reached.update(node.output)
-        elif node.op_type in ("Conv", "MatMul", "Gemm"):
-            scale = max(map(abs, span)) / 127 or 1.0
-            base = f"{weight}.input"
-            _store(graph, f"{base}.scale", TensorProto.FLOAT, [], torch.tensor([scale]))
-            _store(graph, f"{base}.zero", TensorProto.INT8, [], torch.zeros(1, dtype=torch.int8))
-            facts = [f"{base}.scale", f"{base}.zero"]
-            pair = [
-                helper.make_node("QuantizeLinear", [node.input[0], *facts], [f"{base}.codes"]),
-                helper.make_node("DequantizeLinear", [f"{base}.codes", *facts], [f"{base}.rounded"]),
-            ]
-            node.input[0] = f"{base}.rounded"
-            for offset, extra in enumerate(pair):
-                graph.node.insert(index + offset, extra)
-            return
-    raise MpqError(f"no product with {weight} was found in the graph: leave its activations in floating point")

@@ -15,12 +15,13 @@ from mpq.core.allocation import Allocation
 from mpq.core.calibration import mean_loss, tensors_in
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
-from mpq.core.formats import DEFAULT_FORMATS
+from mpq.core.formats import DEFAULT_FORMATS, Format
 from mpq.core.frontier import Frontier
 from mpq.core.layer import Layer
 from mpq.core.layers import find_layers
 from mpq.core.methods import NEEDS_SECOND_MOMENT
 from mpq.core.moments import second_moments
+from mpq.core.ranges import Ranges, input_ranges
 from mpq.core.table import SensitivityTable
 from mpq.evaluation import Quality, evaluate
 from mpq.exporters import checkpoint, exporter_named
@@ -44,6 +45,16 @@ def moments_for(method: str, source: Source, layers: Sequence[Layer]) -> Mapping
     return second_moments(source.model, layers, source.calibration, source.loss_fn)
 
 
+def ranges_for(source: Source, allocation: Allocation) -> Ranges | None:
+    """Ranges of the inputs that are rounded with one scale for the tensor, None where there are none."""
+    layers = [layer for layer in allocation.layers if _has_one_scale(allocation.scheme_of[layer.name].activation)]
+    return input_ranges(source.model, layers, source.calibration, source.loss_fn) if layers else None
+
+
+def _has_one_scale(activation: Format | None) -> bool:
+    return activation is not None and activation.granularity == "tensor"
+
+
 def export_to(
     name: str,
     source: Source,
@@ -52,12 +63,17 @@ def export_to(
     method: str = "mse",
     moments: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write an allocation by the exporter called `name`; what was written. Graphs are traced with calibration data."""
+    """Write an allocation by the exporter called `name`; what was written.
+
+    Graphs are traced with calibration data, of which static activation scales come too.
+    """
     export = exporter_named(name)
     settings: dict[str, Any] = {"method": method, "recipe": source.recipe}
     settings["second_moments"] = moments or moments_for(method, source, allocation.layers)
     if "inputs" in inspect.signature(export).parameters:
         settings["inputs"] = tensors_in(source.calibration[0])[0][:2]
+    if "ranges" in inspect.signature(export).parameters:
+        settings["ranges"] = ranges_for(source, allocation)
     written: Path = export(source.model, allocation, folder, **settings)
     return written
 

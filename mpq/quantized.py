@@ -16,6 +16,7 @@ from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.layers import layer_kind, matrix_to_weight, weight_matrix
 from mpq.core.methods import method_named
+from mpq.core.ranges import Ranges, static_scale
 from mpq.core.rounding import Quantized, dequantize, quantize, recode
 from mpq.core.scheme import Scheme
 from mpq.kernels.layout import Packed, pack
@@ -31,13 +32,15 @@ def simulate(
     second_moments: Moments | None = None,
     *,
     trainable: bool = True,
+    ranges: Ranges | None = None,
 ) -> nn.Module:
     """A copy of the model whose layers hold the numbers of their schemes, in the model's own floating-point types.
 
     Trainable, weights stay in full precision and are rounded to the scheme's grid, with the scales found at the start,
     whenever they are used; gradients pass rounding as if it were the identity (straight-through, arXiv 1308.3432).
     Otherwise the rounded weights simply replace the original ones: half the memory, faster, same outputs. Activations
-    are rounded on their way into a layer in both cases. Weights shared by several modules stay shared.
+    are rounded on their way into a layer in both cases, with scales of the moment; where `ranges` has a layer whose
+    activations share one scale, with that static scale, as runtimes do. Weights shared by several modules stay shared.
 
     Raises:
         MpqError: the allocation's layers are not the model's, or a weight cannot be rounded (named).
@@ -54,9 +57,11 @@ def simulate(
             with torch.no_grad():
                 weight.copy_(matrix_to_weight(dequantize(quantized), modules[0]))
         if scheme.activation is not None:
+            span = (ranges or {}).get(layer.name) if scheme.activation.granularity == "tensor" else None
+            scale = None if span is None else static_scale(scheme.activation, span)
             for module in modules:
                 if not isinstance(module, nn.Embedding):
-                    module.register_forward_pre_hook(InputRounding(scheme.activation))
+                    module.register_forward_pre_hook(InputRounding(scheme.activation, scale))
     return simulated
 
 
@@ -160,10 +165,12 @@ class WeightRounding(nn.Module):
 class InputRounding:
     """A hook that rounds a layer's input to its activation format, straight-through."""
 
-    def __init__(self, format: Format) -> None:
-        self.format = format
+    def __init__(self, format: Format, scale: float | None = None) -> None:
+        self.format, self.scale = format, scale
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments with the first one rounded."""
-        rounded = straight_through(args[0], lambda inputs: fake_quantize_inputs(module, inputs, self.format))
+        rounded = straight_through(
+            args[0], lambda inputs: fake_quantize_inputs(module, inputs, self.format, self.scale)
+        )
         return (rounded, *args[1:])

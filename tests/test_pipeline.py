@@ -5,6 +5,7 @@ from small_cnn import images, small_cnn
 import mpq
 from mpq.core.calibration import cross_entropy
 from mpq.core.errors import MpqError
+from mpq.core.layers import find_layers
 from mpq.pipeline import quantize_model
 from mpq.sources import open_source
 
@@ -88,3 +89,14 @@ def test_a_consumer_gets_its_own_export_of_formats_it_can_hold(tmp_path):
     assert "int3-channel" not in outcome.allocation.schemes
     assert list((tmp_path / "out" / "onnx").glob("*.onnx"))
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_calibrated_ranges_travel_into_the_graph(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    source, formats = open_source("tiny-cnn", nsamples=16), ("int4-channel+a:int8", "int8-channel+a:int8")
+    quantize_model(
+        source, tmp_path / "out", bits=6, formats=formats, consumer="onnxruntime", metric="output", progress=False
+    )
+    graph = onnx.load(tmp_path / "out" / "onnx" / "model.onnx").graph
+    scales = [part.float_data or part.raw_data for part in graph.initializer if part.name.endswith(".input.scale")]
+    assert len(scales) == len(set(map(bytes, scales))) == len(find_layers(source.model))

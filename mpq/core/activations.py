@@ -7,17 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.formats import Format
-from mpq.core.rounding import fake_quantize
+from mpq.core.rounding import dequantize, quantize
 
 
-def fake_quantize_inputs(module: nn.Module, inputs: Tensor, format: Format) -> Tensor:
+def fake_quantize_inputs(module: nn.Module, inputs: Tensor, format: Format, scale: float | None = None) -> Tensor:
     """The inputs as the format holds them, in their own shape and type.
 
-    Rows are tokens: the features of one position, channels for a convolution. Groups run along a row.
+    Rows are tokens: the features of one position, channels for a convolution. Groups run along a row. `scale` is a
+    static one for the whole tensor, where the format has one; larger inputs are clipped.
     """
     channels = inputs.ndim - len(module.kernel_size) - 1 if isinstance(module, (nn.Conv1d, nn.Conv2d)) else -1
     tokens = inputs.movedim(channels, -1)
-    rounded = fake_quantize(tokens.reshape(-1, tokens.shape[-1]), format).reshape(tokens.shape)
+    matrix = tokens.reshape(-1, tokens.shape[-1])
+    scales = None if scale is None else torch.full((1, 1), scale, device=inputs.device)
+    rounded = dequantize(quantize(matrix, format, scales=scales)).reshape(tokens.shape)
     return rounded.movedim(-1, channels).to(inputs.dtype)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.calibration import Batch, LossFn, evaluating
+from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.moments import watching
 
@@ -27,3 +28,8 @@ def input_ranges(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Ba
         for batch in batches:
             forward(model, batch)
     return found
+
+
+def static_scale(format: Format, span: tuple[float, float]) -> float:
+    """The one scale of an activation format, without a zero point, that holds a range; 1 when there is only zero."""
+    return max(map(abs, span)) / format.grid.max or 1.0
