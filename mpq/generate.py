@@ -2,8 +2,9 @@
 
 import inspect
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from mpq.core.calibration import logits_of, seeded
 from mpq.core.errors import MpqError
+from mpq.decoder import Memory, decoder_of, step
 
 
 @dataclass(frozen=True)
@@ -40,30 +42,27 @@ def generate(
 ) -> Generation:
     """Continue a prompt with a causal language model, in evaluation mode, one sequence.
 
-    A transformers model keeps a key-value cache; one that takes tokens alone computes all positions anew each time.
+    LLaMA-style models run in `mpq.decoder`'s light loop. Other transformers models keep their own key-value cache; one
+    that takes tokens alone computes all positions anew each time.
 
     Raises:
         MpqError: an empty prompt.
     """
     if prompt.ndim != 1 or not len(prompt):
         raise MpqError(f"a prompt is one row of at least one token, not {tuple(prompt.shape)}")
-    random, tokens, cache = seeded(seed, "generate"), [], None
-    memory = _cache_argument(model)
-    step, training = prompt.unsqueeze(0), model.training
+    random, tokens, follow = seeded(seed, "generate"), [], _follower(model)
+    new, training = prompt.unsqueeze(0), model.training
     model.eval()
     started = first = time.perf_counter()
     try:
         for _ in range(max_new_tokens):
-            output: Any = model(input_ids=step, use_cache=True, **{memory: cache}) if memory else model(step)
-            cache = getattr(output, memory) if memory else None
-            token = _choose(logits_of(output)[0, -1].float(), temperature, top_k, random)
+            token = _choose(follow(new), temperature, top_k, random)
             tokens.append(token)
             if len(tokens) == 1:
                 first = time.perf_counter()
             if token in stop:
                 break
-            new = step.new_tensor([[token]])
-            step = torch.cat([step, new], dim=1) if cache is None else new
+            new = prompt.new_tensor([[token]])
     finally:
         model.train(training)
     return Generation(tuple(tokens), first - started, time.perf_counter() - first)
@@ -80,15 +79,34 @@ def compare_speeds(
     return {name: sorted(speeds)[len(speeds) // 2] for name, speeds in found.items()}
 
 
-def _cache_argument(model: nn.Module) -> str:
-    """The name under which the model takes its key-value cache: transformers has had two; "" when it takes none."""
+def _follower(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A function that takes the next tokens in, (1, time), and gives the logits after them, (vocabulary,)."""
+    decoder = decoder_of(model)
+    if decoder is not None:
+        return partial(step, decoder, memory=Memory())
     taken = inspect.signature(model.forward).parameters
-    return next((name for name in ("past_key_values", "cache") if name in taken), "")
+    # transformers has had two names for it
+    name = next((name for name in ("past_key_values", "cache") if name in taken), "")
+    cache: Any = None
+    seen: list[Tensor] = []
+
+    def follow(tokens: Tensor) -> Tensor:
+        nonlocal cache
+        if name:
+            output: Any = model(input_ids=tokens, use_cache=True, **{name: cache})
+            cache = getattr(output, name)
+        else:
+            seen.append(tokens)
+            output = model(torch.cat(seen, 1))
+        return logits_of(output)[0, -1]
+
+    return follow
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int, random: torch.Generator) -> int:
     if temperature <= 0:
-        return int(logits.argmax())
+        return int(logits.max(0).indices)  # many times faster than argmax
+    logits = logits.float()
     if 0 < top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     return int(torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=random))

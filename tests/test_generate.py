@@ -1,9 +1,12 @@
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from mpq.core.calibration import logits_of
 from mpq.core.errors import MpqError
 from mpq.generate import compare_speeds, generate
+from mpq.models.tiny_lm import LMConfig, TinyLM
+from tests.sensitivity.small_models import seed_weights
 
 PROMPT = torch.tensor([3, 1, 4, 1, 5])
 
@@ -15,19 +18,35 @@ def model():
     return LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=64, **shape)).eval()
 
 
-def test_greedy_text_is_that_of_recomputing_everything(model):
+@pytest.fixture(scope="module")
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=64, n_embd=32, n_layer=2, n_head=2)).eval()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return seed_weights(TinyLM(LMConfig(50, 64, 96, 2)), 0.2).eval()
+
+
+@pytest.mark.parametrize("name", ["model", "gpt2", "tiny"])
+def test_greedy_text_is_that_of_recomputing_everything(name, request):
+    model = request.getfixturevalue(name)
     found = generate(model, PROMPT, max_new_tokens=12)
     sequence = PROMPT
     for _ in range(12):
         with torch.no_grad():
-            sequence = torch.cat([sequence, model(sequence[None]).logits[0, -1].argmax()[None]])
+            sequence = torch.cat([sequence, logits_of(model(sequence[None]))[0, -1].argmax()[None]])
     assert found.tokens == tuple(sequence[5:].tolist())
     assert found.tokens_per_second > 0
 
 
-def test_the_cache_spares_positions_that_were_computed(model):
-    lengths = []
-    hook = model.model.embed_tokens.register_forward_hook(lambda module, args, output: lengths.append(args[0].shape[1]))
+@pytest.mark.parametrize(
+    ("name", "embedding"), [("model", "model.embed_tokens"), ("gpt2", "transformer.wte"), ("tiny", "embed")]
+)
+def test_positions_are_computed_once(name, embedding, request):
+    model, lengths = request.getfixturevalue(name), []
+    hook = model.get_submodule(embedding).register_forward_hook(lambda module, args, out: lengths.append(out.shape[1]))
     try:
         generate(model, PROMPT, max_new_tokens=4)
     finally:

@@ -1,0 +1,163 @@
+"""One step of a LLaMA-style decoder over its own modules, packed or not: what generation runs instead of `forward`.
+
+At one token a step the arithmetic around the linear layers costs as much as they do. Here it is few operations: a cache
+that is written in place, query heads of a group as the rows of one attention product, logits of the last position only.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mpq.models.tiny_lm import TinyLM, rotations
+
+
+@dataclass(frozen=True)
+class Block:
+    """The modules of one block, and the epsilon of its norms."""
+
+    attention_norm: nn.Module
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    mlp_norm: nn.Module
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model's parts; `positions` gives the rotations of that many positions from the first, (time, head width)."""
+
+    embed: nn.Module
+    blocks: tuple[Block, ...]
+    norm: nn.Module
+    head: nn.Module
+    head_width: int
+    epsilon: float
+    positions: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Memory:
+    """Keys and values of the tokens seen, (1, key heads, capacity, head width) for each block, and the rotations."""
+
+    length: int = 0
+    capacity: int = 0
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    cos: Tensor | None = None  # (capacity, head width)
+    sin: Tensor | None = None  # the same, its first half negative
+
+
+def decoder_of(model: nn.Module) -> Decoder | None:
+    """The parts of a bundled TinyLM or of transformers' Llama; None for any other model.
+
+    Rotations that change with the length of the text ("dynamic", "longrope") are left to the model's own code.
+    """
+    if isinstance(model, TinyLM):
+        width = model.config.width // model.config.heads
+        return Decoder(
+            model.embed, tuple(_blocks(model.blocks, "attention", "attention_norm", "mlp_norm")), model.norm, model.head,
+            width, 1e-5, lambda time, like: rotations(time, width, like),
+        )  # fmt: skip
+    if type(model).__name__ != "LlamaForCausalLM" or not type(model).__module__.startswith("transformers."):
+        return None
+    body: Any = model.model
+    config: Any = model.config
+    if config.hidden_act != "silu" or body.rotary_emb.rope_type not in ("default", "linear", "llama3", "yarn"):
+        return None
+
+    def positions(time: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = body.rotary_emb(like, torch.arange(time, device=like.device).unsqueeze(0))
+        return cos[0], sin[0]
+
+    blocks = _blocks(body.layers, "self_attn", "input_layernorm", "post_attention_layernorm")
+    head: Any = model.lm_head
+    return Decoder(
+        body.embed_tokens, tuple(blocks), body.norm, head,
+        body.layers[0].self_attn.head_dim, config.rms_norm_eps, positions,
+    )  # fmt: skip
+
+
+def _blocks(layers: Any, attention: str, first: str, second: str) -> Iterator[Block]:
+    for layer in layers:
+        mix, mlp = getattr(layer, attention), layer.mlp
+        yield Block(
+            getattr(layer, first), mix.q_proj, mix.k_proj, mix.v_proj, mix.o_proj,
+            getattr(layer, second), mlp.gate_proj, mlp.up_proj, mlp.down_proj,
+        )  # fmt: skip
+
+
+def step(decoder: Decoder, tokens: Tensor, memory: Memory) -> Tensor:  # int (1, time)
+    """Take tokens in: logits of the one after the last, (vocabulary,), in the model's own type.
+
+    The memory, empty or as the tokens before left it, is changed in place.
+    """
+    x = decoder.embed(tokens)
+    time = tokens.shape[1]
+    first, last = memory.length, memory.length + time
+    if last > memory.capacity:
+        _grow(decoder, memory, max(64, 2 * last), x)
+    assert memory.cos is not None and memory.sin is not None
+    cos, sin = memory.cos[first:last], memory.sin[first:last]
+    for index, block in enumerate(decoder.blocks):
+        h = _norm(block.attention_norm, x, decoder.epsilon)
+        q, k, v = (_heads(part(h), decoder.head_width) for part in (block.q, block.k, block.v))
+        if index == len(memory.keys):
+            shape = (1, k.shape[1], memory.capacity, decoder.head_width)
+            memory.keys.append(k.new_empty(shape))
+            memory.values.append(v.new_empty(shape))
+        memory.keys[index][:, :, first:last] = _rotate(k, cos, sin)
+        memory.values[index][:, :, first:last] = v
+        past = (memory.keys[index][:, :, :last], memory.values[index][:, :, :last])
+        x = x + block.o(_attend(_rotate(q, cos, sin), *past))
+        h = _norm(block.mlp_norm, x, decoder.epsilon)
+        x = x + block.down(functional.silu(block.gate(h)) * block.up(h))
+    memory.length = last
+    logits: Tensor = decoder.head(_norm(decoder.norm, x[:, -1], decoder.epsilon))
+    return logits[0]
+
+
+def _norm(module: Any, x: Tensor, epsilon: float) -> Tensor:
+    return functional.rms_norm(x, x.shape[-1:], module.weight, epsilon)
+
+
+def _heads(x: Tensor, width: int) -> Tensor:
+    """(1, time, heads * width) to (1, heads, time, width)."""
+    return x.view(1, x.shape[1], -1, width).transpose(1, 2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `mpq.models.tiny_lm.rotate`, with the sign of the half turn in `sin`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention of the last queries, (1, heads, time, width), as (1, time, heads * width)."""
+    _, heads, time, width = q.shape
+    if time == 1:  # the query heads of a key head stand in a row, as if they were tokens: nothing is repeated
+        grouped = q.view(1, keys.shape[1], -1, width)
+        return functional.scaled_dot_product_attention(grouped, keys, values).reshape(1, 1, heads * width)
+    past = keys.shape[2]
+    mask = None if past == time else q.new_ones((time, past), dtype=torch.bool).tril(past - time)
+    mixed = functional.scaled_dot_product_attention(
+        q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    return mixed.transpose(1, 2).reshape(1, time, heads * width)
+
+
+def _grow(decoder: Decoder, memory: Memory, capacity: int, like: Tensor) -> None:
+    cos, sin = decoder.positions(capacity, like)
+    half = sin.shape[-1] // 2
+    memory.cos, memory.sin = cos, torch.cat((-sin[:, :half], sin[:, half:]), -1)
+    for tensors in (memory.keys, memory.values):
+        for index, old in enumerate(tensors):
+            tensors[index] = old.new_empty((*old.shape[:2], capacity, old.shape[3]))
+            tensors[index][:, :, : memory.length] = old[:, :, : memory.length]
+    memory.capacity = capacity
