@@ -51,8 +51,7 @@ class Memory:
     capacity: int = 0
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    cos: Tensor | None = None  # (capacity, head width)
-    sin: Tensor | None = None  # the same, its first half negative
+    rotations: tuple[Tensor, ...] = ()  # cosines and sines, (capacity, head width); the sines' first half negative
 
 
 def decoder_of(model: nn.Module) -> Decoder | None:
@@ -62,10 +61,10 @@ def decoder_of(model: nn.Module) -> Decoder | None:
     """
     if isinstance(model, TinyLM):
         width = model.config.width // model.config.heads
+        blocks = tuple(_blocks(model.blocks, "attention", "attention_norm", "mlp_norm"))
         return Decoder(
-            model.embed, tuple(_blocks(model.blocks, "attention", "attention_norm", "mlp_norm")), model.norm, model.head,
-            width, 1e-5, lambda time, like: rotations(time, width, like),
-        )  # fmt: skip
+            model.embed, blocks, model.norm, model.head, width, 1e-5, lambda time, like: rotations(time, width, like)
+        )
     if type(model).__name__ != "LlamaForCausalLM" or not type(model).__module__.startswith("transformers."):
         return None
     body: Any = model.model
@@ -77,12 +76,10 @@ def decoder_of(model: nn.Module) -> Decoder | None:
         cos, sin = body.rotary_emb(like, torch.arange(time, device=like.device).unsqueeze(0))
         return cos[0], sin[0]
 
-    blocks = _blocks(body.layers, "self_attn", "input_layernorm", "post_attention_layernorm")
+    blocks = tuple(_blocks(body.layers, "self_attn", "input_layernorm", "post_attention_layernorm"))
     head: Any = model.lm_head
-    return Decoder(
-        body.embed_tokens, tuple(blocks), body.norm, head,
-        body.layers[0].self_attn.head_dim, config.rms_norm_eps, positions,
-    )  # fmt: skip
+    width = body.layers[0].self_attn.head_dim
+    return Decoder(body.embed_tokens, blocks, body.norm, head, width, config.rms_norm_eps, positions)
 
 
 def _blocks(layers: Any, attention: str, first: str, second: str) -> Iterator[Block]:
@@ -104,8 +101,7 @@ def step(decoder: Decoder, tokens: Tensor, memory: Memory) -> Tensor:  # int (1,
     first, last = memory.length, memory.length + time
     if last > memory.capacity:
         _grow(decoder, memory, max(64, 2 * last), x)
-    assert memory.cos is not None and memory.sin is not None
-    cos, sin = memory.cos[first:last], memory.sin[first:last]
+    cos, sin = (part[first:last] for part in memory.rotations)
     for index, block in enumerate(decoder.blocks):
         h = _norm(block.attention_norm, x, decoder.epsilon)
         q, k, v = (_heads(part(h), decoder.head_width) for part in (block.q, block.k, block.v))
@@ -155,7 +151,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 def _grow(decoder: Decoder, memory: Memory, capacity: int, like: Tensor) -> None:
     cos, sin = decoder.positions(capacity, like)
     half = sin.shape[-1] // 2
-    memory.cos, memory.sin = cos, torch.cat((-sin[:, :half], sin[:, half:]), -1)
+    memory.rotations = (cos, torch.cat((-sin[:, :half], sin[:, half:]), -1))
     for tensors in (memory.keys, memory.values):
         for index, old in enumerate(tensors):
             tensors[index] = old.new_empty((*old.shape[:2], capacity, old.shape[3]))

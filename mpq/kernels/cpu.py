@@ -21,9 +21,10 @@ from torch import Tensor
 
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
-from mpq.core.rounding import SCALE_DTYPES
+from mpq.core.rounding import SCALE_DTYPES, dequantize
 from mpq.kernels import panels, reference
-from mpq.kernels.layout import LAYOUTS, Layout, Packed
+from mpq.kernels.layout import LAYOUTS, Layout, Packed, packed_of
+from mpq.kernels.lookup import rows_of
 from mpq.kernels.ops import KERNELS
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
@@ -160,12 +161,11 @@ def embedding(
     layout: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """torch.ops.mpq.embedding for the panels layout: only the panels looked up are unpacked."""
-    wanted, place = torch.unique(indices.flatten() // panels.ROWS, return_inverse=True)
-    part = [weight[0][wanted], *weight[1:]]
-    local = place * panels.ROWS + indices.flatten() % panels.ROWS
-    found = reference.embedding(local, part, format, len(wanted) * panels.ROWS, cols, layout, dtype)
-    return found.reshape(*indices.shape, cols)
+    """torch.ops.mpq.embedding for the panels layout: only the rows looked up are unpacked."""
+    if not indices.numel():
+        return indices.new_empty((*indices.shape, cols), dtype=dtype)
+    packed = packed_of(weight, parse_format(format), (rows, cols), layout)
+    return dequantize(rows_of(packed, indices.flatten())).reshape(*indices.shape, cols).to(dtype)
 
 
 def read(data: Tensor) -> None:

@@ -207,7 +207,8 @@ def _by_row(part: Tensor, dtype: torch.dtype, cut: Cut) -> Tensor:
     return part.permute(0, 3, 1, 2).reshape(cut.panels * ROWS, -1)
 
 
-def _is_bfloat(format: Format) -> bool:
+def is_bfloat(format: Format) -> bool:
+    """Whether codes become bfloat16 numbers, whose steps pair columns."""
     levels = levels_of(format.grid)
     return levels is not None and levels.kind == BFLOAT
 
@@ -215,7 +216,7 @@ def _is_bfloat(format: Format) -> bool:
 def _steps_to_bytes(steps: Tensor, format: Format) -> Tensor:  # (panels, tiles, quads, 4, 16, 4)
     """(panels, tiles, quads, 32 * bits)."""
     shape, bits = steps.shape[:3], format.grid.bits
-    if _is_bfloat(format):  # columns 0 and 1 of four rows, then columns 2 and 3
+    if is_bfloat(format):  # columns 0 and 1 of four rows, then columns 2 and 3
         steps = steps.reshape(*shape, 4, 4, 4, 2, 2).transpose(-3, -2)
     steps = steps.reshape(*shape, 4, 64)
     if bits == 8:
@@ -237,6 +238,6 @@ def _bytes_to_steps(stream: Tensor, format: Format) -> Tensor:  # (panels, tiles
         steps = torch.stack([stream >> 2 * index & 3 for index in range(4)], -2)
     else:
         steps = stream if bits == 8 else unpack_bits(stream.reshape(-1, 8 * bits), bits, 64)
-    if _is_bfloat(format):
+    if is_bfloat(format):
         steps = steps.reshape(*shape, 4, 4, 2, 4, 2).transpose(-3, -2)
     return steps.reshape(*shape, 4, 16, 4)
