@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from devices import needs_device
 from mpq.cli import main
 from mpq.core.allocation import Allocation
 from mpq.core.table import SensitivityTable
@@ -199,7 +200,7 @@ def test_bench_without_the_gpu_it_is_asked_for_is_a_mistake(capsys):
         assert said.out == ""
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_device
 def test_a_gpus_latency_is_a_cost(table, tmp_path, capsys):
     latencies = tmp_path / "latency.json"
     job = ["bench", "--device", "cuda", "--shapes", "16x64,64x256", "--batches", "1,4", "--repeats", "3"]

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from devices import needs_device
 from mpq.core.errors import MpqError
 from mpq.kernels.bench import device_of, latency_table, measure
 
@@ -39,7 +40,7 @@ def test_devices_are_checked_before_anything_is_timed():
             device_of("cuda")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_device
 def test_a_gpu_is_measured_by_the_same_table():
     device = device_of("cuda")
     schemes = ["int4-g128", "int8-channel+a:int8-token", "bf16"]
