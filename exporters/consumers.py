@@ -1,7 +1,7 @@
 """What the runtimes that people serve with can hold: rules on a layer and its scheme, known before any work."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, nearest_names
@@ -16,7 +16,8 @@ class Consumer:
     """A file format and who reads it.
 
     `objection` says in half a sentence why a layer cannot have a scheme, "" when it can. `schemes` are the well-known
-    ones, of which the nearest is named in a refusal. `fuses` says whether tied layers (q/k/v, gate/up) must share one.
+    ones, of which the nearest is named in a refusal; `fallbacks` is the consumer's own rule of what comes instead of
+    what a layer cannot have. `fuses` says whether tied layers (q/k/v, gate/up) must share one.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Consumer:
     schemes: tuple[str, ...]
     objection: Callable[[Layer, Scheme], str]
     fuses: bool = True
+    fallbacks: Mapping[str, str] = field(default_factory=dict)
 
 
 def check(consumer: Consumer, allocation: Allocation) -> None:
@@ -52,7 +54,14 @@ def _check_ties(consumer: Consumer, allocation: Allocation) -> None:
 
 
 def nearest(consumer: Consumer, layer: Layer, scheme: Scheme) -> str | None:
-    """The well-known scheme that the layer can have, of the same kind of grid where there is one, closest in bits."""
+    """What the consumer itself would fall back on; else the well-known scheme that the layer can have, of the same kind
+    of grid where there is one, closest in bits.
+    """
+    instead = consumer.fallbacks.get(scheme.name)
+    while instead is not None:
+        if not consumer.objection(layer, parse_scheme(instead)):
+            return instead
+        instead = consumer.fallbacks.get(instead)
     bits = scheme.weight.effective_bits(layer.rows, layer.cols)
 
     def distance(name: str) -> tuple[bool, float, bool]:
@@ -147,6 +156,14 @@ GGUF_TYPES = {
 }  # fmt: skip
 
 
+# What llama.cpp's own quantizer takes where a row does not divide into blocks.
+GGUF_FALLBACKS = {
+    "q2_k": "iq4_nl", "q3_k": "iq4_nl", "q4_k": "int5-g32", "q5_k": "q5_1", "q6_k": "int8-g32",
+    **dict.fromkeys(("iq4_nl", "int4-g32", "int5-g32", "q4_1", "q5_1", "int8-g32", "mxfp4"), "fp16"),
+    "fp4-e2m1-g16-se4m3": "fp16",
+}  # fmt: skip
+
+
 def gguf_block(weight: Format) -> int:
     """Weights of one block of the format's tensor type; 0 for float copies, which have none."""
     if weight.super_group:
@@ -216,7 +233,7 @@ CONSUMERS: dict[str, Consumer] = {
             ),
             _compressed_tensors,
         ),
-        Consumer("gguf", "llama.cpp", tuple(GGUF_TYPES), _gguf, fuses=False),
+        Consumer("gguf", "llama.cpp", tuple(GGUF_TYPES), _gguf, fuses=False, fallbacks=GGUF_FALLBACKS),
         Consumer(
             "gptq",
             "gptqmodel and vLLM",

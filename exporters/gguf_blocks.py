@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpq.core.errors import MpqError
-from mpq.core.rounding import Quantized, encode_scales
+from mpq.core.formats import Format
+from mpq.core.rounding import COPY_DTYPES, Quantized, encode_scales
 from mpq.exporters.consumers import GGUF_TYPES, gguf_block
 
 Bytes = NDArray[Any]  # uint8
@@ -95,22 +96,29 @@ PARTS: dict[str, tuple[Part, ...]] = {
 }
 
 
-def encode_blocks(quantized: Quantized, gguf: Any) -> tuple[NDArray[Any], Any]:
-    """The matrix as ggml stores it, uint8 (rows, bytes of a row), and its tensor type.
+def type_of(format: Format, gguf: Any) -> tuple[Any, Any]:
+    """numpy's type of a format's stored matrix, and ggml's (None where numpy's says it).
 
     Raises:
         MpqError: the installed package gguf is too old to know the type.
     """
+    if format.is_float_copy:
+        content, kind = raw_copy(torch.empty(0, dtype=COPY_DTYPES[format.grid.name]), gguf)
+        return content.dtype, kind
+    name = GGUF_TYPES[format.name]
+    if not hasattr(gguf.GGMLQuantizationType, name):
+        raise MpqError(f"the installed package gguf does not know the type {name}: pip install --upgrade gguf")
+    return np.dtype(np.uint8), gguf.GGMLQuantizationType[name]
+
+
+def encode_blocks(quantized: Quantized, gguf: Any) -> NDArray[Any]:
+    """The matrix as ggml stores it, uint8 (rows, bytes of a row); a float copy as it is."""
     format = quantized.format
     if format.is_float_copy:
-        return raw_copy(quantized.codes, gguf)
-    name = GGUF_TYPES[format.name]
-    kind = getattr(gguf.GGMLQuantizationType, name, None)
-    if kind is None:
-        raise MpqError(f"the installed package gguf does not know the type {name}: pip install --upgrade gguf")
+        return raw_copy(quantized.codes, gguf)[0]
     blocks = _cut(quantized, gguf_block(format))
-    rows = len(blocks.codes)
-    return np.concatenate([part(blocks) for part in PARTS[name]], -1).reshape(rows, -1), kind
+    content: NDArray[Any] = np.concatenate([part(blocks) for part in PARTS[GGUF_TYPES[format.name]]], -1)
+    return content.reshape(len(content), -1)
 
 
 def _cut(quantized: Quantized, size: int) -> Blocks:

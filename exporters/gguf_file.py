@@ -1,25 +1,38 @@
 """GGUF, the file of llama.cpp: each layer in the tensor type that holds exactly its format's numbers."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
-from mpq.core.rounding import Quantized
+from mpq.core.rounding import COPY_DTYPES, Quantized
 from mpq.exporters.consumers import CONSUMERS, check
-from mpq.exporters.folder import refuse_foreign, write_checksums, write_folder
-from mpq.exporters.gguf_blocks import encode_blocks, raw_copy
+from mpq.exporters.folder import digest, refuse_foreign, write_checksums, write_folder
+from mpq.exporters.gguf_blocks import encode_blocks, raw_copy, type_of
+from mpq.exporters.gguf_llama import describe, describe_tokenizer, row_order
+from mpq.exporters.shards import SHARD
 from mpq.exporters.state import other_state
-from mpq.quantized import Moments, quantized_layers
+from mpq.quantized import Moments, checked_layers, quantized_layers
 
 FILE = "model.gguf"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file: its name, and shape and type as ggml stores it."""
+
+    name: str
+    shape: tuple[int, ...]  # of bytes, where the type is ggml's own
+    dtype: Any  # numpy's
+    nbytes: int
+    kind: Any  # ggml's type, None where numpy's says it
 
 
 def export(
@@ -31,55 +44,99 @@ def export(
     second_moments: Moments | None = None,
     recipe: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
+    shard: int = SHARD,
 ) -> Path:
-    """Write a transformers Llama as `model.gguf`; the folder.
+    """Write a transformers Llama as `model.gguf`, or `model-00001-of-0000N.gguf` and so on; the folder.
 
     Args:
-        model: a LlamaForCausalLM; the others are as in `mpq.exporters.checkpoint.export`.
+        model: a LlamaForCausalLM, left as it is; one layer at a time is rounded and written.
         recipe: not needed, the file describes the model itself.
-        tokenizer: a byte-level BPE tokenizer of transformers to put into the file. Without one the file has no
-            vocabulary: llama.cpp then takes and gives tokens alone.
+        tokenizer: of transformers, to put into the file (`describe_tokenizer` says which). Without one the file
+            has no vocabulary: llama.cpp then takes and gives tokens alone.
+        shard: largest bytes of one file's tensors, unless one alone is larger. llama.cpp opens the first file.
+        allocation, folder, method, second_moments: as in `mpq.exporters.checkpoint.export`.
 
     Raises:
-        MpqError: no Llama, a scheme without a tensor type, a tokenizer of another kind, the package gguf is missing.
+        MpqError: no Llama, a scheme without a tensor type, the package gguf is missing.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise MpqError("GGUF files are written with the package gguf: pip install 'mpq[gguf]'") from error
+    gguf = gguf_package()
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "llama":
         raise MpqError(f"GGUF export knows transformers' Llama models, not {type(model).__name__}")
     check(CONSUMERS["gguf"], allocation)
     refuse_foreign(folder, (FILE, "allocation.json"))
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    plan = _plan(model, allocation, gguf)
     with write_folder(folder) as draft:
-        writer = gguf.GGUFWriter(draft / FILE, "llama", use_temp_file=True)
-        _describe(writer, config, gguf, tokenizer)
-        for name, tensor in _others(model, allocation):
-            stem, _, ending = name.rpartition(".")
-            values = tensor.float() if tensor.ndim == 1 else tensor
-            content, kind = raw_copy(values, gguf)
-            writer.add_tensor(f"{_translated(names, stem)}.{ending}", content, raw_dtype=kind)
-        for layer, _, quantized in quantized_layers(model, allocation, method, second_moments):
-            leaf = layer.name.rpartition(".")[2]
-            rows = _interleaved(layer.rows, heads[leaf]) if leaf in heads else None
-            arranged = quantized if rows is None else _rows_of(quantized, rows)
-            content, kind = encode_blocks(arranged, gguf)
-            writer.add_tensor(f"{_translated(names, layer.name)}.weight", content, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        split = {"split_max_size": shard} if sum(entry.nbytes for entry in plan) > shard else {}
+        writer = gguf.GGUFWriter(draft / FILE, "llama", **split)
+        try:
+            describe(writer, config, gguf)
+            describe_tokenizer(writer, tokenizer, config.vocab_size, gguf)
+            for entry in plan:
+                writer.add_tensor_info(entry.name, entry.shape, entry.dtype, entry.nbytes, entry.kind)
+            files = [path.name for path in writer.format_shard_names(draft / FILE)]
+            holders = [file for file, held in zip(files, writer.tensors, strict=True) for _ in held]
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            digests: dict[str, dict[str, str]] = {file: {} for file in files}
+            for entry, file, content in zip(
+                plan, holders, _contents(model, allocation, method, second_moments, gguf), strict=True
+            ):
+                writer.write_tensor_data(content)
+                digests[file][entry.name] = digest(content.data)
+        finally:
+            writer.close()
         allocation.save(draft / "allocation.json")
-        write_checksums(draft, {})
+        write_checksums(draft, digests)
     return Path(folder)
 
 
-def _others(model: nn.Module, allocation: Allocation) -> Iterator[tuple[str, Tensor]]:
-    tensors, _ = other_state(model, allocation)
-    yield from tensors.items()
+def gguf_package() -> Any:
+    """The package gguf; MpqError with how to install it."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise MpqError("GGUF files are written with the package gguf: pip install 'mpq[gguf]'") from error
+    return gguf
+
+
+def _plan(model: nn.Module, allocation: Allocation, gguf: Any) -> list[Entry]:
+    """Every tensor in the order in which `_contents` gives them, before anything is rounded."""
+    config: Any = model.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    plan = []
+    for name, tensor in other_state(model, allocation)[0].items():
+        content, kind = raw_copy(torch.empty(0, dtype=_stored_type(tensor)), gguf)
+        stem, _, ending = name.rpartition(".")
+        shape = tuple(tensor.shape)
+        size = tensor.numel() * _stored_type(tensor).itemsize
+        if kind is not None:  # a type of ggml's own: numpy knows bytes alone
+            shape = (*shape[:-1], shape[-1] * _stored_type(tensor).itemsize)
+        plan.append(Entry(f"{_translated(names, stem)}.{ending}", shape, content.dtype, size, kind))
+    for layer, scheme in checked_layers(model, allocation):
+        dtype, kind = type_of(scheme.weight, gguf)
+        size = scheme.weight.nbytes(layer.rows, layer.cols)
+        shape = (layer.rows, size // layer.rows // dtype.itemsize)
+        plan.append(Entry(f"{_translated(names, layer.name)}.weight", shape, dtype, size, kind))
+    return plan
+
+
+def _contents(
+    model: nn.Module, allocation: Allocation, method: str, second_moments: Moments | None, gguf: Any
+) -> Iterator[NDArray[Any]]:
+    for name, tensor in other_state(model, allocation)[0].items():
+        rows = row_order(name.rpartition(".")[0], model.config)
+        values = tensor.to(_stored_type(tensor))
+        yield raw_copy(values if rows is None else values[rows], gguf)[0]
+    for layer, _, quantized in quantized_layers(model, allocation, method, second_moments):
+        rows = row_order(layer.name, model.config)
+        yield encode_blocks(quantized if rows is None else _rows_of(quantized, rows), gguf)
+
+
+def _stored_type(tensor: Tensor) -> torch.dtype:
+    """What a tensor that is not quantized is stored in: vectors in float32, as llama.cpp wants them."""
+    return tensor.dtype if tensor.ndim > 1 and tensor.dtype in COPY_DTYPES.values() else torch.float32
 
 
 def _translated(names: Any, name: str) -> str:
@@ -87,46 +144,6 @@ def _translated(names: Any, name: str) -> str:
     if found is None:
         raise MpqError(f"llama.cpp's Llama has no place for the tensor {name}")
     return str(found)
-
-
-def _describe(writer: Any, config: Any, gguf: Any, tokenizer: Any) -> None:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise MpqError(f"GGUF export knows plain rotary positions, not {rope['rope_type']!r}")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    writer.add_vocab_size(config.vocab_size)
-    if tokenizer is None:
-        writer.add_tokenizer_model("no_vocab")
-        return
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    if described["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(described["pre_tokenizer"]):
-        raise MpqError("GGUF export takes byte-level BPE tokenizers: leave the tokenizer out to feed llama.cpp tokens")
-    vocabulary = tokenizer.convert_ids_to_tokens(list(range(config.vocab_size)))
-    control = set(tokenizer.all_special_ids)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([token if token is not None else f"[unused{i}]" for i, token in enumerate(vocabulary)])
-    kinds = gguf.TokenType
-    writer.add_token_types([kinds.CONTROL if i in control else kinds.NORMAL for i in range(config.vocab_size)])
-    merges = described["model"]["merges"]
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
-    writer.add_add_bos_token(False)
-
-
-def _interleaved(rows: int, heads: int) -> Tensor:
-    """Row order of llama.cpp's rotary positions: they pair neighbours, transformers pairs the halves of a head."""
-    return torch.arange(rows).reshape(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
 
 
 def _rows_of(quantized: Quantized, rows: Tensor) -> Quantized:

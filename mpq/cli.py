@@ -263,15 +263,18 @@ def _formats(options: argparse.Namespace) -> None:
             print("  " + " ".join(f"{value:g}" for value in numbers))
     if options.names:
         return
-    rows: list[Sequence[str]] = [("format", "bits", "codes", "scale", "shared by", "range of codes")]
+    rows: list[Sequence[str]] = [("format", "bits", "codes", "scale", "minimum", "shared by", "range of codes")]
     for name, format in FORMATS.items():
         shared = {"group": f"{format.group_size}", "channel": "a channel", "tensor": "the tensor", "none": "-"}
-        scale = "-" if format.is_float_copy else format.scale + (" x fp32" if format.tensor_scale else "")
+        outer = " x fp32" if format.tensor_scale else " x fp16" if format.super_group else ""
+        scale = "-" if format.is_float_copy else format.scale + outer
+        minimum = format.minimum + (outer if format.minimum else "") or "-"
         low, high = format.grid.min, format.grid.max
         bits = f"{format.effective_bits():.3f}"
-        rows.append((name, bits, format.grid.name, scale, shared[format.granularity], f"{low:g} to {high:g}"))
+        rows.append((name, bits, format.grid.name, scale, minimum, shared[format.granularity], f"{low:g} to {high:g}"))
     print_table(rows)
-    print("\nGRID[-tensor|-channel|-gN][-asym][-sSCALE][-ts]; bits are those of a 4096 x 4096 matrix, scales counted")
+    grammar = "GRID[-tensor|-channel|-gN][-asym][-sSCALE][-mMINIMUM][-bN][-ts]"
+    print(f"\n{grammar}; bits are those of a 4096 x 4096 matrix, scales counted")
 
 
 def _summary(frontier: "Frontier", allocation: "Allocation") -> str:

@@ -74,6 +74,8 @@ def export_to(
         settings["inputs"] = tensors_in(source.calibration[0])[0][:2]
     if "ranges" in inspect.signature(export).parameters:
         settings["ranges"] = ranges_for(source, allocation)
+    if "tokenizer" in inspect.signature(export).parameters:
+        settings["tokenizer"] = source.tokenizer
     written: Path = export(source.model, allocation, folder, **settings)
     return written
 

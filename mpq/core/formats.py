@@ -148,6 +148,7 @@ ALIASES: dict[str, Format] = {
 }
 _ALIAS_OF = {format: name for name, format in ALIASES.items()}
 SYNONYMS = {"q4_0": "int4-g32", "q5_0": "int5-g32", "q8_0": "int8-g32", "f16": "fp16", "f32": "fp32"}  # ggml's names
+SYNONYMS |= {name.upper(): SYNONYMS.get(name, name) for name in (*SYNONYMS, *ALIASES)}  # as llama.cpp shows them
 
 _NAME = re.compile(
     r"(?P<grid>u?int[2-8]|nf4|iq4nl|fp(?P<bits>[3-8])-e(?P<exponent>\d)m(?P<mantissa>\d))"

@@ -27,6 +27,18 @@ def test_the_well_known_schemes_can_be_held(consumer):
     check(consumer, Allocation((LINEAR,), (nearest(consumer, LINEAR, parse_scheme("int5-g99")),)))
 
 
+@pytest.mark.parametrize(
+    ("scheme", "cols", "instead"),
+    [("q4_k", 640, "int5-g32"), ("q2_k", 640, "iq4_nl"), ("q6_k", 172, "fp16"), ("int4-g32", 1, "fp16")],
+)
+def test_llama_cpps_own_fallback_is_named(scheme, cols, instead):
+    """As its quantizer does: Q4_K becomes Q5_0, Q2_K IQ4_NL, Q6_K Q8_0, and F16 where rows do not divide by 32."""
+    layer = Layer("down", "linear", 1, cols)
+    with pytest.raises(MpqError, match=f"cannot hold layer down in {scheme} .*{cols} .*: .* is {instead}"):
+        check(CONSUMERS["gguf"], Allocation((layer,), (scheme,)))
+    assert forbidden(CONSUMERS["gguf"], (layer, LINEAR), (scheme, "fp16")) == {"down": (scheme,)}
+
+
 def test_searches_are_restricted_to_what_can_be_served():
     schemes = ("int4-g128", "int3-g64", "nf4-g64", "bf16")
     refused = forbidden(CONSUMERS["gptq"], (LINEAR, CONV), schemes)

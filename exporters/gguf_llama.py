@@ -1,0 +1,133 @@
+"""What llama.cpp wants to know of a Llama: its hyperparameters, its tokenizer, and the order of some rows."""
+
+import json
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpq.core.errors import MpqError
+
+log = logging.getLogger(__name__)
+
+# How text is cut before a byte-level BPE: llama.cpp's name for each of the patterns that it knows by heart.
+GPT2_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CASELESS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {
+    GPT2_PIECES: "gpt-2",
+    _CASELESS % "{1,3}": "llama-bpe",
+    _CASELESS % "": "qwen2",
+}
+
+
+def describe(writer: Any, config: Any, gguf: Any) -> None:
+    """Write a transformers LlamaConfig's facts; MpqError for rotary positions that are not plain."""
+    head = head_size(config)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise MpqError(f"GGUF export knows plain rotary positions, not {rope['rope_type']!r}")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def head_size(config: Any) -> int:
+    """Features of an attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def row_order(name: str, config: Any) -> Tensor | None:
+    """Order of a layer's rows (and biases) in the file, None where it stays.
+
+    llama.cpp's rotary positions pair neighbours, transformers' pair the halves of a head.
+    """
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.rpartition(".")[2])
+    if heads is None:
+        return None
+    half = head_size(config) // 2
+    return torch.arange(2 * half * heads).reshape(heads, 2, half).transpose(1, 2).reshape(-1)
+
+
+def describe_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, gguf: Any) -> None:
+    """Write a transformers tokenizer: a byte-level BPE cut by a pattern that llama.cpp knows, or Llama 2's.
+
+    With none, or one of another kind (said in the log), the file has no vocabulary: llama.cpp then takes and gives
+    tokens alone.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    described = json.loads(backend.to_str())
+    model = described["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", ())]
+    pattern = _pattern(described["pre_tokenizer"])
+    tokens = tokenizer.convert_ids_to_tokens(list(range(vocab_size)))
+    if model["type"] == "BPE" and pattern is not None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pattern)
+        writer.add_token_merges(merges)
+    elif model["type"] == "BPE" and model.get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        # Sentencepiece joins the pair whose result scores highest: the first merge is the best.
+        scores = {merge.replace(" ", ""): -float(rank) for rank, merge in reversed(list(enumerate(merges)))}
+        writer.add_token_scores([scores.get(token, -1e6) for token in tokens])
+        writer.add_add_space_prefix("Prepend" in json.dumps(described["normalizer"]))
+    else:
+        log.warning(
+            "llama.cpp knows Llama 2's tokenizer and byte-level BPE cut as GPT-2, Llama 3, Qwen 2 or SmolLM do, not "
+            "this %s: the file has no vocabulary, feed llama.cpp tokens", model["type"],
+        )  # fmt: skip
+        writer.add_tokenizer_model("no_vocab")
+        return
+    writer.add_token_list([token if token is not None else f"[unused{i}]" for i, token in enumerate(tokens)])
+    writer.add_token_types([_kind(i, token, tokenizer, gguf.TokenType) for i, token in enumerate(tokens)])
+    for name in ("bos", "eos", "unk"):
+        number = getattr(tokenizer, f"{name}_token_id", None)
+        if number is not None:
+            getattr(writer, f"add_{name}_token_id")(number)
+    starts = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]
+    writer.add_add_bos_token(starts)
+    if getattr(tokenizer, "chat_template", None):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _kind(number: int, token: str | None, tokenizer: Any, kinds: Any) -> int:
+    if token is None:
+        return int(kinds.UNUSED)
+    if number == tokenizer.unk_token_id:
+        return int(kinds.UNKNOWN)
+    if number in tokenizer.all_special_ids:
+        return int(kinds.CONTROL)
+    return int(kinds.BYTE if len(token) == 6 and token.startswith("<0x") and token.endswith(">") else kinds.NORMAL)
+
+
+def _pattern(cutting: Any) -> str | None:
+    """llama.cpp's name for how a byte-level BPE cuts its text, None where it is none or another."""
+    if cutting is None:
+        return None
+    steps = cutting["pretokenizers"] if cutting["type"] == "Sequence" else [cutting]
+    if steps[-1]["type"] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        return None
+    kinds = [step["type"] for step in steps[:-1]]
+    if not kinds:
+        return "gpt-2" if steps[-1].get("use_regex", True) else None
+    if kinds == ["Digits"] and steps[0].get("individual_digits") and steps[-1].get("use_regex", True):
+        return "smollm"
+    if kinds == ["Split"]:
+        return SPLITS.get(steps[0]["pattern"].get("Regex", ""))
+    return None
