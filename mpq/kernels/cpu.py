@@ -29,7 +29,7 @@ from mpq.kernels.ops import KERNELS
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
 _SCALE_KINDS = ("fp32", "fp16", "bf16", "e8m0", "e4m3", "ue5m3")  # as native/mpq.h numbers them
-_WEIGHT = struct.Struct("@qqq11if256s256s")
+_WEIGHT = struct.Struct("@qqq12if256s256s0q")
 _CALL = struct.Struct("@PPPqqPPq6iPP")
 _log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def _plan(format_name: str, rows: int, cols: int) -> Plan:
     weight = _WEIGHT.pack(
         rows, cols, panel_bytes, format.grid.bits, levels.kind, levels.offset,
         cut.group, cut.segment, cut.segments, cut.tiles, _SCALE_KINDS.index(format.scale), scale_bytes,
-        cut.row_scales, format.zero_point, levels.factor, levels.low, levels.high,
+        cut.row_scales, format.zero_point, panels.bfloats_of(format), levels.factor, levels.low, levels.high,
     )  # fmt: skip
     return Plan(weight, levels.kind)
 

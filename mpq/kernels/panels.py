@@ -108,6 +108,35 @@ def levels_of(grid: Grid) -> Levels | None:
     return Levels(BFLOAT, 0, 1.0, _table(words & 255), _table(words >> 8 & 255))
 
 
+@lru_cache(maxsize=1024)
+def bfloats_of(format: Format) -> int:
+    """How many bfloat16 add up to a weight with its group's scale: 1 exactly, 2 to 2**-17 of it.
+
+    A product has as many significant bits as its factors together; bfloat16 has 8. Scales of rows are applied later.
+    """
+    levels = levels_of(format.grid)
+    assert levels is not None
+    whole = format.grid.values() / levels.factor
+    if format.zero_point:  # a code less any zero point
+        whole = np.arange(2.0**format.grid.bits)
+    level_bits = max(_significant(float(value)) for value in whole if np.isfinite(value))
+    scale_bits = 1
+    if format.granularity == "group":
+        scale_bits = {"e8m0": 1, "e4m3": 4, "ue5m3": 4, "bf16": 8, "fp16": 11, "fp32": 24}[format.scale]
+    powers = min(level_bits, scale_bits) <= 1  # which shift the other factor only
+    return 1 if max(level_bits, scale_bits) + (0 if powers else min(level_bits, scale_bits)) <= 8 else 2
+
+
+def _significant(value: float) -> int:
+    """Bits from the first to the last that is set.
+
+    >>> _significant(12.0), _significant(0.0), _significant(-0.75)
+    (2, 0, 2)
+    """
+    numerator = abs(value).as_integer_ratio()[0]
+    return numerator.bit_length() - (numerator & -numerator).bit_length() + 1 if numerator else 0
+
+
 def _table(entries: NDArray[np.int64]) -> bytes:
     """256 bytes, the entries over and over."""
     return bytes(np.resize(entries, 256).astype(np.uint8))

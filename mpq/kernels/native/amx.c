@@ -26,7 +26,7 @@ AMX_INLINE void shape(int first, int second) {
 
 /* Sums over `steps` of 64 bytes of 32 weight rows and up to 32 activation rows: dots (2 blocks, 32, 16). */
 AMX_INLINE void dot(const uint8_t *levels, const uint8_t *x, int64_t stride, const uint8_t *x2, int steps,
-                    const int brain, const int second, int first_rows, int32_t *dots) {
+                    const int second, int first_rows, int32_t *dots) {
   _tile_zero(4);
   _tile_zero(5);
   if (second) {
@@ -38,20 +38,11 @@ AMX_INLINE void dot(const uint8_t *levels, const uint8_t *x, int64_t stride, con
     _tile_loadd(2, levels, 256);
     _tile_loadd(3, levels + 64, 256);
     if (second) _tile_loadd(1, x2 + 64 * step, stride);
-    if (brain) {
-      _tile_dpbf16ps(4, 0, 2);
-      _tile_dpbf16ps(5, 0, 3);
-      if (second) {
-        _tile_dpbf16ps(6, 1, 2);
-        _tile_dpbf16ps(7, 1, 3);
-      }
-    } else { /* signed activations, unsigned levels */
-      _tile_dpbsud(4, 0, 2);
-      _tile_dpbsud(5, 0, 3);
-      if (second) {
-        _tile_dpbsud(6, 1, 2);
-        _tile_dpbsud(7, 1, 3);
-      }
+    _tile_dpbsud(4, 0, 2); /* signed activations, unsigned levels */
+    _tile_dpbsud(5, 0, 3);
+    if (second) {
+      _tile_dpbsud(6, 1, 2);
+      _tile_dpbsud(7, 1, 3);
     }
   }
   _tile_stored(4, dots, 64);
@@ -101,7 +92,7 @@ AMX_INLINE void multiply_bytes_amx(const mpq_weight *weight, const mpq_tile *til
     for (int plane = 0; plane <= two; plane++)
       for (int block = 0; block < 4; block += 2) {
         const uint8_t *levels = tile->levels[plane] + 64 * (size_t)weight->segment * segment + 64 * block;
-        dot(levels, q, width, q2, steps, 0, second, rows, dots);
+        dot(levels, q, width, q2, steps, second, rows, dots);
         for (int i = 0; i < 2; i++) {
           if (two && !plane) {
             for (int t = 0; t < count; t++) {
@@ -118,69 +109,42 @@ AMX_INLINE void multiply_bytes_amx(const mpq_weight *weight, const mpq_tile *til
       }
 }
 
-/* Up to 32 tokens in bfloat16: what rounding left over is added by a second pass over the same sums. */
-AMX_INLINE void multiply_brain(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int64_t token,
-                               int count, const int second, float *sums) {
-  const int width = weight->segment * weight->segments, steps = weight->segment / 32;
-  const int rows = second ? 16 : count;
-  float dots[2 * 512] __attribute__((aligned(64)));
-  shape(rows, count - rows);
-  for (int plane = 0; plane < x->planes; plane++) {
-    const uint16_t *near = x->brain + ((tile->index * x->planes + plane) * x->tokens + token) * width;
-    for (int segment = 0; segment < weight->segments; segment++, near += weight->segment)
-      for (int block = 0; block < 4; block += 2) {
-        const uint8_t *levels = tile->levels[0] + 128 * (size_t)weight->segment * segment + 64 * block;
-        dot(levels, (const uint8_t *)near, 2 * width, (const uint8_t *)(near + 16 * width), steps, 1, second, rows,
-            (int32_t *)dots);
-        for (int i = 0; i < 2; i++) {
-          const int index = (weight->row_scales ? 0 : MPQ_ROWS * segment) + 16 * (block + i);
-          const __m512 scales =
-              _mm512_mul_ps(scales16(weight->scale_kind, tile->scales, index), _mm512_set1_ps(weight->factor));
-          for (int t = 0; t < count; t++) {
-            float *to = sums + (token + t) * MPQ_ROWS + 16 * (block + i);
-            STORE(to, _mm512_fmadd_ps(LOAD(__m512, dots + 512 * i + 16 * t), scales, LOAD(__m512, to)));
-          }
-        }
-      }
-  }
-}
+#include "brain.h"
 
-static AMX_TARGET void multiply(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int64_t first,
-                                int64_t last, float *sums) {
-  if (weight->kind == MPQ_BFLOAT && x->brain) {
-    for (int64_t token = first; token < last; token += 32) {
-      const int count = last - token < 32 ? (int)(last - token) : 32;
-      if (count > 16) multiply_brain(weight, tile, x, token, count, 1, sums);
-      else multiply_brain(weight, tile, x, token, count, 0, sums);
-    }
-    return;
-  }
+#define COUNT(planes, second) \
+  if (two) multiply_bytes_amx(weight, tile, x, token, count, planes, second, 1, sums); \
+  else multiply_bytes_amx(weight, tile, x, token, count, planes, second, 0, sums);
+
+AMX_INLINE void multiply_tile_amx(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int64_t first,
+                                  int64_t last, float *sums) {
   const int planes = x->planes, two = weight->kind == MPQ_TABLE16;
-  if (weight->kind == MPQ_BFLOAT || weight->segment % 64 || x->tokens * planes < 6) {
-    multiply_vectors(weight, tile, x, first, last, sums);
-    return;
-  }
   const int joined = planes == 2 && x->tokens <= 8, most = planes == 2 ? 16 : 32;
   for (int64_t token = first; token < last; token += most) {
     const int count = last - token < most ? (int)(last - token) : most;
-    if (planes == 2 && joined) {
-      if (two) multiply_bytes_amx(weight, tile, x, token, count, 2, 0, 1, sums);
-      else multiply_bytes_amx(weight, tile, x, token, count, 2, 0, 0, sums);
-    } else if (planes == 2) {
-      if (two) multiply_bytes_amx(weight, tile, x, token, count, 2, 1, 1, sums);
-      else multiply_bytes_amx(weight, tile, x, token, count, 2, 1, 0, sums);
-    } else if (count > 16) {
-      if (two) multiply_bytes_amx(weight, tile, x, token, count, 1, 1, 1, sums);
-      else multiply_bytes_amx(weight, tile, x, token, count, 1, 1, 0, sums);
-    } else {
-      if (two) multiply_bytes_amx(weight, tile, x, token, count, 1, 0, 1, sums);
-      else multiply_bytes_amx(weight, tile, x, token, count, 1, 0, 0, sums);
-    }
+    if (planes == 2 && joined) { COUNT(2, 0) } else if (planes == 2) { COUNT(2, 1) }
+    else if (count > 16) { COUNT(1, 1) } else { COUNT(1, 0) }
+  }
+}
+
+static AMX_TARGET void multiply(const mpq_weight *weight, const mpq_tile *tiles, int run, const mpq_activation *x,
+                                int64_t first, int64_t last, float *sums) {
+  if (x->brain) {
+    const int two = weight->brain == 2;
+    if (two && x->planes == 2) multiply_brain(weight, tiles, run, x, first, last, 1, 2, sums);
+    else if (two) multiply_brain(weight, tiles, run, x, first, last, 1, 1, sums);
+    else if (x->planes == 2) multiply_brain(weight, tiles, run, x, first, last, 0, 2, sums);
+    else multiply_brain(weight, tiles, run, x, first, last, 0, 1, sums);
+  } else if (weight->kind == MPQ_BFLOAT || weight->segment % 64 || x->tokens * x->planes < 6) {
+    multiply_vectors(weight, tiles, run, x, first, last, sums);
+  } else {
+    for (int64_t token = first; token < last; token += MPQ_BLOCK)
+      for (int i = 0; i < run; i++)
+        multiply_tile_amx(weight, tiles + i, x, token, last - token < MPQ_BLOCK ? last : token + MPQ_BLOCK, sums);
   }
 }
 
 static AMX_TARGET void begin(void) { shaped = -1; }
 static AMX_TARGET void end(void) { _tile_release(); }
 
-const mpq_level mpq_amx = {"amx", 0, 1, quantize, decode, multiply, begin, end};
+const mpq_level mpq_amx = {"amx", 0, 1, quantize, decode_any_brain, multiply, begin, end};
 #endif

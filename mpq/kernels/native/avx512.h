@@ -85,9 +85,11 @@ INLINE void decode_tile(const mpq_weight *weight, const int bits, const int kind
     else decode_tile(weight, bits, MPQ_BFLOAT, codes, out, plane); \
     break;
 
-static TARGET const uint8_t *decode(const mpq_weight *weight, const uint8_t *codes, uint8_t *out, size_t plane) {
+static TARGET void decode(const mpq_weight *weight, const uint8_t *codes, int brain, mpq_tile *tile, uint8_t *out) {
+  const size_t plane = 64 * (size_t)weight->segment * weight->segments;
+  (void)brain;
+  place_levels(weight, codes, tile, out);
   switch (weight->bits) { DECODE(2) DECODE(3) DECODE(4) DECODE(5) DECODE(6) DECODE(7) DECODE(8) }
-  return weight->bits == 8 && weight->kind == MPQ_INTEGER ? codes : out;
 }
 
 /* `count` tokens from `token` on, their planes of bytes against one or two planes of levels. */
@@ -174,8 +176,8 @@ INLINE void multiply_real(const mpq_weight *weight, const mpq_tile *tile, const 
   else if (!two) multiply_bytes(weight, tile, x, token, count, 1, 0, sums); \
   else multiply_bytes(weight, tile, x, token, count, 1, 1, sums);
 
-static TARGET void multiply_vectors(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x,
-                                    int64_t first, int64_t last, float *sums) {
+INLINE void multiply_tile(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int64_t first,
+                          int64_t last, float *sums) {
   const int planes = x->planes, two = weight->kind == MPQ_TABLE16;
   if (weight->kind == MPQ_BFLOAT) {
     for (int64_t token = first; token < last; token++) multiply_real(weight, tile, x, token, sums);
@@ -186,6 +188,11 @@ static TARGET void multiply_vectors(const mpq_weight *weight, const mpq_tile *ti
     if (count == 3) { TOKENS(3) } else if (count == 2) { TOKENS(2) } else { TOKENS(1) }
     token += count;
   }
+}
+
+static TARGET void multiply_vectors(const mpq_weight *weight, const mpq_tile *tiles, int count, const mpq_activation *x,
+                                    int64_t first, int64_t last, float *sums) {
+  for (int i = 0; i < count; i++) multiply_tile(weight, tiles + i, x, first, last, sums);
 }
 
 static TARGET void quantize(const mpq_weight *weight, mpq_activation *to, const void *x, int bfloat, int64_t stride,

@@ -4,11 +4,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "mpq.h"
+#define TARGET
+#include "template.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef MPQ_X86
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+
+#define LARGE ((size_t)2 << 20) /* bytes of a large page */
 
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
@@ -72,8 +78,10 @@ typedef struct {
   const mpq_call *call;
   const mpq_level *level;
   mpq_activation x;
-  int64_t first;           /* token that the chunk starts with */
-  int64_t panels, splits;  /* work: panels, each for `splits` runs of the chunk's tokens */
+  int64_t first;          /* token that the chunk starts with */
+  int64_t panels, splits; /* work: `block` panels at a time, each for `splits` pieces of the chunk's tokens */
+  int block, run;         /* tiles of `run` columns' worth are decoded before they are multiplied */
+  size_t room;            /* bytes of a decoded tile */
   atomic_llong next;
   atomic_int failed;
 } job;
@@ -99,7 +107,10 @@ static void *scratch(int slot, size_t size) {
   if (own[slot].size < size) {
     pthread_setspecific(ending, own);
     free(own[slot].memory);
-    if (posix_memalign(&own[slot].memory, 64, size)) own[slot].memory = NULL;
+    if (posix_memalign(&own[slot].memory, size >> 17 ? LARGE : 64, size)) own[slot].memory = NULL;
+#ifdef __linux__
+    else if (size >> 17) madvise(own[slot].memory, size, MADV_HUGEPAGE);
+#endif
     own[slot].size = own[slot].memory ? size : 0;
   }
   return own[slot].memory;
@@ -128,15 +139,31 @@ static inline uint16_t to_bfloat(float value) {
   return (uint16_t)((word + 0x7fff + (word >> 16 & 1)) >> 16);
 }
 
+static size_t code_bytes(const mpq_weight *weight) { return (size_t)weight->segment * weight->segments * 8 * weight->bits; }
+
+static const uint8_t *row_scales(const job *work, int64_t panel) {
+  const mpq_weight *weight = work->weight;
+  if (!weight->row_scales) return NULL;
+  return work->call->panels + panel * weight->panel_bytes + weight->tiles * code_bytes(weight);
+}
+
 static void write_out(const job *work, int64_t panel, int64_t token, int64_t last, float *sums) {
   const mpq_call *call = work->call;
-  const int64_t row = panel * MPQ_ROWS, left = work->weight->rows - row, count = left < MPQ_ROWS ? left : MPQ_ROWS;
-  float bias[MPQ_ROWS] = {0};
+  const mpq_weight *weight = work->weight;
+  const int64_t row = panel * MPQ_ROWS, left = weight->rows - row, count = left < MPQ_ROWS ? left : MPQ_ROWS;
+  float bias[MPQ_ROWS] = {0}, scale[MPQ_ROWS];
   if (call->bias)
     for (int64_t i = 0; i < count; i++) bias[i] = load_real(call->bias, call->bias_bfloat, row + i);
+  const uint8_t *scales = row_scales(work, panel);
+  for (int i = 0; i < MPQ_ROWS; i += 16)
+    STORE(scale + i, scales ? load_scales(weight->scale_kind, scales, i) * weight->factor : (vfloat){0} + weight->factor);
   for (; token < last; token++) {
-    const float *from = sums + token * MPQ_ROWS;
+    float *from = sums + token * MPQ_ROWS;
     int64_t at = (work->first + token) * call->out_stride + row;
+    if (work->x.brain) { /* what was left for the end */
+      const float own = work->x.scale ? work->x.scale[token] : 1;
+      for (int i = 0; i < MPQ_ROWS; i++) from[i] *= scale[i] * own;
+    }
     if (call->out_bfloat)
       for (int64_t i = 0; i < count; i++) ((uint16_t *)call->out)[at + i] = to_bfloat(from[i] + bias[i]);
     else
@@ -144,35 +171,49 @@ static void write_out(const job *work, int64_t panel, int64_t token, int64_t las
   }
 }
 
+/* Tile `index` of a panel, decoded into `out`. */
+static void decode_tile(const job *work, int64_t panel, int64_t index, mpq_tile *tile, uint8_t *out) {
+  const mpq_weight *weight = work->weight;
+  const size_t codes = code_bytes(weight), scales = (size_t)weight->segments * MPQ_ROWS * weight->scale_bytes;
+  const size_t zeros = weight->zeros ? (size_t)weight->segments * MPQ_ROWS : 0;
+  const size_t bytes = codes + (weight->row_scales ? 0 : scales + zeros);
+  const uint8_t *stream = work->call->panels + panel * weight->panel_bytes + index * bytes;
+  tile->index = index;
+  tile->scales = weight->row_scales ? row_scales(work, panel) : stream + codes;
+  tile->zeros = weight->zeros ? tile->scales + scales : NULL;
+  work->level->decode(weight, stream, work->x.brain ? weight->brain : 0, tile, out);
+}
+
 static void multiply_panels(void *argument) {
   job *work = argument;
-  const mpq_weight *weight = work->weight;
   const mpq_level *level = work->level;
-  const int64_t width = (int64_t)weight->segment * weight->segments, tokens = work->x.tokens;
-  const size_t codes = (size_t)width * 8 * weight->bits, plane = (size_t)width * 64;
-  const size_t scales = weight->row_scales ? 0 : (size_t)weight->segments * MPQ_ROWS * weight->scale_bytes;
-  const size_t zeros = weight->zeros && !weight->row_scales ? (size_t)weight->segments * MPQ_ROWS : 0;
-  uint8_t *decoded = scratch(0, 2 * plane + 64);
-  float *sums = scratch(1, tokens * MPQ_ROWS * sizeof(float));
+  const int64_t tokens = work->x.tokens, tiles = work->weight->tiles;
+  const int64_t items = (work->panels + work->block - 1) / work->block;
+  uint8_t *decoded = scratch(0, work->block * work->run * work->room + 64);
+  float *sums = scratch(1, work->block * tokens * MPQ_ROWS * sizeof(float));
+  mpq_tile some[MPQ_PANELS * MPQ_RUN];
   if (!decoded || !sums) { atomic_store(&work->failed, 1); return; }
   if (level->begin) level->begin();
-  for (int64_t item; (item = atomic_fetch_add(&work->next, 1)) < work->panels * work->splits;) {
-    const int64_t panel = item % work->panels, split = item / work->panels;
-    const int64_t first = tokens * split / work->splits, last = tokens * (split + 1) / work->splits;
-    const uint8_t *stream = work->call->panels + panel * weight->panel_bytes;
-    memset(sums + first * MPQ_ROWS, 0, (last - first) * MPQ_ROWS * sizeof(float));
-    for (int64_t index = 0; index < weight->tiles; index++, stream += codes + scales + zeros) {
-      mpq_tile tile = {{0}, stream + codes, weight->zeros ? stream + codes + scales : NULL, index};
-      if (weight->row_scales) {
-        tile.scales = work->call->panels + panel * weight->panel_bytes + weight->tiles * codes;
-        tile.zeros = weight->zeros ? tile.scales + MPQ_ROWS * (size_t)weight->scale_bytes : NULL;
-      }
-      tile.levels[0] = level->decode(weight, stream, decoded, plane);
-      tile.levels[1] = decoded + plane;
-      if (weight->kind == MPQ_TABLE16) tile.levels[0] = decoded + plane, tile.levels[1] = decoded;
-      level->multiply(weight, &tile, &work->x, first, last, sums);
+  for (int64_t item; (item = atomic_fetch_add(&work->next, 1)) < items * work->splits;) {
+    const int64_t start = item % items * work->block, split = item / items;
+    const int64_t panels = work->panels - start < work->block ? work->panels - start : work->block;
+    const int64_t first = work->splits > 1 ? split * MPQ_BLOCK : 0;
+    const int64_t last = work->splits > 1 && first + MPQ_BLOCK < tokens ? first + MPQ_BLOCK : tokens;
+    for (int64_t panel = 0; panel < panels; panel++)
+      memset(sums + (panel * tokens + first) * MPQ_ROWS, 0, (last - first) * MPQ_ROWS * sizeof(float));
+    for (int64_t index = 0; index < tiles; index += work->run) {
+      const int run = tiles - index < work->run ? (int)(tiles - index) : work->run;
+      for (int64_t panel = 0; panel < panels; panel++)
+        for (int i = 0; i < run; i++) {
+          const int64_t slot = panel * work->run + i;
+          decode_tile(work, start + panel, index + i, &some[slot], decoded + slot * work->room);
+        }
+      for (int64_t panel = 0; panel < panels; panel++)
+        level->multiply(work->weight, some + panel * work->run, run, &work->x, first, last,
+                        sums + panel * tokens * MPQ_ROWS);
     }
-    write_out(work, panel, first, last, sums);
+    for (int64_t panel = 0; panel < panels; panel++)
+      write_out(work, start + panel, first, last, sums + panel * tokens * MPQ_ROWS);
   }
   if (level->end) level->end();
 }
@@ -196,12 +237,24 @@ static void run(const mpq_call *call, void (*function)(void *), job *work, int64
   for (int i = 0; i < started; i++) pthread_join(helpers[i], NULL);
 }
 
-/* Room for a chunk's activations in one piece of scratch memory; 0 if there is none. */
+/* Whether a chunk is computed in bfloat16. Decoding to it costs about as much as 16 tokens of the products it saves, so
+ * (4096 x 4096, measured with AMX) groups too short for the byte unit gain from 8 tokens on, 16-bit levels, which take
+ * twice as many passes in bytes, from 32, and one scale for a row with bfloat16 activations, half the passes, from 64. */
+static int in_brain(const job *work, int64_t tokens) {
+  const mpq_weight *weight = work->weight;
+  if (!work->level->brain || tokens < 8) return 0;
+  if (weight->kind == MPQ_BFLOAT || weight->segment % 64) return 1;
+  if (weight->kind == MPQ_TABLE16) return tokens >= 32;
+  return tokens >= 64 && weight->row_scales && weight->brain == 1 && work->call->bfloat && work->call->planes == 2;
+}
+
+/* Room for a chunk's activations in one piece of scratch memory, and how it is cut; 0 if there is none. */
 static int place(job *work, int64_t tokens) {
   const mpq_weight *weight = work->weight;
   mpq_activation *x = &work->x;
-  const size_t elements = (size_t)weight->tiles * weight->segment * weight->segments * tokens;
-  const int integers = weight->kind != MPQ_BFLOAT, planes = work->call->planes;
+  const int planes = work->call->planes, brain = in_brain(work, tokens);
+  const int integers = weight->kind != MPQ_BFLOAT && (!brain || planes == 1);
+  const size_t filled = mpq_filled(weight), elements = weight->tiles * filled * ((tokens + 15) & ~15);
   memset(x, 0, sizeof *x);
   x->tokens = tokens, x->planes = planes;
   const size_t scales = (weight->tiles * tokens * 4 + 63) & ~(size_t)63;
@@ -210,10 +263,15 @@ static int place(job *work, int64_t tokens) {
   if (!memory) return 0;
   if (integers) x->scale = (float *)memory, x->sums = (int32_t *)(memory + scales);
   memory += scales + sums;
-  if (integers) x->q = (int8_t *)memory, x->wide = (int16_t *)memory;
-  else if (work->level->brain && tokens >= work->level->brain && weight->segment % 32 == 0)
-    x->brain = (uint16_t *)memory, x->planes = work->call->bfloat ? 1 : 2;
+  if (brain) x->brain = (uint16_t *)memory, x->planes = integers || work->call->bfloat ? 1 : 2;
+  else if (integers) x->q = (int8_t *)memory, x->wide = (int16_t *)memory;
   else x->real = (float *)memory;
+  work->room = 128 * filled * (brain ? weight->brain : 1);
+  work->panels = (weight->rows + MPQ_ROWS - 1) / MPQ_ROWS;
+  work->splits = work->panels >= 4 * work->call->threads ? 1 : (tokens + MPQ_BLOCK - 1) / MPQ_BLOCK;
+  work->run = tokens < 16 ? 1 : MPQ_RUN;
+  work->block = tokens < 64 || work->splits > 1 ? 1 : MPQ_PANELS;
+  while (work->block > 1 && work->block * 2 * work->call->threads > work->panels) work->block /= 2;
   return 1;
 }
 
@@ -228,9 +286,7 @@ EXPORT int64_t mpq_linear(const mpq_weight *given, const mpq_call *call) {
     job work = {.weight = weight, .call = call, .level = levels[call->level], .first = first};
     if (!place(&work, tokens)) return -1;
     run(call, quantize_tokens, &work, tokens < 8 ? 1 : tokens);
-    work.panels = (weight->rows + MPQ_ROWS - 1) / MPQ_ROWS;
-    work.splits = work.panels >= 4 * call->threads ? 1 : (tokens + 31) / 32;
-    run(call, multiply_panels, &work, work.panels * work.splits);
+    run(call, multiply_panels, &work, (work.panels + work.block - 1) / work.block * work.splits);
     if (atomic_load(&work.failed)) return -1;
     for (int64_t i = 0; i < tokens; i++) unfit += call->unfit[first + i];
   }

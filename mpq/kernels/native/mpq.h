@@ -16,6 +16,9 @@
 #define MPQ_ROWS 64       /* rows of a panel */
 #define MPQ_MAX_TILE 256  /* columns of a tile at most */
 #define MPQ_CHUNK 256     /* tokens that share one decoding of a tile */
+#define MPQ_BLOCK 32      /* tokens that are taken together */
+#define MPQ_RUN 2         /* tiles that are decoded before they are multiplied, when there are tokens enough */
+#define MPQ_PANELS 8      /* panels that share one passage of the activations, likewise */
 #define MPQ_AHEAD 3072    /* bytes of the stream that are asked for ahead of use */
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MPQ_X86 1
@@ -38,6 +41,7 @@ typedef struct {
   int32_t scale_bytes;
   int32_t row_scales;  /* scales stand at the panel's end */
   int32_t zeros;       /* zero points stand after the scales */
+  int32_t brain;       /* how many bfloat16 add up to a weight with its group's scale: 1 exactly, 2 to 2**-17 of it */
   float factor;
   uint8_t low[256], high[256]; /* tables: of bytes, or of a bfloat16's halves */
 } mpq_weight;
@@ -50,12 +54,14 @@ typedef struct {
   int8_t *q;       /* (tiles, planes, tokens, tile) */
   int16_t *wide;   /* (tiles, tokens, tile): the planes as one number, for machines that multiply 16 bits */
   float *real;     /* (tiles, tokens, tile): as they are, for BFLOAT */
-  uint16_t *brain; /* (tiles, planes, tokens, tile): bfloat16, and what it left over in a second plane */
-  float *scale;    /* (tiles, tokens) */
+  uint16_t *brain; /* (tiles, planes, tokens / 16, tile / 32, 16, 32): bfloat16, and what it left over in a second plane */
+  float *scale;    /* (tiles, tokens), of integers */
   int32_t *sums;   /* (tiles, segments, planes, tokens): of q */
 } mpq_activation;
 
-/* One tile, decoded: (level planes, quads, 4 steps, 64) bytes, or (quads, 2 pairs, 4 steps, 32) bfloat16. */
+/* One tile, decoded: (level planes, quads, 4 steps, 64) bytes, or (quads, 2 pairs, 4 steps, 32) bfloat16. Where
+ * activations are bfloat16: as many planes as the weight's `brain` says of (tile / 32, 4 steps, 16 pairs, 32) bfloat16,
+ * scales applied unless they are rows'. */
 typedef struct {
   const uint8_t *levels[2];
   const uint8_t *scales, *zeros;
@@ -64,17 +70,21 @@ typedef struct {
 
 typedef struct {
   const char *name;
-  int wide; /* activations as 16-bit numbers instead of planes of bytes */
-  int brain; /* tokens from which BFLOAT weights meet bfloat16 activations; 0: never */
+  int wide;  /* activations as 16-bit numbers instead of planes of bytes */
+  int brain; /* whether weights and activations can be bfloat16 */
   void (*quantize)(const mpq_weight *, mpq_activation *, const void *x, int bfloat, int64_t stride, int64_t token,
                    int8_t *unfit);
-  const uint8_t *(*decode)(const mpq_weight *, const uint8_t *codes, uint8_t *out, size_t plane);
-  /* sums (tokens, 64) += the tile's part of the tokens from `first` to `last` */
-  void (*multiply)(const mpq_weight *, const mpq_tile *, const mpq_activation *, int64_t first, int64_t last,
+  /* `out` has room for the levels that are not the codes as they stand */
+  void (*decode)(const mpq_weight *, const uint8_t *codes, int brain, mpq_tile *, uint8_t *out);
+  /* sums (tokens, 64) += the part of `count` tiles for the tokens from `first` to `last` */
+  void (*multiply)(const mpq_weight *, const mpq_tile *, int count, const mpq_activation *, int64_t first, int64_t last,
                    float *sums);
   void (*begin)(void); /* once for each thread and call, or NULL */
   void (*end)(void);
 } mpq_level;
+
+/* Columns of a tile that bfloat16 activations have. */
+static inline int mpq_filled(const mpq_weight *weight) { return (weight->segment * weight->segments + 31) & ~31; }
 
 extern const mpq_level mpq_portable, mpq_avx2, mpq_avx512, mpq_amx;
 #endif

@@ -64,11 +64,13 @@ static TARGET void quantize(const mpq_weight *weight, mpq_activation *to, const 
   quantize_any(weight, to, x, bfloat, stride, token, unfit, 1);
 }
 
-static TARGET const uint8_t *decode(const mpq_weight *weight, const uint8_t *codes, uint8_t *out, size_t plane) {
-  return decode_any(weight, codes, out, plane);
+static TARGET void decode(const mpq_weight *weight, const uint8_t *codes, int brain, mpq_tile *tile, uint8_t *out) {
+  (void)brain;
+  place_levels(weight, codes, tile, out);
+  decode_any(weight, codes, out, 64 * (size_t)weight->segment * weight->segments);
 }
 
-static TARGET void multiply(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int64_t first,
-                            int64_t last, float *sums) {
-  multiply_any(weight, tile, x, first, last, sums);
+static TARGET void multiply(const mpq_weight *weight, const mpq_tile *tiles, int count, const mpq_activation *x,
+                            int64_t first, int64_t last, float *sums) {
+  for (int i = 0; i < count; i++) multiply_any(weight, tiles + i, x, first, last, sums);
 }

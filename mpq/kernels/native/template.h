@@ -37,10 +37,18 @@ INLINE vfloat load_scales(int kind, const uint8_t *scales, int index) {
   return (vfloat)((vuint)value | (half & 0x8000) << 16) * unit;
 }
 
-/* Codes of a tile as levels; returns where they are (8-bit integers stay where they were). */
-INLINE const uint8_t *decode_any(const mpq_weight *weight, const uint8_t *codes, uint8_t *out, size_t plane) {
+/* Where a tile's levels are once decoded: 8-bit integers stay where they were. */
+INLINE void place_levels(const mpq_weight *weight, const uint8_t *codes, mpq_tile *tile, const uint8_t *out) {
+  const size_t plane = 64 * (size_t)weight->segment * weight->segments;
+  const int two = weight->kind == MPQ_TABLE16;
+  tile->levels[0] = weight->bits == 8 && weight->kind == MPQ_INTEGER ? codes : out + (two ? plane : 0);
+  tile->levels[1] = two ? out : NULL;
+}
+
+/* Codes of a tile as levels. */
+INLINE void decode_any(const mpq_weight *weight, const uint8_t *codes, uint8_t *out, size_t plane) {
   const int bits = weight->bits, steps = weight->segment * weight->segments;
-  if (bits == 8 && weight->kind == MPQ_INTEGER) return codes;
+  if (bits == 8 && weight->kind == MPQ_INTEGER) return;
   for (int i = 0; i < steps; i++, codes += 8 * bits) {
     uint8_t *to = out + 64 * (size_t)i, found[64];
     if (bits == 8) {
@@ -70,7 +78,6 @@ INLINE const uint8_t *decode_any(const mpq_weight *weight, const uint8_t *codes,
       if (weight->kind == MPQ_TABLE16) for (int j = 0; j < 64; j++) to[plane + j] = weight->high[found[j]];
     }
   }
-  return out;
 }
 
 /* One tile of a token as floats, segments filled up with zeros; `cols` columns are left in the row from `x` on. */
@@ -128,15 +135,22 @@ INLINE float as_half(float value) {
   return value;
 }
 
-/* Nearest bfloat16 of finite numbers; what it leaves over stays in their place. */
+/* Nearest bfloat16 of finite numbers, 32 in a row of the matrix unit's tiles of 16 tokens; what it leaves over stays in
+ * their place. */
 INLINE void split_brain(float *x, uint16_t *near, int count) {
   for (int i = 0; i < count; i += 16) {
     vuint word = LOAD(vuint, x + i);
     vuint rounded = (word + 0x7fff + (word >> 16 & 1)) & 0xffff0000u;
-    vshort half = __builtin_convertvector(rounded >> 16, vshort);
-    memcpy(near + i, &half, 2 * (count - i < 16 ? count - i : 16));
+    STORE(near + i / 32 * 512 + i % 32, __builtin_convertvector(rounded >> 16, vshort));
     STORE(x + i, (vfloat)word - (vfloat)rounded);
   }
+}
+
+INLINE void put_brain(const mpq_weight *weight, const mpq_activation *to, int tile, int64_t token, float *x) {
+  const int64_t blocks = (to->tokens + 15) / 16, filled = mpq_filled(weight);
+  for (int plane = 0; plane < to->planes; plane++)
+    split_brain(x, to->brain + (((int64_t)tile * to->planes + plane) * blocks + token / 16) * filled * 16 + token % 16 * 32,
+                (int)filled);
 }
 
 /* A token's activations; `unfit` where integers cannot stand for them (NaN, infinities, vanishing numbers). */
@@ -149,7 +163,7 @@ INLINE void quantize_any(const mpq_weight *weight, mpq_activation *to, const voi
   float scale = 1;
   x = (const char *)x + token * stride * (bfloat ? 2 : 4);
   unfit[token] = 0;
-  if (to->planes == 1 && to->q) {
+  if (to->planes == 1 && to->scale) {
     float largest = 0;
     for (int t = 0; t < weight->tiles; t++) {
       gather(weight, x, bfloat, t * step, buffer);
@@ -163,11 +177,10 @@ INLINE void quantize_any(const mpq_weight *weight, mpq_activation *to, const voi
   for (int t = 0; t < weight->tiles; t++) {
     gather(weight, x, bfloat, t * step, buffer);
     int64_t at = (t * tokens + token) * tile;
-    if (to->real || to->brain) { /* products are scaled after they are summed: huge numbers would overflow */
+    if (!to->scale) { /* products are scaled after they are summed: huge numbers would overflow */
       if (!(absmax(buffer, tile) <= 0x1p100f)) unfit[token] = 1;
       if (to->real) memcpy(to->real + at, buffer, tile * sizeof(float));
-      for (int plane = 0; to->brain && plane < to->planes; plane++)
-        split_brain(buffer, to->brain + ((t * to->planes + plane) * tokens + token) * tile, tile);
+      if (to->brain) put_brain(weight, to, t, token, buffer);
       continue;
     }
     if (to->planes == 2) {
@@ -188,7 +201,8 @@ INLINE void quantize_any(const mpq_weight *weight, mpq_activation *to, const voi
         q = (q & ~above & ~below) | (above & 127) | (below & -128);
       }
       int count = tile - i < 16 ? tile - i : 16;
-      if (wide) {
+      if (to->brain) STORE(buffer + i, __builtin_convertvector(q, vfloat));
+      else if (wide) {
         vwide whole = __builtin_convertvector(q, vwide);
         memcpy(to->wide + at + i, &whole, 2 * count);
       } else if (to->planes == 1) {
@@ -199,6 +213,10 @@ INLINE void quantize_any(const mpq_weight *weight, mpq_activation *to, const voi
         vplane tops = __builtin_convertvector(top, vplane), rests = __builtin_convertvector(q - (top << 8), vplane);
         memcpy(high + i, &tops, count), memcpy(low + i, &rests, count);
       }
+    }
+    if (to->brain) {
+      put_brain(weight, to, t, token, buffer);
+      continue;
     }
     for (int segment = 0; segment < weight->segments; segment++)
       for (int plane = 0; plane < (wide ? 1 : to->planes); plane++) {
