@@ -88,6 +88,17 @@ def parser() -> argparse.ArgumentParser:
     allocate.add_argument("--trials", type=int, default=100, help="for --by evolution: evaluations (default: 100)")
     allocate.add_argument("--storage", help="for --by evolution: journal file or database that workers share")
     allocate.add_argument("--study", default="mpq", help="for --by evolution: name in the storage")
+    allocate.add_argument(
+        "--sampler", choices=("switch", "nsga2", "nsga3", "tpe", "random"),
+        help="for --by evolution: level switches (default), or a sampler of Optuna's",
+    )  # fmt: skip
+    allocate.add_argument(
+        "--measure-frontier", action="store_true",
+        help="for --by evolution: lower loss and size together, for a frontier of measured points (nsga2 by default)",
+    )  # fmt: skip
+    allocate.add_argument(
+        "--resume", action="store_true", help="for --by evolution: go on with a study in the storage, never begin one"
+    )
     allocate.add_argument("--seed", type=int, default=0)
     allocate.add_argument("-o", "--output", help="allocation to write, a .json file")
     allocate.add_argument("--frontier", help="also write the frontier, a .csv file")
@@ -175,10 +186,17 @@ def _allocate(options: argparse.Namespace) -> None:
     else:
         weights = sum(layer.params for layer in table.layers)
         overhead = table.provenance.get("overhead", 0)
-        budgets["size"] = options.bits * weights / 8 if options.size is None else options.size - overhead
+        if not options.measure_frontier:
+            budgets["size"] = options.bits * weights / 8 if options.size is None else options.size - overhead
+        elif search != "evolution" or budgets:
+            raise MpqError("--measure-frontier wants --by evolution, and no --budget")
         extra = _evolving(options, table) if search == "evolution" else {}
         frontier = frontier_of(table, search=search, budgets=budgets, **asked, **extra)
-        allocation = frontier.allocation(len(frontier) - 1)
+        allocation = (
+            frontier.at(bits=options.bits, size=options.size)
+            if options.measure_frontier
+            else frontier.allocation(len(frontier) - 1)
+        )
     if options.frontier:
         frontier.save(options.frontier)
     if options.output:
@@ -201,7 +219,7 @@ def _evolving(options: argparse.Namespace, table: "SensitivityTable") -> dict[st
     evaluate = measuring(source, table.provenance.get("method", "mse"))
     return {
         "evaluate": evaluate, "trials": options.trials, "storage": options.storage, "study": options.study,
-        "seed": options.seed,
+        "seed": options.seed, "sampler": options.sampler, "resume": options.resume,
     }  # fmt: skip
 
 
@@ -279,6 +297,8 @@ def _formats(options: argparse.Namespace) -> None:
 
 def _summary(frontier: "Frontier", allocation: "Allocation") -> str:
     proof = "proven optimal" if frontier.gap == 0 else f"within {100 * frontier.gap:.2g} % of the optimum"
+    if "measured_loss" in allocation.provenance:
+        proof = f"measured loss {allocation.provenance['measured_loss']:.4g}"
     return (
         f"{allocation.bits:.4f} bits per weight, {allocation.total:,} bytes in all, predicted loss increase "
         f"{allocation.loss:.4g} +- {allocation.error:.1g} ({allocation.metric}), {proof}"

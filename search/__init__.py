@@ -20,7 +20,7 @@ SEARCHES: dict[str, tuple[str, str]] = {
     "integer": ("mpq.search.integer:integer", "the optimum under several budgets, by HiGHS (HAWQ-V3)"),
     "monotone": ("mpq.search.monotone:monotone", "less sensitive layers never get more bits (HAWQ-V2)"),
     "quadratic": ("mpq.search.quadratic:quadratic", "the optimum when pairs of layers interact (CLADO), by HiGHS"),
-    "evolution": ("mpq.search.evolution:evolution", "level switches on measured loss (EvoPress), by Optuna"),
+    "evolution": ("mpq.search.evolution:evolution", "measured loss: level switches (EvoPress), NSGA-II/III, by Optuna"),
 }
 
 

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import NopPruner, PercentilePruner
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mpq.core.allocation import Allocation
@@ -59,9 +60,16 @@ GIVE_UP = 20  # duplicates in a row after which there is nothing new
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {  # besides "switch", the level-switch mutation; seed -> sampler
     "nsga2": lambda seed: NSGAIISampler(population_size=16, seed=seed),
+    "nsga3": lambda seed: _nsga3(seed),
     "tpe": lambda seed: TPESampler(multivariate=True, n_startup_trials=8, seed=seed),
     "random": lambda seed: RandomSampler(seed=seed),
 }
+
+
+def _nsga3(seed: int) -> BaseSampler:
+    with warnings.catch_warnings():  # that Optuna calls it experimental
+        warnings.simplefilter("ignore")
+        return NSGAIIISampler(population_size=16, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,10 @@ class MeasuredFrontier(Frontier):
     failures: int = 0  # evaluations that gave no number
     dropped: int = 0  # allocations that did badly on a part of the data
 
+    def facts(self, index: int) -> dict[str, float]:
+        """What is told of a point beside its costs."""
+        return {**super().facts(index), "measured": float(self.losses[index])}
+
     def allocation(self, index: int) -> Allocation:
         """The allocation of a point."""
         found = super().allocation(index)
@@ -95,48 +107,64 @@ def evolution(
     evaluate: Evaluate,
     trials: int = 100,
     cost: str = "size",
-    sampler: str = "switch",
+    sampler: str | None = None,
     shares: Sequence[float] = (1.0,),
     starts: int = 4,
     storage: str | os.PathLike[str] | None = None,
     study: str = "mpq",
     seed: int = 0,
     heartbeat: float = 10.0,
+    resume: bool = False,
 ) -> MeasuredFrontier:
-    """Look for allocations within the budgets whose measured loss is lower than that of the predicted optimum.
+    """Look for allocations whose measured loss is lower than that of the predicted optima.
 
-    It starts from the exact frontier's points below the budget, so it never ends with a worse one. The same storage,
-    study and seed go on where an earlier run stopped, and give what an uninterrupted one gives; several processes with
-    them share the work. A worker that dies loses the running evaluation, which another one repeats.
+    With budgets it lowers the loss within them, from the exact frontier's points below them, so it never ends with a
+    worse one. Without any it lowers loss and cost together, from points all along the exact frontier, and ends with a
+    frontier of measured points.
+
+    The same storage, study and seed go on where an earlier run stopped, and give what an uninterrupted one gives;
+    several processes with them share the work. A worker that dies loses the running evaluation, which another one
+    repeats.
 
     Args:
-        problem: with a budget on at least one of its costs; every allocation that is measured meets all of them.
+        problem: every allocation that is measured meets all its budgets, if there are any.
         evaluate: `evaluate(allocation, share)`, the loss on the first `share` of the data, lower is better.
         trials: evaluations altogether, by all workers and earlier runs, those of a part of the data counted as one;
             workers that begin the last one in the same moment make one more each.
         cost: the cost of the frontier that is returned.
-        sampler: "switch", the level-switch mutation of EvoPress (arXiv 2410.14649), or Optuna's "nsga2", "tpe" or
-            "random", whose proposals are lowered until they meet the budgets.
-        shares: rising shares of the data, the last one 1; after each but the last the worse half is dropped.
+        sampler: "switch" (the default under budgets), the level-switch mutation of EvoPress (arXiv 2410.14649), or
+            Optuna's "nsga2" (the default without budgets), "nsga3", "tpe" or "random", whose proposals are lowered
+            until they meet the budgets.
+        shares: rising shares of the data, the last one 1; after each but the last the worse half is dropped. Under
+            budgets only: of two objectives neither says which half is worse.
         starts: points of the exact frontier to start from.
         storage: a journal file, a database's URL, or None for memory.
         study: name in the storage.
         seed: of all random numbers.
         heartbeat: seconds between signs of life; after eight without one a worker is taken for dead.
+        resume: refuse to begin a new study, and first wait until it is known which of its workers are dead. That
+            makes the results those of an uninterrupted run even where a worker was killed.
 
     Raises:
-        MpqError: no or unreachable budgets, unknown names, a study of another problem, or nothing but failures.
+        MpqError: unreachable budgets, unknown names, a study of another problem, none to resume, or nothing but
+            failures.
     """
+    sampler = sampler or ("switch" if problem.budgets else "nsga2")
     if sampler != "switch" and sampler not in SAMPLERS:
         raise MpqError(f"unknown sampler {sampler!r}: {nearest_names(sampler, ['switch', *SAMPLERS])}")
     if not shares or shares[-1] != 1 or shares[0] <= 0 or any(b <= a for a, b in pairwise(shares)):
         raise MpqError(f"shares of the data must rise to 1, not {', '.join(map(str, shares))}")
+    if not problem.budgets and (sampler == "switch" or len(shares) > 1):
+        raise MpqError("level switches and shares of the data want at least one budget, such as size")
     space = level_space(problem, cost)
     points = _starts(problem, cost, starts)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    found = open_study(storage, study, _settings(problem, sampler, shares, starts, seed))
+    settings = _settings(problem, sampler, shares, starts, seed)
+    found = open_study(storage, study, settings, objectives=1 if problem.budgets else 2, resume=resume)
     found.pruner = NopPruner() if len(shares) == 1 else PercentilePruner(SURVIVORS, n_startup_trials=STARTUP)
     worker = _Worker(found, space, evaluate, tuple(shares), sampler, seed, heartbeat)
+    if resume:
+        Watch(found, heartbeat).wait_for_signs()
     worker.run(trials, [space.levels(choices) for choices in points])
     return _frontier(found, space, cost)
 
@@ -193,20 +221,26 @@ class _Worker:
         levels = self.space.repaired(np.array([trial.params[name] for name in self.distributions], np.intp))
         other = claim(self.study, trial, _key(levels))
         if other is not None:
-            settle(self.study, trial, DUPLICATE, other.value if other.state is TrialState.COMPLETE else None)
+            settle(self.study, trial, DUPLICATE, other.values if other.state is TrialState.COMPLETE else None)
             return False
-        allocation = self.space.problem.allocation(self.space.choices(levels))
+        choices = self.space.choices(levels)
+        allocation = self.space.problem.allocation(choices)
         loss = math.nan
         with alive(trial, self.heartbeat):
             for rung, share in enumerate(self.shares):
                 loss = float(self.evaluate(allocation, share))
-                if not math.isfinite(loss):
+                if not math.isfinite(loss) or share == 1:
                     break
                 trial.report(loss, rung)
-                if share < 1 and START not in trial.user_attrs and trial.should_prune():
+                if START not in trial.user_attrs and trial.should_prune():
                     settle(self.study, trial, DROPPED)
                     return True
-        settle(self.study, trial, MEASURED if math.isfinite(loss) else NO_NUMBER, loss if math.isfinite(loss) else None)
+        if not math.isfinite(loss):
+            settle(self.study, trial, NO_NUMBER)
+        elif len(self.study.directions) == 1:
+            settle(self.study, trial, MEASURED, [loss])
+        else:
+            settle(self.study, trial, MEASURED, [loss, self.space.problem.totals(choices)[self.space.cost]])
         return True
 
     def _sampler(self, known: list[FrozenTrial]) -> BaseSampler:
@@ -246,7 +280,10 @@ class _SwitchSampler(BaseSampler):
 
 
 def _starts(problem: Problem, cost: str, number: int) -> list[NDArray[Any]]:
-    """The predicted optimum within the budgets, and the exact frontier's points below it."""
+    """The predicted optimum within the budgets and the exact frontier's points below it; points all along, without."""
+    if not problem.budgets:
+        whole = exact(problem, cost=cost).choices
+        return [whole[i] for i in np.unique(np.linspace(0, len(whole) - 1, number).round().astype(int)).tolist()]
     if set(problem.budgets) == {cost}:
         return [*exact(problem, cost=cost).choices[-number:]][::-1]
     return [*integer(problem, cost=cost).choices]
@@ -263,8 +300,7 @@ def _frontier(study: optuna.Study, space: LevelSpace, cost: str) -> MeasuredFron
         if _measured(trial):
             levels = _levels(trial.user_attrs[KEY])
             choices = tuple(space.choices(levels).tolist())
-            assert trial.value is not None
-            measured.append(Evaluation(choices, space.loss(levels), trial.value))
+            measured.append(Evaluation(choices, space.loss(levels), trial.values[0]))
     if not measured:
         raise MpqError(f"none of {spent(known)} evaluations gave a number: check the model and the data")
     costs = np.array([problem.totals(one.choices)[cost] for one in measured])

@@ -19,6 +19,7 @@ class LevelSpace:
     """A problem's choices as numbers from 0, the cheapest possible scheme of a group, to its number of schemes - 1."""
 
     problem: Problem
+    cost: str  # by which levels rise
     schemes: NDArray[np.intp]  # (groups, levels), scheme index; beyond a group's own number its last one repeats
     sizes: Levels  # levels of each group
     costs: Mapping[str, Array]  # (groups, levels), of the budgeted costs
@@ -40,10 +41,11 @@ class LevelSpace:
         return float(self.losses[np.arange(len(levels)), levels].sum())
 
     def excess(self, levels: Levels) -> float:
-        """Largest overrun of a budget, as a share of it; at most 0 within all of them."""
+        """Largest overrun of a budget, as a share of it; at most 0 within all of them, and where there are none."""
         rows = np.arange(len(levels))
         budgets = self.problem.budgets
-        return max(float(self.costs[name][rows, levels].sum() / budget - 1) for name, budget in budgets.items())
+        overruns = (float(self.costs[name][rows, levels].sum() / budget - 1) for name, budget in budgets.items())
+        return max(overruns, default=-1.0)
 
     def repaired(self, levels: Levels) -> Levels:
         """The levels, lowered one step at a time where the predicted loss rises least for the excess it saves."""
@@ -110,17 +112,17 @@ def level_space(problem: Problem, cost: str) -> LevelSpace:
     """The levels of a problem, by one of its costs.
 
     Raises:
-        MpqError: no budgets, or one that nothing meets.
+        MpqError: an unknown cost.
     """
-    if not problem.budgets:
-        raise MpqError("a search on measured loss wants at least one budget, such as size")
+    if cost not in problem.costs:
+        raise MpqError(f"there is no cost {cost!r}: the problem knows {', '.join(problem.costs)}")
     orders = [_by_cost(losses, costs) for losses, costs in zip(problem.losses, problem.costs[cost], strict=True)]
     width = max(map(len, orders))
     schemes = np.array([order + [order[-1]] * (width - len(order)) for order in orders], np.intp)
     rows = np.arange(len(orders))[:, None]
     budgeted = {name: problem.costs[name][rows, schemes] for name in problem.budgets}
     sizes = np.array([len(order) for order in orders], np.intp)
-    return LevelSpace(problem, schemes, sizes, budgeted, problem.losses[rows, schemes])
+    return LevelSpace(problem, cost, schemes, sizes, budgeted, problem.losses[rows, schemes])
 
 
 def _by_cost(losses: Array, costs: Array) -> list[int]:

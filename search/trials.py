@@ -4,14 +4,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from mpq.core.errors import MpqError
 
@@ -41,13 +41,19 @@ def open_storage(storage: str | os.PathLike[str] | None) -> BaseStorage:
     return JournalStorage(JournalFileBackend(name))
 
 
-def open_study(storage: str | os.PathLike[str] | None, name: str, settings: str) -> optuna.Study:
-    """The study of this name, made when it is not there.
+def open_study(
+    storage: str | os.PathLike[str] | None, name: str, settings: str, *, objectives: int = 1, resume: bool = False
+) -> optuna.Study:
+    """The study of this name, made when it is not there and `resume` does not ask for one that is.
 
     Raises:
-        MpqError: it was made with other settings.
+        MpqError: it was made with other settings, or is not there to be resumed.
     """
-    study = optuna.create_study(storage=open_storage(storage), study_name=name, load_if_exists=True)
+    if resume:
+        _check_resumable(storage, name)
+    study = optuna.create_study(
+        storage=open_storage(storage), study_name=name, load_if_exists=True, directions=["minimize"] * objectives
+    )
     found = study.user_attrs.get("settings")
     if found is None:
         study.set_user_attr("settings", settings)
@@ -56,12 +62,29 @@ def open_study(storage: str | os.PathLike[str] | None, name: str, settings: str)
             f"the study {name!r} in {storage} is of another problem, seed or fidelity: use the same ones to go on with "
             "it, or give the new one a name of its own"
         )
+    made = spent(trials_of(study))
+    if made and not resume:
+        log.warning("going on with the study %r in %s: %d evaluations are there already", name, storage, made)
     return study
+
+
+def _check_resumable(storage: str | os.PathLike[str] | None, name: str) -> None:
+    if storage is None:
+        raise MpqError("only a search with a storage can be resumed: name the journal file or database it used")
+    path = os.fspath(storage)
+    known = [] if "://" not in path and not os.path.exists(path) else optuna.get_all_study_names(open_storage(path))
+    if name not in known:
+        others = f"it holds {', '.join(map(repr, known))}" if known else "nothing was begun there"
+        raise MpqError(f"there is no study {name!r} in {path} to resume: {others}; leave resume out to begin it")
 
 
 def trials_of(study: optuna.Study) -> list[FrozenTrial]:
     """All trials as they are in the storage now."""
     return study.get_trials(deepcopy=False)
+
+
+def _running(study: optuna.Study) -> list[FrozenTrial]:
+    return [trial for trial in trials_of(study) if trial.state is TrialState.RUNNING]
 
 
 def settled(trials: list[FrozenTrial]) -> list[FrozenTrial]:
@@ -88,13 +111,13 @@ def claim(study: optuna.Study, trial: Trial, key: str) -> FrozenTrial | None:
     return None
 
 
-def settle(study: optuna.Study, trial: Trial, outcome: str, value: float | None = None) -> None:
+def settle(study: optuna.Study, trial: Trial, outcome: str, values: Sequence[float] | None = None) -> None:
     """End a trial. One that was taken for lost meanwhile stays lost: its result is dropped, and said so."""
     states = {NO_NUMBER: TrialState.FAIL, LOST: TrialState.FAIL, DROPPED: TrialState.PRUNED}
-    state = TrialState.COMPLETE if value is not None else states.get(outcome, TrialState.PRUNED)
+    state = TrialState.COMPLETE if values is not None else states.get(outcome, TrialState.PRUNED)
     try:
         trial.set_user_attr(OUTCOME, outcome)
-        study.tell(trial, value, state=state)
+        study.tell(trial, values, state=state)
     except (UpdateFinishedTrialError, ValueError):
         log.warning(TAKEN_FOR_DEAD, trial.number)
 
@@ -129,12 +152,17 @@ class Watch:
         self.study, self.interval = study, interval
         self.suspects: dict[int, tuple[float, float]] = {}  # trial number -> last sign of life, suspected since
 
+    def wait_for_signs(self) -> None:
+        """Wait until every trial that runs now has given a sign of life, or was retired with its worker."""
+        before = {trial.number: trial.user_attrs.get(BEAT) for trial in _running(self.study)}
+        while any(before.get(trial.number, 0.0) == trial.user_attrs.get(BEAT) for trial in _running(self.study)):
+            time.sleep(self.interval / 2)
+            self.retire_dead()
+
     def retire_dead(self) -> None:
         """Suspect the silent ones, and retire those that stayed silent under suspicion."""
         suspects = {}
-        for trial in trials_of(self.study):
-            if trial.state is not TrialState.RUNNING:
-                continue
+        for trial in _running(self.study):
             started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
             beat = trial.user_attrs.get(BEAT, started)
             if time.time() - beat <= MISSED_BEATS * self.interval:
@@ -159,4 +187,9 @@ def retry(study: optuna.Study, trial: FrozenTrial) -> None:
         return
     log.warning("trial %d was lost with its worker: it is done again", trial.number)
     kept = {START: True} if START in trial.user_attrs else {}
-    study.enqueue_trial(trial.params, {"retry_of": trial.number, **kept})
+    # As `study.enqueue_trial` does, but with what a genetic sampler noted of the trial: the generation it belongs to.
+    attributes = {**trial.system_attrs, "fixed_params": trial.params}
+    again = create_trial(
+        state=TrialState.WAITING, system_attrs=attributes, user_attrs={"retry_of": trial.number, **kept}
+    )
+    study.add_trial(again)

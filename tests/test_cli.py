@@ -176,6 +176,15 @@ def test_evolution_measures_on_the_tables_own_model(table, tmp_path, capsys):
     assert main([*job, "-o", str(tmp_path / "a.json")]) == 0  # nothing is left to measure
     assert Allocation.load(tmp_path / "a.json").bits <= 3
     assert storage.exists()
+    capsys.readouterr()
+    assert main([*job, "--resume"]) == 0
+    assert "measured loss" in capsys.readouterr().out
+    assert main([*job, "--resume", "--study", "another"]) == 2
+    assert "no study 'another'" in capsys.readouterr().err
+    measured = ["--sampler", "nsga3", "--measure-frontier", "--study", "both", "--frontier", str(tmp_path / "f.csv")]
+    assert main([*job, *measured]) == 0
+    assert "measured" in (tmp_path / "f.csv").read_text().splitlines()[0]
+    assert main([*job, "--measure-frontier", "--budget", "bitops=1e9"]) == 2
 
 
 def test_measured_latency_is_a_cost(table, tmp_path, capsys):

@@ -50,6 +50,11 @@ class Frontier:
         """The allocation of a point."""
         return self.problem.allocation(self.choices[index])
 
+    def facts(self, index: int) -> dict[str, float]:
+        """What is told of a point beside its costs: predicted loss and its standard error."""
+        allocation = self.problem.allocation(self.choices[index])
+        return {"loss": allocation.loss, "error": allocation.error}
+
     @property
     def bits(self) -> Array:
         """Average stored bits for each weight at every point (points,); of a frontier in size only."""
@@ -101,7 +106,7 @@ class Frontier:
         return float((np.diff(edges) * (loss - self.losses[inside])).sum())
 
     def save(self, path: str | os.PathLike[str], *, points: int = 1000) -> None:
-        """Write a CSV file: size, bits, every cost and the predicted loss of at most so many points, evenly spread.
+        """Write a CSV file: bits, every cost and the facts of at most so many points, evenly spread.
 
         One column per layer holds its scheme.
         """
@@ -109,14 +114,12 @@ class Frontier:
         names = [layer.name for layer in self.problem.layers]
         with write_atomically(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(["bits", *self.problem.costs, "loss", "error", *names])
+            writer.writerow(["bits", *self.problem.costs, *self.facts(0), *names])
             for index in shown.tolist():
                 choices = self.choices[index]
                 allocation = self.problem.allocation(choices)
                 totals = [f"{total:.15g}" for total in self.problem.totals(choices).values()]
-                writer.writerow(
-                    [repr(allocation.bits), *totals, allocation.loss, allocation.error, *allocation.schemes]
-                )
+                writer.writerow([repr(allocation.bits), *totals, *self.facts(index).values(), *allocation.schemes])
 
     def _sizes(self) -> Array:
         if self.cost != "size":

@@ -1,5 +1,6 @@
 """Evolution keeps budgets, beats its start, measures nothing twice, and survives whatever happens to its workers."""
 
+import csv
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ from evolve import problem_within, true_loss
 from problems import every_choice, make_problem
 
 from mpq.core.errors import MpqError
+from mpq.core.frontier import non_dominated
 from mpq.search.evolution import SAMPLERS, evolution
 from mpq.search.exact import exact
 from mpq.search.trials import LOST, OUTCOME, open_storage, retry
@@ -101,8 +103,8 @@ def test_a_loss_that_is_no_number_is_left_out_and_told(caplog):
         evolution(problem, evaluate=lambda allocation, share: math.nan, trials=10)
 
 
-@pytest.mark.parametrize("sampler", ["switch", "nsga2", "tpe"])
-@pytest.mark.parametrize("stop", [2, 25])
+@pytest.mark.parametrize("sampler", ["switch", "nsga2", "nsga3", "tpe"])
+@pytest.mark.parametrize("stop", [2, 22])
 def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(tmp_path, sampler, stop):
     problem = problem_within()
     whole = evolution(problem, evaluate=true_loss, trials=26, sampler=sampler, seed=3, shares=(0.5, 1.0))
@@ -125,6 +127,65 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(tmp_path, samp
     untouched = Recorder()
     assert evolution(problem, evaluate=untouched, **settings).losses.tolist() == whole.losses.tolist()
     assert not untouched.asked
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "nsga3", "tpe"])
+def test_without_budgets_loss_and_cost_fall_together(tmp_path, sampler):
+    problem, evaluate = replace(problem_within(), budgets={}), Recorder()
+    whole = evolution(problem, evaluate=evaluate, trials=40, sampler=sampler)
+    assert len(set(evaluate.asked)) == len(evaluate.asked) == len(whole.evaluations) == 40
+    costs = [problem.totals(one.choices)["size"] for one in whole.evaluations]
+    ends = exact(problem)
+    assert {costs[0], costs[3]} == {ends.costs[0], ends.costs[-1]}  # it starts from both ends of the exact frontier
+    kept = non_dominated(costs, [one.measured for one in whole.evaluations])
+    assert whole.costs.tolist() == [costs[i] for i in kept]
+    assert len(whole) >= 5
+    middle = whole.at(size=float(np.mean(costs)) + problem.overhead)
+    assert true_loss(middle) == middle.provenance["measured_loss"]
+
+    asked = Recorder()
+
+    def interrupted(allocation, share):
+        if len(asked.asked) == 27:
+            raise KeyboardInterrupt
+        return asked(allocation, share)
+
+    settings = {"trials": 40, "sampler": sampler, "storage": tmp_path / "journal"}
+    with pytest.raises(KeyboardInterrupt):
+        evolution(problem, evaluate=interrupted, **settings)
+    resumed = evolution(problem, evaluate=asked, resume=True, **settings)
+    assert sorted(one.choices for one in resumed.evaluations) == sorted(one.choices for one in whole.evaluations)
+
+
+def test_a_measured_frontier_is_written_with_what_was_predicted_and_measured(tmp_path):
+    found = evolution(replace(problem_within(), budgets={}), evaluate=true_loss, trials=12)
+    found.save(tmp_path / "frontier.csv")
+    with open(tmp_path / "frontier.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["measured"]) for row in rows] == found.losses.tolist()
+    assert [float(row["loss"]) for row in rows] == [allocation.loss for allocation in found]
+
+
+def test_a_killed_run_is_resumed_with_identical_results(tmp_path):
+    whole = evolution(problem_within(), evaluate=true_loss, trials=16)
+    storage, log = tmp_path / "journal", tmp_path / "log"
+    settings = {"trials": 16, "storage": storage, "heartbeat": 0.1}
+    with pytest.raises(MpqError, match=r"no study 'mpq' in .* to resume: nothing was begun there"):
+        evolution(problem_within(), evaluate=true_loss, resume=True, **settings)
+    assert not storage.exists()
+    victim = run(storage, 16, log, 0.01, 9)  # hangs in its tenth evaluation
+    wait_until(lambda: log.exists() and len(log.read_text().splitlines()) == 10)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    asked = Recorder()
+    resumed = evolution(problem_within(), evaluate=asked, resume=True, **settings)
+    assert len(asked.asked) == 16 - 9  # the running evaluation was lost, and nothing else
+    assert resumed.losses.tolist() == whole.losses.tolist()
+    assert {one.choices for one in resumed.evaluations} == {one.choices for one in whole.evaluations}
+    with pytest.raises(MpqError, match=r"no study 'other' in .* to resume: it holds 'mpq'"):
+        evolution(problem_within(), evaluate=None, resume=True, study="other", storage=storage)
+    with pytest.raises(MpqError, match="only a search with a storage can be resumed"):
+        evolution(problem_within(), evaluate=None, resume=True)
 
 
 def run(*arguments):
@@ -177,8 +238,12 @@ def test_databases_are_storages_too(tmp_path):
 
 def test_mistakes_are_told(tmp_path):
     problem = problem_within()
-    with pytest.raises(MpqError, match="at least one budget"):
-        evolution(replace(problem, budgets={}), evaluate=true_loss)
+    free = replace(problem, budgets={})
+    for wrong in ({"sampler": "switch"}, {"sampler": "nsga2", "shares": (0.5, 1.0)}):
+        with pytest.raises(MpqError, match="want at least one budget"):
+            evolution(free, evaluate=true_loss, **wrong)
+    with pytest.raises(MpqError, match="no cost 'time'"):
+        evolution(free, evaluate=true_loss, cost="time")
     with pytest.raises(MpqError, match="unknown sampler 'tp'"):
         evolution(problem, evaluate=true_loss, sampler="tp")
     with pytest.raises(MpqError, match=r"rise to 1, not 0\.5, 0\.2"):
