@@ -32,12 +32,15 @@ class Use:
 
     def rows(self, samples: int) -> tuple[Tensor, Tensor]:
         """Inputs (samples, groups, positions, cols) and gradients (samples, groups, positions, rows / groups)."""
+        return self._by_sample(input_matrix(self.module, self.inputs), samples), self.slope_rows(samples)
+
+    def slope_rows(self, samples: int) -> Tensor:
+        """The gradients of `rows` alone."""
+        return self._by_sample(output_matrix(self.module, self.gradient), samples)
+
+    def _by_sample(self, matrix: Tensor, samples: int) -> Tensor:
         groups = weight_groups(self.module)
-        inputs, gradient = input_matrix(self.module, self.inputs), output_matrix(self.module, self.gradient)
-        return tuple(  # type: ignore[return-value]
-            matrix.float().reshape(groups, samples, -1, matrix.shape[-1]).transpose(0, 1)
-            for matrix in (inputs, gradient)
-        )
+        return matrix.float().reshape(groups, samples, -1, matrix.shape[-1]).transpose(0, 1)
 
     def weight_gradients(self, samples: int, rows: int) -> Tensor:
         """Each sample's gradient of the weight matrix, (samples, rows, cols)."""
@@ -88,12 +91,49 @@ def layer_uses(task: Task, index: int, labels: str = "data", draw: int = 0) -> I
     if labels == "auto":
         labels = _known_labels(task, batch)
     seeds = None if labels == "data" else (index, draw)
-    uses = _run(task, batch, index, seeds)
-    if samples == 1 or all(_keeps_samples(use, samples) for found in uses.values() for use in found):
+    (uses,) = _run(task, batch, index, [None if seeds is None else Draw(seeds)])
+    if samples == 1 or keep_samples(uses, samples):
         yield samples, uses
         return
     for number, sample in enumerate(split_batch(batch)):
-        yield 1, _run(task, sample, index, None if seeds is None else (*seeds, number))
+        (uses,) = _run(task, sample, index, [None if seeds is None else Draw((*seeds, number))])
+        yield 1, uses
+
+
+def designed_uses(
+    task: Task, index: int, draws: Sequence[int], order: int | None = None
+) -> Iterator[tuple[int, list[Uses]]]:
+    """Yield (samples, uses of each draw) of batch `index` with labels "model", from one forward pass.
+
+    With a design the signs of draw k are random ones, the same for all draws, times row k of a Hadamard matrix of this
+    order, rows shuffled, columns running over a sample's logits: the whole set of draws gives the mean over all signs
+    exactly, and fewer one with the variance of sampling without replacement. Without one all signs are random.
+    """
+    batch = task.batches[index]
+    samples = samples_in(batch)
+
+    def wanted(*piece: int) -> list[Draw | None]:
+        if order is None:
+            return [Draw((index, draw, *piece)) for draw in draws]
+        return [Draw((index, "design", *piece), (draw, order)) for draw in draws]
+
+    runs = _run(task, batch, index, wanted())
+    first = next(runs)
+    if samples == 1 or keep_samples(first, samples):
+        yield samples, [first, *runs]
+        return
+    for number, sample in enumerate(split_batch(batch)):
+        yield 1, list(_run(task, sample, index, wanted(number)))
+
+
+def design_row(seed: int, row: int, order: int) -> Tensor:
+    """Signs (order,): a row of Sylvester's matrix, (-1)^(number of common bits of row and column), rows shuffled."""
+    shuffled = torch.randperm(order, generator=seeded(seed, "design"))
+    common = int(shuffled[row]) & torch.arange(order)
+    parity = torch.zeros_like(common)
+    while bool(common.any()):
+        parity, common = parity ^ (common & 1), common >> 1
+    return 1.0 - 2.0 * parity
 
 
 def _known_labels(task: Task, batch: Batch) -> str:
@@ -105,6 +145,11 @@ def _known_labels(task: Task, batch: Batch) -> str:
     return "model"
 
 
+def keep_samples(uses: Uses, samples: int) -> bool:
+    """Whether every call has the samples as its first dimension."""
+    return all(_keeps_samples(use, samples) for found in uses.values() for use in found)
+
+
 def _keeps_samples(use: Use, samples: int) -> bool:
     least = 1 if isinstance(use.module, nn.Embedding) else 2
     if isinstance(use.module, (nn.Conv1d, nn.Conv2d)):
@@ -112,26 +157,46 @@ def _keeps_samples(use: Use, samples: int) -> bool:
     return use.inputs.ndim >= least and len(use.inputs) == len(use.gradient) == samples
 
 
-def _run(task: Task, batch: Batch, index: int, seeds: tuple[int, ...] | None) -> Uses:
+@dataclass(frozen=True)
+class Draw:
+    """What random slopes are drawn from: seeds, and row and order of the design where there is one."""
+
+    seeds: tuple[object, ...]
+    design: tuple[int, int] | None = None
+
+
+def _run(task: Task, batch: Batch, index: int, draws: Sequence[Draw | None]) -> Iterator[Uses]:
+    """The uses for each draw, or for the data's own labels (None), from one forward pass."""
     samples = samples_in(batch)
     with only_gradients_of(task.model), _recording(task.model, task.layers) as calls:
         with outputs_of(task.model) as logits:
             loss = check_loss(task.loss_fn(task.model, batch), index)
+        recorded = list(calls)
+        asked = None if draws == [None] else predictions(task.model, batch, task.loss_fn)
+    outputs = [output for *_, output in recorded]
+    for number, draw in enumerate(draws, 1):
         top, slopes = [loss], [torch.full_like(loss, samples)]
-        if seeds is not None:
-            weights = [found.weights for found in predictions(task.model, batch, task.loss_fn)]
-            generator = seeded(task.seed, "labels", *seeds)
-            top = logits
-            slopes = [
-                random_slopes(each.detach(), share * samples, generator)
-                for each, share in zip(logits, weights, strict=True)
-            ]
-        outputs = [output for *_, output in calls]
-        gradients = torch.autograd.grad(top, outputs, slopes, allow_unused=True, materialize_grads=True)
-    uses: Uses = {layer.name: [] for layer in task.layers}
-    for (name, module, inputs, _), gradient in zip(calls, gradients, strict=True):
-        uses[name].append(Use(module, inputs, gradient))
-    return uses
+        if draw is not None and asked is not None:
+            top, slopes = logits, _slopes(task, draw, logits, [found.weights * samples for found in asked])
+        gradients = torch.autograd.grad(
+            top, outputs, slopes, retain_graph=number < len(draws), allow_unused=True, materialize_grads=True
+        )
+        uses: Uses = {layer.name: [] for layer in task.layers}
+        for (name, module, inputs, _), gradient in zip(recorded, gradients, strict=True):
+            uses[name].append(Use(module, inputs, gradient))
+        yield uses
+
+
+def _slopes(task: Task, draw: Draw, logits: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    generator = seeded(task.seed, "labels", *draw.seeds)
+    flips: list[Tensor | None] = [None] * len(logits)
+    if draw.design is not None:
+        signs, start = design_row(task.seed, *draw.design), 0
+        for number, each in enumerate(logits):
+            size = each[0].numel()
+            flips[number], start = signs[start : start + size].view(each.shape[1:]), start + size
+    parts = zip(logits, weights, flips, strict=True)
+    return [random_slopes(each.detach(), share, generator, flip) for each, share, flip in parts]
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -15,6 +16,7 @@ from mpq.core.calibration import samples_in, seeded
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
+from mpq.sensitivity.gauss_newton import design_order, gauss_newton_draws, slope_scales, straight_layers
 from mpq.sensitivity.inputs import input_curvature, input_errors
 from mpq.sensitivity.products import Curvature, operator_named, weight_curvature
 from mpq.sensitivity.task import Scores, Task, score_weight_errors
@@ -115,12 +117,18 @@ def hessian_traces(
     target: float = 0.2,
     settle: float = 0.7,
 ) -> Traces:
-    """Hutchinson's estimate of Tr(H_ii) for every layer i from Hessian-vector products shared by all of them.
+    """Estimates of Tr(H_ii) for every layer i, all layers at once, until the probes' part of the error is small.
 
-    One draw is a Rademacher vector v over all layers' weights and one product H v on one batch; v_i . (H v)_i has mean
-    Tr(H_ii), since the cross terms v_i . H_ij v_j vanish on average, and variance
-    2 (||H_ii||_F^2 - sum_k H_ii,kk^2) + sum_j!=i ||H_ij||_F^2. H belongs to the loss per sample: batches are averaged
-    by their sizes. Draws are seeded by batch, index and layer name.
+    Where the model's outputs bend in no layer's own weight (ReLU networks, see `straight_layers`) and the loss is
+    cross-entropy, H_ii is Gauss-Newton's block, and gradients of single samples give its trace with one backward pass a
+    draw (`gauss_newton_draws`). So they do for every layer of the operator "gauss-newton".
+
+    Elsewhere one draw is Hutchinson's: a Rademacher vector v over all layers' weights, v_j scaled by s_j, and one
+    product H v on one batch; v_i . (H s v)_i / s_i has mean Tr(H_ii), since the cross terms vanish on average, and
+    variance 2 (||H_ii||_F^2 - sum_k H_ii,kk^2) + sum_j!=i (s_j / s_i)^2 ||H_ij||_F^2. Scales of 1 / sqrt(Tr(G_jj)),
+    from one draw of Gauss-Newton's, keep the layers of large trace out of the others' sums.
+
+    H belongs to the loss per sample: batches are averaged by their sizes. Draws are seeded by batch, index and layer.
 
     Of "inputs", H_ii is the Hessian of a sample's loss in that sample's inputs of the layer, and its trace is averaged
     over samples: samples do not meet, so one product serves all of them (HAWQ-V2, section 3.3).
@@ -133,52 +141,102 @@ def hessian_traces(
     operator_named(operator)
     if of not in CURVATURES:
         raise MpqError(f"traces are of {' or '.join(CURVATURES)}, not of {of!r}")
+    rule = (min_probes, max_probes, target, settle)
+    known, order = _slopes_of(task) if of == "weights" else (False, None)
+    straight = np.full(len(task.layers), known)
+    if known and operator == "hessian":
+        straight = np.array(straight_layers(task))
+    found: dict[bool, Traces] = {}
+    for simple in set(straight.tolist()):
+        part = replace(task, layers=tuple(np.array(task.layers, dtype=object)[straight == simple]))
+        if simple:
+            found[simple] = _until_enough(part, rule, partial(_slope_draws, part, order), order)
+        else:
+            scales = slope_scales(part) if known else [1.0] * len(part.layers)
+            found[simple] = _until_enough(part, rule, partial(_draws, part, operator, of, scales))
+    columns = np.zeros((3, len(straight)))
+    for simple, traces in found.items():
+        columns[:, straight == simple] = traces.means, traces.errors, traces.probe_errors
+    return Traces(columns[0], columns[1], columns[2], max(traces.probes for traces in found.values()))
+
+
+def _slopes_of(task: Task) -> tuple[bool, int | None]:
+    """Whether the loss is cross-entropy, and the order of its design of slopes."""
+    try:
+        return True, design_order(task)
+    except (MpqError, AttributeError, TypeError, RuntimeError):  # outputs may be of any kind
+        return False, None
+
+
+def _until_enough(
+    task: Task,
+    rule: tuple[int, int, float, float],
+    draw: Callable[[Sequence[int]], NDArray[np.float64]],
+    order: int | None = None,
+) -> Traces:
+    min_probes, max_probes, target, settle = rule
     sizes = np.array([samples_in(batch) for batch in task.batches], dtype=np.float64)
+    most = max_probes if order is None else min(max_probes, order)
     draws = np.empty((0, len(task.batches), len(task.layers)))
     while True:
-        more = min_probes if not len(draws) else min(len(draws), max_probes - len(draws))
-        rounds = range(len(draws), len(draws) + more)
-        draws = np.concatenate([draws, _draws(task, rounds, operator, of)])
-        traces = _summary(draws, sizes / sizes.sum())
+        more = min(len(draws) or min_probes, most - len(draws))
+        draws = np.concatenate([draws, draw(range(len(draws), len(draws) + more))])
+        traces = _summary(draws, sizes / sizes.sum(), order)
         enough = np.maximum(target * np.abs(traces.means), settle * traces.errors)
-        if len(draws) >= max_probes or bool((traces.probe_errors <= enough).all()):
+        if len(draws) >= most or bool((traces.probe_errors <= enough).all()):
             return traces
 
 
 def _summary(
     draws: NDArray[np.float64],  # (probes, batches, layers)
     shares: NDArray[np.float64],  # (batches,), sum 1
+    order: int | None = None,  # of the design that they are from: all its draws together have no error
 ) -> Traces:
     probes, batches, _ = draws.shape
     by_batch = draws.mean(0)
     means = shares @ by_batch
     probe_variances = shares**2 @ (draws.var(0, ddof=1) / probes)
+    if order is not None:
+        probe_variances *= 1 - probes / order
     # The spread between batches holds the probes' noise as well; few batches estimate it badly, so the larger counts.
     spread = shares**2 @ (by_batch - means) ** 2 * (batches / (batches - 1)) if batches > 1 else probe_variances
     return Traces(means, np.sqrt(np.maximum(spread, probe_variances)), np.sqrt(probe_variances), probes)
 
 
-def _draws(task: Task, rounds: Sequence[int], operator: str, of: str) -> NDArray[np.float64]:
+def _draws(task: Task, operator: str, of: str, scales: Sequence[float], rounds: Sequence[int]) -> NDArray[np.float64]:
     """v_i . (H v)_i of every batch, (rounds, batches, layers); a batch's graph serves all its rounds."""
-    suffix = "" if of == "weights" else f" of {of}"
-    items = {
-        f"probe {index} of batch {batch}{suffix}": (batch, index)
-        for batch in range(len(task.batches))
-        for index in rounds
-    }
+
+    def work(batch: int, indices: Sequence[int]) -> Iterator[list[float]]:
+        with CURVATURES[of](task, batch, operator) as (curvature, owners):
+            for index in indices:
+                yield _draw(task, curvature, owners, (batch, index), scales)
+
+    return _by_batch(task, rounds, "probe {} of batch {}" + ("" if of == "weights" else f" of {of}"), work)
+
+
+def _slope_draws(task: Task, order: int | None, rounds: Sequence[int]) -> NDArray[np.float64]:
+    """The same from Gauss-Newton's draws."""
+    return _by_batch(task, rounds, "slopes {} of batch {}", partial(gauss_newton_draws, task, order))
+
+
+def _by_batch(
+    task: Task, rounds: Sequence[int], name: str, work: Callable[[int, Sequence[int]], Iterator[list[float]]]
+) -> NDArray[np.float64]:
+    """The numbers (rounds, batches, layers) that `work(batch, rounds)` yields for each round."""
+    items = {name.format(index, batch): (batch, index) for batch in range(len(task.batches)) for index in rounds}
 
     def draw(missing: Sequence[tuple[int, int]]) -> Iterator[list[float]]:
         told = task.track(missing, f"Hessian probes {rounds[0] + 1} to {rounds[-1] + 1}")
-        for batch, indices in groupby(told, key=lambda item: item[0]):
-            with CURVATURES[of](task, batch, operator) as (curvature, owners):
-                for seeds in indices:
-                    yield _draw(task, curvature, owners, seeds)
+        for batch, found in groupby(told, key=lambda item: item[0]):
+            yield from work(batch, [index for _, index in found])
 
     found = task.numbers(items, draw, adjacent=True)
     return np.array(found).reshape(len(task.batches), len(rounds), len(task.layers)).swapaxes(0, 1)
 
 
-def _draw(task: Task, curvature: Curvature, owners: Sequence[int], seeds: tuple[int, int]) -> list[float]:
+def _draw(
+    task: Task, curvature: Curvature, owners: Sequence[int], seeds: tuple[int, int], scales: Sequence[float]
+) -> list[float]:
     """One draw for every layer; a layer owns one variable, its weight, or as many as its module was called."""
     calls: dict[int, int] = {}
     probes = []
@@ -186,10 +244,10 @@ def _draw(task: Task, curvature: Curvature, owners: Sequence[int], seeds: tuple[
         calls[owner] = calls.get(owner, 0) + 1
         again = () if calls[owner] == 1 else (calls[owner],)
         generator = seeded(task.seed, "hessian", *seeds, task.layers[owner].name, *again)
-        probes.append(rademacher(variable, generator))
+        probes.append(rademacher(variable, generator) * scales[owner])
     numbers = [0.0] * len(task.layers)
     for owner, v, hv in zip(owners, probes, curvature.product(probes), strict=True):
-        numbers[owner] += (v * hv).sum(dtype=torch.float64).item()
+        numbers[owner] += (v * hv).sum(dtype=torch.float64).item() / scales[owner] ** 2
     return numbers
 
 

@@ -74,14 +74,17 @@ def random_slopes(
     logits: Tensor,  # (..., classes)
     weights: Tensor,  # (...)
     generator: torch.Generator,
+    flips: Tensor | None = None,  # (..., classes), of one sample
 ) -> Tensor:
     """Random d (..., classes) with E[d d^T] = w (diag(p) - p p^T), independent between predictions.
 
     d = sqrt(w) (sqrt(p) e - p (sqrt(p) . e)) with random signs e: all classes take part, which varies less than a
-    label drawn from p.
+    label drawn from p. With `flips`, such as rows of an orthogonal design, the signs are e * flips.
     """
     roots = logits.double().softmax(-1).sqrt()
     signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8).to(logits.device) * 2.0 - 1
+    if flips is not None:
+        signs = signs * flips.to(signs.device)
     spread = roots * signs
     slopes = spread - roots.square() * spread.sum(-1, keepdim=True)
     return (weights.sqrt().unsqueeze(-1) * slopes).to(logits.dtype)
