@@ -14,13 +14,14 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
-from mpq.core.layers import layer_kind, matrix_to_weight, weight_matrix
+from mpq.core.layers import FUSED, layer_kind, matrix_to_weight, weight_matrix
 from mpq.core.methods import method_named
 from mpq.core.ranges import Ranges, static_scale
 from mpq.core.rounding import Quantized, dequantize, quantize, recode
 from mpq.core.scheme import Scheme
 from mpq.kernels.layout import Packed, pack
-from mpq.kernels.modules import PackedWeight, packed_module
+from mpq.kernels.modules import PackedLinear, PackedWeight, packed_module
+from mpq.kernels.stacked import Stack, stackable
 
 Moments = Mapping[str, Tensor]  # second moments of the layers' inputs, by layer name
 
@@ -99,6 +100,24 @@ def put_packed(
             weight.arrange()
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed_module(origin, weight, scheme))
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """The packed model, changed in place: q/k/v and gate/up projections of one scheme are computed in one pass.
+
+    Lossless, and invisible but for the speed: names, state dict and outputs stay. Siblings whose formats differ, whose
+    rows do not fill whole panels of 64, or that have a scale for the whole tensor each, stay apart, as do all on a GPU.
+    Meant for self-attention: where q, k and v read different inputs, time would be lost.
+    """
+    for parent in model.modules():
+        for family in (family for families in FUSED.values() for family in families):
+            children = [child for name, child in parent.named_children() if name in family]
+            members = [child for child in children if isinstance(child, PackedLinear)]
+            if members and len(members) == len(children) and stackable(members):
+                stack = Stack(members)
+                for member in members:
+                    member.stack = stack
+    return model
 
 
 def quantized_layers(

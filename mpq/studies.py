@@ -196,9 +196,10 @@ def _generate(options: argparse.Namespace) -> None:
     from mpq.core.allocation import Allocation
     from mpq.exporters import checkpoint
     from mpq.generate import compare_speeds, generate
+    from mpq.quantized import fuse
     from mpq.sources import open_network
 
-    model = checkpoint.load(options.folder)
+    model = fuse(checkpoint.load(options.folder))
     name = Allocation.load(Path(options.folder) / "allocation.json").provenance.get("model")
     if name is None:
         raise MpqError(f"{options.folder} does not say which model it was made of, so there is no tokenizer for it")

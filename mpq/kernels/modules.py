@@ -14,6 +14,7 @@ from mpq.core.formats import Format
 from mpq.core.scheme import Scheme
 from mpq.kernels.layout import ROWS, Packed, best_layout, packed_of, tensor_specs, to_layout
 from mpq.kernels.reference import quantize_activation
+from mpq.kernels.stacked import Stack
 
 
 class PackedWeight(nn.Module):
@@ -105,9 +106,12 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.weight, self.activation = weight, activation
         self.bias = bias
+        self.stack: Stack | None = None  # of layers that share their inputs
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
+        if self.stack is not None and (part := self.stack.output(self, input)) is not None:
+            return part
         weight = self.weight
         output: Tensor = torch.ops.mpq.linear(input, weight.tensors, self.bias, *weight.facts, self.activation)
         return output

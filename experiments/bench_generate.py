@@ -1,0 +1,163 @@
+"""Tokens per second of language models in 4.25 bits against bfloat16: one sequence, greedy, in the same light loop.
+
+    python experiments/bench_generate.py [--quick] [--scheme int4-g64] [--tokens 32] [--rounds 5]
+
+Models: the WikiText-2 Llama of 5.5 M parameters, and Llama shapes of 1.2 billion with random weights, built layer by
+layer (speed only). Models take turns; figures are medians. With --quick the large one has two blocks and a small vocabulary.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import reference_models
+from mpq.core.allocation import Allocation
+from mpq.core.calibration import seeded
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.core.layers import find_layers
+from mpq.core.rounding import quantize
+from mpq.core.scheme import parse_scheme
+from mpq.generate import generate
+from mpq.kernels import cpu
+from mpq.kernels.layout import Packed, pack
+from mpq.quantized import fuse, pack_model, put_packed
+
+GOAL = 3.0  # times bfloat16
+# Llama 3.2 1B's shapes: 1.24 billion parameters, 0.26 of them in the matrix that input and output share
+SHAPES = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two blocks and a small vocabulary, few tokens")
+    parser.add_argument("--scheme", default="int4-g64", help="of every layer; int4-g64 takes 4.25 bits")
+    parser.add_argument("--tokens", type=int, default=32, help="decoded in a turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--models", default="wikitext,1b")
+    arguments = parser.parse_args()
+    tokens, rounds = (8, 3) if arguments.quick else (arguments.tokens, arguments.rounds)
+    shapes = {**SHAPES, "num_hidden_layers": 2, "vocab_size": 8192} if arguments.quick else SHAPES
+    print(f"instructions {cpu.level_name()}, {torch.get_num_threads()} threads, {arguments.scheme}")
+    builders = {"wikitext": lambda: small(arguments.scheme), "1b": lambda: large(arguments.scheme, shapes)}
+    results = []
+    for name in arguments.models.split(","):
+        try:
+            bfloat16, packed = builders[name]()
+        except MpqError as error:
+            print(f"{name} is left out: {error}")
+            continue
+        print(f"{name}: {describe(bfloat16)} in bfloat16, {describe(packed)} packed")
+        results += compare(name, bfloat16, packed, tokens, rounds)
+    print("\n".join(results))
+
+
+def small(scheme: str) -> tuple[nn.Module, nn.Module]:
+    """The WikiText-2 Llama in bfloat16 and packed."""
+    model = reference_models.wikitext_llama().bfloat16()
+    layers = find_layers(model)
+    return model, fuse(pack_model(model, Allocation(layers, (scheme,) * len(layers))))
+
+
+def large(scheme: str, shapes: dict[str, int]) -> tuple[nn.Module, nn.Module]:
+    """Random weights in both forms: one draw for each shape, in memory of its own for each layer."""
+    bfloat16, packed = skeleton(shapes), skeleton(shapes)
+    drawn: dict[tuple[int, int], Tensor] = {}
+    arranged: dict[tuple[int, int], Packed] = {}
+    for layer in find_layers(packed):
+        shape = (layer.rows, layer.cols)
+        if shape not in drawn:
+            drawn[shape] = torch.randn(shape, generator=seeded(0, *shape)).mul_(0.02)
+            arranged[shape] = pack(quantize(drawn[shape], parse_scheme(scheme).weight))
+        fill(bfloat16, layer, drawn[shape].bfloat16())
+        one = arranged[shape]
+        copied = Packed(one.format, shape, one.layout, {name: part.clone() for name, part in one.tensors.items()})
+        put_packed(packed, layer, parse_scheme(scheme), copied)
+    for model in (bfloat16, packed):
+        for name, parameter in list(model.named_parameters()):
+            if parameter.is_meta:  # norms
+                put(model, name, torch.ones(parameter.shape, dtype=torch.bfloat16))
+    return bfloat16, fuse(packed)
+
+
+def skeleton(shapes: dict[str, int]) -> nn.Module:
+    """The model without memory for its weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(**shapes)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16()
+    model.tie_weights()
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its buffers are computed, not loaded
+    return model.eval()
+
+
+def fill(model: nn.Module, layer: Layer, weight: Tensor) -> None:
+    """The weight in all modules that share it."""
+    parameter = nn.Parameter(weight, requires_grad=False)
+    for name in layer.names:
+        model.get_submodule(name).weight = parameter
+
+
+def put(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def describe(model: nn.Module) -> str:
+    """Megabytes of everything that the model stores."""
+    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return f"{sum(tensor.nbytes for tensor in tensors.values()) / 1e6:.0f} MB"
+
+
+def compare(name: str, bfloat16: nn.Module, packed: nn.Module, tokens: int, rounds: int) -> list[str]:
+    """RESULT lines of the two loops, and of transformers' own loop over both."""
+    prompt = torch.arange(3, 19)
+    contestants: dict[str, Callable[[], float]] = {
+        "packed": lambda: generate(packed, prompt, max_new_tokens=tokens).tokens_per_second,
+        "bf16": lambda: generate(bfloat16, prompt, max_new_tokens=tokens).tokens_per_second,
+        "packed in transformers": lambda: transformers_speed(packed, prompt, tokens),
+        "bf16 in transformers": lambda: transformers_speed(bfloat16, prompt, tokens),
+    }
+    for run in contestants.values():
+        run()
+    found: dict[str, list[float]] = {which: [] for which in contestants}
+    for _ in range(rounds):
+        for which, run in contestants.items():
+            found[which].append(run())
+    speeds = {which: sorted(values)[rounds // 2] for which, values in found.items()}
+    for which, values in found.items():
+        print(f"{name:10} {which:24} {speeds[which]:8.1f} tokens/s, from {min(values):.1f} to {max(values):.1f}")
+    ratio = speeds["packed"] / speeds["bf16"]
+    whole = speeds["packed"] / speeds["bf16 in transformers"]
+    return [
+        f"RESULT decode_over_bf16/{name} {ratio:.2f} {GOAL} {'ok' if ratio >= GOAL else 'short'}",
+        f"RESULT decode_over_transformers_bf16/{name} {whole:.2f} {GOAL} {'ok' if whole >= GOAL else 'short'}",
+    ]
+
+
+@torch.inference_mode()
+def transformers_speed(model: nn.Module, prompt: Tensor, tokens: int) -> float:
+    """Tokens per second of transformers' own `generate`, the prompt left out."""
+
+    def seconds(count: int) -> float:
+        started = time.perf_counter()
+        rows = prompt.unsqueeze(0)
+        model.generate(
+            rows, attention_mask=torch.ones_like(rows), max_new_tokens=count, min_new_tokens=count, do_sample=False,
+            pad_token_id=0,
+        )  # fmt: skip
+        return time.perf_counter() - started
+
+    return (tokens - 1) / (seconds(tokens) - seconds(1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Layers that read the same input computed in one pass: q, k and v, or gate and up.
+
+Their panels lie in one piece of memory, of which each layer's weight is a view; nothing else about the layers changes.
+Whichever of them is called first with an input computes all, the others take their parts of the result.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpq.kernels.panels import NAME, ROWS
+
+
+@dataclass
+class Pass:
+    """The last input, whole outputs split by member, and which members have taken theirs."""
+
+    input: Tensor
+    version: int
+    outputs: tuple[Tensor, ...]
+    taken: set[int] = field(default_factory=set)
+
+
+class Stack:
+    """Packed linear layers of one scheme and input width, their rows one below the other."""
+
+    def __init__(self, members: Sequence[Any]) -> None:
+        weights = [member.weight for member in members]
+        first = weights[0]
+        whole = torch.cat([weight.tensors[0] for weight in weights])
+        start = 0
+        for weight in weights:
+            count = len(weight.tensors[0])
+            weight._buffers["panels"] = whole[start : start + count]
+            start += count
+        self.members, self.tensors = list(members), [whole, *first.tensors[1:]]
+        self.views = [weight.tensors[0] for weight in weights]
+        self.sizes = [weight.shape[0] for weight in weights]
+        self.facts = (first.format.name, sum(self.sizes), first.shape[1], NAME)
+        self.last: Pass | None = None
+
+    def output(self, member: Any, input: Tensor) -> Tensor | None:
+        """The member's output, or None when it has to compute alone.
+
+        That is under torch.compile, when gradients of the input are wanted, and after a member's weight was replaced.
+        An input that changes in place between two members' calls is noticed outside of inference mode only.
+        """
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad) or not self._intact():
+            return None
+        index = next(index for index, other in enumerate(self.members) if other is member)
+        version = -1 if input.is_inference() else input._version
+        last = self.last
+        if last is None or last.input is not input or last.version != version or index in last.taken:
+            bias = None if member.bias is None else torch.cat([one.bias for one in self.members])
+            whole = torch.ops.mpq.linear(input, self.tensors, bias, *self.facts, member.activation)
+            self.last = last = Pass(input, version, whole.split(self.sizes, -1))
+        last.taken.add(index)
+        if len(last.taken) == len(self.members):
+            self.last = None
+        return last.outputs[index]
+
+    def _intact(self) -> bool:
+        pairs = zip(self.members, self.views, strict=True)
+        return all(member.weight._buffers.get("panels") is view for member, view in pairs)
+
+
+def stackable(members: Sequence[Any]) -> bool:
+    """Whether packed linear layers fit one stack.
+
+    One format, activation format, width and kind of bias, in panels, all but the last of whole panels; formats with a
+    number for the whole tensor only where it is the same.
+    """
+    first = members[0]
+    if len(members) < 2 or first.weight.layout != NAME or first.weight.format.granularity == "tensor":
+        return False
+    facts = {
+        (one.weight.format, one.weight.shape[1], one.weight.layout, one.weight.device, one.activation, one.bias is None)
+        for one in members
+    }
+    rest = first.weight.tensors[1:]
+    return (
+        len(facts) == 1
+        and len({id(one.weight) for one in members}) == len(members)
+        and all(one.weight.shape[0] % ROWS == 0 for one in members[:-1])
+        and all(torch.equal(*pair) for one in members for pair in zip(one.weight.tensors[1:], rest, strict=True))
+    )
