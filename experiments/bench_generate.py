@@ -3,7 +3,7 @@
     python experiments/bench_generate.py [--quick] [--scheme int4-g64] [--tokens 32] [--rounds 5]
 
 Models: the WikiText-2 Llama of 5.5 M parameters, and Llama shapes of 1.2 billion with random weights, built layer by
-layer (speed only). Models take turns; figures are medians. With --quick the large one has two blocks and a small vocabulary.
+layer (speed only). Models take turns; figures are medians. With --quick the large one has two blocks and few words.
 """
 
 import argparse
