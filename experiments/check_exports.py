@@ -3,23 +3,20 @@
     python experiments/check_exports.py [--quick] [--llama PYTHON]
 
 ResNet-20 on 1,000 CIFAR-10 images goes to ONNX Runtime, the WikiText Llama to transformers (our checkpoint and
-compressed-tensors) and to llama.cpp. llama.cpp runs in an environment of its own, which the script builds in some
-minutes (`--llama` names the Python of one that is there, `--quick` leaves it out).
+compressed-tensors) and to llama.cpp (`llama_exports.py`). llama.cpp runs in an environment of its own, which the script
+builds in some minutes (`--llama` names the Python of one that is there, `--quick` leaves it out).
 """
 
 import argparse
-import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
 import torch
 from torch import nn
 
+import llama_exports
 import reference_models
 from mpq.core.allocation import Allocation
 from mpq.core.calibration import mean_loss, next_token_loss
@@ -28,26 +25,6 @@ from mpq.core.layers import find_layers
 from mpq.exporters import exporter_named
 from mpq.exporters.state import other_state
 from mpq.quantized import simulate
-
-# Without AVX-512 and AMX: not every virtual machine that announces AMX lets programs use it.
-BUILD = "-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DLLAMA_BUILD_TOOLS=OFF"
-PERPLEXITY = """
-import json, math, sys
-import numpy as np
-from llama_cpp import Llama
-windows = json.load(open(sys.argv[2]))
-model = Llama(sys.argv[1], n_ctx=len(windows[0]), n_batch=len(windows[0]), logits_all=True, verbose=False, n_threads=2)
-total = count = 0
-for row in windows:
-    model.reset()
-    model.eval(row)
-    scores = np.array(model.scores[: len(row)], dtype=np.float64)
-    top = scores.max(1)
-    losses = np.log(np.exp(scores - top[:, None]).sum(1)) + top
-    total += (losses[:-1] - scores[np.arange(len(row) - 1), row[1:]]).sum()
-    count += len(row) - 1
-print(math.exp(total / count))
-"""
 
 
 def mixed(model: nn.Module, schemes: tuple[str, ...], embeddings: str = "bf16") -> Allocation:
@@ -92,50 +69,25 @@ def onnxruntime_top1(images: int, folder: Path) -> list[str]:
     return lines
 
 
-def language_models(windows: int, folder: Path, llama: str | None) -> list[str]:
+def language_models(windows: int, folder: Path) -> list[str]:
     from transformers import AutoModelForCausalLM
 
     import mpq.exporters.hf  # noqa: F401  (registers mpq with transformers)
 
     model, tokens = reference_models.wikitext_llama(), reference_models.wikitext_tokens("test", windows)
-    ours, blocks = ("int4-g128", "int3-g64", "int8-channel", "nvfp4"), ("int4-g32", "int8-g32", "int5-g32", "mxfp4")
+    ours = ("int4-g128", "int3-g64", "int8-channel", "nvfp4")
     jobs = [("mpq", ours, "model.safetensors"), ("compressed-tensors", ours[:3], "model.safetensors")]
-    jobs += [("gguf", blocks, "model.gguf"), ("gguf", ("fp32",), "model.gguf")] if llama else []
     before, lines = math.exp(mean_loss(model, [tokens], next_token_loss)), []
     for target, schemes, file in jobs:
-        name = {"gguf": "llama.cpp"}.get(target, f"transformers {target}") + (" fp32" if schemes == ("fp32",) else "")
-        allocation = mixed(model, schemes, schemes[0] if target == "gguf" else "bf16")
+        name = f"transformers {target}"
+        allocation = mixed(model, schemes)
         out = exporter_named(target)(model, allocation, folder / name.replace(" ", "-"))
         simulated = math.exp(mean_loss(simulate(model, allocation, trainable=False), [tokens], next_token_loss))
-        if target == "gguf":
-            served = llama_perplexity(str(llama), out / file, tokens, folder)
-        else:
-            loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-            served = math.exp(mean_loss(loaded, [tokens], next_token_loss))
+        loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+        served = math.exp(mean_loss(loaded, [tokens], next_token_loss))
         row(name, before, simulated, served, (promised(model, allocation), (out / file).stat().st_size))
-        limit = 0.01 if target == "gguf" else 0.001
-        lines.append(result(f"{name.replace(' ', '_')}_perplexity_gap", abs(served / simulated - 1), limit))
+        lines.append(result(f"{name.replace(' ', '_')}_perplexity_gap", abs(served / simulated - 1), 0.001))
     return lines
-
-
-def llama_perplexity(python: str, file: Path, tokens: torch.Tensor, folder: Path) -> float:
-    (folder / "tokens.json").write_text(json.dumps(tokens.tolist()))
-    command = [python, "-c", PERPLEXITY, str(file), str(folder / "tokens.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    if done.returncode:
-        print(f"llama.cpp failed on {file.name} with {done.returncode}: {done.stderr[-300:]}")
-        return math.nan
-    return float(done.stdout)
-
-
-def build_llama(folder: Path) -> str:
-    venv.create(folder, with_pip=True)
-    python = str(folder / "bin" / "python")
-    environment = {**os.environ, "CMAKE_ARGS": BUILD}
-    subprocess.run(
-        [python, "-m", "pip", "install", "-q", "llama-cpp-python"], env=environment, check=True, timeout=3600
-    )
-    return python
 
 
 def main() -> None:
@@ -150,10 +102,11 @@ def main() -> None:
         sys.exit(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        llama = None if options.quick else options.llama or build_llama(folder / "llama")
         print(f"{'consumer':28}{'before':>10}{'simulated':>11}{'served':>10}{'promised':>12}{'file':>12}")
         lines = onnxruntime_top1(200 if options.quick else 1000, folder)
-        lines += language_models(4 if options.quick else 32, folder, llama)
+        lines += language_models(4 if options.quick else 32, folder)
+        if not options.quick:
+            lines += llama_exports.exports(options.llama or llama_exports.build(folder / "llama"), 32, folder)
     print("\n".join(lines))
 
 
