@@ -73,6 +73,7 @@ def study(name: str, options: argparse.Namespace) -> list[str]:
             metric=metric,
             options=settings,
             method="nearest",
+            seed=options.seed,
             progress=False,
         )
         seconds[contestant] = time.perf_counter() - start
@@ -84,6 +85,7 @@ def study(name: str, options: argparse.Namespace) -> list[str]:
         budgets=budgets,
         count=options.count,
         method="nearest",
+        seed=options.seed,
         progress=False,
     )
     print(f"\n{name}: {len(found.measured)} random allocations at {budgets} bits, {len(FORMATS)} formats\n{found}")
@@ -140,6 +142,7 @@ def main() -> None:
     parser.add_argument("--metrics", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
     parser.add_argument("--samples", type=int, default=256, help="calibration images; a sixteenth as many windows")
     parser.add_argument("--count", type=int, default=20, help="random allocations at each budget")
+    parser.add_argument("--seed", type=int, default=0, help="of probes, slopes and allocations")
     parser.add_argument("--figures", type=Path, help="folder for figures")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

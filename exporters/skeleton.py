@@ -9,6 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mpq.core.errors import MpqError
+from mpq.core.experts import unstack
 from mpq.sources.extras import need
 from mpq.sources.networks import skeleton
 
@@ -57,7 +58,7 @@ def _transformers_model(config: Mapping[str, Any], folder: Path) -> nn.Module:
         raise MpqError(f"{folder} wants the class {names[0]}, which transformers {transformers.__version__} lacks")
     described = {key: value for key, value in config.items() if key != "quantization_config"}
     model: nn.Module = cls._from_config(cls.config_class.from_dict(described))  # type: ignore[attr-defined]
-    return model
+    return unstack(model)
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mpq.core.allocation import Allocation
 from mpq.core.calibration import mean_loss, tensors_in
 from mpq.core.errors import MpqError
+from mpq.core.experts import has_experts
 from mpq.core.files import write_atomically
 from mpq.core.formats import DEFAULT_FORMATS, Format
 from mpq.core.frontier import Frontier
@@ -68,6 +69,7 @@ def export_to(
     Graphs are traced with calibration data, of which static activation scales come too.
     """
     export = exporter_named(name)
+    refuse_experts(name, source.model)
     settings: dict[str, Any] = {"method": method, "recipe": source.recipe}
     settings["second_moments"] = moments or moments_for(method, source, allocation.layers)
     if "inputs" in inspect.signature(export).parameters:
@@ -78,6 +80,12 @@ def export_to(
         settings["tokenizer"] = source.tokenizer
     written: Path = export(source.model, allocation, folder, **settings)
     return written
+
+
+def refuse_experts(name: str, model: nn.Module) -> None:
+    """MpqError when a file for others than us would have to hold experts that were taken apart."""
+    if name != "mpq" and has_experts(model):
+        raise MpqError(f"experts are written for mpq alone, not for {name}: leave --for and --to at mpq")
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,7 @@ def quantize_model(
         raise MpqError("name one budget: bits or size")
     refuse_foreign(folder, checkpoint.FILES)
     reader = consumer_named(consumer)
+    refuse_experts(consumer, source.model)
     if formats is None:
         formats = [name for name in reader.schemes if "+a:" not in name] or DEFAULT_FORMATS
     if table is None:

@@ -1,5 +1,6 @@
 """The quantizable layers of a model: found, tied, counted, and seen as matrices."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import prod
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from mpq.core.calibration import Batch, LossFn, evaluating, samples_in
 from mpq.core.errors import MpqError
+from mpq.core.experts import say_stacked
 from mpq.core.layer import Layer
 from mpq.core.patterns import match_names
 
@@ -18,6 +20,7 @@ FUSED = {
     "qkv": ({"q_proj", "k_proj", "v_proj"}, {"wq", "wk", "wv"}, {"query", "key", "value"}),
     "gate_up": ({"gate_proj", "up_proj"}, {"w1", "w3"}),
 }
+EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)")  # one product for all experts
 
 
 def layer_kind(module: nn.Module) -> str | None:
@@ -56,6 +59,7 @@ def find_layers(
     for name, module in model.named_modules(remove_duplicate=False):
         if layer_kind(module) is not None:
             holders.setdefault(id(module.weight), []).append((name, module))
+    say_stacked(model)
     names = [name for found in holders.values() for name, _ in found]
     if not names:
         raise MpqError(f"{type(model).__name__} has no layer to quantize: no Linear, Conv1d, Conv2d or Embedding")
@@ -80,7 +84,9 @@ def _layer(holders: Sequence[tuple[str, nn.Module]]) -> Layer:
 
 
 def _tied(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """The layers, with the fused siblings named: "<parent>.qkv", "<parent>.gate_up"."""
+    """The layers, with the fused siblings named: "<parent>.qkv", "<parent>.gate_up", and those of all experts together:
+    "<parent>.experts.gate_up", "<parent>.experts.down".
+    """
     siblings: dict[str, dict[str, Layer]] = {}
     for layer in layers:
         parent, _, leaf = layer.name.rpartition(".")
@@ -92,6 +98,9 @@ def _tied(layers: Sequence[Layer]) -> tuple[Layer, ...]:
                 members = [leaves[leaf] for leaf in sorted(family & leaves.keys())]
                 if len(members) > 1 and len({(member.kind, member.cols) for member in members}) == 1:
                     ties.update((member.name, f"{parent}.{fused}".lstrip(".")) for member in members)
+    for layer in layers:
+        if found := EXPERT.fullmatch(layer.name):
+            ties[layer.name] = f"{found[1]}.{'down' if found[2] in ('down_proj', 'w2') else 'gate_up'}"
     return tuple(replace(layer, tie=ties.get(layer.name, "")) for layer in layers)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mpq.core.errors import MpqError, nearest_names
+from mpq.core.experts import unstack
 from mpq.models import BUNDLED, bundled_model, tokenizer
 from mpq.sources.extras import import_object, need
 
@@ -68,7 +69,7 @@ def skeleton(recipe: Mapping[str, Any]) -> nn.Module:
         transformers = need("transformers", "hf", "Hugging Face models")
         options = {key: value for key, value in recipe["config"].items() if key not in ("dtype", "torch_dtype")}
         config = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
-        model = getattr(transformers, recipe["class"]).from_config(config, dtype=torch.float32)
+        model = unstack(getattr(transformers, recipe["class"]).from_config(config, dtype=torch.float32))
     elif kind == "timm":
         model = need("timm", "timm", "timm models").create_model(recipe["name"], pretrained=False)
     elif kind == "factory":
@@ -98,7 +99,7 @@ def _transformers(name: str) -> Network:
     if class_name is None:
         raise MpqError(f"{name} is a {architecture}: expected a causal language model or an image classifier")
     try:
-        model = getattr(transformers, class_name).from_pretrained(name, dtype=torch.float32)
+        model = unstack(getattr(transformers, class_name).from_pretrained(name, dtype=torch.float32))
     except OSError as error:
         raise MpqError(f"the weights of {name} cannot be loaded: {_first_line(error)}") from error
     recipe = {"kind": "transformers", "class": class_name, "config": json.loads(config.to_json_string(use_diff=False))}
