@@ -11,3 +11,5 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 collect_ignore = ["search", "sensitivity", "proxies", "exporters", "experiments"]
 if find_spec("triton") is None:
     collect_ignore += ["mpq/kernels/triton", "tests/kernels/triton"]
+if find_spec("vllm") is None:
+    collect_ignore += ["mpq/exporters/vllm_adapter.py"]

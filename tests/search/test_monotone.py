@@ -44,9 +44,11 @@ def test_it_is_the_frontier_of_enumeration(seed, layers, cost):
         assert problem.totals(choices)[cost] == pytest.approx(found.costs[index])
         assert found.allocation(index).loss == pytest.approx(found.losses[index])
     best = exact(problem, cost=cost)
+    # Sums along a frontier: each of at most 10 moves a layer rounds by eps of the largest loss.
+    rounding = 10 * layers * np.finfo(float).eps * best.losses.max()
     for total, loss in zip(found.costs, found.losses, strict=True):
         reachable = best.losses[best.costs <= total * (1 + 1e-12)]
-        assert reachable.min() <= loss * (1 + 1e-12)
+        assert reachable.min() <= loss + rounding
 
 
 def test_fifty_layers_and_budgets():
