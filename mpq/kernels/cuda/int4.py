@@ -1,6 +1,6 @@
-"""The CUDA C++ product for int4 weights with float16 scales for groups or rows, and small batches."""
+"""The CUDA C++ product for int4 weights with float16 scales for groups or rows, and small batches: sm_80 and later."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from mpq.core.formats import Format
 from mpq.kernels.cuda.driver import function_of, launch
-from mpq.kernels.cuda.nvrtc import compiled, definitions
+from mpq.kernels.cuda.nvrtc import compiled, definitions, source_of
 from mpq.kernels.fragments import BLOCK_COLS, TILE_ROWS, names
 
-SOURCE = "int4.cu"
+FILES = ("instructions.cuh", "decode.cuh", "int4.cu", "shares.cuh")
 ROWS, THREADS = 64, 128  # of a block
 MOST_TOKENS = 64
 
@@ -37,6 +37,11 @@ def covers(format: Format, tokens: Tensor) -> bool:
         and tokens.stride(0) % 8 == 0
         and tokens.data_ptr() % 16 == 0
     )
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the device has these instructions."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def plan(format: Format, tokens: Tensor, rows: int, shares: int, stages: int = 4) -> Plan:
@@ -66,14 +71,31 @@ def product(
     parts, device = dict(zip(names(format), weight, strict=True)), tokens.device
     cut = plan(format, tokens, rows, shares)
     major, minor = torch.cuda.get_device_capability(device)
-    cubin = compiled(SOURCE, f"sm_{major}{minor}", cut.macros)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    out = tokens.new_empty((tokens.shape[0], rows))
-    number = cut.grid[1]
-    buffer = out.new_empty((number, *out.shape), dtype=torch.float32) if number > 1 else None
-    pointers = (tokens, parts["codes4"], parts["scale"], parts.get("zeros"), bias, out, buffer)
-    launch(function_of(cubin, "product", index), cut.grid, THREADS, (*pointers, *cut.numbers), device)
-    if buffer is not None:
-        arguments = (buffer, bias, out, number, out.numel(), rows)
-        launch(function_of(cubin, "add_shares", index), (-(-out.numel() // 256), 1, 1), 256, arguments, device)
+    cubin = compiled("int4", source_of(FILES), f"sm_{major}{minor}", cut.macros)
+    function = function_of(cubin, "product", index_of(device))
+
+    def run(out: Tensor, buffer: Tensor | None) -> None:
+        pointers = (tokens, parts["codes4"], parts["scale"], parts.get("zeros"), bias, out, buffer)
+        launch(function, cut.grid, THREADS, (*pointers, *cut.numbers), device)
+
+    return with_shares(run, tokens.new_empty((tokens.shape[0], rows)), bias, cut.grid[1], cubin)
+
+
+def with_shares(
+    run: Callable[[Tensor, Tensor | None], None], out: Tensor, bias: Tensor | None, number: int, cubin: bytes
+) -> Tensor:
+    """`run(out, shares)`, with a buffer where there are several shares of the sums, and their sum with the bias."""
+    if number == 1:
+        run(out, None)
+        return out
+    shares = out.new_empty((number, *out.shape), dtype=torch.float32)
+    run(out, shares)
+    arguments = (shares, bias, out, number, out.numel(), out.shape[1])
+    grid = (-(-out.numel() // 256), 1, 1)
+    launch(function_of(cubin, "add_shares", index_of(out.device)), grid, 256, arguments, out.device)
     return out
+
+
+def index_of(device: torch.device) -> int:
+    """A CUDA device's number."""
+    return torch.cuda.current_device() if device.index is None else device.index

@@ -4,7 +4,7 @@ import ctypes
 import hashlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -13,21 +13,20 @@ from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 
 
-def source_of(name: str) -> str:
-    """The text of a kernel's file, its instructions in front."""
+def source_of(names: Sequence[str]) -> str:
+    """The text of a kernel's files, one after the other."""
     folder = files("mpq.kernels.cuda")
-    return "".join((folder / file).read_text(encoding="utf-8") for file in ("instructions.cuh", name))
+    return "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
 @lru_cache(maxsize=64)
-def compiled(name: str, architecture: str, definitions: tuple[tuple[str, int], ...]) -> bytes:
-    """The cubin of a kernel's file for an architecture ("sm_90"); kept in the user's cache folder by its hash.
+def compiled(name: str, source: str, architecture: str, definitions: tuple[tuple[str, int], ...]) -> bytes:
+    """The cubin of a kernel's text for an architecture ("sm_90"); kept in the user's cache folder by its hash.
 
     Raises:
         MpqError: NVRTC is not installed, or rejects the source.
     """
     options = (f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{key}={value}" for key, value in definitions))
-    source = source_of(name)
     key = hashlib.sha256("\n".join((source, *options)).encode()).hexdigest()
     path = cache_folder() / f"{name}-{architecture}-{key[:32]}.cubin"
     if path.exists():

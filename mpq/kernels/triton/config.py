@@ -10,7 +10,8 @@ class Config:
     """Output channels, tokens and columns of a program's step; programs that share a block; warps; pipeline stages.
 
     With `programs`, so many stay and share all steps evenly (see `mpq.kernels.triton.stream`), and `split` is not used.
-    backend "cuda" is the CUDA C++ kernel, where it applies: it takes `split` alone from here.
+    backend "cuda" or "hopper" is a CUDA C++ kernel (`mpq.kernels.cuda`), where it applies and is trusted: it takes
+    `split` alone from here.
     """
 
     block_n: int = 64

@@ -12,14 +12,14 @@ from torch import Tensor
 from mpq.core.formats import Format, parse_format
 from mpq.core.rounding import absmax_scales, decode, decode_table, encode, gather, spread, to_float_copy
 from mpq.kernels import reference
-from mpq.kernels.cuda import int4
+from mpq.kernels.cuda.trust import kernel_for
 from mpq.kernels.fragments import BLOCK_COLS, TILE_ROWS, covers, fields, names
-from mpq.kernels.triton.config import Config, step_cols
+from mpq.kernels.triton.config import Config, default_config, step_cols
 from mpq.kernels.triton.inputs import round_kernel
 from mpq.kernels.triton.product import product_kernel, reduce_kernel
 from mpq.kernels.triton.spec import magic_of, spec_of
 from mpq.kernels.triton.stream import Stream, join_kernel, stream_kernel
-from mpq.kernels.triton.tables import config_for
+from mpq.kernels.triton.tables import config_for, device_facts
 
 TYPES = {
     torch.float16: tl.float16,
@@ -63,8 +63,14 @@ def compute(
 ) -> Tensor:
     """The product by the blocks of `config`, tokens rounded to `activation` first: (tokens, rows) in their type."""
     if not activation:
-        if config.backend == "cuda" and int4.covers(format, tokens):
-            return int4.product(tokens, weight, bias, format, rows, config.split)
+        if config.backend != "triton":
+            kernel = kernel_for(config.backend, format, tokens)
+            if kernel is not None:
+                bias = None if bias is None else bias.to(tokens.dtype).contiguous()
+                output: Tensor = kernel.product(tokens, weight, bias, format, rows, config.split)
+                return output
+            _, processors = device_facts(tokens.device)
+            config = default_config(spec_of(format), tokens.shape[0], rows, tokens.shape[1], processors)
         return product(tokens, weight, bias, format, rows, config, tokens.dtype)
     rounded = parse_format(activation)
     dtype = eight_bits(format, rounded, tokens.device)

@@ -13,7 +13,7 @@ from mpq.core.formats import Format
 from mpq.core.rounding import quantize
 from mpq.core.scheme import parse_scheme
 from mpq.kernels.clock import Contestant, Rotation, interleaved
-from mpq.kernels.cuda import int4
+from mpq.kernels.cuda.trust import BACKENDS, check
 from mpq.kernels.fragments import FRAGMENTS, covers
 from mpq.kernels.layout import pack, to_layout
 from mpq.kernels.triton.config import Config, default_config, step_cols
@@ -39,7 +39,8 @@ def candidates(format: Format, tokens: int, rows: int, cols: int, processors: in
                 replace(found[-1], block_n=block_n, split=1, warps=warps, stages=stages, programs=times * processors)
                 for block_n, warps, stages, times in ((64, 4, 4, 1), (64, 4, 4, 2), (128, 8, 3, 1), (128, 8, 4, 1))
             ]
-    found += [Config(split=split, backend="cuda") for split in (1, 2, 4, 8)]
+    backends = ("cuda", "hopper") if tokens >= 16 else ("cuda",)
+    found += [Config(split=split, backend=backend) for backend in backends for split in (1, 2, 4, 8)]
     return list(dict.fromkeys(found))
 
 
@@ -63,13 +64,18 @@ def tune(
     tried = [
         config
         for config in choices or candidates(format, tokens, rows, cols, processors)
-        if config.backend == "triton" or (device.type == "cuda" and not activation and int4.covers(format, inputs))
+        if config.backend == "triton" or (not activation and _passes(config.backend, format, inputs))
     ]
     contestants = [_contestant(inputs, weights, format, rows, config, activation) for config in tried]
     seconds = [statistics.median(times) for times in interleaved(contestants, REPEATS, device)]
     best = tried[seconds.index(min(seconds))]
     remember(device_name, {key_of(format.name, activation, tokens, rows, cols): best})
     return best
+
+
+def _passes(backend: str, format: Format, inputs: Tensor) -> bool:
+    kernel = BACKENDS[backend]
+    return kernel.covers(format, inputs) and kernel.runs_on(inputs.device) and not check(backend, inputs.device)
 
 
 def _contestant(

@@ -1,7 +1,9 @@
 // usage: g++ -std=c++20 -DTOKENS=... emulated.cpp -I FOLDER_OF_INT4_CU: launch(product), launch(add_shares) for ctypes
 #include "emulated.h"
 
+#include "decode.cuh"
 #include "int4.cu"
+#include "shares.cuh"
 
 extern "C" void run_product(int x, int y, int z, const u16 *inputs, const Words *codes, const u16 *scales,
                             const u8 *zeros, const u16 *bias, u16 *out, float *shares, int count, int rows,

@@ -20,7 +20,7 @@ static thread_local Index threadIdx, blockIdx, blockDim;
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 
 struct Warp {
