@@ -60,9 +60,8 @@ def frontier_facts(frontiers: Mapping[str, Frontier], chosen: Mapping[str, Alloc
 
 def _curve(name: str, frontier: Frontier) -> Curve:
     shown = np.unique(np.linspace(0, len(frontier) - 1, min(POINTS, len(frontier))).round().astype(int))
-    rows = np.arange(len(frontier.problem.groups))
-    variances = [frontier.problem.variances[rows, frontier.choices[index]].sum() for index in shown.tolist()]
-    return Curve(name, frontier.bits[shown], frontier.losses[shown], 2 * np.sqrt(np.array(variances)))
+    errors = np.array([frontier.error(index) for index in shown.tolist()])
+    return Curve(name, frontier.bits[shown], frontier.losses[shown], 2 * errors)
 
 
 def draw_frontier(facts: FrontierFacts, title: str = "") -> Figure:

@@ -41,6 +41,7 @@ from mpq.search.trials import (
     Watch,
     alive,
     claim,
+    enqueue,
     open_study,
     retry,
     settle,
@@ -94,6 +95,10 @@ class MeasuredFrontier(Frontier):
         """What is told of a point beside its costs."""
         return {**super().facts(index), "measured": float(self.losses[index])}
 
+    def error(self, index: int) -> float:
+        """Zero: that of the prediction says nothing of what was measured."""
+        return 0.0
+
     def allocation(self, index: int) -> Allocation:
         """The allocation of a point."""
         found = super().allocation(index)
@@ -109,7 +114,7 @@ def evolution(
     cost: str = "size",
     sampler: str | None = None,
     shares: Sequence[float] = (1.0,),
-    starts: int = 4,
+    starts: int | None = None,
     storage: str | os.PathLike[str] | None = None,
     study: str = "mpq",
     seed: int = 0,
@@ -137,7 +142,7 @@ def evolution(
             until they meet the budgets.
         shares: rising shares of the data, the last one 1; after each but the last the worse half is dropped. Under
             budgets only: of two objectives neither says which half is worse.
-        starts: points of the exact frontier to start from.
+        starts: points of the exact frontier to start from; by default 4 below the budgets, or 12 where there are none.
         storage: a journal file, a database's URL, or None for memory.
         study: name in the storage.
         seed: of all random numbers.
@@ -156,6 +161,7 @@ def evolution(
         raise MpqError(f"shares of the data must rise to 1, not {', '.join(map(str, shares))}")
     if not problem.budgets and (sampler == "switch" or len(shares) > 1):
         raise MpqError("level switches and shares of the data want at least one budget, such as size")
+    starts = starts or (4 if problem.budgets else 12)
     space = level_space(problem, cost)
     points = _starts(problem, cost, starts)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -214,7 +220,10 @@ class _Worker:
         begun = {trial.user_attrs.get(KEY) for trial in known if trial.user_attrs.get(OUTCOME) != LOST}
         left = [levels for levels in starts if _key(levels) not in begun]
         if left:
-            self.study.enqueue_trial({_name(g): int(level) for g, level in enumerate(left[0])}, {START: True})
+            # The first generation of a genetic sampler: without this mark it would never be among the parents.
+            genetic = isinstance(self.study.sampler, (NSGAIISampler, NSGAIIISampler))
+            marks = {f"{type(self.study.sampler).__name__}:generation": 0} if genetic else {}
+            enqueue(self.study, {_name(g): int(level) for g, level in enumerate(left[0])}, {START: True}, marks)
 
     def _measure(self, trial: Trial) -> bool:
         """Measure and end a trial; whether it was a new one."""

@@ -4,8 +4,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -187,9 +188,12 @@ def retry(study: optuna.Study, trial: FrozenTrial) -> None:
         return
     log.warning("trial %d was lost with its worker: it is done again", trial.number)
     kept = {START: True} if START in trial.user_attrs else {}
-    # As `study.enqueue_trial` does, but with what a genetic sampler noted of the trial: the generation it belongs to.
-    attributes = {**trial.system_attrs, "fixed_params": trial.params}
-    again = create_trial(
-        state=TrialState.WAITING, system_attrs=attributes, user_attrs={"retry_of": trial.number, **kept}
-    )
-    study.add_trial(again)
+    enqueue(study, trial.params, {"retry_of": trial.number, **kept}, trial.system_attrs)
+
+
+def enqueue(
+    study: optuna.Study, params: Mapping[str, Any], attributes: Mapping[str, Any], marks: Mapping[str, Any]
+) -> None:
+    """`study.enqueue_trial`, with a sampler's own marks: genetic ones note there the generation of a trial."""
+    marks = {**marks, "fixed_params": dict(params)}
+    study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=marks, user_attrs=dict(attributes)))

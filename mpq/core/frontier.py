@@ -55,6 +55,10 @@ class Frontier:
         allocation = self.problem.allocation(self.choices[index])
         return {"loss": allocation.loss, "error": allocation.error}
 
+    def error(self, index: int) -> float:
+        """Standard error of a point's loss."""
+        return self.facts(index)["error"]
+
     @property
     def bits(self) -> Array:
         """Average stored bits for each weight at every point (points,); of a frontier in size only."""

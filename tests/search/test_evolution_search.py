@@ -136,7 +136,7 @@ def test_without_budgets_loss_and_cost_fall_together(tmp_path, sampler):
     assert len(set(evaluate.asked)) == len(evaluate.asked) == len(whole.evaluations) == 40
     costs = [problem.totals(one.choices)["size"] for one in whole.evaluations]
     ends = exact(problem)
-    assert {costs[0], costs[3]} == {ends.costs[0], ends.costs[-1]}  # it starts from both ends of the exact frontier
+    assert {costs[0], costs[11]} == {ends.costs[0], ends.costs[-1]}  # it starts from both ends of the exact frontier
     kept = non_dominated(costs, [one.measured for one in whole.evaluations])
     assert whole.costs.tolist() == [costs[i] for i in kept]
     assert len(whole) >= 5
@@ -155,6 +155,16 @@ def test_without_budgets_loss_and_cost_fall_together(tmp_path, sampler):
         evolution(problem, evaluate=interrupted, **settings)
     resumed = evolution(problem, evaluate=asked, resume=True, **settings)
     assert sorted(one.choices for one in resumed.evaluations) == sorted(one.choices for one in whole.evaluations)
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "nsga3"])
+def test_starting_points_are_parents_of_genetic_samplers(tmp_path, sampler):
+    problem = replace(problem_within(), budgets={})
+    settings = {"sampler": sampler, "storage": tmp_path / "journal"}
+    evolution(problem, evaluate=true_loss, trials=20, **settings)
+    study = optuna.load_study(study_name="mpq", storage=open_storage(tmp_path / "journal"))
+    known = study._storage.get_study_system_attrs(study._study_id)
+    assert {value for name, values in known.items() if ":parent:" in name for value in values} & set(range(12))
 
 
 def test_a_measured_frontier_is_written_with_what_was_predicted_and_measured(tmp_path):
