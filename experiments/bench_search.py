@@ -1,50 +1,50 @@
 """Searches against brute force, HAWQ-V3's published configurations, each other and uniform formats.
 
-    python experiments/bench_search.py [--quick] [--only proofs hawq evolution toy fliqs] [--seeds 3]
+    python experiments/bench_search.py [--quick] [--only proofs hawq toy workers contest show] [--models resnet20 ...]
 
-Evolution is judged on data that neither the table nor the search has seen. FLIQS starts from pretrained weights and
-trains on 2,000 images; the uniform format it is compared with trains equally long, in the same way. The last lines are
-the figures.
+Evolution is judged on data that neither the table nor the search has seen. The contest adds to a file of results, so
+that it can be run in pieces; `--only show` prints what is there, FLIQS on ResNet-20 (`experiments/fliqs.py`)
+included. The last lines are the figures.
 """
 
 import argparse
+import multiprocessing
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import fliqs
 import reference_models
+import search_rows
 from hawq_v3 import hawq_v3_problem, published_choices, read_published
 from mpq.core.allocation import Allocation
 from mpq.core.calibration import Batch, LossFn, cross_entropy, next_token_loss, seeded
 from mpq.core.layers import find_layers, matrix_to_weight, weight_matrix
 from mpq.core.methods import method_named
-from mpq.core.problem import build_problem
+from mpq.core.problem import Problem, build_problem
 from mpq.core.rounding import dequantize
-from mpq.core.scheme import parse_scheme
+from mpq.core.table import SensitivityTable
 from mpq.search.controller import Controller, Schedule
 from mpq.search.evolution import evolution
 from mpq.search.exact import exact
 from mpq.search.integer import integer
-from mpq.search.one_shot import OneShot
 from mpq.sensitivity.profile import profile
 from mpq.testing.search import small_problem
-from mpq.training.fake import FakeQuantization
+from search_rows import result
 
 LADDER = (
     "int2-g32", "int2-channel", "int3-g32", "int3-channel", "int4-g32", "int4-channel", "int5-channel", "int6-channel",
     "int8-channel",
 )  # fmt: skip
-INTEGERS = tuple(f"int{bits}-channel+a:uint{bits}" for bits in (2, 3, 4, 6, 8))  # inputs come from a ReLU
-FLOATS = tuple(f"{name}-channel+a:{name}" for name in ("fp4-e2m1", "fp5-e2m2", "fp6-e3m2", "fp8-e4m3"))
-
-
-def result(name: str, value: float, goal: str, reached: bool) -> str:
-    return f"RESULT {name} {value:.4g} {goal} {'ok' if reached else 'short'}"
+MODELS = ("resnet20", "resnet56", "llama5m")
+PARTS = ("proofs", "hawq", "toy", "workers", "contest", "show")
 
 
 def proofs(instances: int) -> list[str]:
@@ -130,73 +130,103 @@ class Setting:
     ladder: tuple[str, ...]
 
 
-def settings(quick: bool) -> Iterator[Setting]:
-    calibration = reference_models.cifar10_calibration(64 if quick else 256, 64)
-    test = reference_models.cifar10_test(250)
-    for depth in (20,) if quick else (20, 56):
-        yield Setting(
-            f"resnet{depth}", reference_models.resnet(depth), calibration, test[: 1 if quick else 2],
-            test[3:] if quick else test[2:], cross_entropy,
-            ("int3-channel",) if quick else ("int3-channel", "int2-g32"), LADDER,
+def setting(name: str, quick: bool) -> Setting:
+    """A model by name; quick: fewer data and one size."""
+    if name == "llama5m":
+        return Setting(
+            name, reference_models.wikitext_llama(), reference_models.wikitext_tokens("train", 16).split(8),
+            reference_models.wikitext_tokens("valid", 16).split(8),
+            reference_models.wikitext_tokens("test", 128).split(8), next_token_loss,
+            ("int3-g64", "int2-g32"), ("int2-g32", "int2-g64", "int3-g64", "int4-g64", "int8-channel"),
         )  # fmt: skip
-    if quick:
-        return
-    valid = reference_models.wikitext_tokens("valid", 64).split(8)
-    yield Setting(
-        "llama5m", reference_models.wikitext_llama(), reference_models.wikitext_tokens("train", 16).split(8), valid,
-        reference_models.wikitext_tokens("test", 128).split(8), next_token_loss,
-        ("int3-g64", "int2-g32"), ("int2-g32", "int2-g64", "int3-g64", "int4-g64", "int8-channel"),
+    calibration = reference_models.cifar10_calibration(64 if quick else 256, 64)
+    test = reference_models.cifar10_test(250 if quick else 125)
+    return Setting(
+        name, reference_models.resnet(int(name.removeprefix("resnet"))), calibration, test[: 1 if quick else 2],
+        test[3:] if quick else test[2:], cross_entropy,
+        ("int3-channel",) if quick else ("int3-channel", "int2-g32"), LADDER,
     )  # fmt: skip
 
 
-def evolve(quick: bool, seeds: int) -> list[str]:
-    """Evolution on measured loss against the exact search on the predicted one and uniform, at equal size."""
-    lines = []
-    print(
-        f"\n{'model':9} {'size of':13} {'search':10} {'searched on':>11} {'unseen':>8} {'measured':>8} {'seconds':>8}"
-    )
-    for setting in settings(quick):
+def tabled(setting: Setting, folder: Path) -> tuple[SensitivityTable, float]:
+    """The model's sensitivity table, kept in a folder between runs, and the seconds that it took."""
+    path = folder / f"{setting.name}.csv"
+    if not path.exists():
         start = time.perf_counter()
         table = profile(setting.model, setting.profiled, setting.loss_fn, setting.ladder, progress=False)
-        profiling = time.perf_counter() - start
-        measure = Measuring(setting.model, setting.searched, setting.loss_fn)
-        judge = Measuring(setting.model, setting.unseen, setting.loss_fn)
-        for format in setting.formats:
-            problem = build_problem(table)
-            uniform = dict(problem.uniform())[format]
-            problem = replace(problem, budgets={"size": float(uniform.size)})
+        table.provenance["seconds"] = time.perf_counter() - start
+        folder.mkdir(parents=True, exist_ok=True)
+        table.save(path)
+    table = SensitivityTable.load(path)
+    return table, float(table.provenance["seconds"])
+
+
+def compete(setting: Setting, seeds: Sequence[int], trials: int, folder: Path, results: Path) -> None:
+    """Uniform, exact on predicted loss and evolution on measured loss at equal size; what is known is left out."""
+    table, profiling = tabled(setting, folder)
+    measure = Measuring(setting.model, setting.searched, setting.loss_fn)
+    judge = Measuring(setting.model, setting.unseen, setting.loss_fn)
+
+    def note(case: str, search: str, seed: int, allocation: Allocation, evaluations: float, seconds: float) -> None:
+        figures = {
+            "bits": allocation.bits, "searched": measure(allocation), "unseen": judge(allocation),
+            "evaluations": evaluations, "seconds": seconds,
+        }  # fmt: skip
+        search_rows.append(results, "contest", case, search, seed, figures)
+
+    for format in setting.formats:
+        case = f"{setting.name} {format}"
+        problem = build_problem(table)
+        uniform = dict(problem.uniform())[format]
+        problem = replace(problem, budgets={"size": float(uniform.size)})
+        known = search_rows.read(results)
+        if ("contest", case, "exact", 0) not in known:
+            note(case, "uniform", 0, uniform, 0.0, 0.0)
             start = time.perf_counter()
             predicted = exact(problem).allocation(-1)
-            contest = {
-                "uniform": (uniform, 0.0, 0.0),
-                "exact": (predicted, 0.0, profiling + time.perf_counter() - start),
-            }
-            for seed in range(1 if quick else seeds):
-                measure.count, start = 0.0, time.perf_counter()
-                found = evolution(problem, evaluate=measure, trials=16 if quick else 60, shares=(0.5, 1.0), seed=seed)
-                best = found.allocation(len(found) - 1)
-                contest[f"evolution{seed}"] = (best, measure.count, time.perf_counter() - start)
-            losses = {}
-            for name, (allocation, count, seconds) in contest.items():
-                losses[name] = (measure(allocation), judge(allocation))
-                print(
-                    f"{setting.name:9} {format:13} {name:10} {losses[name][0]:11.4f} {losses[name][1]:8.4f} "
-                    f"{count:8.1f} {seconds:8.1f}",
-                    flush=True,
-                )
-            evolved = [losses[name] for name in losses if name.startswith("evolution")]
-            worst_gain = min(losses["exact"][0] - on for on, _ in evolved)
-            label = f"search_{setting.name}_{format}"
-            lines.append(result(f"{label}_evolution_gain_searched", worst_gain, ">=0", worst_gain >= 0))
-            gain = float(np.mean([losses["exact"][1] - unseen for _, unseen in evolved]))
-            lines.append(result(f"{label}_evolution_gain_unseen", gain, ">=0", gain >= 0))
-            over = losses["uniform"][1] - losses["exact"][1]
-            lines.append(result(f"{label}_exact_over_uniform", over, ">0", over > 0))
-        judge(None)
+            note(case, "exact", 0, predicted, 0.0, profiling + time.perf_counter() - start)
+        for seed in seeds:
+            if ("contest", case, "evolution", seed) in known:
+                continue
+            measure.count, start = 0.0, time.perf_counter()
+            found = evolution(problem, evaluate=measure, trials=trials, shares=(0.5, 1.0), seed=seed)
+            count, seconds = measure.count, time.perf_counter() - start
+            note(case, "evolution", seed, found.allocation(len(found) - 1), count, seconds)
+    measure(None)
+
+
+def standings(rows: search_rows.Rows) -> list[str]:
+    """The contest's table, printed, and its result lines."""
+    lines = []
+    cases = list(dict.fromkeys(key[1] for key in rows if key[0] == "contest"))
+    if cases:
+        columns = ("bits", "searched on", "unseen", "measured", "seconds")
+        print(f"\n{'size of':27} {'search':12}" + "".join(f"{column:>12}" for column in columns))
+    for case in cases:
+        entries = {key[2:]: value for key, value in rows.items() if key[:2] == ("contest", case)}
+        for (search, seed), row in sorted(entries.items(), key=lambda item: -item[1]["searched"]):
+            name = f"{search} {seed}" if search == "evolution" else search
+            print(
+                f"{case:27} {name:12}{row['bits']:12.3f}{row['searched']:12.4f}{row['unseen']:12.4f}"
+                f"{row['evaluations']:12.1f}{row['seconds']:12.1f}"
+            )
+        evolved = [row for (search, _), row in entries.items() if search == "evolution"]
+        best, plain = entries["exact", 0], entries["uniform", 0]
+        label = f"search_{case.replace(' ', '_')}"
+        over = plain["unseen"] - best["unseen"]
+        lines.append(result(f"{label}_exact_over_uniform", over, ">0", over > 0))
+        if not evolved:
+            continue
+        worst = min(best["searched"] - row["searched"] for row in evolved)
+        lines.append(result(f"{label}_evolution_gain_searched", worst, ">=0", worst >= 0))
+        gains = np.array([best["unseen"] - row["unseen"] for row in evolved])
+        lines.append(result(f"{label}_evolution_gain_unseen", float(gains.mean()), ">=0", bool(gains.mean() >= 0)))
+        over = min(plain["unseen"] - row["unseen"] for row in evolved)
+        lines.append(result(f"{label}_evolution_over_uniform", over, ">0", over > 0))
     return lines
 
 
-def toy(seeds: int, steps: int) -> list[str]:
+def toy(seeds: int, steps: int, compared: int) -> list[str]:
     """The controller on 20 decisions of 4 options: quality falls with the distance from hidden best options."""
     found, costs, entropies, without = 0, [], [], []
     for seed in range(seeds):
@@ -204,7 +234,7 @@ def toy(seeds: int, steps: int) -> list[str]:
         macs = torch.rand(20, generator=seeded(seed, "macs")).numpy() + 0.5
         bits = macs[:, None] * np.array([2.0, 4.0, 6.0, 8.0])
         bits /= bits[np.arange(20), best].sum()
-        for weight in (Schedule.entropy_weight, 0.0):
+        for weight in (Schedule.entropy_weight, 0.0) if seed < compared else (Schedule.entropy_weight,):
             controller = Controller(20, 4, Schedule(steps=steps, entropy_weight=weight), seed)
             for _ in range(steps):
                 choices = controller.sample()
@@ -216,113 +246,103 @@ def toy(seeds: int, steps: int) -> list[str]:
                 entropies.append(controller.entropy)
             else:
                 without.append(controller.entropy)
+    bare = f" (without its penalty at least {min(without):.3f})" if without else ""
     print(
         f"\nFLIQS toy, {steps} steps: optimum in {found} of {seeds} seeds, cost within {100 * max(costs):.2f} %, "
-        f"entropy at most {max(entropies):.3f} (without its penalty at least {min(without):.3f})"
+        f"entropy at most {max(entropies):.3f}{bare}"
     )
     return [
-        result("search_fliqs_toy_found", found, f">={int(0.9 * seeds)}/{seeds}", found >= int(0.9 * seeds)),
+        result("search_fliqs_toy_found", found, f">=9/{seeds}", found >= 9),
         result("search_fliqs_toy_cost_error", max(costs), "<0.03", max(costs) < 0.03),
         result("search_fliqs_toy_entropy", max(entropies), "<0.05", max(entropies) < 0.05),
     ]
 
 
-def augmented(
-    images: Tensor, labels: Tensor, steps: int, batch_size: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random batches, flipped and shifted by up to 4 pixels."""
-    generator = seeded(seed, "augmentation")
-    padded = nn.functional.pad(images, (4, 4, 4, 4))
-    for _ in range(steps):
-        picked = torch.randint(len(images), (batch_size,), generator=generator)
-        y, x = torch.randint(9, (2,), generator=generator).tolist()
-        batch = padded[picked, :, y : y + 32, x : x + 32]
-        flip = torch.rand(batch_size, generator=generator) < 0.5
-        yield torch.where(flip.view(-1, 1, 1, 1), batch.flip(3), batch), labels[picked]
+def shared_loss(allocation: Allocation, share: float) -> float:
+    """A measured loss that takes half a second and depends on all layers."""
+    time.sleep(0.5 * share)
+    return float(allocation.loss * (1 + 0.5 * np.sin(sum(map(ord, " ".join(allocation.schemes))))))
 
 
-def optimizer_of(
-    parameters: Sequence[nn.Parameter], steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+def shared_problem() -> Problem:
+    """Twelve layers under a budget half-way."""
+    return small_problem(5, 12)
 
 
-def fliqs(steps: int, seeds: int) -> list[str]:
-    """ResNet-20, first and last layer in floating point: searched formats against the uniform one of equal BitOps."""
-    calibration = reference_models.cifar10_calibration(2000, 2000)[0]
-    test = reference_models.cifar10_test(250)
-    lines = []
-    print(f"\nFLIQS on ResNet-20, {steps} steps of 64 images; top-1 on 1,000 test images (standard error about 0.9)")
-    for kind, space, uniform, target in (
-        ("integer", INTEGERS, INTEGERS[2], 16 / 64),
-        ("float", FLOATS, FLOATS[2], 36 / 64),
-    ):
-        gains = []
-        for seed in range(seeds):
-            accuracies = {}
-            model = reference_models.resnet(20).train()
-            search = OneShot(
-                model, space, "bitops", target, exclude=("conv1", "linear"), learned=True, seed=seed,
-                schedule=Schedule(steps=steps, rate=0.05, entropy_weight=0.2),
-            )  # fmt: skip
-            optimizer, decay = optimizer_of([*model.parameters(), *search.parameters()], steps)
+def work(storage: str, trials: int, log: str) -> None:
+    """A worker of a shared study; it notes in a file what it measures."""
+
+    def evaluate(allocation: Allocation, share: float) -> float:
+        with open(log, "a", encoding="utf-8") as stream:
+            stream.write(" ".join(allocation.schemes) + "\n")
+        return shared_loss(allocation, share)
+
+    evolution(shared_problem(), evaluate=evaluate, trials=trials, storage=storage, heartbeat=1.0)
+
+
+def workers(trials: int) -> list[str]:
+    """One and two workers on one study each: nothing lost, nothing twice, and the wall time."""
+    seconds, repeated, lost = {}, 0, 0
+    for number in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            storage, log = str(Path(folder) / "journal"), str(Path(folder) / "log")
+            context = multiprocessing.get_context("spawn")
+            processes = [context.Process(target=work, args=(storage, trials, log)) for _ in range(number)]
+            for process in processes:
+                process.start()
+            while not Path(log).exists():  # imports are not the study's time
+                time.sleep(0.01)
             start = time.perf_counter()
-            for inputs, labels in augmented(*calibration, steps, 64, seed):
-                with search.sample():
-                    loss = nn.functional.cross_entropy(model(inputs), labels)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                decay.step()
-                search.update(quality=-loss.item())
-            seconds = time.perf_counter() - start
-            with search.chosen():
-                accuracies["searched"] = reference_models.top1(model.eval(), test)
-            facts = search.allocation().provenance
-            model = reference_models.resnet(20).train()
-            layers = find_layers(model, exclude=("conv1", "linear"))
-            quantization = FakeQuantization(model, layers, learned=[parse_scheme(uniform).weight])
-            quantization.use({layer.name: parse_scheme(uniform) for layer in layers})
-            optimizer, decay = optimizer_of([*model.parameters(), *quantization.parameters()], steps)
-            for inputs, labels in augmented(*calibration, steps, 64, seed):
-                nn.functional.cross_entropy(model(inputs), labels).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                decay.step()
-            accuracies["uniform"] = reference_models.top1(model.eval(), test)
-            gains.append(100 * (accuracies["searched"] - accuracies["uniform"]))
-            bits = " ".join(name.split("-")[0] for name in search.allocation().schemes)
-            print(
-                f"{kind:8} seed {seed}: searched {100 * accuracies['searched']:.1f} %, {uniform} "
-                f"{100 * accuracies['uniform']:.1f} %; cost/target {facts['cost_over_target']:.3f}, entropy "
-                f"{facts['entropy']:.3f}, {seconds:.0f} s; {bits}",
-                flush=True,
-            )
-        mean = float(np.mean(gains))
-        lines.append(result(f"search_fliqs_resnet20_{kind}_gain", mean, ">=0", mean >= 0))
-    return lines
+            for process in processes:
+                process.join()
+            seconds[number] = time.perf_counter() - start
+            measured = Path(log).read_text(encoding="utf-8").splitlines()
+            found = evolution(shared_problem(), evaluate=shared_loss, trials=trials, storage=storage)
+            repeated += len(measured) - len(set(measured))
+            lost += len(set(measured)) - len(found.evaluations)
+    print(
+        f"\n{trials} evaluations of half a second: one worker {seconds[1]:.1f} s, two {seconds[2]:.1f} s; {repeated} "
+        f"repeated, {lost} lost"
+    )
+    return [
+        result("search_two_workers_repeated", repeated, "=0", repeated == 0),
+        result("search_two_workers_lost", lost, "=0", lost == 0),
+        result("search_two_workers_speed", seconds[1] / seconds[2], ">1", seconds[2] < seconds[1]),
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer instances, seeds and evaluations; no FLIQS on ResNet-20"
-    )
-    parser.add_argument("--only", nargs="+", choices=("proofs", "hawq", "evolution", "toy", "fliqs"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600, help="of FLIQS on ResNet-20")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer instances and evaluations; ResNet-20 alone")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    parser.add_argument("--trials", type=int, default=40, help="evaluations of an evolution (default: 40)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=search_rows.RESULTS)
+    parser.add_argument("--tables", type=Path, default=Path("search-tables"), help="folder for sensitivity tables")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    parts = {
-        "proofs": lambda: proofs(50 if options.quick else 200),
-        "hawq": hawq,
-        "evolution": lambda: evolve(options.quick, options.seeds),
-        "toy": lambda: toy(2 if options.quick else 10, 1950),
-        "fliqs": lambda: [] if options.quick else fliqs(options.steps, options.seeds),
-    }
-    lines = [line for name, part in parts.items() if not options.only or name in options.only for line in part()]
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        results = Path(scratch) / "rows.csv" if options.quick else options.results
+        for part in options.only:
+            if part == "proofs":
+                lines += proofs(50 if options.quick else 200)
+            elif part == "hawq":
+                lines += hawq()
+            elif part == "workers":
+                lines += workers(12 if options.quick else 48)
+            elif part == "toy":
+                lines += toy(10, 1950, 0 if options.quick else 2)
+            elif part == "contest" and options.quick:
+                compete(setting("resnet20", True), (0,), 12, Path(scratch), results)
+            elif part == "contest":
+                for name in options.models:
+                    compete(setting(name, False), options.seeds, options.trials, options.tables, results)
+        rows = search_rows.read(results)
+        lines += standings(rows)
+        lines += fliqs.report(rows)
     print("\n" + "\n".join(lines))
 
 
