@@ -177,7 +177,15 @@ def read(data: Tensor) -> None:
         found.library.mpq_read(data.data_ptr(), data.nbytes, torch.get_num_threads(), found.parallel)
 
 
+@lru_cache(maxsize=256)
+def _say_uncompiled(name: str) -> None:
+    """Once for each format."""
+    _log.warning("layers in %s have no compiled kernel and run in plain PyTorch: slow, and the same numbers", name)
+
+
 def _suits(packed: Packed, device: torch.device) -> bool:
+    if device.type == "cpu" and not packed.format.is_plain:
+        _say_uncompiled(packed.format.name)
     fits = device.type == "cpu" and panels.supports(packed.format) and min(packed.shape) > 0
     return fits and native() is not None and panels.finite_scales(packed)
 

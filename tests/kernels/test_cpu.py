@@ -259,3 +259,14 @@ def test_embeddings_unpack_the_panels_they_need(name):
         for one in (arranged, packed)
     )
     assert torch.equal(found, expected)
+
+
+def test_formats_without_a_kernel_say_so_once_and_compute(caplog):
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    packed = pack(quantize(weight, parse_format("q4_k")))
+    cpu._say_uncompiled.cache_clear()
+    for _ in range(2):
+        assert best_layout(packed, torch.device("cpu")) == "rows"
+    assert [record.message.split(" run")[0] for record in caplog.records] == [
+        "layers in q4_k have no compiled kernel and"
+    ]
