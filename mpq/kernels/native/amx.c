@@ -53,60 +53,80 @@ AMX_INLINE void dot(const uint8_t *levels, const uint8_t *x, int64_t stride, con
   }
 }
 
-AMX_INLINE void add(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int segment, int64_t token,
-                    int count, const int planes, const int two, const float *high, const int32_t *dots, int block,
-                    float *sums) {
-  const int index = MPQ_ROWS * segment + 16 * block;
+/* What a segment's tokens have in common for all rows: their scales and the sums of their integers. */
+typedef struct {
+  float scale[32], total[32];
+} segment_facts;
+
+AMX_INLINE void know(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int segment,
+                     int64_t token, int count, const int planes, segment_facts *facts) {
   const int32_t *sum = x->sums + (tile->index * weight->segments + segment) * planes * x->tokens + token;
   const float *scale = x->scale + tile->index * x->tokens + token;
+  for (int t = 0; t < count; t += 16) {
+    const __mmask16 some = count - t < 16 ? (__mmask16)((1 << (count - t)) - 1) : 0xffff;
+    __m512 total = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(some, sum + t));
+    if (planes == 2) {
+      __m512 rest = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(some, sum + x->tokens + t));
+      total = _mm512_fmadd_ps(total, _mm512_set1_ps(256), rest);
+    }
+    STORE(facts->total + t, total);
+    STORE(facts->scale + t, _mm512_maskz_loadu_ps(some, scale + t));
+  }
+}
+
+/* The integer sums of both planes as one. It fits: 127 * 255 * 256 columns, 256 times, and 128 * 255 * 256. */
+AMX_INLINE __m512 joined(const int32_t *dots, int t, int count, const int planes) {
+  __m512i sum = LOAD(__m512i, dots + 16 * t);
+  if (planes == 2) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), LOAD(__m512i, dots + 16 * (count + t)));
+  return _mm512_cvtepi32_ps(sum);
+}
+
+AMX_INLINE void add(const mpq_weight *weight, const mpq_tile *tile, const segment_facts *facts, int segment,
+                    int64_t token, int count, const int planes, const int two, const float *high, const int32_t *dots,
+                    int block, float *sums) {
+  const int index = MPQ_ROWS * segment + 16 * block;
   const __m512 scales = _mm512_mul_ps(
       scales16(weight->scale_kind, tile->scales, weight->row_scales ? 16 * block : index), _mm512_set1_ps(weight->factor));
   __m512 zero = _mm512_set1_ps(two ? 32768.f : weight->offset);
   if (tile->zeros) zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(LOAD(__m128i, tile->zeros + index)));
-  for (int t = 0; t < count; t++) {
-    float *to = sums + (token + t) * MPQ_ROWS + 16 * block;
-    __m512 value = _mm512_cvtepi32_ps(LOAD(__m512i, dots + 16 * t));
-    float total = sum[t];
-    if (planes == 2) {
-      value = _mm512_fmadd_ps(value, _mm512_set1_ps(256), _mm512_cvtepi32_ps(LOAD(__m512i, dots + 16 * (count + t))));
-      total = 256 * total + sum[x->tokens + t];
-    }
+  float *to = sums + token * MPQ_ROWS + 16 * block;
+  for (int t = 0; t < count; t++, to += MPQ_ROWS) {
+    __m512 value = joined(dots, t, count, planes);
     if (two) value = _mm512_fmadd_ps(LOAD(__m512, high + 64 * t + 16 * block), _mm512_set1_ps(256), value);
-    value = _mm512_fnmadd_ps(zero, _mm512_set1_ps(total), value);
-    STORE(to, _mm512_fmadd_ps(value, _mm512_mul_ps(scales, _mm512_set1_ps(scale[t])), LOAD(__m512, to)));
+    value = _mm512_fnmadd_ps(zero, _mm512_set1_ps(facts->total[t]), value);
+    STORE(to, _mm512_fmadd_ps(value, _mm512_mul_ps(scales, _mm512_set1_ps(facts->scale[t])), LOAD(__m512, to)));
   }
 }
 
-/* `count` tokens: up to 16, or up to 32 in one plane. */
+/* `count` tokens: up to 16, or up to 32 in one plane. Sums leave the matrix unit while it works on the next ones. */
 AMX_INLINE void multiply_bytes_amx(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x,
                                    int64_t token, int count, const int planes, const int second, const int two,
                                    float *sums) {
   const int width = weight->segment * weight->segments, steps = weight->segment / 64;
-  const int rows = second ? (planes == 2 ? count : 16) : planes * count;
+  const int rows = second ? (planes == 2 ? count : 16) : planes * count, works = (two ? 4 : 2) * weight->segments;
   const uint8_t *q = (const uint8_t *)x->q + (tile->index * planes * x->tokens + token) * width;
   const uint8_t *q2 = q + (planes == 2 ? x->tokens : 16) * width;
-  int32_t dots[2 * 512] __attribute__((aligned(64)));
+  int32_t dots[2][2 * 512] __attribute__((aligned(64)));
   float high[two ? 32 * 64 : 1];
+  segment_facts facts;
   shape(rows, second ? (planes == 2 ? count : count - 16) : 0);
-  for (int segment = 0; segment < weight->segments; segment++, q += weight->segment, q2 += weight->segment)
-    for (int plane = 0; plane <= two; plane++)
-      for (int block = 0; block < 4; block += 2) {
-        const uint8_t *levels = tile->levels[plane] + 64 * (size_t)weight->segment * segment + 64 * block;
-        dot(levels, q, width, q2, steps, second, rows, dots);
-        for (int i = 0; i < 2; i++) {
-          if (two && !plane) {
-            for (int t = 0; t < count; t++) {
-              __m512 value = _mm512_cvtepi32_ps(LOAD(__m512i, dots + 512 * i + 16 * t));
-              if (planes == 2)
-                value = _mm512_fmadd_ps(value, _mm512_set1_ps(256),
-                                        _mm512_cvtepi32_ps(LOAD(__m512i, dots + 512 * i + 16 * (count + t))));
-              STORE(high + 64 * t + 16 * (block + i), value);
-            }
-          } else {
-            add(weight, tile, x, segment, token, count, planes, two, high, dots + 512 * i, block + i, sums);
-          }
-        }
-      }
+  for (int work = 0; work <= works; work++) { /* of two blocks of rows: (segment, level plane, blocks) */
+    if (work < works) {
+      const int segment = work / (two ? 4 : 2), start = segment * weight->segment;
+      const uint8_t *levels = tile->levels[two ? work / 2 % 2 : 0] + 64 * (size_t)start + 128 * (work % 2);
+      dot(levels, q + start, width, q2 + start, steps, second, rows, dots[work % 2]);
+    }
+    if (!work) continue;
+    const int last = work - 1, segment = last / (two ? 4 : 2), block = last % 2 * 2;
+    if (last % (two ? 4 : 2) == 0) know(weight, tile, x, segment, token, count, planes, &facts);
+    for (int i = 0; i < 2; i++) {
+      const int32_t *from = dots[last % 2] + 512 * i;
+      if (two && last / 2 % 2 == 0)
+        for (int t = 0; t < count; t++) STORE(high + 64 * t + 16 * (block + i), joined(from, t, count, planes));
+      else
+        add(weight, tile, &facts, segment, token, count, planes, two, high, from, block + i, sums);
+    }
+  }
 }
 
 #include "brain.h"
@@ -118,10 +138,10 @@ AMX_INLINE void multiply_bytes_amx(const mpq_weight *weight, const mpq_tile *til
 AMX_INLINE void multiply_tile_amx(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int64_t first,
                                   int64_t last, float *sums) {
   const int planes = x->planes, two = weight->kind == MPQ_TABLE16;
-  const int joined = planes == 2 && x->tokens <= 8, most = planes == 2 ? 16 : 32;
+  const int side = planes == 2 && x->tokens <= 8, most = planes == 2 ? 16 : 32;
   for (int64_t token = first; token < last; token += most) {
     const int count = last - token < most ? (int)(last - token) : most;
-    if (planes == 2 && joined) { COUNT(2, 0) } else if (planes == 2) { COUNT(2, 1) }
+    if (planes == 2 && side) { COUNT(2, 0) } else if (planes == 2) { COUNT(2, 1) }
     else if (count > 16) { COUNT(1, 1) } else { COUNT(1, 0) }
   }
 }

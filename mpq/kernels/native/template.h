@@ -84,8 +84,8 @@ INLINE void decode_any(const mpq_weight *weight, const uint8_t *codes, uint8_t *
 INLINE void gather(const mpq_weight *weight, const void *x, int bfloat, int64_t column, float *out) {
   const int tile = weight->segment * weight->segments;
   const int64_t group = weight->group;
-  memset(out, 0, (MPQ_MAX_TILE + 16) * sizeof *out);
   const int whole = weight->group == weight->segment;
+  if (!whole || column + tile > weight->cols || tile % 32) memset(out, 0, (MPQ_MAX_TILE + 16) * sizeof *out);
   for (int segment = 0; segment < (whole ? 1 : weight->segments); segment++) {
     int64_t start = column + segment * group, count = whole ? tile : group;
     if (start + count > weight->cols) count = weight->cols - start;
@@ -151,6 +151,18 @@ INLINE void put_brain(const mpq_weight *weight, const mpq_activation *to, int ti
   for (int plane = 0; plane < to->planes; plane++)
     split_brain(x, to->brain + (((int64_t)tile * to->planes + plane) * blocks + token / 16) * filled * 16 + token % 16 * 32,
                 (int)filled);
+}
+
+/* The sum of either kind of integers. */
+INLINE int32_t sum_of(const int16_t *wide, const int8_t *bytes, int count) {
+  vint sums = {0};
+  int32_t sum = 0;
+  int i = 0;
+  for (; i + 16 <= count; i += 16)
+    sums += wide ? __builtin_convertvector(LOAD(vwide, wide + i), vint) : __builtin_convertvector(LOAD(vplane, bytes + i), vint);
+  for (; i < count; i++) sum += wide ? wide[i] : bytes[i];
+  for (int j = 0; j < 16; j++) sum += sums[j];
+  return sum;
 }
 
 /* A token's activations; `unfit` where integers cannot stand for them (NaN, infinities, vanishing numbers). */
@@ -220,10 +232,9 @@ INLINE void quantize_any(const mpq_weight *weight, mpq_activation *to, const voi
     }
     for (int segment = 0; segment < weight->segments; segment++)
       for (int plane = 0; plane < (wide ? 1 : to->planes); plane++) {
-        int32_t sum = 0;
-        int start = segment * weight->segment;
-        if (wide) for (int i = 0; i < weight->segment; i++) sum += to->wide[at + start + i];
-        else for (int i = 0; i < weight->segment; i++) sum += (plane ? low : high)[start + i];
+        const int start = segment * weight->segment;
+        const int32_t sum = wide ? sum_of(to->wide + at + start, NULL, weight->segment)
+                                 : sum_of(NULL, (plane ? low : high) + start, weight->segment);
         to->sums[((t * weight->segments + segment) * (wide ? 1 : to->planes) + plane) * tokens + token] = sum;
       }
   }
