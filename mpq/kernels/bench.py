@@ -16,6 +16,7 @@ from mpq.core.scheme import Scheme, parse_scheme
 from mpq.kernels import cpu
 from mpq.kernels.clock import Contestant, Rotation, interleaved
 from mpq.kernels.layout import best_layout, pack, to_layout
+from mpq.kernels.pages import on_large_pages
 
 BEYOND = 256 * 2**20  # bytes of weights that are read in turn, more than a core's share of the cache, or a GPU's L2
 PAGE = {"cpu": 2**23, "cuda": 2**27}  # bytes that one call reads or copies when bandwidth is measured
@@ -133,7 +134,7 @@ def _bandwidth(device: torch.device, beyond: int) -> Contestant:
     if device.type == "cuda":
         target = torch.empty_like(page)
         return Contestant(lambda: target.copy_(page))
-    pages = Rotation([page], beyond)
+    pages = Rotation([page], beyond, on_large_pages)  # where reading is fastest
     return Contestant(lambda: cpu.read(pages()[0]), len(pages))
 
 
@@ -147,7 +148,7 @@ def _packed(dense: Tensor, scheme: Scheme, beyond: int) -> tuple[int, Callable[[
     arranged = to_layout(packed, best_layout(packed, dense.device))
     activation = "" if scheme.activation is None else scheme.activation.name
     facts = (scheme.weight.name, *packed.shape, arranged.layout)
-    following = Rotation(list(arranged.tensors.values()), beyond)
+    following = Rotation(list(arranged.tensors.values()), beyond, on_large_pages)  # as panels are when arranged
     linear = torch.ops.mpq.linear
     return packed.nbytes, lambda x: Contestant(lambda: linear(x, following(), None, *facts, activation), len(following))
 

@@ -12,11 +12,14 @@ CALLS = 20  # at least so many calls between two device events: their own cost a
 
 
 class Rotation:
-    """Copies of some tensors that fill `beyond` bytes, given out in turn: what comes next is in no cache."""
+    """Copies of some tensors that fill `beyond` bytes, given out in turn: what comes next is in no cache.
 
-    def __init__(self, tensors: Sequence[Tensor], beyond: int) -> None:
+    `copy` places them: on the memory that the real ones would be on.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], beyond: int, copy: Callable[[Tensor], Tensor] = torch.clone) -> None:
         copies = max(2, beyond // max(1, sum(tensor.nbytes for tensor in tensors)))
-        self._kept = [[tensor.clone() for tensor in tensors] for _ in range(copies)]
+        self._kept = [[copy(tensor) for tensor in tensors] for _ in range(copies)]
         self._turn = count()
 
     def __call__(self) -> list[Tensor]:

@@ -18,6 +18,7 @@ from mpq.core.formats import Format
 from mpq.core.grids import SCALES, Grid
 from mpq.core.rounding import SCALE_DTYPES
 from mpq.kernels.layout import Packed, pack_bits, unpack_bits
+from mpq.kernels.pages import on_large_pages
 
 NAME = "panels"
 ROWS = 64
@@ -162,7 +163,7 @@ def arrange(packed: Packed) -> Packed:
         panels = torch.cat([part.flatten(1) for part in parts], 1)
     else:
         panels = torch.cat(parts, 2).flatten(1)
-    arranged = {"panels": panels.contiguous()}
+    arranged = {"panels": on_large_pages(panels)}
     if format.tensor_scale:
         arranged["tensor_scale"] = tensors["tensor_scale"]
     return Packed(format, packed.shape, NAME, arranged)

@@ -1,16 +1,13 @@
 import os
-import shutil
 import subprocess
 import sys
 from functools import lru_cache
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import mpq.kernels
 from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
 from mpq.core.formats import FORMATS, parse_format
@@ -18,7 +15,6 @@ from mpq.core.rounding import dequantize, quantize
 from mpq.kernels import cpu, panels
 from mpq.kernels.layout import LAYOUTS, best_layout, pack, to_layout, unpack
 
-SOURCES = Path(mpq.kernels.__file__).parent / "native"
 EXTRA = (
     "int4-g10", "int5-g100", "int7-g128", "int4-g512", "int4-channel-asym", "int4-g32-sbf16", "uint4-g32",
     "fp7-e3m3-g64", "fp8-e3m4-g16", "fp8-e4m3-g10", "fp4-e2m1-g16-sue5m3", "fp5-e2m2-g100",
@@ -159,9 +155,11 @@ def test_nan_infinities_and_vanishing_numbers_pass_through(level, name, tokens):
         assert torch.equal(torch.isnan(expected), torch.isnan(found))
         assert torch.equal(torch.isinf(expected), torch.isinf(found))
         good = torch.isfinite(expected)
-        assert torch.allclose(
-            found[good], expected[good], rtol=1e-3, atol=1e-2 if abs(value) < 1e30 or value != value else 1e36
-        )
+        # Tokens that no integers stand for are the reference's own; the others as close as everywhere, which leaves
+        # the reference's own rounding: each of 300 sums in float32, relative to the sum of magnitudes.
+        magnitudes = x.nan_to_num(0, 3e38, 3e38).double().abs() @ dequantize(unpack(packed)).double().abs().T
+        allowed = bound(x.nan_to_num(0, 3e38, 3e38), packed) + 300 * 2**-24 * magnitudes
+        assert ((found.double() - expected.double()).abs()[good] <= allowed[good]).all()
 
 
 @needs_native
@@ -197,55 +195,6 @@ def test_an_unknown_level_is_an_error(monkeypatch):
     monkeypatch.setenv("MPQ_CPU_LEVEL", "sse9")
     with pytest.raises(MpqError, match="sse9"):
         cpu.native.__wrapped__()
-
-
-def test_compiles_without_warnings_and_runs_under_sanitizers(tmp_path):
-    """A small program drives every level with addresses and undefined behaviour checked, outputs on guarded memory."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    program = tmp_path / "drive"
-    sources = [str(path) for path in sorted(SOURCES.glob("*.c")) if path.name != "module.c"]
-    flags = [
-        "-O1",
-        "-g",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-psabi",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=all",
-    ]
-    driver = Path(__file__).with_name("drive_native.c")
-    built = subprocess.run(
-        [compiler, *flags, f"-I{SOURCES}", str(driver), *sources, "-lpthread", "-o", str(program)],
-        capture_output=True,
-        text=True,
-    )
-    if "cannot find" in built.stderr or "unrecognized" in built.stderr:
-        pytest.skip("the compiler has no sanitizers")
-    assert built.returncode == 0, built.stderr
-    cases = []
-    for name in (
-        "int4-g128",
-        "int3-g10-asym",
-        "int2-channel",
-        "int8-channel",
-        "mxfp4",
-        "nf4-g64",
-        "fp8-e4m3",
-        "fp6-e3m2-g128",
-        "nvfp4",
-    ):
-        rows, cols = 70, 150
-        _, arranged = weight_of(name, rows, cols)
-        plan = cpu._plan(name, rows, cols)
-        path = tmp_path / name
-        path.write_bytes(plan.weight + arranged.tensors["panels"].numpy().tobytes())
-        cases.append(str(path))
-    ran = subprocess.run([str(program), *cases], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.split() == ["done"] * len(cases)
 
 
 @needs_native

@@ -27,5 +27,5 @@ INLINE void dot(const uint8_t *levels, const int16_t *x, int segment, int32_t *s
 #define LEVEL_DOT dot
 #include "multiply.h"
 
-const mpq_level mpq_avx2 = {"avx2", 1, 0, quantize, decode, multiply, NULL, NULL};
+const mpq_level mpq_avx2 = {"avx2", 1, 0, 0, quantize, decode, multiply, NULL, NULL};
 #endif

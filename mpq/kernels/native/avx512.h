@@ -87,10 +87,12 @@ INLINE void decode_tile(const mpq_weight *weight, const int bits, const int kind
 
 static TARGET void decode(const mpq_weight *weight, const uint8_t *codes, int brain, mpq_tile *tile, uint8_t *out) {
   const size_t plane = 64 * (size_t)weight->segment * weight->segments;
-  (void)brain;
   place_levels(weight, codes, tile, out);
-  switch (weight->bits) { DECODE(2) DECODE(3) DECODE(4) DECODE(5) DECODE(6) DECODE(7) DECODE(8) }
+  if (brain < 0) tile->levels[0] = codes;
+  else switch (weight->bits) { DECODE(2) DECODE(3) DECODE(4) DECODE(5) DECODE(6) DECODE(7) DECODE(8) }
 }
+
+#include "fused.h"
 
 /* `count` tokens from `token` on, their planes of bytes against one or two planes of levels. */
 INLINE void multiply_bytes(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int64_t token,
@@ -192,7 +194,10 @@ INLINE void multiply_tile(const mpq_weight *weight, const mpq_tile *tile, const 
 
 static TARGET void multiply_vectors(const mpq_weight *weight, const mpq_tile *tiles, int count, const mpq_activation *x,
                                     int64_t first, int64_t last, float *sums) {
-  for (int i = 0; i < count; i++) multiply_tile(weight, tiles + i, x, first, last, sums);
+  const int whole = x->tokens == 1 && weight->kind != MPQ_BFLOAT;
+  for (int i = 0; i < count; i++)
+    if (whole) fused(weight, tiles + i, x, sums);
+    else multiply_tile(weight, tiles + i, x, first, last, sums);
 }
 
 static TARGET void quantize(const mpq_weight *weight, mpq_activation *to, const void *x, int bfloat, int64_t stride,

@@ -71,7 +71,7 @@ AMX_INLINE void decode_brain(const mpq_weight *weight, const mpq_tile *tile, con
 static AMX_TARGET void decode_any_brain(const mpq_weight *weight, const uint8_t *codes, int brain, mpq_tile *tile,
                                         uint8_t *out) {
   const int kind = weight->kind;
-  if (!brain) {
+  if (brain <= 0) {
     decode(weight, codes, brain, tile, out);
     return;
   }

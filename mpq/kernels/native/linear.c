@@ -181,7 +181,8 @@ static void decode_tile(const job *work, int64_t panel, int64_t index, mpq_tile 
   tile->index = index;
   tile->scales = weight->row_scales ? row_scales(work, panel) : stream + codes;
   tile->zeros = weight->zeros ? tile->scales + scales : NULL;
-  work->level->decode(weight, stream, work->x.brain ? weight->brain : 0, tile, out);
+  const int fused = work->level->fused && work->x.tokens == 1 && weight->kind != MPQ_BFLOAT;
+  work->level->decode(weight, stream, work->x.brain ? weight->brain : -fused, tile, out);
 }
 
 static void multiply_panels(void *argument) {
@@ -305,8 +306,10 @@ static void read_blocks(void *argument) {
   for (int64_t block; (block = atomic_fetch_add(&work->next, 1)) < work->blocks;) {
     const uint64_t *words = (const uint64_t *)(work->data + (block << 20));
     uint64_t some[8] = {0};
-    for (int i = 0; i < 1 << 17; i += 8)
+    for (int i = 0; i < 1 << 17; i += 8) {
+      __builtin_prefetch(words + i + MPQ_AHEAD / 8);
       for (int j = 0; j < 8; j++) some[j] |= words[i + j];
+    }
     for (int j = 0; j < 8; j++) all |= some[j];
   }
   atomic_fetch_or(&work->found, (long long)all);

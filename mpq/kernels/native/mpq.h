@@ -19,7 +19,9 @@
 #define MPQ_BLOCK 32      /* tokens that are taken together */
 #define MPQ_RUN 2         /* tiles that are decoded before they are multiplied, when there are tokens enough */
 #define MPQ_PANELS 8      /* panels that share one passage of the activations, likewise */
+#ifndef MPQ_AHEAD
 #define MPQ_AHEAD 3072    /* bytes of the stream that are asked for ahead of use */
+#endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MPQ_X86 1
 #endif
@@ -72,9 +74,10 @@ typedef struct {
   const char *name;
   int wide;  /* activations as 16-bit numbers instead of planes of bytes */
   int brain; /* whether weights and activations can be bfloat16 */
+  int fused; /* whether one token is multiplied by codes (not of BFLOAT) as they stand */
   void (*quantize)(const mpq_weight *, mpq_activation *, const void *x, int bfloat, int64_t stride, int64_t token,
                    int8_t *unfit);
-  /* `out` has room for the levels that are not the codes as they stand */
+  /* `out` has room for the levels that are not the codes as they stand; `brain` -1: all are left so */
   void (*decode)(const mpq_weight *, const uint8_t *codes, int brain, mpq_tile *, uint8_t *out);
   /* sums (tokens, 64) += the part of `count` tiles for the tokens from `first` to `last` */
   void (*multiply)(const mpq_weight *, const mpq_tile *, int count, const mpq_activation *, int64_t first, int64_t last,

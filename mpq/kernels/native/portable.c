@@ -4,4 +4,4 @@
 
 #include "multiply.h"
 
-const mpq_level mpq_portable = {"portable", 1, 0, quantize, decode, multiply, NULL, NULL};
+const mpq_level mpq_portable = {"portable", 1, 0, 0, quantize, decode, multiply, NULL, NULL};
