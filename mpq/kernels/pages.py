@@ -1,6 +1,7 @@
 """Weights on large pages: a third more of the memory's bandwidth than on pages of 4 KB, whose ends stop prefetching."""
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -19,9 +20,7 @@ def on_large_pages(tensor: Tensor) -> Tensor:
     memory = mmap.mmap(-1, tensor.nbytes + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % LARGE
-    try:
+    with suppress(OSError):  # a system without large pages
         memory.madvise(mmap.MADV_HUGEPAGE, start, tensor.nbytes // LARGE * LARGE)
-    except OSError:  # a kernel without large pages
-        pass
     placed = whole[start : start + tensor.nbytes].view(tensor.dtype).reshape(tensor.shape)
     return placed.copy_(tensor)

@@ -15,15 +15,14 @@ from mpq.kernels import cpu, panels
 from mpq.kernels.layout import pack, to_layout
 
 SOURCES = Path(mpq.kernels.__file__).parent / "native"
-FLAGS = (
-    "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-)  # fmt: skip
+FLAGS = ("-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fno-sanitize-recover=all")
+SANITIZERS = "-fsanitize=address,undefined"
 NAMES = (
     "int2-channel", "int2-g32", "int3-g10-asym", "int4-g32", "int4-g128", "int4-channel-asym", "int5-g100",
     "int6-g64", "int8-channel", "mxint8", "mxfp4", "mxfp6-e2m3", "mxfp8-e4m3", "nvfp4", "nf4-g64", "fp6-e3m2-g128",
     "fp8-e4m3", "fp8-e4m3-g10", "fp8-e5m2-channel",
 )  # fmt: skip
-SHAPES = ((70, 150), (1, 1), (64, 256), (129, 33))
+SHAPES = ((70, 150), (1, 33))
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +32,9 @@ def driver(tmp_path_factory):
         pytest.skip("no C compiler")
     program = tmp_path_factory.mktemp("native") / "drive"
     sources = [str(path) for path in sorted(SOURCES.glob("*.c")) if path.name != "module.c"]
-    command = [compiler, *FLAGS, f"-I{SOURCES}", str(Path(__file__).with_name("drive_native.c")), *sources, "-lpthread"]
-    built = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
+    driver = str(Path(__file__).with_name("drive_native.c"))
+    command = [compiler, *FLAGS, SANITIZERS, f"-I{SOURCES}", driver, *sources, "-lpthread", "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True)
     if "cannot find" in built.stderr or "unrecognized" in built.stderr:
         pytest.skip("the compiler has no sanitizers")
     assert built.returncode == 0, built.stderr

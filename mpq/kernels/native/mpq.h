@@ -19,9 +19,7 @@
 #define MPQ_BLOCK 32      /* tokens that are taken together */
 #define MPQ_RUN 2         /* tiles that are decoded before they are multiplied, when there are tokens enough */
 #define MPQ_PANELS 8      /* panels that share one passage of the activations, likewise */
-#ifndef MPQ_AHEAD
 #define MPQ_AHEAD 3072    /* bytes of the stream that are asked for ahead of use */
-#endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MPQ_X86 1
 #endif
