@@ -105,7 +105,7 @@ class Measuring:
     def __call__(self, allocation: Allocation | None, share: float = 1.0) -> float:
         for name, matrix in self.original.items():
             module = self.model.get_submodule(name)
-            if allocation is not None:
+            if allocation is not None and name in allocation.scheme_of:
                 scheme = allocation.scheme_of[name]
                 if (name, scheme.name) not in self.rounded:
                     self.rounded[name, scheme.name] = dequantize(method_named("mse")(matrix, scheme.weight, None))

@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="nothing: peers are left out")
     parser.add_argument("--modelopt", help="the Python of an environment with nvidia-modelopt and transformers")
-    parser.add_argument("--bits", nargs="+", type=float, default=(5.0, 6.0))
+    parser.add_argument("--bits", nargs="+", type=float, default=(5.0, 6.0), help="of the codes, without scales")
     parser.add_argument("--trials", type=int, default=24)
     options = parser.parse_args()
     if options.quick or not options.modelopt:
@@ -87,10 +87,13 @@ def main() -> None:
     measure = Measuring(model, reference_models.wikitext_tokens("valid", 16).split(8), next_token_loss)
     judge = Measuring(model, reference_models.wikitext_tokens("test", 64).split(8), next_token_loss)
     lines = []
-    print(f"{'at most':>8} {'search':12} {'bits':>7} {'unseen loss':>12} {'model runs':>11} {'seconds':>8}")
+    print(f"{'bits':>8} {'search':12} {'stored':>7} {'unseen loss':>12} {'model runs':>11} {'seconds':>8}")
     for bits in options.bits:
         with tempfile.TemporaryDirectory() as folder:
-            answer = asked(options.modelopt, bits, tokens, Path(folder))
+            # The peer counts the head, which it leaves alone, with its 16 bits, and no scales.
+            searched, head = sum(layer.params for layer in table.layers), model.get_parameter("lm_head.weight").numel()
+            effective = (searched * bits + head * 16) / (searched + head)
+            answer = asked(options.modelopt, effective, tokens, Path(folder))
         problem = build_problem(table)
         theirs = [answer["bits"][problem.layers[group[0]].name] for group in problem.groups]
         peer = problem.allocation([[4, 8].index(min(number, 8)) for number in theirs])
