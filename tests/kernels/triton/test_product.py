@@ -1,7 +1,5 @@
 """The Triton product against float64, in Triton's interpreter unless TRITON_INTERPRET=0 and a GPU say otherwise."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -11,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mpq.kernels.ops  # noqa: F401  (registers the layouts)
+from devices import poisoned
 from mpq.core.formats import FORMATS, Format, parse_format
 from mpq.core.rounding import dequantize, quantize
 from mpq.kernels.fragments import FRAGMENTS, covers
@@ -147,16 +146,6 @@ def test_programs_that_stay(
         ]
     assert relative(outputs[0], truth) < 2 * tolerance(format, dtype, config)
     assert torch.equal(outputs[0], outputs[1])
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """New float memory holds NaN: what a kernel does not write, or reads before writing, shows."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def test_poison_shows() -> None:
