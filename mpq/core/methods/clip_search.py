@@ -25,7 +25,7 @@ from mpq.core.rounding import (
 )
 
 RATIOS = tuple(1.0 - 0.035 * step for step in range(20))  # of the absmax scale, 1 down to 0.335
-RANGES = tuple(1.1 - 0.06 * step for step in range(10))  # of a group's range where it has a minimum, 1.1 to 0.56
+RANGES = tuple(1.1 - 0.03 * step for step in range(18))  # of a group's range where it has a minimum, 1.1 to 0.59
 REFITS = 3
 BLOCK = 2**18  # elements searched at once: the copies that a search makes stay in the cache
 
