@@ -71,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
     profile = command("profile", _profile, "measure how much each layer suffers in each format")
     model_options(profile)
     profile_options(profile)
+    profile.add_argument(
+        "--offload", action="store_true", help="keep the weights in main memory, one module at a time on --device"
+    )
     profile.add_argument("-o", "--output", required=True, help="table to write, a .csv file")
 
     allocate = command("allocate", _allocate, "choose formats under a budget, from a table")
@@ -146,16 +149,17 @@ def _quantize(options: argparse.Namespace) -> None:
 
 def _profile(options: argparse.Namespace) -> None:
     from mpq.core.formats import DEFAULT_FORMATS
-    from mpq.core.parallel import place, processes
+    from mpq.core.parallel import own_device, place, processes
     from mpq.sensitivity.profile import profile
 
     settings = profiling_of(options)
     settings["formats"] = settings["formats"] or DEFAULT_FORMATS
-    source = source_of(options)
+    source = source_of(options, stay=options.offload)
     with processes(options.device):
         table = profile(
             source.model, source.calibration, source.loss_fn, resume=f"{options.output}.unfinished",
-            provenance={"model": source.name, "dataset": source.data}, **settings,
+            provenance={"model": source.name, "dataset": source.data},
+            offload=own_device(options.device) if options.offload else None, **settings,
         )  # fmt: skip
         if place()[0] > 0:
             return

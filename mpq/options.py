@@ -73,14 +73,15 @@ def pairs_of(items: Sequence[str], what: str) -> dict[str, str]:
     return pairs
 
 
-def source_of(options: argparse.Namespace) -> "Source":
-    """The model and data that the options name."""
+def source_of(options: argparse.Namespace, stay: bool = False) -> "Source":
+    """The model and data that the options name; the model may stay in main memory, for `--offload`."""
     from mpq.core.parallel import own_device
     from mpq.sources import open_source
 
     return open_source(
         options.model, options.dataset, nsamples=options.nsamples, seqlen=options.seqlen,
         batch_size=options.batch_size, seed=options.seed, device=own_device(options.device),
+        model_device="cpu" if stay else None,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mpq.sensitivity.task import Metric
 
 MEASURED = ("loss", "divergence", "wrong")  # a forward pass over the data for each layer and scheme
+SECOND_DERIVATIVES = ("hessian", "eigenvalue", "curvature")
 DEFAULT_METRIC = "kronecker"
 
 # name: (module:function, what it is); functions take a Task and options, and give scores and standard errors.

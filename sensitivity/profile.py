@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,10 @@ from mpq.core.layer import Layer
 from mpq.core.layers import count_macs, find_layers, weight_matrix
 from mpq.core.methods import NEEDS_SECOND_MOMENT, method_named
 from mpq.core.moments import second_moments
+from mpq.core.offload import offloaded
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.core.table import SensitivityTable
-from mpq.sensitivity import DEFAULT_METRIC, metric_named
+from mpq.sensitivity import DEFAULT_METRIC, SECOND_DERIVATIVES, metric_named
 from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.task import Scores, Task
 
@@ -38,6 +40,7 @@ def profile(
     resume: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    offload: str | None = None,
 ) -> SensitivityTable:
     """Predict the loss increase of every layer in every scheme.
 
@@ -58,6 +61,8 @@ def profile(
             table of an uninterrupted one. It is removed when the table is complete.
         options: keyword arguments of the metric.
         provenance: facts to record in the table beside the settings ("model", "dataset", ...).
+        offload: a device that the model does not fit: its weights stay where they are and visit it one module at a
+            time, twice for each backward pass. Batches must be there. Not for metrics of second derivatives.
 
     Raises:
         MpqError: empty or NaN data (naming the batch), no layers, unknown names, a score that is NaN or infinite
@@ -67,7 +72,9 @@ def profile(
     scheme_tuple = _distinct(formats)
     score, rounding = metric_named(metric), method_named(method)
     layers = find_layers(model, include, exclude)
-    with evaluating(model):
+    if offload is not None and metric in SECOND_DERIVATIVES:
+        raise MpqError(f"{metric} differentiates twice, which does not go with offload: take {DEFAULT_METRIC}")
+    with evaluating(model), offloaded(model, offload) if offload is not None else nullcontext():
         layers = count_macs(model, layers, batches[0], loss_fn)
         reference = mean_loss(model, batches, loss_fn)
         names = tuple(scheme.name for scheme in scheme_tuple)

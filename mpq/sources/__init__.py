@@ -42,6 +42,7 @@ def open_source(
     seed: int = 0,
     device: str | torch.device = "cpu",
     evaluation_samples: int | None = None,
+    model_device: str | torch.device | None = None,
 ) -> Source:
     """Find a model and data for it.
 
@@ -56,6 +57,7 @@ def open_source(
         seed: of the draw.
         device: where model and batches go.
         evaluation_samples: at most so many; left out, all there are for bundled data and else 256.
+        model_device: where the model goes, when that is another device than the batches'.
 
     Raises:
         MpqError: an unknown name, a missing extra (with the command that installs it), data that does not fit.
@@ -69,7 +71,7 @@ def open_source(
         raise MpqError(f"{data.name} does not say what the loss is: let its loader return a 'loss_fn'")
     return Source(
         name=model_name,
-        model=network.model.to(device),
+        model=network.model.to(device if model_device is None else model_device),
         calibration=tuple(to_device(batch, device) for batch in data.calibration),
         evaluation=tuple(to_device(batch, device) for batch in data.evaluation),
         loss_fn=data.loss_fn or LOSSES[data.kind],

@@ -1,0 +1,102 @@
+"""Models larger than the device: weights stay where they are and visit it one module at a time.
+
+A module's parameters are copied to the device when it runs and dropped when it is done. What autograd keeps of them
+for the way back is a note of which they are, and each is fetched again when its turn comes: no more than a module's
+weights are ever there at once, on either way, at the price of moving them twice.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Visitors:
+    """Copies of parameters on the device: bytes now, and the most there ever were."""
+
+    device: torch.device
+    resident: int = 0
+    peak: int = 0
+    owners: dict[int, nn.Parameter] = field(default_factory=dict)  # by the address of a copy on the device
+
+    def fetch(self, parameter: nn.Parameter, origin: Tensor) -> Tensor:
+        """A copy of `origin`, the parameter's numbers, on the device."""
+        copy = origin.to(self.device, copy=True)
+        size, address = copy.numel() * copy.element_size(), copy.untyped_storage().data_ptr()
+        self.resident += size
+        self.peak = max(self.peak, self.resident)
+        self.owners[address] = parameter
+        weakref.finalize(copy.untyped_storage(), self._left, size, address)
+        return copy
+
+    def _left(self, size: int, address: int) -> None:
+        self.resident -= size
+        self.owners.pop(address, None)
+
+
+@contextmanager
+def offloaded(model: nn.Module, device: str | torch.device) -> Iterator[Visitors]:
+    """Inside the block the model computes on `device`, forward and backward, while its parameters stay where they are.
+
+    Buffers move for the whole block. Weights themselves get no gradients: only layers' outputs and inputs do.
+    """
+    visitors = Visitors(torch.device(device))
+    origins = {parameter: parameter.data for parameter in model.parameters()}
+    buffers = [(buffer, buffer.data) for buffer in model.buffers()]
+    users: dict[nn.Parameter, int] = dict.fromkeys(origins, 0)  # how many running modules hold the copy
+
+    def enter(module: nn.Module, args: Any) -> None:
+        for parameter in _held(module):
+            if parameter not in users:  # one that functional_call has put in its place
+                continue
+            if users[parameter] == 0:
+                parameter.data = visitors.fetch(parameter, origins[parameter])
+            users[parameter] += 1
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        for parameter in _held(module):
+            if parameter not in users:
+                continue
+            users[parameter] -= 1
+            if users[parameter] == 0:
+                parameter.data = origins[parameter]
+
+    def keep(tensor: Tensor) -> Any:
+        parameter = visitors.owners.get(tensor.untyped_storage().data_ptr())
+        if parameter is None:
+            return tensor
+        return parameter, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def bring(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        parameter, *form = kept
+        return visitors.fetch(parameter, origins[parameter]).as_strided(*form)
+
+    handles = []
+    for module in model.modules():
+        if next(iter(_held(module)), None) is not None:
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        for buffer, origin in buffers:
+            buffer.data = origin.to(device)
+        with torch.autograd.graph.saved_tensors_hooks(keep, bring):
+            yield visitors
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, origin in origins.items():
+            parameter.data = origin
+        for buffer, origin in buffers:
+            buffer.data = origin
+
+
+def _held(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters that the module uses when it runs: its own, and those of parts that it uses without running them."""
+    yield from module.parameters(recurse=isinstance(module, nn.MultiheadAttention))
