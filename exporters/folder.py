@@ -82,7 +82,7 @@ def _is_allocation(path: Path) -> bool:
 
 def write_checksums(folder: Path, tensors: Mapping[str, dict[str, str]]) -> None:
     """Note the digests of all files: of the tensors where the file has some, of the whole file otherwise."""
-    digests = {path.name: tensors.get(path.name) or digest(path.read_bytes()) for path in sorted(folder.iterdir())}
+    digests = {path.name: tensors.get(path.name) or _file_digest(path) for path in sorted(folder.iterdir())}
     (folder / CHECKSUMS).write_text(json.dumps(digests, indent=0) + "\n", encoding="utf-8")
 
 
@@ -125,6 +125,14 @@ def safe_name(name: str, source: Path) -> str:
     if not name or name in (".", "..") or any(mark in name for mark in "/\\\0:"):
         raise MpqError(f"{source} names the file {name!r}, which is not in its folder: refused")
     return name
+
+
+def _file_digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**24):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def digest(content: bytes | memoryview) -> str:

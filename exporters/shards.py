@@ -40,6 +40,7 @@ def write_tensors(
         held = {name: _checked(name, specs[name], *next(coming)) for name in names}
         save_file(held, folder / file, metadata={"format": "pt"})
         digests[file] = {name: tensor_digest(tensor) for name, tensor in held.items()}
+        del held  # before the next shard's tensors come
     if len(files) > 1:
         weight_map = {name: file for file, names in digests.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
