@@ -1,17 +1,36 @@
 """Fused CPU kernels against the machine's read bandwidth and PyTorch's floats, and the latency table they make.
 
     python experiments/bench_cpu_kernels.py [--quick] [--table latency.json]
+    python experiments/bench_cpu_kernels.py --peers [--shapes 4096x4096] [--batches 1,4,16] [--formats int4-g128]
+    python experiments/bench_cpu_kernels.py --mixed
 
 Contestants take turns within one run, weights rotate beyond the cache, figures are medians. The last lines compare
-with the goals: a fraction of the read bandwidth at batch 1, no slower than bfloat16 at batch 64 and 256.
+with the goals: a fraction of the read bandwidth at batch 1, no slower than bfloat16 at batch 64 and 256. --peers times
+other libraries instead (cpu_peers.py), their figures appended to results/cpu_kernels.csv; --mixed times ten random
+allocations of a stack of layers against the sum of what its layers take alone.
 """
 
 import argparse
+import csv
+import statistics
+import time
+from pathlib import Path
 
+import cpu_peers
+import numpy as np
 import torch
 
+from mpq.core.calibration import seeded
+from mpq.core.rounding import quantize
+from mpq.core.scheme import parse_scheme
 from mpq.kernels import cpu
-from mpq.kernels.bench import latency_table, measure
+from mpq.kernels.bench import BEYOND, latency_table, measure
+from mpq.kernels.clock import Rotation
+from mpq.kernels.layout import best_layout, pack, to_layout
+
+COLUMNS = ("cpu", "threads", "format", "rows", "cols", "batch", "contestant", "median_us", "q1_us", "q3_us")
+MIXED = ("int2-g128", "int3-g128", "int4-g128", "int6-g128", "int8-channel", "nf4-g64", "mxfp4", "fp8-e4m3-channel")
+RESULTS = Path(__file__).with_name("results") / "cpu_kernels.csv"
 
 GOALS = {
     "int8-channel": 0.90, "int4-g128": 0.90, "mxfp4": 0.90, "int2-g128": 0.85, "fp8-e4m3-channel": 0.85,
@@ -24,12 +43,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small shape, three formats")
     parser.add_argument("--table", help="where to write the latency table")
+    parser.add_argument("--peers", action="store_true", help="against other libraries, in an environment of their own")
+    parser.add_argument("--mixed", action="store_true", help="ten random mixed allocations against the latency table")
+    parser.add_argument("--shapes", default="4096x4096,11008x4096,4096x11008")
+    parser.add_argument("--batches", default="1,4,16,64,256")
+    parser.add_argument("--formats", default=",".join([*GOALS, "int4-g128+a:int8-token"]))
     arguments = parser.parse_args()
-    schemes = list(GOALS)[:3] if arguments.quick else [*GOALS, "int4-g128+a:int8-token"]
-    shapes = [(1024, 1024)] if arguments.quick else [(4096, 4096), (11008, 4096), (4096, 11008)]
-    batches = [1, 64] if arguments.quick else [1, 4, 16, 64, 256]
-    beyond = 64 * 2**20 if arguments.quick else 256 * 2**20
+    schemes = list(GOALS)[:3] if arguments.quick else arguments.formats.split(",")
+    written = "1024x1024" if arguments.quick else arguments.shapes
+    shapes = [(int(rows), int(cols)) for rows, cols in (shape.split("x") for shape in written.split(","))]
+    batches = [1, 64] if arguments.quick else [int(batch) for batch in arguments.batches.split(",")]
+    beyond = 64 * 2**20 if arguments.quick else BEYOND
     print(f"instructions {cpu.level_name()}, {torch.get_num_threads()} threads")
+    if arguments.peers:
+        against_peers(schemes, shapes, batches)
+    elif arguments.mixed:
+        mixed()
+    else:
+        alone(schemes, shapes, batches, beyond, arguments.table)
+    if arguments.quick:
+        mixed(layers=6, blocks=1)
+
+
+def alone(
+    schemes: list[str], shapes: list[tuple[int, int]], batches: list[int], beyond: int, table: str | None
+) -> None:
+    """Against reading and PyTorch's floats."""
     print(f"{'scheme':24} {'shape':>12} batch {'us':>9} {'GB/s':>6} {'of roof':>7} {'x float32':>9} {'x bf16':>7}")
     found = []
     for timing in measure(schemes, shapes, batches, repeats=30, beyond=beyond):
@@ -40,8 +79,8 @@ def main() -> None:
             f"{timing.bfloat16 / timing.seconds:7.2f}",
             flush=True,
         )
-    if arguments.table:
-        latency_table(found).save(arguments.table)
+    if table:
+        latency_table(found).save(table)
     for timing in found:
         name = f"{timing.scheme}/{timing.rows}x{timing.cols}/batch{timing.batch}"
         if timing.batch == 1 and timing.scheme in GOALS:
@@ -50,6 +89,115 @@ def main() -> None:
         elif timing.batch >= 64:
             gain = timing.bfloat16 / timing.seconds
             print(f"RESULT speedup_over_bf16/{name} {gain:.2f} 1 {'ok' if gain >= 1 else 'short'}")
+
+
+def processor_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def stacked(scheme: str, rows: int, cols: int, copies: int):
+    """A function that multiplies by each of the copies of a random weight, and gives the seconds a copy took."""
+    parsed = parse_scheme(scheme)
+    packed = pack(quantize(torch.randn((rows, cols), generator=seeded(0, rows, cols)), parsed.weight))
+    arranged = to_layout(packed, best_layout(packed, torch.device("cpu")))
+    facts = (parsed.weight.name, rows, cols, arranged.layout)
+    activation = "" if parsed.activation is None else parsed.activation.name
+    following = Rotation(list(arranged.tensors.values()), copies * arranged.nbytes)
+
+    def run(x: torch.Tensor) -> float:
+        started = time.perf_counter()
+        for _ in range(copies):
+            torch.ops.mpq.linear(x, following(), None, *facts, activation)
+        return (time.perf_counter() - started) / copies
+
+    return run, packed.nbytes
+
+
+def against_peers(schemes: list[str], shapes: list[tuple[int, int]], batches: list[int], repeats: int = 31) -> None:
+    """Whole passes over all copies of a weight, ours and each peer's in turns; those who wait sleep."""
+    rows_found, results = [], []
+    processor = processor_name()
+    for scheme in schemes:
+        names = cpu_peers.PEERS.get(scheme, ())
+        for rows, cols in shapes if names else ():
+            copies = max(2, BEYOND // parse_scheme(scheme).weight.nbytes(rows, cols))
+            if min(batches) >= 64:
+                copies = 2  # bound by arithmetic
+            peers = [cpu_peers.Peer(name, rows, cols, copies, torch.get_num_threads()) for name in names]
+            ours, _ = stacked(scheme, rows, cols, copies)
+            up = [peer for peer in peers if peer.ready()]
+            for missing in {peer.name for peer in peers} - {peer.name for peer in up}:
+                print(f"{missing} is left out: it did not come up for {rows}x{cols}")
+            for batch in batches:
+                x = torch.randn((batch, cols), generator=seeded(1, batch))
+                found: dict[str, list[float]] = {"ours": [], **{peer.name: [] for peer in up}}
+                for _ in range(repeats + 1):
+                    found["ours"].append(ours(x))
+                    time.sleep(0.005)  # until threads that spin after their work have gone to sleep
+                    for peer in up:
+                        found[peer.name].append(peer.seconds(batch))
+                        time.sleep(0.005)
+                medians = {name: statistics.median(times[1:]) for name, times in found.items()}
+                for name, times in found.items():
+                    low, high = np.percentile(times[1:], [25, 75])
+                    where = (processor, torch.get_num_threads(), scheme, rows, cols, batch, name)
+                    rows_found.append((*where, *(f"{1e6 * value:.1f}" for value in (medians[name], low, high))))
+                    print(f"{scheme:18} {rows}x{cols} {batch:4} {name:18} {1e6 * medians[name]:9.0f} us "
+                          f"({1e6 * low:.0f} to {1e6 * high:.0f})", flush=True)  # fmt: skip
+                fastest, name = min((medians[peer.name], peer.name) for peer in up)
+                gain, goal = fastest / medians["ours"], {1: 1.25, 4: 1.5, 16: 1.5}.get(batch, 1.0)
+                results.append(f"RESULT over_{name}/{scheme}/{rows}x{cols}/batch{batch} {gain:.2f} {goal} "
+                               f"{'ok' if gain >= goal else 'short'}")  # fmt: skip
+            for peer in peers:
+                peer.close()
+    fresh = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        if fresh:
+            csv.writer(file).writerow(COLUMNS)
+        csv.writer(file).writerows(rows_found)
+    print("\n".join(results))
+
+
+def mixed(layers: int = 28, blocks: int = 30) -> None:
+    """Ten random allocations of a stack of square and oblong layers, against the table of the same run."""
+    schemes = MIXED
+    shapes = ((2048, 2048), (5632, 2048), (2048, 5632))
+    random = np.random.default_rng(0)
+    seconds = {
+        (timing.scheme, timing.rows, timing.cols): timing.seconds
+        for timing in measure(schemes, shapes, [1], repeats=max(5, blocks), beyond=BEYOND)
+    }
+    x = {cols: torch.randn((1, cols), generator=seeded(1, cols)) for _, cols in shapes}
+    kept: dict[tuple[str, int, int], list] = {}
+    worst = 0.0
+    for number in range(10):
+        chosen = [(schemes[random.integers(len(schemes))], *shapes[random.integers(3)]) for _ in range(layers)]
+        calls = []
+        for scheme, rows, cols in chosen:
+            packed = kept.setdefault((scheme, rows, cols), [])
+            if not packed:
+                dense = torch.randn((rows, cols), generator=seeded(0, rows, cols))
+                canonical = pack(quantize(dense, parse_scheme(scheme).weight))
+                packed.append(to_layout(canonical, best_layout(canonical, torch.device("cpu"))))
+            one = packed[0]
+            tensors = [tensor.clone() for tensor in one.tensors.values()]
+            calls.append((x[cols], tensors, None, scheme, rows, cols, one.layout, ""))
+        copies = [
+            [(call[0], [tensor.clone() for tensor in call[1]], *call[2:]) for call in calls]
+            for _ in range(max(1, BEYOND // sum(tensor.nbytes for call in calls for tensor in call[1])))
+        ]
+        times = []
+        for _ in range(blocks + 1):
+            for stack in copies:
+                started = time.perf_counter()
+                for call in stack:
+                    torch.ops.mpq.linear(*call)
+                times.append(time.perf_counter() - started)
+        measured, predicted = statistics.median(times[len(copies) :]), sum(seconds[one] for one in chosen)
+        worst = max(worst, abs(measured / predicted - 1))
+        print(f"mixed allocation {number}: {1e3 * measured:.2f} ms measured, {1e3 * predicted:.2f} ms by the table")
+    print(f"RESULT mixed_allocations_off_the_table {worst:.3f} 0.1 {'ok' if worst <= 0.1 else 'short'}")
 
 
 if __name__ == "__main__":
