@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import brute_force, make_problem
+from problems import brute_force, make_problem, make_table
 
+from mpq.core.costs import kv_bytes_per_token
 from mpq.core.errors import MpqError
+from mpq.core.problem import build_problem
 from mpq.search.exact import exact
 from mpq.search.integer import integer
 
@@ -42,6 +44,22 @@ def test_it_agrees_with_the_exact_frontier(seed, share):
     budget = between(problem, "size", share)
     found = integer(replace(problem, budgets={"size": budget}))
     assert found.losses[0] == pytest.approx(frontier.losses[frontier.index_at(cost=budget)], rel=1e-6)
+
+
+def test_bytes_of_keys_and_values_per_token_are_a_budget_like_any_other():
+    table = make_table(2, 5)
+    bits = [16 if scheme in ("bf16", "fp8-e4m3") else 4 for scheme in table.schemes]
+    kv = np.array([[float(kv_bytes_per_token(1, 4, 64, width)) for width in bits] for _ in table.layers])
+    kv[2:] = 0  # only the first two layers have a cache
+    budget = float(kv[0].min() + kv[1].max())
+    free = build_problem(table, costs={"kv": kv})
+    problem = replace(free, budgets={"size": float(free.costs["size"].max(1).sum()), "kv": budget})
+    _, losses = brute_force(problem)
+    found = integer(problem)
+    assert found.losses[0] == pytest.approx(losses[-1], rel=1e-6)
+    assert problem.totals(found.choices[0])["kv"] <= budget
+    without = integer(replace(problem, budgets={"size": problem.budgets["size"]}))
+    assert problem.totals(without.choices[0])["kv"] > budget  # so it is the budget that decides
 
 
 def test_a_budget_out_of_reach_is_named():

@@ -142,6 +142,10 @@ def test_ctrl_c_loses_nothing_but_the_running_step(tmp_path):
         pass
     loop(again[0], again[1], batches, 10, again[2])
     assert torch.equal(again[1].controller.logits, expected)
+    assert again[1].allocation().schemes == search.allocation().schemes
+    for part, other in zip((again[0], again[1].quantization), (model, search.quantization), strict=True):
+        ours, theirs = part.state_dict(), other.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 @pytest.mark.parametrize(
