@@ -6,8 +6,11 @@ formats and probes.
 """
 
 import argparse
+import json
+import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,17 +19,21 @@ from pyhessian import hessian as PyHessian
 from scipy.stats import spearmanr
 from torch.nn import functional
 
-from mpq.core.calibration import Batch, cross_entropy
+from mpq.core.allocation import Allocation
+from mpq.core.calibration import Batch, cross_entropy, mean_loss
 from mpq.core.layers import find_layers
 from mpq.core.methods import METHODS
+from mpq.core.problem import build_problem
 from mpq.core.scheme import parse_scheme
 from mpq.core.table import SensitivityTable
+from mpq.quantized import simulate
+from mpq.search.exact import exact
 from mpq.sensitivity import MEASURED, METRICS
 from mpq.sensitivity.hessian import hessian_traces
 from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.profile import profile
 from mpq.sensitivity.task import Task
-from reference_models import cifar10_calibration, resnet
+from reference_models import cifar10_calibration, cifar10_test, resnet
 
 FORMATS = ("int2-channel", "int2-g32", "int3-channel", "int3-g32", "int4-channel", "int4-g32", "nvfp4", "int8-channel")
 QUICK_FORMATS = ("int2-g32", "int3-channel", "int4-channel")
@@ -120,6 +127,42 @@ def pyhessian_draws(task: Task, name: str, batch: Batch, probes: int) -> tuple[N
     return np.array(draws), time.perf_counter() - start
 
 
+def modelopt(python: str, images: int) -> list[str]:
+    """Our default metric and ModelOpt's auto_quantize: seconds, and measured loss of their choices at equal size.
+
+    Both choose integers of 2, 3, 4 or 8 bits for each output channel, from the same calibration data, with one thread;
+    scales cost the same in all of them. Both choices are rounded alike, and measured on the 1,000 test images.
+    """
+    torch.set_num_threads(1)
+    test = cifar10_test()
+    schemes = [f"int{bits}-channel" for bits in (2, 3, 4, 8)]
+    model, lines = resnet(20), []
+    start = time.perf_counter()
+    table = profile(model, cifar10_calibration(images, 32), cross_entropy, schemes, method="nearest", progress=False)
+    ours = time.perf_counter() - start
+    frontier = exact(build_problem(table))
+    reference = mean_loss(model, test, cross_entropy)
+    for bits in (3.0, 4.0):
+        command = [python, str(Path(__file__).with_name("peer_modelopt.py")), str(bits), str(images)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        theirs = json.loads(run.stdout.strip().splitlines()[-1])
+        names = tuple(f"int{theirs['bits'][layer.name]}-channel" for layer in table.layers)
+        peer = Allocation(table.layers, names)
+        own = frontier.at(bits=peer.bits)
+        losses = [
+            mean_loss(simulate(model, choice, "nearest", trainable=False), test, cross_entropy) - reference
+            for choice in (own, peer)
+        ]
+        print(f"ModelOpt at {peer.bits:.3f} bits: {theirs['seconds']:.1f} s, loss increase {losses[1]:.4f};")
+        print(f"ours at {own.bits:.3f} bits: {ours:.1f} s, loss increase {losses[0]:.4f}")
+        speed, gain = theirs["seconds"] / ours, losses[1] - losses[0]
+        lines += [
+            result(f"modelopt_{bits:g}_bits_seconds_over_ours", speed, ">1", speed > 1),
+            result(f"modelopt_{bits:g}_bits_loss_above_ours", gain, ">=0", gain >= 0),
+        ]
+    return lines
+
+
 def result(name: str, value: float, goal: str, reached: bool) -> str:
     return f"RESULT {name} {value:.3f} {goal} {'ok' if reached else 'short'}"
 
@@ -127,9 +170,15 @@ def result(name: str, value: float, goal: str, reached: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer images, formats and probes")
+    parser.add_argument(
+        "--peers", metavar="PYTHON", help="of an environment with nvidia-modelopt: compare with it alone"
+    )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.peers:
+        print("\n" + "\n".join(modelopt(options.peers, 128)))
+        return
     batches = cifar10_calibration(64 if options.quick else 512, 32)
     results = predictions(batches, QUICK_FORMATS if options.quick else FORMATS, options.quick)
     (batch,) = cifar10_calibration(32 if options.quick else 64, 64)
