@@ -22,9 +22,21 @@ from mpq.core.allocation import Allocation
 from mpq.core.calibration import mean_loss, next_token_loss
 from mpq.core.errors import MpqError
 from mpq.core.layers import find_layers
+from mpq.core.ranges import input_ranges
 from mpq.exporters import exporter_named
+from mpq.exporters.onnx_file import file_size
 from mpq.exporters.state import other_state
 from mpq.quantized import simulate
+
+ONNX = {
+    "int8": ("int8-channel",),
+    "mixed": ("int4-channel", "int8-channel", "int4-g32"),
+    "int2": ("int8-channel", "int2-g16", "int4-g32"),
+    "fp8": ("fp8-e4m3-channel",),
+    "int8_activations": ("int8-channel+a:int8",),
+    "mixed_activations": ("int8-channel+a:int8", "int4-channel+a:int8"),
+    "fp8_activations": ("fp8-e4m3-channel+a:fp8-e4m3",),
+}
 
 
 def mixed(model: nn.Module, schemes: tuple[str, ...], embeddings: str = "bf16") -> Allocation:
@@ -53,19 +65,24 @@ def onnxruntime_top1(images: int, folder: Path) -> list[str]:
     import onnxruntime
 
     model, batches = reference_models.resnet(20), reference_models.cifar10_test(images)[:1]
+    inputs, layers = batches[0][0][:2], find_layers(model)
+    calibration = reference_models.cifar10_calibration(128)
+    ranges = input_ranges(model, layers, calibration, lambda model, batch: model(batch[0]))
     before, lines = 100 * reference_models.top1(model, batches), []
-    for name, schemes in (("int8", ("int8-channel",)), ("mixed", ("int4-channel", "int8-channel", "int4-g32"))):
+    for name, schemes in list(ONNX.items())[: None if images >= 1000 else 3]:
         allocation = mixed(model, schemes)
-        out = exporter_named("onnx")(model, allocation, folder / f"onnx-{name}", inputs=batches[0][0][:2])
+        promised_size = file_size(model, allocation, inputs)
+        out = exporter_named("onnx")(model, allocation, folder / f"onnx-{name}", inputs=inputs, ranges=ranges)
         session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
         key = session.get_inputs()[0].name
         served = 100 * reference_models.top1(
             lambda x, session=session, key=key: torch.from_numpy(session.run(None, {key: x.numpy()})[0]), batches
         )
-        simulated = 100 * reference_models.top1(simulate(model, allocation, trainable=False), batches)
-        sizes = promised(model, allocation), (out / "model.onnx").stat().st_size
+        simulated = 100 * reference_models.top1(simulate(model, allocation, trainable=False, ranges=ranges), batches)
+        sizes = promised_size, (out / "model.onnx").stat().st_size
         row(f"onnxruntime {name}", before, simulated, served, sizes)
         lines.append(result(f"onnxruntime_{name}_top1_gap", abs(served - simulated), 0.2))
+        lines.append(result(f"onnxruntime_{name}_size_gap", abs(sizes[1] / sizes[0] - 1), 0.01))
     return lines
 
 
@@ -85,7 +102,9 @@ def language_models(windows: int, folder: Path) -> list[str]:
         simulated = math.exp(mean_loss(simulate(model, allocation, trainable=False), [tokens], next_token_loss))
         loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
         served = math.exp(mean_loss(loaded, [tokens], next_token_loss))
-        row(name, before, simulated, served, (promised(model, allocation), (out / file).stat().st_size))
+        sizes = promised(model, allocation), (out / file).stat().st_size
+        row(name, before, simulated, served, sizes)
+        lines.append(result(f"{name.replace(' ', '_')}_size_gap", abs(sizes[1] / sizes[0] - 1), 0.01))
         lines.append(result(f"{name.replace(' ', '_')}_perplexity_gap", abs(served / simulated - 1), 0.001))
     return lines
 
