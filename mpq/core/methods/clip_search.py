@@ -1,5 +1,7 @@
 """Scales by mean squared error: clipping a few large weights lets the many small ones be finer."""
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,8 @@ from mpq.core.rounding import (
 )
 
 RATIOS = tuple(1.0 - 0.035 * step for step in range(20))  # of the absmax scale, 1 down to 0.335
-RANGES = tuple(1.1 - 0.03 * step for step in range(18))  # of a group's range where it has a minimum, 1.1 to 0.59
+RANGES = tuple(1.1 - 0.06 * step for step in range(10))  # of a group's range where it has a minimum, 1.1 to 0.56
+ANCHORS = (0.0, 0.5, 1.0)  # where a range is held when it widens or narrows: its low end, middle and high end
 REFITS = 3
 BLOCK = 2**18  # elements searched at once: the copies that a search makes stay in the cache
 
@@ -165,11 +168,10 @@ def _candidates(elements: Tensor, widest: Tensor, format: Format) -> list[tuple[
 
 
 def _search_ranges(search: _Search, weight: Tensor) -> None:
-    """Offer each group's range, and the lines fitted to the codes of wider and narrower ones."""
+    """Offer each group's range, and the lines fitted to the codes of wider and narrower ones, held at several ends."""
     low, high = group_range(weight, search.format)
     search.offer((high - low) / search.format.grid.max, None, low)
-    for ratio in RANGES:
+    for anchor, ratio in product(ANCHORS, RANGES):
         width = (high - low) * ratio
-        lowest = (low + high - width) / 2
-        scales, minima = search.refit(width / search.format.grid.max, lowest)
+        scales, minima = search.refit(width / search.format.grid.max, low + (high - low - width) * anchor)
         search.offer(scales, None, minima)
