@@ -19,6 +19,7 @@ from mpq.options import (
     print_table,
     profile_options,
     profiling_of,
+    search_options,
     source_of,
 )
 from mpq.studies import add_studies, adding_to
@@ -78,31 +79,9 @@ def parser() -> argparse.ArgumentParser:
 
     allocate = command("allocate", _allocate, "choose formats under a budget, from a table")
     allocate.add_argument("table", help="what 'mpq profile' wrote")
-    budget_options(allocate)
+    budget_options(allocate, loss=True)
     choice_options(allocate)
-    allocate.add_argument(
-        "--budget", action="append", default=[], metavar="COST=NUMBER", help="another budget, as bitops=2e9"
-    )
-    allocate.add_argument("--latency", help="what 'mpq bench -o' wrote: adds the cost latency, in seconds")
-    allocate.add_argument("--batch", type=int, default=1, help="tokens at a time, for --latency (default: 1)")
-    allocate.add_argument("--by", default=None, help="search: exact (default), integer (several budgets), ...")
-    allocate.add_argument("--model", help="for --by evolution: the model to measure on (default: the table's)")
-    allocate.add_argument("--dataset", help="for --by evolution: its data (default: the table's)")
-    allocate.add_argument("--trials", type=int, default=100, help="for --by evolution: evaluations (default: 100)")
-    allocate.add_argument("--storage", help="for --by evolution: journal file or database that workers share")
-    allocate.add_argument("--study", default="mpq", help="for --by evolution: name in the storage")
-    allocate.add_argument(
-        "--sampler", choices=("switch", "nsga2", "nsga3", "tpe", "random"),
-        help="for --by evolution: level switches (default), or a sampler of Optuna's",
-    )  # fmt: skip
-    allocate.add_argument(
-        "--measure-frontier", action="store_true",
-        help="for --by evolution: lower loss and size together, for a frontier of measured points (nsga2 by default)",
-    )  # fmt: skip
-    allocate.add_argument(
-        "--resume", action="store_true", help="for --by evolution: go on with a study in the storage, never begin one"
-    )
-    allocate.add_argument("--seed", type=int, default=0)
+    search_options(allocate)
     allocate.add_argument("-o", "--output", help="allocation to write, a .json file")
     allocate.add_argument("--frontier", help="also write the frontier, a .csv file")
 
@@ -183,17 +162,24 @@ def _allocate(options: argparse.Namespace) -> None:
         schemes = [parse_scheme(name) for name in table.schemes]
         costs["latency"] = np.array([[seconds(layer, scheme) for scheme in schemes] for layer in table.layers])
     asked: dict[str, Any] = {"pin": pairs_of(options.pin, "pin"), "ties": not options.no_ties, "costs": costs}
-    search = options.by or ("integer" if budgets else "exact")
+    search = options.by or ("cheapest" if options.loss is not None else "integer" if budgets else "exact")
+    if search == "cheapest" and options.loss is None:
+        raise MpqError("--by cheapest finds the smallest of a quality: give --loss instead of --bits or --size")
+    if search != "cheapest" and options.loss is not None:
+        raise MpqError(f"--loss is a predicted loss, which --by {search} does not search for: leave --by out")
+    if options.measure_frontier and (search != "evolution" or budgets):
+        raise MpqError("--measure-frontier wants --by evolution, and no --budget or --loss")
     if search == "exact":
         frontier = frontier_of(table, budgets=budgets, **asked)
         allocation = frontier.at(bits=options.bits, size=options.size)
+    elif search == "cheapest":
+        frontier = frontier_of(table, search=search, budgets=budgets, loss=options.loss, **asked)
+        allocation = frontier.allocation(0)
     else:
         weights = sum(layer.params for layer in table.layers)
         overhead = table.provenance.get("overhead", 0)
         if not options.measure_frontier:
             budgets["size"] = options.bits * weights / 8 if options.size is None else options.size - overhead
-        elif search != "evolution" or budgets:
-            raise MpqError("--measure-frontier wants --by evolution, and no --budget")
         extra = _evolving(options, table) if search == "evolution" else {}
         frontier = frontier_of(table, search=search, budgets=budgets, **asked, **extra)
         allocation = (

@@ -41,11 +41,40 @@ def profile_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exclude", action="append", default=[], help="layer pattern to leave as it is")
 
 
-def budget_options(parser: argparse.ArgumentParser) -> None:
-    """One budget."""
+def budget_options(parser: argparse.ArgumentParser, *, loss: bool = False) -> None:
+    """One budget; `loss`: or the quality that is to be kept."""
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--bits", type=float, help="largest average bits per weight, scales counted")
     budget.add_argument("--size", type=size_of, help="largest size of the model, as 500MB")
+    if loss:
+        budget.add_argument("--loss", type=float, help="largest predicted loss increase: finds the smallest model")
+
+
+def search_options(parser: argparse.ArgumentParser) -> None:
+    """How a search goes about it."""
+    parser.add_argument(
+        "--budget", action="append", default=[], metavar="COST=NUMBER", help="another budget, as bitops=2e9"
+    )
+    parser.add_argument("--latency", help="what 'mpq bench -o' wrote: adds the cost latency, in seconds")
+    parser.add_argument("--batch", type=int, default=1, help="tokens at a time, for --latency (default: 1)")
+    parser.add_argument("--by", default=None, help="search: exact (default), integer (several budgets), ...")
+    parser.add_argument("--model", help="for --by evolution: the model to measure on (default: the table's)")
+    parser.add_argument("--dataset", help="for --by evolution: its data (default: the table's)")
+    parser.add_argument("--trials", type=int, default=100, help="for --by evolution: evaluations (default: 100)")
+    parser.add_argument("--storage", help="for --by evolution: journal file or database that workers share")
+    parser.add_argument("--study", default="mpq", help="for --by evolution: name in the storage")
+    parser.add_argument(
+        "--sampler", choices=("switch", "nsga2", "nsga3", "tpe", "random"),
+        help="for --by evolution: level switches (default), or a sampler of Optuna's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--measure-frontier", action="store_true",
+        help="for --by evolution: lower loss and size together, for a frontier of measured points (nsga2 by default)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true", help="for --by evolution: go on with a study in the storage, never begin one"
+    )
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def choice_options(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ DEFAULT_SEARCH = "exact"
 SEARCHES: dict[str, tuple[str, str]] = {
     "exact": ("mpq.search.exact:exact", "the whole frontier in one cost, proven (core knapsack algorithm)"),
     "integer": ("mpq.search.integer:integer", "the optimum under several budgets, by HiGHS (HAWQ-V3)"),
+    "cheapest": ("mpq.search.surface:cheapest", "the smallest of at most a predicted loss, by HiGHS"),
     "monotone": ("mpq.search.monotone:monotone", "less sensitive layers never get more bits (HAWQ-V2)"),
     "quadratic": ("mpq.search.quadratic:quadratic", "the optimum when pairs of layers interact (CLADO), by HiGHS"),
     "evolution": ("mpq.search.evolution:evolution", "measured loss: level switches (EvoPress), NSGA-II/III, by Optuna"),

@@ -73,15 +73,22 @@ def surface(problem: Problem, costs: tuple[str, str] = ("size", "bitops"), *, st
 def cheapest(problem: Problem, *, loss: float, cost: str = "size") -> Frontier:
     """The allocation of least cost whose predicted loss is at most `loss`, within all budgets: a frontier of one point.
 
+    Of several that cost the same it is the one of least loss.
+
     Raises:
-        MpqError: an unknown cost, a loss that nothing reaches (with the least), or budgets that cannot be met with it.
+        MpqError: an unknown cost, a loss that nothing reaches (with the range that is), or budgets that cannot be met
+            with it.
     """
     if cost not in problem.costs:
         raise MpqError(f"there is no cost {cost!r}: the problem knows {', '.join(problem.costs)}")
     possible = np.isfinite(problem.losses)
     least = float(problem.losses.min(1).sum())
-    if loss < least:
-        raise MpqError(f"a predicted loss of {loss:g} cannot be reached: the least is {least:g}")
+    if not loss >= least:
+        most = _loss_of_cheapest(problem, cost)
+        raise MpqError(
+            f"a predicted loss of {loss:g} is below that of every allocation: {least:.6g} to {most:.6g} can be "
+            f"reached, the last by the one of least {cost}"
+        )
     swapped = replace(
         problem,
         losses=np.where(possible, problem.costs[cost], np.inf),
@@ -89,8 +96,19 @@ def cheapest(problem: Problem, *, loss: float, cost: str = "size") -> Frontier:
         budgets={**problem.budgets, "loss": loss},
     )
     (choices,) = integer(swapped, cost=cost).choices
-    reached = float(problem.losses[np.arange(len(choices)), choices].sum())
-    return Frontier(problem, np.array([problem.totals(choices)[cost]]), np.array([reached]), [choices], cost)
+    total = problem.totals(choices)[cost]
+    within = replace(problem, budgets={**problem.budgets, cost: total * (1 + 1e-12)})
+    (better,) = integer(within, cost=cost).choices
+    rows = np.arange(len(choices))
+    losses = [float(problem.losses[rows, one].sum()) for one in (choices, better)]
+    best = better if losses[1] < losses[0] else choices
+    return Frontier(problem, np.array([problem.totals(best)[cost]]), np.array([min(losses)]), [best], cost)
+
+
+def _loss_of_cheapest(problem: Problem, cost: str) -> float:
+    """Least predicted loss among the allocations of least cost."""
+    costs = np.where(np.isfinite(problem.losses), problem.costs[cost], np.inf)
+    return float(np.where(costs == costs.min(1, keepdims=True), problem.losses, np.inf).min(1).sum())
 
 
 def _budgets(problem: Problem, name: str, steps: int) -> list[float]:

@@ -85,6 +85,25 @@ def test_allocate_takes_sizes_and_several_budgets(table, capsys):
     assert "proven optimal" in said
 
 
+def test_allocate_finds_the_smallest_of_a_quality(table, tmp_path, capsys):
+    path = tmp_path / "allocation.json"
+    assert main(["allocate", str(table), "--bits", "4", "-o", str(path)]) == 0
+    chosen = Allocation.load(path)
+    assert main(["allocate", str(table), "--loss", repr(chosen.loss * (1 + 1e-9)), "-o", str(path)]) == 0
+    assert Allocation.load(path).schemes == chosen.schemes  # exact: none smaller is as good
+    assert main(["allocate", str(table), "--loss", repr(chosen.loss * (1 - 1e-6)), "-o", str(path)]) == 0
+    assert Allocation.load(path).size > chosen.size
+    assert main(["allocate", str(table), "--loss", "1e-9"]) == 2
+    assert "can be reached" in capsys.readouterr().err
+    for wrong, message in (
+        (["--bits", "4", "--by", "cheapest"], "give --loss instead"),
+        (["--loss", "1", "--by", "evolution"], "leave --by out"),
+        (["--loss", "1", "--measure-frontier"], "no --budget or --loss"),
+    ):
+        assert main(["allocate", str(table), *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_allocate_answers_without_torch(table):
     code = "import sys; from mpq.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     subprocess.run(

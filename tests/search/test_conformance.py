@@ -22,6 +22,13 @@ class TestInteger(SearchConformance):
     optimal = True
 
 
+class TestCheapest(SearchConformance):
+    """Of any quality: the smallest that the budgets let it be."""
+
+    search = staticmethod(search_named("cheapest"))
+    options = {"loss": 1e9}
+
+
 class TestMonotone(SearchConformance):
     """With the pinned layer most sensitive, and the one that cannot take bf16 last."""
 
@@ -44,7 +51,7 @@ class TestEvolution(SearchConformance):
 
 
 def test_every_search_is_here():
-    assert set(SEARCHES) == {"exact", "integer", "monotone", "quadratic", "evolution"}
+    assert set(SEARCHES) == {"exact", "integer", "cheapest", "monotone", "quadratic", "evolution"}
     with pytest.raises(MpqError, match="unknown search 'exakt': did you mean exact"):
         search_named("exakt")
 

@@ -1,5 +1,6 @@
 """Surfaces and cheapest allocations against enumeration; constraints that conflict are named."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -48,6 +49,8 @@ def test_the_cheapest_of_a_quality_is_that_of_enumeration(seed, share, cost):
     best = costs[losses <= wanted * (1 + 1e-12), ["size", "bitops"].index(cost)].min()
     assert found.costs[0] == pytest.approx(best, rel=1e-9)
     assert found.losses[0] <= wanted * (1 + 1e-9)
+    as_cheap = costs[:, ["size", "bitops"].index(cost)] <= best * (1 + 1e-9)
+    assert found.losses[0] == pytest.approx(losses[as_cheap].min(), rel=1e-6)
 
 
 def test_constraints_that_conflict_are_named():
@@ -65,8 +68,16 @@ def test_constraints_that_conflict_are_named():
         integer(impossible)
     with pytest.raises(MpqError, match="size and loss cannot be met together"):
         cheapest(replace(problem, budgets={"size": budgets["size"], "bitops": 1e12}), loss=float(losses.min() * 1.001))
-    with pytest.raises(MpqError, match="cannot be reached: the least is"):
-        cheapest(problem, loss=float(losses.min()) / 2)
+
+
+def test_a_loss_out_of_reach_names_the_range():
+    problem = make_problem(1, 6)
+    costs, losses = enumerated(problem)
+    worst = losses[costs[:, 0] == costs[:, 0].min()].min()
+    for loss in (float(losses.min()) / 2, float("nan")):
+        with pytest.raises(MpqError, match=re.escape(f"{losses.min():.6g} to {worst:.6g} can be reached")):
+            cheapest(problem, loss=loss)
+    assert cheapest(problem, loss=2 * float(worst)).costs[0] == costs[:, 0].min()
 
 
 def test_mistakes_are_told():
