@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpq.core.allocation import Allocation
-from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.layers import layer_kind, matrix_to_weight
 from mpq.core.ranges import Ranges, static_scale
 from mpq.core.scheme import Scheme
-from mpq.exporters.consumers import CONSUMERS, check, compressed_tensors_format
+from mpq.exporters.consumers import CONSUMERS, check, check_model, compressed_tensors_format
 from mpq.exporters.folder import refuse_foreign, write_checksums, write_folder
 from mpq.exporters.shards import SHARD, WHOLE, write_tensors
 from mpq.exporters.state import model_config, other_state, specs_of, write_config
@@ -49,10 +48,7 @@ def export(
     Raises:
         MpqError: no transformers model, a scheme that cannot be held, fused layers in several schemes, foreign files.
     """
-    if not hasattr(getattr(model, "config", None), "to_json_string"):
-        raise MpqError(
-            f"compressed-tensors checkpoints hold transformers models, not {type(model).__name__}: export mpq"
-        )
+    check_model(CONSUMERS["compressed-tensors"], model)
     check(CONSUMERS["compressed-tensors"], allocation)
     refuse_foreign(folder, (WHOLE, "config.json", "allocation.json"))
     others, _ = other_state(model, allocation)

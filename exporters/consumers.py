@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+
+from torch import nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, nearest_names
@@ -17,7 +20,8 @@ class Consumer:
 
     `objection` says in half a sentence why a layer cannot have a scheme, "" when it can. `schemes` are the well-known
     ones, of which the nearest is named in a refusal; `fallbacks` is the consumer's own rule of what comes instead of
-    what a layer cannot have. `fuses` says whether tied layers (q/k/v, gate/up) must share one.
+    what a layer cannot have. `fuses` says whether tied layers (q/k/v, gate/up) must share one. `takes` says whether it
+    knows a model, `models` in words which ones, and `packages` what writing its files needs.
     """
 
     name: str
@@ -26,6 +30,20 @@ class Consumer:
     objection: Callable[[Layer, Scheme], str]
     fuses: bool = True
     fallbacks: Mapping[str, str] = field(default_factory=dict)
+    takes: Callable[[nn.Module], bool] = lambda model: True
+    models: str = "any model"
+    packages: tuple[str, ...] = ()
+
+
+def check_model(consumer: Consumer, model: nn.Module) -> None:
+    """MpqError when the consumer does not know such a model, or a package that writes its files is missing."""
+    if not consumer.takes(model):
+        raise MpqError(
+            f"{consumer.name} files hold {consumer.models}, not {type(model).__name__}: export to mpq instead"
+        )
+    if not all(find_spec(package) for package in consumer.packages):
+        needed = " and ".join(consumer.packages)
+        raise MpqError(f"{consumer.name} files are written with {needed}: pip install 'mpq[{consumer.name}]'")
 
 
 def check(consumer: Consumer, allocation: Allocation) -> None:
@@ -218,6 +236,14 @@ def _gptq(layer: Layer, scheme: Scheme) -> str:
     return _whole_groups(layer, weight)
 
 
+def _transformers(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "config", None), "to_json_string")
+
+
+def _llama(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "model_type", None) == "llama"
+
+
 CONSUMERS: dict[str, Consumer] = {
     consumer.name: consumer
     for consumer in (
@@ -232,8 +258,20 @@ CONSUMERS: dict[str, Consumer] = {
                 *("mxfp4", "mxfp6-e2m3", "mxfp8-e4m3", "nvfp4", *FLOAT_COPIES),
             ),
             _compressed_tensors,
+            takes=_transformers,
+            models="transformers models",
         ),
-        Consumer("gguf", "llama.cpp", tuple(GGUF_TYPES), _gguf, fuses=False, fallbacks=GGUF_FALLBACKS),
+        Consumer(
+            "gguf",
+            "llama.cpp",
+            tuple(GGUF_TYPES),
+            _gguf,
+            fuses=False,
+            fallbacks=GGUF_FALLBACKS,
+            takes=_llama,
+            models="transformers' Llama models",
+            packages=("gguf",),
+        ),
         Consumer(
             "gptq",
             "gptqmodel and vLLM",
@@ -242,6 +280,8 @@ CONSUMERS: dict[str, Consumer] = {
                 *FLOAT_COPIES,
             ),
             _gptq,
+            takes=_transformers,
+            models="transformers models",
         ),
         Consumer(
             "onnx",
@@ -254,6 +294,7 @@ CONSUMERS: dict[str, Consumer] = {
             ),
             _onnx,
             fuses=False,
+            packages=("onnx", "onnxscript"),
         ),
     )
 }

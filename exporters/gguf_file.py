@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.rounding import COPY_DTYPES, Quantized
-from mpq.exporters.consumers import CONSUMERS, check
+from mpq.exporters.consumers import CONSUMERS, check, check_model
 from mpq.exporters.folder import digest, refuse_foreign, write_checksums, write_folder
 from mpq.exporters.gguf_blocks import encode_blocks, raw_copy, type_of
 from mpq.exporters.gguf_llama import describe, describe_tokenizer, row_order
@@ -60,10 +60,9 @@ def export(
         MpqError: no Llama, a scheme without a tensor type, the package gguf is missing.
     """
     gguf = gguf_package()
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "llama":
-        raise MpqError(f"GGUF export knows transformers' Llama models, not {type(model).__name__}")
+    check_model(CONSUMERS["gguf"], model)
     check(CONSUMERS["gguf"], allocation)
+    config: Any = model.config
     refuse_foreign(folder, (FILE, "allocation.json"))
     plan = _plan(model, allocation, gguf)
     with write_folder(folder) as draft:

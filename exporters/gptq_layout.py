@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.layers import layer_kind, matrix_to_weight
-from mpq.exporters.consumers import CONSUMERS, check
+from mpq.exporters.consumers import CONSUMERS, check, check_model
 from mpq.exporters.folder import refuse_foreign, write_checksums, write_folder
 from mpq.exporters.shards import SHARD, WHOLE, write_tensors
 from mpq.exporters.state import model_config, other_state, specs_of, write_config
@@ -43,8 +42,7 @@ def export(
     Raises:
         MpqError: no transformers model, a scheme that the layout cannot hold, fused layers in two, foreign files.
     """
-    if not hasattr(getattr(model, "config", None), "to_json_string"):
-        raise MpqError(f"GPTQ checkpoints hold transformers models, not {type(model).__name__}: export to mpq")
+    check_model(CONSUMERS["gptq"], model)
     check(CONSUMERS["gptq"], allocation)
     refuse_foreign(folder, (WHOLE, "config.json", "allocation.json"))
     others, _ = other_state(model, allocation)

@@ -26,7 +26,7 @@ from mpq.core.ranges import Ranges, input_ranges
 from mpq.core.table import SensitivityTable
 from mpq.evaluation import Quality, evaluate
 from mpq.exporters import checkpoint, exporter_named
-from mpq.exporters.consumers import consumer_named, forbidden
+from mpq.exporters.consumers import check_model, consumer_named, forbidden
 from mpq.exporters.folder import refuse_foreign
 from mpq.plots import Prediction, draw_frontier, frontier_facts
 from mpq.quantized import simulate
@@ -172,6 +172,7 @@ def quantize_model(
         raise MpqError("name one budget: bits or size")
     refuse_foreign(folder, checkpoint.FILES)
     reader = consumer_named(consumer)
+    check_model(reader, source.model)
     refuse_experts(consumer, source.model)
     if formats is None:
         formats = [name for name in reader.schemes if "+a:" not in name] or DEFAULT_FORMATS

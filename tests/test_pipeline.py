@@ -100,3 +100,10 @@ def test_calibrated_ranges_travel_into_the_graph(tmp_path):
     graph = onnx.load(tmp_path / "out" / "onnx" / "model.onnx").graph
     scales = [part.float_data or part.raw_data for part in graph.initializer if part.name.endswith(".input.scale")]
     assert len(scales) == len(set(map(bytes, scales))) == len(find_layers(source.model))
+
+
+def test_a_consumer_that_does_not_know_the_model_refuses_it_before_any_work(tmp_path):
+    source = open_source("tiny-cnn", nsamples=4)
+    with pytest.raises(MpqError, match="gguf files hold transformers' Llama models, not TinyCNN: export to mpq"):
+        quantize_model(source, tmp_path / "out", bits=5, consumer="llama.cpp", progress=False)
+    assert not (tmp_path / "out").exists()
