@@ -85,8 +85,8 @@ def parser() -> argparse.ArgumentParser:
     allocate.add_argument("-o", "--output", help="allocation to write, a .json file")
     allocate.add_argument("--frontier", help="also write the frontier, a .csv file")
 
-    plot = command("plot", _plot, "draw the frontiers of one or more tables or output folders")
-    plot.add_argument("runs", nargs="+", help="tables, or folders that 'mpq quantize' wrote")
+    plot = command("plot", _plot, "draw the frontiers of tables, output folders or frontier files, measured ones too")
+    plot.add_argument("runs", nargs="+", help="tables, what --frontier wrote, or folders that 'mpq quantize' wrote")
     plot.add_argument(
         "-o", "--output", default="frontier.png", help="picture: .png, .svg or .pdf (default: frontier.png)"
     )
@@ -216,6 +216,7 @@ def _evolving(options: argparse.Namespace, table: "SensitivityTable") -> dict[st
 def _plot(options: argparse.Namespace) -> None:
     from mpq.core.allocation import Allocation
     from mpq.core.files import write_atomically
+    from mpq.core.frontier import Frontier, SavedFrontier, is_frontier
     from mpq.core.table import SensitivityTable
     from mpq.plots import draw_frontier, frontier_facts
     from mpq.search import frontier_of
@@ -223,12 +224,17 @@ def _plot(options: argparse.Namespace) -> None:
     suffix = Path(options.output).suffix.lower()
     if suffix not in (".png", ".svg", ".pdf"):
         raise MpqError(f"the picture {options.output} ends in {suffix or 'nothing'!r}: expected .png, .svg or .pdf")
-    frontiers, chosen = {}, {}
+    frontiers: dict[str, Frontier | SavedFrontier] = {}
+    chosen: dict[str, Allocation] = {}
     for run in options.runs:
         path = Path(run)
-        table = SensitivityTable.load(path / "table.csv" if path.is_dir() else path)
         name = str(path) if len(options.runs) > 1 else "searched frontier"
-        frontiers[name] = frontier_of(table)
+        saved = path / "frontier.csv" if path.is_dir() else path
+        found = SavedFrontier.load(saved) if is_frontier(saved) else None
+        if found is None or (path.is_dir() and found.measured is None):  # the table knows the uniform formats too
+            frontiers[name] = frontier_of(SensitivityTable.load(path / "table.csv" if path.is_dir() else path))
+        else:
+            frontiers[name] = found
         if (path / "allocation.json").is_file():
             chosen[f"chosen, {path}" if len(options.runs) > 1 else "chosen"] = Allocation.load(path / "allocation.json")
     with write_atomically(options.output) as draft:
@@ -288,7 +294,7 @@ def _formats(options: argparse.Namespace) -> None:
 def _summary(frontier: "Frontier", allocation: "Allocation") -> str:
     proof = "proven optimal" if frontier.gap == 0 else f"within {100 * frontier.gap:.2g} % of the optimum"
     if "measured_loss" in allocation.provenance:
-        proof = f"measured loss {allocation.provenance['measured_loss']:.4g}"
+        proof = f"measured loss increase {allocation.provenance['measured_loss']:.4g}"
     return (
         f"{allocation.bits:.4f} bits per weight, {allocation.total:,} bytes in all, predicted loss increase "
         f"{allocation.loss:.4g} +- {allocation.error:.1g} ({allocation.metric}), {proof}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.calibration import mean_loss, tensors_in
+from mpq.core.calibration import tensors_in
 from mpq.core.errors import MpqError
 from mpq.core.experts import has_experts
 from mpq.core.files import write_atomically
@@ -273,13 +273,23 @@ def evaluate_folder(
     return evaluate(model, source.evaluation, source.kind, source.loss_fn, progress), allocation
 
 
-def measuring(source: Source, method: str) -> Callable[[Allocation, float], float]:
-    """What evolution asks: the loss of an allocation on the first share of the calibration batches."""
-    moments = moments_for(method, source, find_layers(source.model))
+def measuring(source: Source, method: str) -> Callable[[Allocation, float], tuple[float, float]]:
+    """What evolution asks: the loss that an allocation adds on the first share of the calibration batches.
 
-    def measure(allocation: Allocation, share: float) -> float:
-        batches = source.calibration[: max(1, round(share * len(source.calibration)))]
-        return mean_loss(simulate(source.model, allocation, method, moments, trainable=False), batches, source.loss_fn)
+    With its standard error, from the differences on single samples: the spread that the samples have anyway drops out.
+    """
+    moments = moments_for(method, source, find_layers(source.model))
+    references: dict[int, Quality] = {}  # by number of batches
+
+    def quality(model: nn.Module, number: int) -> Quality:
+        return evaluate(model, source.calibration[:number], source.kind, source.loss_fn)
+
+    def measure(allocation: Allocation, share: float) -> tuple[float, float]:
+        number = max(1, round(share * len(source.calibration)))
+        if number not in references:
+            references[number] = quality(source.model, number)
+        model = simulate(source.model, allocation, method, moments, trainable=False)
+        return quality(model, number).loss_above(references[number])
 
     return measure
 

@@ -12,12 +12,13 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from mpq.core.allocation import Allocation
-from mpq.core.frontier import Frontier
+from mpq.core.frontier import MEASURED_COLUMN, Frontier, SavedFrontier
 from mpq.core.scheme import parse_scheme
 from mpq.core.table import SensitivityTable
 
 POINTS = 1000  # of one curve: more cannot be seen
 COLORS = ("#1f5fa8", "#c2572b", "#3d8a5b", "#7a4fa0", "#8c7a2e", "#a83a5b")
+ERRORS = " +- 2 standard errors"
 CHOSEN, UNIFORM, INK = "#d1341f", "#6b7480", "#22262b"
 
 
@@ -30,12 +31,13 @@ class Mark(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """One frontier; `band` is two standard errors of its predictions, zeros where they are exact."""
+    """One frontier; `band` is two standard errors of its losses, zeros where they are exact or not known."""
 
     name: str
     bits: NDArray[np.float64]
     losses: NDArray[np.float64]
     band: NDArray[np.float64]
+    predicted: NDArray[np.float64] | None = None  # of the same allocations, where the losses were measured
 
 
 class FrontierFacts(NamedTuple):
@@ -47,48 +49,83 @@ class FrontierFacts(NamedTuple):
     metric: str
 
 
-def frontier_facts(frontiers: Mapping[str, Frontier], chosen: Mapping[str, Allocation] | None = None) -> FrontierFacts:
-    """Curves of one or more frontiers in size, the uniform formats of the first, and chosen allocations, by name."""
-    first = next(iter(frontiers.values()))
+def frontier_facts(
+    frontiers: Mapping[str, Frontier | SavedFrontier], chosen: Mapping[str, Allocation] | None = None
+) -> FrontierFacts:
+    """Curves of frontiers in size, uniform formats of the first that knows them, and chosen allocations, by name."""
+    first = next((one for one in frontiers.values() if isinstance(one, Frontier)), None)
     return FrontierFacts(
         tuple(_curve(name, frontier) for name, frontier in frontiers.items()),
-        tuple(Mark(name, allocation.bits, allocation.loss) for name, allocation in first.uniform()),
-        tuple(Mark(name, allocation.bits, allocation.loss) for name, allocation in (chosen or {}).items()),
-        first.problem.metric,
+        tuple(Mark(name, one.bits, one.loss) for name, one in first.uniform()) if first else (),
+        tuple(
+            Mark(name, one.bits, one.provenance.get("measured_loss", one.loss)) for name, one in (chosen or {}).items()
+        ),
+        first.problem.metric if first else "",
     )
 
 
-def _curve(name: str, frontier: Frontier) -> Curve:
+def _curve(name: str, frontier: Frontier | SavedFrontier) -> Curve:
+    if isinstance(frontier, SavedFrontier):
+        band = 2 * np.nan_to_num(frontier.errors)
+        if frontier.measured is None:
+            return Curve(name, frontier.bits, frontier.losses, band)
+        return Curve(name, frontier.bits, frontier.measured, band, frontier.losses)
     shown = np.unique(np.linspace(0, len(frontier) - 1, min(POINTS, len(frontier))).round().astype(int))
-    errors = np.array([frontier.error(index) for index in shown.tolist()])
-    return Curve(name, frontier.bits[shown], frontier.losses[shown], 2 * errors)
+    facts = [frontier.facts(index) for index in shown.tolist()]
+    band = 2 * np.nan_to_num([fact["error"] for fact in facts])
+    predicted = np.array([fact["loss"] for fact in facts]) if MEASURED_COLUMN in facts[0] else None
+    return Curve(name, frontier.bits[shown], frontier.losses[shown], band, predicted)
 
 
 def draw_frontier(facts: FrontierFacts, title: str = "") -> Figure:
-    """Bits per weight against predicted loss, losses on a logarithmic scale where they are positive."""
+    """Bits per weight against loss, predicted or measured, on a logarithmic scale where losses are positive."""
     figure = Figure(figsize=(7.6, 4.8), layout="constrained")
     axes = figure.add_subplot()
     _style(axes)
-    losses = np.concatenate([curve.losses for curve in facts.curves] + [[mark.loss for mark in facts.uniform]])
+    shown = [curve.losses for curve in facts.curves]
+    shown += [curve.predicted for curve in facts.curves if curve.predicted is not None]
+    losses = np.concatenate([*shown, [mark.loss for mark in facts.uniform]])
     _loss_scale(axes, losses)
+    measured = [curve.predicted is not None for curve in facts.curves]
     for color, curve in zip(_cycle(COLORS), facts.curves, strict=False):
         low = np.maximum(curve.losses - curve.band, _floor(losses))
         axes.fill_between(curve.bits, low, curve.losses + curve.band, color=color, alpha=0.15, linewidth=0, step="post")
-        axes.step(curve.bits, curve.losses, where="post", color=color, linewidth=1.8, label=curve.name)
+        if curve.predicted is None:
+            label = f"{curve.name}, predicted" if any(measured) else curve.name
+            axes.step(curve.bits, curve.losses, where="post", color=color, linewidth=1.8, label=label)
+            continue
+        _draw_measured(axes, curve, low, color)
     if facts.uniform:
         bits, uniform = [mark.bits for mark in facts.uniform], [mark.loss for mark in facts.uniform]
-        axes.plot(bits, uniform, "o", color=UNIFORM, markersize=5, label="one format for all layers")
+        label = "one format for all layers" + ", predicted" * any(measured)
+        axes.plot(bits, uniform, "o", color=UNIFORM, markersize=5, label=label)
         _label_marks(axes, facts.uniform)
     for mark in facts.chosen:
         axes.plot(
             mark.bits, mark.loss, "*", color=CHOSEN, markersize=15, zorder=5, label=f"{mark.name}: {mark.bits:.2f} bits"
         )
     axes.set_xlabel("bits per weight, scales and zero points counted")
-    axes.set_ylabel(f"predicted loss increase ({facts.metric})")
+    axes.set_ylabel(_loss_label(facts.metric, any(measured)))
     axes.legend(frameon=False, fontsize=9)
     if title:
         axes.set_title(title, loc="left", fontsize=11, color=INK)
     return figure
+
+
+def _draw_measured(axes: Axes, curve: Curve, low: NDArray[np.float64], color: str) -> None:
+    assert curve.predicted is not None
+    axes.step(curve.bits, curve.losses, where="post", color=color, linewidth=1.8)
+    known = bool(curve.band.any())
+    axes.errorbar(
+        curve.bits, curve.losses, [curve.losses - low, curve.band] if known else None, fmt="o", color=color,
+        markersize=4, elinewidth=1, label=f"{curve.name}, measured" + ERRORS * known,
+    )  # fmt: skip
+    axes.plot(curve.bits, curve.predicted, "x", color=color, markersize=5, label=f"{curve.name}, predicted")
+
+
+def _loss_label(metric: str, measured: bool) -> str:
+    by = f" ({metric})" if metric else ""
+    return f"loss increase, measured or predicted{by}" if measured else f"predicted loss increase{by}"
 
 
 class LayerFacts(NamedTuple):

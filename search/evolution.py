@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, nearest_names
-from mpq.core.frontier import Frontier, non_dominated
+from mpq.core.frontier import MEASURED_COLUMN, Frontier, non_dominated
 from mpq.core.problem import Problem
 from mpq.search.exact import exact
 from mpq.search.integer import integer
@@ -31,6 +31,7 @@ from mpq.search.levels import Levels, LevelSpace, level_space
 from mpq.search.trials import (
     DROPPED,
     DUPLICATE,
+    ERROR,
     KEY,
     LOST,
     MEASURED,
@@ -52,7 +53,8 @@ from mpq.search.trials import (
 
 log = logging.getLogger(__name__)
 
-Evaluate = Callable[[Allocation, float], float]  # measured loss of an allocation on this share of the data
+# Measured loss of an allocation on this share of the data, alone or with its standard error.
+Evaluate = Callable[[Allocation, float], float | tuple[float, float]]
 PARENTS = 4  # children come from the best so many
 BROOD = 4  # of so many new children the one of least predicted loss is measured
 SURVIVORS = 50.0  # percentage of the trials that go on to the next share of the data
@@ -80,6 +82,7 @@ class Evaluation:
     choices: tuple[int, ...]  # scheme index per group
     predicted: float
     measured: float
+    error: float = math.nan  # standard error of the measured loss; NaN where it is not known
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,14 +93,14 @@ class MeasuredFrontier(Frontier):
     evaluations: tuple[Evaluation, ...] = ()  # all, in the order they began
     failures: int = 0  # evaluations that gave no number
     dropped: int = 0  # allocations that did badly on a part of the data
+    errors: tuple[float, ...] = ()  # (points,), standard errors of the measured losses
 
     def facts(self, index: int) -> dict[str, float]:
-        """What is told of a point beside its costs."""
-        return {**super().facts(index), "measured": float(self.losses[index])}
-
-    def error(self, index: int) -> float:
-        """Zero: that of the prediction says nothing of what was measured."""
-        return 0.0
+        """What is told of a point beside its costs: predicted loss, measured loss and the latter's standard error."""
+        return {
+            "loss": super().facts(index)["loss"], MEASURED_COLUMN: float(self.losses[index]),
+            "error": self.errors[index] if self.errors else math.nan,
+        }  # fmt: skip
 
     def allocation(self, index: int) -> Allocation:
         """The allocation of a point."""
@@ -133,7 +136,8 @@ def evolution(
 
     Args:
         problem: every allocation that is measured meets all its budgets, if there are any.
-        evaluate: `evaluate(allocation, share)`, the loss on the first `share` of the data, lower is better.
+        evaluate: `evaluate(allocation, share)`, the loss on the first `share` of the data, lower is better, or the
+            loss and its standard error, which is only told. Plots put it beside predicted increases: let it be one too.
         trials: evaluations altogether, by all workers and earlier runs, those of a part of the data counted as one;
             workers that begin the last one in the same moment make one more each.
         cost: the cost of the frontier that is returned.
@@ -234,16 +238,19 @@ class _Worker:
             return False
         choices = self.space.choices(levels)
         allocation = self.space.problem.allocation(choices)
-        loss = math.nan
+        loss, error = math.nan, math.nan
         with alive(trial, self.heartbeat):
             for rung, share in enumerate(self.shares):
-                loss = float(self.evaluate(allocation, share))
+                answer = self.evaluate(allocation, share)
+                loss, error = map(float, answer if isinstance(answer, tuple) else (answer, math.nan))
                 if not math.isfinite(loss) or share == 1:
                     break
                 trial.report(loss, rung)
                 if START not in trial.user_attrs and trial.should_prune():
                     settle(self.study, trial, DROPPED)
                     return True
+        if math.isfinite(error):
+            trial.set_user_attr(ERROR, error)
         if not math.isfinite(loss):
             settle(self.study, trial, NO_NUMBER)
         elif len(self.study.directions) == 1:
@@ -309,7 +316,8 @@ def _frontier(study: optuna.Study, space: LevelSpace, cost: str) -> MeasuredFron
         if _measured(trial):
             levels = _levels(trial.user_attrs[KEY])
             choices = tuple(space.choices(levels).tolist())
-            measured.append(Evaluation(choices, space.loss(levels), trial.values[0]))
+            error = trial.user_attrs.get(ERROR, math.nan)
+            measured.append(Evaluation(choices, space.loss(levels), trial.values[0], error))
     if not measured:
         raise MpqError(f"none of {spent(known)} evaluations gave a number: check the model and the data")
     costs = np.array([problem.totals(one.choices)[cost] for one in measured])
@@ -317,7 +325,7 @@ def _frontier(study: optuna.Study, space: LevelSpace, cost: str) -> MeasuredFron
     kept = non_dominated(costs, losses)
     return MeasuredFrontier(
         problem, costs[kept], losses[kept], [np.array(measured[i].choices) for i in kept.tolist()], cost,
-        math.nan, tuple(measured), failures, outcomes.count(DROPPED),
+        math.nan, tuple(measured), failures, outcomes.count(DROPPED), tuple(measured[i].error for i in kept.tolist()),
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ TAKEN_FOR_DEAD = "trial %d was taken for dead and given to another worker; its r
 # What trials say of themselves (user attributes).
 KEY = "key"  # the allocation that is measured
 BEAT = "beat"  # seconds since 1970 of the last sign of life
+ERROR = "error"  # standard error of the measured loss, where it is known
 START = "start"  # a starting point, which is never dropped
 OUTCOME = "outcome"  # how the trial ended: one of those below
 MEASURED, DROPPED, NO_NUMBER, DUPLICATE, LOST = "measured", "dropped", "no number", "duplicate", "lost"

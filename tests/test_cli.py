@@ -10,6 +10,7 @@ import torch
 from devices import needs_device
 from mpq.cli import main
 from mpq.core.allocation import Allocation
+from mpq.core.frontier import SavedFrontier
 from mpq.core.table import SensitivityTable
 
 FEW = ["--formats", "int2-g32,int4-g32,int8-channel", "--nsamples", "16", "--metric", "fisher"]
@@ -202,7 +203,11 @@ def test_evolution_measures_on_the_tables_own_model(table, tmp_path, capsys):
     assert "no study 'another'" in capsys.readouterr().err
     measured = ["--sampler", "nsga3", "--measure-frontier", "--study", "both", "--frontier", str(tmp_path / "f.csv")]
     assert main([*job, *measured]) == 0
-    assert "measured" in (tmp_path / "f.csv").read_text().splitlines()[0]
+    saved = SavedFrontier.load(tmp_path / "f.csv")
+    assert saved.measured is not None
+    assert (saved.errors > 0).all()
+    assert main(["plot", str(table), str(tmp_path / "f.csv"), "-o", str(tmp_path / "f.svg")]) == 0
+    assert (tmp_path / "f.svg").stat().st_size > 10_000
     assert main([*job, "--measure-frontier", "--budget", "bitops=1e9"]) == 2
 
 

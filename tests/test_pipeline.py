@@ -1,12 +1,16 @@
+import numpy as np
 import pytest
 import torch
 from small_cnn import images, small_cnn
 
 import mpq
-from mpq.core.calibration import cross_entropy
+from mpq.core.calibration import cross_entropy, split_batch
 from mpq.core.errors import MpqError
 from mpq.core.layers import find_layers
-from mpq.pipeline import quantize_model
+from mpq.core.problem import build_problem
+from mpq.pipeline import measuring, quantize_model
+from mpq.quantized import simulate
+from mpq.sensitivity.profile import profile
 from mpq.sources import open_source
 
 FORMATS = ("int2-g32", "int4-g32", "int8-channel")
@@ -107,3 +111,17 @@ def test_a_consumer_that_does_not_know_the_model_refuses_it_before_any_work(tmp_
     with pytest.raises(MpqError, match="gguf files hold transformers' Llama models, not TinyCNN: export to mpq"):
         quantize_model(source, tmp_path / "out", bits=5, consumer="llama.cpp", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_what_evolution_measures_is_the_paired_increase_with_its_error(share):
+    source = open_source("tiny-cnn", nsamples=32, batch_size=8)
+    table = profile(source.model, source.calibration, source.loss_fn, ("int2-g32", "int4-g32"), metric="fisher")
+    allocation = dict(build_problem(table).uniform())["int2-g32"]
+    found, error = measuring(source, "mse")(allocation, share)
+    model = simulate(source.model, allocation, "mse", trainable=False)
+    samples = [one for batch in source.calibration[: round(4 * share)] for one in split_batch(batch)]
+    added = [source.loss_fn(model, one).item() - source.loss_fn(source.model, one).item() for one in samples]
+    # A loss of a few in float32, in batches and alone: rounding is below 1e-5.
+    assert found == pytest.approx(np.mean(added), abs=1e-5)
+    assert error == pytest.approx(np.std(added, ddof=1) / len(added) ** 0.5, rel=1e-3)

@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 from problems import make_problem, make_table
 
+from mpq.core.errors import MpqError
+from mpq.core.frontier import SavedFrontier
 from mpq.core.problem import build_problem
 from mpq.plots import (
     Prediction,
@@ -14,6 +16,7 @@ from mpq.plots import (
     scheme_colors,
 )
 from mpq.report import Row, write_report
+from mpq.search.evolution import evolution
 from mpq.search.exact import exact
 
 
@@ -36,6 +39,48 @@ def test_a_long_frontier_is_thinned_but_keeps_its_ends():
     (curve,) = frontier_facts({"exact": frontier}).curves
     assert len(curve.bits) <= 1000 < len(frontier)
     assert (curve.bits[0], curve.bits[-1]) == (frontier.bits[0], frontier.bits[-1])
+
+
+def measured_frontier(error):
+    """A frontier of losses measured as half as high again as predicted."""
+
+    def evaluate(allocation, share):
+        return 1.5 * allocation.loss if error is None else (1.5 * allocation.loss, error)
+
+    return evolution(make_problem(1), evaluate=evaluate, trials=16)
+
+
+@pytest.mark.parametrize("error", [None, 0.01])
+def test_a_measured_frontier_is_drawn_as_measured_from_memory_and_from_its_file(error, tmp_path):
+    frontier = measured_frontier(error)
+    frontier.save(tmp_path / "f.csv")
+    saved = SavedFrontier.load(tmp_path / "f.csv")
+    for known in (frontier, saved):
+        (curve,) = frontier_facts({"f": known}).curves
+        np.testing.assert_array_equal(curve.losses, frontier.losses)
+        np.testing.assert_allclose(curve.predicted, frontier.losses / 1.5, rtol=1e-12)
+        np.testing.assert_allclose(curve.bits, frontier.bits, rtol=1e-12)
+        assert curve.band.tolist() == [2 * (error or 0.0)] * len(frontier)
+    (axes,) = draw_frontier(frontier_facts({"seen": saved, "exact": exact(make_problem(1))})).axes
+    said = [text.get_text() for text in axes.get_legend().get_texts()]
+    shown = "seen, measured" if error is None else "seen, measured +- 2 standard errors"
+    assert sorted(said) == sorted(
+        ["exact, predicted", "one format for all layers, predicted", "seen, predicted", shown]
+    )
+    assert axes.get_ylabel() == "loss increase, measured or predicted (made)"
+    predicted = draw_frontier(frontier_facts({"exact": exact(make_problem(1))})).axes[0]
+    assert predicted.get_ylabel() == "predicted loss increase (made)"
+
+
+def test_a_cut_frontier_file_is_refused(tmp_path):
+    path = tmp_path / "f.csv"
+    exact(make_problem(1)).save(path)
+    assert SavedFrontier.load(path).measured is None
+    whole = path.read_text()
+    for text in (whole[:-9], "", whole.split("\n")[0], whole.replace("loss", "lost", 1)):
+        path.write_text(text)
+        with pytest.raises(MpqError, match="no whole frontier"):
+            SavedFrontier.load(path)
 
 
 def test_facts_of_layers_are_their_formats_and_bits():

@@ -16,6 +16,7 @@ from mpq.core.files import write_atomically
 from mpq.core.problem import Array, Problem
 
 BITS_PER_BYTE = 8
+MEASURED_COLUMN = "measured"  # of a saved frontier whose losses were measured; `error` is then theirs
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class Frontier:
         return {"loss": allocation.loss, "error": allocation.error}
 
     def error(self, index: int) -> float:
-        """Standard error of a point's loss."""
+        """Standard error of a point's loss; NaN where it is not known."""
         return self.facts(index)["error"]
 
     @property
@@ -145,6 +146,49 @@ class Frontier:
                 f"{smallest:.{digits}g} to {largest:.{digits}g} {unit} can be reached"
             )
         return int(np.searchsorted(self.costs, (limit - offset) / factor, side="right")) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class SavedFrontier:
+    """The points of a file that `Frontier.save` wrote."""
+
+    bits: Array  # (points,)
+    losses: Array  # (points,), predicted
+    measured: Array | None  # (points,), where losses were measured
+    errors: Array  # (points,), standard errors of the measured losses where there are any, else of the predicted ones
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "SavedFrontier":
+        """Read a frontier's file.
+
+        Raises:
+            MpqError: no such file, or no whole frontier.
+        """
+        name = os.fspath(path)
+        try:
+            with open(path, newline="", encoding="utf-8") as stream:
+                heading, *rows = csv.reader(stream, strict=True)
+            columns = dict(zip(reversed(heading), reversed(list(zip(*rows, strict=True))), strict=True))
+            read = {
+                column: np.array([float(cell) for cell in columns[column]])
+                for column in ("bits", "loss", "error", MEASURED_COLUMN)
+                if column != MEASURED_COLUMN or column in columns
+            }
+        except OSError as error:
+            raise MpqError(f"cannot read the frontier {name}: {error.strerror}") from error
+        except (KeyError, ValueError, csv.Error) as error:
+            reason = f"no column {error}" if isinstance(error, KeyError) else str(error)
+            raise MpqError(f"{name} is no whole frontier ({reason}): write it with --frontier again") from error
+        return cls(read["bits"], read["loss"], read.get(MEASURED_COLUMN), read["error"])
+
+
+def is_frontier(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as `Frontier.save` begins it, not as a sensitivity table."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return stream.readline().startswith("bits,")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def non_dominated(costs: ArrayLike, losses: ArrayLike) -> NDArray[np.intp]:
