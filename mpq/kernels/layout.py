@@ -5,8 +5,10 @@ bits) filled up to whole bytes; so are each row's zero points, and scales and mi
 stored in their own type.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -47,24 +49,46 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:  # codes: uint8 (rows, cols),
     [[209, 1]]
     """
     rows, cols = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -cols % 8)).reshape(rows, -1, 8)
-    words = padded.new_zeros(padded.shape[:2], dtype=torch.int64)  # eight codes fill `bits` bytes
-    for index in range(8):
-        words |= padded[..., index].long() << (bits * index)
-    stream = torch.stack([words >> (8 * index) & 0xFF for index in range(bits)], -1).to(torch.uint8)
+    block = _block(bits)
+    padded = torch.nn.functional.pad(codes, (0, -cols % block.codes)).reshape(rows, -1, block.codes)
+    words = padded[..., 0].to(block.word)
+    for index in range(1, block.codes):
+        words |= padded[..., index].to(block.word) << (bits * index)
+    stream = torch.stack([(words >> (8 * index) & 0xFF).to(torch.uint8) for index in range(block.bytes)], -1)
     return stream.flatten(1)[:, : -(-cols * bits // 8)].contiguous()
 
 
 def unpack_bits(stream: Tensor, bits: int, cols: int) -> Tensor:  # stream: uint8 (rows, ceil(cols * bits / 8))
     """The inverse of `pack_bits`: uint8 (rows, cols)."""
     rows, length = stream.shape
-    blocks = torch.nn.functional.pad(stream, (0, -length % bits)).reshape(rows, -1, bits)
-    words = blocks.new_zeros(blocks.shape[:2], dtype=torch.int64)
-    for index in range(bits):
-        words |= blocks[..., index].long() << (8 * index)
+    block = _block(bits)
+    blocks = torch.nn.functional.pad(stream, (0, -length % block.bytes)).reshape(rows, -1, block.bytes)
+    words = blocks[..., 0].to(block.word)
+    for index in range(1, block.bytes):
+        words |= blocks[..., index].to(block.word) << (8 * index)
     mask = 2**bits - 1
-    codes = torch.stack([(words >> (bits * index) & mask).to(torch.uint8) for index in range(8)], -1)
+    codes = torch.stack([(words >> (bits * index) & mask).to(torch.uint8) for index in range(block.codes)], -1)
     return codes.flatten(1)[:, :cols].contiguous()
+
+
+@dataclass(frozen=True)
+class Block:
+    """The fewest codes that fill whole bytes, and the smallest type of word that they fit into: most of a load's time."""
+
+    codes: int
+    bytes: int
+    word: torch.dtype
+
+
+@lru_cache(maxsize=8)
+def _block(bits: int) -> Block:
+    """The block of codes of 1 to 8 bits.
+
+    >>> _block(6)
+    Block(codes=4, bytes=3, word=torch.int32)
+    """
+    codes, size = 8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)
+    return Block(codes, size, torch.uint8 if size == 1 else torch.int32 if size <= 3 else torch.int64)
 
 
 def pack(quantized: Quantized) -> Packed:

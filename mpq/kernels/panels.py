@@ -18,12 +18,13 @@ from mpq.core.formats import Format
 from mpq.core.grids import SCALES, Grid
 from mpq.core.rounding import SCALE_DTYPES
 from mpq.kernels.layout import Packed, pack_bits, unpack_bits
-from mpq.kernels.pages import on_large_pages
+from mpq.kernels.pages import empty_on_large_pages
 
 NAME = "panels"
 ROWS = 64
 TILE = 128  # columns of a tile, where groups allow
 MAX_TILE = 256
+AT_ONCE = 2**20  # codes that are arranged at a time: what that needs besides stays in the cache
 INTEGER, TABLE8, TABLE16, BFLOAT = range(4)
 
 
@@ -146,27 +147,34 @@ def _table(entries: NDArray[np.int64]) -> bytes:
 def arrange(packed: Packed) -> Packed:
     """The canonical layout as panels."""
     format, (rows, cols), tensors = packed.format, packed.shape, packed.tensors
-    cut, bits = cut_of(format, rows, cols), format.grid.bits
-    codes = _segments(unpack_bits(tensors["packed"], bits, cols), cut)
-    steps = codes.reshape(cut.panels, 4, 16, cut.tiles, cut.tile // 4, 4).permute(0, 3, 4, 1, 2, 5)
-    parts = [_steps_to_bytes(steps, format).reshape(cut.panels, cut.tiles, -1)]
-    scales = tensors["scale"].expand(rows, -1)
-    zeros = None
+    cut = cut_of(format, rows, cols)
+    scales, zeros = tensors["scale"].expand(rows, -1), None
     if format.zero_point:
-        zeros = unpack_bits(tensors["zeros"], bits, scales.shape[1]).expand(rows, -1)
-    for part in (scales, zeros):
-        if part is not None:
-            parts.append(
-                _by_segment(part, cut).view(torch.uint8).reshape(cut.panels, 1 if cut.row_scales else cut.tiles, -1)
-            )
-    if cut.row_scales:
-        panels = torch.cat([part.flatten(1) for part in parts], 1)
-    else:
-        panels = torch.cat(parts, 2).flatten(1)
-    arranged = {"panels": on_large_pages(panels)}
+        zeros = unpack_bits(tensors["zeros"], format.grid.bits, scales.shape[1]).expand(rows, -1)
+    step = max(1, AT_ONCE // (ROWS * cut.tile * cut.tiles)) * ROWS
+    parts = [tensors["packed"], scales, *(() if zeros is None else (zeros,))]
+    pieces = [_panels([part[start : start + step] for part in parts], format, cols) for start in range(0, rows, step)]
+    placed = empty_on_large_pages((cut.panels, pieces[0].shape[1]), torch.uint8)
+    arranged = {"panels": torch.cat(pieces, out=placed)}
     if format.tensor_scale:
         arranged["tensor_scale"] = tensors["tensor_scale"]
     return Packed(format, packed.shape, NAME, arranged)
+
+
+def _panels(rows: list[Tensor], format: Format, cols: int) -> Tensor:
+    """Some rows' packed codes, scales and zero points (not packed) as panels, uint8 (panels, bytes)."""
+    packed, *others = rows
+    cut, bits = cut_of(format, len(packed), cols), format.grid.bits
+    codes = _segments(unpack_bits(packed, bits, cols), cut)
+    steps = codes.reshape(cut.panels, 4, 16, cut.tiles, cut.tile // 4, 4).permute(0, 3, 4, 1, 2, 5)
+    parts = [_steps_to_bytes(steps, format).reshape(cut.panels, cut.tiles, -1)]
+    for part in others:
+        parts.append(
+            _by_segment(part, cut).view(torch.uint8).reshape(cut.panels, 1 if cut.row_scales else cut.tiles, -1)
+        )
+    if cut.row_scales:
+        return torch.cat([part.flatten(1) for part in parts], 1)
+    return torch.cat(parts, 2).flatten(1)
 
 
 def restore(packed: Packed) -> Packed:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpq.kernels.pages import empty_on_large_pages
 from mpq.kernels.panels import NAME, ROWS
 
 
@@ -30,7 +31,9 @@ class Stack:
     def __init__(self, members: Sequence[Any]) -> None:
         weights = [member.weight for member in members]
         first = weights[0]
-        whole = torch.cat([weight.tensors[0] for weight in weights])
+        parts = [weight.tensors[0] for weight in weights]
+        whole = empty_on_large_pages((sum(map(len, parts)), parts[0].shape[1]), torch.uint8)
+        torch.cat(parts, out=whole)
         start = 0
         for weight in weights:
             count = len(weight.tensors[0])
