@@ -73,7 +73,7 @@ def unpack_bits(stream: Tensor, bits: int, cols: int) -> Tensor:  # stream: uint
 
 @dataclass(frozen=True)
 class Block:
-    """The fewest codes that fill whole bytes, and the smallest type of word that they fit into: most of a load's time."""
+    """The fewest codes that fill whole bytes, and the smallest word that they fit: most of a load's time goes here."""
 
     codes: int
     bytes: int

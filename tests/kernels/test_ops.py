@@ -1,12 +1,17 @@
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 import mpq.kernels.ops as ops
+from mpq.core.allocation import Allocation
 from mpq.core.calibration import seeded
 from mpq.core.formats import FORMATS, parse_format
+from mpq.core.layers import find_layers
 from mpq.core.rounding import dequantize, fake_quantize, quantize
-from mpq.kernels.layout import pack
+from mpq.kernels import cpu, panels
+from mpq.kernels.layout import pack, to_layout
+from mpq.quantized import pack_model
 
 ROWS, COLS = 6, 40
 CASES = [
@@ -17,6 +22,8 @@ CASES = [
     ("bf16", ""),
 ]
 
+needs_native = pytest.mark.skipif(cpu.native() is None, reason="the kernels are not compiled here")
+
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=seeded(seed, shape))
@@ -25,6 +32,28 @@ def random(*shape, seed=0):
 def packed_weight(name):
     quantized = quantize(random(ROWS, COLS), parse_format(name))
     return list(pack(quantized).tensors.values()), dequantize(quantized)
+
+
+def panels_of(name):
+    arranged = to_layout(pack(quantize(random(ROWS, COLS), parse_format(name))), panels.NAME)
+    return list(arranged.tensors.values()), (name, ROWS, COLS, panels.NAME)
+
+
+def packed_layer(layer):
+    model = nn.Sequential(layer).eval()
+    layers = find_layers(model)
+    packed = pack_model(model, Allocation(layers, ("int4-g32",) * len(layers)))
+    assert packed[0].weight.layout == panels.NAME
+    return packed
+
+
+LAYERS = [
+    (nn.Linear(COLS, ROWS), random(3, COLS)),
+    (nn.Conv2d(4, ROWS, 3, padding=1), random(2, 4, 7, 7)),
+    (nn.Conv2d(4, 8, 3, groups=2), random(2, 4, 7, 7)),
+    (nn.Conv1d(4, ROWS, 5), random(2, 4, 11)),
+    (nn.Embedding(ROWS, COLS), torch.tensor([[0, 5, 2]])),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -86,3 +115,36 @@ def test_compiled_graphs_keep_the_op():
     x = random(3, COLS)
     compiled = torch.compile(double, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), functional.linear(x, matrix) * 2)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "activation"), CASES[:-1])
+def test_ops_are_sound_operators_in_panels(name, activation, dtype):
+    weight, facts = panels_of(name)
+    x, bias = random(2, 3, COLS).to(dtype).requires_grad_(), random(ROWS).to(dtype).requires_grad_()
+    torch.library.opcheck(torch.ops.mpq.linear.default, (x, weight, bias, *facts, activation))
+    torch.library.opcheck(torch.ops.mpq.linear.default, (x.detach()[0, 0], weight, None, *facts, activation))
+    torch.library.opcheck(torch.ops.mpq.dequantize.default, (weight, *facts))
+    torch.library.opcheck(torch.ops.mpq.embedding.default, (torch.tensor([[1, 0, 5]]), weight, *facts, dtype))
+
+
+@needs_native
+@pytest.mark.parametrize(("layer", "x"), LAYERS, ids=lambda value: type(value).__name__)
+def test_compiled_layers_in_panels_equal_the_plain_ones(layer, x):
+    model = packed_layer(layer)
+    plain, compiled = model(x), torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    assert plain.dtype == compiled.dtype
+    assert torch.equal(plain, compiled)
+
+
+@needs_native
+@pytest.mark.parametrize(("layer", "x"), LAYERS, ids=lambda value: type(value).__name__)
+def test_autocast_takes_layers_in_panels(layer, x):
+    """Bfloat16 rounds inputs, weights and sums by 2**-8 each at most, relative to the sums of magnitudes."""
+    model = packed_layer(layer)
+    plain = model(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+    assert found.dtype in (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(found.float(), plain, rtol=0.02, atol=0.02 * float(plain.abs().max()))
