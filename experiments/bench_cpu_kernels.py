@@ -2,7 +2,7 @@
 
     python experiments/bench_cpu_kernels.py [--quick] [--table latency.json]
     python experiments/bench_cpu_kernels.py --peers [--shapes 4096x4096] [--batches 1,4,16] [--formats int4-g128]
-    python experiments/bench_cpu_kernels.py --mixed
+    python experiments/bench_cpu_kernels.py --show | --mixed
 
 Contestants take turns within one run, weights rotate beyond the cache, figures are medians. The last lines compare
 with the goals: a fraction of the read bandwidth at batch 1, no slower than bfloat16 at batch 64 and 256. --peers times
@@ -12,6 +12,7 @@ allocations of a stack of layers against the sum of what its layers take alone.
 
 import argparse
 import csv
+import math
 import statistics
 import time
 from pathlib import Path
@@ -44,6 +45,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one small shape, three formats")
     parser.add_argument("--table", help="where to write the latency table")
     parser.add_argument("--peers", action="store_true", help="against other libraries, in an environment of their own")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of --peers, after which no batch is begun")
+    parser.add_argument("--show", action="store_true", help="print what results/cpu_kernels.csv says of peers")
     parser.add_argument("--mixed", action="store_true", help="ten random mixed allocations against the latency table")
     parser.add_argument("--shapes", default="4096x4096,11008x4096,4096x11008")
     parser.add_argument("--batches", default="1,4,16,64,256")
@@ -55,8 +58,11 @@ def main() -> None:
     batches = [1, 64] if arguments.quick else [int(batch) for batch in arguments.batches.split(",")]
     beyond = 64 * 2**20 if arguments.quick else BEYOND
     print(f"instructions {cpu.level_name()}, {torch.get_num_threads()} threads")
-    if arguments.peers:
-        against_peers(schemes, shapes, batches)
+    if arguments.show:
+        show()
+    elif arguments.peers:
+        against_peers(schemes, shapes, batches, arguments.seconds)
+        show()
     elif arguments.mixed:
         mixed()
     else:
@@ -114,10 +120,14 @@ def stacked(scheme: str, rows: int, cols: int, copies: int):
     return run, packed.nbytes
 
 
-def against_peers(schemes: list[str], shapes: list[tuple[int, int]], batches: list[int], repeats: int = 31) -> None:
-    """Whole passes over all copies of a weight, ours and each peer's in turns; those who wait sleep."""
-    rows_found, results = [], []
-    processor = processor_name()
+def against_peers(
+    schemes: list[str], shapes: list[tuple[int, int]], batches: list[int], seconds: float, repeats: int = 31
+) -> None:
+    """Whole passes over all copies of a weight, ours and each peer's in turns; those who wait sleep.
+
+    Each batch's rows are written as soon as they are known; no batch is begun after `seconds`.
+    """
+    processor, began = processor_name(), time.monotonic()
     for scheme in schemes:
         names = cpu_peers.PEERS.get(scheme, ())
         for rows, cols in shapes if names else ():
@@ -130,33 +140,60 @@ def against_peers(schemes: list[str], shapes: list[tuple[int, int]], batches: li
             for missing in {peer.name for peer in peers} - {peer.name for peer in up}:
                 print(f"{missing} is left out: it did not come up for {rows}x{cols}")
             for batch in batches:
-                x = torch.randn((batch, cols), generator=seeded(1, batch))
-                found: dict[str, list[float]] = {"ours": [], **{peer.name: [] for peer in up}}
-                for _ in range(repeats + 1):
-                    found["ours"].append(ours(x))
-                    time.sleep(0.005)  # until threads that spin after their work have gone to sleep
-                    for peer in up:
-                        found[peer.name].append(peer.seconds(batch))
-                        time.sleep(0.005)
-                medians = {name: statistics.median(times[1:]) for name, times in found.items()}
-                for name, times in found.items():
-                    low, high = np.percentile(times[1:], [25, 75])
-                    where = (processor, torch.get_num_threads(), scheme, rows, cols, batch, name)
-                    rows_found.append((*where, *(f"{1e6 * value:.1f}" for value in (medians[name], low, high))))
-                    print(f"{scheme:18} {rows}x{cols} {batch:4} {name:18} {1e6 * medians[name]:9.0f} us "
-                          f"({1e6 * low:.0f} to {1e6 * high:.0f})", flush=True)  # fmt: skip
-                fastest, name = min((medians[peer.name], peer.name) for peer in up)
-                gain, goal = fastest / medians["ours"], {1: 1.25, 4: 1.5, 16: 1.5}.get(batch, 1.0)
-                results.append(f"RESULT over_{name}/{scheme}/{rows}x{cols}/batch{batch} {gain:.2f} {goal} "
-                               f"{'ok' if gain >= goal else 'short'}")  # fmt: skip
+                if time.monotonic() - began > seconds:
+                    print(f"{scheme} {rows}x{cols} batch {batch} is left out: {seconds:.0f} s are over")
+                    continue
+                found = take_turns(ours, up, torch.randn((batch, cols), generator=seeded(1, batch)), repeats)
+                where = (processor, torch.get_num_threads(), scheme, rows, cols, batch)
+                write([(*where, name, *quartiles(times)) for name, times in found.items()])
             for peer in peers:
                 peer.close()
+
+
+def take_turns(ours, peers: list[cpu_peers.Peer], x: torch.Tensor, repeats: int) -> dict[str, list[float]]:
+    """Seconds of a call by contestant, the first turn left out."""
+    found: dict[str, list[float]] = {"ours": [], **{peer.name: [] for peer in peers}}
+    for _ in range(repeats + 1):
+        found["ours"].append(ours(x))
+        time.sleep(0.005)  # until threads that spin after their work have gone to sleep
+        for peer in peers:
+            found[peer.name].append(peer.seconds(len(x)))
+            time.sleep(0.005)
+    return {name: times[1:] for name, times in found.items()}
+
+
+def quartiles(times: list[float]) -> tuple[str, ...]:
+    """Median, first and third quartile in microseconds."""
+    return tuple(f"{1e6 * value:.1f}" for value in np.percentile(times, [50, 25, 75]))
+
+
+def write(rows: list[tuple]) -> None:
+    """Rows added to the table, and printed."""
     fresh = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
-        if fresh:
-            csv.writer(file).writerow(COLUMNS)
-        csv.writer(file).writerows(rows_found)
-    print("\n".join(results))
+        csv.writer(file).writerows([COLUMNS, *rows] if fresh else rows)
+    for _, _, scheme, height, width, batch, name, median, low, high in rows:
+        print(f"{scheme:18} {height}x{width} {batch:4} {name:18} {median:>9} us ({low} to {high})", flush=True)
+
+
+def show() -> None:
+    """RESULT lines of the table: of each weight and batch, the last time that it was measured."""
+    with RESULTS.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    last: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        key = row["format"], f"{row['rows']}x{row['cols']}", row["batch"]
+        if row["contestant"] == "ours":  # a measurement begins
+            last[key] = {}
+        last[key][row["contestant"]] = float(row["median_us"])
+    for (scheme, shape, batch), medians in last.items():
+        peers = [(median, name) for name, median in medians.items() if name != "ours" and median == median]
+        if not peers:
+            continue
+        fastest, name = min(peers)
+        gain, goal = fastest / medians["ours"], {"1": 1.25, "4": 1.5, "16": 1.5}.get(batch, 1.0)
+        ends = f"{gain:.2f} {goal} {'ok' if gain >= goal else 'short'}"
+        print(f"RESULT over_{name}/{scheme}/{shape}/batch{batch} {ends}")
 
 
 def mixed(layers: int = 28, blocks: int = 30) -> None:

@@ -5,6 +5,7 @@ token, asymmetric.   python experiments/kv_cache.py [--quick]
 """
 
 import argparse
+import inspect
 import math
 
 import torch
@@ -35,8 +36,10 @@ class RoundedCache(DynamicCache):
 @torch.no_grad()
 def perplexity(model: nn.Module, tokens: Tensor, key_bits: int, value_bits: int) -> float:
     losses = []
+    # transformers has had two names for it
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     for window in tokens.split(8):
-        logits = model(window, past_key_values=RoundedCache(key_bits, value_bits), use_cache=True).logits
+        logits = model(window, use_cache=True, **{name: RoundedCache(key_bits, value_bits)}).logits
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), window[:, 1:].flatten())
         losses.append(float(loss) * len(window))
     return math.exp(sum(losses) / len(tokens))
