@@ -14,7 +14,7 @@ from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.layers import input_matrix, output_matrix, weight_groups
 from mpq.sensitivity.graph import only_gradients_of, outputs_of
-from mpq.sensitivity.predictions import predictions, random_slopes
+from mpq.sensitivity.predictions import Predictions, predictions, random_slopes
 from mpq.sensitivity.task import Task
 
 log = logging.getLogger(__name__)
@@ -88,10 +88,12 @@ def layer_uses(task: Task, index: int, labels: str = "data", draw: int = 0) -> I
         raise MpqError(f"gradients come from labels {' or '.join(LABELS)}, not {labels!r}")
     batch = task.batches[index]
     samples = samples_in(batch)
+    asked = None
     if labels == "auto":
-        labels = _known_labels(task, batch)
+        asked = _asked(task, batch)
+        labels = "data" if asked is None else "model"
     seeds = None if labels == "data" else (index, draw)
-    (uses,) = _run(task, batch, index, [None if seeds is None else Draw(seeds)])
+    (uses,) = _run(task, batch, index, [None if seeds is None else Draw(seeds)], asked)
     if samples == 1 or keep_samples(uses, samples):
         yield samples, uses
         return
@@ -136,13 +138,14 @@ def design_row(seed: int, row: int, order: int) -> Tensor:
     return 1.0 - 2.0 * parity
 
 
-def _known_labels(task: Task, batch: Batch) -> str:
+def _asked(task: Task, batch: Batch) -> list[Predictions] | None:
+    """What the loss asks of its predictions, None where it is not cross-entropy."""
     try:
-        predictions(task.model, batch, task.loss_fn)
+        with only_gradients_of(task.model):
+            return predictions(task.model, batch, task.loss_fn)
     except (MpqError, AttributeError, TypeError, RuntimeError) as error:  # outputs may be of any kind
         log.warning("gradients are of the data's own labels: %s", error)
-        return "data"
-    return "model"
+        return None
 
 
 def keep_samples(uses: Uses, samples: int) -> bool:
@@ -165,14 +168,17 @@ class Draw:
     design: tuple[int, int] | None = None
 
 
-def _run(task: Task, batch: Batch, index: int, draws: Sequence[Draw | None]) -> Iterator[Uses]:
-    """The uses for each draw, or for the data's own labels (None), from one forward pass."""
+def _run(
+    task: Task, batch: Batch, index: int, draws: Sequence[Draw | None], asked: list[Predictions] | None = None
+) -> Iterator[Uses]:
+    """The uses for each draw, or for the data's own labels (None), from one forward pass; `asked` where it is known."""
     samples = samples_in(batch)
     with only_gradients_of(task.model), _recording(task.model, task.layers) as calls:
         with outputs_of(task.model) as logits:
             loss = check_loss(task.loss_fn(task.model, batch), index)
         recorded = list(calls)
-        asked = None if draws == [None] else predictions(task.model, batch, task.loss_fn)
+        if asked is None and draws != [None]:
+            asked = predictions(task.model, batch, task.loss_fn)
     outputs = [output for *_, output in recorded]
     for number, draw in enumerate(draws, 1):
         top, slopes = [loss], [torch.full_like(loss, samples)]

@@ -86,7 +86,8 @@ class KroneckerStatistics:
             else:
                 add(self.sums, "diagonal", flat.square().sum(1).cpu())
             add(self.sums, "positions", torch.tensor(flat.shape[1]))
-            sizes += (inputs.square().sum(-1) * slopes.square().sum(-1)).sum((1, 2)).cpu()
+            lengths = torch.linalg.vector_norm(inputs, dim=-1) * torch.linalg.vector_norm(slopes, dim=-1)
+            sizes += lengths.square().sum((1, 2)).cpu()
         add(self.sums, "spread", spread(sizes))
 
     def error(self, difference: Tensor, format: Format | None = None) -> float:

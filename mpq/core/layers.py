@@ -138,14 +138,32 @@ def input_matrix(module: nn.Module, inputs: Tensor) -> Tensor:
         inputs = inputs.unsqueeze(0)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-    if spatial == 1:
-        padded = padded.unsqueeze(2)
-    one = (1,) * (2 - spatial)
-    columns = functional.unfold(
-        padded, (*one, *module.kernel_size), dilation=(*one, *module.dilation), stride=(*one, *module.stride)
-    )  # (samples, in * kernel, positions)
-    columns = _by_group(columns, module.groups)
+    columns = _windows(padded.unsqueeze(2) if spatial == 1 else padded, module)
+    columns = columns.reshape(-1, module.groups, columns.shape[-1] // module.groups).transpose(0, 1)
     return columns if module.groups > 1 else columns[0]
+
+
+def _windows(padded: Tensor, module: nn.Conv1d | nn.Conv2d) -> Tensor:
+    """What the kernel sees from every position: (samples, height, width, in * kernel).
+
+    One strided copy for each place of the kernel: half the time of `unfold`, whose positions come last.
+    """
+    one = (1,) * (2 - len(module.kernel_size))
+    kernel, step, apart = ((*one, *given) for given in (module.kernel_size, module.stride, module.dilation))
+    high, wide = (
+        (size - gap * (length - 1) - 1) // stride + 1
+        for size, gap, length, stride in zip(padded.shape[2:], apart, kernel, step, strict=True)
+    )
+    pixels = padded.permute(0, 2, 3, 1)
+    windows = padded.new_empty(len(padded), high, wide, padded.shape[1], kernel[0] * kernel[1])
+    for place in range(windows.shape[-1]):
+        top, left = place // kernel[1] * apart[0], place % kernel[1] * apart[1]
+        rows, columns = (
+            slice(top, top + (high - 1) * step[0] + 1, step[0]),
+            slice(left, left + (wide - 1) * step[1] + 1, step[1]),
+        )
+        windows[..., place] = pixels[:, rows, columns]
+    return windows.flatten(3)
 
 
 def output_matrix(module: nn.Module, outputs: Tensor) -> Tensor:

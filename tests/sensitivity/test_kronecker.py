@@ -78,3 +78,16 @@ def test_labels_are_the_models_where_the_loss_is_cross_entropy_and_the_datas_els
     other = replace(task, loss_fn=lambda model, batch: model(batch[0]).square().mean())
     np.testing.assert_array_equal(kronecker(other)[0], kronecker(other, labels="data")[0])
     assert "data's own labels" in caplog.text
+
+
+def test_a_batch_passes_twice_forward_with_labels_of_the_models_own_and_once_back() -> None:
+    task = CASES["mlp"]()
+    passes = 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    task.model.register_forward_hook(count)
+    kronecker(task)
+    assert passes == 2 * len(task.batches)  # to know what the loss asks, and for the gradients
