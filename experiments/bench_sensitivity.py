@@ -207,10 +207,10 @@ def offload() -> list[str]:
     The device is the CPU too, to which every module's weights are copied and dropped again: a network of 13 layers.
     """
     model, batches = build(), tuple(load())
-    layers, schemes = find_layers(model), tuple(map(parse_scheme, ("int2-g64", "int4-g64", "int8-channel")))
+    layers, schemes = find_layers(model), (parse_scheme("int4-channel"),)
     seconds, scores, peak = [], [], 0
     for context in (nullcontext(), offloaded(model, "cpu")):
-        task = Task(model, batches, cross_entropy, layers, schemes, METHODS["mse"])
+        task = Task(model, batches, cross_entropy, layers, schemes, METHODS["nearest"])
         start = time.perf_counter()
         with context as visitors:
             scores.append(metric_named(DEFAULT_METRIC)(task)[0])
