@@ -9,6 +9,7 @@ token, which is the reference's arithmetic.
 import ctypes
 import importlib
 import logging
+import math
 import os
 import struct
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
-from mpq.core.rounding import SCALE_DTYPES, dequantize
+from mpq.core.rounding import SCALE_DTYPES, decode, dequantize
 from mpq.kernels import panels, reference
 from mpq.kernels.layout import LAYOUTS, Layout, Packed, packed_of
 from mpq.kernels.lookup import rows_of
@@ -31,6 +32,9 @@ LEVELS = ("portable", "avx2", "avx512", "amx")
 _SCALE_KINDS = ("fp32", "fp16", "bf16", "e8m0", "e4m3", "ue5m3")  # as native/mpq.h numbers them
 _WEIGHT = struct.Struct("@qqq12if256s256s0q")
 _CALL = struct.Struct("@PPPqqPPq6iPP")
+_IMAGES = struct.Struct("@17q")
+# A convolution goes by patches up to so many positions for each row of the weight, and in all (measured at each level)
+_POSITIONS = ((0.06, 4.0), (0.12, 10.0), (0.4, 160.0), (1.5, math.inf))
 _log = logging.getLogger(__name__)
 
 
@@ -54,6 +58,10 @@ def native() -> Native | None:
     library = ctypes.CDLL(path)
     library.mpq_linear.restype = ctypes.c_int64
     library.mpq_linear.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    library.mpq_conv.restype = ctypes.c_int64
+    library.mpq_conv.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p]
+    library.mpq_dequantize.restype = None
+    library.mpq_dequantize.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 4, ctypes.c_int, ctypes.c_void_p]
     library.mpq_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
     wanted = os.environ.get("MPQ_CPU_LEVEL", LEVELS[-1])
     if wanted not in LEVELS:
@@ -144,6 +152,88 @@ def linear(
     return out.view(*input.shape[:-1], rows).to(input.dtype)
 
 
+def conv(
+    input: Tensor, weight: Sequence[Tensor], bias: Tensor | None, format: str, rows: int, cols: int, layout: str,
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """torch.ops.mpq.conv for the panels layout, by whichever way is faster."""
+    size = reference.conv_size(input.shape[2:], kernel, stride, padding, dilation)
+    if groups == 1 and _patches_pay(len(input) * math.prod(size), rows):
+        return patches(input, weight, bias, format, rows, cols, layout, kernel, stride, padding, dilation)
+    matrix = unpacked(weight, format, rows, cols, layout)
+    x = input.float() if input.dtype == torch.float16 else input  # which CPUs are slow at
+    return reference.convolve(x, matrix, bias, kernel, stride, padding, dilation, groups).to(input.dtype)
+
+
+def patches(
+    input: Tensor, weight: Sequence[Tensor], bias: Tensor | None, format: str, rows: int, cols: int, layout: str,
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """A convolution of one group whose patches are gathered and multiplied by packed weights, 256 at a time."""
+    found, size = native(), reference.conv_size(input.shape[2:], kernel, stride, padding, dilation)
+    facts = (format, rows, cols, layout, kernel, stride, padding, dilation, 1)
+    if found is None or min(*input.shape, *size, rows) < 1:
+        return reference.conv(input, weight, bias, *facts)
+    x = input if input.dtype in (torch.float32, torch.bfloat16) else input.float()
+    if bias is not None and (bias.dtype not in (torch.float32, torch.bfloat16) or bias.stride(0) != 1):
+        bias = bias.float().contiguous()
+    bfloat = x.dtype == torch.bfloat16
+    out = x.new_empty((len(x), *size, rows))
+    tokens = out.numel() // rows
+    unfit = x.new_empty(tokens, dtype=torch.int8)
+    line = 1 if len(kernel) == 1 else x.stride(2)
+    pairs = [_pair(values, fill) for values, fill in zip(
+        (x.shape[2:], kernel, size, stride, padding, dilation), (1, 1, 1, 1, 0, 1), strict=True
+    )]  # fmt: skip
+    images = _IMAGES.pack(x.shape[1], *(value for pair in pairs for value in pair),
+                          x.stride(0), x.stride(1), line, x.stride(-1))  # fmt: skip
+    status = found.library.mpq_conv(_plan(format, rows, cols).weight, _CALL.pack(
+        weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0,
+        x.data_ptr(), tokens, 0,
+        0 if bias is None else bias.data_ptr(), out.data_ptr(), rows,
+        bfloat, bias is not None and bias.dtype == torch.bfloat16, bfloat,
+        2, torch.get_num_threads(), found.level, unfit.data_ptr(), found.parallel,
+    ), images)  # fmt: skip
+    if status < 0:
+        raise MemoryError("the CPU kernel found no room for its scratch memory")
+    if status:
+        again = reference.conv(x, weight, bias, *facts).movedim(1, -1)
+        out = torch.where(unfit.bool().reshape(out.shape[:-1])[..., None], again, out)
+    return out.to(input.dtype).movedim(-1, 1)
+
+
+@lru_cache(maxsize=64)
+def _values(format_name: str) -> Tensor:
+    """What the codes of a format stand for, float32."""
+    grid = parse_format(format_name).grid
+    return decode(torch.arange(2**grid.bits, dtype=torch.uint8), grid)
+
+
+def unpacked(weight: Sequence[Tensor], format: str, rows: int, cols: int, layout: str) -> Tensor:
+    """torch.ops.mpq.dequantize for the panels layout."""
+    found = native()
+    if found is None or not rows * cols:
+        return reference.dequantize(weight, format, rows, cols, layout)
+    out = weight[0].new_empty((rows, cols), dtype=torch.float32)
+    found.library.mpq_dequantize(
+        _plan(format, rows, cols).weight, weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0,
+        _values(format).data_ptr(), out.data_ptr(), torch.get_num_threads(), found.parallel,
+    )  # fmt: skip
+    return out
+
+
+def _patches_pay(positions: int, rows: int) -> bool:
+    """Whether patches are faster than unpacking the weight for PyTorch's own convolution."""
+    found = native()
+    share, most = _POSITIONS[found.level if found else 0]
+    return positions <= min(share * rows, most)
+
+
+def _pair(values: Sequence[int], fill: int) -> tuple[int, int]:
+    """Down and along; a single dimension is along."""
+    return (fill, values[0]) if len(values) == 1 else (values[0], values[1])
+
+
 def _redo(
     out: Tensor, x: Tensor, unfit: Tensor, weight: Sequence[Tensor], bias: Tensor | None,
     format: str, rows: int, cols: int, layout: str, activation: str,
@@ -192,4 +282,6 @@ def _suits(packed: Packed, device: torch.device) -> bool:
 
 LAYOUTS[panels.NAME] = Layout(panels.arrange, panels.restore, panels.names, _suits)
 KERNELS["linear", panels.NAME, "cpu"] = linear
+KERNELS["conv", panels.NAME, "cpu"] = conv
+KERNELS["dequantize", panels.NAME, "cpu"] = unpacked
 KERNELS["embedding", panels.NAME, "cpu"] = embedding

@@ -122,28 +122,32 @@ class PackedLinear(nn.Module):
 
 
 class PackedConv(nn.Module):
-    """nn.Conv1d or nn.Conv2d, grouped or not; the weight is unpacked whenever it is used."""
+    """nn.Conv1d or nn.Conv2d, grouped or not."""
 
     def __init__(self, weight: PackedWeight, origin: nn.Conv1d | nn.Conv2d, activation: str = "") -> None:
         super().__init__()
         self.weight, self.activation = weight, activation
         self.bias = origin.bias
-        self.weight_shape = origin.weight.shape
-        self.padding_mode, self.side_padding = origin.padding_mode, list(origin._reversed_padding_repeated_twice)
-        self.stride, self.padding, self.dilation = origin.stride, origin.padding, origin.dilation
-        self.groups = origin.groups
+        self.kernel, self.stride = list(origin.kernel_size), list(origin.stride)
+        self.dilation, self.groups = list(origin.dilation), origin.groups
+        sides = list(origin._reversed_padding_repeated_twice)  # of the last dimension first
+        self.padding_mode = "constant" if origin.padding_mode == "zeros" else origin.padding_mode
+        alike = sides[0::2] == sides[1::2] and self.padding_mode == "constant"
+        self.padding = sides[::-2] if alike else [0] * len(self.kernel)
+        self.side_padding = [] if alike else sides  # added before
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, channels, length) or (batch, channels, height, width), batched or not."""
-        spatial = len(self.weight_shape) - 2
+        spatial = len(self.kernel)
+        if input.dim() == spatial + 1:
+            return self.forward(input[None])[0]
         if self.activation:
             input = straight_through(input, lambda values: self._round(values, -(spatial + 1)))
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            input, padding = functional.pad(input, self.side_padding, mode=self.padding_mode), 0
-        convolve: Callable[..., Tensor] = functional.conv1d if spatial == 1 else functional.conv2d
-        weight = self.weight.dequantize().reshape(self.weight_shape).to(input.dtype)
-        return convolve(input, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        if self.side_padding:
+            input = functional.pad(input, self.side_padding, mode=self.padding_mode)
+        weight, where = self.weight, (self.kernel, self.stride, self.padding, self.dilation, self.groups)
+        output: Tensor = torch.ops.mpq.conv(input, weight.tensors, self.bias, *weight.facts, *where)
+        return output
 
     def _round(self, input: Tensor, channels: int) -> Tensor:
         return quantize_activation(input.movedim(channels, -1), self.activation).movedim(-1, channels)

@@ -6,6 +6,8 @@ type to `KERNELS`; anything else is computed by the reference, from every layout
     linear(input (..., cols), weight, bias (rows,) or None, ...) -> (..., rows) in the input's type
     dequantize(weight, ...) -> (rows, cols) float32
     embedding(indices (...), weight, ..., dtype) -> (..., cols)
+    conv(input (n, channels, *size), weight, bias or None, ..., kernel, stride, padding, dilation, groups)
+        -> (n, rows, *size), channels last in memory; 1 or 2 spatial dimensions, padded with zeros on both sides
 
 `activation` is "" or the name of the format that the input is rounded to first (see `mpq.core.scheme`).
 """
@@ -15,13 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv1d_input, conv2d_input
 
 from mpq.kernels import fragments, gpu, reference
 
 _WEIGHT = "str format, int rows, int cols, str layout"
+_SPATIAL = "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups"
 SCHEMAS = {
     "linear": f"(Tensor input, Tensor[] weight, Tensor? bias, {_WEIGHT}, str activation) -> Tensor",
     "dequantize": f"(Tensor[] weight, {_WEIGHT}) -> Tensor",
+    "conv": f"(Tensor input, Tensor[] weight, Tensor? bias, {_WEIGHT}, {_SPATIAL}) -> Tensor",
     "embedding": f"(Tensor indices, Tensor[] weight, {_WEIGHT}, ScalarType dtype) -> Tensor",
 }
 # (op, layout, device type) -> a function with the op's signature
@@ -57,10 +62,26 @@ def _embedding(
     return kernel(indices, weight, format, rows, cols, layout, dtype)
 
 
+def _conv(
+    input: Tensor, weight: Sequence[Tensor], bias: Tensor | None, format: str, rows: int, cols: int, layout: str,
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    compute = KERNELS.get(("conv", layout, input.device.type), reference.conv)
+    return compute(input, weight, bias, format, rows, cols, layout, kernel, stride, padding, dilation, groups)
+
+
 def _linear_shape(
     input: Tensor, weight: Sequence[Tensor], bias: Tensor | None, format: str, rows: int, *facts: Any
 ) -> Tensor:
     return input.new_empty((*input.shape[:-1], rows))
+
+
+def _conv_shape(
+    input: Tensor, weight: Sequence[Tensor], bias: Tensor | None, format: str, rows: int, cols: int, layout: str,
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    size = reference.conv_size(input.shape[2:], kernel, stride, padding, dilation)
+    return input.new_empty((len(input), *size, rows)).movedim(-1, 1)
 
 
 def _dequantize_shape(weight: Sequence[Tensor], format: str, rows: int, cols: int, layout: str) -> Tensor:
@@ -90,9 +111,31 @@ def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return by_input, [None] * len(ctx.saved_tensors), by_bias, None, None, None, None, None
 
 
+def _remember_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias, format, rows, cols, layout, *spatial = inputs
+    ctx.save_for_backward(*weight)
+    ctx.facts, ctx.spatial = (format, rows, cols, layout), spatial
+    ctx.shape, ctx.bias_type = input.shape, None if bias is None else bias.dtype
+
+
+def _conv_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    """As for linear."""
+    by_input = by_bias = None
+    kernel, stride, padding, dilation, groups = ctx.spatial
+    if ctx.needs_input_grad[0]:
+        matrix = torch.ops.mpq.dequantize(list(ctx.saved_tensors), *ctx.facts)
+        weight = matrix.reshape(len(matrix), -1, *kernel).to(gradient.dtype)
+        find: Callable[..., Tensor] = conv1d_input if len(kernel) == 1 else conv2d_input
+        by_input = find(ctx.shape, weight, gradient, stride, padding, dilation, groups)
+    if ctx.needs_input_grad[2]:
+        by_bias = gradient.transpose(0, 1).flatten(1).sum(1).to(ctx.bias_type)
+    return by_input, [None] * len(ctx.saved_tensors), by_bias, *[None] * 9
+
+
 _LIBRARY: Any = torch.library.Library("mpq", "DEF")  # type: ignore[no-untyped-call]
 _PARTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "linear": (_linear, _linear_shape),
+    "conv": (_conv, _conv_shape),
     "dequantize": (_dequantize, _dequantize_shape),
     "embedding": (_embedding, _embedding_shape),
 }
@@ -101,4 +144,5 @@ for _name, (_implementation, _shape) in _PARTS.items():
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mpq::{_name}", _shape, lib=_LIBRARY)
 torch.library.register_autograd("mpq::linear", _linear_backward, setup_context=_remember, lib=_LIBRARY)
+torch.library.register_autograd("mpq::conv", _conv_backward, setup_context=_remember_conv, lib=_LIBRARY)
 gpu.register()

@@ -1,6 +1,6 @@
 """Plain PyTorch: what every kernel must equal. Unpack, dequantize, multiply in float32."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,51 @@ def linear(
         input = quantize_activation(input, activation)
     output = functional.linear(input.float(), matrix, None if bias is None else bias.float())
     return output.to(input.dtype)
+
+
+def conv(
+    input: Tensor,  # (n, channels, *size)
+    weight: Sequence[Tensor],
+    bias: Tensor | None,  # (rows,)
+    format: str,
+    rows: int,
+    cols: int,
+    layout: str,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The convolution in one or two dimensions, in the input's type: (n, rows, *size), channels last in memory."""
+    matrix = dequantize(weight, format, rows, cols, layout)
+    return convolve(input, matrix, bias, kernel, stride, padding, dilation, groups)
+
+
+def convolve(
+    input: Tensor,
+    matrix: Tensor,  # float32 (rows, cols)
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`conv` by an unpacked weight."""
+    kind, whole = input.dtype, matrix.reshape(len(matrix), -1, *kernel)
+    function: Callable[..., Tensor] = functional.conv1d if len(kernel) == 1 else functional.conv2d
+    bias = None if bias is None else bias.to(kind)
+    output = function(input, whole.to(kind), bias, stride, padding, dilation, groups)
+    return output.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def conv_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Positions of a convolution's output in each direction."""
+    sides = zip(size, kernel, stride, padding, dilation, strict=True)
+    return [(length + 2 * around - apart * (taps - 1) - 1) // step + 1 for length, taps, step, around, apart in sides]
 
 
 def quantize_activation(input: Tensor, activation: str) -> Tensor:

@@ -123,6 +123,16 @@ def test_panels_are_lossless(name, rows, cols):
 
 
 @needs_native
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(NAMES), st.integers(1, 150), st.integers(1, 700))
+def test_panels_are_unpacked_exactly(name, rows, cols):
+    packed, arranged = weight_of(name, rows, cols)
+    facts = (packed.format.name, *packed.shape)
+    found = torch.ops.mpq.dequantize(list(arranged.tensors.values()), *facts, panels.NAME)
+    assert torch.equal(found, torch.ops.mpq.dequantize(list(packed.tensors.values()), *facts, "rows"))
+
+
+@needs_native
 @pytest.mark.parametrize("name", ["int4-g128", "int3-g64-asym", "fp8-e4m3", "nf4-g64", "nvfp4"])
 @pytest.mark.parametrize("tokens", [1, 7, 70])
 def test_same_bits_whatever_the_threads_and_every_element_written(level, name, tokens):

@@ -73,9 +73,16 @@ EXPORT int mpq_best_level(void) {
 
 EXPORT const char *mpq_level_name(int level) { return levels[level]->name; }
 
+/* Tokens of a convolution: the patches of a batch of images, gathered one at a time. Spatial pairs are (down, along). */
+typedef struct {
+  int64_t channels, size[2], kernel[2], out[2], stride[2], padding[2], dilation[2];
+  int64_t steps[4]; /* elements between images, channels, lines and columns */
+} mpq_images;
+
 typedef struct {
   const mpq_weight *weight;
   const mpq_call *call;
+  const mpq_images *images; /* or NULL: tokens are rows of x */
   const mpq_level *level;
   mpq_activation x;
   int64_t first;          /* token that the chunk starts with */
@@ -86,6 +93,7 @@ typedef struct {
   atomic_int failed;
 } job;
 
+#define SLOTS 4
 /* Scratch memory that a thread keeps until it ends. */
 typedef struct {
   void *memory;
@@ -96,13 +104,13 @@ static pthread_key_t ending;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static void forget(void *all) {
-  for (int slot = 0; slot < 3; slot++) free(((kept *)all)[slot].memory);
+  for (int slot = 0; slot < SLOTS; slot++) free(((kept *)all)[slot].memory);
 }
 
 static void make_key(void) { pthread_key_create(&ending, forget); }
 
 static void *scratch(int slot, size_t size) {
-  static _Thread_local kept own[3];
+  static _Thread_local kept own[SLOTS];
   pthread_once(&once, make_key);
   if (own[slot].size < size) {
     pthread_setspecific(ending, own);
@@ -116,12 +124,40 @@ static void *scratch(int slot, size_t size) {
   return own[slot].memory;
 }
 
+#define GATHER(type)                                                                                  \
+  do {                                                                                                \
+    const type *from = (const type *)call->x + at;                                                    \
+    type *to = (type *)patch + place;                                                                 \
+    for (int64_t channel = 0; channel < images->channels; channel++, from += images->steps[1], to += area) *to = *from; \
+  } while (0)
+
+/* What the kernel covers at one position of the output, in the order of the weight's columns. */
+static void gather_patch(const mpq_call *call, const mpq_images *images, int64_t position, void *patch) {
+  const int64_t along = position % images->out[1], down = position / images->out[1] % images->out[0];
+  const int64_t image = position / images->out[1] / images->out[0], area = images->kernel[0] * images->kernel[1];
+  const int64_t top = down * images->stride[0] - images->padding[0], left = along * images->stride[1] - images->padding[1];
+  memset(patch, 0, images->channels * area * (call->bfloat ? 2 : 4));
+  for (int64_t place = 0; place < area; place++) {
+    const int64_t line = top + place / images->kernel[1] * images->dilation[0];
+    const int64_t column = left + place % images->kernel[1] * images->dilation[1];
+    if (line < 0 || line >= images->size[0] || column < 0 || column >= images->size[1]) continue;
+    const int64_t at = image * images->steps[0] + line * images->steps[2] + column * images->steps[3];
+    if (call->bfloat) GATHER(uint16_t);
+    else GATHER(float);
+  }
+}
+
 static void quantize_tokens(void *argument) {
   job *work = argument;
   const mpq_call *call = work->call;
-  for (int64_t token; (token = atomic_fetch_add(&work->next, 1)) < work->x.tokens;)
-    work->level->quantize(work->weight, &work->x, (const char *)call->x + work->first * call->stride * (call->bfloat ? 2 : 4),
-                          call->bfloat, call->stride, token, call->unfit + work->first);
+  const char *rows = (const char *)call->x + work->first * call->stride * (call->bfloat ? 2 : 4);
+  void *patch = work->images ? scratch(3, work->weight->cols * 4) : NULL;
+  if (work->images && !patch) { atomic_store(&work->failed, 1); return; }
+  for (int64_t token; (token = atomic_fetch_add(&work->next, 1)) < work->x.tokens;) {
+    if (patch) gather_patch(call, work->images, work->first + token, patch);
+    work->level->quantize(work->weight, &work->x, patch ? patch : rows, call->bfloat, patch ? 0 : call->stride, token,
+                          call->unfit + work->first);
+  }
 }
 
 static inline float load_real(const void *from, int bfloat, int64_t index) {
@@ -224,9 +260,10 @@ static void *run_alone(void *argument) {
   return NULL;
 }
 
-static void run(const mpq_call *call, void (*function)(void *), job *work, int64_t items) {
+/* Threads share `items` by the counter `next`. */
+static void run_loop(const mpq_call *call, void (*function)(void *), void *work, atomic_llong *next, int64_t items) {
   int threads = call->threads < items ? call->threads : (int)items;
-  atomic_store(&work->next, 0);
+  atomic_store(next, 0);
   if (threads <= 1) { function(work); return; }
   if (call->parallel) { call->parallel(function, work, threads, 0); return; }
   pthread_t helpers[64];
@@ -236,6 +273,12 @@ static void run(const mpq_call *call, void (*function)(void *), job *work, int64
   while (started < threads - 1 && started < 64 && !pthread_create(&helpers[started], NULL, run_alone, argument)) started++;
   function(work);
   for (int i = 0; i < started; i++) pthread_join(helpers[i], NULL);
+}
+
+#include "expand.h"
+
+static void run(const mpq_call *call, void (*function)(void *), job *work, int64_t items) {
+  run_loop(call, function, work, &work->next, items);
 }
 
 /* Whether a chunk is computed in bfloat16. Decoding to it costs about as much as 16 tokens of the products it saves, so
@@ -276,22 +319,30 @@ static int place(job *work, int64_t tokens) {
   return 1;
 }
 
-/* y = x W^T + bias. Returns how many tokens were unfit and must be computed otherwise, or -1 without memory. */
-EXPORT int64_t mpq_linear(const mpq_weight *given, const mpq_call *call) {
+static int64_t multiply(const mpq_weight *given, const mpq_call *call, const mpq_images *images) {
   mpq_weight own = *given;
   const mpq_weight *weight = &own;
   int64_t unfit = 0;
   if (call->tensor_scale) own.factor *= *call->tensor_scale;
   for (int64_t first = 0; first < call->tokens; first += MPQ_CHUNK) {
     const int64_t tokens = call->tokens - first < MPQ_CHUNK ? call->tokens - first : MPQ_CHUNK;
-    job work = {.weight = weight, .call = call, .level = levels[call->level], .first = first};
+    job work = {.weight = weight, .call = call, .images = images, .level = levels[call->level], .first = first};
     if (!place(&work, tokens)) return -1;
-    run(call, quantize_tokens, &work, tokens < 8 ? 1 : tokens);
+    run(call, quantize_tokens, &work, tokens < 8 && !images ? 1 : tokens);
+    if (atomic_load(&work.failed)) return -1;
     run(call, multiply_panels, &work, (work.panels + work.block - 1) / work.block * work.splits);
     if (atomic_load(&work.failed)) return -1;
     for (int64_t i = 0; i < tokens; i++) unfit += call->unfit[first + i];
   }
   return unfit;
+}
+
+/* y = x W^T + bias. Returns how many tokens were unfit and must be computed otherwise, or -1 without memory. */
+EXPORT int64_t mpq_linear(const mpq_weight *weight, const mpq_call *call) { return multiply(weight, call, NULL); }
+
+/* The same for patches of images: `x` of the call is their first element, and `tokens` counts positions of the output. */
+EXPORT int64_t mpq_conv(const mpq_weight *weight, const mpq_call *call, const mpq_images *images) {
+  return multiply(weight, call, images);
 }
 
 typedef struct {
