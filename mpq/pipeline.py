@@ -2,6 +2,7 @@
 
 import glob
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.calibration import tensors_in
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, NotFiniteError
 from mpq.core.experts import has_experts
 from mpq.core.files import write_atomically
 from mpq.core.formats import DEFAULT_FORMATS, Format
@@ -289,7 +290,10 @@ def measuring(source: Source, method: str) -> Callable[[Allocation, float], tupl
         if number not in references:
             references[number] = quality(source.model, number)
         model = simulate(source.model, allocation, method, moments, trainable=False)
-        return quality(model, number).loss_above(references[number])
+        try:
+            return quality(model, number).loss_above(references[number])
+        except NotFiniteError:  # this allocation's own failure: the search goes on and tells how many there were
+            return math.nan, math.nan
 
     return measure
 

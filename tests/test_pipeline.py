@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -125,3 +127,15 @@ def test_what_evolution_measures_is_the_paired_increase_with_its_error(share):
     # A loss of a few in float32, in batches and alone: rounding is below 1e-5.
     assert found == pytest.approx(np.mean(added), abs=1e-5)
     assert error == pytest.approx(np.std(added, ddof=1) / len(added) ** 0.5, rel=1e-3)
+
+
+def test_an_allocation_whose_loss_is_no_number_fails_alone():
+    source = open_source("tiny-cnn", nsamples=8)
+    table = profile(source.model, source.calibration, source.loss_fn, ("int2-g32", "int4-g32"), metric="fisher")
+    allocation = dict(build_problem(table).uniform())["int2-g32"]
+
+    # A copy of the model keeps the hook, and only the model as it came gives numbers.
+    source.model.register_forward_hook(lambda model, args, out: out if model is source.model else out * math.nan)
+    loss, error = measuring(source, "mse")(allocation, 1.0)
+    assert math.isnan(loss)
+    assert math.isnan(error)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, NotFiniteError
 from mpq.core.parallel import share, total
 
 Batch: TypeAlias = Any  # a tensor, or a tuple, list or dict of tensors whose first dimension counts samples
@@ -103,11 +103,12 @@ def check_batches(batches: Iterable[Batch]) -> tuple[Batch, ...]:
 
 
 def check_loss(loss: Tensor, batch_index: int) -> Tensor:
-    """The loss itself; MpqError naming the batch when it is NaN, infinite or no scalar."""
+    """The loss itself; NotFiniteError naming the batch when it is NaN or infinite, MpqError when it is no scalar."""
     if loss.numel() != 1:
         raise MpqError(f"the loss function must return one number, the batch's mean loss, not {tuple(loss.shape)}")
     if not math.isfinite(loss.item()):
-        raise MpqError(f"the loss of calibration batch {batch_index} is {loss.item()}: check the model and this batch")
+        problem = f"the loss of calibration batch {batch_index} is {loss.item()}"
+        raise NotFiniteError(f"{problem}: check the model and this batch")
     return loss
 
 

@@ -8,6 +8,10 @@ class MpqError(ValueError):
     """A mistake in what was asked for: what came, what was expected, what to do. The command line exits with 2."""
 
 
+class NotFiniteError(MpqError):
+    """A loss that is NaN or infinite: of data, or of a model that did not survive what was done to it."""
+
+
 def nearest_names(name: str, known: Iterable[str], limit: int = 3) -> str:
     """Suffix for an error message: the known names closest to `name`, or all of them when there are few.
 
