@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from problems import every_choice, make_problem
 
@@ -45,6 +45,8 @@ def test_the_cheapest_of_a_quality_is_that_of_enumeration(seed, share, cost):
     problem = make_problem(seed, 5)
     costs, losses = enumerated(problem)
     wanted = float(np.quantile(losses, share))
+    # The solver keeps a bound to one part in a million; with a loss closer above it than that it asks to loosen it.
+    assume(not np.any((losses > wanted) & (losses <= wanted * (1 + 1e-5))))
     found = cheapest(problem, loss=wanted, cost=cost)
     best = costs[losses <= wanted * (1 + 1e-12), ["size", "bitops"].index(cost)].min()
     assert found.costs[0] == pytest.approx(best, rel=1e-9)
