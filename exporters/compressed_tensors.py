@@ -4,7 +4,8 @@ One `config_groups` entry per scheme with its own `format`, layers by name, ever
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,11 @@ from mpq.core.formats import Format
 from mpq.core.layers import layer_kind, matrix_to_weight
 from mpq.core.ranges import Ranges, static_scale
 from mpq.core.scheme import Scheme
-from mpq.exporters.consumers import CONSUMERS, check, check_model, compressed_tensors_format
-from mpq.exporters.folder import refuse_foreign, write_checksums, write_folder
-from mpq.exporters.shards import SHARD, WHOLE, write_tensors
-from mpq.exporters.state import model_config, other_state, specs_of, write_config
-from mpq.kernels.layout import Packed, pack, pack_bits, unpack_bits
-from mpq.kernels.modules import empty_weight
-from mpq.quantized import Moments, checked_layers, quantized_layers
+from mpq.exporters.consumers import compressed_tensors_format
+from mpq.exporters.shards import SHARD
+from mpq.exporters.transformers_folder import export_transformers
+from mpq.kernels.layout import Packed, pack_bits, unpack_bits
+from mpq.quantized import Moments
 
 
 def export(
@@ -48,27 +47,11 @@ def export(
     Raises:
         MpqError: no transformers model, a scheme that cannot be held, fused layers in several schemes, foreign files.
     """
-    check_model(CONSUMERS["compressed-tensors"], model)
-    check(CONSUMERS["compressed-tensors"], allocation)
-    refuse_foreign(folder, (WHOLE, "config.json", "allocation.json"))
-    others, _ = other_state(model, allocation)
-    specs = specs_of(others)
-    for layer, scheme in checked_layers(model, allocation):
-        empty = empty_weight(scheme.weight, layer.rows, layer.cols, device="meta").matrix()
-        specs.update(specs_of(_named(model, layer.name, empty, scheme, ranges)))
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from others.items()
-        for layer, scheme, quantized in quantized_layers(model, allocation, method, second_moments):
-            yield from _named(model, layer.name, pack(quantized), scheme, ranges).items()
-
-    with write_folder(folder) as draft:
-        digests = write_tensors(draft, specs, tensors(), shard)
-        config = {**model_config(model), "quantization_config": quantization_config(model, allocation, ranges)}
-        write_config(draft, config, model)
-        allocation.save(draft / "allocation.json")
-        write_checksums(draft, digests)
-    return Path(folder)
+    return export_transformers(
+        "compressed-tensors", model, allocation, folder,
+        partial(_named, model, ranges), partial(quantization_config, model, allocation, ranges),
+        method=method, second_moments=second_moments, shard=shard,
+    )  # fmt: skip
 
 
 def quantization_config(model: nn.Module, allocation: Allocation, ranges: Ranges | None = None) -> dict[str, Any]:
@@ -126,7 +109,7 @@ def _is_static(name: str, scheme: Scheme, ranges: Ranges | None) -> bool:
     return static and name in (ranges or {})
 
 
-def _named(model: nn.Module, layer: str, packed: Packed, scheme: Scheme, ranges: Ranges | None) -> dict[str, Tensor]:
+def _named(model: nn.Module, ranges: Ranges | None, layer: str, packed: Packed, scheme: Scheme) -> dict[str, Tensor]:
     """The layer's tensors under their names in the checkpoint."""
     if packed.format.is_float_copy:
         return {f"{layer}.weight": matrix_to_weight(packed.tensors["packed"], model.get_submodule(layer))}

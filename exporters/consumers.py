@@ -41,6 +41,11 @@ def check_model(consumer: Consumer, model: nn.Module) -> None:
         raise MpqError(
             f"{consumer.name} files hold {consumer.models}, not {type(model).__name__}: export to mpq instead"
         )
+    check_packages(consumer)
+
+
+def check_packages(consumer: Consumer) -> None:
+    """MpqError when a package that writes the consumer's files is missing."""
     if not all(find_spec(package) for package in consumer.packages):
         needed = " and ".join(consumer.packages)
         raise MpqError(f"{consumer.name} files are written with {needed}: pip install 'mpq[{consumer.name}]'")
@@ -276,7 +281,7 @@ CONSUMERS: dict[str, Consumer] = {
             "gptq",
             "gptqmodel and vLLM",
             (
-                *(f"int{bits}-{size}" for bits in (2, 3, 4, 8) for size in ("g32", "g64", "g128", "channel")),
+                *(f"int{bits}-{size}" for bits in (2, 3, 4, 8) for size in GROUPS),
                 *FLOAT_COPIES,
             ),
             _gptq,

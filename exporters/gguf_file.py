@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.rounding import COPY_DTYPES, Quantized
-from mpq.exporters.consumers import CONSUMERS, check, check_model
+from mpq.exporters.consumers import CONSUMERS, check, check_model, check_packages
 from mpq.exporters.folder import digest, refuse_foreign, write_checksums, write_folder
 from mpq.exporters.gguf_blocks import encode_blocks, raw_copy, type_of
 from mpq.exporters.gguf_llama import describe, describe_tokenizer, row_order
@@ -59,9 +60,9 @@ def export(
     Raises:
         MpqError: no Llama, a scheme without a tensor type, the package gguf is missing.
     """
-    gguf = gguf_package()
     check_model(CONSUMERS["gguf"], model)
     check(CONSUMERS["gguf"], allocation)
+    gguf = gguf_package()
     config: Any = model.config
     refuse_foreign(folder, (FILE, "allocation.json"))
     plan = _plan(model, allocation, gguf)
@@ -93,11 +94,8 @@ def export(
 
 def gguf_package() -> Any:
     """The package gguf; MpqError with how to install it."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise MpqError("GGUF files are written with the package gguf: pip install 'mpq[gguf]'") from error
-    return gguf
+    check_packages(CONSUMERS["gguf"])
+    return import_module("gguf")
 
 
 def _plan(model: nn.Module, allocation: Allocation, gguf: Any) -> list[Entry]:

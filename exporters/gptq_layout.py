@@ -8,7 +8,8 @@ g_idx int32 (in,): the group of each input.
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,11 @@ from torch import Tensor, nn
 from mpq.core.allocation import Allocation
 from mpq.core.formats import Format
 from mpq.core.layers import layer_kind, matrix_to_weight
-from mpq.exporters.consumers import CONSUMERS, check, check_model
-from mpq.exporters.folder import refuse_foreign, write_checksums, write_folder
-from mpq.exporters.shards import SHARD, WHOLE, write_tensors
-from mpq.exporters.state import model_config, other_state, specs_of, write_config
-from mpq.kernels.layout import Packed, pack, pack_bits
-from mpq.kernels.modules import empty_weight
-from mpq.quantized import Moments, checked_layers, quantized_layers
+from mpq.core.scheme import Scheme
+from mpq.exporters.shards import SHARD
+from mpq.exporters.transformers_folder import export_transformers
+from mpq.kernels.layout import Packed, pack_bits
+from mpq.quantized import Moments
 
 
 def export(
@@ -42,29 +41,13 @@ def export(
     Raises:
         MpqError: no transformers model, a scheme that the layout cannot hold, fused layers in two, foreign files.
     """
-    check_model(CONSUMERS["gptq"], model)
-    check(CONSUMERS["gptq"], allocation)
-    refuse_foreign(folder, (WHOLE, "config.json", "allocation.json"))
-    others, _ = other_state(model, allocation)
-    specs = specs_of(others)
-    for layer, scheme in checked_layers(model, allocation):
-        empty = empty_weight(scheme.weight, layer.rows, layer.cols).matrix()
-        specs.update(specs_of(_named(model, layer.name, empty)))
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from others.items()
-        for layer, _, quantized in quantized_layers(model, allocation, method, second_moments):
-            yield from _named(model, layer.name, pack(quantized)).items()
-
-    with write_folder(folder) as draft:
-        digests = write_tensors(draft, specs, tensors(), shard)
-        write_config(draft, {**model_config(model), "quantization_config": _config(model, allocation)}, model)
-        allocation.save(draft / "allocation.json")
-        write_checksums(draft, digests)
-    return Path(folder)
+    return export_transformers(
+        "gptq", model, allocation, folder, partial(_named, model), partial(_config, model, allocation),
+        method=method, second_moments=second_moments, shard=shard,
+    )  # fmt: skip
 
 
-def _named(model: nn.Module, layer: str, packed: Packed) -> dict[str, Tensor]:
+def _named(model: nn.Module, layer: str, packed: Packed, scheme: Scheme) -> dict[str, Tensor]:
     if packed.format.is_float_copy:
         return {f"{layer}.weight": matrix_to_weight(packed.tensors["packed"], model.get_submodule(layer))}
     return {f"{layer}.{name}": tensor for name, tensor in gptq_tensors(packed).items()}

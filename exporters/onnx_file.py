@@ -19,7 +19,7 @@ from mpq.core.layer import Layer
 from mpq.core.ranges import Ranges
 from mpq.core.rounding import Quantized
 from mpq.core.scheme import Scheme
-from mpq.exporters.consumers import CONSUMERS, check
+from mpq.exporters.consumers import CONSUMERS, check, check_packages
 from mpq.exporters.folder import refuse_foreign, write_checksums, write_folder
 from mpq.exporters.onnx_nodes import Graph, drop_unused, products_with, put_products, put_weight, round_inputs
 from mpq.exporters.onnx_ops import OPSET, OPSET_INT2, nbits_block, needs_int2
@@ -134,11 +134,9 @@ def _fill(graph: Graph, model: nn.Module, layers: Layers, names: set[str], range
 
 def _trace(model: nn.Module, allocation: Allocation, inputs: Any) -> tuple[Any, set[str]]:
     """The model's graph without the weights of the layers, and the names under which it uses them."""
-    try:
-        import onnx_ir
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MpqError("ONNX files are written with onnx and onnxscript: pip install 'mpq[onnx]'") from error
+    check_packages(CONSUMERS["onnx"])
+    import onnx_ir
+
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     batch = torch.export.Dim("batch")
     open_batch = tuple({0: batch} if isinstance(part, Tensor) and part.ndim else None for part in inputs)
