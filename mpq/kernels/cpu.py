@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
-from mpq.core.rounding import SCALE_DTYPES, decode, dequantize
+from mpq.core.rounding import SCALE_DTYPES, decode_table, dequantize
 from mpq.kernels import panels, reference
 from mpq.kernels.layout import LAYOUTS, Layout, Packed, packed_of
 from mpq.kernels.lookup import rows_of
@@ -201,22 +201,15 @@ def patches(
     return out.to(input.dtype).movedim(-1, 1)
 
 
-@lru_cache(maxsize=64)
-def _values(format_name: str) -> Tensor:
-    """What the codes of a format stand for, float32."""
-    grid = parse_format(format_name).grid
-    return decode(torch.arange(2**grid.bits, dtype=torch.uint8), grid)
-
-
 def unpacked(weight: Sequence[Tensor], format: str, rows: int, cols: int, layout: str) -> Tensor:
     """torch.ops.mpq.dequantize for the panels layout."""
     found = native()
     if found is None or not rows * cols:
         return reference.dequantize(weight, format, rows, cols, layout)
-    out = weight[0].new_empty((rows, cols), dtype=torch.float32)
+    out, values = weight[0].new_empty((rows, cols), dtype=torch.float32), decode_table(parse_format(format).grid)
     found.library.mpq_dequantize(
         _plan(format, rows, cols).weight, weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0,
-        _values(format).data_ptr(), out.data_ptr(), torch.get_num_threads(), found.parallel,
+        values.data_ptr(), out.data_ptr(), torch.get_num_threads(), found.parallel,
     )  # fmt: skip
     return out
 

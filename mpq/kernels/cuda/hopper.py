@@ -8,9 +8,9 @@ from torch import Tensor
 from mpq.core.formats import Format
 from mpq.kernels.cuda import int4
 from mpq.kernels.cuda.driver import function_of, launch, tensor_map
-from mpq.kernels.cuda.int4 import Plan, index_of, with_shares
-from mpq.kernels.cuda.nvrtc import compiled, definitions, source_of
-from mpq.kernels.fragments import BLOCK_COLS, TILE_ROWS, names
+from mpq.kernels.cuda.int4 import Plan, index_of, plan_in_blocks, with_shares
+from mpq.kernels.cuda.nvrtc import compiled, source_of
+from mpq.kernels.fragments import BLOCK_COLS, names
 
 FILES = ("instructions.cuh", "decode.cuh", "hopper.cuh", "hopper.cu", "shares.cuh")
 ARCHITECTURE = "sm_90a"
@@ -30,17 +30,7 @@ def runs_on(device: torch.device) -> bool:
 
 def plan(format: Format, tokens: Tensor, rows: int, shares: int, stages: int = 8) -> Plan:
     """How a product with `shares` programs for each block of rows is cut."""
-    count, cols = tokens.shape
-    block = next((size for size in BLOCKS if count <= size), BLOCKS[-1])
-    blocks = -(-cols // BLOCK_COLS)
-    steps = -(-blocks // min(shares, blocks))
-    macros = {
-        "TOKENS": block, "GROUP": format.group_size, "ZEROS": int(format.zero_point),
-        "BF16": int(tokens.dtype == torch.bfloat16), "STAGES": stages,
-    }  # fmt: skip
-    grid = (-(-rows // ROWS), -(-blocks // steps), -(-count // block))
-    padded = rows + -rows % TILE_ROWS
-    return Plan(definitions(macros), grid, (count, rows, cols, padded, blocks, steps))
+    return plan_in_blocks(format, tokens, rows, shares, stages, (ROWS, BLOCKS))
 
 
 def shared_bytes(macros: tuple[tuple[str, int], ...]) -> int:

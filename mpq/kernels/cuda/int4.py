@@ -13,7 +13,7 @@ from mpq.kernels.fragments import BLOCK_COLS, TILE_ROWS, names
 
 FILES = ("instructions.cuh", "decode.cuh", "int4.cu", "shares.cuh")
 ROWS, THREADS = 64, 128  # of a block
-MOST_TOKENS = 64
+BLOCKS = (8, 16, 32, 64)  # tokens of a block
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Plan:
 
     macros: tuple[tuple[str, int], ...]
     grid: tuple[int, int, int]
-    numbers: tuple[int, ...]  # count, rows, columns, padded, blocks, stride, steps_per_share
+    numbers: tuple[int, ...]  # count, rows, columns, padded, blocks, strides, steps_per_share
 
 
 def covers(format: Format, tokens: Tensor) -> bool:
@@ -46,17 +46,25 @@ def runs_on(device: torch.device) -> bool:
 
 def plan(format: Format, tokens: Tensor, rows: int, shares: int, stages: int = 4) -> Plan:
     """How a product with `shares` programs for each block of rows is cut."""
+    return plan_in_blocks(format, tokens, rows, shares, stages, (ROWS, BLOCKS), tokens.stride(0))
+
+
+def plan_in_blocks(
+    format: Format, tokens: Tensor, rows: int, shares: int, stages: int, sizes: tuple[int, Sequence[int]], *strides: int
+) -> Plan:
+    """The plan for blocks of `sizes`: so many rows, and the first of several numbers of tokens that holds all."""
+    block_rows, blocks_of_tokens = sizes
     count, cols = tokens.shape
-    block = next((size for size in (8, 16, 32) if count <= size), MOST_TOKENS)
+    block = next((size for size in blocks_of_tokens if count <= size), blocks_of_tokens[-1])
     blocks = -(-cols // BLOCK_COLS)
     steps = -(-blocks // min(shares, blocks))
     macros = {
         "TOKENS": block, "GROUP": format.group_size, "ZEROS": int(format.zero_point),
         "BF16": int(tokens.dtype == torch.bfloat16), "STAGES": stages,
     }  # fmt: skip
-    grid = (-(-rows // ROWS), -(-blocks // steps), -(-count // block))
+    grid = (-(-rows // block_rows), -(-blocks // steps), -(-count // block))
     padded = rows + -rows % TILE_ROWS
-    return Plan(definitions(macros), grid, (count, rows, cols, padded, blocks, tokens.stride(0), steps))
+    return Plan(definitions(macros), grid, (count, rows, cols, padded, blocks, *strides, steps))
 
 
 def product(
