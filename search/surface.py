@@ -99,8 +99,7 @@ def cheapest(problem: Problem, *, loss: float, cost: str = "size") -> Frontier:
     total = problem.totals(choices)[cost]
     within = replace(problem, budgets={**problem.budgets, cost: total * (1 + 1e-12)})
     (better,) = integer(within, cost=cost).choices
-    rows = np.arange(len(choices))
-    losses = [float(problem.losses[rows, one].sum()) for one in (choices, better)]
+    losses = [problem.prediction(one)[0] for one in (choices, better)]
     best = better if losses[1] < losses[0] else choices
     return Frontier(problem, np.array([problem.totals(best)[cost]]), np.array([min(losses)]), [best], cost)
 

@@ -53,12 +53,8 @@ class Frontier:
 
     def facts(self, index: int) -> dict[str, float]:
         """What is told of a point beside its costs: predicted loss and its standard error."""
-        allocation = self.problem.allocation(self.choices[index])
-        return {"loss": allocation.loss, "error": allocation.error}
-
-    def error(self, index: int) -> float:
-        """Standard error of a point's loss; NaN where it is not known."""
-        return self.facts(index)["error"]
+        loss, error = self.problem.prediction(self.choices[index])
+        return {"loss": loss, "error": error}
 
     @property
     def bits(self) -> Array:

@@ -63,9 +63,7 @@ class Problem:
             MpqError: a choice that its group cannot take (named).
         """
         choices = np.asarray(choices, dtype=np.intp)
-        picked = np.arange(len(self.groups)), choices
-        losses = self.losses[picked]
-        for group in np.flatnonzero(~np.isfinite(losses)).tolist():
+        for group in np.flatnonzero(~np.isfinite(self.losses[np.arange(len(self.groups)), choices])).tolist():
             raise MpqError(f"{self.group_name(group)} cannot take {self.schemes[choices[group]]}")
         by_layer = {
             layer: self.schemes[choice] for group, choice in zip(self.groups, choices, strict=True) for layer in group
@@ -73,12 +71,16 @@ class Problem:
         return Allocation(
             self.layers,
             tuple(by_layer[index] for index in range(len(self.layers))),
-            float(losses.sum()),
-            float(np.sqrt(self.variances[picked].sum())),
+            *self.prediction(choices),
             self.metric,
             self.overhead,
             self.provenance,
         )
+
+    def prediction(self, choices: NDArray[np.integer[Any]]) -> tuple[float, float]:
+        """Predicted loss increase of one scheme index per group, and its standard error."""
+        picked = np.arange(len(self.groups)), choices
+        return float(self.losses[picked].sum()), float(np.sqrt(self.variances[picked].sum()))
 
     def uniform(self) -> tuple[tuple[str, Allocation], ...]:
         """The allocations that give every group one and the same scheme, with its name, for schemes all can take."""
