@@ -61,11 +61,8 @@ def quantize(
     Raises:
         MpqError: the weight is not a matrix of finite numbers.
     """
-    if weight.ndim != 2 or not weight.is_floating_point():
-        raise MpqError(f"quantize wants a float matrix (rows, cols), not {weight.dtype} {tuple(weight.shape)}")
+    check_weight(weight)
     weight = weight.detach()
-    if not bool(torch.isfinite(weight).all()):
-        raise MpqError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinite numbers and cannot be quantized")
     if format.is_float_copy:
         return Quantized(format, (weight.shape[0], weight.shape[1]), to_float_copy(weight, format.grid.name))
     weight = weight.float()
@@ -80,6 +77,14 @@ def quantize(
     stored_zeros = None if zeros is None else zeros.to(torch.uint8)
     shape = (weight.shape[0], weight.shape[1])
     return recode(weight, Quantized(format, shape, weight, scales, stored_zeros, tensor_scale))
+
+
+def check_weight(weight: Tensor) -> None:
+    """MpqError when a weight is not a matrix of finite numbers."""
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise MpqError(f"quantize wants a float matrix (rows, cols), not {weight.dtype} {tuple(weight.shape)}")
+    if not bool(torch.isfinite(weight).all()):
+        raise MpqError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinite numbers and cannot be quantized")
 
 
 def stacked(parts: Sequence[Quantized]) -> Quantized:

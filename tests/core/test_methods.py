@@ -74,6 +74,14 @@ def test_integer_scales_cost_little_beside_free_ones(name, free):
     assert settled <= 1.05 * best
 
 
+def test_clip_search_names_the_whole_weight_that_it_refuses(monkeypatch):
+    weight, _ = layer()
+    weight[-1, -1] = torch.nan
+    monkeypatch.setattr(sys.modules[clip_search.__module__], "BLOCK", 5 * weight.shape[1])
+    with pytest.raises(MpqError, match=r"of shape \(24, 160\) holds NaN"):
+        clip_search(weight, parse_format("int4-g32"))
+
+
 def test_clip_search_finds_the_best_scale_of_a_fine_ladder():
     """The slow truth: 2,000 scales of both signs for one row. The search's ladder and refit come within 2 %."""
     weight, _ = layer(rows=1, cols=64)

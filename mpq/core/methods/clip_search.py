@@ -11,6 +11,7 @@ from mpq.core.methods.super_blocks import settle
 from mpq.core.rounding import (
     Quantized,
     absmax_scales,
+    check_weight,
     group_range,
     quantize,
     range_tables,
@@ -49,6 +50,7 @@ def clip_search(
     """
     if format.is_float_copy or weight.numel() == 0:
         return quantize(weight, format)
+    check_weight(weight)
     weight = weight.detach()
     tensor_scale = tensor_scale_of(weight.float(), format)
     rows = len(weight) if format.granularity == "tensor" else max(1, BLOCK // weight.shape[1])
@@ -60,7 +62,6 @@ def clip_search(
 
 
 def _search_rows(weight: Tensor, format: Format, tensor_scale: Tensor | None, importance: Tensor | None) -> Quantized:
-    start = quantize(weight, format, tensor_scale=tensor_scale)
     elements = spread(weight, format)
     weights = spread(torch.ones_like(weight) if importance is None else importance.float(), format)
     search = _Search(elements, weights, format, tensor_scale)
@@ -75,7 +76,7 @@ def _search_rows(weight: Tensor, format: Format, tensor_scale: Tensor | None, im
         scales, minima = search.refit()
         search.offer(scales, search.zeros, minima)
     if format.super_group:
-        return settle(weight, weights, search.scales, search.minima, start)
+        return settle(weight, weights, search.scales, search.minima, quantize(weight, format))
     if format.minimum:
         return recode(weight, store_tables(search.scales, search.minima, format, weight))
     return quantize(weight, format, scales=search.scales, zeros=search.zeros, tensor_scale=tensor_scale)
