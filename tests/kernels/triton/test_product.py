@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -34,6 +34,13 @@ def problem(format: Format, tokens: int, rows: int, cols: int, dtype: torch.dtyp
     truth = inputs.double() @ dequantize(quantized).double().T + bias.double()
     weight = to_layout(pack(quantized), FRAGMENTS).tensors.values()
     return inputs.to(DEVICE), bias.to(DEVICE), truth.to(DEVICE), *(tensor.to(DEVICE) for tensor in weight)
+
+
+def cancels(truth: Tensor, cols: int) -> bool:
+    """Whether sums of products of standard normal numbers fell far below their usual size, to which rounding is
+    relative: one output alone often does.
+    """
+    return bool(truth.norm() < 0.5 * (truth.numel() * cols) ** 0.5)
 
 
 def relative(output: Tensor, truth: Tensor) -> float:
@@ -85,6 +92,7 @@ def test_any_shape_blocks_and_split(
     format = parse_format(name)
     config = Config(*blocks, split=split)
     inputs, bias, truth, *weight = problem(format, tokens, rows, cols, dtype, seed=rows)
+    assume(not cancels(truth, cols))
     output = product(inputs, weight, bias, format, rows, config, torch.float32)
     assert relative(output, truth) < 2 * tolerance(format, dtype, config)
 
@@ -140,6 +148,7 @@ def test_programs_that_stay(
     config = Config(*blocks, programs=programs)
     inputs, added, truth, *weight = problem(format, tokens, rows, cols, dtype, seed=rows)
     truth = truth if bias else truth - added.double()
+    assume(not cancels(truth, cols))
     with poisoned():
         outputs = [
             product(inputs, weight, added if bias else None, format, rows, config, torch.float32) for _ in range(2)
