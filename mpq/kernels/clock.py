@@ -38,8 +38,9 @@ class Contestant:
     period: int = 1
 
 
+@torch.inference_mode()
 def interleaved(contestants: Sequence[Contestant], repeats: int, device: torch.device) -> list[list[float]]:
-    """Seconds of each contestant's calls, `repeats` of them, all contestants once in every turn.
+    """Seconds of each contestant's calls, `repeats` of them, all contestants once in every turn, in inference mode.
 
     On a CUDA device a turn is a graph of some calls, replayed between two events, and counts as their mean.
     """

@@ -200,7 +200,100 @@ static TARGET void multiply_vectors(const mpq_weight *weight, const mpq_tile *ti
     else multiply_tile(weight, tiles + i, x, first, last, sums);
 }
 
+INLINE __m512 reals16(const void *x, int bfloat, int64_t index) {
+  if (!bfloat) return LOAD(__m512, (const float *)x + index);
+  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(LOAD(__m256i, (const uint16_t *)x + index)), 16);
+}
+
+/* The bits of the largest magnitude: they are in the numbers' order, NaN and infinities above all. */
+INLINE uint32_t largest_bits(const void *x, int bfloat, int64_t count) {
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 16)
+    largest = _mm512_max_epu32(largest, _mm512_and_si512((__m512i)reals16(x, bfloat, i), _mm512_set1_epi32(0x7fffffff)));
+  return _mm512_reduce_max_epu32(largest);
+}
+
+INLINE float as_real(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+/* Whether a tile's numbers can be read where they stand; otherwise they are gathered. */
+INLINE int in_place(const mpq_weight *weight, const void **from, const void *x, int bfloat, int64_t column, float *buffer) {
+  if (column + weight->segment * weight->segments <= weight->cols) {
+    *from = (const char *)x + column * (bfloat ? 2 : 4);
+    return 1;
+  }
+  gather(weight, x, bfloat, column, buffer);
+  return 0;
+}
+
+/* As `quantize_any` does it, for segments of whole vectors: one or two planes of integers and their sums. */
+INLINE void quantize_vectors(const mpq_weight *weight, mpq_activation *to, const void *x, int bfloat, int64_t token,
+                             int8_t *unfit, const int planes) {
+  const int tile = weight->segment * weight->segments;
+  const int64_t tokens = to->tokens;
+  const __m512 magic = _mm512_set1_ps(0x1.8p23f);
+  float buffer[MPQ_MAX_TILE + 16] __attribute__((aligned(64)));
+  float scale = 1;
+  unfit[token] = 0;
+  if (planes == 1) {
+    uint32_t largest = 0;
+    for (int t = 0; t < weight->tiles; t++) {
+      const void *from = buffer;
+      const int direct = in_place(weight, &from, x, bfloat, (int64_t)t * tile, buffer);
+      const uint32_t found = largest_bits(from, direct && bfloat, tile);
+      if (found > largest) largest = found;
+    }
+    if (largest > 0x7f7fffff) { unfit[token] = 1; return; }
+    if (largest) scale = as_half(as_real(largest) / 127);
+  }
+  for (int t = 0; t < weight->tiles; t++) {
+    const void *from = buffer;
+    const int half = in_place(weight, &from, x, bfloat, (int64_t)t * tile, buffer) && bfloat;
+    if (planes == 2) {
+      const uint32_t bits = largest_bits(from, half, tile);
+      const float largest = as_real(bits);
+      if (bits > 0x7f7fffff || (bits && largest < 0x1p-100f)) unfit[token] = 1;
+      scale = unfit[token] ? 0 : largest / 32639;
+    }
+    to->scale[t * tokens + token] = scale;
+    if (unfit[token]) return;
+    const __m512 divisor = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(scale > 0 ? 1 / scale : 0);
+    int8_t *high = to->q + (t * planes * tokens + token) * tile, *low = high + tokens * tile;
+    int32_t *sums = to->sums + (int64_t)t * weight->segments * planes * tokens + token;
+    for (int segment = 0, i = 0; segment < weight->segments; segment++, sums += planes * tokens) {
+      __m512i whole = _mm512_setzero_si512(), tops = whole;
+      for (const int end = i + weight->segment; i < end; i += 16) {
+        const __m512 value = reals16(from, half, i);
+        const __m512 near = planes == 1 ? _mm512_div_ps(value, divisor) : _mm512_mul_ps(value, inverse);
+        __m512i q = _mm512_sub_epi32((__m512i)_mm512_add_ps(near, magic), (__m512i)magic);
+        if (planes == 1) {
+          q = _mm512_max_epi32(_mm512_min_epi32(q, _mm512_set1_epi32(127)), _mm512_set1_epi32(-128));
+          STORE(high + i, _mm512_cvtepi32_epi8(q));
+        } else {
+          const __m512i top = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+          STORE(high + i, _mm512_cvtepi32_epi8(top));
+          STORE(low + i, _mm512_cvtepi32_epi8(q)); /* the last eight bits of q - 256 top */
+          tops = _mm512_add_epi32(tops, top);
+        }
+        whole = _mm512_add_epi32(whole, q);
+      }
+      const int32_t sum = _mm512_reduce_add_epi32(whole);
+      if (planes == 1) { sums[0] = sum; continue; }
+      sums[0] = _mm512_reduce_add_epi32(tops);
+      sums[tokens] = sum - 256 * sums[0];
+    }
+  }
+}
+
 static TARGET void quantize(const mpq_weight *weight, mpq_activation *to, const void *x, int bfloat, int64_t stride,
                             int64_t token, int8_t *unfit) {
-  quantize_any(weight, to, x, bfloat, stride, token, unfit, 0);
+  if (!to->scale || to->brain || weight->segment % 16 || weight->segment != weight->group)
+    quantize_any(weight, to, x, bfloat, stride, token, unfit, 0);
+  else if (to->planes == 2)
+    quantize_vectors(weight, to, (const char *)x + token * stride * (bfloat ? 2 : 4), bfloat, token, unfit, 2);
+  else
+    quantize_vectors(weight, to, (const char *)x + token * stride * (bfloat ? 2 : 4), bfloat, token, unfit, 1);
 }

@@ -26,7 +26,7 @@ typedef struct {
   const float *values; /* of the codes */
   float tensor_scale;
   float *out; /* (rows, cols) */
-  atomic_llong next;
+  shares shares;
 } expansion;
 
 static void expand_segment(const expansion *work, int64_t panel, const uint8_t *codes, const uint8_t *scales,
@@ -55,8 +55,9 @@ static void expand_panels(void *argument) {
   const size_t codes = code_bytes(weight), scales = (size_t)MPQ_ROWS * weight->scale_bytes;
   const size_t zeros = weight->zeros ? MPQ_ROWS : 0;
   const size_t bytes = codes + (weight->row_scales ? 0 : weight->segments * (scales + zeros));
-  for (int64_t panel; (panel = atomic_fetch_add(&work->next, 1)) * MPQ_ROWS < weight->rows;) {
-    const uint8_t *start = work->panels + panel * weight->panel_bytes;
+  int own = arrive(&work->shares);
+  for (item panel; take(&work->shares, &own, &panel);) {
+    const uint8_t *start = work->panels + panel.start * weight->panel_bytes;
     for (int64_t tile = 0; tile < weight->tiles; tile++)
       for (int segment = 0; segment < weight->segments; segment++) {
         const int64_t column = (tile * weight->segments + segment) * weight->group;
@@ -64,7 +65,7 @@ static void expand_panels(void *argument) {
         const uint8_t *near = start + tile * bytes, *first = weight->row_scales ? start + weight->tiles * codes : near + codes;
         const int which = weight->row_scales ? 0 : segment;
         const uint8_t *zero = zeros ? first + (weight->row_scales ? 1 : weight->segments) * scales + which * zeros : NULL;
-        expand_segment(work, panel, near + segment * (codes / weight->segments), first + which * scales, zero, column);
+        expand_segment(work, panel.start, near + segment * (codes / weight->segments), first + which * scales, zero, column);
       }
   }
 }
@@ -75,5 +76,5 @@ EXPORT void mpq_dequantize(const mpq_weight *weight, const uint8_t *panels, cons
   const mpq_call call = {.threads = threads, .parallel = parallel};
   expansion work = {.weight = weight, .panels = panels, .values = values, .out = out};
   work.tensor_scale = tensor_scale ? *tensor_scale : 1;
-  run_loop(&call, expand_panels, &work, &work.next, (weight->rows + MPQ_ROWS - 1) / MPQ_ROWS);
+  run(&call, expand_panels, &work, &work.shares, (weight->rows + MPQ_ROWS - 1) / MPQ_ROWS, 1);
 }

@@ -79,17 +79,51 @@ typedef struct {
   int64_t steps[4]; /* elements between images, channels, lines and columns */
 } mpq_images;
 
+/* Units of work in one range for each thread, so that it reads on where it was; who has done its own helps the others. */
+typedef struct {
+  int64_t units;
+  int block, ranges; /* a range of n units is taken in ceil(n / block) items */
+  atomic_int arrived;
+  struct {
+    atomic_llong taken;
+    char apart[56]; /* one cache line each */
+  } range[MPQ_THREADS];
+} shares;
+
+/* An item: units start, start + step and so on below `end`, at most `block` of them. */
+typedef struct {
+  int64_t start, step, end;
+} item;
+
+static int arrive(shares *all) { return atomic_fetch_add(&all->arrived, 1) % all->ranges; }
+
+/* The next item, of the range `own` as long as it has one. */
+static int take(shares *all, int *own, item *found) {
+  for (int tries = 0; tries < all->ranges; tries++, *own = (*own + 1) % all->ranges) {
+    const int64_t start = all->units * *own / all->ranges, end = all->units * (*own + 1) / all->ranges;
+    const int64_t items = (end - start + all->block - 1) / all->block;
+    const int64_t index = atomic_load_explicit(&all->range[*own].taken, memory_order_relaxed) < items
+                              ? atomic_fetch_add(&all->range[*own].taken, 1) : items;
+    if (index < items) {
+      *found = (item){start + index, items, end};
+      return 1;
+    }
+  }
+  return 0;
+}
+
 typedef struct {
   const mpq_weight *weight;
   const mpq_call *call;
   const mpq_images *images; /* or NULL: tokens are rows of x */
   const mpq_level *level;
-  mpq_activation x;
+  mpq_activation x;       /* of all threads, or the sizes of what each makes for itself */
   int64_t first;          /* token that the chunk starts with */
   int64_t panels, splits; /* work: `block` panels at a time, each for `splits` pieces of the chunk's tokens */
   int block, run;         /* tiles of `run` columns' worth are decoded before they are multiplied */
+  int brain, alone;       /* activations are bfloat16; each thread makes them for itself */
   size_t room;            /* bytes of a decoded tile */
-  atomic_llong next;
+  shares shares;
   atomic_int failed;
 } job;
 
@@ -147,17 +181,20 @@ static void gather_patch(const mpq_call *call, const mpq_images *images, int64_t
   }
 }
 
-static void quantize_tokens(void *argument) {
-  job *work = argument;
+static void quantize_token(const job *work, mpq_activation *x, int64_t token, void *patch, int8_t *unfit) {
   const mpq_call *call = work->call;
   const char *rows = (const char *)call->x + work->first * call->stride * (call->bfloat ? 2 : 4);
+  if (patch) gather_patch(call, work->images, work->first + token, patch);
+  work->level->quantize(work->weight, x, patch ? patch : rows, call->bfloat, patch ? 0 : call->stride, token, unfit);
+}
+
+static void quantize_tokens(void *argument) {
+  job *work = argument;
   void *patch = work->images ? scratch(3, work->weight->cols * 4) : NULL;
   if (work->images && !patch) { atomic_store(&work->failed, 1); return; }
-  for (int64_t token; (token = atomic_fetch_add(&work->next, 1)) < work->x.tokens;) {
-    if (patch) gather_patch(call, work->images, work->first + token, patch);
-    work->level->quantize(work->weight, &work->x, patch ? patch : rows, call->bfloat, patch ? 0 : call->stride, token,
-                          call->unfit + work->first);
-  }
+  int own = arrive(&work->shares);
+  for (item tokens; take(&work->shares, &own, &tokens);)
+    quantize_token(work, &work->x, tokens.start, patch, work->call->unfit + work->first);
 }
 
 static inline float load_real(const void *from, int bfloat, int64_t index) {
@@ -183,7 +220,7 @@ static const uint8_t *row_scales(const job *work, int64_t panel) {
   return work->call->panels + panel * weight->panel_bytes + weight->tiles * code_bytes(weight);
 }
 
-static void write_out(const job *work, int64_t panel, int64_t token, int64_t last, float *sums) {
+static void write_out(const job *work, const mpq_activation *x, int64_t panel, int64_t token, int64_t last, float *sums) {
   const mpq_call *call = work->call;
   const mpq_weight *weight = work->weight;
   const int64_t row = panel * MPQ_ROWS, left = weight->rows - row, count = left < MPQ_ROWS ? left : MPQ_ROWS;
@@ -196,8 +233,8 @@ static void write_out(const job *work, int64_t panel, int64_t token, int64_t las
   for (; token < last; token++) {
     float *from = sums + token * MPQ_ROWS;
     int64_t at = (work->first + token) * call->out_stride + row;
-    if (work->x.brain) { /* what was left for the end */
-      const float own = work->x.scale ? work->x.scale[token] : 1;
+    if (x->brain) { /* what was left for the end */
+      const float own = x->scale ? x->scale[token] : 1;
       for (int i = 0; i < MPQ_ROWS; i++) from[i] *= scale[i] * own;
     }
     if (call->out_bfloat)
@@ -218,39 +255,67 @@ static void decode_tile(const job *work, int64_t panel, int64_t index, mpq_tile 
   tile->scales = weight->row_scales ? row_scales(work, panel) : stream + codes;
   tile->zeros = weight->zeros ? tile->scales + scales : NULL;
   const int fused = work->level->fused && work->x.tokens == 1 && weight->kind != MPQ_BFLOAT;
-  work->level->decode(weight, stream, work->x.brain ? weight->brain : -fused, tile, out);
+  work->level->decode(weight, stream, work->brain ? weight->brain : -fused, tile, out);
+}
+
+/* Room for a chunk's activations in one piece of scratch memory, and how it is cut; 0 if there is none. */
+static int place(const job *work, mpq_activation *x) {
+  const mpq_weight *weight = work->weight;
+  const int64_t tokens = x->tokens;
+  const int planes = work->call->planes, integers = weight->kind != MPQ_BFLOAT && (!work->brain || planes == 1);
+  const size_t elements = weight->tiles * mpq_filled(weight) * ((tokens + 15) & ~15);
+  const size_t scales = (weight->tiles * tokens * 4 + 63) & ~(size_t)63;
+  const size_t sums = (weight->tiles * weight->segments * planes * tokens * 4 + 63) & ~(size_t)63;
+  uint8_t *memory = scratch(2, scales + sums + 4 * elements + 64);
+  if (!memory) return 0;
+  x->planes = planes;
+  if (integers) x->scale = (float *)memory, x->sums = (int32_t *)(memory + scales);
+  memory += scales + sums;
+  if (work->brain) x->brain = (uint16_t *)memory, x->planes = integers || work->call->bfloat ? 1 : 2;
+  else if (integers) x->q = (int8_t *)memory, x->wide = (int16_t *)memory;
+  else x->real = (float *)memory;
+  return 1;
+}
+
+/* The thread's own activations, sooner made than waited for. */
+static int quantize_alone(const job *work, mpq_activation *x, int first) {
+  int8_t unfit[MPQ_ALONE];
+  if (!place(work, x)) return 0;
+  for (int64_t token = 0; token < x->tokens; token++) quantize_token(work, x, token, NULL, unfit);
+  if (first) memcpy(work->call->unfit + work->first, unfit, x->tokens);
+  return 1;
 }
 
 static void multiply_panels(void *argument) {
   job *work = argument;
   const mpq_level *level = work->level;
   const int64_t tokens = work->x.tokens, tiles = work->weight->tiles;
-  const int64_t items = (work->panels + work->block - 1) / work->block;
   uint8_t *decoded = scratch(0, work->block * work->run * work->room + 64);
   float *sums = scratch(1, work->block * tokens * MPQ_ROWS * sizeof(float));
   mpq_tile some[MPQ_PANELS * MPQ_RUN];
-  if (!decoded || !sums) { atomic_store(&work->failed, 1); return; }
+  mpq_activation x = work->x;
+  int own = arrive(&work->shares);
+  if (!decoded || !sums || (work->alone && !quantize_alone(work, &x, own == 0))) { atomic_store(&work->failed, 1); return; }
   if (level->begin) level->begin();
-  for (int64_t item; (item = atomic_fetch_add(&work->next, 1)) < items * work->splits;) {
-    const int64_t start = item % items * work->block, split = item / items;
-    const int64_t panels = work->panels - start < work->block ? work->panels - start : work->block;
+  for (item units; take(&work->shares, &own, &units);) {
+    const int64_t split = units.start / work->panels, before = split * work->panels;
     const int64_t first = work->splits > 1 ? split * MPQ_BLOCK : 0;
     const int64_t last = work->splits > 1 && first + MPQ_BLOCK < tokens ? first + MPQ_BLOCK : tokens;
-    for (int64_t panel = 0; panel < panels; panel++)
-      memset(sums + (panel * tokens + first) * MPQ_ROWS, 0, (last - first) * MPQ_ROWS * sizeof(float));
+    int panels = 0;
+    for (int64_t unit = units.start; unit < units.end && panels < work->block; unit += units.step, panels++)
+      memset(sums + (panels * tokens + first) * MPQ_ROWS, 0, (last - first) * MPQ_ROWS * sizeof(float));
     for (int64_t index = 0; index < tiles; index += work->run) {
       const int run = tiles - index < work->run ? (int)(tiles - index) : work->run;
-      for (int64_t panel = 0; panel < panels; panel++)
+      for (int panel = 0; panel < panels; panel++)
         for (int i = 0; i < run; i++) {
           const int64_t slot = panel * work->run + i;
-          decode_tile(work, start + panel, index + i, &some[slot], decoded + slot * work->room);
+          decode_tile(work, units.start - before + panel * units.step, index + i, &some[slot], decoded + slot * work->room);
         }
-      for (int64_t panel = 0; panel < panels; panel++)
-        level->multiply(work->weight, some + panel * work->run, run, &work->x, first, last,
-                        sums + panel * tokens * MPQ_ROWS);
+      for (int panel = 0; panel < panels; panel++)
+        level->multiply(work->weight, some + panel * work->run, run, &x, first, last, sums + panel * tokens * MPQ_ROWS);
     }
-    for (int64_t panel = 0; panel < panels; panel++)
-      write_out(work, start + panel, first, last, sums + panel * tokens * MPQ_ROWS);
+    for (int panel = 0; panel < panels; panel++)
+      write_out(work, &x, units.start - before + panel * units.step, first, last, sums + panel * tokens * MPQ_ROWS);
   }
   if (level->end) level->end();
 }
@@ -260,26 +325,25 @@ static void *run_alone(void *argument) {
   return NULL;
 }
 
-/* Threads share `items` by the counter `next`. */
-static void run_loop(const mpq_call *call, void (*function)(void *), void *work, atomic_llong *next, int64_t items) {
-  int threads = call->threads < items ? call->threads : (int)items;
-  atomic_store(next, 0);
-  if (threads <= 1) { function(work); return; }
+/* Threads share units of work, `block` at a time. */
+static void run(const mpq_call *call, void (*function)(void *), void *work, shares *all, int64_t units, int block) {
+  int threads = call->threads < MPQ_THREADS ? call->threads : MPQ_THREADS;
+  if (threads > units) threads = units ? (int)units : 1;
+  all->units = units, all->block = block, all->ranges = threads;
+  atomic_store(&all->arrived, 0);
+  for (int i = 0; i < threads; i++) atomic_store(&all->range[i].taken, 0);
+  if (threads == 1) { function(work); return; }
   if (call->parallel) { call->parallel(function, work, threads, 0); return; }
-  pthread_t helpers[64];
+  pthread_t helpers[MPQ_THREADS];
   void *argument[2];
   int started = 0;
   memcpy(argument, &function, sizeof function), argument[1] = work;
-  while (started < threads - 1 && started < 64 && !pthread_create(&helpers[started], NULL, run_alone, argument)) started++;
+  while (started < threads - 1 && !pthread_create(&helpers[started], NULL, run_alone, argument)) started++;
   function(work);
   for (int i = 0; i < started; i++) pthread_join(helpers[i], NULL);
 }
 
 #include "expand.h"
-
-static void run(const mpq_call *call, void (*function)(void *), job *work, int64_t items) {
-  run_loop(call, function, work, &work->next, items);
-}
 
 /* Whether a chunk is computed in bfloat16. Decoding to it costs about as much as 16 tokens of the products it saves, so
  * (4096 x 4096, measured with AMX) groups too short for the byte unit gain from 8 tokens on, 16-bit levels, which take
@@ -292,31 +356,19 @@ static int in_brain(const job *work, int64_t tokens) {
   return tokens >= 64 && weight->row_scales && weight->brain == 1 && work->call->bfloat && work->call->planes == 2;
 }
 
-/* Room for a chunk's activations in one piece of scratch memory, and how it is cut; 0 if there is none. */
-static int place(job *work, int64_t tokens) {
+/* How a chunk's work is cut. */
+static void plan(job *work, int64_t tokens) {
   const mpq_weight *weight = work->weight;
-  mpq_activation *x = &work->x;
-  const int planes = work->call->planes, brain = in_brain(work, tokens);
-  const int integers = weight->kind != MPQ_BFLOAT && (!brain || planes == 1);
-  const size_t filled = mpq_filled(weight), elements = weight->tiles * filled * ((tokens + 15) & ~15);
-  memset(x, 0, sizeof *x);
-  x->tokens = tokens, x->planes = planes;
-  const size_t scales = (weight->tiles * tokens * 4 + 63) & ~(size_t)63;
-  const size_t sums = (weight->tiles * weight->segments * planes * tokens * 4 + 63) & ~(size_t)63;
-  uint8_t *memory = scratch(2, scales + sums + 4 * elements + 64);
-  if (!memory) return 0;
-  if (integers) x->scale = (float *)memory, x->sums = (int32_t *)(memory + scales);
-  memory += scales + sums;
-  if (brain) x->brain = (uint16_t *)memory, x->planes = integers || work->call->bfloat ? 1 : 2;
-  else if (integers) x->q = (int8_t *)memory, x->wide = (int16_t *)memory;
-  else x->real = (float *)memory;
-  work->room = 128 * filled * (brain ? weight->brain : 1);
+  const int threads = work->call->threads;
+  work->x.tokens = tokens;
+  work->brain = in_brain(work, tokens);
+  work->alone = tokens < MPQ_ALONE && !work->images;
+  work->room = 128 * mpq_filled(weight) * (work->brain ? weight->brain : 1);
   work->panels = (weight->rows + MPQ_ROWS - 1) / MPQ_ROWS;
-  work->splits = work->panels >= 4 * work->call->threads ? 1 : (tokens + MPQ_BLOCK - 1) / MPQ_BLOCK;
+  work->splits = work->panels >= 4 * threads ? 1 : (tokens + MPQ_BLOCK - 1) / MPQ_BLOCK;
   work->run = tokens < 16 ? 1 : MPQ_RUN;
-  work->block = tokens < 64 || work->splits > 1 ? 1 : MPQ_PANELS;
-  while (work->block > 1 && work->block * 2 * work->call->threads > work->panels) work->block /= 2;
-  return 1;
+  work->block = work->splits > 1 ? 1 : tokens < 64 ? MPQ_STREAMS : MPQ_PANELS;
+  while (work->block > 1 && work->block * (tokens < 64 ? 1 : 2) * threads > work->panels) work->block /= 2;
 }
 
 static int64_t multiply(const mpq_weight *given, const mpq_call *call, const mpq_images *images) {
@@ -327,10 +379,13 @@ static int64_t multiply(const mpq_weight *given, const mpq_call *call, const mpq
   for (int64_t first = 0; first < call->tokens; first += MPQ_CHUNK) {
     const int64_t tokens = call->tokens - first < MPQ_CHUNK ? call->tokens - first : MPQ_CHUNK;
     job work = {.weight = weight, .call = call, .images = images, .level = levels[call->level], .first = first};
-    if (!place(&work, tokens)) return -1;
-    run(call, quantize_tokens, &work, tokens < 8 && !images ? 1 : tokens);
-    if (atomic_load(&work.failed)) return -1;
-    run(call, multiply_panels, &work, (work.panels + work.block - 1) / work.block * work.splits);
+    plan(&work, tokens);
+    if (!work.alone) {
+      if (!place(&work, &work.x)) return -1;
+      run(call, quantize_tokens, &work, &work.shares, tokens, 1);
+      if (atomic_load(&work.failed)) return -1;
+    }
+    run(call, multiply_panels, &work, &work.shares, work.panels * work.splits, work.block);
     if (atomic_load(&work.failed)) return -1;
     for (int64_t i = 0; i < tokens; i++) unfit += call->unfit[first + i];
   }
