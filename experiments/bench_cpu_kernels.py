@@ -28,6 +28,7 @@ from mpq.kernels import cpu
 from mpq.kernels.bench import BEYOND, latency_table, measure
 from mpq.kernels.clock import Rotation
 from mpq.kernels.layout import best_layout, pack, to_layout
+from mpq.kernels.pages import on_large_pages
 
 COLUMNS = ("cpu", "threads", "format", "rows", "cols", "batch", "contestant", "median_us", "q1_us", "q3_us")
 MIXED = ("int2-g128", "int3-g128", "int4-g128", "int6-g128", "int8-channel", "nf4-g64", "mxfp4", "fp8-e4m3-channel")
@@ -109,15 +110,16 @@ def stacked(scheme: str, rows: int, cols: int, copies: int):
     arranged = to_layout(packed, best_layout(packed, torch.device("cpu")))
     facts = (parsed.weight.name, rows, cols, arranged.layout)
     activation = "" if parsed.activation is None else parsed.activation.name
-    following = Rotation(list(arranged.tensors.values()), copies * arranged.nbytes)
+    following = Rotation(list(arranged.tensors.values()), copies * arranged.nbytes, on_large_pages)  # as in a model
 
+    @torch.inference_mode()
     def run(x: torch.Tensor) -> float:
         started = time.perf_counter()
         for _ in range(copies):
             torch.ops.mpq.linear(x, following(), None, *facts, activation)
         return (time.perf_counter() - started) / copies
 
-    return run, packed.nbytes
+    return run
 
 
 def against_peers(
@@ -131,23 +133,23 @@ def against_peers(
     for scheme in schemes:
         names = cpu_peers.PEERS.get(scheme, ())
         for rows, cols in shapes if names else ():
-            copies = max(2, BEYOND // parse_scheme(scheme).weight.nbytes(rows, cols))
-            if min(batches) >= 64:
-                copies = 2  # bound by arithmetic
-            peers = [cpu_peers.Peer(name, rows, cols, copies, torch.get_num_threads()) for name in names]
-            ours, _ = stacked(scheme, rows, cols, copies)
-            up = [peer for peer in peers if peer.ready()]
-            for missing in {peer.name for peer in peers} - {peer.name for peer in up}:
-                print(f"{missing} is left out: it did not come up for {rows}x{cols}")
-            for batch in batches:
-                if time.monotonic() - began > seconds:
-                    print(f"{scheme} {rows}x{cols} batch {batch} is left out: {seconds:.0f} s are over")
-                    continue
-                found = take_turns(ours, up, torch.randn((batch, cols), generator=seeded(1, batch)), repeats)
-                where = (processor, torch.get_num_threads(), scheme, rows, cols, batch)
-                write([(*where, name, *quartiles(times)) for name, times in found.items()])
-            for peer in peers:
-                peer.close()
+            beyond = max(2, BEYOND // parse_scheme(scheme).weight.nbytes(rows, cols))
+            # many tokens are bound by arithmetic: two copies will do
+            for some, copies in (([b for b in batches if b < 64], beyond), ([b for b in batches if b >= 64], 2)):
+                peers = [cpu_peers.Peer(name, rows, cols, copies, torch.get_num_threads()) for name in names if some]
+                ours = stacked(scheme, rows, cols, copies)
+                up = [peer for peer in peers if peer.ready()]
+                for missing in {peer.name for peer in peers} - {peer.name for peer in up}:
+                    print(f"{missing} is left out: it did not come up for {rows}x{cols}")
+                for batch in some:
+                    if time.monotonic() - began > seconds:
+                        print(f"{scheme} {rows}x{cols} batch {batch} is left out: {seconds:.0f} s are over")
+                        continue
+                    found = take_turns(ours, up, torch.randn((batch, cols), generator=seeded(1, batch)), repeats)
+                    where = (processor, torch.get_num_threads(), scheme, rows, cols, batch)
+                    write([(*where, name, *quartiles(times)) for name, times in found.items()])
+                for peer in peers:
+                    peer.close()
 
 
 def take_turns(ours, peers: list[cpu_peers.Peer], x: torch.Tensor, repeats: int) -> dict[str, list[float]]:

@@ -6,6 +6,7 @@ The process builds COPIES weights with random codes, says "ready", and then answ
 that one call takes on average over all copies. Until a line comes it sleeps.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -13,25 +14,42 @@ import venv
 from collections.abc import Callable
 from pathlib import Path
 
-ENVIRONMENT = Path("/tmp/peer-cpu")
+ENVIRONMENT, LLAMA = Path("/tmp/peer-cpu"), Path("/tmp/peer-llama-avx512")
 PACKAGES = ("torch==2.13.0", "numpy", "onnx", "onnxruntime", "openvino", "bitsandbytes")
-# by our format: the peers that hold the same kind of numbers
+# llama.cpp's own choice, GGML_NATIVE, takes AMX too, which crashes on quantized files in some virtual machines
+LLAMA_BUILD = "-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DGGML_NATIVE=OFF " + " ".join(
+    f"-DGGML_{name}=ON"
+    for name in "AVX AVX2 FMA F16C BMI2 AVX_VNNI AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16".split()
+)
+# By our format: the peers that hold as many bits of the same kind of number, whatever their groups. llama.cpp's blocks
+# of 32 and super-blocks of 256 store more scales: q4_0 and q4_K 4.5 bits to our 4.25 (int4-g64) or 4.125 (int4-g128),
+# q2_K 2.625 to 2.125, q3_K 3.4375 to 3.125, q5_K 5.5 to 5.125, q6_K 6.5625 to 6.125, q8_0 8.5 to 8. iq4_nl has a fixed
+# table of 16 levels, as nf4 has. Nobody here has fp6, nor anyone but OpenVINO fp8.
 PEERS = {
-    "int4-g128": ("onnxruntime:4", "openvino:i4", "openvino:u4", "torch:int4pack"),
-    "int8-channel": ("onnxruntime:8", "openvino:i8", "torch:int8pack", "torch:dynamic"),
-    "int2-g128": ("onnxruntime:2", "openvino:u2"),
-    "nf4-g64": ("bitsandbytes:nf4", "openvino:nf4"),
-    "mxfp4": ("openvino:f4e2m1",),
+    "int4-g128": ("onnxruntime:4", "openvino:i4", "openvino:u4", "torch:int4pack", "llama.cpp:q4_0", "llama.cpp:q4_K"),
+    "int4-g32": ("onnxruntime:4", "llama.cpp:q4_0", "llama.cpp:q4_K"),
+    "int8-channel": (
+        "onnxruntime:8", "openvino:i8", "torch:int8pack", "torch:dynamic", "bitsandbytes:int8", "llama.cpp:q8_0",
+    ),
+    "int2-g128": ("onnxruntime:2", "openvino:u2", "llama.cpp:q2_K"),
+    "int3-g128": ("llama.cpp:q3_K",),
+    "int5-g128": ("llama.cpp:q5_0", "llama.cpp:q5_K"),
+    "int6-g128": ("llama.cpp:q6_K",),
+    "nf4-g64": ("bitsandbytes:nf4", "openvino:nf4", "llama.cpp:iq4_nl"),
+    "mxfp4": ("openvino:f4e2m1", "llama.cpp:mxfp4"),
+    "nvfp4": ("llama.cpp:nvfp4",),
     "fp8-e4m3-channel": ("openvino:f8e4m3",),
-}
+}  # fmt: skip
 
 
-def environment() -> Path:
-    """The peers' interpreter, its environment made where it is missing (minutes, about 1 GB)."""
-    python = ENVIRONMENT / "bin" / "python"
+def environment(library: str) -> Path:
+    """A peer's interpreter, its environment made where it is missing (minutes, about 1 GB)."""
+    folder, packages = (LLAMA, ("llama-cpp-python",)) if library == "llama.cpp" else (ENVIRONMENT, PACKAGES)
+    python = folder / "bin" / "python"
     if not python.exists():
-        venv.create(ENVIRONMENT, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *PACKAGES], check=True)
+        venv.create(folder, with_pip=True)
+        command = [str(python), "-m", "pip", "install", "-q", "--no-binary", "llama-cpp-python", *packages]
+        subprocess.run(command, env={**os.environ, "CMAKE_ARGS": LLAMA_BUILD}, check=True)
     return python
 
 
@@ -41,7 +59,7 @@ class Peer:
     def __init__(self, name: str, rows: int, cols: int, copies: int, threads: int) -> None:
         self.name = name
         self.process = subprocess.Popen(
-            [str(environment()), __file__, name, *map(str, (rows, cols, copies, threads))],
+            [str(environment(name.partition(":")[0])), __file__, name, *map(str, (rows, cols, copies, threads))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
 
@@ -170,18 +188,27 @@ def torch_pass(kind: str, rows: int, cols: int, copies: int, threads: int) -> Ca
 
 
 def bitsandbytes_pass(kind: str, rows: int, cols: int, copies: int, threads: int) -> Callable[[int], object]:
-    """Linear4bit in groups of 64, bfloat16 arithmetic."""
+    """Linear4bit in groups of 64, or Linear8bitLt; bfloat16 activations."""
     import bitsandbytes
     import torch
 
     torch.set_num_threads(threads)
-    layers = [
-        bitsandbytes.nn.Linear4bit(
-            cols, rows, bias=False, compute_dtype=torch.bfloat16, quant_type=kind, compress_statistics=False
-        ).to("cpu").eval()
-        for _ in range(copies)
-    ]  # fmt: skip
-    return _calls(layers, cols, torch.bfloat16)
+    nn, layers = bitsandbytes.nn, []
+    for _ in range(copies):
+        if kind == "int8":
+            layer = nn.Linear8bitLt(cols, rows, bias=False, has_fp16_weights=False)
+        else:
+            layer = nn.Linear4bit(
+                cols, rows, bias=False, compute_dtype=torch.bfloat16, quant_type=kind, compress_statistics=False
+            )
+        layers.append(layer.to("cpu").eval())
+    return _calls(layers, cols, torch.float16 if kind == "int8" else torch.bfloat16)
+
+
+def llama_pass(kind: str, rows: int, cols: int, copies: int, threads: int) -> Callable[[int], object]:
+    from peer_ggml import Products  # its interpreter has no more than numpy
+
+    return Products(kind, rows, cols, copies, threads).run
 
 
 def _calls(products, cols, dtype):  # type: ignore[no-untyped-def]
@@ -201,6 +228,7 @@ def _calls(products, cols, dtype):  # type: ignore[no-untyped-def]
 
 PASSES = {
     "onnxruntime": onnxruntime_pass, "openvino": openvino_pass, "torch": torch_pass, "bitsandbytes": bitsandbytes_pass,
+    "llama.cpp": llama_pass,
 }  # fmt: skip
 
 
