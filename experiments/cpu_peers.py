@@ -14,13 +14,13 @@ import venv
 from collections.abc import Callable
 from pathlib import Path
 
-ENVIRONMENT, LLAMA = Path("/tmp/peer-cpu"), Path("/tmp/peer-llama-avx512")
+ENVIRONMENT, LLAMA = Path("/tmp/peer-cpu"), Path("/tmp/peer-llama-native")
 PACKAGES = ("torch==2.13.0", "numpy", "onnx", "onnxruntime", "openvino", "bitsandbytes")
-# llama.cpp's own choice, GGML_NATIVE, takes AMX too, which crashes on quantized files in some virtual machines
-LLAMA_BUILD = "-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DGGML_NATIVE=OFF " + " ".join(
-    f"-DGGML_{name}=ON"
-    for name in "AVX AVX2 FMA F16C BMI2 AVX_VNNI AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16".split()
-)
+# What GGML_NATIVE would take here. GCC 12 drops the stores that _tile_loadconfig reads, which kills every program that
+# uses ggml's AMX ("illegal instruction"): dead stores are kept.
+LLAMA_SETS = "AVX AVX2 FMA F16C BMI2 AVX_VNNI AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16 AMX_TILE AMX_INT8 AMX_BF16"
+LLAMA_BUILD = "-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DGGML_NATIVE=OFF '-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse' "
+LLAMA_BUILD += " ".join(f"-DGGML_{name}=ON" for name in LLAMA_SETS.split())
 # By our format: the peers that hold as many bits of the same kind of number, whatever their groups. llama.cpp's blocks
 # of 32 and super-blocks of 256 store more scales: q4_0 and q4_K 4.5 bits to our 4.25 (int4-g64) or 4.125 (int4-g128),
 # q2_K 2.625 to 2.125, q3_K 3.4375 to 3.125, q5_K 5.5 to 5.125, q6_K 6.5625 to 6.125, q8_0 8.5 to 8. iq4_nl has a fixed
@@ -48,8 +48,8 @@ def environment(library: str) -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-        command = [str(python), "-m", "pip", "install", "-q", "--no-binary", "llama-cpp-python", *packages]
-        subprocess.run(command, env={**os.environ, "CMAKE_ARGS": LLAMA_BUILD}, check=True)
+        command = [str(python), "-m", "pip", "install", "-q", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
+        subprocess.run([*command, *packages], env={**os.environ, "CMAKE_ARGS": LLAMA_BUILD}, check=True)
     return python
 
 
