@@ -1,7 +1,7 @@
 """ggml's products of quantized weights, through ctypes on the libraries inside llama-cpp-python; run by cpu_peers.py.
 
-Weights lie where llama.cpp itself would load them: in the first of the CPU's extra buffers that can multiply them, which
-repacks them, else as they are in the file.
+Weights lie where llama.cpp itself would load them: in the first of the CPU's extra buffers that can multiply them,
+which repacks them, else as they are in the file.
 """
 
 import ctypes
@@ -60,8 +60,8 @@ class Ggml:
 
     def __init__(self, threads: int) -> None:
         spec = find_spec("llama_cpp")
-        assert spec is not None and spec.origin is not None
-        folder = Path(spec.origin).parent / "lib"
+        assert spec is not None, "llama-cpp-python is not in this environment"
+        folder = Path(str(spec.origin)).parent / "lib"
         libraries = [ctypes.CDLL(str(folder / f"libggml{part}.so"), ctypes.RTLD_GLOBAL) for part in ("-base", "-cpu")]
         for name, (result, *arguments) in SIGNATURES.items():
             function = next(getattr(one, name) for one in libraries if hasattr(one, name))
