@@ -100,7 +100,7 @@ def step(decoder: Decoder, tokens: Tensor, memory: Memory) -> Tensor:  # int (1,
     time = tokens.shape[1]
     first, last = memory.length, memory.length + time
     if last > memory.capacity:
-        _grow(decoder, memory, max(64, 2 * last), x)
+        grow(decoder, memory, max(64, 2 * last), x)
     cos, sin = (part[first:last] for part in memory.rotations)
     for index, block in enumerate(decoder.blocks):
         h = _norm(block.attention_norm, x, decoder.epsilon)
@@ -148,7 +148,8 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return mixed.transpose(1, 2).reshape(1, time, heads * width)
 
 
-def _grow(decoder: Decoder, memory: Memory, capacity: int, like: Tensor) -> None:
+def grow(decoder: Decoder, memory: Memory, capacity: int, like: Tensor) -> None:
+    """Make room in the memory for so many tokens in all; `like` has the model's type."""
     cos, sin = decoder.positions(capacity, like)
     half = sin.shape[-1] // 2
     memory.rotations = (cos, torch.cat((-sin[:, :half], sin[:, half:]), -1))

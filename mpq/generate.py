@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpq.compiled_step import CompiledStep, compiled_step
 from mpq.core.calibration import logits_of, seeded
 from mpq.core.errors import MpqError
-from mpq.decoder import Memory, decoder_of, step
+from mpq.decoder import Decoder, Memory, decoder_of, step
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _follower(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """A function that takes the next tokens in, (1, time), and gives the logits after them, (vocabulary,)."""
     decoder = decoder_of(model)
     if decoder is not None:
-        return partial(step, decoder, memory=Memory())
+        return partial(_follow, decoder, compiled_step(decoder), Memory())
     taken = inspect.signature(model.forward).parameters
     # transformers has had two names for it
     name = next((name for name in ("past_key_values", "cache") if name in taken), "")
@@ -101,6 +102,11 @@ def _follower(model: nn.Module) -> Callable[[Tensor], Tensor]:
         return logits_of(output)[0, -1]
 
     return follow
+
+
+def _follow(decoder: Decoder, compiled: CompiledStep | None, memory: Memory, tokens: Tensor) -> Tensor:
+    logits = compiled(tokens, memory) if compiled and memory.length and tokens.shape[1] == 1 else None
+    return step(decoder, tokens, memory) if logits is None else logits
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int, random: torch.Generator) -> int:

@@ -60,6 +60,8 @@ def native() -> Native | None:
     library.mpq_linear.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     library.mpq_conv.restype = ctypes.c_int64
     library.mpq_conv.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p]
+    library.mpq_step.restype = ctypes.c_int64
+    library.mpq_step.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     library.mpq_dequantize.restype = None
     library.mpq_dequantize.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 4, ctypes.c_int, ctypes.c_void_p]
     library.mpq_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]

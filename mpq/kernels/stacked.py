@@ -51,7 +51,7 @@ class Stack:
         That is under torch.compile, when gradients of the input are wanted, and after a member's weight was replaced.
         An input that changes in place between two members' calls is noticed outside of inference mode only.
         """
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad) or not self._intact():
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad) or not self.intact():
             return None
         index = next(index for index, other in enumerate(self.members) if other is member)
         version = -1 if input.is_inference() else input._version
@@ -65,7 +65,8 @@ class Stack:
             self.last = None
         return last.outputs[index]
 
-    def _intact(self) -> bool:
+    def intact(self) -> bool:
+        """Whether the members' weights are still the stack's."""
         pairs = zip(self.members, self.views, strict=True)
         return all(member.weight._buffers.get("panels") is view for member, view in pairs)
 

@@ -33,7 +33,7 @@ def driver(tmp_path_factory):
     program = tmp_path_factory.mktemp("native") / "drive"
     sources = [str(path) for path in sorted(SOURCES.glob("*.c")) if path.name != "module.c"]
     driver = str(Path(__file__).with_name("drive_native.c"))
-    command = [compiler, *FLAGS, SANITIZERS, f"-I{SOURCES}", driver, *sources, "-lpthread", "-o", str(program)]
+    command = [compiler, *FLAGS, SANITIZERS, f"-I{SOURCES}", driver, *sources, "-lpthread", "-lm", "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True)
     if "cannot find" in built.stderr or "unrecognized" in built.stderr:
         pytest.skip("the compiler has no sanitizers")

@@ -166,5 +166,5 @@ static AMX_TARGET void multiply(const mpq_weight *weight, const mpq_tile *tiles,
 static AMX_TARGET void begin(void) { shaped = -1; }
 static AMX_TARGET void end(void) { _tile_release(); }
 
-const mpq_level mpq_amx = {"amx", 0, 1, 1, quantize, decode_any_brain, multiply, begin, end};
+const mpq_level mpq_amx = {"amx", 0, 1, 1, quantize, decode_any_brain, multiply, begin, end, &between};
 #endif

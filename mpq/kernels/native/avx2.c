@@ -26,6 +26,7 @@ INLINE void dot(const uint8_t *levels, const int16_t *x, int segment, int32_t *s
 }
 #define LEVEL_DOT dot
 #include "multiply.h"
+#include "between.h"
 
-const mpq_level mpq_avx2 = {"avx2", 1, 0, 0, quantize, decode, multiply, NULL, NULL};
+const mpq_level mpq_avx2 = {"avx2", 1, 0, 0, quantize, decode, multiply, NULL, NULL, &between};
 #endif

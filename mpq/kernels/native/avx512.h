@@ -93,6 +93,7 @@ static TARGET void decode(const mpq_weight *weight, const uint8_t *codes, int br
 }
 
 #include "fused.h"
+#include "between.h"
 
 /* `count` tokens from `token` on, their planes of bytes against one or two planes of levels. */
 INLINE void multiply_bytes(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int64_t token,

@@ -127,7 +127,7 @@ typedef struct {
   atomic_int failed;
 } job;
 
-#define SLOTS 4
+#define SLOTS 6
 /* Scratch memory that a thread keeps until it ends. */
 typedef struct {
   void *memory;
@@ -325,6 +325,19 @@ static void *run_alone(void *argument) {
   return NULL;
 }
 
+/* The function on several threads at once, one of them the caller's. */
+static void together(mpq_parallel parallel, void (*function)(void *), void *work, int threads) {
+  if (threads <= 1) { function(work); return; }
+  if (parallel) { parallel(function, work, threads, 0); return; }
+  pthread_t helpers[MPQ_THREADS];
+  void *argument[2];
+  int started = 0;
+  memcpy(argument, &function, sizeof function), argument[1] = work;
+  while (started < threads - 1 && started < MPQ_THREADS && !pthread_create(&helpers[started], NULL, run_alone, argument)) started++;
+  function(work);
+  for (int i = 0; i < started; i++) pthread_join(helpers[i], NULL);
+}
+
 /* Threads share units of work, `block` at a time. */
 static void run(const mpq_call *call, void (*function)(void *), void *work, shares *all, int64_t units, int block) {
   int threads = call->threads < MPQ_THREADS ? call->threads : MPQ_THREADS;
@@ -332,15 +345,7 @@ static void run(const mpq_call *call, void (*function)(void *), void *work, shar
   all->units = units, all->block = block, all->ranges = threads;
   atomic_store(&all->arrived, 0);
   for (int i = 0; i < threads; i++) atomic_store(&all->range[i].taken, 0);
-  if (threads == 1) { function(work); return; }
-  if (call->parallel) { call->parallel(function, work, threads, 0); return; }
-  pthread_t helpers[MPQ_THREADS];
-  void *argument[2];
-  int started = 0;
-  memcpy(argument, &function, sizeof function), argument[1] = work;
-  while (started < threads - 1 && !pthread_create(&helpers[started], NULL, run_alone, argument)) started++;
-  function(work);
-  for (int i = 0; i < started; i++) pthread_join(helpers[i], NULL);
+  together(call->parallel, function, work, threads);
 }
 
 #include "expand.h"
@@ -399,6 +404,8 @@ EXPORT int64_t mpq_linear(const mpq_weight *weight, const mpq_call *call) { retu
 EXPORT int64_t mpq_conv(const mpq_weight *weight, const mpq_call *call, const mpq_images *images) {
   return multiply(weight, call, images);
 }
+
+#include "step.h"
 
 typedef struct {
   const uint8_t *data;

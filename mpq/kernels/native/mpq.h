@@ -71,6 +71,22 @@ typedef struct {
   int64_t index;
 } mpq_tile;
 
+/* Attention of one token's query heads to keys and values of all tokens until it, (key heads, capacity, width). */
+typedef struct {
+  const float *q; /* (heads, width) */
+  const void *keys, *values;
+  float *out; /* (heads, width) */
+  int64_t heads, key_heads, width, capacity, length;
+  int32_t bfloat; /* keys and values */
+} mpq_attention;
+
+/* What stands between a decoder's linear layers, see between.h. */
+typedef struct {
+  void (*normalize)(const float *x, const float *weight, float epsilon, int64_t count, float *out);
+  void (*activate)(float *gate, const float *up, int64_t count);
+  void (*attend)(const mpq_attention *, int64_t key_head, float *scores);
+} mpq_between;
+
 typedef struct {
   const char *name;
   int wide;  /* activations as 16-bit numbers instead of planes of bytes */
@@ -85,6 +101,7 @@ typedef struct {
                    float *sums);
   void (*begin)(void); /* once for each thread and call, or NULL */
   void (*end)(void);
+  const mpq_between *between;
 } mpq_level;
 
 /* Columns of a tile that bfloat16 activations have. */

@@ -3,5 +3,6 @@
 #include "template.h"
 
 #include "multiply.h"
+#include "between.h"
 
-const mpq_level mpq_portable = {"portable", 1, 0, 0, quantize, decode, multiply, NULL, NULL};
+const mpq_level mpq_portable = {"portable", 1, 0, 0, quantize, decode, multiply, NULL, NULL, &between};
