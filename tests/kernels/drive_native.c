@@ -1,4 +1,8 @@
-/* Runs each case, a file of an mpq_weight and its panels, at every level, for several batches, on exact allocations. */
+/* Runs each case at every level on allocations of exact size: products of several batches, convolutions, the whole weight.
+ * A case is a file: an mpq_weight, the 256 numbers of its codes, the weight as float32 (rows, cols), the panels.
+ * Prints the best level's name, then for each case the hash of what the first level computed. Gaps between rows hold NaN:
+ * none may be read, nor written. Levels that share multiply.h must agree to the bit (without fused multiply-adds).
+ */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,46 +21,167 @@ typedef struct { /* as linear.c has it */
   int32_t bfloat, bias_bfloat, out_bfloat, planes, threads, level;
   int8_t *unfit;
   void *parallel;
-} call;
+} mpq_call;
 
-int64_t mpq_linear(const mpq_weight *, const call *);
+typedef struct { /* likewise */
+  int64_t channels, size[2], kernel[2], out[2], stride[2], padding[2], dilation[2], steps[4];
+} mpq_images;
+
+int64_t mpq_linear(const mpq_weight *, const mpq_call *);
+int64_t mpq_conv(const mpq_weight *, const mpq_call *, const mpq_images *);
+void mpq_dequantize(const mpq_weight *, const uint8_t *, const float *, const float *, float *, int, void *);
 int mpq_best_level(void);
+const char *mpq_level_name(int);
 
-static int drive(int count, char **names) {
-  const int batches[] = {1, 2, 3, 4, 9, 40, 257};
-  for (int i = 1; i < count; i++) {
-    FILE *file = fopen(names[i], "rb");
-    mpq_weight weight;
-    if (!file || fread(&weight, sizeof weight, 1, file) != 1) return 1;
-    size_t size = (weight.rows + MPQ_ROWS - 1) / MPQ_ROWS * weight.panel_bytes;
-    uint8_t *panels = malloc(size);
-    if (fread(panels, 1, size, file) != size || fgetc(file) != EOF) return 2;
-    fclose(file);
-    for (int level = 0; level <= mpq_best_level(); level++)
-      for (size_t batch = 0; batch < sizeof batches / sizeof *batches; batch++)
-        for (int variant = 0; variant < 4; variant++) {
-          const int bfloat = variant & 1, element = bfloat ? 2 : 4;
-          const int64_t tokens = batches[batch], inputs = tokens * weight.cols, outputs = tokens * weight.rows;
-          uint8_t *x = malloc(inputs * element), *out = malloc(outputs * element), *bias = calloc(weight.rows, element);
-          int8_t *unfit = malloc(tokens);
-          memset(out, 0xff, outputs * element); /* NaN */
-          for (int64_t j = 0; j < inputs; j++) {
-            float value = (float)((j * 37) % 101) / 50 - 1;
-            memcpy(x + j * element, (uint8_t *)&value + 4 - element, element);
-          }
-          const call one = {panels, NULL, x, tokens, weight.cols, bias, out, weight.rows, bfloat, bfloat, bfloat,
-                            1 + (variant >> 1), 3, level, unfit, NULL};
-          if (mpq_linear(&weight, &one) != 0) return 3;
-          for (int64_t j = 0; j < outputs; j++) {
-            float value = 0;
-            memcpy((uint8_t *)&value + 4 - element, out + j * element, element);
-            if (value != value) return 4;
-          }
-          free(x), free(out), free(bias), free(unfit);
-        }
-    free(panels);
-    puts("done");
+typedef struct {
+  mpq_weight weight;
+  float values[256], *matrix;
+  uint8_t *panels;
+} test_case;
+
+enum { FAILED = 1, NOT_A_NUMBER, GAP_WRITTEN, LEVELS_DIFFER, PATCHES_DIFFER, WEIGHTS_DIFFER, NO_CASE };
+#define TRY(call) do { const int failed_ = (call); if (failed_) return failed_; } while (0)
+
+static uint64_t hash;
+
+static void *filled(size_t size, int byte) { return memset(malloc(size), byte, size); }
+
+static void remember(const uint8_t *bytes, size_t size) {
+  for (size_t i = 0; i < size; i++) hash = (hash ^ bytes[i]) * 0x100000001b3u;
+}
+
+static void put(void *to, int64_t index, int bfloat, float value) {
+  const int element = bfloat ? 2 : 4;
+  memcpy((uint8_t *)to + index * element, (uint8_t *)&value + 4 - element, element);
+}
+
+static float number(int64_t index) { return (float)((index * 37) % 101) / 50 - 1; }
+
+/* Every element of rows `stride` apart is a number, and what stands between them is as it was. */
+static int look(const uint8_t *out, int64_t tokens, int64_t rows, int64_t stride, int element) {
+  for (int64_t at = 0; at < tokens * stride; at++) {
+    float value = 0;
+    memcpy((uint8_t *)&value + 4 - element, out + at * element, element);
+    if (at % stride < rows && value != value) return NOT_A_NUMBER;
+    for (int i = 0; i < element && at % stride >= rows; i++)
+      if (out[at * element + i] != 0xff) return GAP_WRITTEN;
   }
+  return 0;
+}
+
+static int alike(int level) { return !strcmp(mpq_level_name(level), "avx2") || !strcmp(mpq_level_name(level), "neon"); }
+
+/* One call at every level: those alike agree. `images` or NULL; `patches`, the same tokens as rows of x, or NULL. */
+static int levels_agree(const test_case *one, mpq_call call, const mpq_images *images, const void *patches) {
+  const int element = call.bfloat ? 2 : 4;
+  const int64_t gap = 3, size = call.tokens * (one->weight.rows + gap) * element;
+  uint8_t *bias = calloc(one->weight.rows, element), *first = NULL;
+  for (int64_t i = 0; i < one->weight.rows; i++) put(bias, i, call.bfloat, number(i + 5));
+  call.panels = one->panels, call.bias = bias, call.out_stride = one->weight.rows + gap;
+  call.bias_bfloat = call.out_bfloat = call.bfloat;
+  for (call.level = 0; call.level <= mpq_best_level(); call.level++) {
+    uint8_t *out = filled(size, 0xff), *again = filled(size, 0xff);
+    call.out = out, call.unfit = malloc(call.tokens);
+    if ((images ? mpq_conv(&one->weight, &call, images) : mpq_linear(&one->weight, &call)) != 0) return FAILED;
+    TRY(look(out, call.tokens, one->weight.rows, call.out_stride, element));
+    if (patches) {
+      mpq_call plain = call;
+      plain.x = patches, plain.stride = one->weight.cols, plain.out = again;
+      if (mpq_linear(&one->weight, &plain) != 0) return FAILED;
+      if (memcmp(out, again, size)) return PATCHES_DIFFER;
+    }
+    if (first && alike(call.level) && memcmp(first, out, size)) return LEVELS_DIFFER;
+    free(again), free(call.unfit);
+    if (first) free(out);
+    else remember(first = out, size);
+  }
+  free(bias), free(first);
+  return 0;
+}
+
+static int multiply(const test_case *one) {
+  const int batches[] = {1, 2, 3, 4, 9, 40, 257};
+  for (size_t batch = 0; batch < sizeof batches / sizeof *batches; batch++)
+    for (int variant = 0; variant < 4; variant++) {
+      const int bfloat = variant & 1;
+      const int64_t tokens = batches[batch], cols = one->weight.cols, stride = cols + 5;
+      uint8_t *x = filled(((tokens - 1) * stride + cols) * (bfloat ? 2 : 4), 0xff);
+      for (int64_t i = 0; i < tokens * cols; i++) put(x, i / cols * stride + i % cols, bfloat, number(i));
+      mpq_call call = {.x = x, .tokens = tokens, .stride = stride, .bfloat = bfloat, .planes = 1 + (variant >> 1), .threads = 3};
+      TRY(levels_agree(one, call, NULL, NULL));
+      free(x);
+    }
+  return 0;
+}
+
+/* A batch of two images whose lines or pixels have gaps, and the same patches as rows. */
+static int convolve(const test_case *one, int64_t down, int64_t along, int variant) {
+  const int bfloat = variant & 1, last = variant >> 1 & 1, element = bfloat ? 2 : 4;
+  const int64_t area = down * along, channels = one->weight.cols / area, lines = 5, columns = 9, apart = columns + 2;
+  mpq_images images = {.channels = channels, .size = {lines, columns}, .kernel = {down, along}, .stride = {2, 1 + last},
+                       .padding = {1, 2}, .dilation = {2, 3}};
+  for (int i = 0; i < 2; i++)
+    images.out[i] = (images.size[i] + 2 * images.padding[i] - images.dilation[i] * (images.kernel[i] - 1) - 1) / images.stride[i] + 1;
+  const int64_t pixel = channels + 1; /* channels first with gaps between lines, or last with gaps between pixels */
+  const int64_t first_steps[] = {channels * lines * apart, lines * apart, apart, 1};
+  const int64_t last_steps[] = {lines * columns * pixel, 1, columns * pixel, pixel};
+  memcpy(images.steps, last ? last_steps : first_steps, sizeof images.steps);
+  const int64_t *steps = images.steps;
+  const int64_t end = steps[0] + (channels - 1) * steps[1] + (lines - 1) * steps[2] + (columns - 1) * steps[3] + 1;
+  uint8_t *x = filled(end * element, 0xff);
+  for (int64_t i = 0; i < 2 * channels * lines * columns; i++)
+    put(x, i / (channels * lines * columns) * steps[0] + i / (lines * columns) % channels * steps[1] +
+        i / columns % lines * steps[2] + i % columns * steps[3], bfloat, number(i));
+  const int64_t positions = images.out[0] * images.out[1], tokens = 2 * positions;
+  uint8_t *patches = calloc(tokens * one->weight.cols, element);
+  for (int64_t i = 0; i < tokens * one->weight.cols; i++) {
+    const int64_t token = i / one->weight.cols, col = i % one->weight.cols, channel = col / area;
+    const int64_t line = token % positions / images.out[1] * 2 - 1 + col % area / along * 2;
+    const int64_t column = token % images.out[1] * images.stride[1] - 2 + col % along * 3;
+    if (line < 0 || line >= lines || column < 0 || column >= columns) continue;
+    const int64_t image = token / positions, from = image * steps[0] + channel * steps[1] + line * steps[2] + column * steps[3];
+    memcpy(patches + i * element, x + from * element, element);
+  }
+  mpq_call call = {.x = x, .tokens = tokens, .bfloat = bfloat, .planes = 2, .threads = 3};
+  TRY(levels_agree(one, call, &images, patches));
+  free(x), free(patches);
+  return 0;
+}
+
+static int dequantize(const test_case *one) {
+  const int64_t count = one->weight.rows * one->weight.cols;
+  for (int threads = 1; threads <= 3; threads += 2) {
+    float *out = filled(count * sizeof *out, 0xff);
+    mpq_dequantize(&one->weight, one->panels, NULL, one->values, out, threads, NULL);
+    for (int64_t i = 0; i < count; i++)
+      if (!(out[i] == one->matrix[i])) return WEIGHTS_DIFFER;
+    free(out);
+  }
+  return 0;
+}
+
+static int drive(const char *name) {
+  test_case one;
+  FILE *file = fopen(name, "rb");
+  if (!file || fread(&one.weight, sizeof one.weight, 1, file) != 1 || fread(one.values, sizeof one.values, 1, file) != 1)
+    return NO_CASE;
+  const size_t count = one.weight.rows * one.weight.cols;
+  const size_t size = (one.weight.rows + MPQ_ROWS - 1) / MPQ_ROWS * one.weight.panel_bytes;
+  one.matrix = malloc(count * sizeof *one.matrix), one.panels = malloc(size);
+  if (fread(one.matrix, sizeof *one.matrix, count, file) != count || fread(one.panels, 1, size, file) != size ||
+      fgetc(file) != EOF)
+    return NO_CASE;
+  fclose(file);
+  hash = 0xcbf29ce484222325u;
+  TRY(multiply(&one));
+  TRY(dequantize(&one));
+  for (int variant = 0; variant < 4; variant++) {
+    TRY(convolve(&one, 1, 3, variant));
+    if (one.weight.cols % 6 == 0) TRY(convolve(&one, 2, 3, variant));
+    else TRY(convolve(&one, 3, 1, variant));
+  }
+  free(one.matrix), free(one.panels);
+  printf("%016llx\n", (unsigned long long)hash);
   return 0;
 }
 
@@ -65,13 +190,17 @@ static char **names;
 static int result;
 
 static void *in_a_thread(void *none) { /* so that its memory is seen to be given back */
-  result = drive(count, names);
+  for (int i = 1; i < count && !result; i++) {
+    result = drive(names[i]);
+    if (result) fprintf(stderr, "%s: %d\n", names[i], result);
+  }
   return none;
 }
 
 int main(int argument_count, char **arguments) {
   pthread_t thread;
   count = argument_count, names = arguments;
+  puts(mpq_level_name(mpq_best_level()));
   pthread_create(&thread, NULL, in_a_thread, NULL);
   pthread_join(thread, NULL);
   return result;

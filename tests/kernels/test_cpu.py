@@ -1,3 +1,4 @@
+import ctypes
 import os
 import subprocess
 import sys
@@ -198,6 +199,13 @@ def test_the_environment_caps_the_level():
             [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "MPQ_CPU_LEVEL": name}
         )
         assert found.stdout.strip() == name, found.stderr
+
+
+@needs_native
+def test_levels_are_named_as_the_library_orders_them():
+    name = cpu.native().library.mpq_level_name
+    name.restype = ctypes.c_char_p
+    assert tuple(name(level).decode() for level in levels()) == cpu.LEVELS[: len(levels())]
 
 
 @needs_native

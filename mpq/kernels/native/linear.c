@@ -13,6 +13,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(MPQ_ARM) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 #define LARGE ((size_t)2 << 20) /* bytes of a large page */
 
@@ -43,11 +46,14 @@ static const mpq_level *const levels[] = {
     &mpq_portable,
 #ifdef MPQ_X86
     &mpq_avx2, &mpq_avx512, &mpq_amx,
+#elif defined(MPQ_ARM)
+    &mpq_neon,
 #endif
 };
 
+#ifdef MPQ_X86
 static int allow_matrix(void) {
-#if defined(MPQ_X86) && defined(__linux__)
+#ifdef __linux__
   unsigned a = 7, b, c = 0, d;
   __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
   if ((d >> 22 & 7) != 7 || !__builtin_cpu_supports("avx512bf16")) return 0; /* amx-bf16, avx512-fp16, amx-tile */
@@ -56,6 +62,7 @@ static int allow_matrix(void) {
   return 0;
 #endif
 }
+#endif
 
 /* The best level of this machine: an index for mpq_level_name. */
 EXPORT int mpq_best_level(void) {
@@ -66,6 +73,10 @@ EXPORT int mpq_best_level(void) {
       !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return 1;
   return allow_matrix() ? 3 : 2;
+#elif defined(MPQ_ARM) && defined(__linux__)
+  return getauxval(AT_HWCAP) >> 20 & 1; /* HWCAP_ASIMDDP */
+#elif defined(MPQ_ARM) && defined(__APPLE__)
+  return 1;
 #else
   return 0;
 #endif

@@ -26,6 +26,9 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MPQ_X86 1
 #endif
+#if defined(__aarch64__) && defined(__GNUC__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define MPQ_ARM 1
+#endif
 
 /* How codes become numbers. value = factor * (level - offset) * scale, where a level is
  * INTEGER the code; TABLE8 a byte looked up; TABLE16 two bytes looked up, 256 * (high - 128) + low;
@@ -107,5 +110,5 @@ typedef struct {
 /* Columns of a tile that bfloat16 activations have. */
 static inline int mpq_filled(const mpq_weight *weight) { return (weight->segment * weight->segments + 31) & ~31; }
 
-extern const mpq_level mpq_portable, mpq_avx2, mpq_avx512, mpq_amx;
+extern const mpq_level mpq_portable, mpq_avx2, mpq_avx512, mpq_amx, mpq_neon;
 #endif
