@@ -141,7 +141,7 @@ def against_peers(
             beyond = max(2, BEYOND // parse_scheme(scheme).weight.nbytes(rows, cols))
             # many tokens are bound by arithmetic: two copies will do
             for some, copies in (([b for b in batches if b < 64], beyond), ([b for b in batches if b >= 64], 2)):
-                peers = [cpu_peers.Peer(name, rows, cols, copies, torch.get_num_threads()) for name in names if some]
+                peers = [cpu_peers.product(name, rows, cols, copies, torch.get_num_threads()) for name in names if some]
                 ours = stacked(scheme, rows, cols, copies)
                 up = [peer for peer in peers if peer.ready()]
                 for missing in {peer.name for peer in peers} - {peer.name for peer in up}:
@@ -164,7 +164,7 @@ def take_turns(ours, peers: list[cpu_peers.Peer], x: torch.Tensor, repeats: int)
         found["ours"].append(ours(x))
         time.sleep(0.005)  # until threads that spin after their work have gone to sleep
         for peer in peers:
-            found[peer.name].append(peer.seconds(len(x)))
+            found[peer.name].append(peer.answer(len(x))[0])
             time.sleep(0.005)
     return {name: times[1:] for name, times in found.items()}
 

@@ -1,6 +1,10 @@
 """Tokens per second of language models in 4.25 bits against bfloat16: one sequence, greedy, in the same light loop.
 
-    python experiments/bench_generate.py [--quick] [--scheme int4-g64] [--tokens 32] [--rounds 5]
+    python experiments/bench_generate.py [--quick] [--scheme int4-g64] [--tokens 32] [--rounds 5] [--models 1b]
+    python experiments/bench_generate.py --scheme int4-g32 --prepare | --peers
+
+--peers takes turns with llama.cpp on the very same weights: int4-g32 is its Q4_0 (4.5 bits), written by our GGUF export
+to /tmp/peer-models, once; --prepare does no more than that.
 
 Models: the WikiText-2 Llama of 5.5 M parameters, and Llama shapes of 1.2 billion with random weights, built layer by
 layer (speed only). Models take turns; figures are medians. With --quick the large one has two blocks and few words.
@@ -9,7 +13,9 @@ layer (speed only). Models take turns; figures are medians. With --quick the lar
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import cpu_peers
 import torch
 from torch import Tensor, nn
 
@@ -21,12 +27,15 @@ from mpq.core.layer import Layer
 from mpq.core.layers import find_layers
 from mpq.core.rounding import quantize
 from mpq.core.scheme import parse_scheme
+from mpq.exporters.gguf_file import export
 from mpq.generate import generate
 from mpq.kernels import cpu
 from mpq.kernels.layout import Packed, pack
 from mpq.quantized import fuse, pack_model, put_packed
 
 GOAL = 3.0  # times bfloat16
+MODELS = Path("/tmp/peer-models")
+METHODS = {"wikitext": "mse", "1b": "nearest"}  # how the packed ones are rounded
 # Llama 3.2 1B's shapes: 1.24 billion parameters, 0.26 of them in the matrix that input and output share
 SHAPES = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -41,6 +50,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="decoded in a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", default="wikitext,1b")
+    parser.add_argument("--peers", action="store_true", help="llama.cpp too, in an environment of its own")
+    parser.add_argument("--prepare", action="store_true", help="write what llama.cpp reads, and time nothing")
     arguments = parser.parse_args()
     tokens, rounds = (8, 3) if arguments.quick else (arguments.tokens, arguments.rounds)
     shapes = {**SHAPES, "num_hidden_layers": 2, "vocab_size": 8192} if arguments.quick else SHAPES
@@ -53,8 +64,13 @@ def main() -> None:
         except MpqError as error:
             print(f"{name} is left out: {error}")
             continue
-        print(f"{name}: {describe(bfloat16)} in bfloat16, {describe(packed)} packed")
+        print(f"{name}: {describe(bfloat16)} in bfloat16, {describe(packed)} packed", flush=True)
+        file = exported(name, bfloat16, arguments.scheme) if arguments.peers or arguments.prepare else None
+        if arguments.prepare:
+            continue
         results += compare(name, bfloat16, packed, tokens, rounds)
+        if file is not None:
+            results += against_llama(name, packed, file, tokens, rounds)
     print("\n".join(results))
 
 
@@ -73,9 +89,9 @@ def large(scheme: str, shapes: dict[str, int]) -> tuple[nn.Module, nn.Module]:
     for layer in find_layers(packed):
         shape = (layer.rows, layer.cols)
         if shape not in drawn:
-            drawn[shape] = torch.randn(shape, generator=seeded(0, *shape)).mul_(0.02)
-            arranged[shape] = pack(quantize(drawn[shape], parse_scheme(scheme).weight))
-        fill(bfloat16, layer, drawn[shape].bfloat16())
+            drawn[shape] = torch.randn(shape, generator=seeded(0, *shape)).mul_(0.02).bfloat16()
+            arranged[shape] = pack(quantize(drawn[shape].float(), parse_scheme(scheme).weight))
+        fill(bfloat16, layer, drawn[shape].clone())
         one = arranged[shape]
         copied = Packed(one.format, shape, one.layout, {name: part.clone() for name, part in one.tensors.items()})
         put_packed(packed, layer, parse_scheme(scheme), copied)
@@ -141,6 +157,40 @@ def compare(name: str, bfloat16: nn.Module, packed: nn.Module, tokens: int, roun
         f"RESULT decode_over_bf16/{name} {ratio:.2f} {GOAL} {'ok' if ratio >= GOAL else 'short'}",
         f"RESULT decode_over_transformers_bf16/{name} {whole:.2f} {GOAL} {'ok' if whole >= GOAL else 'short'}",
     ]
+
+
+def exported(name: str, model: nn.Module, scheme: str) -> Path:
+    """The model as llama.cpp reads it, rounded as the packed one was."""
+    folder = MODELS / f"{name}-{scheme}-{model.config.num_hidden_layers}"
+    if not folder.exists():
+        MODELS.mkdir(exist_ok=True)
+        layers = find_layers(model)
+        export(model, Allocation(layers, (scheme,) * len(layers)), folder, method=METHODS[name])
+    return sorted(folder.glob("model*.gguf"))[0]
+
+
+def against_llama(name: str, packed: nn.Module, file: Path, tokens: int, rounds: int) -> list[str]:
+    """RESULT line of ours over llama.cpp, in turns; those who wait sleep."""
+    peer = cpu_peers.Peer("llama.cpp", "peer_llama.py", file, torch.get_num_threads())
+    if not peer.ready():
+        print(f"llama.cpp is left out: it did not load {file}")
+        return []
+    ours, theirs, alike = [], [], 0
+    for _ in range(rounds + 1):
+        mine = generate(packed, torch.arange(3, 19), max_new_tokens=tokens)
+        time.sleep(0.01)
+        speed, *words = peer.answer(tokens)
+        time.sleep(0.01)
+        ours.append(mine.tokens_per_second)
+        theirs.append(speed)
+        alike = next((i for i, pair in enumerate(zip(mine.tokens, words, strict=False)) if pair[0] != pair[1]), tokens)
+    peer.close()
+    for which, values in (("packed", ours[1:]), ("llama.cpp", theirs[1:])):
+        print(f"{name:10} {which:24} {sorted(values)[rounds // 2]:8.1f} tokens/s, "
+              f"from {min(values):.1f} to {max(values):.1f}")  # fmt: skip
+    print(f"{name:10} the first {alike} of {tokens} tokens are alike")
+    ratio = sorted(ours[1:])[rounds // 2] / sorted(theirs[1:])[rounds // 2]
+    return [f"RESULT decode_over_llama.cpp/{name} {ratio:.2f} 1 {'ok' if ratio > 1 else 'short'}"]
 
 
 @torch.inference_mode()

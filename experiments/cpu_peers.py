@@ -53,13 +53,18 @@ def environment(library: str) -> Path:
     return python
 
 
-class Peer:
-    """A worker that stays up between calls."""
+def product(name: str, rows: int, cols: int, copies: int, threads: int) -> "Peer":
+    """A worker that times products."""
+    return Peer(name, "cpu_peers.py", name, rows, cols, copies, threads)
 
-    def __init__(self, name: str, rows: int, cols: int, copies: int, threads: int) -> None:
+
+class Peer:
+    """A worker that stays up between calls: a script in the environment of the library that begins its name."""
+
+    def __init__(self, name: str, script: str, *arguments: object) -> None:
         self.name = name
         self.process = subprocess.Popen(
-            [str(environment(name.partition(":")[0])), __file__, name, *map(str, (rows, cols, copies, threads))],
+            [str(environment(name.partition(":")[0])), str(Path(__file__).with_name(script)), *map(str, arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
 
@@ -67,15 +72,15 @@ class Peer:
         """Whether it came up; waits until that is known."""
         return self._line() == "ready"
 
-    def seconds(self, batch: int) -> float:
-        """Seconds of a call, now; NaN once it has failed."""
+    def answer(self, number: int) -> list[float]:
+        """What it measures for a batch or a length, now; NaN once it has failed."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(f"{batch}\n")
+            self.process.stdin.write(f"{number}\n")
             self.process.stdin.flush()
-            return float(self._line() or "nan")
+            return [float(word) for word in (self._line() or "nan").split()]
         except OSError:
-            return float("nan")
+            return [float("nan")]
 
     def close(self) -> None:
         """End it."""
