@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="decoded in a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", default="wikitext,1b")
-    parser.add_argument("--peers", action="store_true", help="llama.cpp too, in an environment of its own")
+    parser.add_argument("--peers", action="store_true", help="against llama.cpp instead, in an environment of its own")
     parser.add_argument("--prepare", action="store_true", help="write what llama.cpp reads, and time nothing")
     arguments = parser.parse_args()
     tokens, rounds = (8, 3) if arguments.quick else (arguments.tokens, arguments.rounds)
@@ -68,8 +68,9 @@ def main() -> None:
         file = exported(name, bfloat16, arguments.scheme) if arguments.peers or arguments.prepare else None
         if arguments.prepare:
             continue
-        results += compare(name, bfloat16, packed, tokens, rounds)
-        if file is not None:
+        if file is None:
+            results += compare(name, bfloat16, packed, tokens, rounds)
+        else:
             results += against_llama(name, packed, file, tokens, rounds)
     print("\n".join(results))
 

@@ -32,8 +32,8 @@ def decoder(file: str, threads: int) -> Callable[[list[int]], int]:
         if not tokens:
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
             return -1
-        batch = llama_cpp.llama_batch_get_one((ctypes.c_int32 * len(tokens))(*tokens), len(tokens))
-        assert llama_cpp.llama_decode(context, batch) == 0
+        kept = (ctypes.c_int32 * len(tokens))(*tokens)  # the batch points into it
+        assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(kept, len(tokens))) == 0
         return int(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), shape=(size,)).argmax())
 
     return follow
