@@ -26,7 +26,6 @@ _NORMS = struct.Struct("@2P")
 _SIZES = struct.Struct("@P6qf2iP")
 _TOKEN = struct.Struct("@5P3q")
 _TYPES = (torch.float32, torch.bfloat16)
-_HEAD = 1024  # numbers of a head at most
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def compiled_step(decoder: Decoder) -> CompiledStep | None:
     norms = [_weight(norm) for block in decoder.blocks for norm in (block.attention_norm, block.mlp_norm)]
     norms.append(_weight(decoder.norm))
     dtype = norms[-1].dtype
-    if native is None or width % 2 or width > _HEAD or dtype not in _TYPES or not decoder.blocks:
+    if native is None or width % 2 or dtype not in _TYPES or not decoder.blocks:
         return None
     if any(norm.dtype != dtype or norm.device.type != "cpu" for norm in norms):
         return None

@@ -3,8 +3,6 @@
 
 #include <math.h>
 
-#define MPQ_HEAD 1024 /* numbers of a head at most */
-
 /* The sum in one order at every level: halves are added until four numbers are left. */
 INLINE float sum16(vfloat x) {
   typedef float half __attribute__((vector_size(32)));
@@ -56,43 +54,98 @@ static TARGET void activate(float *gate, const float *up, int64_t count) {
   }
 }
 
-INLINE const float *read_row(const void *rows, int bfloat, int64_t start, int64_t width, float *row) {
-  if (!bfloat) return (const float *)rows + start;
-  const uint16_t *from = (const uint16_t *)rows + start;
-  int64_t i = 0;
-  for (; i + 16 <= width; i += 16) STORE(row + i, (vfloat)(__builtin_convertvector(LOAD(vshort, from + i), vuint) << 16));
-  for (; i < width; i++) {
-    const uint32_t word = (uint32_t)from[i] << 16;
-    memcpy(row + i, &word, 4);
-  }
-  return row;
+INLINE vfloat real16(const void *from, const int bfloat, int64_t i) {
+  if (!bfloat) return LOAD(vfloat, (const float *)from + i);
+  return (vfloat)(__builtin_convertvector(LOAD(vshort, (const uint16_t *)from + i), vuint) << 16);
 }
 
-/* Attention of the query heads that share a key head; `scores` has room for one head's, in whole vectors. */
-static TARGET void attend(const mpq_attention *all, int64_t key_head, float *scores) {
-  const int64_t width = all->width, group = all->heads / all->key_heads, start = key_head * all->capacity * width;
+INLINE float real(const void *from, const int bfloat, int64_t i) {
+  if (!bfloat) return ((const float *)from)[i];
+  const uint32_t word = (uint32_t)((const uint16_t *)from)[i] << 16;
+  return LOAD(float, &word);
+}
+
+/* Products of `count` heads with every key: scores (count, room). */
+INLINE void score(const mpq_attention *all, const float *q, const int bfloat, int64_t start, const int count,
+                  float *scores, int64_t room) {
+  const int64_t width = all->width;
   const float scale = 1 / sqrtf(width);
-  float row[MPQ_HEAD] __attribute__((aligned(64)));
-  for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
-    const float *q = all->q + head * width;
-    float *out = all->out + head * width, largest = -INFINITY;
-    int64_t length = all->length;
-    for (int64_t i = 0; i < length; i++) {
-      scores[i] = dot_of(q, read_row(all->keys, all->bfloat, start + i * width, width, row), width) * scale;
-      if (scores[i] > largest) largest = scores[i];
+  for (int64_t i = 0; i < all->length; i++, start += width) {
+    vfloat sums[4];
+    int64_t j = 0;
+    for (int head = 0; head < count; head++) sums[head] = (vfloat){0};
+    for (; j + 16 <= width; j += 16) {
+      const vfloat key = real16(all->keys, bfloat, start + j);
+      for (int head = 0; head < count; head++) sums[head] += key * LOAD(vfloat, q + head * width + j);
     }
-    for (; length % 16; length++) scores[length] = largest;
-    for (int64_t i = 0; i < length; i += 16) STORE(scores + i, exponential(LOAD(vfloat, scores + i) - largest));
-    length = all->length;
-    float total = 0;
-    memset(out, 0, width * sizeof *out);
-    for (int64_t i = 0; i < length; i++) {
-      const float *value = read_row(all->values, all->bfloat, start + i * width, width, row);
-      total += scores[i];
-      for (int64_t j = 0; j < width; j++) out[j] += scores[i] * value[j];
+    for (int head = 0; head < count; head++) {
+      float sum = sum16(sums[head]);
+      for (int64_t k = j; k < width; k++) sum += real(all->keys, bfloat, start + k) * q[head * width + k];
+      scores[head * room + i] = sum * scale;
     }
-    for (int64_t j = 0; j < width; j++) out[j] /= total;
   }
+}
+
+/* Exponentials of one head's scores over the largest, zeros behind them; returns their sum. */
+INLINE float soften(float *scores, int64_t length, int64_t room) {
+  for (int64_t i = length; i < room; i++) scores[i] = scores[0];
+  vfloat largest = LOAD(vfloat, scores), total = {0};
+  for (int64_t i = 16; i < room; i += 16) {
+    const vfloat x = LOAD(vfloat, scores + i);
+    const vint above = x > largest;
+    largest = (vfloat)(((vint)x & above) | ((vint)largest & ~above));
+  }
+  float most = largest[0];
+  for (int i = 1; i < 16; i++) most = largest[i] > most ? largest[i] : most;
+  for (int64_t i = 0; i < room; i += 16) STORE(scores + i, exponential(LOAD(vfloat, scores + i) - most));
+  for (int64_t i = length; i < room; i++) scores[i] = 0;
+  for (int64_t i = 0; i < room; i += 16) total += LOAD(vfloat, scores + i);
+  return sum16(total);
+}
+
+/* `vectors` of sixteen numbers of each of `count` heads' mean values. */
+INLINE void blend(const mpq_attention *all, const float *scores, int64_t room, const float *totals, const int bfloat,
+                  int64_t start, const int count, const int vectors, float *out) {
+  vfloat sums[4][2];
+  for (int i = 0; i < count * vectors; i++) sums[i / vectors][i % vectors] = (vfloat){0};
+  for (int64_t i = 0; i < all->length; i++, start += all->width)
+    for (int vector = 0; vector < vectors; vector++) {
+      const vfloat value = real16(all->values, bfloat, start + 16 * vector);
+      for (int head = 0; head < count; head++) sums[head][vector] += value * scores[head * room + i];
+    }
+  for (int head = 0; head < count; head++)
+    for (int vector = 0; vector < vectors; vector++)
+      STORE(out + head * all->width + 16 * vector, sums[head][vector] / totals[head]);
+}
+
+INLINE void attend_some(const mpq_attention *all, int64_t head, int64_t start, const int bfloat, const int count,
+                        float *scores) {
+  const int64_t width = all->width, room = (all->length + 15) / 16 * 16;
+  float totals[4], *out = all->out + head * width;
+  score(all, all->q + head * width, bfloat, start, count, scores, room);
+  for (int i = 0; i < count; i++) totals[i] = soften(scores + i * room, all->length, room);
+  int64_t j = 0;
+  for (; j + 32 <= width; j += 32) blend(all, scores, room, totals, bfloat, start + j, count, 2, out + j);
+  for (; j + 16 <= width; j += 16) blend(all, scores, room, totals, bfloat, start + j, count, 1, out + j);
+  for (; j < width; j++)
+    for (int i = 0; i < count; i++) {
+      float sum = 0;
+      for (int64_t k = 0; k < all->length; k++)
+        sum += real(all->values, bfloat, start + k * width + j) * scores[i * room + k];
+      out[i * width + j] = sum / totals[i];
+    }
+}
+
+/* Attention of the query heads that share a key head; `scores` has room for four heads', in whole vectors. */
+static TARGET void attend(const mpq_attention *all, int64_t key_head, float *scores) {
+  const int64_t group = all->heads / all->key_heads, start = key_head * all->capacity * all->width;
+  int64_t head = key_head * group, end = head + group;
+  for (; head + 4 <= end; head += 4)
+    if (all->bfloat) attend_some(all, head, start, 1, 4, scores);
+    else attend_some(all, head, start, 0, 4, scores);
+  for (; head < end; head++)
+    if (all->bfloat) attend_some(all, head, start, 1, 1, scores);
+    else attend_some(all, head, start, 0, 1, scores);
 }
 
 static const mpq_between between = {normalize, activate, attend};

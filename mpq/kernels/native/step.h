@@ -111,7 +111,7 @@ static int apply(token_step *step, const mpq_layer *layer, const float *x, void 
 
 static void attend_heads(void *argument) {
   token_step *step = argument;
-  float *scores = scratch(5, whole(step->attention.length) * sizeof(float));
+  float *scores = scratch(5, 4 * whole(step->attention.length) * sizeof(float));
   if (!scores) { atomic_store(&step->failed, 1); return; }
   int own = arrive(&step->shares);
   for (item head; take(&step->shares, &own, &head);)
