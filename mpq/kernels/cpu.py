@@ -23,10 +23,9 @@ from torch import Tensor
 
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
-from mpq.core.rounding import SCALE_DTYPES, decode_table, dequantize
+from mpq.core.rounding import SCALE_DTYPES, decode_table
 from mpq.kernels import panels, reference
-from mpq.kernels.layout import LAYOUTS, Layout, Packed, packed_of
-from mpq.kernels.lookup import rows_of
+from mpq.kernels.layout import LAYOUTS, Layout, Packed
 from mpq.kernels.ops import KERNELS
 
 LEVELS = (  # as native/linear.c orders them
@@ -64,6 +63,7 @@ def native() -> Native | None:
     library.mpq_linear.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     library.mpq_conv.restype = ctypes.c_int64
     library.mpq_conv.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p]
+    library.mpq_embedding.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_void_p]
     library.mpq_step.restype = ctypes.c_int64
     library.mpq_step.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     library.mpq_dequantize.restype = None
@@ -250,10 +250,20 @@ def embedding(
     dtype: torch.dtype,
 ) -> Tensor:
     """torch.ops.mpq.embedding for the panels layout: only the rows looked up are unpacked."""
+    found = native()
     if not indices.numel():
         return indices.new_empty((*indices.shape, cols), dtype=dtype)
-    packed = packed_of(weight, parse_format(format), (rows, cols), layout)
-    return dequantize(rows_of(packed, indices.flatten())).reshape(*indices.shape, cols).to(dtype)
+    if found is None or not cols:
+        return reference.embedding(indices, weight, format, rows, cols, layout, dtype)
+    out = weight[0].new_empty((*indices.shape, cols), dtype=torch.float32)
+    chosen, values = indices.long().contiguous(), decode_table(parse_format(format).grid)
+    status = found.library.mpq_embedding(
+        _plan(format, rows, cols).weight, weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0,
+        values.data_ptr(), chosen.data_ptr(), chosen.numel(), out.data_ptr(),
+    )  # fmt: skip
+    if status:
+        raise IndexError(f"an index is none of the embedding's {rows} rows")
+    return out.to(dtype)
 
 
 def read(data: Tensor) -> None:

@@ -103,8 +103,8 @@ static int apply(token_step *step, const mpq_layer *layer, const float *x, void 
   const mpq_call call = {
       .panels = layer->panels, .tensor_scale = layer->tensor_scale, .x = x, .tokens = 1, .stride = layer->weight->cols,
       .bias = layer->bias, .out = out, .out_stride = layer->weight->rows, .bias_bfloat = layer->bias_bfloat,
-      .out_bfloat = bfloat, .planes = layer->planes, .threads = (int)step->token->threads, .level = decoder->level, .unfit = &unfit,
-      .parallel = share_job,
+      .out_bfloat = bfloat, .planes = layer->planes, .threads = (int)step->token->threads, .level = decoder->level,
+      .unfit = &unfit, .parallel = share_job,
   };
   return (step->status = multiply(layer->weight, &call, NULL)) != 0;
 }
