@@ -100,7 +100,7 @@ def test_equals_the_reference(level, name, tokens, rows, cols, dtype, with_bias,
 @pytest.mark.parametrize(
     "name", [name for name in NAMES if panels.levels_of(parse_format(name).grid).kind != panels.BFLOAT]
 )
-@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("tokens", [1, 3, 20, 40])
 def test_int8_activations_are_the_reference_arithmetic(level, name, tokens):
     packed, arranged = weight_of(name, 70, 300)
     x = torch.randn((tokens, 300), generator=seeded(tokens))
@@ -134,7 +134,7 @@ def test_panels_are_unpacked_exactly(name, rows, cols):
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["int4-g128", "int3-g64-asym", "fp8-e4m3", "nf4-g64", "nvfp4"])
+@pytest.mark.parametrize("name", ["int4-g128", "int3-g64-asym", "int8-channel-asym", "fp8-e4m3", "nf4-g64", "nvfp4"])
 @pytest.mark.parametrize("tokens", [1, 7, 70])
 def test_same_bits_whatever_the_threads_and_every_element_written(level, name, tokens):
     _, arranged = weight_of(name, 200, 300)

@@ -21,6 +21,7 @@ AMX_INLINE void shape(int first, int second) {
   const int rows[8] = {first, second, 16, 16, first, first, second, second};
   config.palette = 1;
   for (int i = 0; i < 8; i++) config.bytes[i] = rows[i] ? 64 : 0, config.rows[i] = rows[i];
+  __asm__ volatile("" : : "r"(&config) : "memory"); /* the intrinsic tells of its first bytes only */
   _tile_loadconfig(&config);
 }
 
@@ -130,6 +131,7 @@ AMX_INLINE void multiply_bytes_amx(const mpq_weight *weight, const mpq_tile *til
 }
 
 #include "brain.h"
+#include "bytes.h"
 
 #define COUNT(planes, second) \
   if (two) multiply_bytes_amx(weight, tile, x, token, count, planes, second, 1, sums); \
@@ -154,6 +156,8 @@ static AMX_TARGET void multiply(const mpq_weight *weight, const mpq_tile *tiles,
     else if (two) multiply_brain(weight, tiles, run, x, first, last, 1, 1, sums);
     else if (x->planes == 2) multiply_brain(weight, tiles, run, x, first, last, 0, 2, sums);
     else multiply_brain(weight, tiles, run, x, first, last, 0, 1, sums);
+  } else if (x->matrix) {
+    multiply_signed(weight, tiles, run, x, first, last, sums);
   } else if (weight->kind == MPQ_BFLOAT || weight->segment % 64 || x->tokens * x->planes < 6) {
     multiply_vectors(weight, tiles, run, x, first, last, sums);
   } else {
@@ -163,8 +167,16 @@ static AMX_TARGET void multiply(const mpq_weight *weight, const mpq_tile *tiles,
   }
 }
 
+static AMX_TARGET void quantize_any_way(const mpq_weight *weight, mpq_activation *to, const void *x, int bfloat,
+                                        int64_t stride, int64_t token, int8_t *unfit) {
+  const char *row = (const char *)x + token * stride * (bfloat ? 2 : 4);
+  if (!to->matrix) quantize(weight, to, x, bfloat, stride, token, unfit);
+  else if (to->planes == 2) quantize_signed(weight, to, row, bfloat, token, unfit, 2);
+  else quantize_signed(weight, to, row, bfloat, token, unfit, 1);
+}
+
 static AMX_TARGET void begin(void) { shaped = -1; }
 static AMX_TARGET void end(void) { _tile_release(); }
 
-const mpq_level mpq_amx = {"amx", 0, 1, 1, quantize, decode_any_brain, multiply, begin, end, &between};
+const mpq_level mpq_amx = {"amx", 0, 1, 1, quantize_any_way, decode_any_brain, multiply, begin, end, &between};
 #endif

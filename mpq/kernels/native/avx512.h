@@ -40,22 +40,25 @@ INLINE void codes256(int bits, const uint8_t *from, __m512i spread, __m512i shif
 }
 
 INLINE void decode_tile(const mpq_weight *weight, const int bits, const int kind, const uint8_t *codes, uint8_t *out,
-                        size_t plane) {
+                        size_t plane, const int is_signed) {
   const int quads = weight->segment * weight->segments / 4;
-  const __m512i low = LOAD(__m512i, weight->low), high = LOAD(__m512i, weight->high);
+  const __m512i less = _mm512_set1_epi8((char)(kind == MPQ_INTEGER ? mpq_shift(weight) : weight->offset));
+  const __m512i table = LOAD(__m512i, weight->low), high = LOAD(__m512i, weight->high);
+  const __m512i low = is_signed && kind == MPQ_TABLE8 ? _mm512_sub_epi8(table, less) : table;
   const __m512i low2 = LOAD(__m512i, weight->low + 64), high2 = LOAD(__m512i, weight->high + 64);
   uint8_t spread[64], shifts[64];
   for (int i = 0; i < 64; i++) spread[i] = i / 8 * bits + i % 8, shifts[i] = i % 8 * bits;
   const __m512i spreads = LOAD(__m512i, spread), shift = LOAD(__m512i, shifts);
   for (int quad = 0; quad < quads; quad++, codes += 32 * bits) {
-    for (int line = 0; line < 32 * bits; line += 64) _mm_prefetch((const char *)codes + MPQ_AHEAD + line, _MM_HINT_T0);
-    if (bits == 8 && kind == MPQ_INTEGER) continue;
+    for (int line = 0; line < 32 * bits && !is_signed; line += 64) /* where they are signed, products ask for what follows */
+      _mm_prefetch((const char *)codes + MPQ_AHEAD + line, _MM_HINT_T0);
+    if (bits == 8 && kind == MPQ_INTEGER && !is_signed) continue;
     __m512i found[4];
     codes256(bits, codes, spreads, shift, found);
     for (int i = 0; i < 4; i++) {
       uint8_t *to = out + 64 * (4 * (size_t)quad + i);
       if (kind == MPQ_INTEGER) {
-        STORE(to, found[i]);
+        STORE(to, is_signed ? _mm512_sub_epi8(found[i], less) : found[i]);
       } else if (kind == MPQ_BFLOAT) {
         __m512i bottom, top;
         if (bits >= 7) {
@@ -79,17 +82,19 @@ INLINE void decode_tile(const mpq_weight *weight, const int bits, const int kind
 
 #define DECODE(bits) \
   case bits: \
-    if (weight->kind == MPQ_INTEGER) decode_tile(weight, bits, MPQ_INTEGER, codes, out, plane); \
-    else if (weight->kind == MPQ_TABLE8) decode_tile(weight, bits, MPQ_TABLE8, codes, out, plane); \
-    else if (weight->kind == MPQ_TABLE16) decode_tile(weight, bits, MPQ_TABLE16, codes, out, plane); \
-    else decode_tile(weight, bits, MPQ_BFLOAT, codes, out, plane); \
+    if (form == MPQ_SIGNED && weight->kind == MPQ_INTEGER) decode_tile(weight, bits, MPQ_INTEGER, codes, out, plane, 1); \
+    else if (form == MPQ_SIGNED) decode_tile(weight, bits, MPQ_TABLE8, codes, out, plane, 1); \
+    else if (weight->kind == MPQ_INTEGER) decode_tile(weight, bits, MPQ_INTEGER, codes, out, plane, 0); \
+    else if (weight->kind == MPQ_TABLE8) decode_tile(weight, bits, MPQ_TABLE8, codes, out, plane, 0); \
+    else if (weight->kind == MPQ_TABLE16) decode_tile(weight, bits, MPQ_TABLE16, codes, out, plane, 0); \
+    else decode_tile(weight, bits, MPQ_BFLOAT, codes, out, plane, 0); \
     break;
 
-static TARGET void decode(const mpq_weight *weight, const uint8_t *codes, int brain, mpq_tile *tile, uint8_t *out) {
+static TARGET void decode(const mpq_weight *weight, const uint8_t *codes, int form, mpq_tile *tile, uint8_t *out) {
   const size_t plane = 64 * (size_t)weight->segment * weight->segments;
   place_levels(weight, codes, tile, out);
-  if (brain < 0) tile->levels[0] = codes;
-  else switch (weight->bits) { DECODE(2) DECODE(3) DECODE(4) DECODE(5) DECODE(6) DECODE(7) DECODE(8) }
+  if (form != MPQ_LEVELS) tile->levels[0] = form == MPQ_SIGNED ? out : codes;
+  if (form != MPQ_CODES) switch (weight->bits) { DECODE(2) DECODE(3) DECODE(4) DECODE(5) DECODE(6) DECODE(7) DECODE(8) }
 }
 
 #include "fused.h"
@@ -222,7 +227,7 @@ INLINE float as_real(uint32_t bits) {
 
 /* Whether a tile's numbers can be read where they stand; otherwise they are gathered. */
 INLINE int in_place(const mpq_weight *weight, const void **from, const void *x, int bfloat, int64_t column, float *buffer) {
-  if (column + weight->segment * weight->segments <= weight->cols) {
+  if (weight->segment == weight->group && column + weight->segment * weight->segments <= weight->cols) {
     *from = (const char *)x + column * (bfloat ? 2 : 4);
     return 1;
   }

@@ -68,15 +68,15 @@ AMX_INLINE void decode_brain(const mpq_weight *weight, const mpq_tile *tile, con
       memset(out + i / 4 * plane + (pair / 16 * 4 + i % 4) * 1024 + pair % 16 * 64, 0, 64);
 }
 
-static AMX_TARGET void decode_any_brain(const mpq_weight *weight, const uint8_t *codes, int brain, mpq_tile *tile,
+static AMX_TARGET void decode_any_brain(const mpq_weight *weight, const uint8_t *codes, int form, mpq_tile *tile,
                                         uint8_t *out) {
-  const int kind = weight->kind;
-  if (brain <= 0) {
-    decode(weight, codes, brain, tile, out);
+  const int kind = weight->kind, brain = form;
+  if (form != 1 && form != 2) {
+    decode(weight, codes, form, tile, out);
     return;
   }
   uint8_t levels[128 * MPQ_MAX_TILE] __attribute__((aligned(64)));
-  decode(weight, codes, 0, tile, levels);
+  decode(weight, codes, MPQ_LEVELS, tile, levels);
   const uint8_t *first = tile->levels[0], *second = tile->levels[1];
   if (brain == 2) {
     if (kind == MPQ_TABLE16) decode_brain(weight, tile, first, second, 2, MPQ_TABLE16, out);

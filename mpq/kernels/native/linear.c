@@ -132,7 +132,7 @@ typedef struct {
   int64_t first;          /* token that the chunk starts with */
   int64_t panels, splits; /* work: `block` panels at a time, each for `splits` pieces of the chunk's tokens */
   int block, run;         /* tiles of `run` columns' worth are decoded before they are multiplied */
-  int brain, alone;       /* activations are bfloat16; each thread makes them for itself */
+  int brain, matrix, alone; /* activations are bfloat16, or in tiles of bytes; each thread makes them for itself */
   size_t room;            /* bytes of a decoded tile */
   shares shares;
   atomic_int failed;
@@ -262,11 +262,12 @@ static void decode_tile(const job *work, int64_t panel, int64_t index, mpq_tile 
   const size_t zeros = weight->zeros ? (size_t)weight->segments * MPQ_ROWS : 0;
   const size_t bytes = codes + (weight->row_scales ? 0 : scales + zeros);
   const uint8_t *stream = work->call->panels + panel * weight->panel_bytes + index * bytes;
-  tile->index = index;
+  tile->index = index, tile->bytes = bytes, tile->ahead = stream + work->run * bytes;
   tile->scales = weight->row_scales ? row_scales(work, panel) : stream + codes;
   tile->zeros = weight->zeros ? tile->scales + scales : NULL;
   const int fused = work->level->fused && work->x.tokens == 1 && weight->kind != MPQ_BFLOAT;
-  work->level->decode(weight, stream, work->brain ? weight->brain : -fused, tile, out);
+  const int form = work->brain ? weight->brain : work->matrix ? MPQ_SIGNED : fused ? MPQ_CODES : MPQ_LEVELS;
+  work->level->decode(weight, stream, form, tile, out);
 }
 
 /* Room for a chunk's activations in one piece of scratch memory, and how it is cut; 0 if there is none. */
@@ -274,17 +275,20 @@ static int place(const job *work, mpq_activation *x) {
   const mpq_weight *weight = work->weight;
   const int64_t tokens = x->tokens;
   const int planes = work->call->planes, integers = weight->kind != MPQ_BFLOAT && (!work->brain || planes == 1);
-  const size_t elements = weight->tiles * mpq_filled(weight) * ((tokens + 15) & ~15);
-  const size_t scales = (weight->tiles * tokens * 4 + 63) & ~(size_t)63;
-  const size_t sums = (weight->tiles * weight->segments * planes * tokens * 4 + 63) & ~(size_t)63;
+  const int64_t padded = mpq_padded(tokens);
+  const size_t elements = weight->tiles * mpq_filled(weight) * padded;
+  const size_t scales = (weight->tiles * padded * 4 + 63) & ~(size_t)63;
+  const size_t sums = (weight->tiles * weight->segments * planes * padded * 4 + 63) & ~(size_t)63;
   uint8_t *memory = scratch(2, scales + sums + 4 * elements + 64);
   if (!memory) return 0;
-  x->planes = planes;
+  x->planes = planes, x->matrix = work->matrix;
   if (integers) x->scale = (float *)memory, x->sums = (int32_t *)(memory + scales);
   memory += scales + sums;
   if (work->brain) x->brain = (uint16_t *)memory, x->planes = integers || work->call->bfloat ? 1 : 2;
   else if (integers) x->q = (int8_t *)memory, x->wide = (int16_t *)memory;
   else x->real = (float *)memory;
+  for (int64_t tile = 0; x->matrix && tile < weight->tiles; tile++)
+    memset(x->scale + tile * padded + tokens, 0, (padded - tokens) * 4); /* nothing comes of what fills up */
   return 1;
 }
 
@@ -302,7 +306,8 @@ static void multiply_panels(void *argument) {
   const mpq_level *level = work->level;
   const int64_t tokens = work->x.tokens, tiles = work->weight->tiles;
   uint8_t *decoded = scratch(0, work->block * work->run * work->room + 64);
-  float *sums = scratch(1, work->block * tokens * MPQ_ROWS * sizeof(float));
+  const int64_t padded = mpq_padded(tokens);
+  float *sums = scratch(1, work->block * padded * MPQ_ROWS * sizeof(float));
   mpq_tile some[MPQ_PANELS * MPQ_RUN];
   mpq_activation x = work->x;
   int own = arrive(&work->shares);
@@ -314,7 +319,7 @@ static void multiply_panels(void *argument) {
     const int64_t last = work->splits > 1 && first + MPQ_BLOCK < tokens ? first + MPQ_BLOCK : tokens;
     int panels = 0;
     for (int64_t unit = units.start; unit < units.end && panels < work->block; unit += units.step, panels++)
-      memset(sums + (panels * tokens + first) * MPQ_ROWS, 0, (last - first) * MPQ_ROWS * sizeof(float));
+      memset(sums + (panels * padded + first) * MPQ_ROWS, 0, (mpq_padded(last) - first) * MPQ_ROWS * sizeof(float));
     for (int64_t index = 0; index < tiles; index += work->run) {
       const int run = tiles - index < work->run ? (int)(tiles - index) : work->run;
       for (int panel = 0; panel < panels; panel++)
@@ -323,10 +328,10 @@ static void multiply_panels(void *argument) {
           decode_tile(work, units.start - before + panel * units.step, index + i, &some[slot], decoded + slot * work->room);
         }
       for (int panel = 0; panel < panels; panel++)
-        level->multiply(work->weight, some + panel * work->run, run, &x, first, last, sums + panel * tokens * MPQ_ROWS);
+        level->multiply(work->weight, some + panel * work->run, run, &x, first, last, sums + panel * padded * MPQ_ROWS);
     }
     for (int panel = 0; panel < panels; panel++)
-      write_out(work, &x, units.start - before + panel * units.step, first, last, sums + panel * tokens * MPQ_ROWS);
+      write_out(work, &x, units.start - before + panel * units.step, first, last, sums + panel * padded * MPQ_ROWS);
   }
   if (level->end) level->end();
 }
@@ -368,7 +373,7 @@ static int in_brain(const job *work, int64_t tokens) {
   const mpq_weight *weight = work->weight;
   if (!work->level->brain || tokens < 8) return 0;
   if (weight->kind == MPQ_BFLOAT || weight->segment % 64) return 1;
-  if (weight->kind == MPQ_TABLE16) return tokens >= 32;
+  if (weight->kind == MPQ_TABLE16) return tokens * work->call->planes > 16;
   return tokens >= 64 && weight->row_scales && weight->brain == 1 && work->call->bfloat && work->call->planes == 2;
 }
 
@@ -378,6 +383,7 @@ static void plan(job *work, int64_t tokens) {
   const int threads = work->call->threads;
   work->x.tokens = tokens;
   work->brain = in_brain(work, tokens);
+  work->matrix = work->level->brain && !work->brain && tokens * work->call->planes > 16;
   work->alone = tokens < MPQ_ALONE && !work->images;
   work->room = 128 * mpq_filled(weight) * (work->brain ? weight->brain : 1);
   work->panels = (weight->rows + MPQ_ROWS - 1) / MPQ_ROWS;

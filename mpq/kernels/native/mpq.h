@@ -34,6 +34,7 @@
  * INTEGER the code; TABLE8 a byte looked up; TABLE16 two bytes looked up, 256 * (high - 128) + low;
  * BFLOAT a bfloat16 looked up (steps hold columns 0 and 1 of four rows, then columns 2 and 3, four times). */
 enum { MPQ_INTEGER, MPQ_TABLE8, MPQ_TABLE16, MPQ_BFLOAT };
+enum { MPQ_CODES = -1, MPQ_LEVELS, MPQ_SIGNED = 3 }; /* as they stand; unsigned; less `mpq_shift` */
 enum { MPQ_FP32, MPQ_FP16, MPQ_BF16, MPQ_E8M0, MPQ_E4M3, MPQ_UE5M3 };
 
 typedef struct {
@@ -58,11 +59,12 @@ typedef struct {
   int64_t tokens;
   int32_t planes;
   int8_t *q;       /* (tiles, planes, tokens, tile) */
+  int32_t matrix;  /* whether q is (tiles, tokens / 16, tile / 64, planes, 16, 64), scale and sums are (..., mpq_padded) */
   int16_t *wide;   /* (tiles, tokens, tile): the planes as one number, for machines that multiply 16 bits */
   float *real;     /* (tiles, tokens, tile): as they are, for BFLOAT */
   uint16_t *brain; /* (tiles, planes, tokens / 16, tile / 32, 16, 32): bfloat16, and what it left over in a second plane */
   float *scale;    /* (tiles, tokens), of integers */
-  int32_t *sums;   /* (tiles, segments, planes, tokens): of q */
+  int32_t *sums;   /* (tiles, segments, planes, tokens): of q; of both planes as one float where `matrix` */
 } mpq_activation;
 
 /* One tile, decoded: (level planes, quads, 4 steps, 64) bytes, or (quads, 2 pairs, 4 steps, 32) bfloat16. Where
@@ -71,7 +73,8 @@ typedef struct {
 typedef struct {
   const uint8_t *levels[2];
   const uint8_t *scales, *zeros;
-  int64_t index;
+  const uint8_t *ahead; /* what is read next, of as many bytes as the tile has */
+  int64_t index, bytes;
 } mpq_tile;
 
 /* Attention of one token's query heads to keys and values of all tokens until it, (key heads, capacity, width). */
@@ -97,8 +100,8 @@ typedef struct {
   int fused; /* whether one token is multiplied by codes (not of BFLOAT) as they stand */
   void (*quantize)(const mpq_weight *, mpq_activation *, const void *x, int bfloat, int64_t stride, int64_t token,
                    int8_t *unfit);
-  /* `out` has room for the levels that are not the codes as they stand; `brain` -1: all are left so */
-  void (*decode)(const mpq_weight *, const uint8_t *codes, int brain, mpq_tile *, uint8_t *out);
+  /* `out` has room for the levels that are not the codes as they stand; `form`: MPQ_*, or how many bfloat16 */
+  void (*decode)(const mpq_weight *, const uint8_t *codes, int form, mpq_tile *, uint8_t *out);
   /* sums (tokens, 64) += the part of `count` tiles for the tokens from `first` to `last` */
   void (*multiply)(const mpq_weight *, const mpq_tile *, int count, const mpq_activation *, int64_t first, int64_t last,
                    float *sums);
@@ -107,8 +110,14 @@ typedef struct {
   const mpq_between *between;
 } mpq_level;
 
+/* Tokens with those that fill the matrix unit's tiles up. */
+static inline int64_t mpq_padded(int64_t tokens) { return (tokens + 31) & ~(int64_t)31; }
+
 /* Columns of a tile that bfloat16 activations have. */
 static inline int mpq_filled(const mpq_weight *weight) { return (weight->segment * weight->segments + 31) & ~31; }
+
+/* What signed levels are less than the unsigned ones. */
+static inline int mpq_shift(const mpq_weight *weight) { return weight->bits == 8 ? 128 : weight->zeros ? 0 : weight->offset; }
 
 extern const mpq_level mpq_portable, mpq_avx2, mpq_avx512, mpq_amx, mpq_neon;
 #endif
