@@ -167,7 +167,7 @@ def conv(
     if groups == 1 and _patches_pay(len(input) * math.prod(size), rows):
         return patches(input, weight, bias, format, rows, cols, layout, kernel, stride, padding, dilation)
     matrix = unpacked(weight, format, rows, cols, layout)
-    return reference.convolve(input.float(), matrix, bias, kernel, stride, padding, dilation, groups).to(input.dtype)
+    return reference.convolve(input, matrix, bias, kernel, stride, padding, dilation, groups)
 
 
 def patches(

@@ -59,11 +59,17 @@ def convolve(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """`conv` by an unpacked weight."""
-    kind, whole = input.dtype, matrix.reshape(len(matrix), -1, *kernel)
+    """`conv` by an unpacked weight; 16-bit types are computed in float32 on a CPU.
+
+    PyTorch 2.13 computes bfloat16 convolutions with oneDNN, whose product on AMX (brg_conv_fwd) reads what nobody wrote
+    where the width alone has a stride and the output is narrow: conv2d of ones (1, 2, 8, 3) and (1, 2, 3, 3), stride
+    (1, 2), is not 18 everywhere. It never errs in float32.
+    """
+    kind = torch.promote_types(input.dtype, torch.float32) if input.device.type == "cpu" else input.dtype
+    whole = matrix.reshape(len(matrix), -1, *kernel).to(kind)
     function: Callable[..., Tensor] = functional.conv1d if len(kernel) == 1 else functional.conv2d
     bias = None if bias is None else bias.to(kind)
-    output = function(input, whole.to(kind), bias, stride, padding, dilation, groups)
+    output = function(input.to(kind), whole, bias, stride, padding, dilation, groups).to(input.dtype)
     return output.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
