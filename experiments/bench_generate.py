@@ -3,17 +3,21 @@
     python experiments/bench_generate.py [--quick] [--scheme int4-g64] [--tokens 32] [--rounds 5] [--models 1b]
     python experiments/bench_generate.py --scheme int4-g32 --prepare | --peers
 
---peers takes turns with llama.cpp on the very same weights: int4-g32 is its Q4_0 (4.5 bits), written by our GGUF export
-to /tmp/peer-models, once; --prepare does no more than that.
+--peers takes turns with llama.cpp and onnxruntime-genai instead. int4-g32 is llama.cpp's Q4_0 (4.5 bits), to which our
+GGUF export gives the very same weights. onnxruntime's own model builder rounds for itself, in the same blocks of 32.
+What they read is written to /tmp/peer-models, once; --prepare does no more than that.
 
 Models: the WikiText-2 Llama of 5.5 M parameters, and Llama shapes of 1.2 billion with random weights, built layer by
 layer (speed only). Models take turns; figures are medians. With --quick the large one has two blocks and few words.
 """
 
 import argparse
+import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cpu_peers
 import torch
@@ -35,6 +39,7 @@ from mpq.quantized import fuse, pack_model, put_packed
 
 GOAL = 3.0  # times bfloat16
 MODELS = Path("/tmp/peer-models")
+SCRIPTS = {"llama.cpp": "peer_llama.py", "onnxruntime-genai": "peer_genai.py"}
 METHODS = {"wikitext": "mse", "1b": "nearest"}  # how the packed ones are rounded
 # Llama 3.2 1B's shapes: 1.24 billion parameters, 0.26 of them in the matrix that input and output share
 SHAPES = {
@@ -50,8 +55,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="decoded in a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", default="wikitext,1b")
-    parser.add_argument("--peers", action="store_true", help="against llama.cpp instead, in an environment of its own")
-    parser.add_argument("--prepare", action="store_true", help="write what llama.cpp reads, and time nothing")
+    parser.add_argument(
+        "--peers", action="store_true", help="against other libraries instead, in environments of their own"
+    )
+    parser.add_argument("--prepare", action="store_true", help="write what they read, and time nothing")
     arguments = parser.parse_args()
     tokens, rounds = (8, 3) if arguments.quick else (arguments.tokens, arguments.rounds)
     shapes = {**SHAPES, "num_hidden_layers": 2, "vocab_size": 8192} if arguments.quick else SHAPES
@@ -65,13 +72,11 @@ def main() -> None:
             print(f"{name} is left out: {error}")
             continue
         print(f"{name}: {describe(bfloat16)} in bfloat16, {describe(packed)} packed", flush=True)
-        file = exported(name, bfloat16, arguments.scheme) if arguments.peers or arguments.prepare else None
-        if arguments.prepare:
-            continue
-        if file is None:
-            results += compare(name, bfloat16, packed, tokens, rounds)
+        if arguments.peers or arguments.prepare:
+            models = prepared(name, bfloat16, arguments.scheme)
+            results += [] if arguments.prepare else against_peers(name, packed, models, tokens, rounds)
         else:
-            results += against_llama(name, packed, file, tokens, rounds)
+            results += compare(name, bfloat16, packed, tokens, rounds)
     print("\n".join(results))
 
 
@@ -149,9 +154,7 @@ def compare(name: str, bfloat16: nn.Module, packed: nn.Module, tokens: int, roun
     for _ in range(rounds):
         for which, run in contestants.items():
             found[which].append(run())
-    speeds = {which: sorted(values)[rounds // 2] for which, values in found.items()}
-    for which, values in found.items():
-        print(f"{name:10} {which:24} {speeds[which]:8.1f} tokens/s, from {min(values):.1f} to {max(values):.1f}")
+    speeds = {which: said(name, which, values) for which, values in found.items()}
     ratio = speeds["packed"] / speeds["bf16"]
     whole = speeds["packed"] / speeds["bf16 in transformers"]
     return [
@@ -160,38 +163,62 @@ def compare(name: str, bfloat16: nn.Module, packed: nn.Module, tokens: int, roun
     ]
 
 
-def exported(name: str, model: nn.Module, scheme: str) -> Path:
-    """The model as llama.cpp reads it, rounded as the packed one was."""
-    folder = MODELS / f"{name}-{scheme}-{model.config.num_hidden_layers}"
-    if not folder.exists():
-        MODELS.mkdir(exist_ok=True)
+def prepared(name: str, model: nn.Module, scheme: str) -> dict[str, Path]:
+    """What each peer reads, written once: a GGUF file of the same weights, and what onnxruntime's builder makes."""
+    config: Any = model.config
+    stem = f"{name}-{scheme}-{config.num_hidden_layers}"
+    gguf, plain, built = (MODELS / f"{stem}-{kind}" for kind in ("gguf", "transformers", "genai"))
+    MODELS.mkdir(exist_ok=True)
+    if not gguf.exists():
         layers = find_layers(model)
-        export(model, Allocation(layers, (scheme,) * len(layers)), folder, method=METHODS[name])
-    return sorted(folder.glob("model*.gguf"))[0]
+        export(model, Allocation(layers, (scheme,) * len(layers)), gguf, method=METHODS[name])
+    if not built.exists():
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(reference_models.data_file("wikitext2_llama_5m")).save_pretrained(plain)
+        model.save_pretrained(plain)  # type: ignore[operator]
+        options = ["block_size=32", "accuracy_level=4"]  # Q4_0's block, activations of int8
+        options += ["shared_embeddings=true"] if config.tie_word_embeddings else []
+        command = [cpu_peers.environment("onnxruntime-genai"), "-m", "onnxruntime_genai.models.builder"]
+        command += ["-m", plain, "-o", built, "-p", "int4", "-e", "cpu", "--extra_options", *options]
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return {"llama.cpp": sorted(gguf.glob("model*.gguf"))[0], "onnxruntime-genai": built}
 
 
-def against_llama(name: str, packed: nn.Module, file: Path, tokens: int, rounds: int) -> list[str]:
-    """RESULT line of ours over llama.cpp, in turns; those who wait sleep."""
-    peer = cpu_peers.Peer("llama.cpp", "peer_llama.py", file, torch.get_num_threads())
-    if not peer.ready():
-        print(f"llama.cpp is left out: it did not load {file}")
-        return []
-    ours, theirs, alike = [], [], 0
+def against_peers(name: str, packed: nn.Module, models: dict[str, Path], tokens: int, rounds: int) -> list[str]:
+    """RESULT lines of ours over each peer, in turns; those who wait sleep."""
+    peers = [cpu_peers.Peer(which, SCRIPTS[which], path, torch.get_num_threads()) for which, path in models.items()]
+    up = [peer for peer in peers if peer.ready()]
+    speeds: dict[str, list[float]] = {which: [] for which in ("packed", *(peer.name for peer in up))}
+    texts: dict[str, list[float]] = {}
     for _ in range(rounds + 1):
-        mine = generate(packed, torch.arange(3, 19), max_new_tokens=tokens)
+        ours = generate(packed, torch.arange(3, 19), max_new_tokens=tokens)
+        speeds["packed"].append(ours.tokens_per_second)
         time.sleep(0.01)
-        speed, *words = peer.answer(tokens)
-        time.sleep(0.01)
-        ours.append(mine.tokens_per_second)
-        theirs.append(speed)
-        alike = next((i for i, pair in enumerate(zip(mine.tokens, words, strict=False)) if pair[0] != pair[1]), tokens)
-    peer.close()
-    for which, values in (("packed", ours[1:]), ("llama.cpp", theirs[1:])):
-        print(f"{name:10} {which:24} {sorted(values)[rounds // 2]:8.1f} tokens/s, "
-              f"from {min(values):.1f} to {max(values):.1f}")  # fmt: skip
-    print(f"{name:10} the first {alike} of {tokens} tokens are alike")
-    ratio = sorted(ours[1:])[rounds // 2] / sorted(theirs[1:])[rounds // 2]
-    return [f"RESULT decode_over_llama.cpp/{name} {ratio:.2f} 1 {'ok' if ratio > 1 else 'short'}"]
+        for peer in up:
+            speed, *texts[peer.name] = peer.answer(tokens)
+            speeds[peer.name].append(speed)
+            time.sleep(0.01)
+    medians = {which: said(name, which, values[1:]) for which, values in speeds.items()}  # the first turn warms up
+    lines = []
+    for peer in peers:
+        peer.close()
+        if peer not in up:
+            print(f"{peer.name} is left out: it did not load {models[peer.name]}")
+            continue
+        pairs = zip(ours.tokens, texts[peer.name], strict=False)
+        alike = next((count for count, (one, other) in enumerate(pairs) if one != other), tokens)
+        print(f"{name:10} {peer.name}: the first {alike} of {tokens} tokens are the packed model's")
+        ratio = medians["packed"] / medians[peer.name]
+        lines.append(f"RESULT decode_over_{peer.name}/{name} {ratio:.2f} 1 {'ok' if ratio > 1 else 'short'}")
+    return lines
+
+
+def said(name: str, which: str, speeds: list[float]) -> float:
+    """Their median, printed with the range."""
+    median = statistics.median(speeds)
+    print(f"{name:10} {which:24} {median:8.1f} tokens/s, from {min(speeds):.1f} to {max(speeds):.1f}")
+    return median
 
 
 @torch.inference_mode()

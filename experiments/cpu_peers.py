@@ -14,8 +14,14 @@ import venv
 from collections.abc import Callable
 from pathlib import Path
 
-ENVIRONMENT, LLAMA = Path("/tmp/peer-cpu"), Path("/tmp/peer-llama-native")
-PACKAGES = ("torch==2.13.0", "numpy", "onnx", "onnxruntime", "openvino", "bitsandbytes")
+# by library: the folder of its environment, and what is installed there
+TOGETHER = ("/tmp/peer-cpu", "torch==2.13.0", "numpy", "onnx", "onnxruntime", "openvino", "bitsandbytes")
+ENVIRONMENTS = {
+    "llama.cpp": ("/tmp/peer-llama-native", "llama-cpp-python"),
+    "onnxruntime-genai": (
+        "/tmp/peer-genai", "onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch==2.13.0", "transformers",
+    ),
+}  # fmt: skip
 # What GGML_NATIVE would take here. GCC 12 drops the stores that _tile_loadconfig reads, which kills every program that
 # uses ggml's AMX ("illegal instruction"): dead stores are kept.
 LLAMA_SETS = "AVX AVX2 FMA F16C BMI2 AVX_VNNI AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16 AMX_TILE AMX_INT8 AMX_BF16"
@@ -44,8 +50,8 @@ PEERS = {
 
 def environment(library: str) -> Path:
     """A peer's interpreter, its environment made where it is missing (minutes, about 1 GB)."""
-    folder, packages = (LLAMA, ("llama-cpp-python",)) if library == "llama.cpp" else (ENVIRONMENT, PACKAGES)
-    python = folder / "bin" / "python"
+    folder, *packages = ENVIRONMENTS.get(library, TOGETHER)
+    python = Path(folder) / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
         command = [str(python), "-m", "pip", "install", "-q", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
