@@ -88,18 +88,21 @@ def small(scheme: str) -> tuple[nn.Module, nn.Module]:
 
 
 def large(scheme: str, shapes: dict[str, int]) -> tuple[nn.Module, nn.Module]:
-    """Random weights in both forms: one draw for each shape, in memory of its own for each layer."""
+    """Random weights in both forms: one draw for each shape, its rows turned on by one from layer to layer.
+
+    No two layers have the same weights: onnxruntime would keep them once, and find them in the cache.
+    """
     bfloat16, packed = skeleton(shapes), skeleton(shapes)
     drawn: dict[tuple[int, int], Tensor] = {}
     arranged: dict[tuple[int, int], Packed] = {}
-    for layer in find_layers(packed):
+    for turn, layer in enumerate(find_layers(packed)):
         shape = (layer.rows, layer.cols)
         if shape not in drawn:
             drawn[shape] = torch.randn(shape, generator=seeded(0, *shape)).mul_(0.02).bfloat16()
             arranged[shape] = pack(quantize(drawn[shape].float(), parse_scheme(scheme).weight))
-        fill(bfloat16, layer, drawn[shape].clone())
+        fill(bfloat16, layer, drawn[shape].roll(turn, 0))
         one = arranged[shape]
-        copied = Packed(one.format, shape, one.layout, {name: part.clone() for name, part in one.tensors.items()})
+        copied = Packed(one.format, shape, one.layout, {name: part.roll(turn, 0) for name, part in one.tensors.items()})
         put_packed(packed, layer, parse_scheme(scheme), copied)
     for model in (bfloat16, packed):
         for name, parameter in list(model.named_parameters()):

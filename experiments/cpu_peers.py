@@ -32,12 +32,14 @@ LLAMA_BUILD += " ".join(f"-DGGML_{name}=ON" for name in LLAMA_SETS.split())
 # q2_K 2.625 to 2.125, q3_K 3.4375 to 3.125, q5_K 5.5 to 5.125, q6_K 6.5625 to 6.125, q8_0 8.5 to 8. iq4_nl has a fixed
 # table of 16 levels, as nf4 has. Nobody here has fp6, nor anyone but OpenVINO fp8.
 PEERS = {
-    "int4-g128": ("onnxruntime:4", "openvino:i4", "openvino:u4", "torch:int4pack", "llama.cpp:q4_0", "llama.cpp:q4_K"),
-    "int4-g32": ("onnxruntime:4", "llama.cpp:q4_0", "llama.cpp:q4_K"),
-    "int8-channel": (
-        "onnxruntime:8", "openvino:i8", "torch:int8pack", "torch:dynamic", "bitsandbytes:int8", "llama.cpp:q8_0",
+    "int4-g128": (
+        "onnxruntime:4-128", "openvino:i4", "openvino:u4", "torch:int4pack", "llama.cpp:q4_0", "llama.cpp:q4_K",
     ),
-    "int2-g128": ("onnxruntime:2", "openvino:u2", "llama.cpp:q2_K"),
+    "int4-g32": ("onnxruntime:4-32", "llama.cpp:q4_0", "llama.cpp:q4_K"),
+    "int8-channel": (
+        "onnxruntime:8-128", "openvino:i8", "torch:int8pack", "torch:dynamic", "bitsandbytes:int8", "llama.cpp:q8_0",
+    ),
+    "int2-g128": ("onnxruntime:2-128", "openvino:u2", "llama.cpp:q2_K"),
     "int3-g128": ("llama.cpp:q3_K",),
     "int5-g128": ("llama.cpp:q5_0", "llama.cpp:q5_K"),
     "int6-g128": ("llama.cpp:q6_K",),
@@ -102,12 +104,12 @@ class Peer:
 
 
 def onnxruntime_pass(kind: str, rows: int, cols: int, copies: int, threads: int) -> Callable[[int], object]:
-    """MatMulNBits with int8 activations (accuracy_level 4), blocks of 128, all copies in one graph."""
+    """MatMulNBits with int8 activations (accuracy_level 4), all copies in one graph; `kind` is bits-block."""
     import numpy as np
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    bits, block, random = int(kind), 128, np.random.default_rng(0)
+    (bits, block), random = map(int, kind.split("-")), np.random.default_rng(0)
     blocks = -(-cols // block)
     nodes, weights, outputs = [], [], []
     for i in range(copies):
