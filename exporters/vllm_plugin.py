@@ -148,7 +148,7 @@ class ServedWeight(nn.Module):
     def product(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., cols) -> (..., rows of this rank), padding rows give zeros."""
         outputs = [
-            torch.ops.mpq.linear(input, weight.tensors, None, *weight.facts, activation)
+            torch.ops.mpq.linear.default(input, weight.tensors, None, *weight.facts, activation)
             for weight, activation in zip(self._weights(), self.activations, strict=True)
         ]
         output: Tensor = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
@@ -159,7 +159,7 @@ class ServedWeight(nn.Module):
     def rows(self, indices: Tensor) -> Tensor:
         """(...) -> (..., cols): rows of a vocabulary's table."""
         (weight,) = self._weights()
-        found: Tensor = torch.ops.mpq.embedding(indices, weight.tensors, *weight.facts, self.dtype)
+        found: Tensor = torch.ops.mpq.embedding.default(indices, weight.tensors, *weight.facts, self.dtype)
         return found
 
 

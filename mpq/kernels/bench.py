@@ -149,7 +149,7 @@ def _packed(dense: Tensor, scheme: Scheme, beyond: int) -> tuple[int, Callable[[
     activation = "" if scheme.activation is None else scheme.activation.name
     facts = (scheme.weight.name, *packed.shape, arranged.layout)
     following = Rotation(list(arranged.tensors.values()), beyond, on_large_pages)  # as panels are when arranged
-    linear = torch.ops.mpq.linear
+    linear = torch.ops.mpq.linear.default
     return packed.nbytes, lambda x: Contestant(lambda: linear(x, following(), None, *facts, activation), len(following))
 
 

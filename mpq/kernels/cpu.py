@@ -134,28 +134,37 @@ def linear(
         planes = 1
     elif activation:
         input = reference.quantize_activation(input, activation)
-    x = input.reshape(-1, cols)
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    # A weight that streams by leaves nothing in the cache: each call of PyTorch before the product costs 10 us or more.
+    x, stride = input, cols
+    if x.dtype != torch.float32 and x.dtype != torch.bfloat16:
         x = x.float()
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    if not x.is_contiguous():
+        x = x.reshape(-1, cols)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        stride = x.stride(0)
     if bias is not None and (bias.dtype not in (torch.float32, torch.bfloat16) or bias.stride(0) != 1):
         bias = bias.float().contiguous()
-    tokens, bfloat = len(x), x.dtype == torch.bfloat16
-    out = x.new_empty((tokens, rows))
-    unfit = x.new_empty(tokens, dtype=torch.int8)
-    status = found.library.mpq_linear(plan.weight, _CALL.pack(
-        weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0,
-        x.data_ptr(), tokens, x.stride(0),
-        0 if bias is None else bias.data_ptr(), out.data_ptr(), rows,
-        bfloat, bias is not None and bias.dtype == torch.bfloat16, bfloat,
-        planes, torch.get_num_threads(), found.level, unfit.data_ptr(), found.parallel,
-    ))  # fmt: skip
+    bfloat = x.dtype == torch.bfloat16
+    out = torch.empty((*input.shape[:-1], rows), dtype=x.dtype, device="cpu")
+
+    def multiply(unfit: int) -> int:
+        return int(found.library.mpq_linear(plan.weight, _CALL.pack(
+            weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0,
+            x.data_ptr(), input.numel() // cols, stride,
+            0 if bias is None else bias.data_ptr(), out.data_ptr(), rows,
+            bfloat, bias is not None and bias.dtype == torch.bfloat16, bfloat,
+            planes, torch.get_num_threads(), found.level, unfit, found.parallel,
+        )))  # fmt: skip
+
+    status = multiply(0)
     if status < 0:
         raise MemoryError("the CPU kernel found no room for its scratch memory")
     if status:
-        _redo(out, x, unfit.bool(), weight, bias, format, rows, cols, layout, activation if planes == 1 else "")
-    return out.view(*input.shape[:-1], rows).to(input.dtype)
+        which = torch.empty(input.numel() // cols, dtype=torch.int8)
+        multiply(which.data_ptr())
+        rest = (weight, bias, format, rows, cols, layout, activation if planes == 1 else "")
+        _redo(out.view(-1, rows), x.reshape(-1, cols), which.bool(), *rest)
+    return out if out.dtype == input.dtype else out.to(input.dtype)
 
 
 def conv(

@@ -57,7 +57,7 @@ class PackedWeight(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight matrix, float32 (rows, cols)."""
-        matrix: Tensor = torch.ops.mpq.dequantize(self.tensors, *self.facts)
+        matrix: Tensor = torch.ops.mpq.dequantize.default(self.tensors, *self.facts)
         return matrix
 
     def extra_repr(self) -> str:
@@ -113,7 +113,7 @@ class PackedLinear(nn.Module):
         if self.stack is not None and (part := self.stack.output(self, input)) is not None:
             return part
         weight = self.weight
-        output: Tensor = torch.ops.mpq.linear(input, weight.tensors, self.bias, *weight.facts, self.activation)
+        output: Tensor = torch.ops.mpq.linear.default(input, weight.tensors, self.bias, *weight.facts, self.activation)
         return output
 
     def extra_repr(self) -> str:
@@ -146,7 +146,7 @@ class PackedConv(nn.Module):
         if self.side_padding:
             input = functional.pad(input, self.side_padding, mode=self.padding_mode)
         weight, where = self.weight, (self.kernel, self.stride, self.padding, self.dilation, self.groups)
-        output: Tensor = torch.ops.mpq.conv(input, weight.tensors, self.bias, *weight.facts, *where)
+        output: Tensor = torch.ops.mpq.conv.default(input, weight.tensors, self.bias, *weight.facts, *where)
         return output
 
     def _round(self, input: Tensor, channels: int) -> Tensor:
@@ -163,7 +163,9 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, indices: Tensor) -> Tensor:
         """(...) -> (..., embedding_dim)."""
-        rows: Tensor = torch.ops.mpq.embedding(indices, self.weight.tensors, *self.weight.facts, self.weight.dtype)
+        rows: Tensor = torch.ops.mpq.embedding.default(
+            indices, self.weight.tensors, *self.weight.facts, self.weight.dtype
+        )
         return rows
 
 

@@ -58,7 +58,7 @@ class Stack:
         last = self.last
         if last is None or last.input is not input or last.version != version or index in last.taken:
             bias = None if member.bias is None else torch.cat([one.bias for one in self.members])
-            whole = torch.ops.mpq.linear(input, self.tensors, bias, *self.facts, member.activation)
+            whole = torch.ops.mpq.linear.default(input, self.tensors, bias, *self.facts, member.activation)
             self.last = last = Pass(input, version, whole.split(self.sizes, -1))
         last.taken.add(index)
         if len(last.taken) == len(self.members):

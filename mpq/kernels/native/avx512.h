@@ -14,7 +14,9 @@ INLINE __m512 scales16(int kind, const uint8_t *scales, int index) {
                            _mm256_and_si256(_mm256_slli_epi16(code, 8), _mm256_set1_epi16((short)0x8000)));
     return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256));
   }
-  return (__m512)load_scales(kind, scales, index);
+  if (kind == MPQ_FP32) return LOAD(__m512, scales + 4 * index);
+  if (kind == MPQ_BF16) return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(LOAD(__m256i, scales + 2 * index)), 16);
+  return (__m512)_mm512_slli_epi32(_mm512_cvtepu8_epi32(LOAD(__m128i, scales + index)), 23);
 }
 
 /* Four steps (256 codes) from 32 * bits bytes. */

@@ -38,7 +38,7 @@ typedef struct {
   int32_t bfloat, bias_bfloat, out_bfloat; /* bfloat16 instead of float32 */
   int32_t planes;                          /* 2: nearly exact; 1: int8 with a float16 scale for each token */
   int32_t threads, level;
-  int8_t *unfit; /* (tokens,): set for tokens left out, whose activations no integers can stand for */
+  int8_t *unfit; /* (tokens,), or NULL: set for tokens left out, whose activations no integers can stand for */
   mpq_parallel parallel;
 } mpq_call;
 
@@ -130,15 +130,17 @@ typedef struct {
   const mpq_level *level;
   mpq_activation x;       /* of all threads, or the sizes of what each makes for itself */
   int64_t first;          /* token that the chunk starts with */
+  int8_t *unfit;          /* of the chunk */
   int64_t panels, splits; /* work: `block` panels at a time, each for `splits` pieces of the chunk's tokens */
   int block, run;         /* tiles of `run` columns' worth are decoded before they are multiplied */
   int brain, matrix, alone; /* activations are bfloat16, or in tiles of bytes; each thread makes them for itself */
+  int fused;              /* codes are multiplied as they stand */
   size_t room;            /* bytes of a decoded tile */
   shares shares;
   atomic_int failed;
 } job;
 
-#define SLOTS 6
+#define SLOTS 7
 /* Scratch memory that a thread keeps until it ends. */
 typedef struct {
   void *memory;
@@ -205,7 +207,7 @@ static void quantize_tokens(void *argument) {
   if (work->images && !patch) { atomic_store(&work->failed, 1); return; }
   int own = arrive(&work->shares);
   for (item tokens; take(&work->shares, &own, &tokens);)
-    quantize_token(work, &work->x, tokens.start, patch, work->call->unfit + work->first);
+    quantize_token(work, &work->x, tokens.start, patch, work->unfit);
 }
 
 static inline float load_real(const void *from, int bfloat, int64_t index) {
@@ -265,8 +267,7 @@ static void decode_tile(const job *work, int64_t panel, int64_t index, mpq_tile 
   tile->index = index, tile->bytes = bytes, tile->ahead = stream + work->run * bytes;
   tile->scales = weight->row_scales ? row_scales(work, panel) : stream + codes;
   tile->zeros = weight->zeros ? tile->scales + scales : NULL;
-  const int fused = work->level->fused && work->x.tokens == 1 && weight->kind != MPQ_BFLOAT;
-  const int form = work->brain ? weight->brain : work->matrix ? MPQ_SIGNED : fused ? MPQ_CODES : MPQ_LEVELS;
+  const int form = work->brain ? weight->brain : work->matrix ? MPQ_SIGNED : work->fused ? MPQ_CODES : MPQ_LEVELS;
   work->level->decode(weight, stream, form, tile, out);
 }
 
@@ -297,7 +298,7 @@ static int quantize_alone(const job *work, mpq_activation *x, int first) {
   int8_t unfit[MPQ_ALONE];
   if (!place(work, x)) return 0;
   for (int64_t token = 0; token < x->tokens; token++) quantize_token(work, x, token, NULL, unfit);
-  if (first) memcpy(work->call->unfit + work->first, unfit, x->tokens);
+  if (first) memcpy(work->unfit, unfit, x->tokens);
   return 1;
 }
 
@@ -305,7 +306,7 @@ static void multiply_panels(void *argument) {
   job *work = argument;
   const mpq_level *level = work->level;
   const int64_t tokens = work->x.tokens, tiles = work->weight->tiles;
-  uint8_t *decoded = scratch(0, work->block * work->run * work->room + 64);
+  uint8_t *decoded = scratch(0, (work->fused ? 0 : work->block * work->run * work->room) + 64);
   const int64_t padded = mpq_padded(tokens);
   float *sums = scratch(1, work->block * padded * MPQ_ROWS * sizeof(float));
   mpq_tile some[MPQ_PANELS * MPQ_RUN];
@@ -325,7 +326,7 @@ static void multiply_panels(void *argument) {
       for (int panel = 0; panel < panels; panel++)
         for (int i = 0; i < run; i++) {
           const int64_t slot = panel * work->run + i;
-          decode_tile(work, units.start - before + panel * units.step, index + i, &some[slot], decoded + slot * work->room);
+          decode_tile(work, units.start - before + panel * units.step, index + i, &some[slot], decoded + (work->fused ? 0 : slot * work->room));
         }
       for (int panel = 0; panel < panels; panel++)
         level->multiply(work->weight, some + panel * work->run, run, &x, first, last, sums + panel * padded * MPQ_ROWS);
@@ -388,9 +389,10 @@ static void plan(job *work, int64_t tokens) {
   work->room = 128 * mpq_filled(weight) * (work->brain ? weight->brain : 1);
   work->panels = (weight->rows + MPQ_ROWS - 1) / MPQ_ROWS;
   work->splits = work->panels >= 4 * threads ? 1 : (tokens + MPQ_BLOCK - 1) / MPQ_BLOCK;
+  work->fused = work->level->fused && tokens == 1 && weight->kind != MPQ_BFLOAT;
   work->run = tokens < 16 ? 1 : MPQ_RUN;
-  work->block = work->splits > 1 ? 1 : tokens < 64 ? MPQ_STREAMS : MPQ_PANELS;
-  while (work->block > 1 && work->block * (tokens < 64 ? 1 : 2) * threads > work->panels) work->block /= 2;
+  work->block = work->splits > 1 ? 1 : tokens >= 64 ? MPQ_PANELS : tokens == 1 ? MPQ_STREAMS : 1;
+  while (work->block > 1 && work->block * (tokens == 1 ? 1 : 2) * threads > work->panels) work->block /= 2;
 }
 
 static int64_t multiply(const mpq_weight *given, const mpq_call *call, const mpq_images *images) {
@@ -402,6 +404,8 @@ static int64_t multiply(const mpq_weight *given, const mpq_call *call, const mpq
     const int64_t tokens = call->tokens - first < MPQ_CHUNK ? call->tokens - first : MPQ_CHUNK;
     job work = {.weight = weight, .call = call, .images = images, .level = levels[call->level], .first = first};
     plan(&work, tokens);
+    work.unfit = call->unfit ? call->unfit + first : scratch(6, MPQ_CHUNK);
+    if (!work.unfit) return -1;
     if (!work.alone) {
       if (!place(&work, &work.x)) return -1;
       run(call, quantize_tokens, &work, &work.shares, tokens, 1);
@@ -409,7 +413,7 @@ static int64_t multiply(const mpq_weight *given, const mpq_call *call, const mpq
     }
     run(call, multiply_panels, &work, &work.shares, work.panels * work.splits, work.block);
     if (atomic_load(&work.failed)) return -1;
-    for (int64_t i = 0; i < tokens; i++) unfit += call->unfit[first + i];
+    for (int64_t i = 0; i < tokens; i++) unfit += work.unfit[i];
   }
   return unfit;
 }

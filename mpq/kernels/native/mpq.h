@@ -18,11 +18,11 @@
 #define MPQ_CHUNK 256     /* tokens that share one decoding of a tile */
 #define MPQ_BLOCK 32      /* tokens that are taken together */
 #define MPQ_RUN 2         /* tiles that are decoded before they are multiplied, when there are tokens enough */
+#define MPQ_STREAMS 2     /* panels that one token reads in turns: the memory always has something to fetch */
 #define MPQ_PANELS 8      /* panels that share one passage of the activations, likewise */
 #define MPQ_THREADS 256   /* at most */
 #define MPQ_ALONE 8       /* from so many tokens on, threads share the making of integers */
-#define MPQ_STREAMS 2     /* panels of few tokens that are read in turns: more of the memory is asked at once */
-#define MPQ_AHEAD 2048    /* bytes of the stream that are asked for ahead of use */
+#define MPQ_AHEAD 3072    /* bytes of the stream that are asked for ahead of use */
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MPQ_X86 1
 #endif
