@@ -42,7 +42,8 @@ INLINE void codes256(int bits, const uint8_t *from, __m512i spread, __m512i shif
 }
 
 INLINE void decode_tile(const mpq_weight *weight, const int bits, const int kind, const uint8_t *codes, uint8_t *out,
-                        size_t plane, const int is_signed) {
+                        size_t plane, const int form) {
+  const int is_signed = form == MPQ_SIGNED;
   const int quads = weight->segment * weight->segments / 4;
   const __m512i less = _mm512_set1_epi8((char)(kind == MPQ_INTEGER ? mpq_shift(weight) : weight->offset));
   const __m512i table = LOAD(__m512i, weight->low), high = LOAD(__m512i, weight->high);
@@ -52,7 +53,7 @@ INLINE void decode_tile(const mpq_weight *weight, const int bits, const int kind
   for (int i = 0; i < 64; i++) spread[i] = i / 8 * bits + i % 8, shifts[i] = i % 8 * bits;
   const __m512i spreads = LOAD(__m512i, spread), shift = LOAD(__m512i, shifts);
   for (int quad = 0; quad < quads; quad++, codes += 32 * bits) {
-    for (int line = 0; line < 32 * bits && !is_signed; line += 64) /* where they are signed, products ask for what follows */
+    for (int line = 0; line < 32 * bits && form <= 0; line += 64) /* otherwise products ask for what follows */
       _mm_prefetch((const char *)codes + MPQ_AHEAD + line, _MM_HINT_T0);
     if (bits == 8 && kind == MPQ_INTEGER && !is_signed) continue;
     __m512i found[4];
@@ -71,9 +72,9 @@ INLINE void decode_tile(const mpq_weight *weight, const int bits, const int kind
         }
         if (bits == 8) /* tables of 128 are read with seven bits; the sign is the code's own top bit */
           top = _mm512_ternarylogic_epi32(top, found[i], _mm512_set1_epi8((char)0x80), 0xf8); /* top | code & 0x80 */
-        to = out + 512 * (size_t)quad + 64 * i;
+        to = form == 1 ? out + 1024 * (quad / 8 * 4 + i) + quad % 8 * 128 : out + 512 * (size_t)quad + 64 * i;
         STORE(to, _mm512_unpacklo_epi8(bottom, top));
-        STORE(to + 256, _mm512_unpackhi_epi8(bottom, top));
+        STORE(to + (form == 1 ? 64 : 256), _mm512_unpackhi_epi8(bottom, top));
       } else {
         STORE(to, _mm512_permutexvar_epi8(found[i], low));
         if (kind == MPQ_TABLE16) STORE(to + plane, _mm512_permutexvar_epi8(found[i], high));
@@ -84,11 +85,12 @@ INLINE void decode_tile(const mpq_weight *weight, const int bits, const int kind
 
 #define DECODE(bits) \
   case bits: \
-    if (form == MPQ_SIGNED && weight->kind == MPQ_INTEGER) decode_tile(weight, bits, MPQ_INTEGER, codes, out, plane, 1); \
-    else if (form == MPQ_SIGNED) decode_tile(weight, bits, MPQ_TABLE8, codes, out, plane, 1); \
+    if (form == MPQ_SIGNED && weight->kind == MPQ_INTEGER) decode_tile(weight, bits, MPQ_INTEGER, codes, out, plane, MPQ_SIGNED); \
+    else if (form == MPQ_SIGNED) decode_tile(weight, bits, MPQ_TABLE8, codes, out, plane, MPQ_SIGNED); \
     else if (weight->kind == MPQ_INTEGER) decode_tile(weight, bits, MPQ_INTEGER, codes, out, plane, 0); \
     else if (weight->kind == MPQ_TABLE8) decode_tile(weight, bits, MPQ_TABLE8, codes, out, plane, 0); \
     else if (weight->kind == MPQ_TABLE16) decode_tile(weight, bits, MPQ_TABLE16, codes, out, plane, 0); \
+    else if (form == 1) decode_tile(weight, bits, MPQ_BFLOAT, codes, out, plane, 1); \
     else decode_tile(weight, bits, MPQ_BFLOAT, codes, out, plane, 0); \
     break;
 

@@ -17,6 +17,12 @@ AMX_INLINE void store_pair(uint8_t *to, size_t plane, const int planes, __m512 e
   STORE(to, _mm512_ternarylogic_epi32(_mm512_srli_epi32(first, 16), second, top, 0xf8));
 }
 
+AMX_INLINE void fill_up(const mpq_weight *weight, int pair, int planes, uint8_t *out) {
+  for (; pair % 16; pair++)
+    for (int i = 0; i < 4 * planes; i++)
+      memset(out + i / 4 * 128 * (size_t)mpq_filled(weight) + (pair / 16 * 4 + i % 4) * 1024 + pair % 16 * 64, 0, 64);
+}
+
 AMX_INLINE void decode_brain(const mpq_weight *weight, const mpq_tile *tile, const uint8_t *levels, const uint8_t *fine,
                              const int planes, const int kind, uint8_t *out) {
   const size_t plane = 128 * (size_t)mpq_filled(weight);
@@ -63,9 +69,104 @@ AMX_INLINE void decode_brain(const mpq_weight *weight, const mpq_tile *tile, con
         if (block == 3) levels += kind == MPQ_BFLOAT ? 512 : 256, fine += 256;
       }
   }
-  for (; pair % 16; pair++)
-    for (int i = 0; i < 4 * planes; i++)
-      memset(out + i / 4 * plane + (pair / 16 * 4 + i % 4) * 1024 + pair % 16 * 64, 0, 64);
+  fill_up(weight, pair, planes, out);
+}
+
+/* Whether adding to exponents is multiplying: all powers of two of a tile far from the ends of their range. */
+AMX_INLINE int middling(const mpq_weight *weight, const mpq_tile *tile) {
+  __m512i least = _mm512_set1_epi8(-1), most = _mm512_setzero_si512();
+  for (int segment = 0; segment < weight->segments; segment++) {
+    const __m512i scales = LOAD(__m512i, tile->scales + MPQ_ROWS * segment);
+    least = _mm512_min_epu8(least, scales), most = _mm512_max_epu8(most, scales);
+  }
+  return !_mm512_cmplt_epu8_mask(least, _mm512_set1_epi8(1)) && !_mm512_cmpgt_epu8_mask(most, _mm512_set1_epi8((char)230));
+}
+
+/* The level of code i, of tables. */
+AMX_INLINE float level_of(const mpq_weight *weight, int code) {
+  if (weight->kind == MPQ_TABLE16) return 256 * (weight->high[code] - 128) + weight->low[code];
+  return (weight->kind == MPQ_TABLE8 ? weight->low[code] : code) - weight->offset;
+}
+
+/* Codes of up to six bits as bfloat16 looked up whole; the scales, powers of two, are added to exponents. */
+AMX_INLINE void decode_halves(const mpq_weight *weight, const mpq_tile *tile, const uint8_t *codes, const int bits,
+                              uint8_t *out) {
+  uint16_t values[64];
+  uint8_t spread[64], shift[64], first[64];
+  for (int i = 0; i < 64; i++) {
+    const float level = level_of(weight, i & ((1 << bits) - 1));
+    uint32_t word;
+    memcpy(&word, &level, 4);
+    values[i] = word >> 16, first[i] = i / 4 * 4 + i % 4 / 2;
+    spread[i] = i / 8 * bits + i % 8, shift[i] = i % 8 * bits;
+  }
+  const __m512i table = LOAD(__m512i, values), table2 = LOAD(__m512i, values + 32), pick = LOAD(__m512i, first);
+  const __m512i pick2 = _mm512_add_epi8(pick, _mm512_set1_epi8(2)), spreads = LOAD(__m512i, spread), shifts = LOAD(__m512i, shift);
+  int pair = 0;
+  for (int segment = 0; segment < weight->segments; segment++) {
+    __m512i powers[4];
+    for (int block = 0; block < 4 && !weight->row_scales; block++) {
+      const __m512i power = _mm512_cvtepu8_epi32(LOAD(__m128i, tile->scales + MPQ_ROWS * segment + 16 * block));
+      const __m512i added = _mm512_slli_epi32(_mm512_sub_epi32(power, _mm512_set1_epi32(127)), 7);
+      powers[block] = _mm512_or_si512(_mm512_and_si512(added, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(added, 16));
+    }
+    for (int quad = 0; quad < weight->segment / 4; quad++, pair += 2, codes += 32 * bits) {
+      __m512i found[4];
+      codes256(bits, codes, spreads, shifts, found);
+      for (int i = 0; i < 8; i++) {
+        __m512i both = _mm512_permutexvar_epi8(i % 2 ? pick2 : pick, found[i / 2]);
+        if (bits == 6) both = _mm512_permutex2var_epi16(table, both, table2);
+        else both = _mm512_permutexvar_epi16(both, table);
+        if (!weight->row_scales) both = _mm512_mask_add_epi16(both, _mm512_test_epi16_mask(both, both), both, powers[i / 2]);
+        STORE(out + (pair / 16 * 4 + i / 2) * 1024 + (pair % 16 + i % 2) * 64, both);
+      }
+    }
+  }
+  fill_up(weight, pair, 1, out);
+}
+
+/* Codes of four bits as float32 looked up, with any scale. */
+AMX_INLINE void decode_nibbles(const mpq_weight *weight, const mpq_tile *tile, const uint8_t *codes, const int planes,
+                               uint8_t *out) {
+  const size_t plane = 128 * (size_t)mpq_filled(weight);
+  float values[16];
+  for (int i = 0; i < 16; i++) values[i] = level_of(weight, i);
+  const __m512 table = LOAD(__m512, values);
+  int pair = 0;
+  for (int segment = 0; segment < weight->segments; segment++) {
+    __m512 scale[4];
+    for (int block = 0; block < 4; block++)
+      scale[block] = weight->row_scales ? _mm512_set1_ps(1)
+                                        : scales16(weight->scale_kind, tile->scales, MPQ_ROWS * segment + 16 * block);
+    for (int quad = 0; quad < weight->segment / 4; quad++, pair += 2, codes += 128)
+      for (int block = 0; block < 4; block++) {
+        uint8_t *to = out + (pair / 16 * 4 + block) * 1024 + pair % 16 * 64;
+        const __m512i both = LOAD(__m512i, codes + block / 2 * 64); /* a lookup takes the last four bits */
+        __m512 found[4];
+        for (int i = 0; i < 4; i++)
+          found[i] = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(both, 8 * i + block % 2 * 4), table), scale[block]);
+        store_pair(to, plane, planes, found[0], found[1]);
+        store_pair(to + 64, plane, planes, found[2], found[3]);
+      }
+  }
+  fill_up(weight, pair, planes, out);
+}
+
+/* Straight from codes where that can be; whether it was. */
+AMX_INLINE int decode_at_once(const mpq_weight *weight, const mpq_tile *tile, const uint8_t *codes, uint8_t *out) {
+  const int table = weight->kind == MPQ_TABLE8 || weight->kind == MPQ_TABLE16, bits = weight->bits;
+  if (weight->brain == 1 && table && bits <= 6 &&
+      (weight->row_scales || (weight->scale_kind == MPQ_E8M0 && middling(weight, tile)))) {
+    if (bits == 4) decode_halves(weight, tile, codes, 4, out);
+    else if (bits == 5) decode_halves(weight, tile, codes, 5, out);
+    else if (bits == 6) decode_halves(weight, tile, codes, 6, out);
+    else return 0;
+    return 1;
+  }
+  if (bits != 4 || weight->kind == MPQ_BFLOAT || weight->zeros) return 0;
+  if (weight->brain == 2) decode_nibbles(weight, tile, codes, 2, out);
+  else decode_nibbles(weight, tile, codes, 1, out);
+  return 1;
 }
 
 static AMX_TARGET void decode_any_brain(const mpq_weight *weight, const uint8_t *codes, int form, mpq_tile *tile,
@@ -75,6 +176,13 @@ static AMX_TARGET void decode_any_brain(const mpq_weight *weight, const uint8_t 
     decode(weight, codes, form, tile, out);
     return;
   }
+  tile->levels[0] = out, tile->levels[1] = brain == 2 ? out + 128 * (size_t)mpq_filled(weight) : NULL;
+  if (kind == MPQ_BFLOAT && brain == 1 && weight->row_scales) {
+    decode(weight, codes, 1, tile, out);
+    tile->levels[0] = out;
+    return;
+  }
+  if (decode_at_once(weight, tile, codes, out)) return;
   uint8_t levels[128 * MPQ_MAX_TILE] __attribute__((aligned(64)));
   decode(weight, codes, MPQ_LEVELS, tile, levels);
   const uint8_t *first = tile->levels[0], *second = tile->levels[1];
@@ -101,7 +209,8 @@ AMX_INLINE void dot_brain(const int second) {
 
 /* Up to 32 tokens by 32 rows by the columns of a run of tiles. */
 AMX_INLINE void multiply_block(const mpq_weight *weight, const mpq_tile *tiles, int count, const mpq_activation *x,
-                               int64_t token, int block, const int second, const int two, const int planes, float *to) {
+                               int64_t token, int block, const int second, const int two, const int planes, int asks,
+                               float *to) {
   const int64_t filled = mpq_filled(weight), next = 32 * filled, plane = (x->tokens + 15) / 16 * next;
   _tile_loadd(4, to, 256);
   _tile_loadd(5, to + 16, 256);
@@ -112,7 +221,12 @@ AMX_INLINE void multiply_block(const mpq_weight *weight, const mpq_tile *tiles, 
   for (int i = 0; i < count; i++) {
     const uint8_t *near = (const uint8_t *)x->brain + tiles[i].index * planes * plane + token / 16 * next;
     const uint8_t *levels = tiles[i].levels[0] + 1024 * block, *rest = two ? tiles[i].levels[1] + 1024 * block : NULL;
+    const int64_t part = (tiles[i].bytes / (filled / 16) + 64) & ~(int64_t)63;
+    const uint8_t *ahead = tiles[i].ahead + (block ? filled / 32 * part : 0), *end = tiles[i].ahead + (asks ? tiles[i].bytes : 0);
     for (int step = 0; step < filled / 32; step++, near += 1024, levels += 4096) {
+      for (const uint8_t *line = ahead; line < ahead + part && line < end; line += 64)
+        _mm_prefetch((const char *)line, _MM_HINT_T0);
+      ahead += part;
       _tile_loadd(0, near, 64);
       if (second) _tile_loadd(1, near + next, 64);
       if (two) {
@@ -146,7 +260,7 @@ AMX_INLINE void multiply_brain(const mpq_weight *weight, const mpq_tile *tiles, 
       const int tokens = last - token < 32 ? (int)(last - token) : 32;
       float *to = sums + token * MPQ_ROWS + 16 * block;
       shape(tokens > 16 ? 16 : tokens, tokens > 16 ? tokens - 16 : 0);
-      if (tokens > 16) multiply_block(weight, tiles, count, x, token, block, 1, two, planes, to);
-      else multiply_block(weight, tiles, count, x, token, block, 0, two, planes, to);
+      if (tokens > 16) multiply_block(weight, tiles, count, x, token, block, 1, two, planes, token == first, to);
+      else multiply_block(weight, tiles, count, x, token, block, 0, two, planes, token == first, to);
     }
 }
