@@ -1,4 +1,5 @@
-/* Runs each case at every level on allocations of exact size: products of several batches, convolutions, the whole weight.
+/* Runs each case at every level on allocations of exact size: products of several batches, convolutions, the whole weight,
+ * its rows, and where it is square, steps of a decoder whose layers all have that weight.
  * A case is a file: an mpq_weight, the 256 numbers of its codes, the weight as float32 (rows, cols), the panels.
  * Prints the best level's name, then for each case the hash of what the first level computed. Gaps between rows hold NaN:
  * none may be read, nor written. Levels that share multiply.h must agree to the bit (without fused multiply-adds).
@@ -27,7 +28,38 @@ typedef struct { /* likewise */
   int64_t channels, size[2], kernel[2], out[2], stride[2], padding[2], dilation[2], steps[4];
 } mpq_images;
 
+typedef struct { /* as step.h has it */
+  const mpq_weight *weight;
+  const uint8_t *panels;
+  const float *tensor_scale;
+  const void *bias;
+  int32_t bias_bfloat, planes;
+} mpq_layer;
+
+typedef struct {
+  mpq_layer q, k, v, o, gate, up, down;
+  const float *attention_norm, *mlp_norm;
+} mpq_block;
+
+typedef struct {
+  const mpq_block *blocks;
+  int64_t count, width, hidden, heads, key_heads, head_width;
+  float epsilon;
+  int32_t bfloat, level;
+  void *parallel;
+  mpq_layer head;
+  const float *norm;
+} mpq_decoder;
+
+typedef struct {
+  const void *x, *cos, *sin;
+  void *logits, *const *past;
+  int64_t position, capacity, threads;
+} mpq_token;
+
 int64_t mpq_linear(const mpq_weight *, const mpq_call *);
+int64_t mpq_step(const mpq_decoder *, const mpq_token *);
+int mpq_embedding(const mpq_weight *, const uint8_t *, const float *, const float *, const int64_t *, int64_t, float *);
 int64_t mpq_conv(const mpq_weight *, const mpq_call *, const mpq_images *);
 void mpq_dequantize(const mpq_weight *, const uint8_t *, const float *, const float *, float *, int, void *);
 int mpq_best_level(void);
@@ -39,7 +71,7 @@ typedef struct {
   uint8_t *panels;
 } test_case;
 
-enum { FAILED = 1, NOT_A_NUMBER, GAP_WRITTEN, LEVELS_DIFFER, PATCHES_DIFFER, WEIGHTS_DIFFER, NO_CASE };
+enum { FAILED = 1, NOT_A_NUMBER, GAP_WRITTEN, LEVELS_DIFFER, PATCHES_DIFFER, WEIGHTS_DIFFER, THREADS_DIFFER, NO_CASE };
 #define TRY(call) do { const int failed_ = (call); if (failed_) return failed_; } while (0)
 
 static uint64_t hash;
@@ -160,6 +192,58 @@ static int dequantize(const test_case *one) {
   return 0;
 }
 
+static int look_up(const test_case *one) {
+  const int64_t rows[] = {one->weight.rows - 1, 0, one->weight.rows / 2, one->weight.rows}, cols = one->weight.cols;
+  float *out = filled(3 * cols * sizeof *out, 0xff);
+  if (mpq_embedding(&one->weight, one->panels, NULL, one->values, rows, 3, out) != 0) return FAILED;
+  for (int64_t i = 0; i < 3 * cols; i++)
+    if (!(out[i] == one->matrix[rows[i / cols] * cols + i % cols])) return WEIGHTS_DIFFER;
+  if (mpq_embedding(&one->weight, one->panels, NULL, one->values, rows + 3, 1, out) == 0) return FAILED;
+  free(out);
+  return 0;
+}
+
+static void *numbers(int64_t count, int bfloat) {
+  void *made = malloc(count * (bfloat ? 2 : 4));
+  for (int64_t i = 0; i < count; i++) put(made, i, bfloat, number(i + count));
+  return made;
+}
+
+/* Two blocks of four heads that share one of keys; the memory ends with the token. */
+static int decode(const test_case *one, int64_t position, int bfloat) {
+  const int64_t width = one->weight.rows, head = width / 4, past = (position + 1) * head;
+  const int element = bfloat ? 2 : 4;
+  mpq_weight few = one->weight;
+  few.rows = head;
+  float *norm = numbers(width, 0);
+  const mpq_layer whole = {&one->weight, one->panels, NULL, norm, 0, 2}, part = {&few, one->panels, NULL, NULL, 0, 2};
+  const mpq_block blocks[2] = {{whole, part, part, whole, whole, whole, whole, norm, norm},
+                               {whole, part, part, whole, whole, whole, whole, norm, norm}};
+  mpq_decoder decoder = {blocks, 2, width, width, 4, 1, head, 1e-5f, bfloat, 0, NULL, whole, norm};
+  uint8_t *first = NULL;
+  for (decoder.level = 0; decoder.level <= mpq_best_level(); decoder.level++) {
+    uint8_t *alone = NULL;
+    for (int threads = 1; threads <= 3; threads += 2) {
+      void *memory[4], *x = numbers(width, bfloat), *cos = numbers(head, bfloat), *sin = numbers(head, bfloat);
+      uint8_t *out = filled(width * element, 0xff);
+      for (int i = 0; i < 4; i++) memory[i] = numbers(past, bfloat);
+      const mpq_token token = {x, cos, sin, out, memory, position, position + 1, threads};
+      if (mpq_step(&decoder, &token) != 0) return FAILED;
+      TRY(look(out, 1, width, width, element));
+      if (alone && memcmp(alone, out, width * element)) return THREADS_DIFFER;
+      if (alone) free(out);
+      else alone = out;
+      for (int i = 0; i < 4; i++) free(memory[i]);
+      free(x), free(cos), free(sin);
+    }
+    if (first && alike(decoder.level) && memcmp(first, alone, width * element)) return LEVELS_DIFFER;
+    if (first) free(alone);
+    else remember(first = alone, width * element);
+  }
+  free(norm), free(first);
+  return 0;
+}
+
 static int drive(const char *name) {
   test_case one;
   FILE *file = fopen(name, "rb");
@@ -175,6 +259,9 @@ static int drive(const char *name) {
   hash = 0xcbf29ce484222325u;
   TRY(multiply(&one));
   TRY(dequantize(&one));
+  TRY(look_up(&one));
+  if (one.weight.rows == one.weight.cols)
+    for (int variant = 0; variant < 6; variant++) TRY(decode(&one, (const int[]){0, 37, 700}[variant / 2], variant & 1));
   for (int variant = 0; variant < 4; variant++) {
     TRY(convolve(&one, 1, 3, variant));
     if (one.weight.cols % 6 == 0) TRY(convolve(&one, 2, 3, variant));

@@ -25,6 +25,7 @@ NAMES = (
     "fp6-e3m2-g128", "fp8-e4m3", "fp8-e4m3-g10", "fp8-e5m2-channel",
 )  # fmt: skip
 SHAPES = ((70, 150), (1, 33))
+STEPS = [(name, 72, 72) for name in ("int4-g32", "nvfp4", "fp8-e4m3")]  # all layers of a decoder
 
 
 def build(compiler, program, *flags):
@@ -42,19 +43,18 @@ def build(compiler, program, *flags):
 def cases(tmp_path_factory):
     """Files as drive_native.c reads them; a tensor's own scale is left out."""
     folder, files = tmp_path_factory.mktemp("cases"), []
-    for name in NAMES:
-        for rows, cols in SHAPES:
-            format = parse_format(name)
-            packed = pack(quantize(torch.randn((rows, cols), generator=seeded(0, name, rows, cols)), format))
-            packed.tensors.pop("tensor_scale", None)
-            values, format = decode_table(format.grid), replace(format, tensor_scale=False)
-            packed = replace(packed, format=format)
-            values = torch.nn.functional.pad(values, (0, 256 - len(values)))
-            arranged = to_layout(packed, panels.NAME).tensors["panels"]
-            parts = (values, dequantize(unpack(packed)), arranged)
-            files.append(folder / f"{name}-{rows}x{cols}")
-            plan = cpu._plan(name, rows, cols).weight
-            files[-1].write_bytes(plan + b"".join(part.contiguous().numpy().tobytes() for part in parts))
+    for name, rows, cols in [(name, *shape) for name in NAMES for shape in SHAPES] + STEPS:
+        format = parse_format(name)
+        packed = pack(quantize(torch.randn((rows, cols), generator=seeded(0, name, rows, cols)), format))
+        packed.tensors.pop("tensor_scale", None)
+        values, format = decode_table(format.grid), replace(format, tensor_scale=False)
+        packed = replace(packed, format=format)
+        values = torch.nn.functional.pad(values, (0, 256 - len(values)))
+        arranged = to_layout(packed, panels.NAME).tensors["panels"]
+        parts = (values, dequantize(unpack(packed)), arranged)
+        files.append(folder / f"{name}-{rows}x{cols}")
+        plan = cpu._plan(name, rows, cols).weight
+        files[-1].write_bytes(plan + b"".join(part.contiguous().numpy().tobytes() for part in parts))
     return files
 
 
