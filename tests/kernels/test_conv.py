@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_cpu import TYPES, bound, level, needs_native, weight_of  # noqa: F401  (a fixture)
+from test_cpu import TYPES, bound, level, needs_native, poisoned, weight_of  # noqa: F401  (fixtures)
 from torch import nn
 from torch.nn import functional
 
@@ -91,7 +91,6 @@ def test_many_positions_are_the_same_whatever_the_threads(level, channels):  # n
     try:
         for threads in (1, 2, 8):
             torch.set_num_threads(threads)
-            torch.full((2, 40, 37, 70), float("nan"))  # freed at once: the allocator hands its poison to the output
             found.append(cpu.patches(x, *arguments))
     finally:
         torch.set_num_threads(before)
@@ -101,7 +100,7 @@ def test_many_positions_are_the_same_whatever_the_threads(level, channels):  # n
 
 @needs_native
 @torch.no_grad()
-def test_nan_and_infinities_stay_where_they_are_and_zeros_are_zeros():
+def test_nan_and_infinities_stay_where_they_are_and_zeros_are_zeros(level):  # noqa: F811
     conv = nn.Conv2d(5, 9, 3, padding=1, bias=False)
     module, _ = packed_conv(conv, "int8-channel")
     where = (module.kernel, module.stride, module.padding, module.dilation)
@@ -114,6 +113,8 @@ def test_nan_and_infinities_stay_where_they_are_and_zeros_are_zeros():
     assert torch.equal(found.isnan(), wanted.isnan())
     zeros = torch.zeros(1, 5, 4, 4)
     assert not cpu.patches(zeros, module.weight.tensors, None, *module.weight.facts, *where).any()
+    assert cpu.patches(zeros[:0], module.weight.tensors, None, *module.weight.facts, *where).shape == (0, 9, 4, 4)
+    assert module(zeros[:0]).shape == (0, 9, 4, 4)
 
 
 @pytest.mark.parametrize("layout", ["rows", pytest.param("panels", marks=needs_native)])
