@@ -206,6 +206,17 @@ def test_nan_infinities_and_vanishing_numbers_pass_through(level, name, tokens, 
 
 
 @needs_native
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp6-e2m3"])
+def test_powers_of_two_near_the_ends_of_their_range(level, name):
+    scales = 2.0 ** torch.linspace(-120, 110, 128)[:, None]
+    packed = pack(quantize(torch.randn((128, 256), generator=seeded(0)) * scales, parse_format(name)))
+    x = torch.randn((20, 256), generator=seeded(1))
+    exact = x.double() @ dequantize(unpack(packed)).double().T
+    error = (linear(x, to_layout(packed, panels.NAME)).double() - exact).abs()
+    assert (error <= bound(x, packed) + 2**-22 * exact.abs()).all()
+
+
+@needs_native
 @pytest.mark.parametrize("activation", ["", "int8-channel"])
 def test_zero_tokens_and_leading_dimensions(level, activation):
     for name in ("int4-g128", "fp8-e4m3", "int3-g64-asym"):

@@ -25,54 +25,38 @@ AMX_INLINE void shape(int first, int second) {
   _tile_loadconfig(&config);
 }
 
-/* Sums over `steps` of 64 bytes of 32 weight rows and up to 32 activation rows: dots (2 blocks, 32, 16). */
-AMX_INLINE void dot(const uint8_t *levels, const uint8_t *x, int64_t stride, const uint8_t *x2, int steps,
-                    const int second, int first_rows, int32_t *dots) {
+/* Sums over `steps` of 64 bytes of 32 weight rows and up to 16 activation rows: dots (2 blocks, 16, 16). */
+AMX_INLINE void dot(const uint8_t *levels, const uint8_t *x, int64_t stride, int steps, int32_t *dots) {
   _tile_zero(4);
   _tile_zero(5);
-  if (second) {
-    _tile_zero(6);
-    _tile_zero(7);
-  }
   for (int step = 0; step < steps; step++, levels += 16 * 256) {
     _tile_loadd(0, x + 64 * step, stride);
     _tile_loadd(2, levels, 256);
     _tile_loadd(3, levels + 64, 256);
-    if (second) _tile_loadd(1, x2 + 64 * step, stride);
     _tile_dpbsud(4, 0, 2); /* signed activations, unsigned levels */
     _tile_dpbsud(5, 0, 3);
-    if (second) {
-      _tile_dpbsud(6, 1, 2);
-      _tile_dpbsud(7, 1, 3);
-    }
   }
   _tile_stored(4, dots, 64);
-  _tile_stored(5, dots + 512, 64);
-  if (second) {
-    _tile_stored(6, dots + 16 * first_rows, 64);
-    _tile_stored(7, dots + 512 + 16 * first_rows, 64);
-  }
+  _tile_stored(5, dots + 256, 64);
 }
 
 /* What a segment's tokens have in common for all rows: their scales and the sums of their integers. */
 typedef struct {
-  float scale[32], total[32];
+  float scale[16], total[16];
 } segment_facts;
 
 AMX_INLINE void know(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int segment,
                      int64_t token, int count, const int planes, segment_facts *facts) {
   const int32_t *sum = x->sums + (tile->index * weight->segments + segment) * planes * x->tokens + token;
   const float *scale = x->scale + tile->index * x->tokens + token;
-  for (int t = 0; t < count; t += 16) {
-    const __mmask16 some = count - t < 16 ? (__mmask16)((1 << (count - t)) - 1) : 0xffff;
-    __m512 total = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(some, sum + t));
-    if (planes == 2) {
-      __m512 rest = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(some, sum + x->tokens + t));
-      total = _mm512_fmadd_ps(total, _mm512_set1_ps(256), rest);
-    }
-    STORE(facts->total + t, total);
-    STORE(facts->scale + t, _mm512_maskz_loadu_ps(some, scale + t));
+  const __mmask16 some = (__mmask16)((1 << count) - 1);
+  __m512 total = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(some, sum));
+  if (planes == 2) {
+    __m512 rest = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(some, sum + x->tokens));
+    total = _mm512_fmadd_ps(total, _mm512_set1_ps(256), rest);
   }
+  STORE(facts->total, total);
+  STORE(facts->scale, _mm512_maskz_loadu_ps(some, scale));
 }
 
 /* The integer sums of both planes as one. It fits: 127 * 255 * 256 columns, 256 times, and 128 * 255 * 256. */
@@ -99,29 +83,28 @@ AMX_INLINE void add(const mpq_weight *weight, const mpq_tile *tile, const segmen
   }
 }
 
-/* `count` tokens: up to 16, or up to 32 in one plane. Sums leave the matrix unit while it works on the next ones. */
+/* `count` tokens: up to 8, their planes side by side, or up to 16 in one. Sums leave the matrix unit while it works on the next ones. */
 AMX_INLINE void multiply_bytes_amx(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x,
-                                   int64_t token, int count, const int planes, const int second, const int two,
+                                   int64_t token, int count, const int planes, const int two,
                                    float *sums) {
   const int width = weight->segment * weight->segments, steps = weight->segment / 64;
-  const int rows = second ? (planes == 2 ? count : 16) : planes * count, works = (two ? 4 : 2) * weight->segments;
+  const int works = (two ? 4 : 2) * weight->segments;
   const uint8_t *q = (const uint8_t *)x->q + (tile->index * planes * x->tokens + token) * width;
-  const uint8_t *q2 = q + (planes == 2 ? x->tokens : 16) * width;
-  int32_t dots[2][2 * 512] __attribute__((aligned(64)));
-  float high[two ? 32 * 64 : 1];
+  int32_t dots[2][2 * 256] __attribute__((aligned(64)));
+  float high[two ? 16 * 64 : 1];
   segment_facts facts;
-  shape(rows, second ? (planes == 2 ? count : count - 16) : 0);
+  shape(planes * count, 0);
   for (int work = 0; work <= works; work++) { /* of two blocks of rows: (segment, level plane, blocks) */
     if (work < works) {
       const int segment = work / (two ? 4 : 2), start = segment * weight->segment;
       const uint8_t *levels = tile->levels[two ? work / 2 % 2 : 0] + 64 * (size_t)start + 128 * (work % 2);
-      dot(levels, q + start, width, q2 + start, steps, second, rows, dots[work % 2]);
+      dot(levels, q + start, width, steps, dots[work % 2]);
     }
     if (!work) continue;
     const int last = work - 1, segment = last / (two ? 4 : 2), block = last % 2 * 2;
     if (last % (two ? 4 : 2) == 0) know(weight, tile, x, segment, token, count, planes, &facts);
     for (int i = 0; i < 2; i++) {
-      const int32_t *from = dots[last % 2] + 512 * i;
+      const int32_t *from = dots[last % 2] + 256 * i;
       if (two && last / 2 % 2 == 0)
         for (int t = 0; t < count; t++) STORE(high + 64 * t + 16 * (block + i), joined(from, t, count, planes));
       else
@@ -133,19 +116,14 @@ AMX_INLINE void multiply_bytes_amx(const mpq_weight *weight, const mpq_tile *til
 #include "brain.h"
 #include "bytes.h"
 
-#define COUNT(planes, second) \
-  if (two) multiply_bytes_amx(weight, tile, x, token, count, planes, second, 1, sums); \
-  else multiply_bytes_amx(weight, tile, x, token, count, planes, second, 0, sums);
-
-AMX_INLINE void multiply_tile_amx(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int64_t first,
-                                  int64_t last, float *sums) {
-  const int planes = x->planes, two = weight->kind == MPQ_TABLE16;
-  const int side = planes == 2 && x->tokens <= 8, most = planes == 2 ? 16 : 32;
-  for (int64_t token = first; token < last; token += most) {
-    const int count = last - token < most ? (int)(last - token) : most;
-    if (planes == 2 && side) { COUNT(2, 0) } else if (planes == 2) { COUNT(2, 1) }
-    else if (count > 16) { COUNT(1, 1) } else { COUNT(1, 0) }
-  }
+/* At most 16 rows of integers, all planes of all tokens. */
+AMX_INLINE void multiply_few(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, int64_t first,
+                             int count, float *sums) {
+  const int two = weight->kind == MPQ_TABLE16;
+  if (x->planes == 2 && two) multiply_bytes_amx(weight, tile, x, first, count, 2, 1, sums);
+  else if (x->planes == 2) multiply_bytes_amx(weight, tile, x, first, count, 2, 0, sums);
+  else if (two) multiply_bytes_amx(weight, tile, x, first, count, 1, 1, sums);
+  else multiply_bytes_amx(weight, tile, x, first, count, 1, 0, sums);
 }
 
 static AMX_TARGET void multiply(const mpq_weight *weight, const mpq_tile *tiles, int run, const mpq_activation *x,
@@ -161,9 +139,7 @@ static AMX_TARGET void multiply(const mpq_weight *weight, const mpq_tile *tiles,
   } else if (weight->kind == MPQ_BFLOAT || weight->segment % 64 || x->tokens * x->planes < 6) {
     multiply_vectors(weight, tiles, run, x, first, last, sums);
   } else {
-    for (int64_t token = first; token < last; token += MPQ_BLOCK)
-      for (int i = 0; i < run; i++)
-        multiply_tile_amx(weight, tiles + i, x, token, last - token < MPQ_BLOCK ? last : token + MPQ_BLOCK, sums);
+    for (int i = 0; i < run; i++) multiply_few(weight, tiles + i, x, first, (int)(last - first), sums);
   }
 }
 

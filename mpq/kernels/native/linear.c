@@ -369,7 +369,8 @@ static void run(const mpq_call *call, void (*function)(void *), void *work, shar
 
 /* Whether a chunk is computed in bfloat16. Decoding to it costs about as much as 16 tokens of the products it saves, so
  * (4096 x 4096, measured with AMX) groups too short for the byte unit gain from 8 tokens on, 16-bit levels, which take
- * twice as many passes in bytes, from 32, and one scale for a row with bfloat16 activations, half the passes, from 64. */
+ * twice as many passes in bytes, where integers need more than one tile of the unit, and one scale for a row with
+ * bfloat16 activations, half the passes, from 64. */
 static int in_brain(const job *work, int64_t tokens) {
   const mpq_weight *weight = work->weight;
   if (!work->level->brain || tokens < 8) return 0;
