@@ -104,7 +104,7 @@ AMX_INLINE void decode_halves(const mpq_weight *weight, const mpq_tile *tile, co
   const __m512i pick2 = _mm512_add_epi8(pick, _mm512_set1_epi8(2)), spreads = LOAD(__m512i, spread), shifts = LOAD(__m512i, shift);
   int pair = 0;
   for (int segment = 0; segment < weight->segments; segment++) {
-    __m512i powers[4];
+    __m512i powers[4] = {0};
     for (int block = 0; block < 4 && !weight->row_scales; block++) {
       const __m512i power = _mm512_cvtepu8_epi32(LOAD(__m128i, tile->scales + MPQ_ROWS * segment + 16 * block));
       const __m512i added = _mm512_slli_epi32(_mm512_sub_epi32(power, _mm512_set1_epi32(127)), 7);
