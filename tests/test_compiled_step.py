@@ -73,9 +73,7 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.fixture(
-    params=range(cpu.native().library.mpq_best_level() + 1 if cpu.native() else 0), ids=lambda i: cpu.LEVELS[i]
-)
+@pytest.fixture(params=cpu.levels(), ids=lambda i: cpu.LEVELS[i])
 def level(request, monkeypatch):
     found = replace(cpu.native(), level=request.param)
     monkeypatch.setattr(cpu, "native", lambda: found)

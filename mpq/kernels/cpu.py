@@ -1,9 +1,9 @@
 """The compiled CPU kernels: torch.ops.mpq.linear on the "panels" layout.
 
-`MPQ_CPU_LEVEL` (portable, avx2, avx512, amx; on Arm portable, neon) caps the instructions used. Two activation modes:
-by default activations become two planes of int8, about 15 bits with a scale for each tile of 128 columns (bfloat16 or
-float32 as they are for 8-bit floats); under the activation format int8-channel (a scheme's "+a:int8-token"), one plane
-and a scale for each token, which is the reference's arithmetic.
+`MPQ_CPU_LEVEL` (portable, avx2, avxvnni, avx512, amx; on Arm portable, neon) caps the instructions used. Two activation
+modes: by default activations become two planes of int8, about 15 bits with a scale for each tile of 128 columns
+(bfloat16 or float32 as they are for 8-bit floats); under the activation format int8-channel (a scheme's
+"+a:int8-token"), one plane and a scale for each token, which is the reference's arithmetic.
 """
 
 import ctypes
@@ -29,15 +29,17 @@ from mpq.kernels.layout import LAYOUTS, Layout, Packed
 from mpq.kernels.ops import KERNELS
 
 LEVELS = (  # as native/linear.c orders them
-    ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512", "amx")
+    ("portable", "neon")
+    if platform.machine() in ("aarch64", "arm64")
+    else ("portable", "avx2", "avxvnni", "avx512", "amx")
 )
 _SCALE_KINDS = ("fp32", "fp16", "bf16", "e8m0", "e4m3", "ue5m3")  # as native/mpq.h numbers them
 _WEIGHT = struct.Struct("@qqq12if256s256s0q")
 _CALL = struct.Struct("@PPPqqPPq6iPP")
 _IMAGES = struct.Struct("@17q")
 # A convolution goes by patches up to so many positions for each row of the weight, and in all (measured at each level,
-# but for neon, which has avx2's)
-_POSITIONS = ((0.06, 4.0), (0.12, 10.0), (0.4, 160.0), (1.5, math.inf))
+# but for neon and avxvnni, which have avx2's)
+_POSITIONS = ((0.06, 4.0), (0.12, 10.0), (0.12, 10.0), (0.4, 160.0), (1.5, math.inf))
 _log = logging.getLogger(__name__)
 
 
@@ -72,7 +74,13 @@ def native() -> Native | None:
     wanted = os.environ.get("MPQ_CPU_LEVEL", LEVELS[-1])
     if wanted not in LEVELS:
         raise MpqError(f"MPQ_CPU_LEVEL is {wanted!r}: expected one of {', '.join(LEVELS)}")
-    return Native(library, min(library.mpq_best_level(), LEVELS.index(wanted)), _torch_parallel())
+    return Native(library, library.mpq_best_level(LEVELS.index(wanted)), _torch_parallel())
+
+
+def levels() -> list[int]:
+    """The levels that run here: indices in LEVELS, none without the library."""
+    found = native()
+    return [level for level in range(len(LEVELS)) if found and found.library.mpq_best_level(level) == level]
 
 
 def level_name() -> str:

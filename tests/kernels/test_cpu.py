@@ -44,11 +44,7 @@ def poisoned():
     torch.use_deterministic_algorithms(before)
 
 
-def levels():
-    return range(cpu.native().library.mpq_best_level() + 1) if cpu.native() else ()
-
-
-@pytest.fixture(params=list(levels()), ids=lambda level: cpu.LEVELS[level])
+@pytest.fixture(params=list(cpu.levels()), ids=lambda level: cpu.LEVELS[level])
 def level(request, monkeypatch):
     found = cpu.native()
     capped = cpu.Native(found.library, request.param, found.parallel)
@@ -244,7 +240,7 @@ def test_cpu_matrices_are_computed_in_panels():
 @needs_native
 def test_the_environment_caps_the_level():
     script = "from mpq.kernels import cpu; print(cpu.level_name())"
-    for name in [cpu.LEVELS[level] for level in levels()]:
+    for name in [cpu.LEVELS[level] for level in cpu.levels()]:
         found = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "MPQ_CPU_LEVEL": name}
         )
@@ -255,7 +251,7 @@ def test_the_environment_caps_the_level():
 def test_levels_are_named_as_the_library_orders_them():
     name = cpu.native().library.mpq_level_name
     name.restype = ctypes.c_char_p
-    assert tuple(name(level).decode() for level in levels()) == cpu.LEVELS[: len(levels())]
+    assert tuple(name(level).decode() for level in range(len(cpu.LEVELS))) == cpu.LEVELS
 
 
 @needs_native

@@ -45,7 +45,7 @@ typedef struct {
 static const mpq_level *const levels[] = {
     &mpq_portable,
 #ifdef MPQ_X86
-    &mpq_avx2, &mpq_avx512, &mpq_amx,
+    &mpq_avx2, &mpq_avxvnni, &mpq_avx512, &mpq_amx,
 #elif defined(MPQ_ARM)
     &mpq_neon,
 #endif
@@ -64,22 +64,39 @@ static int allow_matrix(void) {
 }
 #endif
 
-/* The best level of this machine: an index for mpq_level_name. */
-EXPORT int mpq_best_level(void) {
+#ifdef MPQ_X86
+static int has_vnni(void) { /* of 32 bytes, without AVX-512 */
+  unsigned a = 7, b, c = 1, d;
+  __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  return a >> 4 & 1;
+}
+#endif
+
+static int runs_here(int level) {
 #ifdef MPQ_X86
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-  if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512vbmi") ||
-      !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
-    return 1;
-  return allow_matrix() ? 3 : 2;
+  if (level && (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))) return 0;
+  if (level == 2) return has_vnni();
+  if (level > 2 && (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512vbmi") ||
+                    !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+                    !__builtin_cpu_supports("avx512dq")))
+    return 0;
+  return level < 4 || allow_matrix();
 #elif defined(MPQ_ARM) && defined(__linux__)
-  return getauxval(AT_HWCAP) >> 20 & 1; /* HWCAP_ASIMDDP */
+  return !level || (getauxval(AT_HWCAP) >> 20 & 1); /* HWCAP_ASIMDDP */
 #elif defined(MPQ_ARM) && defined(__APPLE__)
   return 1;
 #else
-  return 0;
+  return !level;
 #endif
+}
+
+/* The best level of this machine that is none above `most`: an index for mpq_level_name. */
+EXPORT int mpq_best_level(int most) {
+  const int last = (int)(sizeof levels / sizeof *levels) - 1;
+  int level = most < last ? most : last;
+  while (level > 0 && !runs_here(level)) level--;
+  return level;
 }
 
 EXPORT const char *mpq_level_name(int level) { return levels[level]->name; }

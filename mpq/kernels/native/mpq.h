@@ -119,5 +119,5 @@ static inline int mpq_filled(const mpq_weight *weight) { return (weight->segment
 /* What signed levels are less than the unsigned ones. */
 static inline int mpq_shift(const mpq_weight *weight) { return weight->bits == 8 ? 128 : weight->zeros ? 0 : weight->offset; }
 
-extern const mpq_level mpq_portable, mpq_avx2, mpq_avx512, mpq_amx, mpq_neon;
+extern const mpq_level mpq_portable, mpq_avx2, mpq_avxvnni, mpq_avx512, mpq_amx, mpq_neon;
 #endif
