@@ -24,7 +24,7 @@ from torch import Tensor
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
 from mpq.core.rounding import SCALE_DTYPES, decode_table
-from mpq.kernels import panels, reference
+from mpq.kernels import dispatch, panels, reference
 from mpq.kernels.layout import LAYOUTS, Layout, Packed
 from mpq.kernels.ops import KERNELS
 
@@ -71,10 +71,14 @@ def native() -> Native | None:
     library.mpq_dequantize.restype = None
     library.mpq_dequantize.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 4, ctypes.c_int, ctypes.c_void_p]
     library.mpq_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
+    library.mpq_know.restype = None
+    library.mpq_know.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     wanted = os.environ.get("MPQ_CPU_LEVEL", LEVELS[-1])
     if wanted not in LEVELS:
         raise MpqError(f"MPQ_CPU_LEVEL is {wanted!r}: expected one of {', '.join(LEVELS)}")
-    return Native(library, library.mpq_best_level(LEVELS.index(wanted)), _torch_parallel())
+    found = Native(library, library.mpq_best_level(LEVELS.index(wanted)), _torch_parallel())
+    dispatch.serve(library, found.level, found.parallel)
+    return found
 
 
 def levels() -> list[int]:
@@ -120,6 +124,8 @@ def _plan(format_name: str, rows: int, cols: int) -> Plan:
         cut.group, cut.segment, cut.segments, cut.tiles, _SCALE_KINDS.index(format.scale), scale_bytes,
         cut.row_scales, format.zero_point, panels.bfloats_of(format), levels.factor, levels.low, levels.high,
     )  # fmt: skip
+    if found := native():
+        found.library.mpq_know(format_name.encode(), weight)
     return Plan(weight, levels.kind)
 
 
@@ -133,7 +139,7 @@ def linear(
     layout: str,
     activation: str,
 ) -> Tensor:
-    """torch.ops.mpq.linear for the panels layout; as `mpq.kernels.reference.linear`."""
+    """torch.ops.mpq.linear for the panels layout, where `dispatch` does not serve it; as `reference.linear`."""
     found = native()
     if found is None or not cols or not rows:
         return reference.linear(input, weight, bias, format, rows, cols, layout, activation)

@@ -4,6 +4,7 @@ A weight comes as the tensors of its layout in their fixed order. A backend adds
 type to `KERNELS`; anything else is computed by the reference, from every layout.
 
     linear(input (..., cols), weight, bias (rows,) or None, ...) -> (..., rows) in the input's type
+    linear_any: the same, always by way of Python; what `mpq.kernels.dispatch` leaves to it
     dequantize(weight, ...) -> (rows, cols) float32
     embedding(indices (...), weight, ..., dtype) -> (..., cols)
     conv(input (n, channels, *size), weight, bias or None, ..., kernel, stride, padding, dilation, groups)
@@ -19,12 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv1d_input, conv2d_input
 
+from mpq.core.errors import MpqError
 from mpq.kernels import fragments, gpu, reference
 
 _WEIGHT = "str format, int rows, int cols, str layout"
 _SPATIAL = "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups"
+_LINEAR = f"(Tensor input, Tensor[] weight, Tensor? bias, {_WEIGHT}, str activation) -> Tensor"
 SCHEMAS = {
-    "linear": f"(Tensor input, Tensor[] weight, Tensor? bias, {_WEIGHT}, str activation) -> Tensor",
+    "linear": _LINEAR,
+    "linear_any": _LINEAR,
     "dequantize": f"(Tensor[] weight, {_WEIGHT}) -> Tensor",
     "conv": f"(Tensor input, Tensor[] weight, Tensor? bias, {_WEIGHT}, {_SPATIAL}) -> Tensor",
     "embedding": f"(Tensor indices, Tensor[] weight, {_WEIGHT}, ScalarType dtype) -> Tensor",
@@ -46,6 +50,10 @@ def _linear(
     layout: str,
     activation: str,
 ) -> Tensor:
+    if input.shape[-1:] != (cols,):
+        raise MpqError(
+            f"an input of shape {tuple(input.shape)} came to a layer of {cols} columns: its last size must be {cols}"
+        )
     kernel = KERNELS.get(("linear", layout, input.device.type), reference.linear)
     return kernel(input, weight, bias, format, rows, cols, layout, activation)
 
@@ -135,6 +143,7 @@ def _conv_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 _LIBRARY: Any = torch.library.Library("mpq", "DEF")  # type: ignore[no-untyped-call]
 _PARTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "linear": (_linear, _linear_shape),
+    "linear_any": (_linear, _linear_shape),
     "conv": (_conv, _conv_shape),
     "dequantize": (_dequantize, _dequantize_shape),
     "embedding": (_embedding, _embedding_shape),

@@ -446,6 +446,8 @@ EXPORT int64_t mpq_conv(const mpq_weight *weight, const mpq_call *call, const mp
 
 #include "step.h"
 
+#include "dispatch.h"
+
 typedef struct {
   const uint8_t *data;
   int64_t blocks;
