@@ -110,7 +110,7 @@ typedef struct {
 /* Units of work in one range for each thread, so that it reads on where it was; who has done its own helps the others. */
 typedef struct {
   int64_t units;
-  int block, ranges; /* a range of n units is taken in ceil(n / block) items */
+  int block, ranges; /* a range is taken in items of `block` units, the last MPQ_SINGLE one by one: threads end together */
   atomic_int arrived;
   struct {
     atomic_llong taken;
@@ -129,11 +129,13 @@ static int arrive(shares *all) { return atomic_fetch_add(&all->arrived, 1) % all
 static int take(shares *all, int *own, item *found) {
   for (int tries = 0; tries < all->ranges; tries++, *own = (*own + 1) % all->ranges) {
     const int64_t start = all->units * *own / all->ranges, end = all->units * (*own + 1) / all->ranges;
-    const int64_t items = (end - start + all->block - 1) / all->block;
+    const int64_t single = all->block > 1 && end - start > MPQ_SINGLE ? MPQ_SINGLE : 0, blocks_end = end - single;
+    const int64_t blocks = (blocks_end - start + all->block - 1) / all->block, items = blocks + single;
     const int64_t index = atomic_load_explicit(&all->range[*own].taken, memory_order_relaxed) < items
                               ? atomic_fetch_add(&all->range[*own].taken, 1) : items;
     if (index < items) {
-      *found = (item){start + index, items, end};
+      if (index < blocks) *found = (item){start + index, blocks, blocks_end};
+      else *found = (item){blocks_end + index - blocks, 1, blocks_end + index - blocks + 1};
       return 1;
     }
   }

@@ -19,6 +19,7 @@
 #define MPQ_BLOCK 32      /* tokens that are taken together */
 #define MPQ_RUN 2         /* tiles that are decoded before they are multiplied, when there are tokens enough */
 #define MPQ_STREAMS 2     /* panels that one token reads in turns: the memory always has something to fetch */
+#define MPQ_SINGLE 2      /* panels that end a thread's range one by one */
 #define MPQ_PANELS 8      /* panels that share one passage of the activations, likewise */
 #define MPQ_THREADS 256   /* at most */
 #define MPQ_ALONE 8       /* from so many tokens on, threads share the making of integers */
