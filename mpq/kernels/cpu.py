@@ -2,8 +2,9 @@
 
 `MPQ_CPU_LEVEL` (portable, avx2, avxvnni, avx512, amx; on Arm portable, neon) caps the instructions used. Two activation
 modes: by default activations become two planes of int8, about 15 bits with a scale for each tile of 128 columns
-(bfloat16 or float32 as they are for 8-bit floats); under the activation format int8-channel (a scheme's
-"+a:int8-token"), one plane and a scale for each token, which is the reference's arithmetic.
+(bfloat16 or float32 as they are for 8-bit floats; with AMX, from 8 bfloat16 tokens on, weights may be rounded to
+bfloat16); under the activation format int8-channel (a scheme's "+a:int8-token"), one plane and a scale for each token,
+which is the reference's arithmetic.
 """
 
 import ctypes

@@ -47,7 +47,7 @@ def check(x, conv, name):
     if conv.bias is not None:
         exact = exact + conv.bias.double()
     error = (found.movedim(1, -1).reshape(exact.shape).double() - exact).abs()
-    allowed = bound(rows, packed) + (TYPES[x.dtype] + 2**-22) * exact.abs()
+    allowed = bound(rows, packed, x.dtype) + (TYPES[x.dtype] + 2**-22) * exact.abs()
     allowed += 2**-24 if x.dtype == torch.float16 else 0  # its subnormals
     assert (error <= allowed).all(), (error / allowed).max()
     error = (chosen.movedim(1, -1).reshape(exact.shape).double() - exact).abs()

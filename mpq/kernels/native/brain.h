@@ -6,10 +6,10 @@
 /* Lanes of (even, odd) as pairs of bfloat16; `planes` 2: what rounding left over goes `plane` bytes further. */
 AMX_INLINE void store_pair(uint8_t *to, size_t plane, const int planes, __m512 even, __m512 odd) {
   const __m512i top = _mm512_set1_epi32((int)0xffff0000), half = _mm512_set1_epi32(0x8000);
-  __m512i first = (__m512i)even, second = (__m512i)odd;
+  __m512i first = _mm512_add_epi32((__m512i)even, half), second = _mm512_add_epi32((__m512i)odd, half);
   if (planes == 2) {
-    first = _mm512_and_si512(_mm512_add_epi32(first, half), top);
-    second = _mm512_and_si512(_mm512_add_epi32(second, half), top);
+    first = _mm512_and_si512(first, top);
+    second = _mm512_and_si512(second, top);
     __m512i rest = _mm512_add_epi32((__m512i)_mm512_sub_ps(even, (__m512)first), half);
     __m512i rest2 = _mm512_add_epi32((__m512i)_mm512_sub_ps(odd, (__m512)second), half);
     STORE(to + plane, _mm512_ternarylogic_epi32(_mm512_srli_epi32(rest, 16), rest2, top, 0xf8)); /* a | b & c */

@@ -388,14 +388,16 @@ static void run(const mpq_call *call, void (*function)(void *), void *work, shar
 
 /* Whether a chunk is computed in bfloat16. Decoding to it costs about as much as 16 tokens of the products it saves, so
  * (4096 x 4096, measured with AMX) groups too short for the byte unit gain from 8 tokens on, 16-bit levels, which take
- * twice as many passes in bytes, where integers need more than one tile of the unit, and one scale for a row with
- * bfloat16 activations, half the passes, from 64. */
+ * twice as many passes in bytes, where integers need more than one tile of the unit. Bfloat16 activations take one pass,
+ * of weights that are rounded to it, against two of bytes: from 128 tokens on, from 64 where scales need no stage of
+ * their own or one for each step of the unit. */
 static int in_brain(const job *work, int64_t tokens) {
   const mpq_weight *weight = work->weight;
   if (!work->level->brain || tokens < 8) return 0;
   if (weight->kind == MPQ_BFLOAT || weight->segment % 64) return 1;
   if (weight->kind == MPQ_TABLE16) return tokens * work->call->planes > 16;
-  return tokens >= 64 && weight->row_scales && weight->brain == 1 && work->call->bfloat && work->call->planes == 2;
+  if (!work->call->bfloat || work->call->planes == 1) return 0;
+  return tokens >= (weight->row_scales || weight->segment == 64 ? 64 : 128);
 }
 
 /* How a chunk's work is cut. */
@@ -420,6 +422,7 @@ static int64_t multiply(const mpq_weight *given, const mpq_call *call, const mpq
   const mpq_weight *weight = &own;
   int64_t unfit = 0;
   if (call->tensor_scale) own.factor *= *call->tensor_scale;
+  if (call->bfloat && call->planes == 2) own.brain = 1; /* rounded, as the activations are */
   for (int64_t first = 0; first < call->tokens; first += MPQ_CHUNK) {
     const int64_t tokens = call->tokens - first < MPQ_CHUNK ? call->tokens - first : MPQ_CHUNK;
     job work = {.weight = weight, .call = call, .images = images, .level = levels[call->level], .first = first};
