@@ -51,6 +51,11 @@ def add_studies(command: AddCommand) -> None:
     bench.add_argument("--batches", default="1,16", help="tokens at a time (default: 1,16)")
     bench.add_argument("--repeats", type=int, default=30)
     bench.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    bench.add_argument(
+        "--inputs",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of what comes in (default: float32; on a GPU bfloat16)",
+    )
     bench.add_argument("--tune", action="store_true", help="on a GPU: choose blocks by timing first, and keep them")
     bench.add_argument("--list", action="store_true", help="say which kernels the device runs, and stop")
     bench.add_argument("-o", "--output", help="latency table to write, a .json file for 'mpq allocate --latency'")
@@ -142,6 +147,8 @@ def _proxy_show(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    import torch
+
     from mpq.kernels.bench import describe, device_of, latency_table, measure
 
     device = device_of(options.device)
@@ -162,7 +169,8 @@ def _bench(options: argparse.Namespace) -> None:
     of_roof = "of copy" if device.type == "cuda" else "of read"
     rows = [("format", "rows x cols", "batch", "us", "GB/s", of_roof, "x float32", "x bf16")]
     timings = []
-    for timing in measure(schemes, sizes, batches, repeats=options.repeats, device=device):
+    dtype = getattr(torch, options.inputs) if options.inputs else None
+    for timing in measure(schemes, sizes, batches, repeats=options.repeats, dtype=dtype, device=device):
         timings.append(timing)
         speed = f"{timing.nbytes / timing.seconds / 1e9:.1f}"
         ratios = (f"{timing.float32 / timing.seconds:.2f}", f"{timing.bfloat16 / timing.seconds:.2f}")

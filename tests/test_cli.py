@@ -214,7 +214,7 @@ def test_evolution_measures_on_the_tables_own_model(table, tmp_path, capsys):
 def test_measured_latency_is_a_cost(table, tmp_path, capsys):
     latencies = tmp_path / "latency.json"
     shapes = ["--shapes", "16x64", "--batches", "1,3", "--repeats", "3", "-o", str(latencies)]
-    assert main(["bench", "--formats", "int2-g32,int4-g32,int8-channel", *shapes]) == 0
+    assert main(["bench", "--formats", "int2-g32,int4-g32,int8-channel", "--inputs", "bfloat16", *shapes]) == 0
     assert main(["allocate", str(table), "--bits", "6", "--latency", str(latencies), "--budget", "latency=10"]) == 0
     assert "int4-g32" in capsys.readouterr().out
     job = ["allocate", str(table), "--bits", "6", "--latency", str(latencies), "--budget", "latency=10", "--batch"]

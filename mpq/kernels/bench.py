@@ -103,7 +103,7 @@ def measure(
     """
     parsed = [parse_scheme(name) for name in schemes]
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    bandwidth = _bandwidth(device, beyond)
+    bandwidth = streaming(device, beyond)
     for rows, cols in shapes:
         dense = torch.randn((rows, cols), generator=seeded(0, "bench", rows, cols)).to(device)
         floats = {kind: Rotation([dense.to(kind)], beyond) for kind in (torch.float32, torch.bfloat16)}
@@ -124,11 +124,12 @@ def measure(
 
 
 def _moved(device: torch.device) -> int:
-    """Bytes that a call of `_bandwidth` moves: a copy reads and writes."""
+    """Bytes that a call of `streaming` moves: a copy reads and writes."""
     return PAGE[device.type] * (2 if device.type == "cuda" else 1)
 
 
-def _bandwidth(device: torch.device, beyond: int) -> Contestant:
+def streaming(device: torch.device, beyond: int) -> Contestant:
+    """Reading `PAGE` bytes of memory, or copying them on a GPU: what no kernel can be faster than."""
     # Read in pieces as short as a layer: a longer run would meet the scheduler where layers do not.
     page = torch.ones(PAGE[device.type] // 4, device=device)
     if device.type == "cuda":

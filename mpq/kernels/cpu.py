@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -159,27 +159,45 @@ def linear(
         stride = x.stride(0)
     if bias is not None and (bias.dtype not in (torch.float32, torch.bfloat16) or bias.stride(0) != 1):
         bias = bias.float().contiguous()
-    bfloat = x.dtype == torch.bfloat16
+    tokens = input.numel() // cols
     out = torch.empty((*input.shape[:-1], rows), dtype=x.dtype, device="cpu")
-
-    def multiply(unfit: int) -> int:
-        return int(found.library.mpq_linear(plan.weight, _CALL.pack(
-            weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0,
-            x.data_ptr(), input.numel() // cols, stride,
-            0 if bias is None else bias.data_ptr(), out.data_ptr(), rows,
-            bfloat, bias is not None and bias.dtype == torch.bfloat16, bfloat,
-            planes, torch.get_num_threads(), found.level, unfit, found.parallel,
-        )))  # fmt: skip
-
-    status = multiply(0)
+    status = found.library.mpq_linear(plan.weight, _call(found, weight, x, tokens, stride, bias, out, planes))
     if status < 0:
         raise MemoryError("the CPU kernel found no room for its scratch memory")
     if status:
-        which = torch.empty(input.numel() // cols, dtype=torch.int8)
-        multiply(which.data_ptr())
+        which = torch.empty(tokens, dtype=torch.int8)
+        found.library.mpq_linear(plan.weight, _call(found, weight, x, tokens, stride, bias, out, planes, which))
         rest = (weight, bias, format, rows, cols, layout, activation if planes == 1 else "")
         _redo(out.view(-1, rows), x.reshape(-1, cols), which.bool(), *rest)
     return out if out.dtype == input.dtype else out.to(input.dtype)
+
+
+def _call(
+    found: Native, weight: Sequence[Tensor], x: Tensor, tokens: int, stride: int, bias: Tensor | None, out: Tensor,
+    planes: int = 2, unfit: Tensor | None = None,
+) -> bytes:  # fmt: skip
+    """An mpq_call."""
+    bfloat = x.dtype == torch.bfloat16
+    return _CALL.pack(
+        weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0, x.data_ptr(), tokens, stride,
+        0 if bias is None else bias.data_ptr(), out.data_ptr(), out.shape[-1],
+        bfloat, bias is not None and bias.dtype == torch.bfloat16, bfloat,
+        planes, torch.get_num_threads(), found.level, 0 if unfit is None else unfit.data_ptr(), found.parallel,
+    )  # fmt: skip
+
+
+def prepared(input: Tensor, weight: Sequence[Tensor], out: Tensor, format: str) -> Callable[[], int]:
+    """The compiled product alone, (tokens, cols) into (tokens, rows) of one type, as often as it is called.
+
+    All that Python does is done beforehand, for whoever times the rest. The tensors must outlive it. MpqError without
+    compiled kernels.
+    """
+    found = native()
+    if found is None:
+        raise MpqError("mpq was installed without its compiled kernels: pip install it where a C compiler is")
+    plan = _plan(format, out.shape[-1], input.shape[-1])
+    call = _call(found, weight, input, len(input), input.stride(0), None, out)
+    return lambda: int(found.library.mpq_linear(plan.weight, call))
 
 
 def conv(
@@ -206,7 +224,6 @@ def patches(
     x = input if input.dtype in (torch.float32, torch.bfloat16) else input.float()
     if bias is not None and (bias.dtype not in (torch.float32, torch.bfloat16) or bias.stride(0) != 1):
         bias = bias.float().contiguous()
-    bfloat = x.dtype == torch.bfloat16
     out = x.new_empty((len(x), *size, rows))
     tokens = out.numel() // rows
     unfit = x.new_empty(tokens, dtype=torch.int8)
@@ -216,13 +233,8 @@ def patches(
     )]  # fmt: skip
     images = _IMAGES.pack(x.shape[1], *(value for pair in pairs for value in pair),
                           x.stride(0), x.stride(1), line, x.stride(-1))  # fmt: skip
-    status = found.library.mpq_conv(_plan(format, rows, cols).weight, _CALL.pack(
-        weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0,
-        x.data_ptr(), tokens, 0,
-        0 if bias is None else bias.data_ptr(), out.data_ptr(), rows,
-        bfloat, bias is not None and bias.dtype == torch.bfloat16, bfloat,
-        2, torch.get_num_threads(), found.level, unfit.data_ptr(), found.parallel,
-    ), images)  # fmt: skip
+    call = _call(found, weight, x, tokens, 0, bias, out, unfit=unfit)
+    status = found.library.mpq_conv(_plan(format, rows, cols).weight, call, images)
     if status < 0:
         raise MemoryError("the CPU kernel found no room for its scratch memory")
     if status:
