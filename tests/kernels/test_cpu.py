@@ -93,12 +93,15 @@ TYPES = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 @needs_native
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.sampled_from(EVERY), st.sampled_from([1, 2, 3, 5, 8, 9, 16, 17, 33, 40, 64, 257]), st.integers(1, 150),
+    st.sampled_from(EVERY), st.sampled_from([1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 40, 64, 257]), st.integers(1, 150),
     st.integers(1, 400), st.sampled_from(sorted(TYPES, key=str)), st.booleans(), st.sampled_from(["", "int8-channel"]),
     st.integers(0, 9),
 )  # fmt: skip
 @example("mxfp8-e4m3", 300, 65, 129, torch.float32, True, "", 0)
 @example("fp6-e3m2-channel", 12, 64, 384, torch.float32, False, "", 1)
+@example("int5-g64-asym", 4, 70, 257, torch.float32, True, "", 2)
+@example("nvfp4", 4, 70, 257, torch.float32, True, "", 2)
+@example("nf4-g64", 2, 70, 257, torch.float32, True, "", 2)
 @example("nf4-g64", 40, 70, 257, torch.bfloat16, True, "", 1)
 def test_equals_the_reference(level, name, tokens, rows, cols, dtype, with_bias, activation, seed):
     packed, arranged = weight_of(name, rows, cols)
@@ -127,7 +130,7 @@ def test_equals_the_reference(level, name, tokens, rows, cols, dtype, with_bias,
 @pytest.mark.parametrize(
     "name", [name for name in NAMES if panels.levels_of(parse_format(name).grid).kind != panels.BFLOAT]
 )
-@pytest.mark.parametrize("tokens", [1, 3, 20, 40])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 20, 40])
 def test_int8_activations_are_the_reference_arithmetic(level, name, tokens):
     packed, arranged = weight_of(name, 70, 300)
     x = torch.randn((tokens, 300), generator=seeded(tokens))

@@ -136,7 +136,7 @@ static AMX_TARGET void multiply(const mpq_weight *weight, const mpq_tile *tiles,
     else multiply_brain(weight, tiles, run, x, first, last, 0, 1, sums);
   } else if (x->matrix) {
     multiply_signed(weight, tiles, run, x, first, last, sums);
-  } else if (weight->kind == MPQ_BFLOAT || weight->segment % 64 || x->tokens * x->planes < 6) {
+  } else if (weight->kind == MPQ_BFLOAT || weight->segment % 64 || x->fused || x->tokens * x->planes < 6) {
     multiply_vectors(weight, tiles, run, x, first, last, sums);
   } else {
     for (int i = 0; i < run; i++) multiply_few(weight, tiles + i, x, first, (int)(last - first), sums);

@@ -204,9 +204,8 @@ INLINE void multiply_tile(const mpq_weight *weight, const mpq_tile *tile, const 
 
 static TARGET void multiply_vectors(const mpq_weight *weight, const mpq_tile *tiles, int count, const mpq_activation *x,
                                     int64_t first, int64_t last, float *sums) {
-  const int whole = x->tokens == 1 && weight->kind != MPQ_BFLOAT;
   for (int i = 0; i < count; i++)
-    if (whole) fused(weight, tiles + i, x, sums);
+    if (x->fused) fused(weight, tiles + i, x, sums);
     else multiply_tile(weight, tiles + i, x, first, last, sums);
 }
 

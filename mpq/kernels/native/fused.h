@@ -1,26 +1,24 @@
-/* One token: codes are decoded in registers and multiplied at once. */
+/* Up to four tokens: codes are decoded in registers and multiplied at once. */
 
 /* The four steps of a quad as levels, those of TABLE16 still codes; a block's are 2**shift_of times as large. */
-INLINE void levels256(const int bits, const int kind, const uint8_t *codes, const __m512i table[4], __m512i spread,
-                      __m512i shifts, __m512i out[4]) {
-  if (kind == MPQ_INTEGER && bits < 8 && 8 % bits == 0) {
-    const int each = 8 / bits; /* steps in 64 bytes: masked, not shifted */
+INLINE void levels256(const int bits, const int kind, const uint8_t *codes, __m512i table, __m512i spread, __m512i shifts,
+                      __m512i out[4]) {
+  const int each = 8 % bits ? 1 : 8 / bits; /* steps in 64 bytes */
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++)
-      out[i] = _mm512_and_si512(LOAD(__m512i, codes + i / each * 64),
-                                _mm512_set1_epi8((char)(((1 << bits) - 1) << i % each * bits)));
-  } else if (kind != MPQ_INTEGER && bits == 4) { /* tables repeat: what stands above a code does not matter */
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i += 2) {
-      __m512i both = LOAD(__m512i, codes + 32 * i);
-      out[i] = both, out[i + 1] = _mm512_srli_epi16(both, 4);
+  for (int i = 0; i < 4; i++) {
+    if (each == 1 && bits < 8) {
+      const __m512i bytes = _mm512_permutexvar_epi8(spread, LOAD(__m512i, codes + 8 * bits * i));
+      out[i] = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, bytes), _mm512_set1_epi8((char)((1 << bits) - 1)));
+    } else {
+      out[i] = LOAD(__m512i, codes + i / each * 64);
+      if (kind == MPQ_INTEGER && each > 1) /* masked, not shifted */
+        out[i] = _mm512_and_si512(out[i], _mm512_set1_epi8((char)(((1 << bits) - 1) << i % each * bits)));
+      else if (i % each) /* tables of 16 repeat: what stands above a code does not matter */
+        out[i] = _mm512_srli_epi16(out[i], i % each * bits);
+      if (kind != MPQ_INTEGER && bits == 2) out[i] = _mm512_and_si512(out[i], _mm512_set1_epi8(3));
     }
-  } else {
-    codes256(bits, codes, spread, shifts, out);
+    if (kind == MPQ_TABLE8) out[i] = _mm512_permutexvar_epi8(out[i], table);
   }
-  if (kind == MPQ_TABLE8)
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) out[i] = _mm512_permutexvar_epi8(out[i], table[0]);
 }
 
 INLINE int shift_of(const int bits, const int kind, int block) {
@@ -54,88 +52,124 @@ INLINE float scales64(int kind, const uint8_t *scales, __m512 out[4]) {
   return 1;
 }
 
-/* sums (64,) += the part of a tile. Sums of a segment are whole numbers below 2**31, also when they are 2**shift_of
- * times as large; on the way they may wrap. Loops are unrolled so that GCC keeps what they index in registers. */
-INLINE void fused_bytes(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, const int bits,
-                        const int kind, const int planes, float *sums) {
+/* sums (tokens, 64) += the part of a tile for `count` tokens from `start` on. Sums of a segment are whole numbers below
+ * 2**31, also when they are 2**shift_of times as large; on the way they may wrap. Loops are unrolled so that GCC keeps
+ * what they index in registers. */
+INLINE void fused_some(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, const int bits,
+                       const int kind, const int planes, const int tokens, const int start, const int count,
+                       float *sums) {
   const int width = weight->segment * weight->segments, two = kind == MPQ_TABLE16;
   const uint8_t *codes = tile->levels[0], *scales = tile->scales, *zeros = tile->zeros;
-  const int8_t *q = x->q + tile->index * planes * width;
-  const int32_t *sum = x->sums + tile->index * weight->segments * planes;
-  const __m512i table[4] = {LOAD(__m512i, weight->low), LOAD(__m512i, weight->high)};
-  const float factor = x->scale[tile->index] * weight->factor;
+  const int8_t *q = x->q + (tile->index * planes * tokens + start) * width;
+  const int32_t *sum = x->sums + tile->index * weight->segments * planes * tokens + start;
+  sums += MPQ_ROWS * start;
+  const __m512i table[2] = {LOAD(__m512i, weight->low), LOAD(__m512i, weight->high)};
   uint8_t spread[64], shift[64];
   for (int i = 0; i < 64; i++) spread[i] = i / 8 * bits + i % 8, shift[i] = i % 8 * bits;
   const __m512i spreads = LOAD(__m512i, spread), shifts = LOAD(__m512i, shift);
-  __m512 all[4];
+  __m512 all[4][4];
 #pragma GCC unroll 4
-  for (int block = 0; block < 4; block++) all[block] = LOAD(__m512, sums + 16 * block);
-  for (int segment = 0; segment < weight->segments; segment++, q += weight->segment, sum += planes) {
-    const int32_t total = planes == 2 ? 256 * sum[0] + sum[1] : sum[0];
-    __m512i dots[2][2][4];
-#pragma GCC unroll 2
-    for (int l = 0; l <= two; l++)
+  for (int t = 0; t < count; t++)
 #pragma GCC unroll 4
-      for (int block = 0; block < 4; block++) {
-        const uint32_t start = -(uint32_t)((two ? 128 * !l : weight->offset) * total);
-        dots[l][0][block] = _mm512_setzero_si512();
-        dots[l][planes - 1][block] = _mm512_set1_epi32((int32_t)(start << shift_of(bits, kind, block)));
-      }
-    for (int quad = 0; quad < weight->segment / 4; quad++, codes += 32 * bits) {
-      __m512i level[4];
-      for (int line = 0; line < 32 * bits; line += 64)
-        _mm_prefetch((const char *)codes + MPQ_AHEAD + line, _MM_HINT_T1);
-      levels256(bits, kind, codes, table, spreads, shifts, level);
+    for (int i = 0; i < 4; i++) all[t][i] = LOAD(__m512, sums + MPQ_ROWS * t + 16 * i);
+  for (int segment = 0; segment < weight->segments; segment++, q += weight->segment, sum += planes * tokens) {
+    int32_t total[4];
+    __m512i dots[2][4][2][4]; /* level planes, tokens, planes, blocks */
+#pragma GCC unroll 4
+    for (int t = 0; t < count; t++) {
+      total[t] = planes == 2 ? 256 * sum[t] + sum[tokens + t] : sum[t];
 #pragma GCC unroll 2
       for (int l = 0; l <= two; l++)
-#pragma GCC unroll 2
-        for (int p = 0; p < planes; p++) {
-          const __m512i columns = _mm512_set1_epi32(LOAD(int32_t, q + p * width + 4 * quad));
 #pragma GCC unroll 4
-          for (int block = 0; block < 4; block++) {
-            __m512i found = level[block];
-            if (two) found = _mm512_permutexvar_epi8(found, table[!l]);
-            add_dots(&dots[l][p][block], found, columns);
-          }
+        for (int i = 0; i < 4; i++) {
+          const uint32_t less = -(uint32_t)((two ? 128 * !l : weight->offset) * total[t]);
+          dots[l][t][0][i] = _mm512_setzero_si512();
+          dots[l][t][planes - 1][i] = _mm512_set1_epi32((int32_t)(less << shift_of(bits, kind, i)));
         }
     }
-    __m512 scale[4];
-    const float unit = factor * scales64(weight->scale_kind, scales, scale);
-#pragma GCC unroll 4
-    for (int block = 0; block < 4; block++) {
-      const float times = 1 << shift_of(bits, kind, block);
-      __m512 found = _mm512_setzero_ps();
+    for (int quad = 0; quad < weight->segment / 4; quad++, codes += 32 * bits) {
+      __m512i level[4];
+      for (int line = 0; line < 32 * bits && !start; line += 64)
+        _mm_prefetch((const char *)codes + MPQ_AHEAD + line, _MM_HINT_T1);
+      levels256(bits, kind, codes, table[0], spreads, shifts, level);
 #pragma GCC unroll 2
       for (int l = 0; l <= two; l++) {
-        __m512i whole = dots[l][0][block];
-        if (planes == 2) whole = _mm512_add_epi32(_mm512_slli_epi32(whole, 8), dots[l][1][block]);
-        found = l ? _mm512_fmadd_ps(found, _mm512_set1_ps(256), _mm512_cvtepi32_ps(whole)) : _mm512_cvtepi32_ps(whole);
+        __m512i found[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) found[i] = two ? _mm512_permutexvar_epi8(level[i], table[!l]) : level[i];
+#pragma GCC unroll 4
+        for (int t = 0; t < count; t++)
+#pragma GCC unroll 2
+          for (int p = 0; p < planes; p++) {
+            const __m512i columns = _mm512_set1_epi32(LOAD(int32_t, q + (p * tokens + t) * width + 4 * quad));
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) add_dots(&dots[l][t][p][i], found[i], columns);
+          }
       }
-      if (zeros) {
-        const __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(LOAD(__m128i, zeros + 16 * block)));
-        found = _mm512_fnmadd_ps(zero, _mm512_set1_ps((float)total * times), found);
+    }
+    __m512 scale[4];
+    const float unit = weight->factor * scales64(weight->scale_kind, scales, scale);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const float times = 1 << shift_of(bits, kind, i);
+#pragma GCC unroll 4
+      for (int t = 0; t < count; t++) {
+        const float factor = x->scale[tile->index * tokens + start + t] * (unit / times);
+        __m512 found = _mm512_setzero_ps();
+#pragma GCC unroll 2
+        for (int l = 0; l <= two; l++) {
+          __m512i whole = dots[l][t][0][i];
+          if (planes == 2) whole = _mm512_add_epi32(_mm512_slli_epi32(whole, 8), dots[l][t][1][i]);
+          found = l ? _mm512_fmadd_ps(found, _mm512_set1_ps(256), _mm512_cvtepi32_ps(whole)) : _mm512_cvtepi32_ps(whole);
+        }
+        if (zeros) {
+          const __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(LOAD(__m128i, zeros + 16 * i)));
+          found = _mm512_fnmadd_ps(zero, _mm512_set1_ps((float)total[t] * times), found);
+        }
+        all[t][i] = _mm512_fmadd_ps(found, _mm512_mul_ps(scale[i], _mm512_set1_ps(factor)), all[t][i]);
       }
-      all[block] = _mm512_fmadd_ps(found, _mm512_mul_ps(scale[block], _mm512_set1_ps(unit / times)), all[block]);
     }
     if (weight->row_scales) continue;
     scales += MPQ_ROWS * weight->scale_bytes;
     if (zeros) zeros += MPQ_ROWS;
   }
 #pragma GCC unroll 4
-  for (int block = 0; block < 4; block++) STORE(sums + 16 * block, all[block]);
+  for (int t = 0; t < count; t++)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) STORE(sums + MPQ_ROWS * t + 16 * i, all[t][i]);
+}
+
+/* As many tokens at once as there are registers for the sums of; the rest meets codes in the first cache. */
+INLINE void fused_bytes(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, const int bits,
+                        const int kind, const int planes, const int tokens, float *sums) {
+  const int most = 6 / (kind == MPQ_TABLE16 ? 2 * planes : planes), first = tokens < most ? tokens : most;
+  fused_some(weight, tile, x, bits, kind, planes, tokens, 0, first, sums);
+  if (first < tokens) fused_some(weight, tile, x, bits, kind, planes, tokens, first, tokens - first, sums);
 }
 
 #define FUSED(bits) \
   case bits: \
-    if (kind == MPQ_INTEGER && planes == 2) fused_bytes(weight, tile, x, bits, MPQ_INTEGER, 2, sums); \
-    else if (kind == MPQ_INTEGER) fused_bytes(weight, tile, x, bits, MPQ_INTEGER, 1, sums); \
-    else if (kind == MPQ_TABLE8 && planes == 2) fused_bytes(weight, tile, x, bits, MPQ_TABLE8, 2, sums); \
-    else if (kind == MPQ_TABLE8) fused_bytes(weight, tile, x, bits, MPQ_TABLE8, 1, sums); \
-    else if (planes == 2) fused_bytes(weight, tile, x, bits, MPQ_TABLE16, 2, sums); \
-    else fused_bytes(weight, tile, x, bits, MPQ_TABLE16, 1, sums); \
+    if (kind == MPQ_INTEGER) fused_bytes(weight, tile, x, bits, MPQ_INTEGER, planes, tokens, sums); \
+    else if (kind == MPQ_TABLE8) fused_bytes(weight, tile, x, bits, MPQ_TABLE8, planes, tokens, sums); \
+    else if (tokens * planes <= 4) fused_bytes(weight, tile, x, bits, MPQ_TABLE16, planes, tokens, sums); \
     break;
 
-INLINE void fused(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, float *sums) {
-  const int kind = weight->kind, planes = x->planes;
+INLINE void fused_any(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, const int planes,
+                      const int tokens, float *sums) {
+  const int kind = weight->kind;
   switch (weight->bits) { FUSED(2) FUSED(3) FUSED(4) FUSED(5) FUSED(6) FUSED(7) FUSED(8) }
+}
+
+#define FUSED_TOKENS(planes, tokens) \
+  static TARGET void fused_##planes##_##tokens(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, \
+                                               float *sums) { \
+    fused_any(weight, tile, x, planes, tokens, sums); \
+  }
+FUSED_TOKENS(1, 1) FUSED_TOKENS(1, 2) FUSED_TOKENS(1, 3) FUSED_TOKENS(1, 4)
+FUSED_TOKENS(2, 1) FUSED_TOKENS(2, 2) FUSED_TOKENS(2, 3) FUSED_TOKENS(2, 4)
+
+static TARGET void fused(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, float *sums) {
+  static void (*const all[2][4])(const mpq_weight *, const mpq_tile *, const mpq_activation *, float *) = {
+      {fused_1_1, fused_1_2, fused_1_3, fused_1_4}, {fused_2_1, fused_2_2, fused_2_3, fused_2_4}};
+  all[x->planes - 1][x->tokens - 1](weight, tile, x, sums);
 }

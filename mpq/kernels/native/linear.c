@@ -153,7 +153,6 @@ typedef struct {
   int64_t panels, splits; /* work: `block` panels at a time, each for `splits` pieces of the chunk's tokens */
   int block, run;         /* tiles of `run` columns' worth are decoded before they are multiplied */
   int brain, matrix, alone; /* activations are bfloat16, or in tiles of bytes; each thread makes them for itself */
-  int fused;              /* codes are multiplied as they stand */
   size_t room;            /* bytes of a decoded tile */
   shares shares;
   atomic_int failed;
@@ -286,7 +285,7 @@ static void decode_tile(const job *work, int64_t panel, int64_t index, mpq_tile 
   tile->index = index, tile->bytes = bytes, tile->ahead = stream + work->run * bytes;
   tile->scales = weight->row_scales ? row_scales(work, panel) : stream + codes;
   tile->zeros = weight->zeros ? tile->scales + scales : NULL;
-  const int form = work->brain ? weight->brain : work->matrix ? MPQ_SIGNED : work->fused ? MPQ_CODES : MPQ_LEVELS;
+  const int form = work->brain ? weight->brain : work->matrix ? MPQ_SIGNED : work->x.fused ? MPQ_CODES : MPQ_LEVELS;
   work->level->decode(weight, stream, form, tile, out);
 }
 
@@ -325,7 +324,7 @@ static void multiply_panels(void *argument) {
   job *work = argument;
   const mpq_level *level = work->level;
   const int64_t tokens = work->x.tokens, tiles = work->weight->tiles;
-  uint8_t *decoded = scratch(0, (work->fused ? 0 : work->block * work->run * work->room) + 64);
+  uint8_t *decoded = scratch(0, (work->x.fused ? 0 : work->block * work->run * work->room) + 64);
   const int64_t padded = mpq_padded(tokens);
   float *sums = scratch(1, work->block * padded * MPQ_ROWS * sizeof(float));
   mpq_tile some[MPQ_PANELS * MPQ_RUN];
@@ -345,7 +344,7 @@ static void multiply_panels(void *argument) {
       for (int panel = 0; panel < panels; panel++)
         for (int i = 0; i < run; i++) {
           const int64_t slot = panel * work->run + i;
-          decode_tile(work, units.start - before + panel * units.step, index + i, &some[slot], decoded + (work->fused ? 0 : slot * work->room));
+          decode_tile(work, units.start - before + panel * units.step, index + i, &some[slot], decoded + (work->x.fused ? 0 : slot * work->room));
         }
       for (int panel = 0; panel < panels; panel++)
         level->multiply(work->weight, some + panel * work->run, run, &x, first, last, sums + panel * padded * MPQ_ROWS);
@@ -400,6 +399,16 @@ static int in_brain(const job *work, int64_t tokens) {
   return tokens >= (weight->row_scales || weight->segment == 64 ? 64 : 128);
 }
 
+/* Whether few tokens are multiplied by codes decoded in registers. Where there are more sums than registers, it takes two
+ * passages of each tile, which the matrix unit can do better for the shortest codes (measured). */
+static int is_fused(const job *work, int64_t tokens) {
+  const mpq_weight *weight = work->weight;
+  const int64_t lines = tokens * work->call->planes;
+  if (!work->level->fused || weight->kind == MPQ_BFLOAT || tokens > 4) return 0;
+  if (weight->kind == MPQ_TABLE16) return lines <= 4;
+  return lines <= 6 || !work->level->brain || weight->segment % 64 || weight->bits > 3;
+}
+
 /* How a chunk's work is cut. */
 static void plan(job *work, int64_t tokens) {
   const mpq_weight *weight = work->weight;
@@ -411,10 +420,10 @@ static void plan(job *work, int64_t tokens) {
   work->room = 128 * mpq_filled(weight) * (work->brain ? weight->brain : 1);
   work->panels = (weight->rows + MPQ_ROWS - 1) / MPQ_ROWS;
   work->splits = work->panels >= 4 * threads ? 1 : (tokens + MPQ_BLOCK - 1) / MPQ_BLOCK;
-  work->fused = work->level->fused && tokens == 1 && weight->kind != MPQ_BFLOAT;
+  work->x.fused = is_fused(work, tokens);
   work->run = tokens < 16 ? 1 : MPQ_RUN;
-  work->block = work->splits > 1 ? 1 : tokens >= 64 ? MPQ_PANELS : tokens == 1 ? MPQ_STREAMS : 1;
-  while (work->block > 1 && work->block * (tokens == 1 ? 1 : 2) * threads > work->panels) work->block /= 2;
+  work->block = work->splits > 1 ? 1 : tokens >= 64 ? MPQ_PANELS : work->x.fused ? MPQ_STREAMS : 1;
+  while (work->block > 1 && work->block * (work->x.fused ? 1 : 2) * threads > work->panels) work->block /= 2;
 }
 
 static int64_t multiply(const mpq_weight *given, const mpq_call *call, const mpq_images *images) {

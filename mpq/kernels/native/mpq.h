@@ -60,6 +60,7 @@ typedef struct {
   int64_t tokens;
   int32_t planes;
   int8_t *q;       /* (tiles, planes, tokens, tile) */
+  int32_t fused;   /* whether tiles come as codes (not of BFLOAT), undecoded */
   int32_t matrix;  /* whether q is (tiles, tokens / 16, tile / 64, planes, 16, 64), scale and sums are (..., mpq_padded) */
   int16_t *wide;   /* (tiles, tokens, tile): the planes as one number, for machines that multiply 16 bits */
   float *real;     /* (tiles, tokens, tile): as they are, for BFLOAT */
@@ -98,7 +99,7 @@ typedef struct {
   const char *name;
   int wide;  /* activations as 16-bit numbers instead of planes of bytes */
   int brain; /* whether weights and activations can be bfloat16 */
-  int fused; /* whether one token is multiplied by codes (not of BFLOAT) as they stand */
+  int fused; /* whether few tokens can be multiplied by codes as they stand */
   void (*quantize)(const mpq_weight *, mpq_activation *, const void *x, int bfloat, int64_t stride, int64_t token,
                    int8_t *unfit);
   /* `out` has room for the levels that are not the codes as they stand; `form`: MPQ_*, or how many bfloat16 */
