@@ -146,11 +146,16 @@ def stacked(scheme: str, rows: int, cols: int, copies: int, dtype: torch.dtype =
     facts = (arranged.format.name, rows, cols, arranged.layout, "" if activation is None else activation.name)
     following = Rotation(list(arranged.tensors.values()), copies * arranged.nbytes, on_large_pages)  # as in a model
 
+    linear, plain = torch.ops.mpq.linear.default, dtype == torch.float32
+
     @torch.inference_mode()
     def run(x: torch.Tensor) -> float:
         started = time.perf_counter()
         for _ in range(copies):
-            torch.ops.mpq.linear(x.to(dtype), following(), None, *facts).to(x.dtype)
+            if plain:
+                linear(x, following(), None, *facts)
+            else:
+                linear(x.to(dtype), following(), None, *facts).to(x.dtype)
         return (time.perf_counter() - started) / copies
 
     return run
