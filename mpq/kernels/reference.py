@@ -82,9 +82,14 @@ def conv_size(
 
 
 def quantize_activation(input: Tensor, activation: str) -> Tensor:
-    """The input (..., cols) as the activation format holds it, in its own type; rows are tokens."""
+    """The input (..., cols) as the activation format holds it, in its own type; rows are tokens.
+
+    A token with NaN or infinities has no finite scale: all of it is NaN.
+    """
     tokens = input.reshape(-1, input.shape[-1])
-    return fake_quantize(tokens, parse_format(activation)).reshape(input.shape).to(input.dtype)
+    fit = tokens.isfinite().all(-1, keepdim=True)
+    rounded = fake_quantize(tokens.where(fit, 0), parse_format(activation)).where(fit, torch.nan)
+    return rounded.reshape(input.shape).to(input.dtype)
 
 
 def dequantize(weight: Sequence[Tensor], format: str, rows: int, cols: int, layout: str) -> Tensor:

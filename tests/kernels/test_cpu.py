@@ -189,25 +189,32 @@ def test_same_bits_whatever_the_threads_and_every_element_written(level, name, t
 
 @needs_native
 @pytest.mark.parametrize("name", ["int4-g128", "int8-g16-asym", "fp8-e4m3", "mxfp4", "fp6-e3m2-channel"])
-@pytest.mark.parametrize("tokens", [1, 6, 40, 100])
+@pytest.mark.parametrize(("tokens", "activation"), [
+    *((tokens, "") for tokens in (1, 6, 40, 100)), *((tokens, "int8-channel") for tokens in (1, 3, 20)),
+])  # fmt: skip
 @pytest.mark.parametrize("dtype", sorted(TYPES, key=str))
-def test_nan_infinities_and_vanishing_numbers_pass_through(level, name, tokens, dtype):
+def test_nan_infinities_and_vanishing_numbers_pass_through(level, name, tokens, activation, dtype):
     packed, arranged = weight_of(name, 70, 300)
-    for value in (float("nan"), float("inf"), -float("inf"), 1e-45, 1e-38, 3e38):
+    for value in (float("nan"), float("inf"), -float("inf"), 1e-45, 1e-38, 3e38, -3e38, -1e12):
         x = torch.randn((tokens, 300), generator=seeded(tokens)).to(dtype)
         x[0, 150] = value
         if abs(value) < 1:  # a whole token of denormals, where the type has them
             x[0] = value
-        expected, found = linear(x, packed), linear(x, arranged)
+        expected, found = linear(x, packed, None, activation), linear(x, arranged, None, activation)
         assert torch.equal(torch.isnan(expected), torch.isnan(found))
         assert torch.equal(torch.isinf(expected), torch.isinf(found))
         good = torch.isfinite(expected)
+        if activation:  # a token has one scale, which is NaN if one of its numbers is not finite
+            assert torch.equal(good.all(-1), x.isfinite().all(-1))
+            x = reference.quantize_activation(x, activation)
         # Tokens that no integers stand for are the reference's own; the others as close as everywhere, which leaves
         # the reference's own rounding: each of 300 sums in float32, relative to the sum of magnitudes, and to the type.
         finite = x.float().nan_to_num(0, 3e38, 3e38)
         magnitudes = finite.double().abs() @ dequantize(unpack(packed)).double().abs().T
         allowed = bound(finite, packed, dtype) + 300 * 2**-24 * magnitudes + 2 * TYPES[dtype] * expected.double().abs()
         allowed += 2**-24 if dtype == torch.float16 else 0  # its subnormals
+        if activation:  # the reference rounds what it made of the activations to their type
+            allowed += TYPES[dtype] * magnitudes
         assert ((found.double() - expected.double()).abs()[good] <= allowed[good]).all()
 
 

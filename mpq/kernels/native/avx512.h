@@ -238,6 +238,11 @@ INLINE int in_place(const mpq_weight *weight, const void **from, const void *x, 
   return 0;
 }
 
+/* What the largest scale there is leaves too large, before it is made an integer: larger ones wrap around. */
+INLINE __m512 within_bytes(__m512 value) {
+  return _mm512_max_ps(_mm512_min_ps(value, _mm512_set1_ps(127)), _mm512_set1_ps(-128));
+}
+
 /* As `quantize_any` does it, for segments of whole vectors: one or two planes of integers and their sums. */
 INLINE void quantize_vectors(const mpq_weight *weight, mpq_activation *to, const void *x, int bfloat, int64_t token,
                              int8_t *unfit, const int planes) {
@@ -276,10 +281,9 @@ INLINE void quantize_vectors(const mpq_weight *weight, mpq_activation *to, const
       __m512i whole = _mm512_setzero_si512(), tops = whole;
       for (const int end = i + weight->segment; i < end; i += 16) {
         const __m512 value = reals16(from, half, i);
-        const __m512 near = planes == 1 ? _mm512_div_ps(value, divisor) : _mm512_mul_ps(value, inverse);
-        __m512i q = _mm512_sub_epi32((__m512i)_mm512_add_ps(near, magic), (__m512i)magic);
+        const __m512 near = planes == 1 ? within_bytes(_mm512_div_ps(value, divisor)) : _mm512_mul_ps(value, inverse);
+        const __m512i q = _mm512_sub_epi32((__m512i)_mm512_add_ps(near, magic), (__m512i)magic);
         if (planes == 1) {
-          q = _mm512_max_epi32(_mm512_min_epi32(q, _mm512_set1_epi32(127)), _mm512_set1_epi32(-128));
           STORE(high + i, _mm512_cvtepi32_epi8(q));
         } else {
           const __m512i top = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);

@@ -160,9 +160,9 @@ AMX_INLINE void quantize_signed(const mpq_weight *weight, mpq_activation *to, co
       for (const int end = i + weight->segment; i < end; i += 16) {
         const __m512 value = reals16(from, half, i);
         int8_t *place = q + i / 64 * 1024 * planes + i % 64;
-        __m512i near = _mm512_cvtps_epi32(planes == 1 ? _mm512_div_ps(value, by) : _mm512_mul_ps(value, by));
+        const __m512i near =
+            _mm512_cvtps_epi32(planes == 1 ? within_bytes(_mm512_div_ps(value, by)) : _mm512_mul_ps(value, by));
         if (planes == 1) {
-          near = _mm512_max_epi32(_mm512_min_epi32(near, _mm512_set1_epi32(127)), _mm512_set1_epi32(-128));
           STORE(place, _mm512_cvtepi32_epi8(near));
         } else {
           STORE(place, _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(near, _mm512_set1_epi32(128)), 8)));

@@ -208,8 +208,8 @@ INLINE void quantize_any(const mpq_weight *weight, mpq_activation *to, const voi
       vfloat value = LOAD(vfloat, buffer + i);
       value = to->planes == 1 ? value / scale : value * inverse;
       vint q = (vint)(value + magic) - (vint)((vfloat){0} + magic);
-      if (to->planes == 1) {
-        vint above = q > 127, below = q < -128;
+      if (to->planes == 1) { /* by the numbers: integers of those beyond 2**23 wrap around */
+        vint above = value > 127, below = value < -128;
         q = (q & ~above & ~below) | (above & 127) | (below & -128);
       }
       int count = tile - i < 16 ? tile - i : 16;
