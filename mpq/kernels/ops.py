@@ -127,14 +127,15 @@ def _remember_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _conv_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    """As for linear."""
+    """As for linear, in the type that the forward pass sums in: a shorter one would round the weight."""
     by_input = by_bias = None
     kernel, stride, padding, dilation, groups = ctx.spatial
     if ctx.needs_input_grad[0]:
+        kind = reference.type_of_sums(gradient)
         matrix = torch.ops.mpq.dequantize(list(ctx.saved_tensors), *ctx.facts)
-        weight = matrix.reshape(len(matrix), -1, *kernel).to(gradient.dtype)
+        weight = matrix.reshape(len(matrix), -1, *kernel).to(kind)
         find: Callable[..., Tensor] = conv1d_input if len(kernel) == 1 else conv2d_input
-        by_input = find(ctx.shape, weight, gradient, stride, padding, dilation, groups)
+        by_input = find(ctx.shape, weight, gradient.to(kind), stride, padding, dilation, groups).to(gradient.dtype)
     if ctx.needs_input_grad[2]:
         by_bias = gradient.transpose(0, 1).flatten(1).sum(1).to(ctx.bias_type)
     return by_input, [None] * len(ctx.saved_tensors), by_bias, *[None] * 9

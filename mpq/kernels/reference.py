@@ -65,12 +65,17 @@ def convolve(
     where the width alone has a stride and the output is narrow: conv2d of ones (1, 2, 8, 3) and (1, 2, 3, 3), stride
     (1, 2), is not 18 everywhere. It never errs in float32.
     """
-    kind = torch.promote_types(input.dtype, torch.float32) if input.device.type == "cpu" else input.dtype
+    kind = type_of_sums(input)
     whole = matrix.reshape(len(matrix), -1, *kernel).to(kind)
     function: Callable[..., Tensor] = functional.conv1d if len(kernel) == 1 else functional.conv2d
     bias = None if bias is None else bias.to(kind)
     output = function(input.to(kind), whole, bias, stride, padding, dilation, groups).to(input.dtype)
     return output.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def type_of_sums(input: Tensor) -> torch.dtype:
+    """The type that convolutions of `input` are computed in: on a CPU no shorter than float32."""
+    return torch.promote_types(input.dtype, torch.float32) if input.device.type == "cpu" else input.dtype
 
 
 def conv_size(

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from test_cpu import TYPES, bound, level, needs_native, poisoned, weight_of  # noqa: F401  (fixtures)
 from torch import nn
 from torch.nn import functional
+from torch.nn.grad import conv1d_input, conv2d_input
 
 from mpq.core.calibration import seeded
 from mpq.core.rounding import dequantize
@@ -155,6 +156,26 @@ def test_sixteen_bit_inputs_are_summed_in_float32(layout, dtype):
     products = rows.abs() @ dequantize(unpack(packed)).double().abs().T
     allowed = bound(rows, packed) + TYPES[dtype] * exact.abs() + 48 * 2**-24 * products
     assert (error <= allowed).all(), (error / allowed).max()
+
+
+@pytest.mark.parametrize("layout", ["rows", pytest.param("panels", marks=needs_native)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("build", [nn.Conv1d, nn.Conv2d])
+def test_sixteen_bit_gradients_are_summed_in_float32(layout, dtype, build):
+    """A weight rounded to 16 bits would err by more than the gradient's own rounding where products cancel."""
+    conv = build(16, 64, 3, 2, bias=False).to(dtype)
+    module, packed = packed_conv(conv, "int8-channel", layout)
+    weight = dequantize(unpack(packed)).reshape(conv.weight.shape).double()
+    x = torch.randn((2, 16, *[9] * (weight.ndim - 2)), generator=seeded(0)).to(dtype).requires_grad_()
+    output = module(x)
+    out = torch.randn(output.shape, generator=seeded(1)).to(dtype)
+    (found,) = torch.autograd.grad(output, x, out)
+    find = conv1d_input if build is nn.Conv1d else conv2d_input
+    exact = find(x.shape, weight, out.double(), 2)
+    magnitudes = find(x.shape, weight.abs(), out.double().abs(), 2)
+    allowed = TYPES[dtype] * exact.abs() + 64 * 9 * 2**-24 * magnitudes + (2**-24 if dtype == torch.float16 else 0)
+    assert found.dtype == dtype
+    assert ((found.double() - exact).abs() <= allowed).all()
 
 
 def test_arranged_weights_come_back():
