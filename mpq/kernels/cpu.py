@@ -39,8 +39,8 @@ _WEIGHT = struct.Struct("@qqq12if256s256s0q")
 _CALL = struct.Struct("@PPPqqPPq6iPP")
 _IMAGES = struct.Struct("@17q")
 # A convolution goes by patches up to so many positions for each row of the weight, and in all (measured at each level,
-# but for neon and avxvnni, which have avx2's)
-_POSITIONS = ((0.06, 4.0), (0.12, 10.0), (0.12, 10.0), (0.4, 160.0), (1.5, math.inf))
+# but for neon, which has avx2's)
+_POSITIONS = ((0.06, 4.0), (0.12, 10.0), (0.16, 16.0), (0.4, 160.0), (1.5, math.inf))
 _log = logging.getLogger(__name__)
 
 
