@@ -35,7 +35,7 @@ LEVELS = (  # as native/linear.c orders them
     else ("portable", "avx2", "avxvnni", "avx512", "amx")
 )
 _SCALE_KINDS = ("fp32", "fp16", "bf16", "e8m0", "e4m3", "ue5m3")  # as native/mpq.h numbers them
-_WEIGHT = struct.Struct("@qqq12if256s256s0q")
+_WEIGHT = struct.Struct("@qqq12if256s256sQQii0q")
 _CALL = struct.Struct("@PPPqqPPq6iPP")
 _IMAGES = struct.Struct("@17q")
 # A convolution goes by patches up to so many positions for each row of the weight, and in all (measured at each level,
@@ -116,6 +116,7 @@ def _plan(format_name: str, rows: int, cols: int) -> Plan:
     format = parse_format(format_name)
     cut, levels = panels.cut_of(format, rows, cols), panels.levels_of(format.grid)
     assert levels is not None
+    bits = panels.bit_map_of(format.grid)
     scale_bytes = SCALE_DTYPES[format.scale].itemsize
     extras = panels.ROWS * (scale_bytes + format.zero_point)
     panel_bytes = cut.tiles * cut.tile * 8 * format.grid.bits
@@ -124,6 +125,7 @@ def _plan(format_name: str, rows: int, cols: int) -> Plan:
         rows, cols, panel_bytes, format.grid.bits, levels.kind, levels.offset,
         cut.group, cut.segment, cut.segments, cut.tiles, _SCALE_KINDS.index(format.scale), scale_bytes,
         cut.row_scales, format.zero_point, panels.bfloats_of(format), levels.factor, levels.low, levels.high,
+        bits.low, bits.high, bits.flip, bits.normal,
     )  # fmt: skip
     if found := native():
         found.library.mpq_know(format_name.encode(), weight)
@@ -321,7 +323,7 @@ def _suits(packed: Packed, device: torch.device) -> bool:
     if device.type == "cpu" and not packed.format.is_plain:
         _say_uncompiled(packed.format.name)
     fits = device.type == "cpu" and panels.supports(packed.format) and min(packed.shape) > 0
-    return fits and native() is not None and panels.finite_scales(packed)
+    return fits and native() is not None and panels.is_finite(packed)
 
 
 LAYOUTS[panels.NAME] = Layout(panels.arrange, panels.restore, panels.names, _suits)

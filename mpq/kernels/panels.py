@@ -110,6 +110,48 @@ def levels_of(grid: Grid) -> Levels | None:
     return Levels(BFLOAT, 0, 1.0, _table(words & 255), _table(words >> 8 & 255))
 
 
+@dataclass(frozen=True)
+class BitMap:
+    """How bits of an 8-bit float's code become those of a bfloat16, where the code has any bit of `normal`.
+
+    A half is a matrix of bits times the code's bits, over GF(2): a number of 64 bits whose byte 7 - i makes bit i, as
+    GF2P8AFFINEQB takes it. The high half is then flipped by `flip`: copies of its top bit add an exponent's bias.
+    """
+
+    low: int = 0
+    high: int = 0
+    flip: int = 0
+    normal: int = 0  # or 0: there is no such map
+
+
+@lru_cache(maxsize=64)
+def bit_map_of(grid: Grid) -> BitMap:
+    """The map of a grid whose levels are BFLOAT: found by flipping single bits, checked on every finite normal code."""
+    levels = levels_of(grid)
+    if levels is None or levels.kind != BFLOAT or grid.bits != 8:
+        return BitMap()
+    codes, finite = np.arange(256), np.isfinite(grid.values())
+    halves = [np.frombuffer(half, np.uint8) for half in (levels.low, levels.high)]
+    for normal in (0x7F & -(1 << mantissa) for mantissa in range(1, 7)):
+        ordinary = finite & (codes & normal != 0)
+        for start in codes[ordinary]:
+            if not ordinary[start ^ (1 << np.arange(8))].all():
+                continue
+            matrices, extras = [], []
+            for half in halves:
+                columns = [int(half[start] ^ half[start ^ (1 << bit)]) for bit in range(8)]
+                rows = [sum((column >> i & 1) << bit for bit, column in enumerate(columns)) for i in range(8)]
+                moved = np.bitwise_xor.reduce([np.where(codes >> bit & 1, columns[bit], 0) for bit in range(8)])
+                extra = int(half[start] ^ moved[start])
+                if (((moved ^ extra) != half) & ordinary).any():
+                    break
+                matrices.append(sum(row << 8 * (7 - i) for i, row in enumerate(rows)))
+                extras.append(extra)
+            if len(extras) == 2 and not extras[0]:
+                return BitMap(matrices[0], matrices[1], extras[1], normal)
+    return BitMap()
+
+
 @lru_cache(maxsize=1024)
 def bfloats_of(format: Format) -> int:
     """How many bfloat16 add up to a weight with its group's scale: 1 exactly, 2 to 2**-17 of it.
@@ -211,9 +253,12 @@ def names(format: Format) -> tuple[str, ...]:
     return ("panels", "tensor_scale") if format.tensor_scale else ("panels",)
 
 
-def finite_scales(packed: Packed) -> bool:
-    """Whether no scale is NaN or infinite: kernels read scales by their bits alone."""
-    scale = packed.tensors["scale"]
+def is_finite(packed: Packed) -> bool:
+    """Whether no scale and no 8-bit float is NaN or infinite: kernels read their bits alone."""
+    scale, infinite = packed.tensors["scale"], np.flatnonzero(~np.isfinite(packed.format.grid.values()))
+    floats = packed.tensors["packed"].view(torch.uint8) if len(infinite) and packed.format.grid.bits == 8 else None
+    if floats is not None and bool((floats & 127).max() >= infinite[0]):
+        return False
     if scale.is_floating_point():
         return bool(torch.isfinite(scale).all())
     values = torch.tensor(SCALES[packed.format.scale].values())

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from functools import lru_cache
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -219,6 +220,25 @@ def test_nan_infinities_and_vanishing_numbers_pass_through(level, name, tokens, 
 
 
 @needs_native
+@pytest.mark.parametrize(
+    "name", ["fp8-e4m3-channel", "fp8-e5m2-channel", "mxfp8-e4m3", "fp8-e3m4-g16", "fp8-e2m5-g100"]
+)
+@pytest.mark.parametrize("tokens", [1, 3, 4, 9])
+def test_every_code_of_an_8_bit_float_is_its_value(level, name, tokens):
+    """Inputs of a single one pick columns: small numbers, zeros and both signs, exactly."""
+    packed = pack(quantize(torch.randn((70, 300), generator=seeded(0)), parse_format(name)))
+    finite = torch.arange(256)[torch.from_numpy(np.isfinite(packed.format.grid.values()))]
+    codes = finite[torch.randint(len(finite), packed.tensors["packed"].shape, generator=seeded(1))]
+    packed.tensors["packed"] = codes.to(torch.uint8)
+    values, arranged = dequantize(unpack(packed)), to_layout(packed, panels.NAME)
+    for column in range(0, 300, tokens * 7):
+        x = torch.zeros((tokens, 300))
+        picked = torch.arange(column, column + tokens) % 300
+        x[torch.arange(tokens), picked] = 1
+        assert torch.equal(linear(x, arranged), values[:, picked].T)
+
+
+@needs_native
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp6-e2m3"])
 def test_powers_of_two_near_the_ends_of_their_range(level, name):
     scales = 2.0 ** torch.linspace(-120, 110, 128)[:, None]
@@ -252,6 +272,11 @@ def test_cpu_matrices_are_computed_in_panels():
     nan = pack(quantize(torch.ones(3, 32), parse_format("mxfp4")))
     nan.tensors["scale"][0] = 255
     assert best_layout(nan, torch.device("cpu")) == "rows"
+    for name, code in (("fp8-e4m3-channel", 0x7F), ("fp8-e4m3-channel", 0xFF), ("fp8-e5m2-channel", 0x7C)):
+        infinite = pack(quantize(torch.ones(3, 32), parse_format(name)))
+        assert best_layout(infinite, torch.device("cpu")) == panels.NAME
+        infinite.tensors["packed"].view(torch.uint8)[1, 5] = code
+        assert best_layout(infinite, torch.device("cpu")) == "rows"
 
 
 @needs_native

@@ -4,7 +4,7 @@
 #include "avx512.h"
 #define AMX_TARGET                                                                                    \
   __attribute__((target("amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni," \
-                        "avx512vbmi,fma,f16c,avx2")))
+                        "avx512vbmi,gfni,fma,f16c,avx2")))
 #define AMX_INLINE static inline __attribute__((always_inline)) AMX_TARGET
 
 static _Thread_local int shaped; /* rows of the two activation tiles that this thread's unit is set up for */
@@ -136,7 +136,7 @@ static AMX_TARGET void multiply(const mpq_weight *weight, const mpq_tile *tiles,
     else multiply_brain(weight, tiles, run, x, first, last, 0, 1, sums);
   } else if (x->matrix) {
     multiply_signed(weight, tiles, run, x, first, last, sums);
-  } else if (weight->kind == MPQ_BFLOAT || weight->segment % 64 || x->fused || x->tokens * x->planes < 6) {
+  } else if (x->fused || weight->kind == MPQ_BFLOAT || weight->segment % 64 || x->tokens * x->planes < 6) {
     multiply_vectors(weight, tiles, run, x, first, last, sums);
   } else {
     for (int i = 0; i < run; i++) multiply_few(weight, tiles + i, x, first, (int)(last - first), sums);

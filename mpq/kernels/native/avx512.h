@@ -1,7 +1,7 @@
 /* AVX-512 with byte permutations and byte dot products, shared by the vector and the matrix level. */
 #include <immintrin.h>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,fma,f16c,avx2")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,gfni,fma,f16c,avx2")))
 #include "template.h"
 
 INLINE __m512 scales16(int kind, const uint8_t *scales, int index) {

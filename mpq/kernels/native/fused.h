@@ -147,6 +147,66 @@ INLINE void fused_bytes(const mpq_weight *weight, const mpq_tile *tile, const mp
   if (first < tokens) fused_some(weight, tile, x, bits, kind, planes, tokens, first, tokens - first, sums);
 }
 
+/* The bfloat16 of 64 codes, columns 0 and 1 of sixteen rows, then 2 and 3. Normal numbers' bits are moved and their
+ * exponents flipped into place; the few others are looked up. */
+INLINE void bfloats64(const mpq_weight *weight, __m512i code, __m512i out[2]) {
+  __m512i bottom = _mm512_gf2p8affine_epi64_epi8(code, _mm512_set1_epi64((int64_t)weight->bits_of_low), 0);
+  __m512i top = _mm512_gf2p8affine_epi64_epi8(code, _mm512_set1_epi64((int64_t)weight->bits_of_high), 0);
+  const __mmask64 small = _mm512_testn_epi8_mask(code, _mm512_set1_epi8((char)weight->normal));
+  top = _mm512_xor_si512(top, _mm512_set1_epi8((char)weight->flip));
+  if (__builtin_expect(small != 0, 0)) {
+    const __m512i sign = _mm512_and_si512(code, _mm512_set1_epi8((char)0x80));
+    bottom = _mm512_mask_permutexvar_epi8(bottom, small, code, LOAD(__m512i, weight->low));
+    top = _mm512_mask_permutexvar_epi8(top, small, code, LOAD(__m512i, weight->high));
+    top = _mm512_or_si512(top, sign);
+  }
+  out[0] = _mm512_unpacklo_epi8(bottom, top), out[1] = _mm512_unpackhi_epi8(bottom, top);
+}
+
+/* sums (tokens, 64) += the part of a tile of 8-bit floats, activations as they are. */
+INLINE void fused_real(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, const int tokens,
+                       float *sums) {
+  const int width = weight->segment * weight->segments;
+  const uint8_t *codes = tile->levels[0], *scales = tile->scales;
+  const float *real = x->real + tile->index * tokens * width;
+  const __m512i odd = _mm512_set1_epi32((int)0xffff0000);
+  for (int segment = 0; segment < weight->segments; segment++, real += weight->segment) {
+    __m512 found[4][4];
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; t++)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) found[t][i] = _mm512_setzero_ps();
+    for (int quad = 0; quad < weight->segment / 4; quad++, codes += 256) {
+      for (int line = 0; line < 256; line += 64) _mm_prefetch((const char *)codes + MPQ_AHEAD + line, _MM_HINT_T1);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        __m512i pairs[2];
+        bfloats64(weight, LOAD(__m512i, codes + 64 * i), pairs);
+#pragma GCC unroll 2
+        for (int pair = 0; pair < 2; pair++) {
+          const __m512 first = (__m512)_mm512_slli_epi32(pairs[pair], 16), second = (__m512)_mm512_and_si512(pairs[pair], odd);
+#pragma GCC unroll 4
+          for (int t = 0; t < tokens; t++) {
+            const float *columns = real + t * width + 4 * quad + 2 * pair;
+            found[t][i] = _mm512_fmadd_ps(first, _mm512_set1_ps(columns[0]), found[t][i]);
+            found[t][i] = _mm512_fmadd_ps(second, _mm512_set1_ps(columns[1]), found[t][i]);
+          }
+        }
+      }
+    }
+    __m512 scale[4];
+    const float unit = weight->factor * scales64(weight->scale_kind, scales, scale);
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; t++)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        float *to = sums + MPQ_ROWS * t + 16 * i;
+        STORE(to, _mm512_fmadd_ps(found[t][i], _mm512_mul_ps(scale[i], _mm512_set1_ps(unit)), LOAD(__m512, to)));
+      }
+    if (!weight->row_scales) scales += MPQ_ROWS * weight->scale_bytes;
+  }
+}
+
 #define FUSED(bits) \
   case bits: \
     if (kind == MPQ_INTEGER) fused_bytes(weight, tile, x, bits, MPQ_INTEGER, planes, tokens, sums); \
@@ -168,8 +228,16 @@ INLINE void fused_any(const mpq_weight *weight, const mpq_tile *tile, const mpq_
 FUSED_TOKENS(1, 1) FUSED_TOKENS(1, 2) FUSED_TOKENS(1, 3) FUSED_TOKENS(1, 4)
 FUSED_TOKENS(2, 1) FUSED_TOKENS(2, 2) FUSED_TOKENS(2, 3) FUSED_TOKENS(2, 4)
 
+#define FUSED_REAL(tokens) \
+  static TARGET void fused_real_##tokens(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, float *sums) { \
+    fused_real(weight, tile, x, tokens, sums); \
+  }
+FUSED_REAL(1) FUSED_REAL(2) FUSED_REAL(3) FUSED_REAL(4)
+
 static TARGET void fused(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, float *sums) {
-  static void (*const all[2][4])(const mpq_weight *, const mpq_tile *, const mpq_activation *, float *) = {
-      {fused_1_1, fused_1_2, fused_1_3, fused_1_4}, {fused_2_1, fused_2_2, fused_2_3, fused_2_4}};
-  all[x->planes - 1][x->tokens - 1](weight, tile, x, sums);
+  static void (*const all[3][4])(const mpq_weight *, const mpq_tile *, const mpq_activation *, float *) = {
+      {fused_1_1, fused_1_2, fused_1_3, fused_1_4},
+      {fused_2_1, fused_2_2, fused_2_3, fused_2_4},
+      {fused_real_1, fused_real_2, fused_real_3, fused_real_4}};
+  all[weight->kind == MPQ_BFLOAT ? 2 : x->planes - 1][x->tokens - 1](weight, tile, x, sums);
 }

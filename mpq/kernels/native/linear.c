@@ -77,7 +77,7 @@ static int runs_here(int level) {
   __builtin_cpu_init();
   if (level && (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))) return 0;
   if (level == 2) return has_vnni();
-  if (level > 2 && (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512vbmi") ||
+  if (level > 2 && (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("gfni") || !__builtin_cpu_supports("avx512vbmi") ||
                     !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
                     !__builtin_cpu_supports("avx512dq")))
     return 0;
@@ -404,7 +404,8 @@ static int in_brain(const job *work, int64_t tokens) {
 static int is_fused(const job *work, int64_t tokens) {
   const mpq_weight *weight = work->weight;
   const int64_t lines = tokens * work->call->planes;
-  if (!work->level->fused || weight->kind == MPQ_BFLOAT || tokens > 4) return 0;
+  if (!work->level->fused || tokens > 4) return 0;
+  if (weight->kind == MPQ_BFLOAT) return weight->normal != 0;
   if (weight->kind == MPQ_TABLE16) return lines <= 4;
   return lines <= 6 || !work->level->brain || weight->segment % 64 || weight->bits > 3;
 }

@@ -52,6 +52,8 @@ typedef struct {
   int32_t brain;       /* how many bfloat16 add up to a weight with its group's scale: 1 exactly, 2 to 2**-17 of it */
   float factor;
   uint8_t low[256], high[256]; /* tables: of bytes, or of a bfloat16's halves */
+  uint64_t bits_of_low, bits_of_high; /* BFLOAT: how a code's bits become the halves', rows of a matrix over GF(2), */
+  int32_t flip, normal;               /* the high half's bits then flipped; for codes with any bit of `normal`, or 0 */
 } mpq_weight;
 
 /* Activations of a chunk of tokens, cut like the weight's tiles.
@@ -60,7 +62,7 @@ typedef struct {
   int64_t tokens;
   int32_t planes;
   int8_t *q;       /* (tiles, planes, tokens, tile) */
-  int32_t fused;   /* whether tiles come as codes (not of BFLOAT), undecoded */
+  int32_t fused;   /* whether tiles come as codes, undecoded */
   int32_t matrix;  /* whether q is (tiles, tokens / 16, tile / 64, planes, 16, 64), scale and sums are (..., mpq_padded) */
   int16_t *wide;   /* (tiles, tokens, tile): the planes as one number, for machines that multiply 16 bits */
   float *real;     /* (tiles, tokens, tile): as they are, for BFLOAT */
