@@ -16,7 +16,6 @@ import csv
 import math
 import statistics
 import time
-from itertools import cycle
 from pathlib import Path
 
 import cpu_peers
@@ -28,7 +27,7 @@ from mpq.core.rounding import quantize
 from mpq.core.scheme import parse_scheme
 from mpq.kernels import cpu
 from mpq.kernels.bench import BEYOND, CPU, PAGE, Timing, latency_table, measure, streaming
-from mpq.kernels.clock import Contestant, Rotation, interleaved
+from mpq.kernels.clock import Contestant, copies, interleaved
 from mpq.kernels.layout import Packed, best_layout, pack, to_layout
 from mpq.kernels.pages import on_large_pages
 
@@ -122,9 +121,9 @@ def of_the_kernel(scheme: str, rows: int, cols: int, beyond: int) -> float:
         torch.randn((1, cols), generator=seeded(1, cols)),
         torch.empty(1, rows),
     )
-    following = Rotation(list(arranged.tensors.values()), beyond, on_large_pages)
-    calls = cycle([cpu.prepared(x, following(), out, arranged.format.name) for _ in range(len(following))])
-    ours, read = interleaved([Contestant(lambda: next(calls)()), streaming(CPU, beyond)], 60, CPU)
+    weights = copies(list(arranged.tensors.values()), beyond, on_large_pages)
+    calls = [cpu.prepared(x, tensors, out, arranged.format.name) for tensors in weights]
+    ours, read = interleaved([Contestant(calls), streaming(CPU, beyond)], 60, CPU)
     return arranged.nbytes / statistics.median(ours) / (PAGE["cpu"] / statistics.median(read))
 
 
@@ -140,23 +139,23 @@ def weight(scheme: str, rows: int, cols: int) -> Packed:
     return to_layout(packed, best_layout(packed, CPU))
 
 
-def stacked(scheme: str, rows: int, cols: int, copies: int, dtype: torch.dtype = torch.float32):
+def stacked(scheme: str, rows: int, cols: int, count: int, dtype: torch.dtype = torch.float32):
     """A function that multiplies by each of the copies of a random weight, and gives the seconds a copy took."""
     arranged, activation = weight(scheme, rows, cols), parse_scheme(scheme).activation
     facts = (arranged.format.name, rows, cols, arranged.layout, "" if activation is None else activation.name)
-    following = Rotation(list(arranged.tensors.values()), copies * arranged.nbytes, on_large_pages)  # as in a model
+    weights = copies(list(arranged.tensors.values()), count * arranged.nbytes, on_large_pages)  # as in a model
 
     linear, plain = torch.ops.mpq.linear.default, dtype == torch.float32
 
     @torch.inference_mode()
     def run(x: torch.Tensor) -> float:
         started = time.perf_counter()
-        for _ in range(copies):
+        for tensors in weights:
             if plain:
-                linear(x, following(), None, *facts)
+                linear(x, tensors, None, *facts)
             else:
-                linear(x.to(dtype), following(), None, *facts).to(x.dtype)
-        return (time.perf_counter() - started) / copies
+                linear(x.to(dtype), tensors, None, *facts).to(x.dtype)
+        return (time.perf_counter() - started) / len(weights)
 
     return run
 
@@ -187,10 +186,10 @@ def against_peers(
         for rows, cols in shapes if names else ():
             beyond = max(2, BEYOND // parse_scheme(scheme).weight.nbytes(rows, cols))
             # many tokens are bound by arithmetic: two copies will do
-            for some, copies in (([b for b in batches if b < 64], beyond), ([b for b in batches if b >= 64], 2)):
-                peers = [cpu_peers.product(name, rows, cols, copies, torch.get_num_threads()) for name in names if some]
-                modes = own_modes(scheme, copies == 2) if some else {}
-                ours = {name: stacked(full, rows, cols, copies, dtype) for name, (full, dtype) in modes.items()}
+            for some, count in (([b for b in batches if b < 64], beyond), ([b for b in batches if b >= 64], 2)):
+                peers = [cpu_peers.product(name, rows, cols, count, torch.get_num_threads()) for name in names if some]
+                modes = own_modes(scheme, count == 2) if some else {}
+                ours = {name: stacked(full, rows, cols, count, dtype) for name, (full, dtype) in modes.items()}
                 up = [peer for peer in peers if peer.ready()]
                 for missing in {peer.name for peer in peers} - {peer.name for peer in up}:
                     print(f"{missing} is left out: it did not come up for {rows}x{cols}")

@@ -11,6 +11,8 @@ import argparse
 import logging
 import statistics
 from collections.abc import Sequence
+from functools import partial
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from mpq.core.formats import parse_format
 from mpq.core.latency import LatencyTable
 from mpq.core.rounding import quantize
 from mpq.kernels.bench import BEYOND, Timing, latency_table, measure
-from mpq.kernels.clock import Contestant, Rotation, interleaved
+from mpq.kernels.clock import Contestant, copies, interleaved
 from mpq.kernels.fragments import FRAGMENTS
 from mpq.kernels.layout import pack, to_layout
 
@@ -124,18 +126,17 @@ class Stock:
 
     def __init__(self, device: torch.device, beyond: int = BEYOND) -> None:
         self.device, self.beyond = device, beyond
-        self.made: dict[tuple[str, int, int], Rotation] = {}
+        self.made: dict[tuple[str, int, int], list[list[torch.Tensor]]] = {}
 
     def contestant(self, scheme: str, rows: int, cols: int, x: torch.Tensor) -> Contestant:
-        """A product with the next copy of the weight."""
+        """Products with each copy of the weight."""
         key = (scheme, rows, cols)
         if key not in self.made:
             matrix = torch.randn(rows, cols, device=self.device)
             arranged = to_layout(pack(quantize(matrix, parse_format(scheme))), FRAGMENTS)
-            self.made[key] = Rotation(list(arranged.tensors.values()), self.beyond)
-        turn = self.made[key]
+            self.made[key] = copies(list(arranged.tensors.values()), self.beyond)
         facts = (scheme, rows, cols, FRAGMENTS, "")
-        return Contestant(lambda: torch.ops.mpq.linear(x, turn(), None, *facts), len(turn))
+        return Contestant([partial(torch.ops.mpq.linear, x, weight, None, *facts) for weight in self.made[key]])
 
 
 def mixed(device: torch.device, quick: bool) -> None:
@@ -152,8 +153,9 @@ def mixed(device: torch.device, quick: bool) -> None:
         for place in range(count):
             schemes = random.choice(MIXED, len(layers))
             pairs = list(zip(schemes.tolist(), layers, strict=True))
-            runs = [stock.contestant(scheme, *shape, inputs[shape[1]]).run for scheme, shape in pairs]
-            (times,) = interleaved([Contestant(lambda runs=runs: [run() for run in runs])], 5, device)
+            turns = {pair: cycle(stock.contestant(pair[0], *pair[1], inputs[pair[1][1]]).calls) for pair in pairs}
+            stack = [next(turns[pair]) for pair in pairs]
+            (times,) = interleaved([Contestant([lambda stack=stack: [call() for call in stack]])], 5, device)
             seconds = statistics.median(times)
             predicted = sum(table.seconds(scheme, *shape, batch) for scheme, shape in pairs)
             worst = max(worst, abs(seconds / predicted - 1))

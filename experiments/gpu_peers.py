@@ -4,13 +4,14 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mpq.core.rounding import Quantized, dequantize
 from mpq.kernels import marlin as marlin_layout
-from mpq.kernels.clock import Contestant, Rotation
+from mpq.kernels.clock import Contestant, copies
 
 _log = logging.getLogger(__name__)
 Peer = Callable[[Tensor], Contestant]  # from an input (tokens, cols) in bfloat16
@@ -36,7 +37,7 @@ def peers_of(quantized: Quantized, beyond: int) -> dict[str, Peer]:
     for name, make in PEERS.items():
         try:
             peer = make(layer)
-            output = peer(x).run()
+            output = peer(x).calls[0]()
             error = float((output.float() - truth).norm() / truth.norm())  # type: ignore[attr-defined]
         except Exception as problem:  # whatever a foreign package throws, it is left out by name
             _log.warning("%s is left out: %s", name, problem)
@@ -52,16 +53,9 @@ def _torch(layer: Layer) -> Peer:
     packed = (layer.codes[:, ::2] << 4) | layer.codes[:, 1::2]
     weight = torch.ops.aten._convert_weight_to_int4pack(packed, 8)
     scales = torch.stack([layer.scales.T, torch.zeros_like(layer.scales.T)], -1).bfloat16().contiguous()
-    turn = Rotation([weight, scales], layer.beyond)
-
-    def peer(x: Tensor) -> Contestant:
-        def run() -> Tensor:
-            weight, scales = turn()
-            return torch.ops.aten._weight_int4pack_mm(x, weight, layer.group, scales)
-
-        return Contestant(run, len(turn))
-
-    return peer
+    weights = copies([weight, scales], layer.beyond)
+    multiply = torch.ops.aten._weight_int4pack_mm
+    return lambda x: Contestant([partial(multiply, x, codes, layer.group, scales) for codes, scales in weights])
 
 
 def _gemlite(layer: Layer) -> Peer:
@@ -77,31 +71,25 @@ def _gemlite(layer: Layer) -> Peer:
         scales = layer.scales.bfloat16().reshape(-1, 1)
         module.pack(layer.codes.clone(), scales, torch.full_like(scales, 8), None)
         modules.append(module)
-    return lambda x: _in_turn([lambda module=module: module(x) for module in modules])
+    return lambda x: Contestant([partial(module, x) for module in modules])
 
 
 def _marlin(layer: Layer) -> Peer:
     marlin = importlib.import_module("marlin")
     rows, device = layer.codes.shape[0], layer.codes.device
-    turn = Rotation([marlin_layout.pack(layer.codes), marlin_layout.pack_scales(layer.scales.half())], layer.beyond)
+    weights = copies([marlin_layout.pack(layer.codes), marlin_layout.pack_scales(layer.scales.half())], layer.beyond)
     workspace = torch.zeros(rows // 128 * 16, dtype=torch.int, device=device)
 
     def peer(x: Tensor) -> Contestant:
         half, out = x.half(), torch.empty(x.shape[0], rows, dtype=torch.half, device=device)
 
-        def run() -> Tensor:
-            weight, scales = turn()
+        def run(weight: Tensor, scales: Tensor) -> Tensor:
             marlin.mul(half, weight, out, scales, workspace)
             return out
 
-        return Contestant(run, len(turn))
+        return Contestant([partial(run, *tensors) for tensors in weights])
 
     return peer
-
-
-def _in_turn(runs: list[Callable[[], Tensor]]) -> Contestant:
-    place = iter(range(2**62))
-    return Contestant(lambda: runs[next(place) % len(runs)](), len(runs))
 
 
 PEERS: dict[str, Callable[[Layer], Peer]] = {"torch int4": _torch, "gemlite": _gemlite, "marlin": _marlin}

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -14,7 +15,7 @@ from mpq.core.latency import Latency, LatencyTable
 from mpq.core.rounding import quantize
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.kernels import cpu
-from mpq.kernels.clock import Contestant, Rotation, interleaved
+from mpq.kernels.clock import Contestant, copies, interleaved
 from mpq.kernels.layout import best_layout, pack, to_layout
 from mpq.kernels.pages import on_large_pages
 
@@ -106,7 +107,7 @@ def measure(
     bandwidth = streaming(device, beyond)
     for rows, cols in shapes:
         dense = torch.randn((rows, cols), generator=seeded(0, "bench", rows, cols)).to(device)
-        floats = {kind: Rotation([dense.to(kind)], beyond) for kind in (torch.float32, torch.bfloat16)}
+        floats = {kind: copies([dense.to(kind)], beyond) for kind in (torch.float32, torch.bfloat16)}
         for scheme in parsed:
             nbytes, product = _packed(dense, scheme, beyond)
             for batch in batches:
@@ -134,13 +135,14 @@ def streaming(device: torch.device, beyond: int) -> Contestant:
     page = torch.ones(PAGE[device.type] // 4, device=device)
     if device.type == "cuda":
         target = torch.empty_like(page)
-        return Contestant(lambda: target.copy_(page))
-    pages = Rotation([page], beyond, on_large_pages)  # where reading is fastest
-    return Contestant(lambda: cpu.read(pages()[0]), len(pages))
+        return Contestant([partial(target.copy_, page)])
+    return Contestant(
+        [partial(cpu.read, one) for (one,) in copies([page], beyond, on_large_pages)]
+    )  # read fastest there
 
 
-def _dense(x: Tensor, following: Rotation) -> Contestant:
-    return Contestant(lambda: torch.nn.functional.linear(x, following()[0]), len(following))
+def _dense(x: Tensor, weights: Sequence[Sequence[Tensor]]) -> Contestant:
+    return Contestant([partial(torch.nn.functional.linear, x, weight) for (weight,) in weights])
 
 
 def _packed(dense: Tensor, scheme: Scheme, beyond: int) -> tuple[int, Callable[[Tensor], Contestant]]:
@@ -148,10 +150,10 @@ def _packed(dense: Tensor, scheme: Scheme, beyond: int) -> tuple[int, Callable[[
     packed = pack(quantize(dense, scheme.weight))
     arranged = to_layout(packed, best_layout(packed, dense.device))
     activation = "" if scheme.activation is None else scheme.activation.name
-    facts = (scheme.weight.name, *packed.shape, arranged.layout)
-    following = Rotation(list(arranged.tensors.values()), beyond, on_large_pages)  # as panels are when arranged
+    facts = (scheme.weight.name, *packed.shape, arranged.layout, activation)
+    weights = copies(list(arranged.tensors.values()), beyond, on_large_pages)  # as panels are when arranged
     linear = torch.ops.mpq.linear.default
-    return packed.nbytes, lambda x: Contestant(lambda: linear(x, following(), None, *facts, activation), len(following))
+    return packed.nbytes, lambda x: Contestant([partial(linear, x, weight, None, *facts) for weight in weights])
 
 
 def latency_table(timings: Sequence[Timing], device: torch.device = CPU) -> LatencyTable:

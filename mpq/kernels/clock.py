@@ -1,41 +1,38 @@
 """Timing contestants that take turns within one run, on a CPU or on a CUDA device."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import cycle, islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Timed = TypeVar("Timed")
 CALLS = 20  # at least so many calls between two device events: their own cost and the launch of a graph are spread
 
 
-class Rotation:
-    """Copies of some tensors that fill `beyond` bytes, given out in turn: what comes next is in no cache.
+def copies(
+    tensors: Sequence[Tensor], beyond: int, copy: Callable[[Tensor], Tensor] = torch.clone
+) -> list[list[Tensor]]:
+    """Copies of some tensors that fill `beyond` bytes: whoever takes them in turn finds none in a cache.
 
     `copy` places them: on the memory that the real ones would be on.
     """
-
-    def __init__(self, tensors: Sequence[Tensor], beyond: int, copy: Callable[[Tensor], Tensor] = torch.clone) -> None:
-        copies = max(2, beyond // max(1, sum(tensor.nbytes for tensor in tensors)))
-        self._kept = [[copy(tensor) for tensor in tensors] for _ in range(copies)]
-        self._turn = count()
-
-    def __call__(self) -> list[Tensor]:
-        """The next copy."""
-        return self._kept[next(self._turn) % len(self._kept)]
-
-    def __len__(self) -> int:
-        return len(self._kept)
+    count = max(2, beyond // max(1, sum(tensor.nbytes for tensor in tensors)))
+    return [[copy(tensor) for tensor in tensors] for _ in range(count)]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One call of the thing to time; `period` calls in a row meet every copy that it rotates through."""
+    """The thing to time: calls made in turn, one for each copy of what it reads.
 
-    run: Callable[[], object]
-    period: int = 1
+    The less of a call is Python, the less of what is timed is Python's, slow where weights have emptied the caches:
+    functools.partial adds nothing.
+    """
+
+    calls: Sequence[Callable[[], object]]
 
 
 @torch.inference_mode()
@@ -45,26 +42,25 @@ def interleaved(contestants: Sequence[Contestant], repeats: int, device: torch.d
     On a CUDA device a turn is a graph of some calls, replayed between two events, and counts as their mean.
     """
     if device.type != "cuda":
-        return _in_turns([one.run for one in contestants], repeats, _seconds)
+        return _in_turns([cycle(one.calls) for one in contestants], repeats, _seconds)
     with torch.cuda.device(device):
         times = _in_turns([_replays(one) for one in contestants], repeats, _seconds_on_device)
     return [[second / _calls(one) for second in found] for one, found in zip(contestants, times, strict=True)]
 
 
-def _in_turns(
-    runs: Sequence[Callable[[], object]], repeats: int, clock: Callable[[Callable[[], object]], float]
-) -> list[list[float]]:
-    times: list[list[float]] = [[] for _ in runs]
+def _in_turns(timed: Sequence[Timed], repeats: int, clock: Callable[[Timed], float]) -> list[list[float]]:
+    times: list[list[float]] = [[] for _ in timed]
     for _ in range(repeats + 1):
-        for run, found in zip(runs, times, strict=True):
-            found.append(clock(run))
+        for one, found in zip(timed, times, strict=True):
+            found.append(clock(one))
     return [found[1:] for found in times]  # the first turn warms up
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    run()  # as in a model, where layer follows layer: threads are awake, the code is in the cache
+def _seconds(calls: Iterator[Callable[[], object]]) -> float:
+    next(calls)()  # as in a model, where layer follows layer: threads are awake
+    call = next(calls)
     start = time.perf_counter()
-    run()
+    call()
     return time.perf_counter() - start
 
 
@@ -78,7 +74,7 @@ def _seconds_on_device(run: Callable[[], object]) -> float:
 
 
 def _calls(contestant: Contestant) -> int:
-    return contestant.period * -(-CALLS // contestant.period)
+    return len(contestant.calls) * -(-CALLS // len(contestant.calls))
 
 
 def _replays(contestant: Contestant) -> Callable[[], None]:
@@ -86,11 +82,11 @@ def _replays(contestant: Contestant) -> Callable[[], None]:
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # what compiles, does so before the capture
-        for _ in range(contestant.period):
-            contestant.run()
+        for call in contestant.calls:
+            call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(_calls(contestant)):
-            contestant.run()
+        for call in islice(cycle(contestant.calls), _calls(contestant)):
+            call()
     return graph.replay

@@ -16,7 +16,7 @@ import platform
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -199,7 +199,7 @@ def prepared(input: Tensor, weight: Sequence[Tensor], out: Tensor, format: str) 
         raise MpqError("mpq was installed without its compiled kernels: pip install it where a C compiler is")
     plan = _plan(format, out.shape[-1], input.shape[-1])
     call = _call(found, weight, input, len(input), input.stride(0), None, out)
-    return lambda: int(found.library.mpq_linear(plan.weight, call))
+    return partial(found.library.mpq_linear, plan.weight, call)
 
 
 def conv(

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.rounding import quantize
 from mpq.core.scheme import parse_scheme
-from mpq.kernels.clock import Contestant, Rotation, interleaved
+from mpq.kernels.clock import Contestant, copies, interleaved
 from mpq.kernels.cuda.trust import BACKENDS, check
 from mpq.kernels.fragments import FRAGMENTS, covers
 from mpq.kernels.layout import pack, to_layout
@@ -59,7 +60,7 @@ def tune(
     device_name, processors = device_facts(device)
     matrix = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0)).to(device)
     arranged = to_layout(pack(quantize(matrix, format)), FRAGMENTS)
-    weights = Rotation(list(arranged.tensors.values()), BEYOND if device.type == "cuda" else 0)
+    weights = copies(list(arranged.tensors.values()), BEYOND if device.type == "cuda" else 0)
     inputs = torch.randn(tokens, cols, device=device).bfloat16()
     tried = [
         config
@@ -79,6 +80,6 @@ def _passes(backend: str, format: Format, inputs: Tensor) -> bool:
 
 
 def _contestant(
-    inputs: Tensor, weights: Rotation, format: Format, rows: int, config: Config, activation: str
+    inputs: Tensor, weights: list[list[Tensor]], format: Format, rows: int, config: Config, activation: str
 ) -> Contestant:
-    return Contestant(lambda: compute(inputs, weights(), None, format, rows, config, activation), len(weights))
+    return Contestant([partial(compute, inputs, weight, None, format, rows, config, activation) for weight in weights])
