@@ -160,17 +160,15 @@ def stacked(scheme: str, rows: int, cols: int, count: int, dtype: torch.dtype = 
     return run
 
 
-def own_modes(scheme: str, many: bool) -> dict[str, tuple[str, torch.dtype]]:
-    """Ours: with activations of about 15 bits; for integers of 8 as well, as most peers compute.
+def own_modes(scheme: str) -> dict[str, tuple[str, torch.dtype]]:
+    """Ours: with activations of about 15 bits; for integers of 8 as well, as most peers compute; and in bfloat16.
 
-    Of many tokens also in bfloat16, as the others do, conversions of inputs and outputs included.
+    In bfloat16, as others compute, conversions of inputs and outputs are in the time.
     """
     found = {"ours": (scheme, torch.float32)}
     if scheme.startswith("int"):
         found["ours in int8"] = scheme + "+a:int8-token", torch.float32
-    if many:
-        found["ours in bf16"] = scheme, torch.bfloat16
-    return found
+    return found | {"ours in bf16": (scheme, torch.bfloat16)}
 
 
 def against_peers(
@@ -188,7 +186,7 @@ def against_peers(
             # many tokens are bound by arithmetic: two copies will do
             for some, count in (([b for b in batches if b < 64], beyond), ([b for b in batches if b >= 64], 2)):
                 peers = [cpu_peers.product(name, rows, cols, count, torch.get_num_threads()) for name in names if some]
-                modes = own_modes(scheme, count == 2) if some else {}
+                modes = own_modes(scheme) if some else {}
                 ours = {name: stacked(full, rows, cols, count, dtype) for name, (full, dtype) in modes.items()}
                 up = [peer for peer in peers if peer.ready()]
                 for missing in {peer.name for peer in peers} - {peer.name for peer in up}:
