@@ -16,6 +16,8 @@ import csv
 import math
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cpu_peers
@@ -279,7 +281,7 @@ def mixed(layers: int = 28, blocks: int = 10, beyond: int = 4 * BEYOND) -> None:
             for stack in stacks:
                 started = time.perf_counter()
                 for call in stack:
-                    torch.ops.mpq.linear(*call)
+                    call()
                 times.append(time.perf_counter() - started)
         measured, predicted = statistics.median(times[len(stacks) :]), sum(seconds[key] for key in chosen)
         worst = max(worst, abs(measured / predicted - 1))
@@ -287,10 +289,10 @@ def mixed(layers: int = 28, blocks: int = 10, beyond: int = 4 * BEYOND) -> None:
     print(f"RESULT mixed_allocations_off_the_table {worst:.3f} 0.1 {'ok' if worst <= 0.1 else 'short'}")
 
 
-def placed(packed: Packed, x: torch.Tensor) -> tuple:
-    """What a product of a copy of the weight is called with, the copy lying as a model's weights do."""
+def placed(packed: Packed, x: torch.Tensor) -> Callable[[], object]:
+    """The product by a copy of the weight, the copy lying as a model's weights do."""
     tensors = [on_large_pages(tensor) for tensor in packed.tensors.values()]
-    return x, tensors, None, packed.format.name, *packed.shape, packed.layout, ""
+    return partial(torch.ops.mpq.linear.default, x, tensors, None, packed.format.name, *packed.shape, packed.layout, "")
 
 
 if __name__ == "__main__":
