@@ -120,7 +120,7 @@ def _plan(format_name: str, rows: int, cols: int) -> Plan:
     scale_bytes = SCALE_DTYPES[format.scale].itemsize
     extras = panels.ROWS * (scale_bytes + format.zero_point)
     panel_bytes = cut.tiles * cut.tile * 8 * format.grid.bits
-    panel_bytes += extras if cut.row_scales else extras * cut.tiles * cut.segments
+    panel_bytes += extras if cut.row_scales else extras * cut.tiles * cut.segments + panels.END
     weight = _WEIGHT.pack(
         rows, cols, panel_bytes, format.grid.bits, levels.kind, levels.offset,
         cut.group, cut.segment, cut.segments, cut.tiles, _SCALE_KINDS.index(format.scale), scale_bytes,

@@ -1,8 +1,8 @@
 """The "panels" layout: what the CPU kernels stream, one thread one panel of 64 rows front to back.
 
-native/mpq.h describes the bytes. A panel is a row of tiles; a tile is its codes in steps of 64 (4 columns of 16 rows),
-then its scales and zero points, 64 for each segment (columns that share a scale). One scale for a row, or for the
-tensor, stands once at the panel's end.
+native/mpq.h describes the bytes. A panel is a row of tiles; a tile is its scales and zero points, 64 for each segment
+(columns that share a scale), then its codes in steps of 64 (4 columns of 16 rows): the order in which they are needed.
+One scale for a row, or for the tensor, stands once at the panel's end.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from mpq.kernels.pages import empty_on_large_pages
 
 NAME = "panels"
 ROWS = 64
+END = 64  # bytes after a panel's last codes, which are loaded as whole vectors
 TILE = 128  # columns of a tile, where groups allow
 MAX_TILE = 256
 AT_ONCE = 2**20  # codes that are arranged at a time: what that needs besides stays in the cache
@@ -216,7 +217,8 @@ def _panels(rows: list[Tensor], format: Format, cols: int) -> Tensor:
         )
     if cut.row_scales:
         return torch.cat([part.flatten(1) for part in parts], 1)
-    return torch.cat(parts, 2).flatten(1)
+    whole = torch.cat([*parts[1:], parts[0]], 2).flatten(1)
+    return pad(whole, (0, END))
 
 
 def restore(packed: Packed) -> Packed:
@@ -230,7 +232,9 @@ def restore(packed: Packed) -> Packed:
     if cut.row_scales:
         parts = list(torch.split(panels, [sizes[0] * cut.tiles, *sizes[1:]], 1))
     else:
-        parts = list(torch.split(panels.reshape(cut.panels, cut.tiles, -1), sizes, 2))
+        tiles = panels[:, :-END].reshape(cut.panels, cut.tiles, -1)
+        *others, codes = torch.split(tiles, [*sizes[1:], sizes[0]], 2)
+        parts = [codes, *others]
     steps = _bytes_to_steps(parts[0].reshape(cut.panels, cut.tiles, cut.tile // 4, -1), format)
     codes = steps.permute(0, 3, 4, 1, 2, 5).reshape(cut.panels * ROWS, cut.tiles * cut.segments, cut.segment)
     codes = codes[:rows, :, : cut.group].flatten(1)[:, :cols]

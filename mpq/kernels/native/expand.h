@@ -11,7 +11,7 @@ static void read_quad(const mpq_weight *weight, const uint8_t *from, uint8_t *co
     else if (bits == 2)
       for (int i = 0; i < 64; i++) to[i] = from[i] >> 2 * step & 3;
     else
-      for (int i = 0; i < 64; i++) { /* scales follow: there is a next byte */
+      for (int i = 0; i < 64; i++) { /* there is a next byte, of scales or of the panel's end */
         const uint8_t *at = from + step * 8 * bits + (i * bits >> 3);
         to[i] = (at[0] | at[1] << 8) >> (i * bits & 7) & mask;
       }
@@ -41,8 +41,9 @@ typedef struct {
 static stretch find_segment(const mpq_weight *weight, const uint8_t *panel, int64_t index) {
   const size_t codes = code_bytes(weight), scales = (size_t)MPQ_ROWS * weight->scale_bytes;
   const size_t zeros = weight->zeros ? MPQ_ROWS : 0, count = weight->row_scales ? 1 : weight->segments;
-  const uint8_t *near = panel + index / weight->segments * (codes + (weight->row_scales ? 0 : count * (scales + zeros)));
-  const uint8_t *first = weight->row_scales ? panel + weight->tiles * codes : near + codes;
+  const size_t extras = weight->row_scales ? 0 : count * (scales + zeros);
+  const uint8_t *near = panel + index / weight->segments * (extras + codes) + extras;
+  const uint8_t *first = weight->row_scales ? panel + weight->tiles * codes : near - extras;
   const int64_t within = index % weight->segments, which = weight->row_scales ? 0 : within, column = index * weight->group;
   const int64_t left = weight->cols - column;
   return (stretch){.codes = near + within * (codes / weight->segments), .scales = first + which * scales,

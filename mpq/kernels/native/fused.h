@@ -21,6 +21,15 @@ INLINE void levels256(const int bits, const int kind, const uint8_t *codes, __m5
   }
 }
 
+/* Asks for bytes of the stream, `ahead` being MPQ_AHEAD before its use: far enough for the memory, and not in an order
+ * that the processor's own prefetching would not follow. */
+INLINE void ask_ahead(const uint8_t *ahead, const int bytes) {
+  for (int line = 0; line < bytes; line += 64) {
+    _mm_prefetch((const char *)ahead + line, _MM_HINT_T1);
+    _mm_prefetch((const char *)ahead + line - MPQ_AHEAD + MPQ_NEAR, _MM_HINT_T0);
+  }
+}
+
 INLINE int shift_of(const int bits, const int kind, int block) {
   return kind == MPQ_INTEGER && bits < 8 && 8 % bits == 0 ? block % (8 / bits) * bits : 0;
 }
@@ -33,13 +42,13 @@ INLINE void add_dots(__m512i *sums, __m512i levels, __m512i columns) {
 /* A segment's 64 scales, but for a power of two that is returned. */
 INLINE float scales64(int kind, const uint8_t *scales, __m512 out[4]) {
   if (kind == MPQ_E4M3 || kind == MPQ_UE5M3) { /* float16 with another bias, or without a sign */
+    uint16_t halves[MPQ_ROWS]; /* converted from memory, which leaves the shuffling unit alone */
     for (int half = 0; half < 2; half++) {
-      __m512i code = _mm512_cvtepu8_epi16(LOAD(__m256i, scales + 32 * half));
-      if (kind == MPQ_UE5M3) code = _mm512_slli_epi16(code, 7);
-      else code = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(code, 8), 1), _mm512_set1_epi16((short)0xbf80));
-      out[2 * half] = _mm512_cvtph_ps(_mm512_castsi512_si256(code));
-      out[2 * half + 1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(code, 1));
+      const __m256i codes = LOAD(__m256i, scales + 32 * half);
+      const __m512i bits = _mm512_slli_epi16(kind == MPQ_E4M3 ? _mm512_cvtepi8_epi16(codes) : _mm512_cvtepu8_epi16(codes), 7);
+      STORE(halves + 32 * half, kind == MPQ_E4M3 ? _mm512_and_si512(bits, _mm512_set1_epi16((short)0xbfff)) : bits);
     }
+    for (int block = 0; block < 4; block++) out[block] = _mm512_cvtph_ps(LOAD(__m256i, halves + 16 * block));
     return kind == MPQ_E4M3 ? 256 : 1;
   }
   for (int block = 0; block < 4; block++) {
@@ -59,7 +68,7 @@ INLINE void fused_some(const mpq_weight *weight, const mpq_tile *tile, const mpq
                        const int kind, const int planes, const int tokens, const int start, const int count,
                        float *sums) {
   const int width = weight->segment * weight->segments, two = kind == MPQ_TABLE16;
-  const uint8_t *codes = tile->levels[0], *scales = tile->scales, *zeros = tile->zeros;
+  const uint8_t *codes = tile->levels[0], *scales = tile->scales, *zeros = tile->zeros, *ahead = codes + MPQ_AHEAD;
   const int8_t *q = x->q + (tile->index * planes * tokens + start) * width;
   const int32_t *sum = x->sums + tile->index * weight->segments * planes * tokens + start;
   sums += MPQ_ROWS * start;
@@ -87,10 +96,9 @@ INLINE void fused_some(const mpq_weight *weight, const mpq_tile *tile, const mpq
           dots[l][t][planes - 1][i] = _mm512_set1_epi32((int32_t)(less << shift_of(bits, kind, i)));
         }
     }
-    for (int quad = 0; quad < weight->segment / 4; quad++, codes += 32 * bits) {
+    for (int quad = 0; quad < weight->segment / 4; quad++, codes += 32 * bits, ahead += 32 * bits) {
       __m512i level[4];
-      for (int line = 0; line < 32 * bits && !start; line += 64)
-        _mm_prefetch((const char *)codes + MPQ_AHEAD + line, _MM_HINT_T1);
+      if (!start) ask_ahead(ahead, 32 * bits);
       levels256(bits, kind, codes, table[0], spreads, shifts, level);
 #pragma GCC unroll 2
       for (int l = 0; l <= two; l++) {
@@ -130,7 +138,9 @@ INLINE void fused_some(const mpq_weight *weight, const mpq_tile *tile, const mpq
       }
     }
     if (weight->row_scales) continue;
-    scales += MPQ_ROWS * weight->scale_bytes;
+    const int extras = MPQ_ROWS * (weight->scale_bytes + !!zeros);
+    if (!start) ask_ahead(ahead, extras);
+    ahead += extras, scales += MPQ_ROWS * weight->scale_bytes;
     if (zeros) zeros += MPQ_ROWS;
   }
 #pragma GCC unroll 4
@@ -167,7 +177,7 @@ INLINE void bfloats64(const mpq_weight *weight, __m512i code, __m512i out[2]) {
 INLINE void fused_real(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x, const int tokens,
                        float *sums) {
   const int width = weight->segment * weight->segments;
-  const uint8_t *codes = tile->levels[0], *scales = tile->scales;
+  const uint8_t *codes = tile->levels[0], *scales = tile->scales, *ahead = codes + MPQ_AHEAD;
   const float *real = x->real + tile->index * tokens * width;
   const __m512i odd = _mm512_set1_epi32((int)0xffff0000);
   for (int segment = 0; segment < weight->segments; segment++, real += weight->segment) {
@@ -176,8 +186,8 @@ INLINE void fused_real(const mpq_weight *weight, const mpq_tile *tile, const mpq
     for (int t = 0; t < tokens; t++)
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) found[t][i] = _mm512_setzero_ps();
-    for (int quad = 0; quad < weight->segment / 4; quad++, codes += 256) {
-      for (int line = 0; line < 256; line += 64) _mm_prefetch((const char *)codes + MPQ_AHEAD + line, _MM_HINT_T1);
+    for (int quad = 0; quad < weight->segment / 4; quad++, codes += 256, ahead += 256) {
+      ask_ahead(ahead, 256);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
         __m512i pairs[2];
@@ -203,7 +213,9 @@ INLINE void fused_real(const mpq_weight *weight, const mpq_tile *tile, const mpq
         float *to = sums + MPQ_ROWS * t + 16 * i;
         STORE(to, _mm512_fmadd_ps(found[t][i], _mm512_mul_ps(scale[i], _mm512_set1_ps(unit)), LOAD(__m512, to)));
       }
-    if (!weight->row_scales) scales += MPQ_ROWS * weight->scale_bytes;
+    if (weight->row_scales) continue;
+    ask_ahead(ahead, MPQ_ROWS * weight->scale_bytes);
+    ahead += MPQ_ROWS * weight->scale_bytes, scales += MPQ_ROWS * weight->scale_bytes;
   }
 }
 

@@ -283,8 +283,9 @@ static void decode_tile(const job *work, int64_t panel, int64_t index, mpq_tile 
   const size_t bytes = codes + (weight->row_scales ? 0 : scales + zeros);
   const uint8_t *stream = work->call->panels + panel * weight->panel_bytes + index * bytes;
   tile->index = index, tile->bytes = bytes, tile->ahead = stream + work->run * bytes;
-  tile->scales = weight->row_scales ? row_scales(work, panel) : stream + codes;
+  tile->scales = weight->row_scales ? row_scales(work, panel) : stream;
   tile->zeros = weight->zeros ? tile->scales + scales : NULL;
+  if (!weight->row_scales) stream += scales + zeros;
   const int form = work->brain ? weight->brain : work->matrix ? MPQ_SIGNED : work->x.fused ? MPQ_CODES : MPQ_LEVELS;
   work->level->decode(weight, stream, form, tile, out);
 }
@@ -423,7 +424,7 @@ static void plan(job *work, int64_t tokens) {
   work->splits = work->panels >= 4 * threads ? 1 : (tokens + MPQ_BLOCK - 1) / MPQ_BLOCK;
   work->x.fused = is_fused(work, tokens);
   work->run = tokens < 16 ? 1 : MPQ_RUN;
-  work->block = work->splits > 1 ? 1 : tokens >= 64 ? MPQ_PANELS : work->x.fused ? MPQ_STREAMS : 1;
+  work->block = work->splits > 1 ? 1 : tokens >= 64 ? MPQ_PANELS : work->x.fused ? (weight->bits < 4 ? 2 : 1) * MPQ_STREAMS : 1;
   while (work->block > 1 && work->block * (work->x.fused ? 1 : 2) * threads > work->panels) work->block /= 2;
 }
 

@@ -23,7 +23,8 @@
 #define MPQ_PANELS 8      /* panels that share one passage of the activations, likewise */
 #define MPQ_THREADS 256   /* at most */
 #define MPQ_ALONE 8       /* from so many tokens on, threads share the making of integers */
-#define MPQ_AHEAD 3072    /* bytes of the stream that are asked for ahead of use */
+#define MPQ_AHEAD 3328    /* bytes of a stream that are asked for ahead of use, into the second cache */
+#define MPQ_NEAR 768      /* and into the first */
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MPQ_X86 1
 #endif
