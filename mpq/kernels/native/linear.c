@@ -477,7 +477,8 @@ static void read_blocks(void *argument) {
     const uint64_t *words = (const uint64_t *)(work->data + (block << 20));
     uint64_t some[8] = {0};
     for (int i = 0; i < 1 << 17; i += 8) {
-      __builtin_prefetch(words + i + MPQ_AHEAD / 8);
+      __builtin_prefetch(words + i + MPQ_AHEAD / 8, 0, 2);
+      __builtin_prefetch(words + i + MPQ_NEAR / 8);
       for (int j = 0; j < 8; j++) some[j] |= words[i + j];
     }
     for (int j = 0; j < 8; j++) all |= some[j];
