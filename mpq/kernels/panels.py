@@ -25,6 +25,7 @@ ROWS = 64
 END = 64  # bytes after a panel's last codes, which are loaded as whole vectors
 TILE = 128  # columns of a tile, where groups allow
 MAX_TILE = 256
+LARGEST = 127 * 257  # level of two bytes, each with a sign
 AT_ONCE = 2**20  # codes that are arranged at a time: what that needs besides stays in the cache
 INTEGER, TABLE8, TABLE16, BFLOAT = range(4)
 
@@ -88,13 +89,13 @@ def cut_of(format: Format, rows: int, cols: int) -> Cut:
 
 @lru_cache(maxsize=64)
 def levels_of(grid: Grid) -> Levels | None:
-    """The levels of a grid, exact except for codebooks (steps of 1/32767 of their largest value); None if none fit."""
+    """The levels of a grid, exact except for codebooks (steps of 1/32639 of their largest value); None if none fit."""
     if grid.family == "int":
         return Levels(INTEGER, grid.offset)
     values = grid.values()
     if grid.bits <= 6 and np.isfinite(values).all():
         if grid.family == "codebook":
-            unit = float(np.abs(values).max()) / 32767
+            unit = float(np.abs(values).max()) / LARGEST
         else:
             unit = grid.smallest
         whole = np.rint(values / unit).astype(np.int64)
@@ -102,7 +103,7 @@ def levels_of(grid: Grid) -> Levels | None:
             return Levels(TABLE8, -int(whole.min()), unit, _table(whole - whole.min()))
         while np.abs(whole).max() < 16384:  # use all bits: offsets then cancel without loss
             whole, unit = 2 * whole, unit / 2
-        if np.abs(whole).max() <= 32767:
+        if np.abs(whole).max() <= LARGEST:
             return Levels(TABLE16, 0, unit, _table(whole & 255), _table((whole >> 8) + 128))
     halves = torch.tensor(values, dtype=torch.float32).to(torch.bfloat16)
     if not np.array_equal(halves.double().numpy(), values, equal_nan=True) or grid.family != "float":

@@ -73,7 +73,8 @@ def bound(x, packed, dtype=torch.float32):
     """How far a kernel may be from exact products of the same numbers, (tokens, rows).
 
     Activations: half a step of 1/32639 of the largest magnitude (bfloat16 in two planes: 2**-17 of each). Codebooks:
-    half a step of 1/32767 of the grid's largest value. Float32: each of the tiles' sums and its four operations rounds
+    half a step of 1/32639 of the grid's largest value. Levels of 16 bits: without the low bytes' product with those of
+    activations, both at most 128 such steps. Float32: each of the tiles' sums and its four operations rounds
     once, relative to the sum of magnitudes with the offset in. Bfloat16 activations of eight tokens or more may
     meet weights rounded likewise.
     """
@@ -83,7 +84,9 @@ def bound(x, packed, dtype=torch.float32):
     scale = matrix.amax(-1)
     tiles = -(-packed.shape[1] // 64) + 8
     by_x = largest * matrix.sum(-1) / 65278
-    by_codebook = x.sum(-1, keepdim=True) * scale / 65534
+    by_codebook = x.sum(-1, keepdim=True) * scale / 65278
+    if panels.levels_of(packed.format.grid).kind == panels.TABLE16:
+        by_codebook = by_codebook + packed.shape[1] * (128 / 32639) ** 2 * largest * scale
     by_sums = (tiles * 2**-24) * 8 * (x.sum(-1, keepdim=True) * scale)
     return by_x + by_codebook + by_sums + by_weight * (x @ matrix.T) + 1e-30
 
@@ -104,6 +107,10 @@ TYPES = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 @example("nvfp4", 4, 70, 257, torch.float32, True, "", 2)
 @example("nf4-g64", 2, 70, 257, torch.float32, True, "", 2)
 @example("nf4-g64", 40, 70, 257, torch.bfloat16, True, "", 1)
+@example("nf4-g64", 33, 70, 257, torch.float32, True, "", 1)
+@example("int4-g32", 16, 70, 257, torch.float32, True, "", 1)
+@example("int4-g32-asym", 33, 70, 257, torch.float32, True, "int8-channel", 1)
+@example("mxfp4", 9, 70, 257, torch.bfloat16, True, "", 1)
 def test_equals_the_reference(level, name, tokens, rows, cols, dtype, with_bias, activation, seed):
     packed, arranged = weight_of(name, rows, cols)
     random = seeded(seed, tokens, cols)

@@ -7,20 +7,22 @@
                         "avx512vbmi,gfni,fma,f16c,avx2")))
 #define AMX_INLINE static inline __attribute__((always_inline)) AMX_TARGET
 
-static _Thread_local int shaped; /* rows of the two activation tiles that this thread's unit is set up for */
+static _Thread_local int shaped; /* how this thread's unit is set up */
 
-/* Tiles 0 and 1: activations; 2 and 3: weights; 4 to 7: sums, (first, second) activations by (first, second) rows. */
-AMX_INLINE void shape(int first, int second) {
-  if (shaped == first * 32 + second) return;
-  shaped = first * 32 + second;
+/* Tiles 0 and 1: activations of so many tokens, `columns` bytes of each; 2 and 3: weights; 4 to 7: sums, (first, second)
+ * activations by (first, second) rows. */
+AMX_INLINE void shape(int first, int second, int columns) {
+  const int wanted = (first * 32 + second) * 128 + columns;
+  if (shaped == wanted) return;
+  shaped = wanted;
   struct {
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
     uint8_t rows[16];
   } config __attribute__((aligned(64))) = {0};
-  const int rows[8] = {first, second, 16, 16, first, first, second, second};
+  const int rows[8] = {first, second, columns / 4, columns / 4, first, first, second, second};
   config.palette = 1;
-  for (int i = 0; i < 8; i++) config.bytes[i] = rows[i] ? 64 : 0, config.rows[i] = rows[i];
+  for (int i = 0; i < 8; i++) config.bytes[i] = rows[i] ? i < 2 ? columns : 64 : 0, config.rows[i] = rows[i];
   __asm__ volatile("" : : "r"(&config) : "memory"); /* the intrinsic tells of its first bytes only */
   _tile_loadconfig(&config);
 }
@@ -93,7 +95,7 @@ AMX_INLINE void multiply_bytes_amx(const mpq_weight *weight, const mpq_tile *til
   int32_t dots[2][2 * 256] __attribute__((aligned(64)));
   float high[two ? 16 * 64 : 1];
   segment_facts facts;
-  shape(planes * count, 0);
+  shape(planes * count, 0, 64);
   for (int work = 0; work <= works; work++) { /* of two blocks of rows: (segment, level plane, blocks) */
     if (work < works) {
       const int segment = work / (two ? 4 : 2), start = segment * weight->segment;

@@ -46,7 +46,10 @@ INLINE void decode_tile(const mpq_weight *weight, const int bits, const int kind
   const int is_signed = form == MPQ_SIGNED;
   const int quads = weight->segment * weight->segments / 4;
   const __m512i less = _mm512_set1_epi8((char)(kind == MPQ_INTEGER ? mpq_shift(weight) : weight->offset));
-  const __m512i table = LOAD(__m512i, weight->low), high = LOAD(__m512i, weight->high);
+  const __m512i table = LOAD(__m512i, weight->low);
+  __m512i high = LOAD(__m512i, weight->high);
+  if (is_signed && kind == MPQ_TABLE16) /* 256 times it and a low byte with its own sign */
+    high = _mm512_sub_epi8(_mm512_xor_si512(high, _mm512_set1_epi8((char)0x80)), _mm512_movm_epi8(_mm512_movepi8_mask(table)));
   const __m512i low = is_signed && kind == MPQ_TABLE8 ? _mm512_sub_epi8(table, less) : table;
   const __m512i low2 = LOAD(__m512i, weight->low + 64), high2 = LOAD(__m512i, weight->high + 64);
   uint8_t spread[64], shifts[64];
@@ -86,6 +89,7 @@ INLINE void decode_tile(const mpq_weight *weight, const int bits, const int kind
 #define DECODE(bits) \
   case bits: \
     if (form == MPQ_SIGNED && weight->kind == MPQ_INTEGER) decode_tile(weight, bits, MPQ_INTEGER, codes, out, plane, MPQ_SIGNED); \
+    else if (form == MPQ_SIGNED && weight->kind == MPQ_TABLE16) decode_tile(weight, bits, MPQ_TABLE16, codes, out, plane, MPQ_SIGNED); \
     else if (form == MPQ_SIGNED) decode_tile(weight, bits, MPQ_TABLE8, codes, out, plane, MPQ_SIGNED); \
     else if (weight->kind == MPQ_INTEGER) decode_tile(weight, bits, MPQ_INTEGER, codes, out, plane, 0); \
     else if (weight->kind == MPQ_TABLE8) decode_tile(weight, bits, MPQ_TABLE8, codes, out, plane, 0); \
@@ -97,7 +101,8 @@ INLINE void decode_tile(const mpq_weight *weight, const int bits, const int kind
 static TARGET void decode(const mpq_weight *weight, const uint8_t *codes, int form, mpq_tile *tile, uint8_t *out) {
   const size_t plane = 64 * (size_t)weight->segment * weight->segments;
   place_levels(weight, codes, tile, out);
-  if (form != MPQ_LEVELS) tile->levels[0] = form == MPQ_SIGNED ? out : codes;
+  if (form == MPQ_CODES) tile->levels[0] = codes;
+  if (form == MPQ_SIGNED && weight->kind == MPQ_INTEGER) tile->levels[0] = out;
   if (form != MPQ_CODES) switch (weight->bits) { DECODE(2) DECODE(3) DECODE(4) DECODE(5) DECODE(6) DECODE(7) DECODE(8) }
 }
 

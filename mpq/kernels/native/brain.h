@@ -259,7 +259,7 @@ AMX_INLINE void multiply_brain(const mpq_weight *weight, const mpq_tile *tiles, 
     for (int64_t token = first; token < last; token += 32) {
       const int tokens = last - token < 32 ? (int)(last - token) : 32;
       float *to = sums + token * MPQ_ROWS + 16 * block;
-      shape(tokens > 16 ? 16 : tokens, tokens > 16 ? tokens - 16 : 0);
+      shape(tokens > 16 ? 16 : tokens, tokens > 16 ? tokens - 16 : 0, 64);
       if (tokens > 16) multiply_block(weight, tiles, count, x, token, block, 1, two, planes, token == first, to);
       else multiply_block(weight, tiles, count, x, token, block, 0, two, planes, token == first, to);
     }

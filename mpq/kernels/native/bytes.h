@@ -1,5 +1,6 @@
 /* AMX in bytes for many tokens: two tiles of activations (both planes of 16 tokens, or 32 tokens in one plane) by 16
- * rows of signed levels. Sums leave the unit a stage late and are added to the floats another stage later, between
+ * rows of signed levels, in one plane or two. Two planes of both leave out the product of the two low ones, a part of
+ * 2**-16 of the largest product there can be. Sums leave the unit a stage late and are added to the floats another stage later, between
  * the products of the stage that then begins: stores, vectors and the matrix unit work side by side. */
 
 /* Where the sums of a stage go. */
@@ -37,8 +38,9 @@ AMX_INLINE void finish(const stage *done, const int32_t *dots, int token, const 
 }
 
 /* The products of a segment, into tiles 4 and 5 or (odd) 6 and 7, and meanwhile what was done two stages before. */
-AMX_INLINE void products(const uint8_t *levels, const uint8_t *x, int64_t second, int64_t step_bytes, const int steps,
-                         const int odd, const stage *before, const int32_t *dots, const int planes, const int rest) {
+AMX_INLINE void products(const uint8_t *levels, const uint8_t *low, const uint8_t *x, int64_t second, int64_t step_bytes,
+                         const int steps, const int odd, const stage *before, const int32_t *dots, const int planes,
+                         const int rest, const int two) {
   const stage copy = *before, *done = &copy; /* which no store changes */
   const int each = (16 + 2 * steps - 1) / (2 * steps);
   if (odd) { _tile_zero(6); _tile_zero(7); } else { _tile_zero(4); _tile_zero(5); }
@@ -47,6 +49,10 @@ AMX_INLINE void products(const uint8_t *levels, const uint8_t *x, int64_t second
     _tile_loadd(0, x, 64);
     if (odd) _tile_dpbssd(6, 0, 2); else _tile_dpbssd(4, 0, 2);
     finish(done, dots, 2 * step * each, each, planes, rest);
+    if (two) {
+      _tile_loadd(3, low + step * 16 * 256, 256);
+      if (odd) _tile_dpbssd(7, 0, 3); else _tile_dpbssd(5, 0, 3);
+    }
     _tile_loadd(1, x + second, 64);
     if (odd) _tile_dpbssd(7, 1, 2); else _tile_dpbssd(5, 1, 2);
     finish(done, dots, (2 * step + 1) * each, each, planes, rest);
@@ -64,8 +70,9 @@ AMX_INLINE void fetch(const int odd, int32_t *dots) {
 }
 
 AMX_INLINE void multiply_bytes_run(const mpq_weight *weight, const mpq_tile *tiles, int count, const mpq_activation *x,
-                                   int64_t first, int64_t last, const int steps, const int planes, const int rest,
-                                   float *sums) {
+                                   int64_t first, int64_t last, const int width, const int planes, const int rest,
+                                   const int two, float *sums) {
+  const int steps = (width + 63) / 64;
   const int64_t padded = mpq_padded(x->tokens), block_bytes = 16 * planes * weight->segment * weight->segments;
   const int64_t second = planes == 2 ? 1024 : block_bytes, step_bytes = 1024 * planes;
   static const float nothing[32];
@@ -74,29 +81,31 @@ AMX_INLINE void multiply_bytes_run(const mpq_weight *weight, const mpq_tile *til
   stage stages[2]; /* the first have nothing to add */
   for (int i = 0; i < 2; i++)
     stages[i] = (stage){sums + first * MPQ_ROWS, nothing, nothing, _mm512_setzero_ps(), _mm512_setzero_ps()};
-  shape(16, 16);
+  shape(16, 16, width < 64 ? width : 64);
   for (int64_t token = first; token < last; token += planes == 2 ? 16 : 32)
     for (int i = 0; i < count; i++) {
       const mpq_tile *tile = tiles + i;
       const uint8_t *ahead = tile->ahead, *end = token == first ? ahead + tile->bytes : ahead;
       const int64_t part = (tile->bytes / (4 * weight->segments) + 64) & ~(int64_t)63;
-      const uint8_t *q = (const uint8_t *)x->q + (tile->index * (padded / 16) + token / 16) * block_bytes;
-      for (int segment = 0; segment < weight->segments; segment++, q += steps * step_bytes) {
-        const uint8_t *levels = tile->levels[0] + 64 * (size_t)segment * weight->segment;
+      const uint8_t *all = (const uint8_t *)x->q + (tile->index * (padded / 16) + token / 16) * block_bytes;
+      for (int segment = 0; segment < weight->segments; segment++) {
+        const int column = segment * width;
+        const uint8_t *q = all + column / 64 * step_bytes + column % 64, *levels = tile->levels[0] + 64 * (size_t)column;
+        const uint8_t *low = two ? tile->levels[1] + 64 * (size_t)column : levels;
         for (int block = 0; block < 4; block++) {
           const int odd = block & 1, index = MPQ_ROWS * segment + 16 * block;
           stage *mine = stages + odd;
           for (const uint8_t *line = ahead; line < ahead + part && line < end; line += 64)
             _mm_prefetch((const char *)line, _MM_HINT_T0);
           ahead += part;
-          if (odd) products(levels + 64 * block, q, second, step_bytes, steps, 1, mine, dots[1], planes, rest);
-          else products(levels + 64 * block, q, second, step_bytes, steps, 0, mine, dots[0], planes, rest);
+          if (odd) products(levels + 64 * block, low + 64 * block, q, second, step_bytes, steps, 1, mine, dots[1], planes, rest, two);
+          else products(levels + 64 * block, low + 64 * block, q, second, step_bytes, steps, 0, mine, dots[0], planes, rest, two);
           fetch(!odd, dots[!odd]);
           mine->to = sums + token * MPQ_ROWS + 16 * block;
           mine->scale = x->scale + tile->index * padded + token;
           mine->total = (const float *)x->sums + (tile->index * weight->segments + segment) * padded + token;
           mine->by = _mm512_mul_ps(scales16(weight->scale_kind, tile->scales, weight->row_scales ? 16 * block : index),
-                                   _mm512_set1_ps(weight->factor));
+                                   _mm512_set1_ps(two ? 256 * weight->factor : weight->factor));
           if (rest) {
             __m512 zero = _mm512_set1_ps(left_over(weight));
             if (tile->zeros)
@@ -112,19 +121,20 @@ AMX_INLINE void multiply_bytes_run(const mpq_weight *weight, const mpq_tile *til
   finish(&stages[1], dots[1], 0, 16, planes, rest);
 }
 
-#define RUN(steps) \
-  case steps: \
-    if (planes == 2 && rest) multiply_bytes_run(weight, tiles, count, x, first, last, steps, 2, 1, sums); \
-    else if (planes == 2) multiply_bytes_run(weight, tiles, count, x, first, last, steps, 2, 0, sums); \
-    else if (rest) multiply_bytes_run(weight, tiles, count, x, first, last, steps, 1, 1, sums); \
-    else multiply_bytes_run(weight, tiles, count, x, first, last, steps, 1, 0, sums); \
+#define RUN(width) \
+  case width: \
+    if (two) multiply_bytes_run(weight, tiles, count, x, first, last, width, 2, 0, 1, sums); \
+    else if (planes == 2 && rest) multiply_bytes_run(weight, tiles, count, x, first, last, width, 2, 1, 0, sums); \
+    else if (planes == 2) multiply_bytes_run(weight, tiles, count, x, first, last, width, 2, 0, 0, sums); \
+    else if (rest) multiply_bytes_run(weight, tiles, count, x, first, last, width, 1, 1, 0, sums); \
+    else multiply_bytes_run(weight, tiles, count, x, first, last, width, 1, 0, 0, sums); \
     break;
 
 /* `first` is a multiple of 32. */
 static AMX_TARGET void multiply_signed(const mpq_weight *weight, const mpq_tile *tiles, int count,
                                        const mpq_activation *x, int64_t first, int64_t last, float *sums) {
-  const int planes = x->planes, rest = weight->zeros || left_over(weight);
-  switch (weight->segment / 64) { RUN(1) RUN(2) RUN(3) RUN(4) }
+  const int planes = x->planes, two = weight->kind == MPQ_TABLE16, rest = weight->zeros || left_over(weight);
+  switch (weight->segment) { RUN(32) RUN(64) RUN(128) RUN(192) RUN(256) }
 }
 
 /* A token's integers where the matrix unit wants them; the last token's also for those that fill its tiles up. */

@@ -386,17 +386,19 @@ static void run(const mpq_call *call, void (*function)(void *), void *work, shar
 
 #include "expand.h"
 
-/* Whether a chunk is computed in bfloat16. Decoding to it costs about as much as 16 tokens of the products it saves, so
- * (4096 x 4096, measured with AMX) groups too short for the byte unit gain from 8 tokens on, 16-bit levels, which take
- * twice as many passes in bytes, where integers need more than one tile of the unit. Bfloat16 activations take one pass,
- * of weights that are rounded to it, against two of bytes: from 128 tokens on, from 64 where scales need no stage of
- * their own or one for each step of the unit. */
+/* Whether a chunk is computed in bfloat16, which takes a pass for each part of activations and weights (4096 x 4096,
+ * measured with AMX). Groups below 32 always: scales would change too often for the byte unit. Groups of 32, whose sums
+ * are scaled after half a step of it, where tokens are so many that decoding pays: the sooner, the fewer passes. Levels
+ * of 16 bits where one pass does. Other bfloat16 activations take one pass, of weights that are rounded to it, against
+ * two of bytes: from 128 tokens on, from 64 where scales need no stage of their own or one for each step of the unit. */
 static int in_brain(const job *work, int64_t tokens) {
   const mpq_weight *weight = work->weight;
+  const int planes = work->call->planes, half = weight->segment == 32;
   if (!work->level->brain || tokens < 8) return 0;
-  if (weight->kind == MPQ_BFLOAT || weight->segment % 64) return 1;
-  if (weight->kind == MPQ_TABLE16) return tokens * work->call->planes > 16;
-  if (!work->call->bfloat || work->call->planes == 1) return 0;
+  if (weight->kind == MPQ_BFLOAT || (weight->segment % 64 && !half)) return 1;
+  if (half && (tokens * planes <= 16 || tokens > (weight->brain == 2 ? 64 : 32 / planes))) return 1;
+  if (weight->kind == MPQ_TABLE16 && tokens * planes > 16) return planes == 1 || (work->call->bfloat && tokens > 16);
+  if (!work->call->bfloat || planes == 1) return 0;
   return tokens >= (weight->row_scales || weight->segment == 64 ? 64 : 128);
 }
 
