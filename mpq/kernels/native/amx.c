@@ -27,16 +27,22 @@ AMX_INLINE void shape(int first, int second, int columns) {
   _tile_loadconfig(&config);
 }
 
-/* Sums over `steps` of 64 bytes of 32 weight rows and up to 16 activation rows: dots (2 blocks, 16, 16). */
-AMX_INLINE void dot(const uint8_t *levels, const uint8_t *x, int64_t stride, int steps, int32_t *dots) {
+/* Sums over `steps` of 64 bytes of up to 16 activation rows and twice 16 weight rows, or both planes of 16: dots (2, 16, 16). */
+AMX_INLINE void dot(const uint8_t *first, const uint8_t *second, const uint8_t *x, int64_t stride, int steps,
+                    const int two, int32_t *dots) {
   _tile_zero(4);
   _tile_zero(5);
-  for (int step = 0; step < steps; step++, levels += 16 * 256) {
+  for (int step = 0; step < steps; step++) {
     _tile_loadd(0, x + 64 * step, stride);
-    _tile_loadd(2, levels, 256);
-    _tile_loadd(3, levels + 64, 256);
-    _tile_dpbsud(4, 0, 2); /* signed activations, unsigned levels */
-    _tile_dpbsud(5, 0, 3);
+    _tile_loadd(2, first + 16 * 256 * step, 256);
+    _tile_loadd(3, second + 16 * 256 * step, 256);
+    if (two) {
+      _tile_dpbssd(4, 0, 2);
+      _tile_dpbssd(5, 0, 3);
+    } else {
+      _tile_dpbsud(4, 0, 2); /* signed activations, unsigned levels */
+      _tile_dpbsud(5, 0, 3);
+    }
   }
   _tile_stored(4, dots, 64);
   _tile_stored(5, dots + 256, 64);
@@ -61,26 +67,28 @@ AMX_INLINE void know(const mpq_weight *weight, const mpq_tile *tile, const mpq_a
   STORE(facts->scale, _mm512_maskz_loadu_ps(some, scale));
 }
 
-/* The integer sums of both planes as one. It fits: 127 * 255 * 256 columns, 256 times, and 128 * 255 * 256. */
-AMX_INLINE __m512 joined(const int32_t *dots, int t, int count, const int planes) {
+/* The sums of a token's integers as one. They fit: 127 * 255 * 256 columns, 256 times, and 128 * 255 * 256. Two planes of
+ * levels leave out the product of the two low planes, a part of 2**-16 of the largest product there can be. */
+AMX_INLINE __m512 joined(const int32_t *dots, int t, int count, const int planes, const int two) {
   __m512i sum = LOAD(__m512i, dots + 16 * t);
-  if (planes == 2) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), LOAD(__m512i, dots + 16 * (count + t)));
+  if (planes == 2 || two) sum = _mm512_slli_epi32(sum, 8);
+  if (planes == 2) sum = _mm512_add_epi32(sum, LOAD(__m512i, dots + 16 * (count + t)));
+  if (two) sum = _mm512_add_epi32(sum, LOAD(__m512i, dots + 256 + 16 * t));
   return _mm512_cvtepi32_ps(sum);
 }
 
 AMX_INLINE void add(const mpq_weight *weight, const mpq_tile *tile, const segment_facts *facts, int segment,
-                    int64_t token, int count, const int planes, const int two, const float *high, const int32_t *dots,
-                    int block, float *sums) {
+                    int64_t token, int count, const int planes, const int two, const int32_t *dots, int block,
+                    float *sums) {
   const int index = MPQ_ROWS * segment + 16 * block;
-  const __m512 scales = _mm512_mul_ps(
-      scales16(weight->scale_kind, tile->scales, weight->row_scales ? 16 * block : index), _mm512_set1_ps(weight->factor));
-  __m512 zero = _mm512_set1_ps(two ? 32768.f : weight->offset);
+  const __m512 scales = _mm512_mul_ps(scales16(weight->scale_kind, tile->scales, weight->row_scales ? 16 * block : index),
+                                      _mm512_set1_ps(two && planes == 2 ? 256 * weight->factor : weight->factor));
+  __m512 zero = _mm512_set1_ps(weight->offset);
   if (tile->zeros) zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(LOAD(__m128i, tile->zeros + index)));
   float *to = sums + token * MPQ_ROWS + 16 * block;
   for (int t = 0; t < count; t++, to += MPQ_ROWS) {
-    __m512 value = joined(dots, t, count, planes);
-    if (two) value = _mm512_fmadd_ps(LOAD(__m512, high + 64 * t + 16 * block), _mm512_set1_ps(256), value);
-    value = _mm512_fnmadd_ps(zero, _mm512_set1_ps(facts->total[t]), value);
+    __m512 value = joined(dots, t, count, planes, two);
+    if (!two) value = _mm512_fnmadd_ps(zero, _mm512_set1_ps(facts->total[t]), value);
     STORE(to, _mm512_fmadd_ps(value, _mm512_mul_ps(scales, _mm512_set1_ps(facts->scale[t])), LOAD(__m512, to)));
   }
 }
@@ -89,28 +97,32 @@ AMX_INLINE void add(const mpq_weight *weight, const mpq_tile *tile, const segmen
 AMX_INLINE void multiply_bytes_amx(const mpq_weight *weight, const mpq_tile *tile, const mpq_activation *x,
                                    int64_t token, int count, const int planes, const int two,
                                    float *sums) {
-  const int width = weight->segment * weight->segments, steps = weight->segment / 64;
-  const int works = (two ? 4 : 2) * weight->segments;
+  const int width = weight->segment * weight->segments, steps = (weight->segment + 63) / 64;
+  const int each = two ? 4 : 2, works = each * weight->segments; /* of both planes of a block, or of two blocks */
   const uint8_t *q = (const uint8_t *)x->q + (tile->index * planes * x->tokens + token) * width;
   int32_t dots[2][2 * 256] __attribute__((aligned(64)));
-  float high[two ? 16 * 64 : 1];
   segment_facts facts;
-  shape(planes * count, 0, 64);
-  for (int work = 0; work <= works; work++) { /* of two blocks of rows: (segment, level plane, blocks) */
+  shape(planes * count, 0, weight->segment < 64 ? weight->segment : 64);
+  const uint8_t *ahead = tile->ahead, *end = ahead + (two ? tile->bytes : 0); /* decoding asks where levels are unsigned */
+  const int64_t part = (tile->bytes / works + 64) & ~(int64_t)63;
+  for (int work = 0; work <= works; work++, ahead += part) {
+    for (const uint8_t *line = ahead; line < ahead + part && line < end; line += 64)
+      _mm_prefetch((const char *)line, _MM_HINT_T1);
     if (work < works) {
-      const int segment = work / (two ? 4 : 2), start = segment * weight->segment;
-      const uint8_t *levels = tile->levels[two ? work / 2 % 2 : 0] + 64 * (size_t)start + 128 * (work % 2);
-      dot(levels, q + start, width, steps, dots[work % 2]);
+      const int start = work / each * weight->segment;
+      const int64_t at = 64 * (int64_t)start + (two ? 64 : 128) * (work % each);
+      const uint8_t *first = tile->levels[0] + at, *second = two ? tile->levels[1] + at : first + 64;
+      dot(first, second, q + start, width, steps, two, dots[work % 2]);
     }
     if (!work) continue;
-    const int last = work - 1, segment = last / (two ? 4 : 2), block = last % 2 * 2;
-    if (last % (two ? 4 : 2) == 0) know(weight, tile, x, segment, token, count, planes, &facts);
-    for (int i = 0; i < 2; i++) {
-      const int32_t *from = dots[last % 2] + 256 * i;
-      if (two && last / 2 % 2 == 0)
-        for (int t = 0; t < count; t++) STORE(high + 64 * t + 16 * (block + i), joined(from, t, count, planes));
-      else
-        add(weight, tile, &facts, segment, token, count, planes, two, high, from, block + i, sums);
+    const int last = work - 1, segment = last / each, block = last % each;
+    const int32_t *from = dots[last % 2];
+    if (!block) know(weight, tile, x, segment, token, count, planes, &facts);
+    if (two) {
+      add(weight, tile, &facts, segment, token, count, planes, two, from, block, sums);
+    } else {
+      add(weight, tile, &facts, segment, token, count, planes, two, from, 2 * block, sums);
+      add(weight, tile, &facts, segment, token, count, planes, two, from + 256, 2 * block + 1, sums);
     }
   }
 }
@@ -138,7 +150,8 @@ static AMX_TARGET void multiply(const mpq_weight *weight, const mpq_tile *tiles,
     else multiply_brain(weight, tiles, run, x, first, last, 0, 1, sums);
   } else if (x->matrix) {
     multiply_signed(weight, tiles, run, x, first, last, sums);
-  } else if (x->fused || weight->kind == MPQ_BFLOAT || weight->segment % 64 || x->tokens * x->planes < 6) {
+  } else if (x->fused || weight->kind == MPQ_BFLOAT || !mpq_in_steps(weight) ||
+             (weight->kind != MPQ_TABLE16 && x->tokens * x->planes < 6)) {
     multiply_vectors(weight, tiles, run, x, first, last, sums);
   } else {
     for (int i = 0; i < run; i++) multiply_few(weight, tiles + i, x, first, (int)(last - first), sums);

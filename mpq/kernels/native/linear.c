@@ -153,6 +153,7 @@ typedef struct {
   int64_t panels, splits; /* work: `block` panels at a time, each for `splits` pieces of the chunk's tokens */
   int block, run;         /* tiles of `run` columns' worth are decoded before they are multiplied */
   int brain, matrix, alone; /* activations are bfloat16, or in tiles of bytes; each thread makes them for itself */
+  int form;                 /* of decoded tiles */
   size_t room;            /* bytes of a decoded tile */
   shares shares;
   atomic_int failed;
@@ -286,8 +287,7 @@ static void decode_tile(const job *work, int64_t panel, int64_t index, mpq_tile 
   tile->scales = weight->row_scales ? row_scales(work, panel) : stream;
   tile->zeros = weight->zeros ? tile->scales + scales : NULL;
   if (!weight->row_scales) stream += scales + zeros;
-  const int form = work->brain ? weight->brain : work->matrix ? MPQ_SIGNED : work->x.fused ? MPQ_CODES : MPQ_LEVELS;
-  work->level->decode(weight, stream, form, tile, out);
+  work->level->decode(weight, stream, work->form, tile, out);
 }
 
 /* Room for a chunk's activations in one piece of scratch memory, and how it is cut; 0 if there is none. */
@@ -395,8 +395,8 @@ static int in_brain(const job *work, int64_t tokens) {
   const mpq_weight *weight = work->weight;
   const int planes = work->call->planes, half = weight->segment == 32;
   if (!work->level->brain || tokens < 8) return 0;
-  if (weight->kind == MPQ_BFLOAT || (weight->segment % 64 && !half)) return 1;
-  if (half && (tokens * planes <= 16 || tokens > (weight->brain == 2 ? 64 : 32 / planes))) return 1;
+  if (weight->kind == MPQ_BFLOAT || !mpq_in_steps(weight)) return 1;
+  if (half && tokens > (weight->brain == 2 ? 64 : 8 * planes)) return 1;
   if (weight->kind == MPQ_TABLE16 && tokens * planes > 16) return planes == 1 || (work->call->bfloat && tokens > 16);
   if (!work->call->bfloat || planes == 1) return 0;
   return tokens >= (weight->row_scales || weight->segment == 64 ? 64 : 128);
@@ -416,16 +416,19 @@ static int is_fused(const job *work, int64_t tokens) {
 /* How a chunk's work is cut. */
 static void plan(job *work, int64_t tokens) {
   const mpq_weight *weight = work->weight;
-  const int threads = work->call->threads;
+  const int threads = work->call->threads, planes = work->call->planes;
   work->x.tokens = tokens;
   work->brain = in_brain(work, tokens);
-  work->matrix = work->level->brain && !work->brain && tokens * work->call->planes > 16;
+  work->x.fused = is_fused(work, tokens);
+  const int bytes = work->level->brain && !work->brain && !work->x.fused && mpq_in_steps(weight) && weight->kind != MPQ_BFLOAT;
+  work->matrix = bytes && tokens * planes > (weight->bits == 8 ? 10 : 16); /* measured */
+  work->form = work->brain ? weight->brain : work->x.fused ? MPQ_CODES : MPQ_LEVELS;
+  if (work->matrix || (bytes && weight->kind == MPQ_TABLE16)) work->form = MPQ_SIGNED;
   work->alone = tokens < MPQ_ALONE && !work->images;
   work->room = 128 * mpq_filled(weight) * (work->brain ? weight->brain : 1);
   work->panels = (weight->rows + MPQ_ROWS - 1) / MPQ_ROWS;
   work->splits = work->panels >= 4 * threads ? 1 : (tokens + MPQ_BLOCK - 1) / MPQ_BLOCK;
-  work->x.fused = is_fused(work, tokens);
-  work->run = tokens < 16 ? 1 : MPQ_RUN;
+  work->run = work->brain && tokens >= 64 ? MPQ_RUN : 1;
   work->block = work->splits > 1 ? 1 : tokens >= 64 ? MPQ_PANELS : work->x.fused ? (weight->bits < 4 ? 2 : 1) * MPQ_STREAMS : 1;
   while (work->block > 1 && work->block * (work->x.fused ? 1 : 2) * threads > work->panels) work->block /= 2;
 }

@@ -121,6 +121,9 @@ static inline int64_t mpq_padded(int64_t tokens) { return (tokens + 31) & ~(int6
 /* Columns of a tile that bfloat16 activations have. */
 static inline int mpq_filled(const mpq_weight *weight) { return (weight->segment * weight->segments + 31) & ~31; }
 
+/* Whether the matrix unit takes bytes of the weight: in whole steps of 64 columns, or half ones. */
+static inline int mpq_in_steps(const mpq_weight *weight) { return weight->segment % 64 == 0 || weight->segment == 32; }
+
 /* What signed levels are less than the unsigned ones. */
 static inline int mpq_shift(const mpq_weight *weight) { return weight->bits == 8 ? 128 : weight->zeros ? 0 : weight->offset; }
 
