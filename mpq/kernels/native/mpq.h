@@ -17,7 +17,7 @@
 #define MPQ_MAX_TILE 256  /* columns of a tile at most */
 #define MPQ_CHUNK 256     /* tokens that share one decoding of a tile */
 #define MPQ_BLOCK 32      /* tokens that are taken together */
-#define MPQ_RUN 2         /* tiles that are decoded before they are multiplied, when there are tokens enough */
+#define MPQ_RUN 2         /* tiles that are decoded before they are multiplied in bfloat16, when there are tokens enough */
 #define MPQ_STREAMS 2     /* panels that one token reads in turns: the memory always has something to fetch */
 #define MPQ_SINGLE 2      /* panels that end a thread's range one by one */
 #define MPQ_PANELS 8      /* panels that share one passage of the activations, likewise */
