@@ -27,7 +27,15 @@ AMX_INLINE void shape(int first, int second, int columns) {
   _tile_loadconfig(&config);
 }
 
-/* Sums over `steps` of 64 bytes of up to 16 activation rows and twice 16 weight rows, or both planes of 16: dots (2, 16, 16). */
+/* Asks for `part` bytes of what is read next, none from `end` on, into the second cache; returns where to go on. */
+AMX_INLINE const uint8_t *ask_part(const uint8_t *ahead, int64_t part, const uint8_t *end) {
+  for (const uint8_t *line = ahead; line < ahead + part && line < end; line += 64)
+    _mm_prefetch((const char *)line, _MM_HINT_T1);
+  return ahead + part;
+}
+
+/* Sums over `steps` of 64 bytes of up to 16 activation rows and twice 16 weight rows, or both planes of 16:
+ * dots (2, 16, 16). */
 AMX_INLINE void dot(const uint8_t *first, const uint8_t *second, const uint8_t *x, int64_t stride, int steps,
                     const int two, int32_t *dots) {
   _tile_zero(4);
@@ -105,9 +113,8 @@ AMX_INLINE void multiply_bytes_amx(const mpq_weight *weight, const mpq_tile *til
   shape(planes * count, 0, weight->segment < 64 ? weight->segment : 64);
   const uint8_t *ahead = tile->ahead, *end = ahead + (two ? tile->bytes : 0); /* decoding asks where levels are unsigned */
   const int64_t part = (tile->bytes / works + 64) & ~(int64_t)63;
-  for (int work = 0; work <= works; work++, ahead += part) {
-    for (const uint8_t *line = ahead; line < ahead + part && line < end; line += 64)
-      _mm_prefetch((const char *)line, _MM_HINT_T1);
+  for (int work = 0; work <= works; work++) {
+    ahead = ask_part(ahead, part, end);
     if (work < works) {
       const int start = work / each * weight->segment;
       const int64_t at = 64 * (int64_t)start + (two ? 64 : 128) * (work % each);

@@ -224,9 +224,7 @@ AMX_INLINE void multiply_block(const mpq_weight *weight, const mpq_tile *tiles, 
     const int64_t part = (tiles[i].bytes / (filled / 16) + 64) & ~(int64_t)63;
     const uint8_t *ahead = tiles[i].ahead + (block ? filled / 32 * part : 0), *end = tiles[i].ahead + (asks ? tiles[i].bytes : 0);
     for (int step = 0; step < filled / 32; step++, near += 1024, levels += 4096) {
-      for (const uint8_t *line = ahead; line < ahead + part && line < end; line += 64)
-        _mm_prefetch((const char *)line, _MM_HINT_T1);
-      ahead += part;
+      ahead = ask_part(ahead, part, end);
       _tile_loadd(0, near, 64);
       if (second) _tile_loadd(1, near + next, 64);
       if (two) {

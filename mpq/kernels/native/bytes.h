@@ -95,9 +95,7 @@ AMX_INLINE void multiply_bytes_run(const mpq_weight *weight, const mpq_tile *til
         for (int block = 0; block < 4; block++) {
           const int odd = block & 1, index = MPQ_ROWS * segment + 16 * block;
           stage *mine = stages + odd;
-          for (const uint8_t *line = ahead; line < ahead + part && line < end; line += 64)
-            _mm_prefetch((const char *)line, _MM_HINT_T1);
-          ahead += part;
+          ahead = ask_part(ahead, part, end);
           if (odd) products(levels + 64 * block, low + 64 * block, q, second, step_bytes, steps, 1, mine, dots[1], planes, rest, two);
           else products(levels + 64 * block, low + 64 * block, q, second, step_bytes, steps, 0, mine, dots[0], planes, rest, two);
           fetch(!odd, dots[!odd]);

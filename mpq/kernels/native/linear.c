@@ -153,7 +153,7 @@ typedef struct {
   int64_t panels, splits; /* work: `block` panels at a time, each for `splits` pieces of the chunk's tokens */
   int block, run;         /* tiles of `run` columns' worth are decoded before they are multiplied */
   int brain, matrix, alone; /* activations are bfloat16, or in tiles of bytes; each thread makes them for itself */
-  int form;                 /* of decoded tiles */
+  int form;                 /* of decoded tiles: MPQ_*, or how many bfloat16 */
   size_t room;            /* bytes of a decoded tile */
   shares shares;
   atomic_int failed;
