@@ -10,6 +10,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 collect_ignore = ["search", "sensitivity", "proxies", "exporters", "experiments"]
 if find_spec("triton") is None:
-    collect_ignore += ["mpq/kernels/triton", "tests/kernels/triton"]
+    collect_ignore += ["mpq/kernels/gpu/triton", "tests/kernels/gpu/triton"]
 if find_spec("vllm") is None:
-    collect_ignore += ["mpq/exporters/vllm_adapter.py"]
+    collect_ignore += ["mpq/mpq/integrations/vllm_adapter.py"]

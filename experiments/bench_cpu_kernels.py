@@ -24,14 +24,14 @@ import cpu_peers
 import numpy as np
 import torch
 
-from mpq.core.calibration import seeded
-from mpq.core.rounding import quantize
 from mpq.core.scheme import parse_scheme
-from mpq.kernels import cpu
 from mpq.kernels.bench import BEYOND, CPU, PAGE, Timing, latency_table, measure, streaming
 from mpq.kernels.clock import Contestant, copies, interleaved
+from mpq.kernels.cpu import native as cpu
+from mpq.kernels.cpu.pages import on_large_pages
 from mpq.kernels.layout import Packed, best_layout, pack, to_layout
-from mpq.kernels.pages import on_large_pages
+from mpq.network.calibration import seeded
+from mpq.rounding.reference import quantize
 
 COLUMNS = ("cpu", "threads", "format", "rows", "cols", "batch", "contestant", "median_us", "q1_us", "q3_us")
 MIXED = ("int2-g128", "int3-g128", "int4-g128", "int6-g128", "int8-channel", "nf4-g64", "mxfp4", "fp8-e4m3-channel")

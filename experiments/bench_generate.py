@@ -25,17 +25,17 @@ from torch import Tensor, nn
 
 import reference_models
 from mpq.core.allocation import Allocation
-from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
-from mpq.core.layers import find_layers
-from mpq.core.rounding import quantize
 from mpq.core.scheme import parse_scheme
-from mpq.exporters.gguf_file import export
-from mpq.generate import generate
-from mpq.kernels import cpu
+from mpq.exporters.gguf.file import export
+from mpq.generation.generate import generate
+from mpq.kernels.cpu import native as cpu
 from mpq.kernels.layout import Packed, pack
+from mpq.network.calibration import seeded
+from mpq.network.layers import find_layers
 from mpq.quantized import fuse, pack_model, put_packed
+from mpq.rounding.reference import quantize
 
 GOAL = 3.0  # times bfloat16
 MODELS = Path("/tmp/peer-models")

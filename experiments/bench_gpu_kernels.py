@@ -20,11 +20,11 @@ import torch
 from gpu_peers import peers_of
 from mpq.core.formats import parse_format
 from mpq.core.latency import LatencyTable
-from mpq.core.rounding import quantize
 from mpq.kernels.bench import BEYOND, Timing, latency_table, measure
 from mpq.kernels.clock import Contestant, copies, interleaved
-from mpq.kernels.fragments import FRAGMENTS
+from mpq.kernels.gpu.fragments import FRAGMENTS
 from mpq.kernels.layout import pack, to_layout
+from mpq.rounding.reference import quantize
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
 BATCHES = [1, 4, 16, 32, 64, 128, 256]
@@ -52,7 +52,7 @@ def main() -> None:
         print("no CUDA device here: the GPU kernels' speeds stay unmeasured (their results are tested without one)")
         return
     try:
-        from mpq.kernels.triton.tune import tune
+        from mpq.kernels.gpu.triton.tune import tune
     except ImportError:
         print("Triton is not installed, which the GPU kernels need: pip install triton")
         return

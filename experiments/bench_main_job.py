@@ -36,7 +36,7 @@ SHAPES = {
 # The model and the program alone, and what the whole job needs: the largest resident memory of a process, in kB.
 PEAK = "import resource, sys; {}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 BASE = "import mpq.pipeline, wide_model; model = wide_model.build(); model(wide_model.load()[0][0])"
-WHOLE = "from mpq.cli import main; assert main(sys.argv[1:]) == 0"
+WHOLE = "from mpq.cli.main import main; assert main(sys.argv[1:]) == 0"
 
 
 def llama_table(layers: int, seed: int = 0) -> SensitivityTable:

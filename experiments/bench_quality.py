@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import mpq
 import reference_models
-from mpq.core.calibration import Batch, cross_entropy, next_token_loss
-from mpq.core.layers import find_layers
-from mpq.core.methods import NEEDS_SECOND_MOMENT
-from mpq.core.moments import second_moments
+from mpq.network.calibration import Batch, cross_entropy, next_token_loss
+from mpq.network.layers import find_layers
+from mpq.network.moments import second_moments
 from mpq.quantized import simulate
+from mpq.rounding import NEEDS_SECOND_MOMENT
 from mpq.sensitivity import DEFAULT_METRIC
 
 LADDER = (

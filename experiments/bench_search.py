@@ -25,12 +25,12 @@ import reference_models
 import search_rows
 from hawq_v3 import hawq_v3_problem, published_choices, read_published
 from mpq.core.allocation import Allocation
-from mpq.core.calibration import Batch, LossFn, cross_entropy, next_token_loss, seeded
-from mpq.core.layers import find_layers, matrix_to_weight, weight_matrix
-from mpq.core.methods import method_named
 from mpq.core.problem import Problem, build_problem
-from mpq.core.rounding import dequantize
 from mpq.core.table import SensitivityTable
+from mpq.network.calibration import Batch, LossFn, cross_entropy, next_token_loss, seeded
+from mpq.network.layers import find_layers, matrix_to_weight, weight_matrix
+from mpq.rounding import method_named
+from mpq.rounding.reference import dequantize
 from mpq.search.controller import Controller, Schedule
 from mpq.search.evolution import evolution
 from mpq.search.exact import exact

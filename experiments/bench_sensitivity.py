@@ -23,14 +23,14 @@ from torch.nn import functional
 from wide_model import build, load
 
 from mpq.core.allocation import Allocation
-from mpq.core.calibration import Batch, LossFn, cross_entropy, mean_loss, next_token_loss
-from mpq.core.layers import find_layers
-from mpq.core.methods import METHODS
-from mpq.core.offload import offloaded
 from mpq.core.problem import build_problem
 from mpq.core.scheme import parse_scheme
 from mpq.core.table import SensitivityTable
+from mpq.network.calibration import Batch, LossFn, cross_entropy, mean_loss, next_token_loss
+from mpq.network.layers import find_layers
+from mpq.network.offload import offloaded
 from mpq.quantized import simulate
+from mpq.rounding import METHODS
 from mpq.search.exact import exact
 from mpq.sensitivity import DEFAULT_METRIC, MEASURED, METRICS, metric_named
 from mpq.sensitivity.hessian import hessian_traces

@@ -15,14 +15,14 @@ import torch
 from scipy.stats import spearmanr
 
 import reference_models
-from mpq.core.activations import fake_quantize_inputs
-from mpq.core.calibration import Batch, LossFn, cross_entropy, next_token_loss
 from mpq.core.formats import parse_format
-from mpq.core.layers import find_layers, matrix_to_weight, weight_matrix
-from mpq.core.methods import method_named
-from mpq.core.rounding import dequantize
+from mpq.network.calibration import Batch, LossFn, cross_entropy, next_token_loss
+from mpq.network.layers import find_layers, matrix_to_weight, weight_matrix
 from mpq.proxies.benchmark import Benchmark
 from mpq.proxies.measuring import build_benchmark, measure
+from mpq.rounding import method_named
+from mpq.rounding.activations import fake_quantize_inputs
+from mpq.rounding.reference import dequantize
 
 RESULTS = reference_models.Path(__file__).resolve().parent / "results"
 SCHEMES = ("int2-channel", "int3-channel", "int4-channel")

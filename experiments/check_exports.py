@@ -19,13 +19,13 @@ from torch import nn
 import llama_exports
 import reference_models
 from mpq.core.allocation import Allocation
-from mpq.core.calibration import mean_loss, next_token_loss
 from mpq.core.errors import MpqError
-from mpq.core.layers import find_layers
-from mpq.core.ranges import input_ranges
 from mpq.exporters import exporter_named
-from mpq.exporters.onnx_file import file_size
-from mpq.exporters.state import other_state
+from mpq.exporters.mpq.state import other_state
+from mpq.exporters.onnx.file import file_size
+from mpq.network.calibration import mean_loss, next_token_loss
+from mpq.network.layers import find_layers
+from mpq.network.ranges import input_ranges
 from mpq.quantized import simulate
 
 ONNX = {
@@ -89,7 +89,7 @@ def onnxruntime_top1(images: int, folder: Path) -> list[str]:
 def language_models(windows: int, folder: Path) -> list[str]:
     from transformers import AutoModelForCausalLM
 
-    import mpq.exporters.hf  # noqa: F401  (registers mpq with transformers)
+    import mpq.integrations.transformers  # noqa: F401  (registers mpq with transformers)
 
     model, tokens = reference_models.wikitext_llama(), reference_models.wikitext_tokens("test", windows)
     ours = ("int4-g128", "int3-g64", "int8-channel", "nvfp4")

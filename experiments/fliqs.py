@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 import reference_models
 import search_rows
-from mpq.core.calibration import seeded
 from mpq.core.files import write_atomically
-from mpq.core.layers import find_layers
 from mpq.core.scheme import parse_scheme
+from mpq.network.calibration import seeded
+from mpq.network.layers import find_layers
 from mpq.search.controller import Schedule
 from mpq.search.one_shot import OneShot
 from mpq.training.fake import FakeQuantization

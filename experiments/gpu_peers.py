@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mpq.core.rounding import Quantized, dequantize
-from mpq.kernels import marlin as marlin_layout
 from mpq.kernels.clock import Contestant, copies
+from mpq.kernels.gpu import marlin as marlin_layout
+from mpq.rounding.reference import Quantized, dequantize
 
 _log = logging.getLogger(__name__)
 Peer = Callable[[Tensor], Contestant]  # from an input (tokens, cols) in bfloat16

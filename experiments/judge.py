@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mpq.core.calibration import Batch, LossFn, cross_entropy, next_token_loss
 from mpq.core.problem import build_problem
 from mpq.core.table import SensitivityTable
 from mpq.judge import judge, plot_judgement
+from mpq.network.calibration import Batch, LossFn, cross_entropy, next_token_loss
 from mpq.search.exact import exact
 from mpq.sensitivity.profile import profile
 from reference_models import cifar10_calibration, cifar10_test, resnet, wikitext_llama, wikitext_tokens

@@ -25,17 +25,17 @@ from torch import Tensor, nn
 
 import reference_models
 from mpq.core.allocation import Allocation
-from mpq.core.calibration import mean_loss, next_token_loss
 from mpq.core.formats import parse_format
-from mpq.core.layers import find_layers
-from mpq.core.methods.clip_search import clip_search
-from mpq.core.rounding import dequantize
 from mpq.core.scheme import parse_scheme
-from mpq.exporters.consumers import CONSUMERS, GGUF_TYPES, forbidden, nearest
-from mpq.exporters.gguf_blocks import type_of
-from mpq.exporters.gguf_file import export
-from mpq.exporters.state import other_state
+from mpq.exporters.gguf.blocks import type_of
+from mpq.exporters.gguf.file import export
+from mpq.exporters.mpq.state import other_state
+from mpq.exporters.targets import CONSUMERS, GGUF_TYPES, forbidden, nearest
+from mpq.network.calibration import mean_loss, next_token_loss
+from mpq.network.layers import find_layers
 from mpq.quantized import simulate
+from mpq.rounding.clip_search import clip_search
+from mpq.rounding.reference import dequantize
 from mpq.search import frontier_of
 from mpq.sensitivity.profile import profile
 

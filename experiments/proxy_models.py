@@ -5,7 +5,7 @@ from pathlib import Path
 
 import reference_models
 from build_benchmarks import RESULTS, load
-from mpq.core.calibration import Batch
+from mpq.network.calibration import Batch
 from mpq.proxies.benchmark import Benchmark
 from mpq.proxies.collect import collect_statistics
 from mpq.proxies.statistics import Statistics

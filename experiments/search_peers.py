@@ -19,8 +19,8 @@ import torch
 
 import reference_models
 from bench_search import Measuring
-from mpq.core.calibration import next_token_loss
 from mpq.core.problem import build_problem
+from mpq.network.calibration import next_token_loss
 from mpq.search.evolution import evolution
 from mpq.search.exact import exact
 from mpq.sensitivity.profile import profile

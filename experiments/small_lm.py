@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mpq.core.calibration import seeded
 from mpq.models import novel_batches, tokenizer
 from mpq.models.tiny_lm import LMConfig, TinyLM
+from mpq.network.calibration import seeded
 
 CONFIG = LMConfig(width=64, hidden=128, layers=2, heads=2, kv_heads=1)  # 139,392 parameters
 SEQLEN, BATCH = 64, 16

@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mpq.core.calibration import seeded
 from mpq.core.files import write_atomically
 from mpq.models.tiny_cnn import TinyCNN
 from mpq.models.tiny_lm import LMConfig, TinyLM
 from mpq.models.tokenizer import PieceTokenizer
+from mpq.network.calibration import seeded
 
 FOLDER = Path(__file__).resolve().parents[1] / "mpq" / "models"
 NOVELS = Path("/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")

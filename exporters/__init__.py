@@ -12,17 +12,17 @@ from mpq.core.errors import MpqError, nearest_names
 
 # name: (module:function, what it is)
 EXPORTERS: dict[str, tuple[str, str]] = {
-    "mpq": ("mpq.exporters.checkpoint:export", "packed safetensors for mpq.load: every format, every layer"),
+    "mpq": ("mpq.exporters.mpq.checkpoint:export", "packed safetensors for mpq.load: every format, every layer"),
     "compressed-tensors": (
         "mpq.exporters.compressed_tensors:export",
         "one scheme per group of layers, for vLLM, SGLang and transformers",
     ),
     "gptq": (
-        "mpq.exporters.gptq_layout:export",
+        "mpq.exporters.gptq:export",
         "the GPTQ layout, bits and groups per layer, for gptqmodel and vLLM",
     ),
-    "gguf": ("mpq.exporters.gguf_file:export", "a Llama for llama.cpp, each layer in its own tensor type"),
-    "onnx": ("mpq.exporters.onnx_file:export", "a graph with integers at each layer's own width, for ONNX Runtime"),
+    "gguf": ("mpq.exporters.gguf.file:export", "a Llama for llama.cpp, each layer in its own tensor type"),
+    "onnx": ("mpq.exporters.onnx.file:export", "a graph with integers at each layer's own width, for ONNX Runtime"),
 }
 
 

@@ -15,13 +15,13 @@ from torch.nn import functional
 
 from mpq.core.allocation import Allocation
 from mpq.core.formats import Format
-from mpq.core.layers import layer_kind, matrix_to_weight
-from mpq.core.ranges import Ranges, static_scale
 from mpq.core.scheme import Scheme
-from mpq.exporters.consumers import compressed_tensors_format
 from mpq.exporters.shards import SHARD
+from mpq.exporters.targets import compressed_tensors_format
 from mpq.exporters.transformers_folder import export_transformers
 from mpq.kernels.layout import Packed, pack_bits, unpack_bits
+from mpq.network.layers import layer_kind, matrix_to_weight
+from mpq.network.ranges import Ranges, static_scale
 from mpq.quantized import Moments
 
 
@@ -39,7 +39,7 @@ def export(
     """Write a transformers model as a compressed-tensors checkpoint; the folder.
 
     Args:
-        model: a transformers model; the others are as in `mpq.exporters.checkpoint.export`.
+        model: a transformers model; the others are as in `mpq.exporters.mpq.checkpoint.export`.
         recipe: not needed, the model's config says how to build it.
         ranges: of the layers' inputs. An fp8 activation with one scale for the tensor is static where its layer's
             range is known, and found on the fly otherwise.

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.scheme import Scheme
-from mpq.exporters.consumers import CONSUMERS, check, check_model
 from mpq.exporters.folder import refuse_foreign, write_checksums, write_folder
+from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_config
 from mpq.exporters.shards import WHOLE, write_tensors
-from mpq.exporters.state import model_config, other_state, specs_of, write_config
+from mpq.exporters.targets import CONSUMERS, check, check_model
 from mpq.kernels.layout import Packed, pack
 from mpq.kernels.modules import empty_weight
 from mpq.quantized import Moments, checked_layers, quantized_layers
@@ -36,7 +36,7 @@ def export_transformers(
         consumer: a name of `CONSUMERS`, whose rules are checked first.
         named: the tensors, by their names in the file, of a layer's packed weight; asked of weights without data too.
         config: the `quantization_config` of config.json, asked for when the allocation has passed the rules.
-        model, allocation, folder, method, second_moments, shard: as in `mpq.exporters.checkpoint.export`.
+        model, allocation, folder, method, second_moments, shard: as in `mpq.exporters.mpq.checkpoint.export`.
 
     Raises:
         MpqError: no transformers model, a scheme that cannot be held, fused layers in several schemes, foreign files.

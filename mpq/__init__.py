@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mpq.core.scheme import parse_scheme as parse_scheme
     from mpq.core.table import SensitivityTable as SensitivityTable
     from mpq.evaluation import evaluate as evaluate
-    from mpq.exporters.checkpoint import export as export
-    from mpq.exporters.checkpoint import load as load
+    from mpq.exporters.mpq.checkpoint import export as export
+    from mpq.exporters.mpq.checkpoint import load as load
     from mpq.quantized import simulate as quantize
     from mpq.search import frontier_of as frontier
     from mpq.sensitivity.profile import profile as profile
@@ -35,9 +35,9 @@ _HOMES = {
     "SensitivityTable": "mpq.core.table:SensitivityTable",
     "build_problem": "mpq.core.problem:build_problem",
     "evaluate": "mpq.evaluation:evaluate",
-    "export": "mpq.exporters.checkpoint:export",
+    "export": "mpq.exporters.mpq.checkpoint:export",
     "frontier": "mpq.search:frontier_of",
-    "load": "mpq.exporters.checkpoint:load",
+    "load": "mpq.exporters.mpq.checkpoint:load",
     "parse_format": "mpq.core.formats:parse_format",
     "parse_scheme": "mpq.core.scheme:parse_scheme",
     "profile": "mpq.sensitivity.profile:profile",

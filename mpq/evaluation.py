@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from mpq.core.calibration import (
+from mpq.core.errors import MpqError
+from mpq.network.calibration import (
     Batch,
     LossFn,
     check_batches,
@@ -20,7 +21,6 @@ from mpq.core.calibration import (
     logits_of,
     split_batch,
 )
-from mpq.core.errors import MpqError
 
 KINDS = ("accuracy", "perplexity", "loss")
 

@@ -11,13 +11,13 @@ from scipy.stats import kendalltau, rankdata
 from torch import nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.calibration import Batch, LossFn, check_batches, evaluating
 from mpq.core.errors import MpqError
-from mpq.core.methods import NEEDS_SECOND_MOMENT, method_named
-from mpq.core.moments import second_moments
 from mpq.core.problem import Array, Problem, build_problem
 from mpq.core.scheme import parse_scheme
 from mpq.core.table import SensitivityTable
+from mpq.network.calibration import Batch, LossFn, check_batches, evaluating
+from mpq.network.moments import second_moments
+from mpq.rounding import NEEDS_SECOND_MOMENT, method_named
 from mpq.search.exact import exact
 from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.loss import batch_losses, batch_shares, in_scheme

@@ -13,25 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.calibration import tensors_in
 from mpq.core.errors import MpqError, NotFiniteError
-from mpq.core.experts import has_experts
 from mpq.core.files import write_atomically
 from mpq.core.formats import DEFAULT_FORMATS, Format
 from mpq.core.frontier import Frontier
 from mpq.core.layer import Layer
-from mpq.core.layers import find_layers
-from mpq.core.methods import NEEDS_SECOND_MOMENT
-from mpq.core.moments import second_moments
-from mpq.core.ranges import Ranges, input_ranges
 from mpq.core.table import SensitivityTable
 from mpq.evaluation import Quality, evaluate
-from mpq.exporters import checkpoint, exporter_named
-from mpq.exporters.consumers import check_model, consumer_named, forbidden
+from mpq.exporters import exporter_named
 from mpq.exporters.folder import refuse_foreign
+from mpq.exporters.mpq import checkpoint
+from mpq.exporters.targets import check_model, consumer_named, forbidden
+from mpq.network.calibration import tensors_in
+from mpq.network.experts import has_experts
+from mpq.network.layers import find_layers
+from mpq.network.moments import second_moments
+from mpq.network.ranges import Ranges, input_ranges
 from mpq.plots import Prediction, draw_frontier, frontier_facts
 from mpq.quantized import simulate
 from mpq.report import Row, write_report
+from mpq.rounding import NEEDS_SECOND_MOMENT
 from mpq.search import frontier_of
 from mpq.sensitivity import DEFAULT_METRIC
 from mpq.sensitivity.profile import profile
@@ -152,7 +153,7 @@ def quantize_model(
         bits: largest average of stored bits per weight, or
         size: largest number of bytes of the model.
         formats: candidate schemes; left out, integers of 2 to 8 bits, or what the consumer holds.
-        consumer: who will run the model (`mpq.exporters.consumers`): layers get only what it can hold, and its own
+        consumer: who will run the model (`mpq.exporters.targets`): layers get only what it can hold, and its own
             export stands in a folder of its name beside ours.
         metric: sensitivity metric.
         method: rounding method, for profile and export alike.

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mpq.core.activations import fake_quantize_inputs, straight_through
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
-from mpq.core.layers import FUSED, layer_kind, matrix_to_weight, weight_matrix
-from mpq.core.methods import method_named
-from mpq.core.ranges import Ranges, static_scale
-from mpq.core.rounding import Quantized, dequantize, quantize, recode
 from mpq.core.scheme import Scheme
 from mpq.kernels.layout import Packed, pack
 from mpq.kernels.modules import PackedLinear, PackedWeight, packed_module
 from mpq.kernels.stacked import Stack, stackable
+from mpq.network.layers import FUSED, layer_kind, matrix_to_weight, weight_matrix
+from mpq.network.ranges import Ranges, static_scale
+from mpq.rounding import method_named
+from mpq.rounding.activations import fake_quantize_inputs, straight_through
+from mpq.rounding.reference import Quantized, dequantize, quantize, recode
 
 Moments = Mapping[str, Tensor]  # second moments of the layers' inputs, by layer name
 

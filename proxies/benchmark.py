@@ -19,9 +19,9 @@ from torch import nn
 from mpq.core.costs import bitops, weight_bytes
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
-from mpq.core.fingerprint import model_fingerprint
 from mpq.core.layer import Layer
 from mpq.core.scheme import parse_scheme
+from mpq.network.fingerprint import model_fingerprint
 
 COLUMNS = ("configuration", "loss", "accuracy")
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # a configuration is spelt one digit per layer, an index of schemes

@@ -11,16 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpq.core.calibration import Batch, LossFn, check_batches, evaluating, samples_in, seeded, take, tensors_in
 from mpq.core.costs import weight_bytes
 from mpq.core.errors import MpqError, nearest_names
-from mpq.core.fingerprint import fingerprint, model_fingerprint
 from mpq.core.layer import Layer
-from mpq.core.layers import count_macs, find_layers, weight_matrix
-from mpq.core.methods import method_named
 from mpq.core.scheme import parse_scheme
+from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, samples_in, seeded, take, tensors_in
+from mpq.network.fingerprint import fingerprint, model_fingerprint
+from mpq.network.layers import count_macs, find_layers, weight_matrix
 from mpq.proxies.programs import INPUTS
 from mpq.proxies.statistics import Numbers, Space, Statistics
+from mpq.rounding import method_named
 from mpq.sensitivity.derivatives import layer_uses
 from mpq.sensitivity.eigenvalue import top_eigenvalues
 from mpq.sensitivity.fisher import fisher_diagonals

@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mpq.core.calibration import Batch, LossFn, check_batches, check_loss, evaluating, samples_in, tensors_in
 from mpq.core.errors import MpqError
-from mpq.core.fingerprint import fingerprint, model_fingerprint
 from mpq.core.layer import Layer
-from mpq.core.layers import count_macs, find_layers, matrix_to_weight, weight_matrix
-from mpq.core.methods import NEEDS_SECOND_MOMENT, method_named
 from mpq.core.patterns import match_names
-from mpq.core.rounding import dequantize
 from mpq.core.scheme import parse_scheme
+from mpq.network.calibration import Batch, LossFn, check_batches, check_loss, evaluating, samples_in, tensors_in
+from mpq.network.fingerprint import fingerprint, model_fingerprint
+from mpq.network.layers import count_macs, find_layers, matrix_to_weight, weight_matrix
 from mpq.proxies.benchmark import DIGITS, Benchmark, spell
+from mpq.rounding import NEEDS_SECOND_MOMENT, method_named
+from mpq.rounding.reference import dequantize
 from mpq.sensitivity.journal import Journal
 
 

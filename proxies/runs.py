@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from mpq.core.calibration import Batch, LossFn
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
+from mpq.network.calibration import Batch, LossFn
 from mpq.proxies import PROXIES
 from mpq.proxies.benchmark import Benchmark
 from mpq.proxies.collect import collect_statistics

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
+from mpq.network.calibration import seeded
 
 
 @dataclass(frozen=True)

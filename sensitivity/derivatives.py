@@ -9,10 +9,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mpq.core.calibration import Batch, check_loss, samples_in, seeded, split_batch
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
-from mpq.core.layers import input_matrix, output_matrix, weight_groups
+from mpq.network.calibration import Batch, check_loss, samples_in, seeded, split_batch
+from mpq.network.layers import input_matrix, output_matrix, weight_groups
 from mpq.sensitivity.graph import only_gradients_of, outputs_of
 from mpq.sensitivity.predictions import Predictions, predictions, random_slopes
 from mpq.sensitivity.task import Task

@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpq.core.calibration import samples_in, seeded, take
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.table import SensitivityTable
+from mpq.network.calibration import samples_in, seeded, take
 from mpq.sensitivity.lanczos import Lanczos
 from mpq.sensitivity.products import operator_named, weight_curvature
 from mpq.sensitivity.task import Scores, Task, score_weight_errors

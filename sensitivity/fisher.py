@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from mpq.core.calibration import samples_in
 from mpq.core.layer import Layer
-from mpq.core.parallel import total
+from mpq.network.calibration import samples_in
+from mpq.network.parallel import total
 from mpq.sensitivity.derivatives import Use, layer_uses
 from mpq.sensitivity.spread import relative_error, spread
 from mpq.sensitivity.task import Scores, Task, score_weight_errors

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from mpq.core.calibration import samples_in, seeded, take, tensors_in
 from mpq.core.layer import Layer
+from mpq.network.calibration import samples_in, seeded, take, tensors_in
 from mpq.sensitivity.derivatives import Use, Uses, designed_uses
 from mpq.sensitivity.graph import differentiable_twice, only_gradients_of, outputs_of
 from mpq.sensitivity.predictions import predictions

@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mpq.core.activations import fake_quantize_inputs
-from mpq.core.calibration import samples_in
 from mpq.core.layer import Layer
-from mpq.core.layers import matrix_to_weight
 from mpq.core.scheme import Scheme
+from mpq.network.calibration import samples_in
+from mpq.network.layers import matrix_to_weight
+from mpq.rounding.activations import fake_quantize_inputs
 from mpq.sensitivity.derivatives import Use, Uses, layer_uses
 from mpq.sensitivity.task import Scores, Task
 
@@ -115,7 +115,7 @@ def _sums(task: Task, portion: list[Pass], meet: Meet) -> NDArray[np.float64]:
 def _change(task: Task, layer: Layer, scheme: Scheme, use: Use, difference: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient and change of the output of one call: dW Q(x) + W dx."""
     module = use.module
-    place = use.gradient  # the weights may be elsewhere, see `mpq.core.offload`
+    place = use.gradient  # the weights may be elsewhere, see `mpq.network.offload`
     weights = {"weight": matrix_to_weight(difference, module).to(place.device, module.weight.dtype)}  # type: ignore[arg-type]
     if getattr(module, "bias", None) is not None:
         weights["bias"] = torch.zeros_like(module.bias, device=place.device)  # type: ignore[arg-type]

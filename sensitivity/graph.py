@@ -12,8 +12,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from mpq.core.calibration import logits_of
 from mpq.core.errors import MpqError
+from mpq.network.calibration import logits_of
 
 log = logging.getLogger(__name__)
 

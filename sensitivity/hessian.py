@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpq.core.calibration import samples_in, seeded
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
+from mpq.network.calibration import samples_in, seeded
 from mpq.sensitivity.gauss_newton import design_order, gauss_newton_draws, slope_scales, straight_layers
 from mpq.sensitivity.inputs import input_curvature, input_errors
 from mpq.sensitivity.products import Curvature, operator_named, weight_curvature

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.core.activations import fake_quantize_inputs
-from mpq.core.calibration import check_loss, samples_in
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
-from mpq.core.moments import watching
-from mpq.core.parallel import total
+from mpq.network.calibration import check_loss, samples_in
+from mpq.network.moments import watching
+from mpq.network.parallel import total
+from mpq.rounding.activations import fake_quantize_inputs
 from mpq.sensitivity.graph import differentiable_twice, only_gradients_of, outputs_of
 from mpq.sensitivity.products import Curvature, operator_named
 from mpq.sensitivity.task import Task

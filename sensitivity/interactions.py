@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpq.core.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in
 from mpq.core.errors import MpqError
 from mpq.core.interactions import Interactions
-from mpq.core.layers import find_layers
-from mpq.core.methods import NEEDS_SECOND_MOMENT, method_named
-from mpq.core.moments import second_moments
 from mpq.core.scheme import Scheme, parse_scheme
+from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in
+from mpq.network.layers import find_layers
+from mpq.network.moments import second_moments
+from mpq.rounding import NEEDS_SECOND_MOMENT, method_named
 from mpq.sensitivity.graph import outputs_of
 from mpq.sensitivity.loss import batch_losses, batch_shares, in_scheme
 from mpq.sensitivity.predictions import predictions

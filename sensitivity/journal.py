@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq.core.errors import MpqError
-from mpq.core.parallel import gathered, place
+from mpq.network.parallel import gathered, place
 
 
 class Journal:

@@ -5,12 +5,12 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from mpq.core.calibration import samples_in
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
-from mpq.core.moments import half_gram, whole_gram
-from mpq.core.parallel import total
 from mpq.core.scheme import Scheme
+from mpq.network.calibration import samples_in
+from mpq.network.moments import half_gram, whole_gram
+from mpq.network.parallel import total
 from mpq.sensitivity.derivatives import Use, layer_uses
 from mpq.sensitivity.output import Sums, activation_formats, add, joint_error, joint_inputs, stacked
 from mpq.sensitivity.spread import relative_error, spread

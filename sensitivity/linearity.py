@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
-from mpq.core.layers import weight_matrix
+from mpq.network.calibration import seeded
+from mpq.network.layers import weight_matrix
 from mpq.sensitivity.loss import ByBatch, batch_losses, batch_shares, mean_and_error, with_weight
 from mpq.sensitivity.task import Scores, Task, score_weight_errors
 

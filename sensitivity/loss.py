@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpq.core.activations import fake_quantize_inputs
-from mpq.core.calibration import check_loss, samples_in
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
-from mpq.core.layers import matrix_to_weight
 from mpq.core.scheme import Scheme
+from mpq.network.calibration import check_loss, samples_in
+from mpq.network.layers import matrix_to_weight
+from mpq.rounding.activations import fake_quantize_inputs
 from mpq.sensitivity.task import Scores, Task, by_layer
 
 ByBatch: TypeAlias = NDArray[np.float64]  # (batches,), a mean over each batch's samples

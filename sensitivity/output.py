@@ -6,13 +6,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mpq.core.activations import fake_quantize_inputs
-from mpq.core.calibration import samples_in
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
-from mpq.core.layers import weight_matrix
-from mpq.core.parallel import total
 from mpq.core.scheme import Scheme
+from mpq.network.calibration import samples_in
+from mpq.network.layers import weight_matrix
+from mpq.network.parallel import total
+from mpq.rounding.activations import fake_quantize_inputs
 from mpq.sensitivity.derivatives import Use, layer_uses
 from mpq.sensitivity.spread import relative_error, spread
 from mpq.sensitivity.task import Scores, Task, score_errors

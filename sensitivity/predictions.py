@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.core.calibration import Batch, LossFn, logits_of, seeded
 from mpq.core.errors import MpqError
+from mpq.network.calibration import Batch, LossFn, logits_of, seeded
 
 TOLERANCE = 1e-3  # of the check that a loss is cross-entropy; float32 errs by about 1e-6
 

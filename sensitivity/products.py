@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mpq.core.calibration import check_loss
 from mpq.core.errors import MpqError, nearest_names
+from mpq.network.calibration import check_loss
 from mpq.sensitivity.graph import differentiable_twice, only_gradients_of, outputs_of
 from mpq.sensitivity.task import Task
 

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mpq.core.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in, tensors_in
 from mpq.core.errors import MpqError
-from mpq.core.fingerprint import fingerprint, model_fingerprint
 from mpq.core.formats import DEFAULT_FORMATS
 from mpq.core.layer import Layer
-from mpq.core.layers import count_macs, find_layers, weight_matrix
-from mpq.core.methods import NEEDS_SECOND_MOMENT, method_named
-from mpq.core.moments import second_moments
-from mpq.core.offload import offloaded
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.core.table import SensitivityTable
+from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in, tensors_in
+from mpq.network.fingerprint import fingerprint, model_fingerprint
+from mpq.network.layers import count_macs, find_layers, weight_matrix
+from mpq.network.moments import second_moments
+from mpq.network.offload import offloaded
+from mpq.rounding import NEEDS_SECOND_MOMENT, method_named
 from mpq.sensitivity import DEFAULT_METRIC, SECOND_DERIVATIVES, metric_named
 from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.task import Scores, Task
@@ -52,7 +52,7 @@ def profile(
         loss_fn: `loss_fn(model, batch)`, the batch's mean loss per sample.
         formats: candidates, by name ("int4-g128", "int8-channel+a:int8-token") or as Scheme.
         metric: a name of `mpq.sensitivity.METRICS` or of a plugin.
-        method: the rounding method, a name of `mpq.core.methods.METHODS`.
+        method: the rounding method, a name of `mpq.rounding.METHODS`.
         include: patterns of the layers to score (globs, or "re:" and a regular expression).
         exclude: patterns of layers to leave out.
         seed: of all random numbers; the same seed gives the same table.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.core.calibration import samples_in
 from mpq.core.errors import MpqError
+from mpq.network.calibration import samples_in
 from mpq.sensitivity.graph import differentiable_twice, only_gradients_of
 from mpq.sensitivity.task import Task
 

@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpq.core.calibration import Batch, LossFn, check_batches, evaluating, samples_in, seeded
 from mpq.core.errors import MpqError
-from mpq.core.layers import find_layers
-from mpq.core.methods import METHODS
-from mpq.core.parallel import share, total
+from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, samples_in, seeded
+from mpq.network.layers import find_layers
+from mpq.network.parallel import share, total
+from mpq.rounding import METHODS
 from mpq.sensitivity.lanczos import Lanczos
 from mpq.sensitivity.products import operator_named, weight_curvature
 from mpq.sensitivity.task import Task

@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mpq.core.calibration import Batch, LossFn
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
-from mpq.core.layers import weight_matrix
-from mpq.core.methods import Method
-from mpq.core.parallel import place, share
-from mpq.core.rounding import dequantize
 from mpq.core.scheme import Scheme
+from mpq.network.calibration import Batch, LossFn
+from mpq.network.layers import weight_matrix
+from mpq.network.parallel import place, share
+from mpq.rounding import Method
+from mpq.rounding.reference import dequantize
 from mpq.sensitivity.journal import Journal
 
 Item = TypeVar("Item")

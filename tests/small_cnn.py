@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mpq.core.calibration import seeded
+from mpq.network.calibration import seeded
 
 
 def small_cnn() -> nn.Module:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpq.core.calibration import cross_entropy, mean_loss, next_token_loss, seeded
 from mpq.core.errors import MpqError
 from mpq.evaluation import evaluate
+from mpq.network.calibration import cross_entropy, mean_loss, next_token_loss, seeded
 
 
 def classifier() -> nn.Module:

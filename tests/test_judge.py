@@ -8,15 +8,15 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from mpq.core.calibration import cross_entropy, mean_loss, seeded
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
-from mpq.core.methods import METHODS
 from mpq.core.problem import build_problem
-from mpq.core.rounding import dequantize
 from mpq.core.scheme import parse_scheme
 from mpq.core.table import SensitivityTable
 from mpq.judge import at_fixed_size, facts_of, judge, plot_judgement, random_choices, spearman
+from mpq.network.calibration import cross_entropy, mean_loss, seeded
+from mpq.rounding import METHODS
+from mpq.rounding.reference import dequantize
 from mpq.sensitivity.profile import profile
 
 SCHEMES = ("int2-channel", "int3-channel", "int4-channel", "int8-channel")

@@ -6,10 +6,10 @@ import torch
 from small_cnn import images, small_cnn
 
 import mpq
-from mpq.core.calibration import cross_entropy, split_batch
 from mpq.core.errors import MpqError
-from mpq.core.layers import find_layers
 from mpq.core.problem import build_problem
+from mpq.network.calibration import cross_entropy, split_batch
+from mpq.network.layers import find_layers
 from mpq.pipeline import measuring, quantize_model
 from mpq.quantized import simulate
 from mpq.sensitivity.profile import profile

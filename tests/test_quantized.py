@@ -6,19 +6,19 @@ from torch import nn
 from torch.nn import functional
 
 from mpq.core.allocation import Allocation
-from mpq.core.calibration import next_token_loss, seeded
 from mpq.core.errors import MpqError
 from mpq.core.formats import FORMATS
 from mpq.core.layer import Layer
-from mpq.core.layers import find_layers, weight_matrix
-from mpq.core.methods import METHODS
-from mpq.core.moments import second_moments
-from mpq.core.rounding import dequantize
 from mpq.core.scheme import parse_scheme
-from mpq.kernels import panels
+from mpq.kernels.cpu import panels
 from mpq.kernels.layout import pack, to_layout
 from mpq.kernels.modules import PackedEmbedding, PackedLinear, PackedWeight
+from mpq.network.calibration import next_token_loss, seeded
+from mpq.network.layers import find_layers, weight_matrix
+from mpq.network.moments import second_moments
 from mpq.quantized import pack_model, quantized_layers, simulate
+from mpq.rounding import METHODS
+from mpq.rounding.reference import dequantize
 from packed_error import assert_close, radius, room
 from tests.sensitivity.small_models import Convolutions, TiedLanguageModel, seed_weights
 

@@ -9,15 +9,15 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
 from mpq.core.latency import Latency, LatencyTable
-from mpq.core.rounding import quantize
 from mpq.core.scheme import Scheme, parse_scheme
-from mpq.kernels import cpu
 from mpq.kernels.clock import Contestant, copies, interleaved
+from mpq.kernels.cpu import native as cpu
+from mpq.kernels.cpu.pages import on_large_pages
 from mpq.kernels.layout import best_layout, pack, to_layout
-from mpq.kernels.pages import on_large_pages
+from mpq.network.calibration import seeded
+from mpq.rounding.reference import quantize
 
 BEYOND = 256 * 2**20  # bytes of weights that are read in turn, more than a core's share of the cache, or a GPU's L2
 PAGE = {"cpu": 2**23, "cuda": 2**27}  # bytes that one call reads or copies when bandwidth is measured
@@ -79,7 +79,7 @@ def describe(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device)
     if find_spec("triton") is None:
         return f"GPU kernels on {name}: none, the plain PyTorch reference runs; pip install triton"
-    from mpq.kernels.triton.tables import provenance_of
+    from mpq.kernels.gpu.triton.tables import provenance_of
 
     return f"GPU kernels on {name}: Triton, block choices {provenance_of(name)}"
 

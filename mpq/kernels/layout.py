@@ -16,7 +16,7 @@ from torch import Tensor
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import Format
 from mpq.core.grids import INTEGER_SCALES
-from mpq.core.rounding import COPY_DTYPES, SCALE_DTYPES, Quantized, decode_scales, encode_scales
+from mpq.rounding.reference import COPY_DTYPES, SCALE_DTYPES, Quantized, decode_scales, encode_scales
 
 ROWS = "rows"
 

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import mpq.kernels.cpu  # noqa: F401  (its kernels, and torch.ops.mpq)
-from mpq.core.activations import straight_through
+import mpq.kernels.cpu.native  # noqa: F401  (its kernels, and torch.ops.mpq)
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.scheme import Scheme
 from mpq.kernels.layout import ROWS, Packed, best_layout, packed_of, tensor_specs, to_layout
 from mpq.kernels.reference import quantize_activation
 from mpq.kernels.stacked import Stack
+from mpq.rounding.activations import straight_through
 
 
 class PackedWeight(nn.Module):

@@ -4,7 +4,7 @@ A weight comes as the tensors of its layout in their fixed order. A backend adds
 type to `KERNELS`; anything else is computed by the reference, from every layout.
 
     linear(input (..., cols), weight, bias (rows,) or None, ...) -> (..., rows) in the input's type
-    linear_any: the same, always by way of Python; what `mpq.kernels.dispatch` leaves to it
+    linear_any: the same, always by way of Python; what `mpq.kernels.cpu.dispatch` leaves to it
     dequantize(weight, ...) -> (rows, cols) float32
     embedding(indices (...), weight, ..., dtype) -> (..., cols)
     conv(input (n, channels, *size), weight, bias or None, ..., kernel, stride, padding, dilation, groups)
@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.nn.grad import conv1d_input, conv2d_input
 
 from mpq.core.errors import MpqError
-from mpq.kernels import fragments, gpu, reference
+from mpq.kernels import reference
+from mpq.kernels.gpu import backend as gpu
+from mpq.kernels.gpu import fragments
 
 _WEIGHT = "str format, int rows, int cols, str layout"
 _SPATIAL = "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups"

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mpq.core.formats import parse_format
-from mpq.core.rounding import dequantize as dequantize_codes
-from mpq.core.rounding import fake_quantize
 from mpq.kernels.layout import packed_of, take_rows, unpack
+from mpq.rounding.reference import dequantize as dequantize_codes
+from mpq.rounding.reference import fake_quantize
 
 
 def linear(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpq.kernels.pages import empty_on_large_pages
-from mpq.kernels.panels import NAME, ROWS
+from mpq.kernels.cpu.pages import empty_on_large_pages
+from mpq.kernels.cpu.panels import NAME, ROWS
 
 
 @dataclass

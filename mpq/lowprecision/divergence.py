@@ -8,7 +8,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from mpq.core.calibration import evaluating, logits_of
+from mpq.network.calibration import evaluating, logits_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
-from mpq.core.methods.hadamard import random_rotation
 from mpq.core.patterns import match_names
 from mpq.lowprecision.masking import Mask, masked
 from mpq.lowprecision.recipe import Recipe, round_operand
+from mpq.network.calibration import seeded
+from mpq.rounding.hadamard import random_rotation
 
 
 class LowPrecisionLinear(nn.Module):

@@ -9,8 +9,8 @@ from torch.nn import functional
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format, parse_format
 from mpq.core.grids import SCALES
-from mpq.core.methods.stochastic import stochastic_round
-from mpq.core.rounding import absmax_scales, decode, encode, real_scales, round_scales, spread, tensor_scale_of
+from mpq.rounding.reference import absmax_scales, decode, encode, real_scales, round_scales, spread, tensor_scale_of
+from mpq.rounding.stochastic import stochastic_round
 
 WHERE = ("none", "forward", "backward", "all")
 CONVENTIONS = ("divide", "reciprocal")

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mpq.core.calibration import evaluating, logits_of
+from mpq.network.calibration import evaluating, logits_of
 
 EPSILON = 5e-4
 

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mpq.core.calibration import Batch, LossFn, cross_entropy, next_token_loss
 from mpq.core.errors import MpqError, nearest_names
 from mpq.evaluation import Quality, evaluate
 from mpq.models.data import image_batches, text_batches
 from mpq.models.tiny_cnn import TinyCNN
 from mpq.models.tiny_lm import TinyLM
 from mpq.models.tokenizer import PieceTokenizer
+from mpq.network.calibration import Batch, LossFn, cross_entropy, next_token_loss
 
 EVERYTHING = 1_000_000  # more samples than any bundled data set has
 TRAINED_DIGITS = 1297  # the digits after these were not trained on

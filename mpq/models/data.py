@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
+from mpq.network.calibration import seeded
 
 Encode = Callable[[str], Sequence[int]]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.core.calibration import Batch, LossFn, cross_entropy, next_token_loss
 from mpq.core.errors import MpqError
+from mpq.network.calibration import Batch, LossFn, cross_entropy, next_token_loss
 from mpq.sources.data import Data, open_data
 from mpq.sources.networks import Network, open_network, skeleton
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpq.core.calibration import Batch, LossFn, check_batches, tensors_in
 from mpq.core.errors import MpqError, nearest_names
 from mpq.models import EVERYTHING, digit_batches, novel_batches
 from mpq.models.data import image_batches, token_windows, window_batches
+from mpq.network.calibration import Batch, LossFn, check_batches, tensors_in
 from mpq.sources.extras import import_object, need
 from mpq.sources.networks import Network
 

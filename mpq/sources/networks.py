@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from mpq.core.errors import MpqError, nearest_names
-from mpq.core.experts import unstack
 from mpq.models import BUNDLED, bundled_model, tokenizer
+from mpq.network.experts import unstack
 from mpq.sources.extras import import_object, need
 
 log = logging.getLogger(__name__)

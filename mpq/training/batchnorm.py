@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.core.calibration import Batch, LossFn, evaluating
 from mpq.core.errors import MpqError
-from mpq.core.layers import layer_kind, weight_matrix
+from mpq.network.calibration import Batch, LossFn, evaluating
+from mpq.network.layers import layer_kind, weight_matrix
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.core.activations import fake_quantize_inputs, straight_through
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
-from mpq.core.layers import matrix_to_weight, weight_matrix
-from mpq.core.methods import NEEDS_SECOND_MOMENT, method_named
-from mpq.core.rounding import dequantize, round_scales, snap
 from mpq.core.scheme import Scheme
+from mpq.network.layers import matrix_to_weight, weight_matrix
+from mpq.rounding import NEEDS_SECOND_MOMENT, method_named
+from mpq.rounding.activations import fake_quantize_inputs, straight_through
+from mpq.rounding.reference import dequantize, round_scales, snap
 from mpq.training.learned import LearnedScales
 
 
@@ -30,7 +30,7 @@ class FakeQuantization(nn.Module):
     Args:
         model: the model that holds the layers.
         layers: the layers that may be quantized.
-        method: how the scales of weights are found, anew at every step: a name of `mpq.core.methods.METHODS` that
+        method: how the scales of weights are found, anew at every step: a name of `mpq.rounding.METHODS` that
             needs no inputs.
         learned: formats whose scales are parameters instead, for every layer.
         decay: of the moving average, per forward pass.

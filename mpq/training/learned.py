@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from mpq.core.activations import straight_through
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
-from mpq.core.methods import method_named
-from mpq.core.rounding import Quantized, gather, quantize, round_scales, snap, spread
+from mpq.rounding import method_named
+from mpq.rounding.activations import straight_through
+from mpq.rounding.reference import Quantized, gather, quantize, round_scales, snap, spread
 
 
 def round_with_scales(

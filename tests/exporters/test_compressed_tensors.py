@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
-from mpq.core.layers import find_layers
-from mpq.core.rounding import dequantize, quantize
 from mpq.core.scheme import parse_scheme
 from mpq.exporters.compressed_tensors import compress, export, group_entry
-from mpq.exporters.consumers import CONSUMERS, compressed_tensors_format
+from mpq.exporters.targets import CONSUMERS, compressed_tensors_format
 from mpq.kernels.layout import pack
+from mpq.network.calibration import seeded
+from mpq.network.layers import find_layers
 from mpq.quantized import simulate
+from mpq.rounding.reference import dequantize, quantize
 from tests.sensitivity.small_models import seed_weights
 
 pytest.importorskip("compressed_tensors")
@@ -148,7 +148,7 @@ def test_the_file_takes_the_promised_bytes(tmp_path):
     ],
 )
 def test_what_cannot_be_held_is_refused_with_the_nearest(layer, scheme, message, tmp_path):
-    from mpq.exporters.consumers import check
+    from mpq.exporters.targets import check
 
     with pytest.raises(MpqError, match=message):
         check(CONSUMER, Allocation((layer,), (scheme,)))

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from mpq.core.calibration import seeded
 from mpq.core.formats import parse_format
-from mpq.core.rounding import dequantize, quantize
-from mpq.exporters.gptq_layout import gptq_tensors
+from mpq.exporters.gptq import gptq_tensors
 from mpq.kernels.layout import pack
+from mpq.network.calibration import seeded
+from mpq.rounding.reference import dequantize, quantize
 
 pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
 

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
-from mpq.core.layers import find_layers
 from mpq.exporters import exporter_named
 from mpq.exporters.shards import INDEX, write_tensors
+from mpq.network.layers import find_layers
 from tests.sensitivity.small_models import seed_weights
 
 

@@ -7,12 +7,12 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.grad import conv1d_input, conv2d_input
 
-from mpq.core.calibration import seeded
-from mpq.core.rounding import dequantize
 from mpq.core.scheme import parse_scheme
-from mpq.kernels import cpu
+from mpq.kernels.cpu import native as cpu
 from mpq.kernels.layout import pack, to_layout, unpack
 from mpq.kernels.modules import PackedWeight, packed_module
+from mpq.network.calibration import seeded
+from mpq.rounding.reference import dequantize
 
 NAMES = ("int4-g32", "int8-channel", "int3-g16-asym", "nvfp4", "fp8-e4m3", "fp6-e3m2-channel", "nf4-g64")
 

@@ -2,13 +2,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from mpq.core.calibration import seeded
-from mpq.core.formats import parse_format
-from mpq.core.rounding import dequantize, quantize
-from mpq.kernels import cpu, panels
-from mpq.kernels.layout import pack, to_layout, unpack
 from tests.kernels.test_cpu import NAMES
+
+from mpq.core.formats import parse_format
+from mpq.kernels.cpu import native as cpu
+from mpq.kernels.cpu import panels
+from mpq.kernels.layout import pack, to_layout, unpack
+from mpq.network.calibration import seeded
+from mpq.rounding.reference import dequantize, quantize
 
 pytestmark = pytest.mark.skipif(cpu.native() is None, reason="the kernels are not compiled here")
 

@@ -3,12 +3,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
 from mpq.core.formats import FORMATS, parse_format
-from mpq.core.rounding import dequantize, quantize
 from mpq.kernels import layout
 from mpq.kernels.layout import LAYOUTS, Layout, Packed, pack, pack_bits, take_rows, tensor_specs, to_layout, unpack
+from mpq.network.calibration import seeded
+from mpq.rounding.reference import dequantize, quantize
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 140))
 

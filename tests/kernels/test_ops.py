@@ -5,13 +5,14 @@ from torch.nn import functional
 
 import mpq.kernels.ops as ops
 from mpq.core.allocation import Allocation
-from mpq.core.calibration import seeded
 from mpq.core.formats import FORMATS, parse_format
-from mpq.core.layers import find_layers
-from mpq.core.rounding import dequantize, fake_quantize, quantize
-from mpq.kernels import cpu, panels
+from mpq.kernels.cpu import native as cpu
+from mpq.kernels.cpu import panels
 from mpq.kernels.layout import pack, to_layout
+from mpq.network.calibration import seeded
+from mpq.network.layers import find_layers
 from mpq.quantized import pack_model
+from mpq.rounding.reference import dequantize, fake_quantize, quantize
 
 ROWS, COLS = 6, 40
 CASES = [

@@ -6,11 +6,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpq.core.allocation import Allocation
-from mpq.core.calibration import seeded
-from mpq.core.layers import find_layers
-from mpq.kernels import cpu
+from mpq.kernels.cpu import native as cpu
 from mpq.kernels.modules import PackedLinear
 from mpq.models.tiny_lm import LMConfig, TinyLM
+from mpq.network.calibration import seeded
+from mpq.network.layers import find_layers
 from mpq.quantized import fuse, pack_model
 from tests.sensitivity.small_models import seed_weights
 

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from mpq.core.calibration import seeded
 from mpq.lowprecision.divergence import (
     Generation,
     average_std_of_lengths,
@@ -12,6 +11,7 @@ from mpq.lowprecision.divergence import (
     std_at_accuracy,
 )
 from mpq.models import bundled_model
+from mpq.network.calibration import seeded
 
 
 def made(tokens, probabilities):

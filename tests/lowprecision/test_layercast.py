@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
 from mpq.lowprecision.layercast import LayerCast, layercast
 from mpq.models.tiny_lm import LMConfig, TinyLM
+from mpq.network.calibration import seeded
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -2,13 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
-from mpq.core.rounding import fake_quantize
 from mpq.lowprecision.linear import LowPrecisionLinear, computing_in, product, train_in
 from mpq.lowprecision.masking import Mask, masked
 from mpq.lowprecision.recipe import Recipe
+from mpq.network.calibration import seeded
+from mpq.rounding.reference import fake_quantize
 
 
 def normal(*shape, seed=0, dtype=torch.float32):

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
-from mpq.core.rounding import fake_quantize
 from mpq.lowprecision.recipe import Recipe, divisors, round_operand
+from mpq.network.calibration import seeded
+from mpq.rounding.reference import fake_quantize
 
 FORMATS = (
     "mxfp4",

@@ -3,10 +3,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
 from mpq.lowprecision.layercast import LayerCast
 from mpq.lowprecision.reduction import ChunkedLinear, chunked_linear, in_chunks
+from mpq.network.calibration import seeded
 
 
 def normal(*shape, seed=0, dtype=torch.float32):

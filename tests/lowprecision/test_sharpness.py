@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mpq.core.calibration import seeded
 from mpq.lowprecision.sharpness import logit_sharpness, sharpness, sharpness_by_search
 from mpq.models import bundled_model
+from mpq.network.calibration import seeded
 
 
 @pytest.mark.parametrize(("classes", "epsilon"), [(50, 1e-3), (50, 1e-1), (1000, 1e-3), (1000, 1e-1)])

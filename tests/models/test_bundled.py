@@ -5,8 +5,8 @@ import torch
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
-from mpq.core.layers import find_layers
 from mpq.models import BUNDLED, bundled
+from mpq.network.layers import find_layers
 from mpq.quantized import simulate
 
 

@@ -1,8 +1,8 @@
 import torch
 
-from mpq.core.calibration import seeded
-from mpq.core.layers import find_layers
 from mpq.models.tiny_lm import LMConfig, TinyLM, rotate, rotations
+from mpq.network.calibration import seeded
+from mpq.network.layers import find_layers
 
 SMALL = LMConfig(vocabulary=300, width=32, hidden=48, layers=2, heads=4, kv_heads=2)
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from mpq.core.calibration import cross_entropy, mean_loss, next_token_loss, seeded
 from mpq.core.errors import MpqError
-from mpq.core.layers import find_layers, matrix_to_weight, weight_matrix
-from mpq.core.methods import method_named
-from mpq.core.rounding import dequantize
 from mpq.core.scheme import parse_scheme
+from mpq.network.calibration import cross_entropy, mean_loss, next_token_loss, seeded
+from mpq.network.layers import find_layers, matrix_to_weight, weight_matrix
 from mpq.proxies.benchmark import Benchmark, spell
 from mpq.proxies.measuring import build_benchmark, draw_configurations
+from mpq.rounding import method_named
+from mpq.rounding.reference import dequantize
 
 SCHEMES = ("int2-channel", "int3-channel", "int4-channel")
 

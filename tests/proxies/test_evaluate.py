@@ -12,9 +12,9 @@ from hypothesis import assume, given, settings
 from small_models import Convolutions, class_batches, seed_weights
 from test_formulas import programs
 
-from mpq.core.calibration import cross_entropy
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
+from mpq.network.calibration import cross_entropy
 from mpq.proxies.evaluate import Evaluator
 from mpq.proxies.formulas import parse
 from mpq.proxies.programs import BINARY, INPUTS, UNARY, Input, Number, kind_of

@@ -12,8 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "sensitivity"))
 from small_models import Convolutions, class_batches, seed_weights
 
-from mpq.core.calibration import cross_entropy
 from mpq.core.errors import MpqError
+from mpq.network.calibration import cross_entropy
 from mpq.proxies.benchmark import Benchmark
 from mpq.proxies.collect import collect_statistics
 from mpq.proxies.evaluate import Evaluator

@@ -19,10 +19,10 @@ from small_models import (
     token_batches,
 )
 
-from mpq.core.calibration import cross_entropy, mean_loss, next_token_loss, samples_in, split_batch
 from mpq.core.errors import MpqError
-from mpq.core.layers import find_layers, weight_matrix
 from mpq.core.scheme import parse_scheme
+from mpq.network.calibration import cross_entropy, mean_loss, next_token_loss, samples_in, split_batch
+from mpq.network.layers import find_layers, weight_matrix
 from mpq.proxies import PROXIES
 from mpq.proxies.collect import collect_statistics
 from mpq.proxies.evaluate import Evaluator

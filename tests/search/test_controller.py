@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
+from mpq.network.calibration import seeded
 from mpq.search.controller import Controller, Schedule
 
 DECISIONS, OPTIONS = 20, 4

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mpq.core.calibration import cross_entropy, seeded
 from mpq.core.costs import bitops
 from mpq.core.errors import MpqError
-from mpq.core.layers import count_macs, find_layers
 from mpq.core.scheme import parse_scheme
+from mpq.network.calibration import cross_entropy, seeded
+from mpq.network.layers import count_macs, find_layers
 from mpq.search.controller import Schedule
 from mpq.search.one_shot import OneShot
 from tests.sensitivity.small_models import Convolutions, class_batches, seed_weights

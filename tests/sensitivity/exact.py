@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from mpq.core.activations import fake_quantize_inputs
-from mpq.core.calibration import samples_in, split_batch
-from mpq.core.layers import matrix_to_weight, output_matrix
+from mpq.network.calibration import samples_in, split_batch
+from mpq.network.layers import matrix_to_weight, output_matrix
+from mpq.rounding.activations import fake_quantize_inputs
 from mpq.sensitivity.derivatives import layer_uses
 
 

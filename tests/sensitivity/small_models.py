@@ -5,10 +5,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from mpq.core.calibration import cross_entropy, next_token_loss, seeded
-from mpq.core.layers import find_layers
-from mpq.core.methods import METHODS
 from mpq.core.scheme import parse_scheme
+from mpq.network.calibration import cross_entropy, next_token_loss, seeded
+from mpq.network.layers import find_layers
+from mpq.rounding import METHODS
 from mpq.sensitivity.task import Task
 
 

@@ -5,7 +5,7 @@ import torch
 from small_models import Convolutions, TiedLanguageModel, class_batches, make_task, mlp, seed_weights, token_batches
 from torch import nn
 
-from mpq.core.calibration import cross_entropy, mean_loss, next_token_loss, seeded
+from mpq.network.calibration import cross_entropy, mean_loss, next_token_loss, seeded
 from mpq.sensitivity.curvature import curvature
 from mpq.sensitivity.hessian import floored, hessian_traces
 from mpq.sensitivity.loss import loss

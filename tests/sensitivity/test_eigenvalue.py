@@ -6,9 +6,9 @@ import torch
 from exact import exact_blocks, gauss_newton_blocks
 from small_models import Convolutions, TiedLanguageModel, class_batches, make_task, mlp, seed_weights, token_batches
 
-from mpq.core.calibration import cross_entropy, next_token_loss
 from mpq.core.errors import MpqError
 from mpq.core.table import SensitivityTable
+from mpq.network.calibration import cross_entropy, next_token_loss
 from mpq.sensitivity.eigenvalue import eigenvalue, fine_tuning_order, top_eigenvalues
 
 CASES = {

@@ -18,9 +18,9 @@ from small_models import (
     token_batches,
 )
 
-from mpq.core.calibration import cross_entropy, next_token_loss, split_batch
-from mpq.core.layers import weight_groups, weight_matrix
-from mpq.core.methods import METHODS
+from mpq.network.calibration import cross_entropy, next_token_loss, split_batch
+from mpq.network.layers import weight_groups, weight_matrix
+from mpq.rounding import METHODS
 from mpq.sensitivity import fisher as fisher_file
 from mpq.sensitivity.fisher import fisher
 

@@ -9,8 +9,8 @@ from exact import exact_blocks, gauss_newton_blocks
 from small_models import CASES, Routed, class_batches, make_task, seed_weights
 from torch import nn
 
-from mpq.core.calibration import cross_entropy
 from mpq.core.errors import MpqError
+from mpq.network.calibration import cross_entropy
 from mpq.sensitivity.derivatives import design_row
 from mpq.sensitivity.gauss_newton import design_order, gauss_newton_draws, slope_scales, straight_layers
 from mpq.sensitivity.hessian import hessian_traces

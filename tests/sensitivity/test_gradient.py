@@ -6,8 +6,8 @@ from exact import gauss_newton_matrix, layer_slice, output_differences, sample_g
 from small_models import CASES, Routed, class_batches, make_task, seed_weights
 
 import mpq.sensitivity.gradient as module
-from mpq.core.calibration import cross_entropy, samples_in
 from mpq.core.errors import MpqError
+from mpq.network.calibration import cross_entropy, samples_in
 from mpq.sensitivity.gradient import gradient, quadratic
 
 SCHEMES = ("int3-channel", "int4-g32", "int4-g32+a:int4-token")

@@ -21,10 +21,10 @@ from small_models import (
 from torch import nn
 from torch.nn import functional
 
-from mpq.core.calibration import cross_entropy, next_token_loss
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
-from mpq.core.rounding import fake_quantize
+from mpq.network.calibration import cross_entropy, next_token_loss
+from mpq.rounding.reference import fake_quantize
 from mpq.sensitivity.gauss_newton import slope_scales, straight_layers
 from mpq.sensitivity.hessian import hessian, hessian_traces
 from mpq.sensitivity.journal import Journal

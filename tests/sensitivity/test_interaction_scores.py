@@ -8,10 +8,10 @@ import torch
 from exact import gauss_newton_matrix, layer_slice, weight_errors
 from small_models import CASES, class_batches, make_task, mlp
 
-from mpq.core.calibration import cross_entropy, mean_loss
 from mpq.core.errors import MpqError
 from mpq.core.interactions import Interactions
-from mpq.core.layers import matrix_to_weight
+from mpq.network.calibration import cross_entropy, mean_loss
+from mpq.network.layers import matrix_to_weight
 from mpq.sensitivity.interactions import interactions
 
 SCHEMES = ("int3-channel", "int8-channel")

@@ -10,8 +10,8 @@ from small_models import CASES, class_batches, make_task, seed_weights
 from torch import nn
 
 import mpq.sensitivity.kronecker as module
-from mpq.core.calibration import cross_entropy, samples_in
-from mpq.core.layers import output_matrix
+from mpq.network.calibration import cross_entropy, samples_in
+from mpq.network.layers import output_matrix
 from mpq.sensitivity.derivatives import layer_uses
 from mpq.sensitivity.kronecker import kronecker
 

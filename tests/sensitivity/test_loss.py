@@ -7,12 +7,12 @@ import pytest
 import torch
 from small_models import Convolutions, TiedLanguageModel, class_batches, make_task, seed_weights, token_batches
 
-from mpq.core.calibration import cross_entropy, mean_loss, next_token_loss, samples_in
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
-from mpq.core.layers import matrix_to_weight, weight_matrix
-from mpq.core.methods import METHODS
-from mpq.core.rounding import dequantize, fake_quantize
+from mpq.network.calibration import cross_entropy, mean_loss, next_token_loss, samples_in
+from mpq.network.layers import matrix_to_weight, weight_matrix
+from mpq.rounding import METHODS
+from mpq.rounding.reference import dequantize, fake_quantize
 from mpq.sensitivity.loss import loss
 
 CASES = {

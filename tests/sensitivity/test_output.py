@@ -6,9 +6,9 @@ from exact import output_differences
 from small_models import CASES, Convolutions, class_batches, make_task, seed_weights
 from torch import nn
 
-from mpq.core.calibration import cross_entropy, samples_in
-from mpq.core.layers import find_layers, weight_groups
-from mpq.core.moments import second_moments
+from mpq.network.calibration import cross_entropy, samples_in
+from mpq.network.layers import find_layers, weight_groups
+from mpq.network.moments import second_moments
 from mpq.sensitivity.output import output
 
 

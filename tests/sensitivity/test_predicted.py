@@ -6,8 +6,8 @@ import pytest
 import torch
 from small_models import CASES
 
-from mpq.core.calibration import samples_in
-from mpq.core.layers import matrix_to_weight
+from mpq.network.calibration import samples_in
+from mpq.network.layers import matrix_to_weight
 from mpq.sensitivity.predicted import divergence, wrong
 
 

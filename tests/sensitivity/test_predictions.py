@@ -6,8 +6,8 @@ from small_models import TiedLanguageModel, mlp, seed_weights
 from torch import nn
 from torch.nn import functional
 
-from mpq.core.calibration import cross_entropy, next_token_loss, seeded
 from mpq.core.errors import MpqError
+from mpq.network.calibration import cross_entropy, next_token_loss, seeded
 from mpq.sensitivity.predictions import predictions, random_slopes
 
 INPUTS, LABELS = torch.randn(6, 5, generator=seeded(0)), torch.tensor([0, 2, 1, 1, 0, 2])

@@ -9,8 +9,8 @@ from small_models import Convolutions, TiedLanguageModel, class_batches, make_ta
 from torch import nn
 from torch.nn import functional
 
-from mpq.core.calibration import cross_entropy, next_token_loss
 from mpq.core.errors import MpqError
+from mpq.network.calibration import cross_entropy, next_token_loss
 from mpq.sensitivity.graph import _say_plain
 from mpq.sensitivity.products import weight_curvature
 

@@ -8,9 +8,9 @@ import torch
 from small_models import Convolutions, TiedLanguageModel, class_batches, mlp, seed_weights, token_batches
 from torch import nn
 
-from mpq.core.calibration import cross_entropy, mean_loss, next_token_loss
 from mpq.core.errors import MpqError
 from mpq.core.table import SensitivityTable
+from mpq.network.calibration import cross_entropy, mean_loss, next_token_loss
 from mpq.sensitivity import MEASURED, METRICS, metric_named
 from mpq.sensitivity.profile import profile
 from mpq.sensitivity.task import SCORES_ACTIVATIONS

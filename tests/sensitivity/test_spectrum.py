@@ -6,8 +6,8 @@ import torch
 from exact import gauss_newton_matrix, hessian_matrix
 from small_models import Convolutions, class_batches, make_task, mlp, seed_weights
 
-from mpq.core.calibration import cross_entropy
 from mpq.core.errors import MpqError
+from mpq.network.calibration import cross_entropy
 from mpq.sensitivity.spectrum import spectrum
 
 BATCHES = class_batches((5,), (9, 6))

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mpq.core.calibration import seeded
+from mpq.network.calibration import seeded
 
 
 def classifier() -> nn.Module:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpq.core.calibration import cross_entropy
 from mpq.core.errors import MpqError
+from mpq.network.calibration import cross_entropy
 from mpq.training.batchnorm import fold_batchnorm, freeze_batchnorm
 from tests.sensitivity.small_models import Convolutions, class_batches, seed_weights
 

@@ -6,12 +6,12 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from mpq.core.activations import fake_quantize_inputs
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
-from mpq.core.layers import find_layers, matrix_to_weight, weight_matrix
-from mpq.core.rounding import dequantize, fake_quantize, quantize
 from mpq.core.scheme import parse_scheme
+from mpq.network.layers import find_layers, matrix_to_weight, weight_matrix
+from mpq.rounding.activations import fake_quantize_inputs
+from mpq.rounding.reference import dequantize, fake_quantize, quantize
 from mpq.training.fake import FakeQuantization
 from tests.sensitivity.small_models import Convolutions, TiedLanguageModel, class_batches, seed_weights, token_batches
 

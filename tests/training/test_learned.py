@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq.core.calibration import seeded
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
-from mpq.core.rounding import dequantize, fake_quantize, quantize, spread
+from mpq.network.calibration import seeded
+from mpq.rounding.reference import dequantize, fake_quantize, quantize, spread
 from mpq.training.learned import LearnedScales, round_with_scales
 
 FORMATS = ("int2", "int3-channel", "int4-g8", "int8-g5", "fp4-e2m1-g8", "fp8-e4m3-channel", "mxfp4", "nf4-g8")

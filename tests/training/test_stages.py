@@ -6,8 +6,8 @@ import torch
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
-from mpq.core.layers import find_layers
 from mpq.core.table import SensitivityTable
+from mpq.network.layers import find_layers
 from mpq.training.fake import FakeQuantization
 from mpq.training.stages import fine_tuning_order, quantize_in_stages, stages
 from tests.sensitivity.small_models import Convolutions, class_batches, seed_weights

@@ -1,0 +1,148 @@
+"""GGUF, the file of llama.cpp: each layer in the tensor type that holds exactly its format's numbers."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
+from mpq.exporters.folder import digest, refuse_foreign, write_checksums, write_folder
+from mpq.exporters.gguf.blocks import encode_blocks, raw_copy, type_of
+from mpq.exporters.gguf.llama import describe, describe_tokenizer, row_order
+from mpq.exporters.mpq.state import other_state
+from mpq.exporters.shards import SHARD
+from mpq.exporters.targets import CONSUMERS, check, check_model, check_packages
+from mpq.quantized import Moments, checked_layers, quantized_layers
+from mpq.rounding.reference import COPY_DTYPES, Quantized
+
+FILE = "model.gguf"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file: its name, and shape and type as ggml stores it."""
+
+    name: str
+    shape: tuple[int, ...]  # of bytes, where the type is ggml's own
+    dtype: Any  # numpy's
+    nbytes: int
+    kind: Any  # ggml's type, None where numpy's says it
+
+
+def export(
+    model: nn.Module,
+    allocation: Allocation,
+    folder: str | os.PathLike[str],
+    *,
+    method: str = "mse",
+    second_moments: Moments | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    shard: int = SHARD,
+) -> Path:
+    """Write a transformers Llama as `model.gguf`, or `model-00001-of-0000N.gguf` and so on; the folder.
+
+    Args:
+        model: a LlamaForCausalLM, left as it is; one layer at a time is rounded and written.
+        recipe: not needed, the file describes the model itself.
+        tokenizer: of transformers, to put into the file (`describe_tokenizer` says which). Without one the file
+            has no vocabulary: llama.cpp then takes and gives tokens alone.
+        shard: largest bytes of one file's tensors, unless one alone is larger. llama.cpp opens the first file.
+        allocation, folder, method, second_moments: as in `mpq.exporters.mpq.checkpoint.export`.
+
+    Raises:
+        MpqError: no Llama, a scheme without a tensor type, the package gguf is missing.
+    """
+    check_model(CONSUMERS["gguf"], model)
+    check(CONSUMERS["gguf"], allocation)
+    gguf = gguf_package()
+    config: Any = model.config
+    refuse_foreign(folder, (FILE, "allocation.json"))
+    plan = _plan(model, allocation, gguf)
+    with write_folder(folder) as draft:
+        split = {"split_max_size": shard} if sum(entry.nbytes for entry in plan) > shard else {}
+        writer = gguf.GGUFWriter(draft / FILE, "llama", **split)
+        try:
+            describe(writer, config, gguf)
+            describe_tokenizer(writer, tokenizer, config.vocab_size, gguf)
+            for entry in plan:
+                writer.add_tensor_info(entry.name, entry.shape, entry.dtype, entry.nbytes, entry.kind)
+            files = [path.name for path in writer.format_shard_names(draft / FILE)]
+            holders = [file for file, held in zip(files, writer.tensors, strict=True) for _ in held]
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            digests: dict[str, dict[str, str]] = {file: {} for file in files}
+            for entry, file, content in zip(
+                plan, holders, _contents(model, allocation, method, second_moments, gguf), strict=True
+            ):
+                writer.write_tensor_data(content)
+                digests[file][entry.name] = digest(content.data)
+        finally:
+            writer.close()
+        allocation.save(draft / "allocation.json")
+        write_checksums(draft, digests)
+    return Path(folder)
+
+
+def gguf_package() -> Any:
+    """The package gguf; MpqError with how to install it."""
+    check_packages(CONSUMERS["gguf"])
+    return import_module("gguf")
+
+
+def _plan(model: nn.Module, allocation: Allocation, gguf: Any) -> list[Entry]:
+    """Every tensor in the order in which `_contents` gives them, before anything is rounded."""
+    config: Any = model.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    plan = []
+    for name, tensor in other_state(model, allocation)[0].items():
+        content, kind = raw_copy(torch.empty(0, dtype=_stored_type(tensor)), gguf)
+        stem, _, ending = name.rpartition(".")
+        shape = tuple(tensor.shape)
+        size = tensor.numel() * _stored_type(tensor).itemsize
+        if kind is not None:  # a type of ggml's own: numpy knows bytes alone
+            shape = (*shape[:-1], shape[-1] * _stored_type(tensor).itemsize)
+        plan.append(Entry(f"{_translated(names, stem)}.{ending}", shape, content.dtype, size, kind))
+    for layer, scheme in checked_layers(model, allocation):
+        dtype, kind = type_of(scheme.weight, gguf)
+        size = scheme.weight.nbytes(layer.rows, layer.cols)
+        shape = (layer.rows, size // layer.rows // dtype.itemsize)
+        plan.append(Entry(f"{_translated(names, layer.name)}.weight", shape, dtype, size, kind))
+    return plan
+
+
+def _contents(
+    model: nn.Module, allocation: Allocation, method: str, second_moments: Moments | None, gguf: Any
+) -> Iterator[NDArray[Any]]:
+    for name, tensor in other_state(model, allocation)[0].items():
+        rows = row_order(name.rpartition(".")[0], model.config)
+        values = tensor.to(_stored_type(tensor))
+        yield raw_copy(values if rows is None else values[rows], gguf)[0]
+    for layer, _, quantized in quantized_layers(model, allocation, method, second_moments):
+        rows = row_order(layer.name, model.config)
+        yield encode_blocks(quantized if rows is None else _rows_of(quantized, rows), gguf)
+
+
+def _stored_type(tensor: Tensor) -> torch.dtype:
+    """What a tensor that is not quantized is stored in: vectors in float32, as llama.cpp wants them."""
+    return tensor.dtype if tensor.ndim > 1 and tensor.dtype in COPY_DTYPES.values() else torch.float32
+
+
+def _translated(names: Any, name: str) -> str:
+    found = names.get_name(name)
+    if found is None:
+        raise MpqError(f"llama.cpp's Llama has no place for the tensor {name}")
+    return str(found)
+
+
+def _rows_of(quantized: Quantized, rows: Tensor) -> Quantized:
+    by_row = quantized.map_tables(lambda name, table: table[rows])
+    return replace(by_row, codes=quantized.codes[rows])

@@ -1,0 +1,59 @@
+"""Reads GGUF exports back, whole or split, and trusts nothing: what is cut or altered is named."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpq.core.errors import MpqError
+from mpq.exporters.folder import digest, read_checksums
+from mpq.exporters.gguf.file import gguf_package
+
+
+def read_tensors(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
+    """llama.cpp's name and the float32 numbers of every tensor in an exported folder, one at a time.
+
+    Raises:
+        MpqError: the folder is no GGUF export; a file is missing, cut or altered, named with the tensor.
+    """
+    gguf = gguf_package()
+    path = Path(folder)
+    noted = {file: tensors for file, tensors in read_checksums(path).items() if file.endswith(".gguf")}
+    if not noted:
+        raise MpqError(f"{path} holds no GGUF export: write one with mpq export --to gguf")
+    for file, digests in noted.items():
+        assert isinstance(digests, dict)
+        found = _open(path / file, gguf)
+        for name in digests.keys() ^ found.keys():
+            what = "lacks" if name in digests else "holds"
+            raise MpqError(f"{path / file} {what} the tensor {name}, unlike what was exported: export again")
+        for name, tensor in found.items():
+            if digest(tensor.data.tobytes()) != digests[name]:
+                raise MpqError(f"{path / file}: the tensor {name} is not what was exported (its checksum differs)")
+            yield name, torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+
+
+def _open(path: Path, gguf: Any) -> dict[str, Any]:
+    """The tensors of one file by name."""
+    if not path.is_file():
+        raise MpqError(f"{path} is missing: export again")
+    last = ""
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        def _build_tensors(self, start: int, fields: list[Any]) -> None:
+            nonlocal last
+            every: list[Any] = []
+            for field in fields:
+                last = bytes(field.parts[1]).decode("utf-8", "replace")
+                super()._build_tensors(start, [field])
+                every += self.tensors
+            self.tensors: list[Any] = every
+
+    try:
+        return {tensor.name: tensor for tensor in Reader(path).tensors}
+    except (ValueError, IndexError, KeyError, OSError, TypeError) as error:
+        where = f"its tensor {last}" if last else "its header"
+        raise MpqError(f"{path} is cut or damaged at {where} ({error}): export again") from error

@@ -1,0 +1,99 @@
+"""The GPTQ checkpoint layout (AutoGPTQ, gptqmodel, vLLM's marlin kernels), bits and groups per layer in `dynamic`.
+
+qweight int32 (in * bits / 32, out): each column the bit stream of an output's codes; scales float16 (groups, out);
+qzeros int32 (groups, out * bits / 32): each group's zero points less one, 2**(bits - 1) - 1 as the grids are symmetric;
+g_idx int32 (in,): the group of each input.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.allocation import Allocation
+from mpq.core.formats import Format
+from mpq.core.scheme import Scheme
+from mpq.exporters.shards import SHARD
+from mpq.exporters.transformers_folder import export_transformers
+from mpq.kernels.layout import Packed, pack_bits
+from mpq.network.layers import layer_kind, matrix_to_weight
+from mpq.quantized import Moments
+
+
+def export(
+    model: nn.Module,
+    allocation: Allocation,
+    folder: str | os.PathLike[str],
+    *,
+    method: str = "mse",
+    second_moments: Moments | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    shard: int = SHARD,
+) -> Path:
+    """Write a transformers model in the GPTQ layout; the folder. Any rounding method will do.
+
+    Raises:
+        MpqError: no transformers model, a scheme that the layout cannot hold, fused layers in two, foreign files.
+    """
+    return export_transformers(
+        "gptq", model, allocation, folder, partial(_named, model), partial(_config, model, allocation),
+        method=method, second_moments=second_moments, shard=shard,
+    )  # fmt: skip
+
+
+def _named(model: nn.Module, layer: str, packed: Packed, scheme: Scheme) -> dict[str, Tensor]:
+    if packed.format.is_float_copy:
+        return {f"{layer}.weight": matrix_to_weight(packed.tensors["packed"], model.get_submodule(layer))}
+    return {f"{layer}.{name}": tensor for name, tensor in gptq_tensors(packed).items()}
+
+
+def gptq_tensors(packed: Packed) -> dict[str, Tensor]:
+    """The layer's tensors in the GPTQ layout."""
+    format, (rows, cols) = packed.format, packed.shape
+    bits, groups = format.grid.bits, format.groups(cols)
+    zeros = torch.full((groups, rows), 2 ** (bits - 1) - 1, dtype=torch.uint8)
+    return {
+        "qweight": _words(packed.tensors["packed"]).t().contiguous(),
+        "qzeros": _words(pack_bits(zeros, bits)),
+        "scales": packed.tensors["scale"].t().contiguous(),
+        "g_idx": torch.arange(cols, dtype=torch.int32) // (format.group_size or cols),
+    }
+
+
+def _words(stream: Tensor) -> Tensor:
+    return stream.reshape(-1).view(torch.int32).reshape(len(stream), -1)
+
+
+def _config(model: nn.Module, allocation: Allocation) -> dict[str, Any]:
+    formats = {layer.name: allocation.scheme_of[layer.name].weight for layer in allocation.layers}
+    coded = {name: _numbers(format) for name, format in formats.items() if not format.is_float_copy}
+    usual = Counter(coded.values()).most_common(1)[0][0] if coded else (4, 128)
+    dynamic: dict[str, dict[str, Any]] = {
+        f"+:^{re.escape(name)}$": {"bits": bits, "group_size": size}
+        for name, (bits, size) in coded.items()
+        if (bits, size) != usual
+    }
+    for name, module in model.named_modules():
+        if layer_kind(module) == "linear" and name not in coded:
+            dynamic[f"-:^{re.escape(name)}$"] = {}
+    return {
+        "quant_method": "gptq",
+        "bits": usual[0],
+        "group_size": usual[1],
+        "sym": True,
+        "desc_act": False,
+        "lm_head": "lm_head" in coded,
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+        "dynamic": dynamic,
+    }
+
+
+def _numbers(format: Format) -> tuple[int, int]:
+    return format.grid.bits, format.group_size or -1

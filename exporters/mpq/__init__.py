@@ -1,0 +1,1 @@
+"""Our own checkpoint: every format, every layer."""

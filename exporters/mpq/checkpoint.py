@@ -1,0 +1,195 @@
+"""Our own checkpoint: packed weights in safetensors, and a loader that computes from them.
+
+A folder holds model.safetensors (or shards and an index), config.json (a Hugging Face config where the model has one)
+with a `quantization_config`, allocation.json and checksums.json. A layer's tensors are named `<layer>.weight.packed`,
+`.scale`, `.zeros`, `.tensor_scale` (`mpq.kernels.layout`), everything else as in the model's state dict. A tensor that
+several modules share is stored once.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.exporters.folder import (
+    read_checked_json,
+    read_checksums,
+    read_json,
+    refuse_foreign,
+    write_checksums,
+    write_folder,
+)
+from mpq.exporters.mpq.skeleton import build_skeleton
+from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_config
+from mpq.exporters.shards import SHARD, WHOLE, Shards, Specs, header_bytes, tensor_bytes, write_tensors
+from mpq.kernels.layout import Packed, pack, tensor_specs
+from mpq.kernels.modules import PackedWeight
+from mpq.quantized import Moments, checked_layers, put_packed, quantized_layers
+
+METHOD, VERSION = "mpq", 1
+FILES = (WHOLE, "config.json", "allocation.json")  # what every export writes
+
+
+def export(
+    model: nn.Module,
+    allocation: Allocation,
+    folder: str | os.PathLike[str],
+    *,
+    method: str = "mse",
+    second_moments: Moments | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    shard: int = SHARD,
+) -> Path:
+    """Round and pack the model's layers and write them with all its other tensors; the folder.
+
+    Args:
+        model: left as it is; one layer at a time is rounded.
+        allocation: layers and schemes.
+        folder: made when missing. Files of an earlier export are replaced, others' files are never.
+        method: rounding method, and `second_moments` of the inputs where it uses them.
+        recipe: how to build the model without weights, as `mpq.sources` gives it with a model: {"kind": "bundled",
+            "name": "tiny-lm"}, {"kind": "factory", "path": "package.module:factory"}; not needed for transformers.
+        shard: largest bytes of one file.
+
+    Raises:
+        MpqError: the allocation is another model's, a weight cannot be rounded, or the folder holds foreign files.
+    """
+    refuse_foreign(folder, FILES)
+    others, tied = other_state(model, allocation)
+    config = model_config(model)
+    if recipe is not None and recipe.get("kind") != "transformers":  # whose config says it all
+        config["recipe"] = dict(recipe)
+    config["quantization_config"] = {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "rounding": method,
+        "layers": {layer.name: _facts(model, layer, allocation) for layer in allocation.layers},
+        "tied": tied,
+    }
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from others.items()
+        for layer, _, quantized in quantized_layers(model, allocation, method, second_moments):
+            for name, tensor in pack(quantized).tensors.items():
+                yield f"{layer.name}.weight.{name}", tensor
+
+    with write_folder(folder) as draft:
+        digests = write_tensors(draft, tensor_plan(model, allocation), tensors(), shard)
+        write_config(draft, config, model)
+        allocation.save(draft / "allocation.json")
+        write_checksums(draft, digests)
+    return Path(folder)
+
+
+def file_size(model: nn.Module, allocation: Allocation) -> int:
+    """Bytes that model.safetensors will have, header included, before anything is rounded; shards count as one file."""
+    specs = tensor_plan(model, allocation)
+    return header_bytes(specs) + sum(tensor_bytes(*spec) for spec in specs.values())
+
+
+def tensor_plan(model: nn.Module, allocation: Allocation) -> Specs:
+    """Shape and type of every stored tensor, in order; MpqError when the allocation is another model's."""
+    others, _ = other_state(model, allocation)
+    specs = specs_of(others)
+    for layer, scheme in checked_layers(model, allocation):
+        for name, spec in tensor_specs(scheme.weight, layer.rows, layer.cols).items():
+            specs[f"{layer.name}.weight.{name}"] = spec
+    return specs
+
+
+def _facts(model: nn.Module, layer: Layer, allocation: Allocation) -> dict[str, Any]:
+    weight: Tensor = model.get_submodule(layer.name).weight  # type: ignore[assignment]
+    facts = {
+        "scheme": allocation.scheme_of[layer.name].name,
+        "kind": layer.kind,
+        "rows": layer.rows,
+        "cols": layer.cols,
+    }
+    return {**facts, "dtype": str(weight.dtype).removeprefix("torch."), "aliases": list(layer.aliases)}
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    trust: bool = False,
+) -> nn.Module:
+    """The model of an exported folder, in evaluation mode, computing from packed weights.
+
+    Args:
+        folder: what `export` wrote.
+        model: the same architecture with any weights, which are replaced in place; needed when the folder does not say
+            how to build it.
+        device: where to.
+        trust: whether the folder may name a function of the user's own to be imported and called.
+
+    Raises:
+        MpqError: the folder is no export, it is incomplete or altered (file and tensor named), or the model differs.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise MpqError(f"{path} is no folder: mpq.load wants what mpq.export wrote")
+    quantization = read_json(path / "config.json").get("quantization_config") or {}
+    if quantization.get("quant_method") != METHOD:
+        raise MpqError(f"{path} is not a checkpoint of mpq: its quant_method is {quantization.get('quant_method')!r}")
+    if quantization.get("version") != VERSION:
+        raise MpqError(f"{path} has version {quantization.get('version')}, this mpq reads {VERSION}: update mpq")
+    checksums = read_checksums(path)
+    config = read_checked_json(path / "config.json", checksums)
+    skeleton = build_skeleton(config, path, trust) if model is None else model
+    allocation, dtypes = layers_of(config["quantization_config"])
+    with Shards(path, checksums) as shards:
+        for layer, scheme in checked_layers(skeleton, allocation):
+            specs = tensor_specs(scheme.weight, layer.rows, layer.cols)
+            tensors = {name: _checked(shards, f"{layer.name}.weight.{name}", *specs[name]).to(device) for name in specs}
+            matrix = Packed(scheme.weight, (layer.rows, layer.cols), tensors=tensors)
+            put_packed(skeleton, layer, scheme, matrix, dtypes[layer.name])
+        _fill(skeleton, shards, quantization["tied"], device)
+    return skeleton.to(device).eval()
+
+
+def layers_of(quantization: Mapping[str, Any]) -> tuple[Allocation, dict[str, torch.dtype]]:
+    """Layers with their schemes, and the types of their numbers, from a quantization_config."""
+    layers, schemes, dtypes = [], [], {}
+    for name, facts in quantization["layers"].items():
+        layers.append(Layer(name, facts["kind"], facts["rows"], facts["cols"], aliases=tuple(facts["aliases"])))
+        schemes.append(facts["scheme"])
+        dtypes[name] = getattr(torch, facts["dtype"])
+    return Allocation(tuple(layers), tuple(schemes)), dtypes
+
+
+def _checked(shards: Shards, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    tensor = shards.read(name)
+    if tuple(tensor.shape) != shape or tensor.dtype != (dtype or tensor.dtype):
+        found = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise MpqError(f"{shards.folder}: the tensor {name} is {found}, not {dtype or 'of shape'} {shape}")
+    return tensor
+
+
+def _fill(model: nn.Module, shards: Shards, tied: Mapping[str, str], device: str | torch.device) -> None:
+    """Put every other tensor of the files where it belongs; what was shared is shared again."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    packed = {name for name, module in modules.items() if isinstance(module, PackedWeight)}
+    put: dict[str, Tensor] = {}
+    for name in [*(name for name in shards if name.rpartition(".")[0] not in packed), *tied]:
+        parent, _, leaf = name.rpartition(".")
+        old = getattr(modules.get(parent), leaf, None)
+        if not isinstance(old, Tensor):
+            raise MpqError(f"{shards.folder} holds the tensor {name}, for which the model has no place")
+        if name in tied:
+            put[name] = put[tied[name]]
+        else:
+            tensor = _checked(shards, name, tuple(old.shape)).to(device)
+            trained = isinstance(old, nn.Parameter)
+            put[name] = nn.Parameter(tensor, tensor.is_floating_point() and old.requires_grad) if trained else tensor
+        setattr(modules[parent], leaf, put[name])
+    for name in model.state_dict():
+        if name not in put and name.rpartition(".")[0] not in packed:
+            raise MpqError(f"{shards.folder} has no tensor {name}, which the model needs")

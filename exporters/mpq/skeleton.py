@@ -1,0 +1,71 @@
+"""A model's structure without its weights, from what an exported folder says of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from mpq.core.errors import MpqError
+from mpq.network.experts import unstack
+from mpq.sources.extras import need
+from mpq.sources.networks import skeleton
+
+
+def build_skeleton(config: Mapping[str, Any], folder: Path, trust: bool) -> nn.Module:
+    """The model that `config` (a folder's config.json) describes; parameters may have no storage.
+
+    A "recipe" is what `mpq.sources` gives with a model; one that names a factory of the user's own is followed only
+    when trusted. Without one, the first of "architectures" is a class of transformers.
+
+    Raises:
+        MpqError: nothing says how to build the model, or it needs trust or a package that is not installed.
+    """
+    try:
+        with _EmptyOnMeta():
+            model = _build(config, folder, trust)
+    except (RuntimeError, NotImplementedError):  # its constructor computes with its weights
+        return _build(config, folder, trust)
+    stored = set(model.state_dict())
+    if any(buffer.is_meta and name not in stored for name, buffer in model.named_buffers()):
+        return _build(config, folder, trust)  # no file would ever fill that buffer: build it with its content
+    return model
+
+
+def _build(config: Mapping[str, Any], folder: Path, trust: bool) -> nn.Module:
+    recipe = config.get("recipe")
+    if recipe is None or recipe.get("kind") == "transformers":
+        return _transformers_model(config, folder)
+    if recipe.get("kind") == "factory" and not trust:
+        raise MpqError(
+            f"{folder} wants to import {recipe.get('path')} to build its model: "
+            "if you know that code, load with trust=True (--trust), or pass the model itself (model=...)"
+        )
+    return skeleton(recipe)
+
+
+def _transformers_model(config: Mapping[str, Any], folder: Path) -> nn.Module:
+    names = config.get("architectures")
+    if not names or "model_type" not in config:
+        raise MpqError(
+            f"{folder} does not say how to build its model: pass the model (model=...), weights are replaced"
+        )
+    transformers = need("transformers", "hf", f"the model in {folder}, a {names[0]},")
+    cls = getattr(transformers, names[0], None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise MpqError(f"{folder} wants the class {names[0]}, which transformers {transformers.__version__} lacks")
+    described = {key: value for key, value in config.items() if key != "quantization_config"}
+    model: nn.Module = cls._from_config(cls.config_class.from_dict(described))  # type: ignore[attr-defined]
+    return unstack(model)
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """torch.empty, of which layers make their parameters, allocates nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)

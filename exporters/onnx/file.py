@@ -1,0 +1,172 @@
+"""ONNX: weights as integers or fp8 at each layer's own width, activations as static QDQ pairs.
+
+The graph is torch's own export of the model; only the weights and the inputs of the layers are changed. A linear layer
+whose weight alone is quantized becomes ONNX Runtime's MatMulNBits, every other weight comes out of a DequantizeLinear.
+A graph of more than 2 GB, which no protobuf holds, keeps its tensors in a file beside it.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.core.scheme import Scheme
+from mpq.exporters.folder import refuse_foreign, write_checksums, write_folder
+from mpq.exporters.onnx.nodes import Graph, drop_unused, products_with, put_products, put_weight, round_inputs
+from mpq.exporters.onnx.operators import OPSET, OPSET_INT2, nbits_block, needs_int2
+from mpq.exporters.targets import CONSUMERS, check, check_packages
+from mpq.kernels.layout import unpack
+from mpq.kernels.modules import empty_weight
+from mpq.network.ranges import Ranges
+from mpq.quantized import Moments, checked_layers, quantized_layers
+from mpq.rounding.reference import Quantized
+
+FILE, DATA = "model.onnx", "model.onnx.data"
+INSIDE = 1_900_000_000  # bytes of tensors in one protobuf, whose limit is 2**31 - 1 with everything
+Layers = Iterable[tuple[Layer, Scheme, Quantized]]
+
+
+def export(
+    model: nn.Module,
+    allocation: Allocation,
+    folder: str | os.PathLike[str],
+    *,
+    method: str = "mse",
+    second_moments: Moments | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    inputs: Tensor | tuple[Any, ...] | None = None,
+    ranges: Ranges | None = None,
+    inside: int = INSIDE,
+) -> Path:
+    """Write `model.onnx`; the folder.
+
+    Args:
+        model: on the CPU, in float32; the others are as in `mpq.exporters.mpq.checkpoint.export`.
+        recipe: not needed, the graph is the model.
+        inputs: what the model is called with; the first dimension of each tensor is left open.
+        ranges: of the layers' inputs (`mpq.network.ranges.input_ranges`), for schemes with activations.
+        inside: tensors of more bytes than that in all are written to `model.onnx.data`, one layer in memory at a time.
+
+    Raises:
+        MpqError: a scheme that ONNX cannot hold, no inputs, no range for a layer that needs one, a missing package.
+    """
+    _refuse(allocation, inputs, ranges)
+    refuse_foreign(folder, (FILE, DATA, "allocation.json"))
+    traced, names = _trace(model, allocation, inputs)
+    rounded = quantized_layers(model, allocation, method, second_moments)
+    with write_folder(folder) as draft:
+        if _tensor_bytes(traced, allocation) > inside:
+            with (draft / DATA).open("wb") as data:
+                graph = _fill(Graph(traced, data, DATA), model, rounded, names, ranges)
+        else:
+            graph = _fill(Graph(traced), model, rounded, names, ranges)
+        (draft / FILE).write_bytes(graph.model.SerializeToString())
+        allocation.save(draft / "allocation.json")
+        write_checksums(draft, {})
+    return Path(folder)
+
+
+def file_size(model: nn.Module, allocation: Allocation, inputs: Tensor | tuple[Any, ...], inside: int = INSIDE) -> int:
+    """Bytes that the graph's file (and the one beside it) will have, before anything is rounded."""
+    _refuse(allocation, inputs, None, sized=True)
+    traced, names = _trace(model, allocation, inputs)
+    ranges = {layer.name: (0.0, 1.0) for layer in allocation.layers}
+    blank = (
+        (layer, scheme, unpack(empty_weight(scheme.weight, layer.rows, layer.cols).matrix()))
+        for layer, scheme in checked_layers(model, allocation)
+    )
+    with open(os.devnull, "wb") as nowhere:
+        data: BinaryIO | None = nowhere if _tensor_bytes(traced, allocation) > inside else None
+        graph = _fill(Graph(traced, data, DATA), model, blank, names, ranges)
+    return int(graph.model.ByteSize()) + graph.end
+
+
+def _refuse(allocation: Allocation, inputs: Any, ranges: Ranges | None, sized: bool = False) -> None:
+    """What can be told before any work."""
+    if inputs is None:
+        raise MpqError("ONNX export traces the model: pass the inputs it is called with (inputs=...)")
+    check(CONSUMERS["onnx"], allocation)
+    for layer in allocation.layers:
+        activation = allocation.scheme_of[layer.name].activation
+        if not sized and activation is not None and layer.name not in (ranges or {}):
+            raise MpqError(
+                f"layer {layer.name} has {activation.name} activations: pass the ranges of its inputs (ranges=...)"
+            )
+
+
+def _tensor_bytes(traced: Any, allocation: Allocation) -> int:
+    return allocation.size + sum(len(tensor.raw_data) for tensor in traced.graph.initializer)
+
+
+def _fill(graph: Graph, model: nn.Module, layers: Layers, names: set[str], ranges: Ranges | None) -> Graph:
+    """Put every layer's weight into the graph and round its inputs."""
+    for tensor in list(graph.graph.initializer):
+        if graph.data is not None:
+            graph.graph.initializer.remove(tensor)
+            content = torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.uint8) if tensor.raw_data else None
+            graph.store(tensor.name, tensor.data_type, tensor.dims, torch.empty(0) if content is None else content)
+    for layer, scheme, quantized in layers:
+        name, *shared = [f"{name}.weight" for name in layer.names if f"{name}.weight" in names] or [""]
+        if not name:
+            raise MpqError(f"the traced graph has no weight of layer {layer.name}: the model does not use it")
+        block = 0 if shared else nbits_block(layer, scheme)
+        products = products_with(graph, name, layer.kind == "transformers-conv1d") if block else []
+        if products:
+            put_products(graph, quantized, name, block, products)
+            drop_unused(graph, name)
+        else:
+            weight: Tensor = model.get_submodule(layer.name).weight  # type: ignore[assignment]
+            put_weight(graph, layer, quantized, name, list(weight.shape))
+            for other in shared:
+                graph.make("Identity", [name], other)
+        if scheme.activation is not None:
+            assert ranges is not None
+            round_inputs(graph, name, scheme.activation, ranges[layer.name])
+    graph.finish()
+    return graph
+
+
+def _trace(model: nn.Module, allocation: Allocation, inputs: Any) -> tuple[Any, set[str]]:
+    """The model's graph without the weights of the layers, and the names under which it uses them."""
+    check_packages(CONSUMERS["onnx"])
+    import onnx_ir
+
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    batch = torch.export.Dim("batch")
+    open_batch = tuple({0: batch} if isinstance(part, Tensor) and part.ndim else None for part in inputs)
+    int2 = any(needs_int2(layer, allocation.scheme_of[layer.name]) for layer in allocation.layers)
+    training = model.training
+    model.eval()
+    try:
+        program: Any = torch.onnx.export(
+            model, inputs, dynamo=True, optimize=False, dynamic_shapes=open_batch,
+            opset_version=OPSET_INT2 if int2 else OPSET, verbose=False,
+        )  # fmt: skip
+    finally:
+        model.train(training)
+    weights = {f"{name}.weight" for layer in allocation.layers for name in layer.names}
+    stored = program.model.graph.initializers
+    for name in weights & set(stored):
+        stored.pop(name).const_value = None  # which the optimizer would otherwise fold into new constants
+    program.optimize()
+    traced = _stripped(onnx_ir.to_proto(program.model))
+    traced.opset_import.add(domain="com.microsoft", version=1)
+    return traced, weights & {name for node in traced.graph.node for name in node.input}
+
+
+def _stripped(traced: Any) -> Any:
+    """The graph without what the tracer notes of its own work (stack traces, shapes of values): more than the weights
+    of a small network.
+    """
+    graph = traced.graph
+    for part in (traced, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *traced.functions):
+        for field in ("metadata_props", "doc_string", "value_info"):
+            if field in part.DESCRIPTOR.fields_by_name:
+                part.ClearField(field)
+    return traced

@@ -1,0 +1,135 @@
+"""Options that several commands share, and what they stand for."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mpq.core.errors import MpqError
+
+if TYPE_CHECKING:
+    from mpq.sources import Source
+
+UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """A model and its data."""
+    parser.add_argument(
+        "model", help="tiny-lm, tiny-cnn, a Hugging Face folder or id, timm:NAME, package.module:factory"
+    )
+    data_options(parser)
+    parser.add_argument("--trust", action="store_true", help="let a checkpoint import the model's own factory")
+
+
+def data_options(parser: argparse.ArgumentParser) -> None:
+    """Where samples come from."""
+    parser.add_argument("--dataset", help="data: a file, datasets:ID, package.module:loader (default: the model's own)")
+    parser.add_argument("--nsamples", type=int, default=128, help="calibration samples (default: 128)")
+    parser.add_argument("--seqlen", type=int, help="tokens of a sample (default: 256, or the model's context)")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+
+
+def profile_options(parser: argparse.ArgumentParser) -> None:
+    """What a sensitivity table is made of."""
+    parser.add_argument("--formats", help="candidates, separated by commas (default: integers of 2 to 8 bits)")
+    parser.add_argument("--metric", help="sensitivity metric (default: the one that predicts best)")
+    parser.add_argument("--method", default="mse", help="rounding: nearest, mse (default) or gptq")
+    parser.add_argument("--include", action="append", help="layer pattern: a glob, or re:REGEX (default: all)")
+    parser.add_argument("--exclude", action="append", default=[], help="layer pattern to leave as it is")
+
+
+def budget_options(parser: argparse.ArgumentParser, *, loss: bool = False) -> None:
+    """One budget; `loss`: or the quality that is to be kept."""
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--bits", type=float, help="largest average bits per weight, scales counted")
+    budget.add_argument("--size", type=size_of, help="largest size of the model, as 500MB")
+    if loss:
+        budget.add_argument("--loss", type=float, help="largest predicted loss increase: finds the smallest model")
+
+
+def search_options(parser: argparse.ArgumentParser) -> None:
+    """How a search goes about it."""
+    parser.add_argument(
+        "--budget", action="append", default=[], metavar="COST=NUMBER", help="another budget, as bitops=2e9"
+    )
+    parser.add_argument("--latency", help="what 'mpq bench -o' wrote: adds the cost latency, in seconds")
+    parser.add_argument("--batch", type=int, default=1, help="tokens at a time, for --latency (default: 1)")
+    parser.add_argument("--by", default=None, help="search: exact (default), integer (several budgets), ...")
+    parser.add_argument("--model", help="for --by evolution: the model to measure on (default: the table's)")
+    parser.add_argument("--dataset", help="for --by evolution: its data (default: the table's)")
+    parser.add_argument("--trials", type=int, default=100, help="for --by evolution: evaluations (default: 100)")
+    parser.add_argument("--storage", help="for --by evolution: journal file or database that workers share")
+    parser.add_argument("--study", default="mpq", help="for --by evolution: name in the storage")
+    parser.add_argument(
+        "--sampler", choices=("switch", "nsga2", "nsga3", "tpe", "random"),
+        help="for --by evolution: level switches (default), or a sampler of Optuna's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--measure-frontier", action="store_true",
+        help="for --by evolution: lower loss and size together, for a frontier of measured points (nsga2 by default)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true", help="for --by evolution: go on with a study in the storage, never begin one"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def choice_options(parser: argparse.ArgumentParser) -> None:
+    """What a search may choose."""
+    parser.add_argument("--pin", action="append", default=[], metavar="LAYERS=FORMAT", help="fix layers to a format")
+    parser.add_argument("--no-ties", action="store_true", help="let fused layers (q/k/v, gate/up) differ")
+
+
+def size_of(text: str) -> float:
+    """Bytes of a size such as 500MB."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write it as 500MB, 1.5GB or a number of bytes")
+    return float(match[1]) * UNITS[match[2]]
+
+
+def pairs_of(items: Sequence[str], what: str) -> dict[str, str]:
+    """NAME=VALUE items as a dictionary; MpqError for any other."""
+    pairs = {}
+    for item in items:
+        name, equals, value = item.rpartition("=")
+        if not (name and equals and value):
+            raise MpqError(f"{item!r} is no {what}: write NAME=VALUE")
+        pairs[name] = value
+    return pairs
+
+
+def source_of(options: argparse.Namespace, stay: bool = False) -> "Source":
+    """The model and data that the options name; the model may stay in main memory, for `--offload`."""
+    from mpq.network.parallel import own_device
+    from mpq.sources import open_source
+
+    return open_source(
+        options.model, options.dataset, nsamples=options.nsamples, seqlen=options.seqlen,
+        batch_size=options.batch_size, seed=options.seed, device=own_device(options.device),
+        model_device="cpu" if stay else None,
+    )  # fmt: skip
+
+
+def profiling_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `profile`; format names are checked before a model is read."""
+    from mpq.core.scheme import parse_scheme
+    from mpq.sensitivity import DEFAULT_METRIC
+
+    formats = tuple(filter(None, options.formats.split(","))) if options.formats is not None else None
+    for name in formats or ():
+        parse_scheme(name)  # before the model is read
+    return {
+        "formats": formats, "metric": options.metric or DEFAULT_METRIC, "method": options.method,
+        "include": options.include or ("*",), "exclude": options.exclude, "seed": options.seed,
+    }  # fmt: skip
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows of cells as aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

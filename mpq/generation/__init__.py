@@ -1,0 +1,1 @@
+"""Text from packed language models, token by token."""

@@ -1,0 +1,168 @@
+"""One token through a packed LLaMA-style decoder in one call of compiled code, on a CPU: `decoder.step` in C.
+
+In the light loop a small model's time goes into Python and thirty small operations a block; threads start and end at
+every product. native/step.h computes a whole token instead: float32 between the packed products, keys and values in the
+light loop's own memory, logits in the model's type.
+"""
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as everywhere
+
+from mpq.generation.decoder import Block, Decoder, Memory, grow
+from mpq.kernels.cpu import native as cpu
+from mpq.kernels.cpu import panels
+from mpq.kernels.modules import PackedLinear
+from mpq.kernels.stacked import Stack
+
+# As native/step.h has them
+_LAYER = struct.Struct("@4P2i")
+_NORMS = struct.Struct("@2P")
+_SIZES = struct.Struct("@P6qf2iP")
+_TOKEN = struct.Struct("@5P3q")
+_TYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """A decoder as the library takes it; `kept` is what its pointers point to."""
+
+    decoder: Decoder
+    library: ctypes.CDLL
+    described: bytes  # an mpq_decoder
+    vocabulary: int
+    dtype: torch.dtype
+    kept: Sequence[object]
+
+    def __call__(self, token: Tensor, memory: Memory) -> Tensor | None:  # int (1, 1)
+        """As `decoder.step` for one token; None where that has to compute it, the memory being as it was."""
+        x = self.decoder.embed(token)
+        if memory.length == memory.capacity:
+            grow(self.decoder, memory, 2 * memory.length + 2, x)
+        tensors = (x, *memory.keys, *memory.values, *memory.rotations)
+        if any(tensor.dtype != self.dtype or not tensor.is_contiguous() for tensor in tensors):
+            return None
+        if len(memory.keys) != len(self.decoder.blocks) or torch.is_autocast_enabled("cpu"):
+            return None
+        logits: Tensor = x.new_empty(self.vocabulary)
+        cos, sin = (part[memory.length] for part in memory.rotations)
+        past = struct.pack(f"@{2 * len(memory.keys)}P", *(one.data_ptr() for one in (*memory.keys, *memory.values)))
+        status = self.library.mpq_step(self.described, _TOKEN.pack(
+            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), logits.data_ptr(), _address(past),
+            memory.length, memory.capacity, torch.get_num_threads(),
+        ))  # fmt: skip
+        if status < 0:
+            raise MemoryError("the CPU kernel found no room for its scratch memory")
+        if status:
+            return None
+        memory.length += 1
+        return logits
+
+
+def compiled_step(decoder: Decoder) -> CompiledStep | None:
+    """The decoder's step in compiled code, of the weights as they are now.
+
+    None unless all linear layers are packed in panels on a CPU, with plain or int8-token activations and no hooks, and
+    the norms are of one type, float32 or bfloat16.
+    """
+    native, width = cpu.native(), decoder.head_width
+    norms = [_weight(norm) for block in decoder.blocks for norm in (block.attention_norm, block.mlp_norm)]
+    norms.append(_weight(decoder.norm))
+    dtype = norms[-1].dtype
+    if native is None or width % 2 or dtype not in _TYPES or not decoder.blocks:
+        return None
+    if any(norm.dtype != dtype or norm.device.type != "cpu" for norm in norms):
+        return None
+    linear = [part for block in decoder.blocks for part in _linear(block)] + [decoder.head]
+    if not all(map(_plain, linear)) or len({_sizes(block, width) for block in decoder.blocks}) > 1:
+        return None
+    floats = [norm.detach().float().contiguous() for norm in norms]
+    kept: list[object] = [*floats]
+    blocks = b"".join(
+        b"".join(_LAYER.pack(*layer) for layer in _layers(block, kept))
+        + _NORMS.pack(*(norm.data_ptr() for norm in floats[2 * index : 2 * index + 2]))
+        for index, block in enumerate(decoder.blocks)
+    )
+    kept.append(blocks)
+    described = _SIZES.pack(
+        _address(blocks), len(decoder.blocks), *_sizes(decoder.blocks[0], width), decoder.epsilon,
+        dtype == torch.bfloat16, native.level, native.parallel,
+    ) + _LAYER.pack(*_one(decoder.head, kept)) + struct.pack("@P", floats[-1].data_ptr())  # fmt: skip
+    head: Any = decoder.head
+    return CompiledStep(decoder, native.library, described, head.out_features, dtype, kept)
+
+
+def _linear(block: Block) -> tuple[Any, ...]:
+    return block.q, block.k, block.v, block.o, block.gate, block.up, block.down
+
+
+def _sizes(block: Block, width: int) -> tuple[int, ...]:
+    """Width, hidden width, heads, key heads and head width of a block."""
+    q, k, _, _, gate, *_ = _linear(block)
+    return q.in_features, gate.out_features, q.out_features // width, k.out_features // width, width
+
+
+def _weight(norm: Any) -> Tensor:
+    weight: Tensor = norm.weight
+    return weight
+
+
+def _plain(module: Any) -> bool:
+    """Whether a module is a packed linear layer that the library computes as the module does."""
+    if type(module) is not PackedLinear or "forward" in vars(module) or _hooked(module):
+        return False
+    weight, bias = module.weight, module.bias
+    return (
+        weight.layout == panels.NAME and weight.device.type == "cpu" and module.activation in ("", "int8-channel")
+        and (not module.activation or cpu._plan(*weight.facts[:3]).kind != panels.BFLOAT)
+        and (bias is None or (bias.dtype in _TYPES and bias.is_contiguous()))
+    )  # fmt: skip
+
+
+def _hooked(module: Any) -> bool:
+    own = (module._forward_hooks, module._forward_pre_hooks, everywhere._global_forward_hooks)
+    return any((*own, everywhere._global_forward_pre_hooks))
+
+
+def _layers(block: Block, kept: list[object]) -> list[tuple[int, ...]]:
+    """The block's layers as mpq_layer; a stack stands in its first member's place."""
+    q, k, v, o, gate, up, down = _linear(block)
+    return [*_stacked((q, k, v), kept), _one(o, kept), *_stacked((gate, up), kept), _one(down, kept)]
+
+
+def _stacked(members: Sequence[Any], kept: list[object]) -> list[tuple[int, ...]]:
+    stack: Stack | None = members[0].stack
+    if stack is None or len(stack.members) != len(members) or not stack.intact() or any(
+        one is not other for one, other in zip(stack.members, members, strict=True)
+    ):  # fmt: skip
+        return [_one(member, kept) for member in members]
+    biases = [member.bias for member in members]
+    bias = None if biases[0] is None else torch.cat(biases)
+    facts = (stack.facts[0], stack.facts[1], stack.facts[2])
+    first = _layer(stack.tensors, facts, bias, members[0].activation, kept)
+    return [first] + [(0,) * 6] * (len(members) - 1)
+
+
+def _one(module: Any, kept: list[object]) -> tuple[int, ...]:
+    return _layer(module.weight.tensors, module.weight.facts[:3], module.bias, module.activation, kept)
+
+
+def _layer(
+    tensors: Sequence[Tensor], facts: tuple[str, int, int], bias: Tensor | None, activation: str, kept: list[object]
+) -> tuple[int, ...]:
+    weight = cpu._plan(*facts).weight
+    kept += [*tensors, bias, weight]
+    scale = tensors[1].data_ptr() if len(tensors) > 1 else 0
+    given = (0, 0) if bias is None else (bias.data_ptr(), int(bias.dtype == torch.bfloat16))
+    return _address(weight), tensors[0].data_ptr(), scale, *given, 1 if activation else 2
+
+
+def _address(data: bytes) -> int:
+    """Of the first byte, as long as the object lives."""
+    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0

@@ -1,0 +1,74 @@
+"""mpq as a quantization method of transformers: import this module, and `from_pretrained` reads our checkpoints.
+
+The model computes from packed weights through torch.ops.mpq, and `save_pretrained` writes it again.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mpq.exporters.mpq.checkpoint import METHOD, VERSION, layers_of
+from mpq.kernels.modules import PackedWeight, empty_weight
+from mpq.quantized import checked_layers, put_packed
+
+
+@register_quantization_config(METHOD)
+class MpqConfig(QuantizationConfigMixin):
+    """The `quantization_config` that `mpq.exporters.mpq.checkpoint` writes."""
+
+    def __init__(
+        self,
+        version: int = VERSION,
+        rounding: str = "",
+        layers: Mapping[str, Any] | None = None,
+        tied: Mapping[str, str] | None = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version, self.rounding, self.layers, self.tied = version, rounding, dict(layers or {}), dict(tied or {})
+
+
+@register_quantizer(METHOD)
+class MpqQuantizer(HfQuantizer):
+    """Puts packed modules in the layers' places before the weights come, and arranges them for their device after."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        allocation, dtypes = layers_of(vars(self.quantization_config))
+        ties = dict(getattr(model, "all_tied_weights_keys", {}))
+        for layer, scheme in checked_layers(model, allocation):
+            weight = empty_weight(scheme.weight, layer.rows, layer.cols, device="meta")
+            put_packed(model, layer, scheme, weight.matrix(), dtypes[layer.name])
+            for alias in layer.aliases:  # transformers ties parameters only: the module is shared again after loading
+                del model.get_submodule(alias).weight
+                ties.pop(f"{alias}.weight", None)
+        model.all_tied_weights_keys = ties
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        allocation, _dtypes = layers_of(vars(self.quantization_config))
+        for layer in allocation.layers:
+            weight = model.get_submodule(layer.name).weight
+            assert isinstance(weight, PackedWeight)
+            weight.arrange()
+            for alias in layer.aliases:
+                model.get_submodule(alias).weight = weight
+
+    def get_new_dtype(self, converter: Any, param: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Every tensor keeps the type of the file: a scale cast to the model's type would be another number."""
+        return None
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """`save_pretrained` writes the packed tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights are constants."""
+        return False

@@ -1,0 +1,334 @@
+"""The compiled CPU kernels: torch.ops.mpq.linear on the "panels" layout.
+
+`MPQ_CPU_LEVEL` (portable, avx2, avxvnni, avx512, amx; on Arm portable, neon) caps the instructions used. Two activation
+modes: by default activations become two planes of int8, about 15 bits with a scale for each tile of 128 columns
+(bfloat16 or float32 as they are for 8-bit floats; with AMX, from 8 bfloat16 tokens on, weights may be rounded to
+bfloat16); under the activation format int8-channel (a scheme's "+a:int8-token"), one plane and a scale for each token,
+which is the reference's arithmetic.
+"""
+
+import ctypes
+import importlib
+import logging
+import math
+import os
+import platform
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mpq.core.errors import MpqError
+from mpq.core.formats import parse_format
+from mpq.kernels import reference
+from mpq.kernels.cpu import dispatch, panels
+from mpq.kernels.layout import LAYOUTS, Layout, Packed
+from mpq.kernels.ops import KERNELS
+from mpq.rounding.reference import SCALE_DTYPES, decode_table
+
+LEVELS = (  # as native/linear.c orders them
+    ("portable", "neon")
+    if platform.machine() in ("aarch64", "arm64")
+    else ("portable", "avx2", "avxvnni", "avx512", "amx")
+)
+_SCALE_KINDS = ("fp32", "fp16", "bf16", "e8m0", "e4m3", "ue5m3")  # as native/mpq.h numbers them
+_WEIGHT = struct.Struct("@qqq12if256s256sQQii0q")
+_CALL = struct.Struct("@PPPqqPPq6iPP")
+_IMAGES = struct.Struct("@17q")
+# A convolution goes by patches up to so many positions for each row of the weight, and in all (measured at each level,
+# but for neon, which has avx2's)
+_POSITIONS = ((0.06, 4.0), (0.12, 10.0), (0.16, 16.0), (0.4, 160.0), (1.5, math.inf))
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Native:
+    """The loaded library."""
+
+    library: ctypes.CDLL
+    level: int  # index in LEVELS
+    parallel: int  # address of PyTorch's own GOMP_parallel: one pool of threads, not two; 0 without
+
+
+@lru_cache(maxsize=1)
+def native() -> Native | None:
+    """The library, or None where the package was installed without a compiler (said once, in the log)."""
+    try:
+        path = importlib.import_module("mpq.kernels.cpu._native").__file__
+    except ImportError:
+        _log.warning("mpq was installed without its compiled kernels; packed layers run in plain PyTorch")
+        return None
+    library = ctypes.CDLL(path)
+    library.mpq_linear.restype = ctypes.c_int64
+    library.mpq_linear.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    library.mpq_conv.restype = ctypes.c_int64
+    library.mpq_conv.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p]
+    library.mpq_embedding.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_void_p]
+    library.mpq_step.restype = ctypes.c_int64
+    library.mpq_step.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    library.mpq_dequantize.restype = None
+    library.mpq_dequantize.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 4, ctypes.c_int, ctypes.c_void_p]
+    library.mpq_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
+    library.mpq_know.restype = None
+    library.mpq_know.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    wanted = os.environ.get("MPQ_CPU_LEVEL", LEVELS[-1])
+    if wanted not in LEVELS:
+        raise MpqError(f"MPQ_CPU_LEVEL is {wanted!r}: expected one of {', '.join(LEVELS)}")
+    found = Native(library, library.mpq_best_level(LEVELS.index(wanted)), _torch_parallel())
+    dispatch.serve(library, found.level, found.parallel)
+    return found
+
+
+def levels() -> list[int]:
+    """The levels that run here: indices in LEVELS, none without the library."""
+    found = native()
+    return [level for level in range(len(LEVELS)) if found and found.library.mpq_best_level(level) == level]
+
+
+def level_name() -> str:
+    """The instructions in use: one of LEVELS, or "none"."""
+    found = native()
+    return LEVELS[found.level] if found else "none"
+
+
+def _torch_parallel() -> int:
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")):
+        try:
+            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value or 0
+        except (OSError, AttributeError):
+            continue
+    return 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the library is told about a weight, whatever its numbers."""
+
+    weight: bytes  # an mpq_weight
+    kind: int
+
+
+@lru_cache(maxsize=4096)
+def _plan(format_name: str, rows: int, cols: int) -> Plan:
+    format = parse_format(format_name)
+    cut, levels = panels.cut_of(format, rows, cols), panels.levels_of(format.grid)
+    assert levels is not None
+    bits = panels.bit_map_of(format.grid)
+    scale_bytes = SCALE_DTYPES[format.scale].itemsize
+    extras = panels.ROWS * (scale_bytes + format.zero_point)
+    panel_bytes = cut.tiles * cut.tile * 8 * format.grid.bits
+    panel_bytes += extras if cut.row_scales else extras * cut.tiles * cut.segments + panels.END
+    weight = _WEIGHT.pack(
+        rows, cols, panel_bytes, format.grid.bits, levels.kind, levels.offset,
+        cut.group, cut.segment, cut.segments, cut.tiles, _SCALE_KINDS.index(format.scale), scale_bytes,
+        cut.row_scales, format.zero_point, panels.bfloats_of(format), levels.factor, levels.low, levels.high,
+        bits.low, bits.high, bits.flip, bits.normal,
+    )  # fmt: skip
+    if found := native():
+        found.library.mpq_know(format_name.encode(), weight)
+    return Plan(weight, levels.kind)
+
+
+def linear(
+    input: Tensor,
+    weight: Sequence[Tensor],
+    bias: Tensor | None,
+    format: str,
+    rows: int,
+    cols: int,
+    layout: str,
+    activation: str,
+) -> Tensor:
+    """torch.ops.mpq.linear for the panels layout, where `dispatch` does not serve it; as `reference.linear`."""
+    found = native()
+    if found is None or not cols or not rows:
+        return reference.linear(input, weight, bias, format, rows, cols, layout, activation)
+    plan, planes = _plan(format, rows, cols), 2
+    if activation == "int8-channel" and plan.kind != panels.BFLOAT:
+        planes = 1
+    elif activation:
+        input = reference.quantize_activation(input, activation)
+    # A weight that streams by leaves nothing in the cache: each call of PyTorch before the product costs 10 us or more.
+    x, stride = input, cols
+    if x.dtype != torch.float32 and x.dtype != torch.bfloat16:
+        x = x.float()
+    if not x.is_contiguous():
+        x = x.reshape(-1, cols)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        stride = x.stride(0)
+    if bias is not None and (bias.dtype not in (torch.float32, torch.bfloat16) or bias.stride(0) != 1):
+        bias = bias.float().contiguous()
+    tokens = input.numel() // cols
+    out = torch.empty((*input.shape[:-1], rows), dtype=x.dtype, device="cpu")
+    status = found.library.mpq_linear(plan.weight, _call(found, weight, x, tokens, stride, bias, out, planes))
+    if status < 0:
+        raise MemoryError("the CPU kernel found no room for its scratch memory")
+    if status:
+        which = torch.empty(tokens, dtype=torch.int8)
+        found.library.mpq_linear(plan.weight, _call(found, weight, x, tokens, stride, bias, out, planes, which))
+        rest = (weight, bias, format, rows, cols, layout, activation if planes == 1 else "")
+        _redo(out.view(-1, rows), x.reshape(-1, cols), which.bool(), *rest)
+    return out if out.dtype == input.dtype else out.to(input.dtype)
+
+
+def _call(
+    found: Native, weight: Sequence[Tensor], x: Tensor, tokens: int, stride: int, bias: Tensor | None, out: Tensor,
+    planes: int = 2, unfit: Tensor | None = None,
+) -> bytes:  # fmt: skip
+    """An mpq_call."""
+    bfloat = x.dtype == torch.bfloat16
+    return _CALL.pack(
+        weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0, x.data_ptr(), tokens, stride,
+        0 if bias is None else bias.data_ptr(), out.data_ptr(), out.shape[-1],
+        bfloat, bias is not None and bias.dtype == torch.bfloat16, bfloat,
+        planes, torch.get_num_threads(), found.level, 0 if unfit is None else unfit.data_ptr(), found.parallel,
+    )  # fmt: skip
+
+
+def prepared(input: Tensor, weight: Sequence[Tensor], out: Tensor, format: str) -> Callable[[], int]:
+    """The compiled product alone, (tokens, cols) into (tokens, rows) of one type, as often as it is called.
+
+    All that Python does is done beforehand, for whoever times the rest. The tensors must outlive it. MpqError without
+    compiled kernels.
+    """
+    found = native()
+    if found is None:
+        raise MpqError("mpq was installed without its compiled kernels: pip install it where a C compiler is")
+    plan = _plan(format, out.shape[-1], input.shape[-1])
+    call = _call(found, weight, input, len(input), input.stride(0), None, out)
+    return partial(found.library.mpq_linear, plan.weight, call)
+
+
+def conv(
+    input: Tensor, weight: Sequence[Tensor], bias: Tensor | None, format: str, rows: int, cols: int, layout: str,
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """torch.ops.mpq.conv for the panels layout, by whichever way is faster."""
+    size = reference.conv_size(input.shape[2:], kernel, stride, padding, dilation)
+    if groups == 1 and _patches_pay(len(input) * math.prod(size), rows):
+        return patches(input, weight, bias, format, rows, cols, layout, kernel, stride, padding, dilation)
+    matrix = unpacked(weight, format, rows, cols, layout)
+    return reference.convolve(input, matrix, bias, kernel, stride, padding, dilation, groups)
+
+
+def patches(
+    input: Tensor, weight: Sequence[Tensor], bias: Tensor | None, format: str, rows: int, cols: int, layout: str,
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """A convolution of one group whose patches are gathered and multiplied by packed weights, 256 at a time."""
+    found, size = native(), reference.conv_size(input.shape[2:], kernel, stride, padding, dilation)
+    facts = (format, rows, cols, layout, kernel, stride, padding, dilation, 1)
+    if found is None or min(*input.shape, *size, rows) < 1:
+        return reference.conv(input, weight, bias, *facts)
+    x = input if input.dtype in (torch.float32, torch.bfloat16) else input.float()
+    if bias is not None and (bias.dtype not in (torch.float32, torch.bfloat16) or bias.stride(0) != 1):
+        bias = bias.float().contiguous()
+    out = x.new_empty((len(x), *size, rows))
+    tokens = out.numel() // rows
+    unfit = x.new_empty(tokens, dtype=torch.int8)
+    line = 1 if len(kernel) == 1 else x.stride(2)
+    pairs = [_pair(values, fill) for values, fill in zip(
+        (x.shape[2:], kernel, size, stride, padding, dilation), (1, 1, 1, 1, 0, 1), strict=True
+    )]  # fmt: skip
+    images = _IMAGES.pack(x.shape[1], *(value for pair in pairs for value in pair),
+                          x.stride(0), x.stride(1), line, x.stride(-1))  # fmt: skip
+    call = _call(found, weight, x, tokens, 0, bias, out, unfit=unfit)
+    status = found.library.mpq_conv(_plan(format, rows, cols).weight, call, images)
+    if status < 0:
+        raise MemoryError("the CPU kernel found no room for its scratch memory")
+    if status:
+        again = reference.conv(x, weight, bias, *facts).movedim(1, -1)
+        out = torch.where(unfit.bool().reshape(out.shape[:-1])[..., None], again, out)
+    return out.to(input.dtype).movedim(-1, 1)
+
+
+def unpacked(weight: Sequence[Tensor], format: str, rows: int, cols: int, layout: str) -> Tensor:
+    """torch.ops.mpq.dequantize for the panels layout."""
+    found = native()
+    if found is None or not rows * cols:
+        return reference.dequantize(weight, format, rows, cols, layout)
+    out, values = weight[0].new_empty((rows, cols), dtype=torch.float32), decode_table(parse_format(format).grid)
+    found.library.mpq_dequantize(
+        _plan(format, rows, cols).weight, weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0,
+        values.data_ptr(), out.data_ptr(), torch.get_num_threads(), found.parallel,
+    )  # fmt: skip
+    return out
+
+
+def _patches_pay(positions: int, rows: int) -> bool:
+    """Whether patches are faster than unpacking the weight for PyTorch's own convolution."""
+    found = native()
+    share, most = _POSITIONS[found.level if found else 0]
+    return positions <= min(share * rows, most)
+
+
+def _pair(values: Sequence[int], fill: int) -> tuple[int, int]:
+    """Down and along; a single dimension is along."""
+    return (fill, values[0]) if len(values) == 1 else (values[0], values[1])
+
+
+def _redo(
+    out: Tensor, x: Tensor, unfit: Tensor, weight: Sequence[Tensor], bias: Tensor | None,
+    format: str, rows: int, cols: int, layout: str, activation: str,
+) -> None:  # fmt: skip
+    """Tokens with NaN, infinities or vanishing numbers, by the reference."""
+    out[unfit] = reference.linear(x[unfit], weight, bias, format, rows, cols, layout, activation)
+
+
+def embedding(
+    indices: Tensor,
+    weight: Sequence[Tensor],
+    format: str,
+    rows: int,
+    cols: int,
+    layout: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """torch.ops.mpq.embedding for the panels layout: only the rows looked up are unpacked."""
+    found = native()
+    if not indices.numel():
+        return indices.new_empty((*indices.shape, cols), dtype=dtype)
+    if found is None or not cols:
+        return reference.embedding(indices, weight, format, rows, cols, layout, dtype)
+    out = weight[0].new_empty((*indices.shape, cols), dtype=torch.float32)
+    chosen, values = indices.long().contiguous(), decode_table(parse_format(format).grid)
+    status = found.library.mpq_embedding(
+        _plan(format, rows, cols).weight, weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0,
+        values.data_ptr(), chosen.data_ptr(), chosen.numel(), out.data_ptr(),
+    )  # fmt: skip
+    if status:
+        raise IndexError(f"an index is none of the embedding's {rows} rows")
+    return out.to(dtype)
+
+
+def read(data: Tensor) -> None:
+    """Read a contiguous tensor's whole megabytes with PyTorch's threads, at the machine's bandwidth."""
+    found = native()
+    if found is None:
+        data.sum()
+    else:
+        found.library.mpq_read(data.data_ptr(), data.nbytes, torch.get_num_threads(), found.parallel)
+
+
+@lru_cache(maxsize=256)
+def _say_uncompiled(name: str) -> None:
+    """Once for each format."""
+    _log.warning("layers in %s have no compiled kernel and run in plain PyTorch: slow, and the same numbers", name)
+
+
+def _suits(packed: Packed, device: torch.device) -> bool:
+    if device.type == "cpu" and not packed.format.is_plain:
+        _say_uncompiled(packed.format.name)
+    fits = device.type == "cpu" and panels.supports(packed.format) and min(packed.shape) > 0
+    return fits and native() is not None and panels.is_finite(packed)
+
+
+LAYOUTS[panels.NAME] = Layout(panels.arrange, panels.restore, panels.names, _suits)
+KERNELS["linear", panels.NAME, "cpu"] = linear
+KERNELS["conv", panels.NAME, "cpu"] = conv
+KERNELS["dequantize", panels.NAME, "cpu"] = unpacked
+KERNELS["embedding", panels.NAME, "cpu"] = embedding

@@ -1,0 +1,1 @@
+"""The GPU kernels of torch.ops.mpq: Triton and CUDA C++."""

@@ -1,0 +1,141 @@
+"""Calibration batches: what a loss needs, checks on what comes in, and generators derived from a seed by name."""
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mpq.core.errors import MpqError, NotFiniteError
+from mpq.network.parallel import share, total
+
+Batch: TypeAlias = Any  # a tensor, or a tuple, list or dict of tensors whose first dimension counts samples
+LossFn: TypeAlias = Callable[[nn.Module, Batch], Tensor]  # the mean loss of the batch's samples, a scalar
+
+log = logging.getLogger(__name__)
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy of a classifier on (inputs, labels (batch,)); `model(inputs)` gives (batch, classes)."""
+    inputs, labels = batch
+    return functional.cross_entropy(logits_of(model(inputs)), labels)
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy per predicted token of a language model.
+
+    `batch` holds tokens (batch, sequence), bare, in a 1-tuple, or as "input_ids" of a mapping; an "attention_mask" is
+    passed on, and tokens it hides are not predicted. `model(tokens)` gives logits, or an object that has them.
+    """
+    if isinstance(batch, (tuple, list)):
+        (batch,) = batch
+    tokens, options = batch, {}
+    if isinstance(batch, Mapping):
+        tokens = batch["input_ids"]
+        options = {name: batch[name] for name in ("attention_mask",) if batch.get(name) is not None}
+    targets = tokens[:, 1:]
+    if options:
+        targets = targets.masked_fill(options["attention_mask"][:, 1:] == 0, -100)
+    logits = logits_of(model(tokens, **options))[:, :-1]
+    return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def logits_of(output: Any) -> Tensor:
+    """What a model's output predicts with: its `logits` when it has some, else the output itself."""
+    logits: Tensor = getattr(output, "logits", output)
+    return logits
+
+
+def tensors_in(batch: Batch) -> list[Tensor]:
+    """All tensors of a batch, depth first."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        batch = batch.values()
+    if isinstance(batch, Iterable) and not isinstance(batch, (str, bytes)):
+        return [tensor for part in batch for tensor in tensors_in(part)]
+    return []
+
+
+def samples_in(batch: Batch) -> int:
+    """Number of samples: the length of the first tensor."""
+    return len(tensors_in(batch)[0])
+
+
+def split_batch(batch: Batch) -> list[Batch]:
+    """The batch as batches of one sample, in the same containers."""
+    return [take(batch, slice(index, index + 1)) for index in range(samples_in(batch))]
+
+
+def take(batch: Batch, samples: slice) -> Batch:
+    """Some samples of a batch, in the same containers."""
+    if isinstance(batch, Tensor):
+        return batch[samples] if batch.ndim else batch
+    if isinstance(batch, Mapping):
+        return {name: take(part, samples) for name, part in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(take(part, samples) for part in batch)
+    return batch
+
+
+def check_batches(batches: Iterable[Batch]) -> tuple[Batch, ...]:
+    """The batches as a tuple.
+
+    Raises:
+        MpqError: no batches, an empty one, or NaN or infinite inputs; the message names the batch, counted from 0.
+    """
+    checked = tuple(batches)
+    if not checked:
+        raise MpqError("no calibration batches came: at least one is needed")
+    for index, batch in enumerate(checked):
+        tensors = tensors_in(batch)
+        if not tensors or any(tensor.numel() == 0 for tensor in tensors) or tensors[0].ndim == 0:
+            raise MpqError(f"calibration batch {index} is empty: each needs at least one sample")
+        for tensor in tensors:
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise MpqError(f"calibration batch {index} holds NaN or infinite numbers: clean the data first")
+    return checked
+
+
+def check_loss(loss: Tensor, batch_index: int) -> Tensor:
+    """The loss itself; NotFiniteError naming the batch when it is NaN or infinite, MpqError when it is no scalar."""
+    if loss.numel() != 1:
+        raise MpqError(f"the loss function must return one number, the batch's mean loss, not {tuple(loss.shape)}")
+    if not math.isfinite(loss.item()):
+        problem = f"the loss of calibration batch {batch_index} is {loss.item()}"
+        raise NotFiniteError(f"{problem}: check the model and this batch")
+    return loss
+
+
+def mean_loss(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn) -> float:
+    """Loss per sample over all batches, without gradients; the model's mode is left as it is."""
+    added = torch.zeros(1, dtype=torch.float64)
+    with torch.no_grad():
+        for index, batch in share(list(enumerate(batches))):
+            added += check_loss(loss_fn(model, batch), index).item() * samples_in(batch)
+    return total({"loss": added})["loss"].item() / sum(samples_in(batch) for batch in batches)
+
+
+def seeded(seed: int, *names: object) -> torch.Generator:
+    """A generator on the CPU that depends on the seed and the names alone, whatever else draws random numbers."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block (no dropout, stored batch statistics); every module's mode is put back after."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        log.info("the model is in training mode: it is set to evaluation mode while it is measured, then set back")
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

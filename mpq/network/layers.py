@@ -1,0 +1,213 @@
+"""The quantizable layers of a model: found, tied, counted, and seen as matrices."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.core.patterns import match_names
+from mpq.network.calibration import Batch, LossFn, evaluating, samples_in
+from mpq.network.experts import say_stacked
+
+# Serving kernels compute these siblings in one product, so they must share a format.
+FUSED = {
+    "qkv": ({"q_proj", "k_proj", "v_proj"}, {"wq", "wk", "wv"}, {"query", "key", "value"}),
+    "gate_up": ({"gate_proj", "up_proj"}, {"w1", "w3"}),
+}
+EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)")  # one product for all experts
+
+
+def layer_kind(module: nn.Module) -> str | None:
+    """The kind of a quantizable module, None for any other.
+
+    The output projection of nn.MultiheadAttention is left out: its weight is used without calling it.
+    """
+    name = type(module).__name__
+    if name == "NonDynamicallyQuantizableLinear":
+        return None
+    for kind, cls in (("linear", nn.Linear), ("conv1d", nn.Conv1d), ("conv2d", nn.Conv2d), ("embedding", nn.Embedding)):
+        if isinstance(module, cls):
+            return kind
+    if name == "Conv1D" and type(module).__module__.startswith("transformers."):
+        return "transformers-conv1d"
+    return None
+
+
+def find_layers(
+    model: nn.Module, include: str | Iterable[str] = ("*",), exclude: str | Iterable[str] = ()
+) -> tuple[Layer, ...]:
+    """The quantizable layers in the model's own order, those of shared weights once, with the ties between them.
+
+    Args:
+        model: any module that holds layers; a bare layer has no name and is refused.
+        include: patterns (globs, or "re:" and a regular expression) of the names wanted.
+        exclude: patterns of the names not wanted; wins over `include`. A weight shared by several modules is found
+            when one of its names is included, and left out when one is excluded.
+
+    Raises:
+        MpqError: no layers, or a pattern that matches none of them.
+    """
+    if layer_kind(model) is not None:
+        raise MpqError("the model is itself one layer, which has no name: wrap it in torch.nn.Sequential")
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if layer_kind(module) is not None:
+            holders.setdefault(id(module.weight), []).append((name, module))
+    say_stacked(model)
+    names = [name for found in holders.values() for name, _ in found]
+    if not names:
+        raise MpqError(f"{type(model).__name__} has no layer to quantize: no Linear, Conv1d, Conv2d or Embedding")
+    wanted = set(match_names(include, names)) if include else set()
+    unwanted = set(match_names(exclude, names))
+    layers = [
+        _layer(found)
+        for found in holders.values()
+        if any(name in wanted for name, _ in found) and not any(name in unwanted for name, _ in found)
+    ]
+    if not layers:
+        raise MpqError(f"no layer is left of {', '.join(names[:4])}, ...: include more or exclude less")
+    return _tied(layers)
+
+
+def _layer(holders: Sequence[tuple[str, nn.Module]]) -> Layer:
+    (name, module), *others = holders
+    kind = layer_kind(module)
+    assert kind is not None
+    rows, cols = weight_matrix(module).shape
+    return Layer(name, kind, rows, cols, aliases=tuple(alias for alias, _ in others))
+
+
+def _tied(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """The layers, with the fused siblings named: "<parent>.qkv", "<parent>.gate_up", and those of all experts together:
+    "<parent>.experts.gate_up", "<parent>.experts.down".
+    """
+    siblings: dict[str, dict[str, Layer]] = {}
+    for layer in layers:
+        parent, _, leaf = layer.name.rpartition(".")
+        siblings.setdefault(parent, {})[leaf] = layer
+    ties: dict[str, str] = {}
+    for parent, leaves in siblings.items():
+        for fused, families in FUSED.items():
+            for family in families:
+                members = [leaves[leaf] for leaf in sorted(family & leaves.keys())]
+                if len(members) > 1 and len({(member.kind, member.cols) for member in members}) == 1:
+                    ties.update((member.name, f"{parent}.{fused}".lstrip(".")) for member in members)
+    for layer in layers:
+        if found := EXPERT.fullmatch(layer.name):
+            ties[layer.name] = f"{found[1]}.{'down' if found[2] in ('down_proj', 'w2') else 'gate_up'}"
+    return tuple(replace(layer, tie=ties.get(layer.name, "")) for layer in layers)
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight as (rows, cols): (out, in / groups * kernel), for an embedding (tokens, width). A view."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.t() if layer_kind(module) == "transformers-conv1d" else weight.flatten(1)
+
+
+def matrix_to_weight(matrix: Tensor, module: nn.Module) -> Tensor:
+    """The inverse of `weight_matrix`: (rows, cols) in the shape of the module's own weight."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return matrix.t() if layer_kind(module) == "transformers-conv1d" else matrix.reshape(weight.shape)
+
+
+def weight_groups(module: nn.Module) -> int:
+    """Conv groups: row blocks of the weight matrix that see inputs of their own; 1 for all other layers."""
+    return module.groups if isinstance(module, (nn.Conv1d, nn.Conv2d)) else 1
+
+
+def input_matrix(module: nn.Module, inputs: Tensor) -> Tensor:
+    """What multiplies the weight matrix: (groups, samples * positions, cols), without the first dimension for 1 group.
+
+    A convolution's inputs are unfolded: its outputs are `input_matrix @ weight_matrix.T`, positions in row-major order.
+
+    Raises:
+        MpqError: an embedding, whose inputs are indices.
+    """
+    if isinstance(module, nn.Embedding):
+        raise MpqError("an embedding picks rows of its weight: its inputs are indices and form no matrix")
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return inputs.reshape(-1, inputs.shape[-1])
+    spatial = len(module.kernel_size)
+    if inputs.ndim == spatial + 1:
+        inputs = inputs.unsqueeze(0)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+    columns = _windows(padded.unsqueeze(2) if spatial == 1 else padded, module)
+    columns = columns.reshape(-1, module.groups, columns.shape[-1] // module.groups).transpose(0, 1)
+    return columns if module.groups > 1 else columns[0]
+
+
+def _windows(padded: Tensor, module: nn.Conv1d | nn.Conv2d) -> Tensor:
+    """What the kernel sees from every position: (samples, height, width, in * kernel).
+
+    One strided copy for each place of the kernel: half the time of `unfold`, whose positions come last.
+    """
+    one = (1,) * (2 - len(module.kernel_size))
+    kernel, step, apart = ((*one, *given) for given in (module.kernel_size, module.stride, module.dilation))
+    high, wide = (
+        (size - gap * (length - 1) - 1) // stride + 1
+        for size, gap, length, stride in zip(padded.shape[2:], apart, kernel, step, strict=True)
+    )
+    pixels = padded.permute(0, 2, 3, 1)
+    windows = padded.new_empty(len(padded), high, wide, padded.shape[1], kernel[0] * kernel[1])
+    for place in range(windows.shape[-1]):
+        top, left = place // kernel[1] * apart[0], place % kernel[1] * apart[1]
+        rows, columns = (
+            slice(top, top + (high - 1) * step[0] + 1, step[0]),
+            slice(left, left + (wide - 1) * step[1] + 1, step[1]),
+        )
+        windows[..., place] = pixels[:, rows, columns]
+    return windows.flatten(3)
+
+
+def output_matrix(module: nn.Module, outputs: Tensor) -> Tensor:
+    """Outputs, or their gradients, as rows that answer to `input_matrix`: (groups, samples * positions, rows / groups),
+    without the first dimension for 1 group.
+    """
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return outputs.reshape(-1, outputs.shape[-1])
+    if outputs.ndim == len(module.kernel_size) + 1:
+        outputs = outputs.unsqueeze(0)
+    columns = _by_group(outputs.flatten(2), module.groups)
+    return columns if module.groups > 1 else columns[0]
+
+
+def _by_group(columns: Tensor, groups: int) -> Tensor:
+    """(samples, groups * size, positions) as (groups, samples * positions, size)."""
+    samples, _, positions = columns.shape
+    split = columns.reshape(samples, groups, -1, positions)
+    return split.permute(1, 0, 3, 2).reshape(groups, samples * positions, -1)
+
+
+def count_macs(model: nn.Module, layers: Sequence[Layer], batch: Batch, forward: LossFn) -> tuple[Layer, ...]:
+    """The layers with multiply-accumulates per sample (per sequence in a language model), from one forward pass.
+
+    All uses of a shared weight count; looking up an embedding is free.
+    """
+    counts = dict.fromkeys((layer.name for layer in layers), 0)
+
+    def counter(name: str, cols: int) -> "torch.utils.hooks.RemovableHandle":
+        module = model.get_submodule(name)
+
+        def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            counts[owner[name]] += 0 if isinstance(module, nn.Embedding) else prod(output.shape) * cols
+
+        return module.register_forward_hook(count)
+
+    owner = {name: layer.name for layer in layers for name in layer.names}
+    modules = {id(model.get_submodule(name)): (name, layer.cols) for layer in layers for name in layer.names}
+    handles = [counter(name, cols) for name, cols in modules.values()]
+    try:
+        with torch.no_grad(), evaluating(model):
+            forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    samples = samples_in(batch)
+    return tuple(replace(layer, macs=counts[layer.name] // samples) for layer in layers)

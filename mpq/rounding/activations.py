@@ -1,0 +1,40 @@
+"""A layer's inputs in an activation format: quantized on the fly, with scales of the moment."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.formats import Format
+from mpq.rounding.reference import dequantize, quantize
+
+
+def fake_quantize_inputs(module: nn.Module, inputs: Tensor, format: Format, scale: float | None = None) -> Tensor:
+    """The inputs as the format holds them, in their own shape and type.
+
+    Rows are tokens: the features of one position, channels for a convolution. Groups run along a row. `scale` is a
+    static one for the whole tensor, where the format has one; larger inputs are clipped.
+    """
+    channels = inputs.ndim - len(module.kernel_size) - 1 if isinstance(module, (nn.Conv1d, nn.Conv2d)) else -1
+    tokens = inputs.movedim(channels, -1)
+    matrix = tokens.reshape(-1, tokens.shape[-1])
+    scales = None if scale is None else torch.full((1, 1), scale, device=inputs.device)
+    rounded = dequantize(quantize(matrix, format, scales=scales)).reshape(tokens.shape)
+    return rounded.movedim(-1, channels).to(inputs.dtype)
+
+
+def straight_through(values: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """`rounding(values)`, with the identity for a gradient (straight-through, arXiv 1308.3432)."""
+    rounded: Tensor = _StraightThrough.apply(values, rounding)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+        return rounding(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

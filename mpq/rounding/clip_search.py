@@ -1,0 +1,178 @@
+"""Scales by mean squared error: clipping a few large weights lets the many small ones be finer."""
+
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from mpq.core.formats import Format
+from mpq.core.grids import SCALES
+from mpq.rounding.reference import (
+    Quantized,
+    absmax_scales,
+    check_weight,
+    group_range,
+    quantize,
+    range_tables,
+    real_scales,
+    recode,
+    round_minima,
+    round_scales,
+    snap,
+    spread,
+    stacked,
+    storable_scales,
+    store_tables,
+    tensor_scale_of,
+)
+from mpq.rounding.super_blocks import settle
+
+RATIOS = tuple(1.0 - 0.035 * step for step in range(20))  # of the absmax scale, 1 down to 0.335
+RANGES = tuple(1.1 - 0.06 * step for step in range(10))  # of a group's range where it has a minimum, 1.1 to 0.56
+ANCHORS = (0.0, 0.5, 1.0)  # where a range is held when it widens or narrows: its low end, middle and high end
+REFITS = 3
+BLOCK = 2**18  # elements searched at once: the copies that a search makes stay in the cache
+
+
+def clip_search(
+    weight: Tensor,  # (rows, cols)
+    format: Format,
+    second_moment: Tensor | None = None,
+    *,
+    importance: Tensor | None = None,  # (rows, cols) weights of the squared errors
+) -> Quantized:
+    """Nearest codes, with the scale (and minimum) of each group that leaves the least (weighted) squared error.
+
+    Tries a ladder of clipping ratios, then refits each scale to its codes by least squares, alternately (as in
+    LSQ-style initialisations; the error never rises). Grids that reach further below zero than above are tried with
+    scales of both signs, where the scale's type has a sign. In super-blocks, scales and minima are free numbers at
+    first and then settle on their integers. The second moment is not used.
+    """
+    if format.is_float_copy or weight.numel() == 0:
+        return quantize(weight, format)
+    check_weight(weight)
+    weight = weight.detach()
+    tensor_scale = tensor_scale_of(weight.float(), format)
+    rows = len(weight) if format.granularity == "tensor" else max(1, BLOCK // weight.shape[1])
+    parts = torch.split(weight, rows)
+    shares = [None] * len(parts) if importance is None else torch.split(importance, rows)
+    return stacked(
+        [_search_rows(part.float(), format, tensor_scale, one) for part, one in zip(parts, shares, strict=True)]
+    )
+
+
+def _search_rows(weight: Tensor, format: Format, tensor_scale: Tensor | None, importance: Tensor | None) -> Quantized:
+    elements = spread(weight, format)
+    weights = spread(torch.ones_like(weight) if importance is None else importance.float(), format)
+    search = _Search(elements, weights, format, tensor_scale)
+    if format.minimum:
+        _search_ranges(search, weight)
+    else:
+        widest, zeros = absmax_scales(weight, format, tensor_scale) if format.is_plain else range_tables(weight, format)
+        search.offer(widest, zeros)
+        for candidate, candidate_zeros in _candidates(elements, widest, format):
+            search.offer(candidate, candidate_zeros)
+    for _ in range(REFITS):
+        scales, minima = search.refit()
+        search.offer(scales, search.zeros, minima)
+    if format.super_group:
+        return settle(weight, weights, search.scales, search.minima, quantize(weight, format))
+    if format.minimum:
+        return recode(weight, store_tables(search.scales, search.minima, format, weight))
+    return quantize(weight, format, scales=search.scales, zeros=search.zeros, tensor_scale=tensor_scale)
+
+
+class _Search:
+    """The best scale, and zero point or minimum, of every group so far."""
+
+    def __init__(self, elements: Tensor, weights: Tensor, format: Format, tensor_scale: Tensor | None) -> None:
+        self.elements, self.weights, self.format, self.tensor_scale = elements, weights, format, tensor_scale
+        self.scales = torch.ones(elements.shape[:-1])
+        self.zeros: Tensor | None = None
+        self.minima: Tensor | None = None
+        self.errors = torch.full(elements.shape[:-1], torch.inf)
+
+    def offer(self, scales: Tensor, zeros: Tensor | None = None, minima: Tensor | None = None) -> None:
+        """Keep the offered scales where they leave a smaller error."""
+        scales, minima = self._storable(scales, minima)
+        factor = real_scales(scales, self.tensor_scale).unsqueeze(-1)
+        numbers = self._units(factor, zeros, minima).mul_(factor)
+        if minima is not None:
+            numbers.add_(minima.unsqueeze(-1))
+        errors = numbers.sub_(self.elements).square_().mul_(self.weights).sum(-1)
+        better = errors < self.errors
+        self.errors = torch.where(better, errors, self.errors)
+        self.scales = torch.where(better, scales, self.scales)
+        if zeros is not None:
+            self.zeros = zeros if self.zeros is None else torch.where(better, zeros, self.zeros)
+        if minima is not None:
+            self.minima = minima if self.minima is None else torch.where(better, minima, self.minima)
+
+    def refit(self, scales: Tensor | None = None, minima: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The least-squares scales (and minima) for the codes that these, or the best so far, give."""
+        scales, minima = (self.scales, self.minima) if scales is None else self._storable(scales, minima)
+        units = self._units(real_scales(scales, self.tensor_scale).unsqueeze(-1), self.zeros, minima)
+        if minima is not None:
+            return self._refit_line(units, scales)
+        power = (units.square() * self.weights).sum(-1)
+        fit = (units * self.elements * self.weights).sum(-1) / power.clamp(min=torch.finfo(torch.float32).tiny)
+        if self.tensor_scale is not None:
+            fit = fit / self.tensor_scale
+        return torch.where((power > 0) & (fit != 0), fit, scales), None
+
+    def _refit_line(self, units: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Slope and height of the line through (code, number); the line through zero where its height is too high."""
+        total = self.weights.sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        middle, height = ((x * self.weights).sum(-1) / total for x in (units, self.elements))
+        centred = (units - middle.unsqueeze(-1)).mul_(self.weights)
+        power, fit = (centred * units).sum(-1), (centred * self.elements).sum(-1)
+        slope = torch.where((power > 0) & (fit != 0), fit / power.clamp(min=1e-30), scales)
+        minima = height - slope * middle
+        if self.format.super_group:
+            weighted = units * self.weights
+            through_zero = (weighted * self.elements).sum(-1) / (weighted * units).sum(-1).clamp(min=1e-30)
+            slope = torch.where((minima > 0) & (through_zero != 0), through_zero, slope)
+        return slope, minima
+
+    def _storable(self, scales: Tensor, minima: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Rounded to what the format stores; in super-blocks, only what no rounding could store is changed."""
+        if self.format.super_group:
+            free = torch.where(scales == 0, torch.ones_like(scales), scales)
+            return free, None if minima is None else minima.clamp(max=0)
+        rounded = storable_scales(scales, self.format)
+        return rounded, None if minima is None else round_minima(minima, self.format)
+
+    def _units(self, factor: Tensor, zeros: Tensor | None, minima: Tensor | None) -> Tensor:
+        elements = self.elements if minima is None else self.elements - minima.unsqueeze(-1)
+        units = elements / factor
+        if zeros is None:
+            return snap(units, self.format.grid)
+        offsets = zeros.unsqueeze(-1)
+        return units.round_().add_(offsets).clamp_(0, self.format.grid.max).sub_(offsets)
+
+
+def _candidates(elements: Tensor, widest: Tensor, format: Format) -> list[tuple[Tensor, Tensor | None]]:
+    if format.zero_point:
+        low, high = elements.amin(-1).clamp(max=0), elements.amax(-1).clamp(min=0)
+        pairs: list[tuple[Tensor, Tensor | None]] = []
+        for ratio in RATIOS[1:]:
+            scales = round_scales((high - low) * ratio / format.grid.max, format.scale)
+            pairs.append((scales, (-low * ratio / scales).round().clamp(0, format.grid.max)))
+        return pairs
+    if format.scale == "e8m0":
+        return [(widest * 0.5, None), (widest * 2, None)]
+    candidates: list[tuple[Tensor, Tensor | None]] = [(widest * ratio, None) for ratio in RATIOS[1:]]
+    wider = format.grid.max / -format.grid.min if format.grid.signed else 1.0
+    if wider != 1 and SCALES[format.scale].signed and format.scale not in ("e4m3",):
+        candidates += [(widest * (sign * wider * ratio), None) for ratio in RATIOS for sign in (1, -1)]
+    return candidates
+
+
+def _search_ranges(search: _Search, weight: Tensor) -> None:
+    """Offer each group's range, and the lines fitted to the codes of wider and narrower ones, held at several ends."""
+    low, high = group_range(weight, search.format)
+    search.offer((high - low) / search.format.grid.max, None, low)
+    for anchor, ratio in product(ANCHORS, RANGES):
+        width = (high - low) * ratio
+        scales, minima = search.refit(width / search.format.grid.max, low + (high - low - width) * anchor)
+        search.offer(scales, None, minima)

@@ -1,0 +1,151 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, the columns to come making up for each error."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mpq.core.errors import MpqError
+from mpq.core.formats import Format
+from mpq.rounding.clip_search import clip_search
+from mpq.rounding.reference import (
+    Quantized,
+    decode,
+    dequantize,
+    encode,
+    gather,
+    group_minima,
+    group_scales,
+    quantize,
+    spread,
+)
+
+BLOCK = 128  # columns whose corrections are applied to the rest in one product (section 4, step 2)
+
+
+def gptq(
+    weight: Tensor,  # (rows, cols)
+    format: Format,
+    second_moment: Tensor
+    | None = None,  # (cols, cols), or (conv groups, cols, cols); any positive multiple of E[x x^T]
+    *,
+    damping: float = 0.01,
+) -> Quantized:
+    """Codes that keep the layer's output, sum over rows of dw H dw^T with H the inputs' second moment.
+
+    Scales are found first, by clip search with each column's error weighted by H's diagonal, so columns may be taken
+    in order of falling diagonal while groups stay where they are. Every row ends with the best of GPTQ's, clip
+    search's and plain nearest codes, so its output error is never above theirs. Without a second moment this is clip
+    search.
+
+    Raises:
+        MpqError: the second moment does not fit the weight, or is not finite.
+    """
+    if second_moment is None or format.is_float_copy or weight.numel() == 0:
+        return clip_search(weight, format)
+    rows, cols = weight.shape
+    hessian = second_moment.detach().float().reshape(-1, second_moment.shape[-1], second_moment.shape[-1])
+    if hessian.shape[-1] != cols or rows % hessian.shape[0] or not bool(torch.isfinite(hessian).all()):
+        raise MpqError(
+            f"GPTQ wants a finite second moment ({cols}, {cols}) for a weight {(rows, cols)}, "
+            f"not one of shape {tuple(second_moment.shape)}"
+        )
+    weight = weight.detach().float()
+    start = clip_search(weight, format, importance=_importance(hessian, rows))
+    compensated = replace(start, codes=_compensate(weight, start, _damped(hessian, damping)))
+    return _best_rows(weight, hessian, [compensated, start, clip_search(weight, format), quantize(weight, format)])
+
+
+def row_errors(weight: Tensor, quantized: Quantized, hessian: Tensor) -> Tensor:
+    """dw H dw^T of each row: the squared error of the layer's outputs, summed over the samples in H. (rows,)."""
+    difference = (dequantize(quantized) - weight.float()).reshape(hessian.shape[0], -1, hessian.shape[-1])
+    return (difference @ hessian).mul_(difference).sum(-1).flatten()
+
+
+def _importance(hessian: Tensor, rows: int) -> Tensor:
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    floor = 1e-4 * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    return (diagonal + floor).repeat_interleave(rows // len(diagonal), 0)
+
+
+def _damped(hessian: Tensor, damping: float) -> Tensor:
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return hessian + damping * torch.diag_embed(mean.unsqueeze(-1).expand(hessian.shape[:2]))
+
+
+def _compensate(weight: Tensor, start: Quantized, hessian: Tensor) -> Tensor:
+    """GPTQ's codes (rows, cols), with the scales of `start`."""
+    blocks, cols = hessian.shape[:2]
+    order = hessian.diagonal(dim1=1, dim2=2).argsort(-1, descending=True)
+    picked = torch.gather(hessian, 1, order.unsqueeze(-1).expand_as(hessian))
+    picked = torch.gather(picked, 2, order.unsqueeze(1).expand_as(hessian))
+    inverse = _inverse_factor(picked)
+
+    def arrange(matrix: Tensor) -> Tensor:
+        matrix = matrix.reshape(blocks, -1, cols)
+        return torch.gather(matrix, 2, order.unsqueeze(1).expand_as(matrix))
+
+    pending = arrange(weight)
+    scales, lowest = (arrange(table) for table in _elementwise(start))
+    codes = torch.empty(pending.shape, dtype=torch.uint8)
+    grid = start.format.grid
+    for first in range(0, cols, BLOCK):
+        last = min(first + BLOCK, cols)
+        errors = torch.empty_like(pending[..., first:last])
+        for column in range(first, last):
+            scale = scales[..., column]
+            wanted = pending[..., column] - lowest[..., column]
+            code = encode(wanted / torch.where(scale == 0, torch.ones_like(scale), scale), grid)
+            codes[..., column] = code
+            error = (wanted - decode(code, grid) * scale) / inverse[:, column, column, None]
+            pending[..., column + 1 : last] -= error.unsqueeze(-1) * inverse[:, column, None, column + 1 : last]
+            errors[..., column - first] = error
+        pending[..., last:] -= errors @ inverse[:, first:last, last:]
+    placed = torch.empty_like(codes)
+    placed.scatter_(2, order.unsqueeze(1).expand_as(codes), codes)
+    return placed.reshape(weight.shape)
+
+
+def _elementwise(start: Quantized) -> tuple[Tensor, Tensor]:
+    """Of each element, (rows, cols): what its code is multiplied by, and what is added then."""
+    template = spread(torch.ones(start.shape), start.format)
+    scales, minima = group_scales(start), group_minima(start)
+    if start.zeros is not None:
+        minima = -scales * start.zeros
+    if minima is None:
+        minima = torch.zeros_like(scales)
+    factors, lowest = (
+        gather(table.unsqueeze(-1).expand_as(template), start.format, start.shape) for table in (scales, minima)
+    )
+    return factors, lowest
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse; damping grows tenfold until the factorization succeeds."""
+    for _ in range(6):
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+        if not bool(failed.any()):
+            inverse: Tensor
+            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            if not bool(failed.any()):
+                return inverse
+        hessian = _damped(hessian, 0.1)
+    raise MpqError("GPTQ's second moment is not positive definite even with heavy damping: use more calibration data")
+
+
+def _best_rows(weight: Tensor, hessian: Tensor, candidates: list[Quantized]) -> Quantized:
+    """Row by row the candidate of least output error; as a whole where all rows share one scale."""
+    errors = torch.stack([row_errors(weight, candidate, hessian) for candidate in candidates])
+    if candidates[0].format.granularity == "tensor":
+        return candidates[int(errors.sum(1).argmin())]
+    choice = errors.argmin(0)
+
+    def pick(tables: list[Tensor]) -> Tensor:
+        if tables[0].ndim == 0:  # one for the tensor, the same for all
+            return tables[0]
+        return torch.stack(tables)[choice, torch.arange(len(choice))]
+
+    return replace(
+        candidates[0].map_tables(lambda name, _: pick([getattr(candidate, name) for candidate in candidates])),
+        codes=pick([candidate.codes for candidate in candidates]),
+    )

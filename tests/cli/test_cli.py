@@ -1,0 +1,264 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from devices import needs_device
+from mpq.cli.main import main
+from mpq.core.allocation import Allocation
+from mpq.core.frontier import SavedFrontier
+from mpq.core.table import SensitivityTable
+
+FEW = ["--formats", "int2-g32,int4-g32,int8-channel", "--nsamples", "16", "--metric", "fisher"]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("profile") / "table.csv"
+    assert main(["profile", "tiny-cnn", "-o", str(path), *FEW]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, table) -> Path:
+    folder = tmp_path_factory.mktemp("quantize") / "out"
+    assert main(["quantize", "tiny-cnn", "--bits", "4.25", "--table", str(table), "-o", str(folder), *FEW]) == 0
+    return folder
+
+
+def test_quantize_writes_every_artefact(out):
+    names = {path.name for path in out.iterdir()}
+    wanted = {
+        "model.safetensors",
+        "config.json",
+        "allocation.json",
+        "table.csv",
+        "frontier.csv",
+        "frontier.png",
+        "report.html",
+    }
+    assert wanted <= names
+    assert not [name for name in names if "unfinished" in name or name.startswith(".")]
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "mpq"
+    assert Allocation.load(out / "allocation.json").bits <= 4.25
+    report = (out / "report.html").read_text()
+    assert report.count("<svg") == 4
+    assert "http://" not in report.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+
+
+def test_eval_measures_what_quantize_printed(out, capsys):
+    assert main(["eval", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "accuracy" in said
+    assert f"{Allocation.load(out / 'allocation.json').bits:.3f} bits" in said
+
+
+def test_allocate_export_eval_in_steps(table, tmp_path, capsys):
+    chosen = tmp_path / "allocation.json"
+    assert main(["allocate", str(table), "--bits", "5", "-o", str(chosen), "--pin", "stem=int8-channel"]) == 0
+    assert Allocation.load(chosen).scheme_of["stem"].name == "int8-channel"
+    assert main(["export", "tiny-cnn", str(chosen), "-o", str(tmp_path / "out")]) == 0
+    assert main(["eval", str(tmp_path / "out")]) == 0
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_a_graph_for_onnx_runtime_is_traced_with_the_calibration_data(table, tmp_path, capsys):
+    pytest.importorskip("onnx")
+    chosen = tmp_path / "allocation.json"
+    job = ["allocate", str(table), "--bits", "9", "--by", "integer", "--pin", "*=int8-channel", "-o", str(chosen)]
+    assert main(job) == 0
+    assert main(["export", "tiny-cnn", str(chosen), "--to", "onnx", "-o", str(tmp_path / "out")]) == 0
+    assert list((tmp_path / "out").glob("*.onnx"))
+
+
+def test_allocate_takes_sizes_and_several_budgets(table, capsys):
+    assert main(["allocate", str(table), "--size", "60kB"]) == 0
+    assert main(["allocate", str(table), "--bits", "6", "--budget", "bitops=1e9"]) == 0
+    said = capsys.readouterr().out
+    assert "stage1.conv1" in said
+    assert "proven optimal" in said
+
+
+def test_allocate_finds_the_smallest_of_a_quality(table, tmp_path, capsys):
+    path = tmp_path / "allocation.json"
+    assert main(["allocate", str(table), "--bits", "4", "-o", str(path)]) == 0
+    chosen = Allocation.load(path)
+    assert main(["allocate", str(table), "--loss", repr(chosen.loss * (1 + 1e-9)), "-o", str(path)]) == 0
+    assert Allocation.load(path).schemes == chosen.schemes  # exact: none smaller is as good
+    assert main(["allocate", str(table), "--loss", repr(chosen.loss * (1 - 1e-6)), "-o", str(path)]) == 0
+    assert Allocation.load(path).size > chosen.size
+    assert main(["allocate", str(table), "--loss", "1e-9"]) == 2
+    assert "can be reached" in capsys.readouterr().err
+    for wrong, message in (
+        (["--bits", "4", "--by", "cheapest"], "give --loss instead"),
+        (["--loss", "1", "--by", "evolution"], "leave --by out"),
+        (["--loss", "1", "--measure-frontier"], "no --budget or --loss"),
+    ):
+        assert main(["allocate", str(table), *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_allocate_answers_without_torch(table):
+    code = "import sys; from mpq.cli.main import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    subprocess.run(
+        [sys.executable, "-c", code, "allocate", str(table), "--bits", "4"], check=True, stdout=subprocess.PIPE
+    )
+
+
+def test_help_answers_without_torch():
+    code = "import sys; from mpq.cli.main import parser; parser().format_help(); assert 'torch' not in sys.modules"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert time.perf_counter() - start < 10  # 0.1 s on an idle machine
+
+
+def test_plot_draws_tables_and_folders(table, out, tmp_path):
+    for name in ("one.png", "two.svg"):
+        assert main(["plot", str(table), str(out), "-o", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_formats_lists_and_tells(capsys):
+    assert main(["formats"]) == 0
+    assert main(["formats", "fp4-e2m1-g32", "bf16"]) == 0
+    said = capsys.readouterr().out
+    assert "nvfp4" in said
+    assert "-6 -4 -3 -2 -1.5 -1 -0.5 0 0.5 1 1.5 2 3 4 6" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "tiny-cmm", "--bits", "4", "-o", "x"], "did you mean tiny-lm or tiny-cnn"),
+        (["quantize", "tiny-cnn", "--bits", "4", "-o", "x", "--formats", "int4-g129x"], "unknown format"),
+        (["quantize", "tiny-cnn", "--bits", "4", "-o", "x", "--exclude", "nothing*"], "matches nothing"),
+        (["quantize", "tiny-cnn", "--bits", "40", "-o", "x", *FEW], "above the largest"),
+        (["quantize", "tiny-cnn", "--bits", "1", "-o", "x", *FEW], "below the smallest"),
+        (["profile", "tiny-cnn", "-o", "x.csv", "--metric", "hesian"], "did you mean hessian"),
+        (["profile", "tiny-cnn", "-o", "x.csv", "--method", "gptqq"], "did you mean gptq"),
+        (["allocate", "none.csv", "--bits", "4"], "cannot read the table"),
+        (["eval", "none"], "no folder"),
+        (["plot", "none.csv", "-o", "x.gif"], "expected .png"),
+        (["bench", "--device", "gpu"], "expected cpu, cuda or cuda:N"),
+        (["bench", "--tune", "--shapes", "16x16"], "needs --device cuda"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\nmpq: ") + said.startswith("mpq: ") <= 1
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and "unfinished" not in path.name]
+    assert not left
+
+
+@pytest.mark.parametrize("arguments", [["allocate", "t.csv"], ["allocate", "t.csv", "--size", "five"], ["nothing"]])
+def test_a_wrong_grammar_exits_with_2(arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+def test_an_interrupted_profile_is_resumed(tmp_path, monkeypatch):
+    import mpq.sensitivity.task as task_module
+
+    path, calls = tmp_path / "table.csv", []
+    honest = task_module.Task.weight_error
+
+    def counted(self, layer, scheme):
+        calls.append(layer.name)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return honest(self, layer, scheme)
+
+    monkeypatch.setattr(task_module.Task, "weight_error", counted)
+    assert main(["profile", "tiny-cnn", "-o", str(path), *FEW]) == 130
+    assert not path.exists()
+    assert (tmp_path / "table.csv.unfinished").exists()
+    assert main(["profile", "tiny-cnn", "-o", str(path), *FEW]) == 0
+    assert len(calls) == 8 + 3 * 12 - 6  # two layers of three formats were not rounded again
+    assert not (tmp_path / "table.csv.unfinished").exists()
+    assert len(SensitivityTable.load(path).layers) == 12
+
+
+def test_evolution_measures_on_the_tables_own_model(table, tmp_path, capsys):
+    storage = tmp_path / "study.log"
+    job = ["allocate", str(table), "--bits", "3", "--by", "evolution", "--trials", "4", "--storage", str(storage)]
+    assert main(job) == 0
+    assert main([*job, "-o", str(tmp_path / "a.json")]) == 0  # nothing is left to measure
+    assert Allocation.load(tmp_path / "a.json").bits <= 3
+    assert storage.exists()
+    capsys.readouterr()
+    assert main([*job, "--resume"]) == 0
+    assert "measured loss" in capsys.readouterr().out
+    assert main([*job, "--resume", "--study", "another"]) == 2
+    assert "no study 'another'" in capsys.readouterr().err
+    measured = ["--sampler", "nsga3", "--measure-frontier", "--study", "both", "--frontier", str(tmp_path / "f.csv")]
+    assert main([*job, *measured]) == 0
+    saved = SavedFrontier.load(tmp_path / "f.csv")
+    assert saved.measured is not None
+    assert (saved.errors > 0).all()
+    assert main(["plot", str(table), str(tmp_path / "f.csv"), "-o", str(tmp_path / "f.svg")]) == 0
+    assert (tmp_path / "f.svg").stat().st_size > 10_000
+    assert main([*job, "--measure-frontier", "--budget", "bitops=1e9"]) == 2
+
+
+def test_measured_latency_is_a_cost(table, tmp_path, capsys):
+    latencies = tmp_path / "latency.json"
+    shapes = ["--shapes", "16x64", "--batches", "1,3", "--repeats", "3", "-o", str(latencies)]
+    assert main(["bench", "--formats", "int2-g32,int4-g32,int8-channel", "--inputs", "bfloat16", *shapes]) == 0
+    assert main(["allocate", str(table), "--bits", "6", "--latency", str(latencies), "--budget", "latency=10"]) == 0
+    assert "int4-g32" in capsys.readouterr().out
+    job = ["allocate", str(table), "--bits", "6", "--latency", str(latencies), "--budget", "latency=10", "--batch"]
+    assert main([*job, "3"]) == 0
+    assert main([*job, "2"]) == 2
+    assert "at batch 2" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_bench_without_the_gpu_it_is_asked_for_is_a_mistake(capsys):
+    for more in ([], ["--list"]):
+        assert main(["bench", "--device", "cuda", *more]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("mpq: --device cuda needs an NVIDIA GPU")
+        assert len(said.err.splitlines()) == 1
+        assert said.out == ""
+
+
+@needs_device
+def test_a_gpus_latency_is_a_cost(table, tmp_path, capsys):
+    latencies = tmp_path / "latency.json"
+    job = ["bench", "--device", "cuda", "--shapes", "16x64,64x256", "--batches", "1,4", "--repeats", "3"]
+    assert main([*job, "--formats", "int2-g32,int4-g32,int8-channel", "-o", str(latencies)]) == 0
+    assert "of copy" in capsys.readouterr().out
+    job = ["allocate", str(table), "--bits", "6", "--latency", str(latencies), "--batch", "4"]
+    assert main([*job, "--budget", "latency=10"]) == 0
+
+
+def test_a_packed_language_model_continues_a_prompt(tmp_path, capsys):
+    job = ["quantize", "tiny-lm", "--bits", "8.12", "--formats", "int8-channel,int8-g128", "--metric", "proxy:size"]
+    assert main([*job, "--nsamples", "2", "-o", str(tmp_path / "out")]) == 0
+    job = ["generate", str(tmp_path / "out"), "--prompt", "It was a truth", "--max-new-tokens", "5", "--compare"]
+    assert main(job) == 0
+    said = capsys.readouterr().out
+    assert "It was a truth" in said
+    assert "tokens per second" in said
+    assert "bfloat16" in said
+
+
+def test_proxies_from_benchmark_to_formula(tmp_path, capsys):
+    few = ["--nsamples", "16"]
+    rows = str(tmp_path / "rows.csv")
+    assert main(["proxy", "bench", "tiny-cnn", *few, "-n", "12", "-o", rows]) == 0
+    assert main(["proxy", "show", "tiny-cnn", rows, "size", "fisher", *few]) == 0
+    said = capsys.readouterr().out
+    assert "12 configurations" in said
+    assert "fisher" in said

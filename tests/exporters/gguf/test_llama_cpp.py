@@ -1,0 +1,104 @@
+"""llama.cpp itself reads our files and computes our numbers. Wants MPQ_LLAMA_PYTHON, a Python with llama-cpp-python."""
+
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from mpq.core.allocation import Allocation
+from mpq.exporters.gguf.file import export
+from mpq.exporters.targets import GGUF_TYPES
+from mpq.network.calibration import mean_loss, next_token_loss, seeded
+from mpq.network.layers import find_layers
+from mpq.quantized import simulate
+from tests.sensitivity.small_models import seed_weights
+
+pytest.importorskip("gguf")
+PYTHON = os.environ.get("MPQ_LLAMA_PYTHON")
+ROOT = Path(__file__).parents[3]
+DATA = ROOT / ".." / "shared" / "data"
+pytestmark = [
+    pytest.mark.llama,
+    pytest.mark.skipif(not PYTHON, reason="MPQ_LLAMA_PYTHON names no Python with llama-cpp-python"),
+]
+TOKENS = torch.randint(0, 64, (4, 48), generator=seeded(5))
+
+
+def ask(folder, windows, texts=()):
+    for name, content in (("windows", windows.tolist()), ("texts", list(texts))):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    script = ROOT / "experiments" / "llama_perplexity.py"
+    file = sorted(folder.glob("model*.gguf"))[0]
+    command = [PYTHON, str(script), str(file), str(folder / "windows.json"), str(folder / "texts.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    return json.loads(done.stdout)
+
+
+def llama(tied=False, **changes):
+    """A head so strong that each type's rounding moves the perplexity, by 1 to 5 % below 6 bits."""
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, tie_word_embeddings=tied, max_position_embeddings=64, **changes,
+    )  # fmt: skip
+    model = seed_weights(LlamaForCausalLM(config), 0.1).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    return model
+
+
+def compare(model, allocation, folder, **options):
+    """Within 0.5 %: llama.cpp rounds activations to 8 bits on their way into a layer, which moves it by 0.2 %."""
+    export(model, allocation, folder, **options)
+    ours = math.exp(mean_loss(simulate(model, allocation, trainable=False), [TOKENS], next_token_loss))
+    assert ask(folder, TOKENS)["perplexity"] == pytest.approx(ours, rel=0.005)
+
+
+@pytest.mark.parametrize("scheme", sorted(GGUF_TYPES))
+def test_every_tensor_type_gives_our_perplexity(scheme, tmp_path):
+    model = llama()
+    layers = find_layers(model)
+    compare(model, Allocation(layers, (scheme,) * len(layers)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_split_mix_of_types_with_biases_gives_our_perplexity(tied, tmp_path):
+    model = llama(tied, attention_bias=True)
+    layers = find_layers(model, exclude="*.1.self_attn.*")
+    kinds = [name for name in GGUF_TYPES if name != "fp32"]
+    mix = Allocation(layers, tuple(kinds[i % len(kinds)] for i in range(len(layers))))
+    compare(model, mix, tmp_path / "out", shard=200_000)
+    assert len(list((tmp_path / "out").glob("model-*.gguf"))) > 2
+
+
+@pytest.mark.parametrize("name", ["wikitext2_llama_5m", "stories260K"])
+def test_text_is_cut_into_the_same_tokens(name, tmp_path):
+    source = DATA / name
+    if not source.is_dir():
+        pytest.skip(f"the data folder has no {name}")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    layers = find_layers(model)
+    folder = export(model, Allocation(layers, ("fp16",) * len(layers)), tmp_path / "out", tokenizer=tokenizer)
+    texts = [
+        "Once upon a time, there was a little girl named Lily.",
+        "In 1998 it's  a test: 12345!\n\nÉté",
+        "café ☕ x",
+    ]
+    answer = ask(folder, TOKENS, texts)
+    assert answer["tokens"] == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def test_a_cut_file_is_refused_by_llama_cpp(tmp_path):
+    model = llama()
+    layers = find_layers(model)
+    folder = export(model, Allocation(layers, ("q4_k",) * len(layers)), tmp_path / "out")
+    content = (folder / "model.gguf").read_bytes()
+    (folder / "model.gguf").write_bytes(content[: len(content) // 2])
+    with pytest.raises(AssertionError, match="Failed to load model"):
+        ask(folder, TOKENS)

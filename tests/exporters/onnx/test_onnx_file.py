@@ -1,0 +1,165 @@
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.core.scheme import parse_scheme
+from mpq.exporters.onnx.file import export, file_size
+from mpq.exporters.onnx.operators import nbits_block
+from mpq.exporters.targets import CONSUMERS, check
+from mpq.network.calibration import seeded
+from mpq.network.layers import find_layers
+from mpq.network.ranges import input_ranges
+from mpq.quantized import simulate
+from tests.sensitivity.small_models import Convolutions, TiedLanguageModel, seed_weights
+
+onnxruntime = pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+IMAGES = torch.randn(3, 4, 6, 6, generator=seeded(4))
+TOKENS = torch.randint(0, 7, (3, 5), generator=seeded(3))
+WEIGHTS = [name for name in CONSUMERS["onnx"].schemes if "+" not in name]
+
+
+def allocate(model, schemes):
+    layers = find_layers(model)
+    return Allocation(layers, tuple(schemes[i % len(schemes)] for i in range(len(layers))))
+
+
+def run(folder, *inputs, optimized=True):
+    options = onnxruntime.SessionOptions()
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+    return torch.from_numpy(session.run(None, dict(zip(names, (part.numpy() for part in inputs), strict=True)))[0])
+
+
+@pytest.mark.parametrize("start", range(0, len(WEIGHTS), 4))
+@pytest.mark.parametrize(("build", "inputs"), [(Convolutions, IMAGES), (TiedLanguageModel, TOKENS)])
+def test_onnxruntime_computes_what_was_simulated(build, inputs, start, tmp_path):
+    model = seed_weights(build()).eval()
+    allocation = allocate(model, WEIGHTS[start : start + 4])
+    folder = export(model, allocation, tmp_path / "out", inputs=inputs)
+    expected = simulate(model, allocation, trainable=False)(inputs)
+    torch.testing.assert_close(run(folder, inputs), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run(folder, inputs[:1]), expected[:1], rtol=1e-4, atol=1e-4)  # the batch is open
+
+
+class Linears(nn.Module):
+    """Linear layers with and without a bias, on matrices and batches of them, one used twice: (n, t, 40) -> (n, 7)."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = Conv1D(32, 40)
+        self.twice = nn.Linear(32, 32)
+        self.bare = nn.Linear(32, 48, bias=False)
+        self.head = nn.Linear(48, 7)
+
+    def forward(self, x):
+        x = torch.tanh(self.twice(torch.tanh(self.twice(self.mix(x)))))
+        return self.head(torch.tanh(self.bare(x)).mean(1))
+
+
+SEQUENCES = torch.randn(3, 5, 40, generator=seeded(6))
+NBITS = ("int2-g16", "int4-g32-asym", "int8-channel", "int4-g32", "int8-g64", "int2-g32-asym", "int4", "int8-g16-sbf16")
+
+
+@pytest.mark.parametrize("start", range(0, len(NBITS), 4))
+def test_weights_alone_go_into_matmulnbits(start, tmp_path):
+    model = seed_weights(Linears(), 0.3).eval()
+    allocation = allocate(model, NBITS[start : start + 4])
+    folder = export(model, allocation, tmp_path / "out", inputs=SEQUENCES)
+    used = [node.op_type for node in onnx.load(folder / "model.onnx").graph.node]
+    in_blocks = all(nbits_block(layer, allocation.scheme_of[layer.name]) for layer in allocation.layers)
+    assert (used.count("MatMulNBits"), used.count("DequantizeLinear")) == ((5, 0) if in_blocks else (4, 1))
+    assert not {"MatMul", "Gemm"} & set(used) or not in_blocks
+    expected = simulate(model, allocation, trainable=False)(SEQUENCES)
+    torch.testing.assert_close(run(folder, SEQUENCES), expected, rtol=1e-4, atol=1e-4)
+    assert (folder / "model.onnx").stat().st_size == file_size(model, allocation, SEQUENCES)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from([*WEIGHTS, *NBITS]), st.integers(1, 9), st.integers(1, 70), st.booleans(),
+    st.sampled_from(["random", "zero", "constant"]),
+)  # fmt: skip
+def test_any_shape_and_content(name, rows, cols, bias, content):
+    model = nn.Sequential(nn.Linear(cols, rows, bias)).eval()
+    with torch.no_grad():
+        weight = torch.randn(rows, cols, generator=seeded(0, rows, cols))
+        model[0].weight.copy_({"random": weight, "zero": weight * 0, "constant": weight * 0 + 0.37}[content])
+    allocation = allocate(model, (name,))
+    inputs = torch.randn(3, cols, generator=seeded(1, cols))
+    with tempfile.TemporaryDirectory() as folder:
+        served = run(export(model, allocation, Path(folder) / "out", inputs=inputs), inputs)
+    torch.testing.assert_close(served, simulate(model, allocation, trainable=False)(inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int8-channel+a:int8", "int2-channel+a:int8", "fp8-e4m3-channel+a:fp8-e4m3"])
+@pytest.mark.parametrize(("build", "inputs"), [(Convolutions, IMAGES), (Linears, SEQUENCES)])
+def test_static_activations(build, inputs, scheme, tmp_path):
+    model = seed_weights(build(), 0.3).eval()
+    allocation = allocate(model, (scheme,))
+    ranges = input_ranges(model, allocation.layers, [inputs], lambda model, batch: model(batch))
+    folder = export(model, allocation, tmp_path / "out", inputs=inputs, ranges=ranges)
+    expected = simulate(model, allocation, trainable=False, ranges=ranges)(inputs)
+    floating = simulate(model, allocate(model, (scheme.partition("+")[0],)), trainable=False)(inputs)
+    torch.testing.assert_close(run(folder, inputs, optimized=False), expected, rtol=1e-4, atol=1e-4)
+    # The optimized graph rounds biases to multiples of the scales' product, and inputs once more, by block, where it
+    # multiplies them by integers of 2 bits: at most about as much again as was rounded.
+    assert (run(folder, inputs) - expected).norm() < 1.5 * (expected - floating).norm()
+    doubled = 2 * inputs  # beyond the calibrated ranges everything is clipped
+    clipped = simulate(model, allocation, trainable=False, ranges=ranges)(doubled)
+    torch.testing.assert_close(run(folder, doubled, optimized=False), clipped, rtol=1e-4, atol=1e-4)
+    with pytest.raises(MpqError, match=r"layer \w+ has (int8|fp8-e4m3) activations: pass the ranges"):
+        export(model, allocation, tmp_path / "other", inputs=inputs)
+
+
+def test_the_file_takes_the_promised_bytes(tmp_path):
+    model = seed_weights(nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 300))).eval()
+    allocation = allocate(model, ("int4-g128", "int8-channel"))
+    size = (export(model, allocation, tmp_path / "out", inputs=torch.zeros(2, 512)) / "model.onnx").stat().st_size
+    assert size == file_size(model, allocation, torch.zeros(2, 512))
+    promised = allocation.size + 4 * 812
+    assert promised < size < promised + 1000
+
+
+def test_large_graphs_keep_their_tensors_in_a_file_of_their_own(tmp_path):
+    model = seed_weights(Linears(), 0.3).eval()
+    allocation = allocate(model, ("fp32", "int8-channel"))
+    folder = export(model, allocation, tmp_path / "out", inputs=SEQUENCES, inside=1000)
+    assert torch.equal(
+        run(folder, SEQUENCES), run(export(model, allocation, folder / "all", inputs=SEQUENCES), SEQUENCES)
+    )
+    files = folder / "model.onnx", folder / "model.onnx.data"
+    assert sum(file.stat().st_size for file in files) == file_size(model, allocation, SEQUENCES, inside=1000)
+    files[1].write_bytes(files[1].read_bytes()[:-8])
+    with pytest.raises(Exception, match=r"External initializer: \S+ .* out of bounds"):
+        run(folder, SEQUENCES)
+    export(model, allocation, folder, inputs=SEQUENCES)  # in one file again
+    assert not files[1].exists()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [("int3-channel", "2, 4 or 8 bits.* is int2-g32"), ("nvfp4", "16- or 32-bit"), ("int8+a:int8-token", "static")],
+)
+def test_what_onnx_cannot_hold_is_refused(scheme, message):
+    layer = Layer("a", "linear", 64, 64)
+    assert CONSUMERS["onnx"].objection(layer, parse_scheme(scheme))
+    with pytest.raises(MpqError, match=message):
+        check(CONSUMERS["onnx"], Allocation((layer,), (scheme,)))
+
+
+def test_inputs_are_needed():
+    with pytest.raises(MpqError, match="pass the inputs"):
+        export(nn.Sequential(nn.Linear(2, 2)), Allocation((), ()), "nowhere")

@@ -1,0 +1,83 @@
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from mpq.core.allocation import Allocation
+from mpq.generation.decoder import Memory, decoder_of, step
+from mpq.models.tiny_lm import LMConfig, TinyLM
+from mpq.network.calibration import logits_of, seeded
+from mpq.network.layers import find_layers
+from mpq.quantized import pack_model
+from tests.sensitivity.small_models import seed_weights
+
+TOKENS = torch.randint(0, 50, (1, 150), generator=seeded(1))
+# Two orders of the same float32 sums, through two blocks of width 64 with outputs of order 1.
+CLOSE = 1e-4
+
+
+def llama(**changes):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rest = {"vocab_size": 50, "max_position_embeddings": 256, "num_key_value_heads": 2, **changes}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **rest)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.mul_(8)  # attention that looks somewhere, logits of order 1
+    return model
+
+
+def tiny():
+    return seed_weights(TinyLM(LMConfig(50, 64, 96, 2)), 0.2).eval()
+
+
+def packed():
+    model = llama()
+    layers = find_layers(model)
+    return pack_model(model, Allocation(layers, ("int4-g32",) * len(layers)))
+
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4,
+          "original_max_position_embeddings": 64}  # fmt: skip
+MODELS = {
+    "llama": llama,
+    "biases": lambda: llama(attention_bias=True, mlp_bias=True),
+    "wide heads": lambda: llama(head_dim=32, tie_word_embeddings=True),
+    "scaled rotations": lambda: llama(rope_parameters=SCALED),
+    "tiny-lm": tiny,
+    "packed": packed,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_of_any_size_give_the_model_s_own_logits(name):
+    model = MODELS[name]()
+    decoder, memory, end = decoder_of(model), Memory(), 0
+    with torch.inference_mode():
+        expected = logits_of(model(TOKENS))[0]
+        for size in (5, 1, 1, 90, 1, 3, 49):  # beyond the first capacity, too
+            end += size
+            found = step(decoder, TOKENS[:, end - size : end], memory)
+            tolerance = CLOSE if name != "packed" else 3e-3  # activations of about 15 bits, twice in each block
+            torch.testing.assert_close(found, expected[end - 1], rtol=0, atol=tolerance)
+    assert memory.length == end == 150
+    assert expected.std() > 0.3
+
+
+def test_half_precision_stays_close():
+    model = llama().bfloat16()
+    with torch.inference_mode():
+        found = step(decoder_of(model), TOKENS, Memory())
+        expected = model(TOKENS).logits[0, -1]
+    assert found.dtype == torch.bfloat16
+    # Norms round once here and twice there: 2**-8 of the largest activation, a few times over.
+    assert (found - expected).abs().max() <= 16 * 2**-8 * expected.abs().max()
+
+
+def test_other_models_are_left_alone():
+    assert decoder_of(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))) is None
+    assert decoder_of(llama(hidden_act="gelu")) is None
+    assert decoder_of(llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})) is None
+    assert decoder_of(torch.nn.Linear(2, 2)) is None

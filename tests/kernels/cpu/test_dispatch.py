@@ -1,0 +1,154 @@
+"""torch.ops.mpq.linear as PyTorch's dispatcher calls it, against the way through Python."""
+
+import ctypes
+import gc
+import re
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mpq.kernels.ops as ops
+from mpq.core.errors import MpqError
+from mpq.core.formats import parse_format
+from mpq.kernels.cpu import dispatch, panels
+from mpq.kernels.cpu import native as cpu
+from mpq.kernels.layout import pack, to_layout
+from mpq.network.calibration import seeded
+from mpq.rounding.reference import quantize
+
+found = cpu.native()
+pytestmark = pytest.mark.skipif(
+    found is None or not dispatch.serve(found.library, found.level, found.parallel),
+    reason="the kernels are not compiled here, or this PyTorch lacks its stable C interface's newest functions",
+)
+ROWS, COLS = 70, 300
+
+
+def random(*shape):
+    return torch.randn(shape, generator=seeded(0, shape))
+
+
+def weight(name="int4-g128", rows=ROWS, cols=COLS):
+    """What the op is called with between the input and the activation, no bias; known to the library."""
+    arranged = to_layout(pack(quantize(random(rows, cols), parse_format(name))), panels.NAME)
+    cpu._plan(name, rows, cols)
+    return list(arranged.tensors.values()), (name, rows, cols, panels.NAME)
+
+
+INPUTS = {
+    "a row": random(COLS),
+    "rows": random(5, COLS),
+    "rows apart": random(5, COLS + 3)[:, :COLS],
+    "no rows": random(2, 0, COLS),
+    "leading sizes": random(2, 3, 1, COLS),
+    "leading sizes apart": random(2, 6, COLS)[:, :3],
+    "sizes of one": random(4, 7, COLS)[1:2, :, None],
+    "one row again": random(1, COLS).expand(4, COLS),
+    "turned": random(3, 4, COLS).transpose(0, 1),
+    "columns apart": random(COLS, 5).T,
+    "bfloat16": random(5, COLS).bfloat16(),
+    "float16": random(5, COLS).half(),
+    "float64": random(5, COLS).double(),
+    "NaN": torch.full((2, COLS), float("nan")),
+    "infinite in one row": torch.cat([torch.full((1, COLS), float("inf")), random(1, COLS)]),
+    "many sizes": random(*[1] * 9, COLS),
+}
+BIASES = {"none": None, "float32": random(ROWS), "bfloat16": random(ROWS).bfloat16(), "float16": random(ROWS).half(),
+          "apart": random(ROWS, 2)[:, 0]}  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("name", ["int4-g128", "nvfp4", "fp8-e4m3-channel"])
+@pytest.mark.parametrize("activation", ["", "int8-channel", "mxfp8-e4m3"])
+def test_every_call_is_as_through_python(name, activation, kind, bias):
+    tensors, facts = weight(name)
+    call = (INPUTS[kind], tensors, BIASES[bias], *facts, activation)
+    try:
+        other = torch.ops.mpq.linear_any(*call)
+    except MpqError as error:  # no format holds NaN
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            torch.ops.mpq.linear(*call)
+        return
+    with torch.inference_mode():
+        served = torch.ops.mpq.linear(*call)
+    assert served.dtype == other.dtype
+    assert served.stride() == other.stride()
+    assert torch.equal(served.isnan(), other.isnan())
+    assert torch.equal(served.nan_to_num(), other.nan_to_num())
+
+
+def test_plain_calls_meet_no_python(monkeypatch):
+    def fail(*arguments):
+        raise AssertionError("Python was called")
+
+    tensors, facts = weight()
+    monkeypatch.setitem(ops.KERNELS, ("linear", panels.NAME, "cpu"), fail)
+    torch.ops.mpq.linear(random(2, COLS), tensors, random(ROWS), *facts, "")
+    with pytest.raises(RuntimeError, match="Python was called"):
+        torch.ops.mpq.linear(random(2, COLS).half(), tensors, None, *facts, "")
+
+
+def test_errors_say_what_came():
+    tensors, facts = weight()
+    with pytest.raises(RuntimeError, match=r"shape \(2, 7\) came to a layer of 300 columns"):
+        torch.ops.mpq.linear(random(2, 7), tensors, None, *facts, "")
+    with pytest.raises(RuntimeError, match="unknown format 'int9'"):
+        torch.ops.mpq.linear(random(2, COLS), tensors, None, *facts, "int9")
+
+
+def test_thousands_of_weights_are_told_apart():
+    """More than there are places for: those without one are computed by way of Python."""
+    for cols in range(1, 5001):
+        cpu._plan("int8-channel", 3, cols)
+    for cols in (1, 100, 2500, 5000):
+        tensors, facts = weight("int8-channel", 3, cols)
+        x = random(2, cols)
+        served = torch.ops.mpq.linear(x, tensors, None, *facts, "")
+        assert torch.equal(served, torch.ops.mpq.linear_any(x, tensors, None, *facts, ""))
+
+
+def test_modes_see_the_op():
+    class Seen(TorchDispatchMode):
+        names: list[str] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    tensors, facts = weight()
+    with Seen() as seen:
+        torch.ops.mpq.linear(random(2, COLS), tensors, None, *facts, "")
+    assert "mpq.linear.default" in seen.names
+
+
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+    )]  # fmt: skip
+
+
+def megabytes_in_use():
+    """What was allocated and not freed, after C's own books."""
+    books = ctypes.CDLL(None).mallinfo2
+    books.restype = Heap
+    heap = books()
+    return (heap.uordblks + heap.hblkhd) / 1e6
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library keeps no books of its heap")
+@pytest.mark.parametrize("fill", [0.5, float("nan")], ids=["served", "left to Python"])
+def test_nothing_is_kept_after_a_call(fill):
+    """Each call has a megabyte of inputs of its own, and as much output."""
+    tensors, facts = weight("int2-g64", 1024, 1024)
+    bias, calls = random(1024), 60
+
+    def run(times):
+        for _ in range(times):
+            torch.ops.mpq.linear(torch.full((256, 1024), fill), tensors, bias, *facts, "")
+        gc.collect()
+        return megabytes_in_use()
+
+    before = run(5)
+    assert run(calls) - before < calls / 10
