@@ -12,4 +12,4 @@ collect_ignore = ["search", "sensitivity", "proxies", "exporters", "experiments"
 if find_spec("triton") is None:
     collect_ignore += ["mpq/kernels/gpu/triton", "tests/kernels/gpu/triton"]
 if find_spec("vllm") is None:
-    collect_ignore += ["mpq/mpq/integrations/vllm_adapter.py"]
+    collect_ignore += ["mpq/integrations/vllm_adapter.py"]

@@ -52,8 +52,9 @@ def test_simulated_packed_and_plainly_rounded_models_agree(build, inputs, name):
         with torch.no_grad():
             matrix.copy_(dequantize(rounded))
     expected = plain(inputs)
-    assert torch.equal(simulate(model, allocation)(inputs), expected)
-    assert torch.equal(simulate(model, allocation, trainable=False)(inputs), expected)
+    # The same numbers at other addresses: a BLAS may add them up in another order.
+    torch.testing.assert_close(simulate(model, allocation)(inputs), expected)
+    torch.testing.assert_close(simulate(model, allocation, trainable=False)(inputs), expected)
     allowed = room(plain, inputs, integers=panels.supports(FORMATS[name]))
     assert_close(pack_model(model, allocation)(inputs), expected, allowed)
 

@@ -2,7 +2,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_cpu import TYPES, bound, level, needs_native, poisoned, weight_of  # noqa: F401  (fixtures)
 from torch import nn
 from torch.nn import functional
 from torch.nn.grad import conv1d_input, conv2d_input
@@ -13,6 +12,7 @@ from mpq.kernels.layout import pack, to_layout, unpack
 from mpq.kernels.modules import PackedWeight, packed_module
 from mpq.network.calibration import seeded
 from mpq.rounding.reference import dequantize
+from tests.kernels.cpu.test_native import TYPES, bound, level, needs_native, poisoned, weight_of  # noqa: F401  (fixtures)
 
 NAMES = ("int4-g32", "int8-channel", "int3-g16-asym", "nvfp4", "fp8-e4m3", "fp6-e3m2-channel", "nf4-g64")
 

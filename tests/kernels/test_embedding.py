@@ -2,7 +2,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.test_cpu import NAMES
 
 from mpq.core.formats import parse_format
 from mpq.kernels.cpu import native as cpu
@@ -10,6 +9,7 @@ from mpq.kernels.cpu import panels
 from mpq.kernels.layout import pack, to_layout, unpack
 from mpq.network.calibration import seeded
 from mpq.rounding.reference import dequantize, quantize
+from tests.kernels.cpu.test_native import NAMES
 
 pytestmark = pytest.mark.skipif(cpu.native() is None, reason="the kernels are not compiled here")
 

@@ -39,7 +39,7 @@ def test_outputs_and_gradients_are_those_at_the_rounded_weights(kind, scheme):
     inputs = class_batches((4, 6, 6))[0][0] if kind is Convolutions else token_batches()[0]
     attached(model, scheme)
     output, expected = model(inputs), truth(inputs)
-    assert torch.equal(output, expected)
+    torch.testing.assert_close(output, expected)
     output.square().sum().backward()
     expected.square().sum().backward()
     for (name, parameter), other in zip(model.named_parameters(), truth.parameters(), strict=True):

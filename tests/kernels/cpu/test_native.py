@@ -290,7 +290,7 @@ def test_cpu_matrices_are_computed_in_panels():
 
 @needs_native
 def test_the_environment_caps_the_level():
-    script = "from mpq.kernels import cpu; print(cpu.level_name())"
+    script = "from mpq.kernels.cpu import native; print(native.level_name())"
     for name in [cpu.LEVELS[level] for level in cpu.levels()]:
         found = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "MPQ_CPU_LEVEL": name}
