@@ -24,7 +24,7 @@ from mpq.exporters import exporter_named
 from mpq.exporters.folder import refuse_foreign
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.targets import check_model, consumer_named, forbidden
-from mpq.network.calibration import tensors_in
+from mpq.network.calibration import take, tensors_in
 from mpq.network.experts import has_experts
 from mpq.network.layers import find_layers
 from mpq.network.moments import second_moments
@@ -38,6 +38,7 @@ from mpq.sensitivity import DEFAULT_METRIC
 from mpq.sensitivity.profile import profile
 from mpq.sources import Source, open_source
 
+CHECKED = 2  # calibration samples on which the exported model is compared with the simulated one
 COMPARED = 3  # uniform formats that are measured beside the chosen allocation
 
 
@@ -75,13 +76,19 @@ def export_to(
     settings: dict[str, Any] = {"method": method, "recipe": source.recipe}
     settings["second_moments"] = moments or moments_for(method, source, allocation.layers)
     if "inputs" in inspect.signature(export).parameters:
-        settings["inputs"] = tensors_in(source.calibration[0])[0][:2]
+        settings["inputs"] = _compared_on(source) if name == "mpq" else tensors_in(source.calibration[0])[0][:2]
     if "ranges" in inspect.signature(export).parameters:
         settings["ranges"] = ranges_for(source, allocation)
     if "tokenizer" in inspect.signature(export).parameters:
         settings["tokenizer"] = source.tokenizer
     written: Path = export(source.model, allocation, folder, **settings)
     return written
+
+
+def _compared_on(source: Source) -> Callable[[nn.Module], Any]:
+    """Runs a model on the first samples of the calibration data."""
+    batch = take(source.calibration[0], slice(0, CHECKED))
+    return lambda model: source.loss_fn(model, batch)
 
 
 def refuse_experts(name: str, model: nn.Module) -> None:

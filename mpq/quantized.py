@@ -1,7 +1,7 @@
 """Models that compute in an allocation's formats: simulated in floating point and trainable, or from packed weights."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -46,24 +46,41 @@ def simulate(
     Raises:
         MpqError: the allocation's layers are not the model's, or a weight cannot be rounded (named).
     """
+    if not trainable:
+        rounded = quantized_layers(model, allocation, method, second_moments)
+        return simulate_rounded(model, ((layer, scheme, dequantize(found)) for layer, scheme, found in rounded), ranges)
     simulated = copy.deepcopy(model)
     for layer, scheme, quantized in quantized_layers(simulated, allocation, method, second_moments):
         modules = [simulated.get_submodule(name) for name in layer.names]
-        if trainable:
-            rounding = WeightRounding(quantized, modules[0])
-            for module in modules:
-                parametrize.register_parametrization(module, "weight", rounding, unsafe=True)
-        else:
-            weight: Tensor = modules[0].weight  # type: ignore[assignment]
-            with torch.no_grad():
-                weight.copy_(matrix_to_weight(dequantize(quantized), modules[0]))
-        if scheme.activation is not None:
-            span = (ranges or {}).get(layer.name) if scheme.activation.granularity == "tensor" else None
-            scale = None if span is None else static_scale(scheme.activation, span)
-            for module in modules:
-                if not isinstance(module, nn.Embedding):
-                    module.register_forward_pre_hook(InputRounding(scheme.activation, scale))
+        rounding = WeightRounding(quantized, modules[0])
+        for module in modules:
+            parametrize.register_parametrization(module, "weight", rounding, unsafe=True)
+        _round_inputs(modules, layer, scheme, ranges)
     return simulated
+
+
+def simulate_rounded(
+    model: nn.Module, layers: Iterable[tuple[Layer, Scheme, Tensor]], ranges: Ranges | None = None
+) -> nn.Module:
+    """A copy of the model with these weight matrices, float32 (rows, cols), and inputs rounded as the schemes say."""
+    simulated = copy.deepcopy(model)
+    for layer, scheme, matrix in layers:
+        modules = [simulated.get_submodule(name) for name in layer.names]
+        weight: Tensor = modules[0].weight  # type: ignore[assignment]
+        with torch.no_grad():
+            weight.copy_(matrix_to_weight(matrix, modules[0]))
+        _round_inputs(modules, layer, scheme, ranges)
+    return simulated
+
+
+def _round_inputs(modules: Iterable[nn.Module], layer: Layer, scheme: Scheme, ranges: Ranges | None) -> None:
+    if scheme.activation is None:
+        return
+    span = (ranges or {}).get(layer.name) if scheme.activation.granularity == "tensor" else None
+    scale = None if span is None else static_scale(scheme.activation, span)
+    for module in modules:
+        if not isinstance(module, nn.Embedding):
+            module.register_forward_pre_hook(InputRounding(scheme.activation, scale))
 
 
 def pack_model(

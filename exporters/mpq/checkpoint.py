@@ -6,6 +6,8 @@ with a `quantization_config`, allocation.json and checksums.json. A layer's tens
 several modules share is stored once.
 """
 
+import copy
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,9 +27,10 @@ from mpq.exporters.folder import (
     write_checksums,
     write_folder,
 )
-from mpq.exporters.mpq.skeleton import build_skeleton
+from mpq.exporters.mpq.skeleton import build_skeleton, describes_itself
 from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_config
 from mpq.exporters.shards import SHARD, WHOLE, Shards, Specs, header_bytes, tensor_bytes, write_tensors
+from mpq.exporters.verify import Digests, Inputs, noting, runner, verify
 from mpq.kernels.layout import Packed, pack, tensor_specs
 from mpq.kernels.modules import PackedWeight
 from mpq.quantized import Moments, checked_layers, put_packed, quantized_layers
@@ -45,6 +48,7 @@ def export(
     second_moments: Moments | None = None,
     recipe: Mapping[str, Any] | None = None,
     shard: int = SHARD,
+    inputs: Inputs | None = None,
 ) -> Path:
     """Round and pack the model's layers and write them with all its other tensors; the folder.
 
@@ -56,9 +60,13 @@ def export(
         recipe: how to build the model without weights, as `mpq.sources` gives it with a model: {"kind": "bundled",
             "name": "tiny-lm"}, {"kind": "factory", "path": "package.module:factory"}; not needed for transformers.
         shard: largest bytes of one file.
+        inputs: what the model is called with (a tensor, a tuple of arguments, a mapping of keyword arguments), or a
+            function that runs the model it is given. The model is read back and compared with the simulated one on
+            them, layer by layer; without them every weight and every other tensor is compared alone.
 
     Raises:
-        MpqError: the allocation is another model's, a weight cannot be rounded, or the folder holds foreign files.
+        MpqError: the allocation is another model's, a weight cannot be rounded, the folder holds foreign files, or
+            the model that is read back differs: nothing is written then.
     """
     refuse_foreign(folder, FILES)
     others, tied = other_state(model, allocation)
@@ -73,9 +81,11 @@ def export(
         "tied": tied,
     }
 
+    rounded: Digests = {}
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from others.items()
-        for layer, _, quantized in quantized_layers(model, allocation, method, second_moments):
+        for layer, _, quantized in noting(quantized_layers(model, allocation, method, second_moments), rounded):
             for name, tensor in pack(quantized).tensors.items():
                 yield f"{layer.name}.weight.{name}", tensor
 
@@ -84,7 +94,22 @@ def export(
         write_config(draft, config, model)
         allocation.save(draft / "allocation.json")
         write_checksums(draft, digests)
+        loaded = _read_back(draft, model, config)
+        verify(model, loaded, allocation, rounded, others, None if inputs is None else runner(inputs))
     return Path(folder)
+
+
+def _read_back(draft: Path, model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+    """The model that was written, built as `load` will: from what the folder says, where it says enough."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    structure = None
+    if not describes_itself(config):
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        structure = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # all of them are replaced
+    try:
+        return load(draft, model=structure, device=device, trust=True)
+    except MpqError as error:
+        raise MpqError(f"what was written cannot be loaded, so nothing is left of it: {error}") from error
 
 
 def file_size(model: nn.Module, allocation: Allocation) -> int:

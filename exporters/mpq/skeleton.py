@@ -34,6 +34,14 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust: bool) -> nn.M
     return model
 
 
+def describes_itself(config: Mapping[str, Any]) -> bool:
+    """Whether a folder's config.json says how to build the model: a recipe, or a class that transformers has."""
+    if config.get("recipe") is not None:
+        return True
+    names = config.get("architectures") or [""]
+    return "model_type" in config and hasattr(need("transformers", "hf", f"a {names[0]}"), names[0])
+
+
 def _build(config: Mapping[str, Any], folder: Path, trust: bool) -> nn.Module:
     recipe = config.get("recipe")
     if recipe is None or recipe.get("kind") == "transformers":

@@ -1,0 +1,206 @@
+"""What was written is read back: the loaded model has the numbers that were rounded, and computes what they give.
+
+Outputs are compared layer by layer. The simulated model runs and its layers' inputs and outputs are kept; then the
+loaded one runs, and each packed layer hands on the simulated layer's output in place of its own. So both see the same
+numbers everywhere: what reaches a layer may differ by the rounding of equal operations alone, what a layer gives by
+the packed kernels' arithmetic alone (`kernel_error`), and the first difference is named where it arises.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.core.scheme import Scheme
+from mpq.kernels.modules import PackedWeight
+from mpq.kernels.tolerance import kernel_error, same_code_error
+from mpq.network.calibration import evaluating, tensors_in
+from mpq.network.fingerprint import fingerprint
+from mpq.quantized import checked_layers, simulate_rounded
+from mpq.rounding.reference import Quantized, dequantize
+
+Run: TypeAlias = Callable[[nn.Module], Any]  # runs the model on a few samples: its output, a loss, whatever it gives
+Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any] | Run
+Digests: TypeAlias = dict[str, str]  # of each layer's rounded numbers, by layer name
+
+
+def runner(inputs: Inputs) -> Run:
+    """What runs a model on its inputs: a tensor, a tuple of arguments, a mapping of keyword arguments, or a function
+    that does it itself.
+    """
+    if isinstance(inputs, Mapping):
+        return lambda model: model(**inputs)
+    if isinstance(inputs, Tensor):
+        return lambda model: model(inputs)
+    if isinstance(inputs, tuple):
+        return lambda model: model(*inputs)
+    return inputs
+
+
+def noting(layers: Iterable[tuple[Layer, Scheme, Quantized]], digests: Digests) -> Iterator[Any]:
+    """The layers as they come; the digests of their rounded numbers are noted."""
+    for layer, scheme, quantized in layers:
+        digests[layer.name] = numbers_digest(dequantize(quantized))
+        yield layer, scheme, quantized
+
+
+def numbers_digest(numbers: Tensor) -> str:
+    """That of the numbers in float32, whichever zero they hold."""
+    return fingerprint([numbers.float() + 0.0])
+
+
+def verify(
+    model: nn.Module,
+    loaded: nn.Module,
+    allocation: Allocation,
+    digests: Digests,
+    others: Mapping[str, Tensor],
+    run: Run | None,
+) -> None:
+    """Compare a loaded model with what was to be written.
+
+    Args:
+        model: what was exported.
+        loaded: what was read back, packed.
+        allocation: layers and schemes.
+        digests: of the rounded numbers, as `noting` noted them.
+        others: every other tensor of the model, by name.
+        run: runs a model on a few samples; without it weights and tensors are compared alone.
+
+    Raises:
+        MpqError: a layer's numbers, another tensor or what the model computes differs: the first one is named.
+    """
+    for layer, _ in checked_layers(model, allocation):
+        weight = loaded.get_submodule(layer.name).weight
+        if not isinstance(weight, PackedWeight) or numbers_digest(weight.dequantize()) != digests[layer.name]:
+            raise MpqError(f"layer {layer.name} reads back other numbers than were rounded: nothing was written")
+    verify_tensors(others, lambda name: loaded.get_submodule(name.rpartition(".")[0]), loaded)
+    if run is not None:
+        verify_outputs(model, loaded, allocation, run)
+
+
+def verify_tensors(others: Mapping[str, Tensor], owner: Callable[[str], nn.Module], loaded: nn.Module) -> None:
+    """MpqError naming the first tensor that a loaded model does not have bit by bit."""
+    for name, tensor in others.items():
+        found = getattr(owner(name), name.rpartition(".")[2], None)
+        if not isinstance(found, Tensor) or fingerprint([found]) != fingerprint([tensor]):
+            raise MpqError(f"the tensor {name} of {type(loaded).__name__} reads back changed: nothing was written")
+
+
+@torch.no_grad()
+def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, run: Run) -> None:
+    """MpqError naming the first layer where a loaded model computes something else than the simulated one."""
+    rounded = [
+        (layer, scheme, loaded.get_submodule(layer.name).weight.dequantize())  # type: ignore[operator]
+        for layer, scheme in checked_layers(model, allocation)
+    ]
+    simulated = simulate_rounded(model, rounded)
+    del rounded
+    names = [name for layer in allocation.layers for name in layer.names]
+    calls: list[Call] = []
+    with _hooked(simulated, names, lambda name, module, call: calls.append(_kept(name, module, call))):
+        expected = _result(run, simulated)
+    coming = iter(calls)
+
+    def compare(name: str, module: nn.Module, call: tuple[Any, Any, Any]) -> Any:
+        kept = next(coming, None)
+        if kept is None or kept.name != name:
+            wanted = "no layer" if kept is None else kept.name or "the whole model"
+            raise _differs(f"it calls layer {name} where the model calls {wanted}")
+        _, given, output = call
+        _compare(f"what reaches layer {name}" if name else "what the model is called with", kept.inputs, given)
+        what = f"what layer {name} gives" if name else "the model's output"
+        _compare(what, kept.output, tensors_in(output), kept.allowed)
+        return kept.output[0].clone() if name else None
+
+    with _hooked(loaded, names, compare):
+        found = _result(run, loaded)
+    if (left := next(coming, None)) is not None:
+        raise _differs(f"it never calls layer {left.name}")
+    _compare("what the model gives", expected, found)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer, or ("") of the whole model."""
+
+    name: str
+    inputs: list[Tensor]
+    output: list[Tensor]
+    allowed: list[Tensor] | None = None  # how far each output may be off
+
+
+def _kept(name: str, module: nn.Module, call: tuple[Any, Any, Any]) -> Call:
+    used, given, output = call
+    outputs = [tensor.clone() for tensor in tensors_in(output)]
+    allowed = [kernel_error(module, used, output)] if name and isinstance(output, Tensor) else None
+    return Call(name, given, outputs, allowed)
+
+
+@contextmanager
+def _hooked(model: nn.Module, names: Iterable[str], told: Callable[..., Any]) -> Iterator[None]:
+    """`told(name, module, (input as used, inputs as given, output))` at each call; what it returns is handed on."""
+    handles = []
+    given: dict[str, list[list[Tensor]]] = {}
+
+    def hook(name: str, module: nn.Module) -> None:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            tensors = [tensor.clone() for tensor in tensors_in((args, kwargs))]
+            given.setdefault(name, []).append(tensors)
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            used = next(iter(tensors_in((args, kwargs))), None)
+            return told(name, module, (used, given[name].pop(), output))
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+
+    hook("", model)
+    hooked: set[int] = set()
+    for name in names:  # modules that stand in two places are told of once, by their first name
+        module = model.get_submodule(name)
+        if id(module) not in hooked:
+            hooked.add(id(module))
+            hook(name, module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _result(run: Run, model: nn.Module) -> list[Tensor]:
+    """Tensors of what a run gives; random numbers are the same for every model."""
+    with evaluating(model), torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = run(model)
+    return tensors_in(torch.tensor(found) if isinstance(found, float) else found)
+
+
+def _compare(what: str, expected: list[Tensor], found: list[Tensor], allowed: list[Tensor] | None = None) -> None:
+    for index, (one, other) in enumerate(zip_longest(expected, found)):
+        if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
+            raise _differs(f"{what} has another shape or type")
+        if torch.equal(one, other):
+            continue
+        room = allowed[index] if allowed else same_code_error(one)
+        error = (one.double() - other.double()).abs()
+        excess = error > room.double()  # where one of them is no number, the other has to be none
+        if bool((excess | (one.isnan() != other.isnan())).any()):
+            raise _differs(f"{what} is off by up to {error.max().item():.2g}, {_times(error, room)}")
+
+
+def _times(error: Tensor, room: Tensor) -> str:
+    ratio = (error / room.double().clamp(min=1e-300)).nan_to_num(posinf=1e99).max().item()
+    return f"{ratio:.2g} times what rounding allows"
+
+
+def _differs(what: str) -> MpqError:
+    return MpqError(f"the model that was read back computes something else: {what}. Nothing was written")

@@ -1,0 +1,65 @@
+"""How far a packed layer may be from the same layer in floating point, derived from the kernels' arithmetic."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mpq.network.layers import layer_kind
+
+ACTIVATION_STEP = 1 / 65278  # half a step of 1/32639 of a token's largest: activations as two planes of int8
+CODEBOOK_STEP = 1 / 65534  # half a step of 1/32767 of a codebook's largest value
+TILE_SUMS = 9 * 8 * 2**-24  # float32 sums of at most nine tiles, eight operations each
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
+OWN_CODE = 1e-3  # of the largest output, for a layer whose own code runs around the weights
+
+
+def kernel_error(module: nn.Module, inputs: Tensor | None, output: Tensor) -> Tensor:
+    """How far the outputs of a packed layer may be from those of `module`, which holds the same numbers unpacked.
+
+    Elementwise, to first order. Of floating-point sums on both sides, of activations and codebooks that become
+    integers, and of both models' number types: the weights of a 16-bit model are rounded where packed ones are not.
+    """
+    size = output.double().abs()
+    unit = torch.finfo(output.dtype).eps / 2 if output.is_floating_point() else 0.0
+    if isinstance(module, nn.Embedding) and type(module) is nn.Embedding:
+        return 2 * unit * size
+    if inputs is None or not (type(module) in PLAIN or layer_kind(module) == "transformers-conv1d"):
+        return torch.full_like(size, OWN_CODE * _largest(size)) + 2 * unit * size
+    x = inputs.float().abs()
+    weight: Tensor = module.weight.float().abs()  # type: ignore[operator]
+    bias: Any = None if module.bias is None else module.bias.float().abs()  # type: ignore[operator]
+    transposed = layer_kind(module) == "transformers-conv1d"
+    cols = len(weight) if transposed else weight[0].numel()
+    sums = (cols + 1 + 4) * 2**-24 + (unit if unit > 2**-24 else 0.0)
+    if output.device.type == "cuda":
+        sums += 2**-8  # products of bfloat16
+    allowed = sums * _apply(module, x, weight, bias) + 2 * unit * size
+    if getattr(module, "groups", 1) == 1:
+        most = x.amax() if isinstance(module, (nn.Conv1d, nn.Conv2d)) else x.amax(-1, keepdim=True)
+        along = 0 if transposed else tuple(range(1, weight.ndim))  # a row's weights
+        largest = weight.amax(along, keepdim=True).expand_as(weight)
+        allowed = allowed + ACTIVATION_STEP * _apply(module, most.expand_as(x), weight, None)
+        allowed = allowed + (CODEBOOK_STEP + TILE_SUMS) * _apply(module, x, largest, None)
+    return 1.1 * allowed.double()
+
+
+def same_code_error(expected: Tensor) -> Tensor:
+    """How far equal operations on equal numbers may be apart, where sums run in another order."""
+    if not expected.is_floating_point():
+        return torch.zeros(expected.shape, dtype=torch.float64, device=expected.device)
+    room = 64 * torch.finfo(expected.dtype).eps * _largest(expected.double().abs())
+    return torch.full(expected.shape, room, dtype=torch.float64, device=expected.device)
+
+
+def _largest(size: Tensor) -> float:
+    finite = size[size.isfinite()]
+    return float(finite.max()) if finite.numel() else 0.0
+
+
+def _apply(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        output: Tensor = module._conv_forward(x, weight, bias)
+        return output
+    return functional.linear(x, weight if layer_kind(module) == "linear" else weight.t(), bias)
