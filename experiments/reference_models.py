@@ -4,11 +4,13 @@ The networks are the CIFAR ResNets of He et al. 2015 (weights: Y. Idelbayev's py
 Llama trained on WikiText-2.
 """
 
+import io
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -131,3 +133,75 @@ def wikitext_tokens(split: str = "test", windows: int | None = None, length: int
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     tokens = tokens[: len(tokens) // length * length].view(-1, length)
     return tokens if windows is None else tokens[:windows]
+
+
+STAGES = (  # expansion, channels, repeats, stride, kernel
+    (1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5), (6, 192, 4, 2, 5),
+    (6, 320, 1, 1, 3),
+)  # fmt: skip
+
+
+def _padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The convolution with TensorFlow's "same" padding: an odd row or column goes to the bottom and right."""
+    axes = zip(x.shape[:1:-1], conv.stride[::-1], conv.kernel_size[::-1], strict=True)  # the last one first
+    extra = [max((-(-size // step) - 1) * step + kernel - size, 0) for size, step, kernel in axes]
+    output: Tensor = conv(functional.pad(x, [side for each in extra for side in (each // 2, each - each // 2)]))
+    return output
+
+
+class InvertedResidual(nn.Module):
+    """EfficientNet-Lite's block: expand, depthwise, project; a shortcut where the shape stays."""
+
+    def __init__(self, channels_in: int, channels: int, expansion: int, stride: int, kernel: int) -> None:
+        super().__init__()
+        wide = channels_in * expansion
+        if expansion > 1:
+            self.expand_conv, self.bn0 = nn.Conv2d(channels_in, wide, 1, bias=False), nn.BatchNorm2d(wide, 1e-3)
+        self.depthwise_conv = nn.Conv2d(wide, wide, kernel, stride, groups=wide, bias=False)
+        self.bn1 = nn.BatchNorm2d(wide, 1e-3)
+        self.project_conv, self.bn2 = nn.Conv2d(wide, channels, 1, bias=False), nn.BatchNorm2d(channels, 1e-3)
+        self.expands, self.residual = expansion > 1, stride == 1 and channels_in == channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels_in, height, width) -> (batch, channels, height / stride, width / stride)."""
+        out = functional.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
+        out = self.bn2(self.project_conv(functional.relu6(self.bn1(_padded(self.depthwise_conv, out)))))
+        return x + out if self.residual else out
+
+
+class EfficientNetLite0(nn.Module):
+    """(batch, 3, 224, 224) -> (batch, 1000)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_stem, self.bn0 = nn.Conv2d(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32, 1e-3)
+        blocks, width = [], 32
+        for expansion, channels, repeats, stride, kernel in STAGES:
+            for repeat in range(repeats):
+                blocks.append(InvertedResidual(width, channels, expansion, 1 if repeat else stride, kernel))
+                width = channels
+        self.blocks = nn.Sequential(*blocks)
+        self.conv_head, self.bn1 = nn.Conv2d(width, 1280, 1, bias=False), nn.BatchNorm2d(1280, 1e-3)
+        self.fc = nn.Linear(1280, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of ImageNet's classes."""
+        x = self.blocks(functional.relu6(self.bn0(_padded(self.conv_stem, x))))
+        return self.fc(functional.relu6(self.bn1(self.conv_head(x))).mean((2, 3)))
+
+
+def efficientnet_lite0() -> EfficientNetLite0:
+    """The pretrained EfficientNet-Lite0 in evaluation mode."""
+    model = EfficientNetLite0()
+    model.load_state_dict(load_file(data_file("imagenet_efficientnet_lite0.safetensors")), strict=False)
+    return model.eval()
+
+
+def imagenet_sample(start: int, samples: int, batch_size: int = 32) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Images of the ImageNet sample, in a fixed random order from number `start`, as EfficientNet-Lite takes them."""
+    with np.load(data_file("imagenet_1k_sample.npz")) as file:
+        order = np.random.default_rng(0).permutation(len(file["labels"]))[start : start + samples]
+        bytes_, offsets, labels = file["jpeg"], file["offsets"], file["labels"]
+        images = [Image.open(io.BytesIO(bytes_[offsets[i] : offsets[i + 1]].tobytes())) for i in order]
+    pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images])
+    return batched((pixels.permute(0, 3, 1, 2).float() - 127) / 128, torch.from_numpy(labels[order]).long(), batch_size)

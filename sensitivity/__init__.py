@@ -23,6 +23,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "output": ("mpq.sensitivity.output:output", "squared output error weighted by output gradients"),
     "gptq": ("mpq.sensitivity.output:gptq", "squared output error, tr(dW X X^T dW^T), GPTQ's objective"),
     "kronecker": ("mpq.sensitivity.kronecker:kronecker", "Kronecker-factored curvature (K-FAC)"),
+    "kl-curvature": (
+        "mpq.sensitivity.kl_curvature:kl_curvature",
+        "curvature of the KL divergence, coherent over what shares a label",
+    ),
     "gradient": ("mpq.sensitivity.gradient:gradient", "squared gradient x output change (ModelOpt)"),
     "quadratic": ("mpq.sensitivity.gradient:quadratic", "Gauss-Newton's whole quadratic form of each error"),
     "curvature": ("mpq.sensitivity.curvature:curvature", "Hessian trace spread as the layer's inputs are"),

@@ -1,5 +1,7 @@
 """What a loss asks of a model's outputs: which predictions count how much, which classes are right."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from mpq.core.errors import MpqError
 from mpq.network.calibration import Batch, LossFn, logits_of, seeded
 
+CHUNK = 2**20  # numbers of logits taken at a time
 TOLERANCE = 1e-3  # of the check that a loss is cross-entropy; float32 errs by about 1e-6
 
 
@@ -20,10 +23,13 @@ class Predictions:
     targets: Tensor  # (...), int64: the class the loss wants; without meaning where the weight is 0
 
 
-def predictions(model: nn.Module, batch: Batch, loss_fn: LossFn) -> list[Predictions]:
+def predictions(
+    model: nn.Module, batch: Batch, loss_fn: LossFn, outputs: Sequence[Any] | None = None
+) -> list[Predictions]:
     """Weights and targets of a batch, for every call of the model: what `loss_fn` alone knows, found by asking it.
 
-    The loss is taken at random logits in place of the model's. There cross-entropy has the derivatives
+    With `outputs`, what the model gave for this batch call by call, it does not run again. The loss is taken at random
+    logits in place of the model's. There cross-entropy has the derivatives
     w (softmax - target) and the Hessian w (diag(p) - p p^T), both well conditioned, which give w and the target.
 
     Raises:
@@ -43,7 +49,7 @@ def predictions(model: nn.Module, batch: Batch, loss_fn: LossFn) -> list[Predict
 
     handle = model.register_forward_hook(hook)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), replaying(model, outputs):
             loss = loss_fn(model, batch)
     finally:
         handle.remove()
@@ -52,22 +58,48 @@ def predictions(model: nn.Module, batch: Batch, loss_fn: LossFn) -> list[Predict
     return [_predictions(loss, logits) for logits in replaced]
 
 
+@contextmanager
+def replaying(model: nn.Module, outputs: Sequence[Any] | None) -> Iterator[None]:
+    """Inside the block the model gives these outputs, call by call, without computing; nothing changes with None."""
+    if outputs is None:
+        yield
+        return
+    calls = iter(outputs)
+    model.forward = lambda *args, **options: next(calls)
+    try:
+        yield
+    finally:
+        del model.forward
+
+
 def _predictions(loss: Tensor, logits: Tensor) -> Predictions:
     slopes = torch.autograd.grad(loss, logits, create_graph=True, retain_graph=True, materialize_grads=True)[0]
     vectors = torch.randn(logits.shape, generator=seeded(0, "check")).to(logits.device)
     curved = torch.zeros_like(logits)
     if slopes.requires_grad:
         curved = torch.autograd.grad(slopes, logits, vectors, retain_graph=True, materialize_grads=True)[0]
-    chances = logits.detach().double().softmax(-1)
-    mean = (chances * vectors.double()).sum(-1, keepdim=True)
-    expected = chances * (vectors.double() - mean)  # (diag(p) - p p^T) v
-    weights = (curved.double() * expected).sum(-1) / expected.square().sum(-1)
-    missed = (curved.double() - weights.unsqueeze(-1) * expected).norm().item()
-    fits = missed <= TOLERANCE * curved.double().norm().item()
-    if not fits or bool((weights < 0).any()) or not bool((weights > 0).any()):
+    weights, targets, missed, whole = [], [], 0.0, 0.0
+    step = _step(logits)
+    parts = (tensor.detach().reshape(-1, logits.shape[-1]) for tensor in (logits, slopes, vectors, curved))
+    for logit, slope, vector, curve in zip(*(torch.split(part, step) for part in parts), strict=True):
+        chances = logit.double().softmax(-1)
+        mean = (chances * vector).sum(-1, keepdim=True)
+        expected = chances * (vector - mean)  # (diag(p) - p p^T) v
+        weight = (curve * expected).sum(-1) / expected.square().sum(-1)
+        missed += (curve - weight.unsqueeze(-1) * expected).square().sum().item()
+        whole += curve.double().square().sum().item()
+        weights.append(weight)
+        targets.append((weight.unsqueeze(-1) * chances - slope).argmax(-1))
+    found = torch.cat(weights).reshape(logits.shape[:-1])
+    fits = missed <= TOLERANCE**2 * whole
+    if not fits or bool((found < 0).any()) or not bool((found > 0).any()):
         raise MpqError("this wants a loss that is cross-entropy of the model's logits: take labels 'data', or 'loss'")
-    targets = (weights.unsqueeze(-1) * chances - slopes.detach().double()).argmax(-1)
-    return Predictions(weights, targets)
+    return Predictions(found, torch.cat(targets).reshape(logits.shape[:-1]))
+
+
+def _step(logits: Tensor) -> int:
+    """Predictions taken at a time: vocabulary-sized numbers in float64 stand for a few of them alone."""
+    return max(1, CHUNK // logits.shape[-1])
 
 
 def random_slopes(
@@ -81,10 +113,18 @@ def random_slopes(
     d = sqrt(w) (sqrt(p) e - p (sqrt(p) . e)) with random signs e: all classes take part, which varies less than a
     label drawn from p. With `flips`, such as rows of an orthogonal design, the signs are e * flips.
     """
-    roots = logits.double().softmax(-1).sqrt()
-    signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8).to(logits.device) * 2.0 - 1
+    signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8).to(logits.device)
+    drawn = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    step = _step(logits)
+    parts = (torch.split(tensor.reshape(-1, logits.shape[-1]), step) for tensor in (logits, signs, drawn))
+    shares = torch.split(weights.flatten().to(logits.device), step)
     if flips is not None:
-        signs = signs * flips.to(signs.device)
-    spread = roots * signs
-    slopes = spread - roots.square() * spread.sum(-1, keepdim=True)
-    return (weights.sqrt().unsqueeze(-1) * slopes).to(logits.dtype)
+        flips = flips.to(signs.device).expand(logits.shape).reshape(-1, logits.shape[-1])
+    for number, (logit, sign, into, share) in enumerate(zip(*parts, shares, strict=True)):
+        roots = logit.double().softmax(-1).sqrt()
+        spread = roots * (sign * 2.0 - 1)
+        if flips is not None:
+            spread = spread * torch.split(flips, step)[number]
+        slopes = spread - roots.square() * spread.sum(-1, keepdim=True)
+        into.copy_(share.sqrt().unsqueeze(-1) * slopes)
+    return drawn

@@ -97,6 +97,7 @@ class RememberingTask(Task):
 
 
 SCORES_ACTIVATIONS = (
+    "kl-curvature",
     "quadratic",
     "gradient",
     "output",
@@ -108,6 +109,9 @@ SCORES_ACTIVATIONS = (
     "wrong",
 )  # metrics that say something of activation formats
 Metric: TypeAlias = Callable[..., Scores]  # metric(task, **options)
+
+# Of a layer: scores by row of its weight matrix, (rows, schemes), and standard errors of their sums, (schemes,).
+RowScores: TypeAlias = Callable[[Layer], tuple[Tensor, Tensor]]
 
 
 def score_errors(task: Task, score: Callable[[Layer, Scheme, Tensor], tuple[float, float]]) -> Scores:

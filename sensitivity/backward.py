@@ -1,0 +1,153 @@
+"""Output gradients handed over layer by layer while the backward pass runs: those of one layer are there at a time.
+
+Batches are cut into pieces whose graphs fit a limit of memory.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.errors import MpqError
+from mpq.network.calibration import Batch, check_loss, logits_of, samples_in, take
+from mpq.sensitivity.derivatives import Draw, Use, keeps_samples, log, recording, slopes_of
+from mpq.sensitivity.graph import only_gradients_of
+from mpq.sensitivity.predictions import Predictions, predictions
+from mpq.sensitivity.task import Task
+
+GRAPH = 2**27  # numbers that the graph of one piece may keep: 512 MB in float32
+
+Call: TypeAlias = tuple[str, nn.Module, Tensor, Tensor]  # layer name, module, inputs, outputs
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring samples of a batch; a loss of their own is their mean."""
+
+    batch: Batch
+    index: int  # of the whole batch
+    start: int  # its first sample
+
+    @property
+    def samples(self) -> int:
+        """How many they are."""
+        return samples_in(self.batch)
+
+    def split(self, size: int) -> "Iterator[Piece]":
+        """The same in pieces of at most `size` samples."""
+        for start in range(0, self.samples, size):
+            yield Piece(take(self.batch, slice(start, start + size)), self.index, self.start + start)
+
+
+See: TypeAlias = Callable[[str, Piece, list[Use]], None]  # see(layer name, piece, all calls of the layer)
+
+
+def pieces(task: Task, what: str) -> Iterator[Piece]:
+    """This process's batches in pieces whose graphs keep at most GRAPH numbers, or of one sample; a progress bar."""
+    for index in task.own_batches(what):
+        whole = Piece(task.batches[index], index, 0)
+        one = next(whole.split(1))
+        yield from whole.split(max(1, GRAPH // _numbers_kept(task, one.batch)) if whole.samples > 1 else 1)
+
+
+def _numbers_kept(task: Task, sample: Batch) -> int:
+    """About what a sample's graph and gradients keep: twice the outputs of all modules that have no parts."""
+    numbers = 1
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal numbers
+        numbers += output.numel() if isinstance(output, Tensor) else 0
+
+    handles = [
+        each.register_forward_hook(count) for each in task.model.modules() if not any(True for _ in each.children())
+    ]
+    try:
+        with torch.no_grad():
+            task.loss_fn(task.model, sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return 2 * numbers
+
+
+def asked_of(task: Task, batch: Batch) -> list[Predictions] | None:
+    """What the loss asks of the model's logits; None, said in the log, where it is not cross-entropy of them."""
+    try:
+        with torch.no_grad():
+            return predictions(task.model, batch, task.loss_fn)
+    except (MpqError, AttributeError, TypeError, RuntimeError) as error:  # outputs may be of any kind
+        log.warning("gradients are of the data's own labels: %s", error)
+        return None
+
+
+def stream_uses(task: Task, piece: Piece, see: See, *, labels: str, draws: int = 1, apart: bool = False) -> None:
+    """Show every layer's calls to `see`, from one forward pass over a piece and `draws` backward.
+
+    The calls of one layer come together, once for each draw, as soon as the backward pass has met them all; a layer
+    that no gradient reaches does not come. Gradients are scaled to belong to each sample's own loss, as those of
+    `mpq.sensitivity.derivatives.layer_uses`.
+
+    Args:
+        task: model, data and layers.
+        piece: of a batch.
+        see: takes the calls; what it does not keep is freed.
+        labels: "data", or "model" for random slopes as if labels were drawn from the model's own predictions.
+        draws: of random slopes.
+        apart: whether every call must have the samples as its first dimension; a piece in which one has not comes
+            sample by sample.
+    """
+    outputs: list[Any] = []
+    handle = task.model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        with only_gradients_of(task.model), recording(task.model, task.layers) as calls:
+            loss = check_loss(task.loss_fn(task.model, piece.batch), piece.index)
+    finally:
+        handle.remove()
+    if apart and piece.samples > 1 and not all(keeps_samples(Use(*call[1:]), piece.samples) for call in calls):
+        for sample in piece.split(1):
+            stream_uses(task, sample, see, labels=labels, draws=draws)
+        return
+    top, weights = [loss], [torch.ones(())]
+    if labels == "model":
+        top = [logits_of(output) for output in outputs]
+        loss = loss.detach()
+        weights = [found.weights for found in predictions(task.model, piece.batch, task.loss_fn, outputs)]
+    outputs.clear()
+    for draw in range(draws):
+        slopes = [torch.full_like(loss, piece.samples)]
+        if labels == "model":
+            seeds = Draw((piece.index, piece.start, draw))
+            slopes = slopes_of(task, seeds, top, [weight * piece.samples for weight in weights])
+        _pass_back(calls, top, slopes, lambda name, uses: see(name, piece, uses), draw + 1 == draws)
+
+
+def _pass_back(
+    calls: list[Call], top: list[Tensor], slopes: list[Tensor], see: Callable[[str, list[Use]], None], last: bool
+) -> None:
+    left, met = Counter(name for name, *_ in calls), dict[str, list[Use]]()
+
+    @torch.no_grad()
+    def arrive(name: str, module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+        met.setdefault(name, []).append(Use(module, inputs, gradient))
+        left[name] -= 1
+        if not left[name]:
+            see(name, met.pop(name))
+
+    handles = [
+        output.register_hook(partial(arrive, name, module, inputs))  # type: ignore[no-untyped-call]
+        for name, module, inputs, output in calls
+    ]
+    if last:
+        calls.clear()
+    try:
+        torch.autograd.backward(top, slopes, retain_graph=not last)
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.no_grad():
+        for name, uses in met.items():  # no gradient reached their other calls
+            see(name, uses)

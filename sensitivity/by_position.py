@@ -1,0 +1,103 @@
+"""Curvature of the divergence where every position has a label of its own, as in language models."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.formats import Format
+from mpq.core.layer import Layer
+from mpq.network.calibration import samples_in
+from mpq.network.moments import half_gram, whole_gram
+from mpq.network.parallel import total
+from mpq.sensitivity.activation_errors import input_error_slopes
+from mpq.sensitivity.backward import Piece, pieces, stream_uses
+from mpq.sensitivity.derivatives import Use, keeps_samples
+from mpq.sensitivity.output import Sums, add
+from mpq.sensitivity.spread import relative_error, spread
+from mpq.sensitivity.task import RowScores, Task
+
+
+@dataclass
+class PositionCurvature:
+    """A layer's curvature, summed over positions: row r's is H s_r, a matrix (cols, cols) times a number.
+
+    Of position t, x_t is the layer's input and g_t the gradient of its output. H is the sum of |g_t|^2 x_t x_t^T, s_r
+    row r's share of the squared gradients. An embedding's rows are tokens: H is the sum of g_t g_t^T, s_r the token's
+    share of |g_t|^2.
+    """
+
+    layer: Layer
+    formats: tuple[Format, ...] = ()  # of activations
+    # "moment": (groups, half of cols x cols); "rows": (groups, rows / groups), sums of g_tr^2. An embedding's
+    # "lookups": (1, half of cols x cols); "tokens": (1, rows), sums of |g_t|^2. An activation format: (), sum of the
+    # squares of `input_error_slopes`. "spread": of the samples' sums of |g_t|^2 |x_t|^2.
+    sums: Sums = field(default_factory=dict)
+
+    def add(self, uses: list[Use], samples: int) -> None:
+        """Take the calls of the layer on some samples."""
+        sizes = torch.zeros(samples)
+        for use in uses:
+            if isinstance(use.module, nn.Embedding):
+                slopes = use.gradient.float().flatten(0, -2)
+                squares = slopes.square().sum(-1)
+                tokens = torch.zeros(1, self.layer.rows, device=squares.device)
+                add(self.sums, "lookups", half_gram(slopes.unsqueeze(0)).cpu())
+                add(self.sums, "tokens", tokens.index_add_(1, use.inputs.flatten(), squares.unsqueeze(0)).cpu())
+            else:
+                inputs, slopes = use.flat()
+                add(self.sums, "rows", slopes.square().sum(1).cpu())
+                weighted = inputs * torch.linalg.vector_norm(slopes, dim=-1, keepdim=True)
+                add(self.sums, "moment", half_gram(weighted).cpu())
+                squares = weighted.square().sum((0, -1))
+                for format in self.formats:
+                    add(self.sums, format, input_error_slopes(use, format).square().sum(dtype=torch.float64).cpu())
+            apart = keeps_samples(use, samples)
+            sizes += squares.reshape(samples, -1).sum(1).cpu() if apart else squares.sum().cpu() / samples
+        add(self.sums, "spread", spread(sizes))
+
+    def rows(self, difference: Tensor) -> Tensor:
+        """dw_r H dw_r^T s_r of every row of a weight error (rows, cols), summed over the samples: (rows,) float64."""
+        found = torch.zeros(self.layer.rows, dtype=torch.float64)
+        for moment, shares in (("moment", "rows"), ("lookups", "tokens")):
+            if moment in self.sums:
+                squares = self.sums[shares].double()
+                share = squares / squares.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+                blocks = difference.reshape(len(squares), -1, self.layer.cols)
+                errors = ((blocks @ whole_gram(self.sums[moment], self.layer.cols)) * blocks).sum(-1)
+                found += (errors.double() * share).flatten()
+        return found.clamp(min=0)
+
+    def inputs(self, format: Format | None) -> float:
+        """What rounding the inputs to an activation format costs, summed over the samples."""
+        return self.sums[format].item() if format in self.sums else 0.0
+
+    def relative_error(self) -> float:
+        """Of the sum over all rows; 0 where no gradient came."""
+        return relative_error(self.sums["spread"]) if "spread" in self.sums else 0.0
+
+
+def position_scores(task: Task, labels: str, draws: int) -> RowScores:
+    """Every layer's scores, from a pass over the data; each layer is rounded when it is asked for."""
+    formats = tuple(dict.fromkeys(scheme.activation for scheme in task.schemes if scheme.activation is not None))
+    found = {layer.name: PositionCurvature(layer, formats) for layer in task.layers}
+
+    def see(name: str, piece: Piece, uses: list[Use]) -> None:
+        found[name].add(uses, piece.samples)
+
+    for piece in pieces(task, "output gradients"):
+        stream_uses(task, piece, see, labels=labels, draws=draws)
+    for each in found.values():
+        each.sums = total(each.sums)
+    count = draws * sum(samples_in(batch) for batch in task.batches)
+
+    def rows(layer: Layer) -> tuple[Tensor, Tensor]:
+        curvature, columns = found[layer.name], dict[Format, Tensor]()
+        for scheme in task.schemes:
+            if scheme.weight not in columns:
+                columns[scheme.weight] = curvature.rows(task.weight_error(layer, scheme).cpu())
+        costs = [columns[scheme.weight] + curvature.inputs(scheme.activation) / layer.rows for scheme in task.schemes]
+        scores = 0.5 / count * torch.stack(costs, 1)
+        return scores, scores.sum(0) * curvature.relative_error()
+
+    return rows

@@ -1,0 +1,83 @@
+"""Curvature of the KL divergence from the float model, coherent over whatever shares a label."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.sensitivity.backward import Piece, asked_of
+from mpq.sensitivity.by_input import input_scores
+from mpq.sensitivity.by_position import position_scores
+from mpq.sensitivity.predictions import Predictions
+from mpq.sensitivity.shrinkage import shrunk
+from mpq.sensitivity.task import RowScores, Scores, Task, by_layer
+
+ESTIMATES = ("auto", "position", "input")
+
+
+def kl_curvature(
+    task: Task, *, estimate: str = "auto", labels: str = "auto", draws: int = 2, shrink: bool = True
+) -> Scores:
+    """Predicted KL divergence from the float model, 1/2 dw F dw^T, of every layer and scheme, row by row.
+
+    F is the Fisher information with labels drawn from the model's own predictions, which is the divergence's Hessian at
+    the float point. Errors of different rows count as independent. Within a row there are two estimates:
+
+    - "input": one label stands for a whole input (images, sentences). Half the mean over inputs n of (dw_r . G_nr)^2,
+      G_n the gradient of the weight, summed over the positions of input n before it is squared, as the errors of these
+      positions add up in one prediction. Unbiased; the standard error is over inputs.
+    - "position": every position t has a label (language models). 1/2 dw_r H dw_r^T s_r, with H the mean of |g_t|^2
+      x_t x_t^T, the inputs' second moment weighted by the squared gradient of the output at the same position, and
+      s_r row r's share of the squared gradients. Against the form above, positions count as independent and H is the
+      same for all rows; it has far less noise. Inputs that no gradient meets cost nothing, however large. The standard
+      error is that of the mean of |g_t|^2 |x_t|^2, over sequences.
+
+    What a scheme's activation format costs is added: the same form of W (Q(x) - x), rows summed before squaring.
+    Both are on the scale of the loss and predictions of weight 0 (padding, ignored labels) take no part. Batches pass
+    in pieces of whole samples that fit the memory, each piece's loss being the mean of its own samples.
+
+    Args:
+        task: model, data, layers and schemes.
+        estimate: "position", "input", or "auto": "position" where a sample of the first batch has several predictions.
+        labels: "model", "data", or "auto": the model's where the loss is cross-entropy of the logits, else the data's,
+            said in the log.
+        draws: of labels; with the model's labels and the estimate "input" alone more than one.
+        shrink: whether scores are drawn towards those of their neighbours, see `mpq.sensitivity.shrinkage.shrunk`.
+
+    Raises:
+        MpqError: an unknown estimate, or labels "model" for a loss other than cross-entropy.
+    """
+    rows = row_scores(task, estimate=estimate, labels=labels, draws=draws)
+
+    def numbers(layer: Layer) -> Sequence[float]:
+        scores, errors = rows(layer)
+        pairs: list[float] = np.stack([scores.sum(0).numpy(), errors.numpy()], 1).flatten().tolist()
+        return pairs
+
+    found = by_layer(task, numbers, "scores")
+    return shrunk(task.layers, *found) if shrink else found
+
+
+def row_scores(task: Task, *, estimate: str = "auto", labels: str = "auto", draws: int = 2) -> RowScores:
+    """The scores of `kl_curvature` row by row, not shrunk: a function of the layer."""
+    if estimate not in ESTIMATES:
+        raise MpqError(f"the estimate is one of {', '.join(ESTIMATES)}, not {estimate!r}")
+    if labels not in ("auto", "data", "model"):
+        raise MpqError(f"gradients come from labels auto, data or model, not {labels!r}")
+    asked = None
+    if labels == "auto" or estimate == "auto":
+        asked = asked_of(task, next(Piece(task.batches[0], 0, 0).split(2)).batch)
+        labels = ("data" if asked is None else "model") if labels == "auto" else labels
+    if estimate == "auto":
+        estimate = "position" if asked is not None and _several(asked) else "input"
+    if estimate == "position":
+        return position_scores(task, labels, 1)
+    return input_scores(task, labels, draws if labels == "model" else 1)
+
+
+def _several(asked: list[Predictions]) -> bool:
+    """Whether the loss asks several predictions of one sample."""
+    counts: list[Tensor] = [(found.weights > 0).flatten(1).sum(1) for found in asked if found.weights.ndim > 1]
+    return any(bool((count > 1).any()) for count in counts)
