@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from torch import nn
 
-from mpq.core.allocation import Allocation
+from mpq.core.allocation import Allocation, check_allocation
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
@@ -53,7 +53,7 @@ def check_packages(consumer: Consumer) -> None:
 
 def check(consumer: Consumer, allocation: Allocation) -> None:
     """MpqError when a layer has a scheme that the consumer cannot hold, with the nearest that it can."""
-    for layer in allocation.layers:
+    for layer in check_allocation(allocation).layers:
         scheme = allocation.scheme_of[layer.name]
         why = consumer.objection(layer, scheme)
         if why:

@@ -82,7 +82,9 @@ def evaluate(
                 weights.append(tokens.cpu().numpy())
             else:
                 assert loss_fn is not None
-                batch_losses = torch.stack([loss_fn(model, sample) for sample in split_batch(batch)])
+                batch_losses = torch.stack(
+                    [check_loss(loss_fn(model, sample), index).reshape(()) for sample in split_batch(batch)]
+                )
             check_loss(batch_losses.mean(), index)
             losses.append(batch_losses.double().cpu().numpy())
     all_losses = np.concatenate(losses)

@@ -18,6 +18,7 @@ from mpq.core.files import write_atomically
 from mpq.core.formats import DEFAULT_FORMATS, Format
 from mpq.core.frontier import Frontier
 from mpq.core.layer import Layer
+from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 from mpq.evaluation import Quality, evaluate
 from mpq.exporters import exporter_named
@@ -138,7 +139,7 @@ def quantize_model(
     folder: str | os.PathLike[str],
     *,
     bits: float | None = None,
-    size: float | None = None,
+    size: float | str | None = None,
     formats: Sequence[str] | None = None,
     consumer: str = "mpq",
     metric: str = DEFAULT_METRIC,
@@ -158,7 +159,7 @@ def quantize_model(
         source: model and data.
         folder: made when missing; an interrupted profile in it is resumed.
         bits: largest average of stored bits per weight, or
-        size: largest number of bytes of the model.
+        size: largest number of bytes of the model, or text as "500MB".
         formats: candidate schemes; left out, integers of 2 to 8 bits, or what the consumer holds.
         consumer: who will run the model (`mpq.exporters.targets`): layers get only what it can hold, and its own
             export stands in a folder of its name beside ours.
@@ -194,7 +195,7 @@ def quantize_model(
     banned = forbidden(reader, table.layers, table.schemes)
     forbid = {glob.escape(name): schemes for name, schemes in banned.items() if schemes}
     frontier = frontier_of(table, pin=pin, forbid=forbid, ties=ties or reader.fuses)
-    allocation = frontier.at(bits=bits) if size is None else _within_file(frontier, source.model, size)
+    allocation = frontier.at(bits=bits) if size is None else _within_file(frontier, source.model, parse_size(size))
     table.save(folder / "table.csv")
     moments = moments_for(method, source, allocation.layers)
     export_to("mpq", source, allocation, folder, method, moments)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mpq.core.allocation import Allocation
+from mpq.core.allocation import Allocation, check_allocation
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
@@ -17,6 +17,7 @@ from mpq.core.scheme import Scheme
 from mpq.kernels.layout import Packed, pack
 from mpq.kernels.modules import PackedLinear, PackedWeight, packed_module
 from mpq.kernels.stacked import Stack, stackable
+from mpq.network.calls import call_input, with_call_input
 from mpq.network.layers import FUSED, layer_kind, matrix_to_weight, weight_matrix
 from mpq.network.ranges import Ranges, static_scale
 from mpq.rounding import method_named
@@ -80,7 +81,7 @@ def _round_inputs(modules: Iterable[nn.Module], layer: Layer, scheme: Scheme, ra
     scale = None if span is None else static_scale(scheme.activation, span)
     for module in modules:
         if not isinstance(module, nn.Embedding):
-            module.register_forward_pre_hook(InputRounding(scheme.activation, scale))
+            module.register_forward_pre_hook(InputRounding(scheme.activation, scale), with_kwargs=True)
 
 
 def pack_model(
@@ -152,7 +153,7 @@ def quantized_layers(
 
 def checked_layers(model: nn.Module, allocation: Allocation) -> list[tuple[Layer, Scheme]]:
     """The allocation's layers with their schemes; MpqError when one of them is not the model's."""
-    schemes, modules = allocation.scheme_of, dict(model.named_modules(remove_duplicate=False))
+    schemes, modules = check_allocation(allocation).scheme_of, dict(model.named_modules(remove_duplicate=False))
     for layer in allocation.layers:
         for name in layer.names:
             if name not in modules:
@@ -204,9 +205,11 @@ class InputRounding:
     def __init__(self, format: Format, scale: float | None = None) -> None:
         self.format, self.scale = format, scale
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments with the first one rounded."""
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with its input rounded."""
         rounded = straight_through(
-            args[0], lambda inputs: fake_quantize_inputs(module, inputs, self.format, self.scale)
+            call_input(args, kwargs), lambda inputs: fake_quantize_inputs(module, inputs, self.format, self.scale)
         )
-        return (rounded, *args[1:])
+        return with_call_input(args, kwargs, rounded)

@@ -33,7 +33,7 @@ def frontier_of(
     forbid: Mapping[str, str | Iterable[str]] | None = None,
     ties: bool = True,
     costs: Mapping[str, Array] | None = None,
-    budgets: Mapping[str, float] | None = None,
+    budgets: Mapping[str, float | str] | None = None,
     **options: Any,
 ) -> Frontier:
     """The allocations that a table makes best: `mpq.frontier`.

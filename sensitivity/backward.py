@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import Batch, check_loss, logits_of, samples_in, take
+from mpq.network.calibration import Batch, check_gradient, check_loss, logits_of, samples_in, take
 from mpq.sensitivity.derivatives import Draw, Use, keeps_samples, log, recording, slopes_of
 from mpq.sensitivity.graph import only_gradients_of
 from mpq.sensitivity.predictions import Predictions, predictions
+from mpq.sensitivity.samples import check_independent
 from mpq.sensitivity.task import Task
 
 GRAPH = 2**27  # numbers that the graph of one piece may keep: 512 MB in float32
@@ -108,11 +109,14 @@ def stream_uses(task: Task, piece: Piece, see: See, *, labels: str, draws: int =
     finally:
         handle.remove()
     if apart and piece.samples > 1 and not all(keeps_samples(Use(*call[1:]), piece.samples) for call in calls):
+        check_independent(task.model, piece.batch, task.loss_fn, piece.index)
         for sample in piece.split(1):
             stream_uses(task, sample, see, labels=labels, draws=draws)
         return
     top, weights = [loss], [torch.ones(())]
-    if labels == "model":
+    if labels == "data":
+        check_gradient(loss)
+    else:
         top = [logits_of(output) for output in outputs]
         loss = loss.detach()
         weights = [found.weights for found in predictions(task.model, piece.batch, task.loss_fn, outputs)]

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,12 @@ from torch.nn import functional
 
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
-from mpq.network.calibration import Batch, check_loss, samples_in, seeded, split_batch
+from mpq.network.calibration import Batch, check_gradient, check_loss, samples_in, seeded, split_batch
+from mpq.network.calls import call_input
 from mpq.network.layers import input_matrix, output_matrix, weight_groups
 from mpq.sensitivity.graph import only_gradients_of, outputs_of
 from mpq.sensitivity.predictions import Predictions, predictions, random_slopes
+from mpq.sensitivity.samples import check_independent
 from mpq.sensitivity.task import Task
 
 log = logging.getLogger(__name__)
@@ -113,7 +115,8 @@ def layer_uses(task: Task, index: int, labels: str = "data", draw: int = 0) -> I
         draw: number of the random draw.
 
     Raises:
-        MpqError: a NaN loss, unknown labels, or labels "model" for a loss other than cross-entropy.
+        MpqError: a NaN loss, unknown labels, labels "model" for a loss other than cross-entropy, or a batch that must
+            be split and whose samples depend on each other.
     """
     if labels not in LABELS:
         raise MpqError(f"gradients come from labels {' or '.join(LABELS)}, not {labels!r}")
@@ -128,6 +131,7 @@ def layer_uses(task: Task, index: int, labels: str = "data", draw: int = 0) -> I
     if samples == 1 or keep_samples(uses, samples):
         yield samples, uses
         return
+    check_independent(task.model, batch, task.loss_fn, index)
     for number, sample in enumerate(split_batch(batch)):
         (uses,) = _run(task, sample, index, [None if seeds is None else Draw((*seeds, number))])
         yield 1, uses
@@ -155,6 +159,7 @@ def designed_uses(
     if samples == 1 or keep_samples(first, samples):
         yield samples, [first, *runs]
         return
+    check_independent(task.model, batch, task.loss_fn, index)
     for number, sample in enumerate(split_batch(batch)):
         yield 1, list(_run(task, sample, index, wanted(number)))
 
@@ -213,8 +218,9 @@ def _run(
             asked = predictions(task.model, batch, task.loss_fn)
     outputs = [output for *_, output in recorded]
     for number, draw in enumerate(draws, 1):
-        top, slopes = [loss], [torch.full_like(loss, samples)]
-        if draw is not None and asked is not None:
+        if draw is None or asked is None:
+            top, slopes = [check_gradient(loss)], [torch.full_like(loss, samples)]
+        else:
             top, slopes = logits, slopes_of(task, draw, logits, [found.weights * samples for found in asked])
         gradients = torch.autograd.grad(
             top, outputs, slopes, retain_graph=number < len(draws), allow_unused=True, materialize_grads=True
@@ -244,12 +250,12 @@ def recording(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[tuple[
     calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
     owners = {model.get_submodule(name): layer.name for layer in layers for name in layer.names}
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_()
-        calls.append((owners[module], module, args[0].detach(), output))
+        calls.append((owners[module], module, call_input(args, kwargs).detach(), output))
         return output.clone()  # what follows may change it in place
 
-    handles = [module.register_forward_hook(hook) for module in owners]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in owners]
     try:
         yield calls
     finally:

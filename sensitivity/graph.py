@@ -1,7 +1,7 @@
 """What a graph of derivatives is built with: which parameters count, which outputs came, which attention runs."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from mpq.core.errors import MpqError
 from mpq.network.calibration import logits_of
@@ -20,17 +21,47 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def only_gradients_of(model: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Inside the block these parameters alone require gradients; all is put back afterwards."""
+    """Inside the block these parameters alone require gradients, and nothing is computed twice to save memory."""
     wanted = {id(weight) for weight in weights}
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in before:
             parameter.requires_grad_(id(parameter) in wanted)
-        with torch.enable_grad():
+        with torch.enable_grad(), without_checkpointing():
             yield
     finally:
         for parameter, required in before:
             parameter.requires_grad_(required)
+
+
+@contextmanager
+def without_checkpointing() -> Iterator[None]:
+    """Inside the block `torch.utils.checkpoint` runs its functions as they are, of either kind.
+
+    A reentrant checkpoint hides the graph inside it, so that what hooks record there gets no gradient; the other kind
+    runs its function again on the way back, when hooks are gone.
+    """
+    kept = {
+        name: getattr(checkpoint, name) for name in ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
+    }
+    try:
+        checkpoint.CheckpointFunction = _Plain  # type: ignore[assignment, misc]
+        checkpoint._checkpoint_without_reentrant_generator = _nothing_around
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(checkpoint, name, value)
+
+
+def _nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+class _Plain:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        """What `CheckpointFunction.apply` gives, its graph kept."""
+        return function(*args)
 
 
 @contextmanager

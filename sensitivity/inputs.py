@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
-from mpq.network.calibration import check_loss, samples_in
+from mpq.network.calibration import check_gradient, check_loss, samples_in
+from mpq.network.calls import call_input, with_call_input
 from mpq.network.moments import watching
 from mpq.network.parallel import total
 from mpq.rounding.activations import fake_quantize_inputs
@@ -60,7 +61,7 @@ def input_curvature(task: Task, index: int, operator: str = "hessian") -> Iterat
     curvature = operator_named(operator)
     with only_gradients_of(task.model), differentiable_twice(), outputs_of(task.model) as outputs:
         with _shifted_inputs(task.model, task.layers) as (shifts, owners):
-            loss = check_loss(task.loss_fn(task.model, task.batches[index]), index)
+            loss = check_gradient(check_loss(task.loss_fn(task.model, task.batches[index]), index))
         yield curvature(loss, outputs, shifts), owners
 
 
@@ -70,12 +71,17 @@ def _shifted_inputs(model: nn.Module, layers: Sequence[Layer]) -> Iterator[tuple
     owners: list[int] = []
     modules = {model.get_submodule(name): i for i, layer in enumerate(layers) for name in layer.names}
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        shifts.append(torch.zeros_like(args[0], requires_grad=True))
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        inputs = call_input(args, kwargs)
+        shifts.append(torch.zeros_like(inputs, requires_grad=True))
         owners.append(modules[module])
-        return (args[0] + shifts[-1], *args[1:])
+        return with_call_input(args, kwargs, inputs + shifts[-1])
 
-    handles = [module.register_forward_pre_hook(hook) for module in modules if not isinstance(module, nn.Embedding)]
+    handles = [
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+        for module in modules
+        if not isinstance(module, nn.Embedding)
+    ]
     try:
         yield shifts, owners
     finally:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 from mpq.network.calibration import check_loss, samples_in
+from mpq.network.calls import call_input, with_call_input
 from mpq.network.layers import matrix_to_weight
 from mpq.rounding.activations import fake_quantize_inputs
 from mpq.sensitivity.task import Scores, Task, by_layer
@@ -84,7 +85,9 @@ def in_scheme(task: Task, layer: Layer, scheme: Scheme) -> Iterator[None]:
             for name in layer.names:
                 user = task.model.get_submodule(name)
                 if not isinstance(user, nn.Embedding):
-                    stack.callback(user.register_forward_pre_hook(_quantizer(scheme.activation)).remove)
+                    stack.callback(
+                        user.register_forward_pre_hook(_quantizer(scheme.activation), with_kwargs=True).remove
+                    )
         stack.enter_context(with_weight(task, layer, task.quantized(layer, scheme)))
         yield
 
@@ -104,8 +107,11 @@ def with_weight(task: Task, layer: Layer, matrix: Tensor) -> Iterator[None]:
             weight.copy_(original)
 
 
-def _quantizer(format: Format) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (fake_quantize_inputs(module, args[0], format), *args[1:])
+def _quantizer(format: Format) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        rounded = fake_quantize_inputs(module, call_input(args, kwargs), format)
+        return with_call_input(args, kwargs, rounded)
 
     return hook

@@ -35,7 +35,7 @@ def output(task: Task, *, weighted: bool = True, labels: str = "data") -> Scores
     Args:
         task: model, data, layers and schemes.
         weighted: False leaves gradients out: the plain squared output error E_n sum_t ||e_t||^2, which says what
-            a layer's output loses but not what that costs.
+            a layer's output loses but not what that costs. Positions that no gradient reaches (padding) do not count.
         labels: "data" or "model", see `layer_uses`.
     """
     statistics = output_statistics(task, weighted, labels)
@@ -108,13 +108,14 @@ class OutputStatistics:
         """Take the calls of the layer on some samples."""
         sizes = torch.zeros(samples)
         for use in uses:
-            squares = use.gradient.float().square() if weighted else torch.ones_like(use.gradient)
             if isinstance(use.module, nn.Embedding):
-                found = use.by_token(squares, samples, self.layer.rows).cpu()
+                slopes = use.gradient.float()
+                found = use.by_token(slopes.square() if weighted else _reached(slopes), samples, self.layer.rows).cpu()
                 add(self.sums, "looked up", found.sum(0))
                 sizes += found.sum((1, 2))
             else:
-                inputs, weights = Use(use.module, use.inputs, squares).rows(samples)
+                inputs, slopes = use.rows(samples)
+                weights = slopes.square() if weighted else _reached(slopes)
                 shares = weights.mean(-1, keepdim=True)  # (samples, groups, positions, 1)
                 for format in self.formats:
                     rows = inputs if format is None else joint_inputs(use, samples, format)
@@ -147,6 +148,15 @@ class OutputStatistics:
             traces = self.sums[None].diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float64)
             trace += traces.sum().item() * self.layer.rows / len(traces)
         return trace
+
+
+def _reached(slopes: Tensor) -> Tensor:
+    """Ones in the gradients' shape (..., channels) at positions that any reaches, zeros at others such as padding.
+
+    Ones everywhere when none reaches the call: the layer lies before an operation without derivatives.
+    """
+    reached = (slopes != 0).any(-1, keepdim=True)
+    return (reached | ~reached.any()).to(slopes.dtype).expand_as(slopes)
 
 
 def stacked(rows: Tensor) -> Tensor:

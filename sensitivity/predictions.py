@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import Batch, LossFn, logits_of, seeded
+from mpq.network.calibration import Batch, LossFn, check_gradient, logits_of, seeded
 
 CHUNK = 2**20  # numbers of logits taken at a time
 TOLERANCE = 1e-3  # of the check that a loss is cross-entropy; float32 errs by about 1e-6
@@ -50,7 +50,7 @@ def predictions(
     handle = model.register_forward_hook(hook)
     try:
         with torch.enable_grad(), replaying(model, outputs):
-            loss = loss_fn(model, batch)
+            loss = check_gradient(loss_fn(model, batch))
     finally:
         handle.remove()
     if not replaced:
@@ -113,7 +113,12 @@ def random_slopes(
     d = sqrt(w) (sqrt(p) e - p (sqrt(p) . e)) with random signs e: all classes take part, which varies less than a
     label drawn from p. With `flips`, such as rows of an orthogonal design, the signs are e * flips.
     """
-    signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8).to(logits.device)
+    asked = weights > 0  # others, such as padding, draw nothing, so that they change nothing for those that count
+    signs = torch.ones(logits.shape, dtype=torch.int8)
+    signs[asked.cpu()] = torch.randint(
+        0, 2, (int(asked.sum()), logits.shape[-1]), generator=generator, dtype=torch.int8
+    )
+    signs = signs.to(logits.device)
     drawn = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     step = _step(logits)
     parts = (torch.split(tensor.reshape(-1, logits.shape[-1]), step) for tensor in (logits, signs, drawn))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mpq.core.errors import MpqError, nearest_names
-from mpq.network.calibration import check_loss
+from mpq.network.calibration import check_gradient, check_loss
 from mpq.sensitivity.graph import differentiable_twice, only_gradients_of, outputs_of
 from mpq.sensitivity.task import Task
 
@@ -74,7 +74,7 @@ def weight_curvature(task: Task, index: int, operator: str = "hessian") -> Itera
     curvature = operator_named(operator)
     weights: list[Tensor] = [task.module(layer).weight for layer in task.layers]  # type: ignore[misc]
     with only_gradients_of(task.model, weights), differentiable_twice(), outputs_of(task.model) as outputs:
-        loss = check_loss(task.loss_fn(task.model, task.batches[index]), index)
+        loss = check_gradient(check_loss(task.loss_fn(task.model, task.batches[index]), index))
         yield curvature(loss, outputs, weights), list(range(len(weights)))
 
 

@@ -22,6 +22,7 @@ from mpq.network.offload import offloaded
 from mpq.rounding import NEEDS_SECOND_MOMENT, method_named
 from mpq.sensitivity import DEFAULT_METRIC, SECOND_DERIVATIVES, metric_named
 from mpq.sensitivity.journal import Journal
+from mpq.sensitivity.samples import check_mean
 from mpq.sensitivity.task import Scores, Task
 
 
@@ -76,6 +77,7 @@ def profile(
         raise MpqError(f"{metric} differentiates twice, which does not go with offload: take {DEFAULT_METRIC}")
     with evaluating(model), offloaded(model, offload) if offload is not None else nullcontext():
         layers = count_macs(model, layers, batches[0], loss_fn)
+        check_mean(model, batches[0], loss_fn)
         reference = mean_loss(model, batches, loss_fn)
         names = tuple(scheme.name for scheme in scheme_tuple)
         settings = {

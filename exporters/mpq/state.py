@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.core.allocation import Allocation
+from mpq.core.allocation import Allocation, check_allocation
 from mpq.core.errors import MpqError
 
 
@@ -18,7 +18,7 @@ def other_state(model: nn.Module, allocation: Allocation) -> tuple[dict[str, Ten
     Raises:
         MpqError: the model's state holds something else than tensors.
     """
-    packed = {f"{name}.weight" for layer in allocation.layers for name in layer.names}
+    packed = {f"{name}.weight" for layer in check_allocation(allocation).layers for name in layer.names}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[Any, str] = {}

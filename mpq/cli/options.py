@@ -1,16 +1,14 @@
 """Options that several commands share, and what they stand for."""
 
 import argparse
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpq.core.errors import MpqError
+from mpq.core.sizes import parse_size
 
 if TYPE_CHECKING:
     from mpq.sources import Source
-
-UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
@@ -85,10 +83,10 @@ def choice_options(parser: argparse.ArgumentParser) -> None:
 
 def size_of(text: str) -> float:
     """Bytes of a size such as 500MB."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
-    if match is None or match[2] not in UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write it as 500MB, 1.5GB or a number of bytes")
-    return float(match[1]) * UNITS[match[2]]
+    try:
+        return parse_size(text)
+    except MpqError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def pairs_of(items: Sequence[str], what: str) -> dict[str, str]:

@@ -135,6 +135,16 @@ class Allocation:
             raise MpqError(f"{os.fspath(path)} is no whole allocation ({reason}): allocate again") from error
 
 
+def check_allocation(value: object) -> Allocation:
+    """The value itself; MpqError when it is something else, such as the name of a format."""
+    if not isinstance(value, Allocation):
+        raise MpqError(
+            f"expected an Allocation, not {value!r:.80}: take a frontier's at(bits=4), or one of its uniform() for a "
+            "single format"
+        )
+    return value
+
+
 def _facts(layer: Layer) -> dict[str, Any]:
     return {item.name: getattr(layer, item.name) for item in fields(layer) if item.name != "name"}
 

@@ -14,6 +14,7 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.problem import Array, Problem
+from mpq.core.sizes import parse_size
 
 BITS_PER_BYTE = 8
 MEASURED_COLUMN = "measured"  # of a saved frontier whose losses were measured; `error` is then theirs
@@ -61,12 +62,14 @@ class Frontier:
         """Average stored bits for each weight at every point (points,); of a frontier in size only."""
         return BITS_PER_BYTE * self._sizes() / self.problem.weights
 
-    def at(self, *, bits: float | None = None, size: float | None = None, cost: float | None = None) -> Allocation:
+    def at(
+        self, *, bits: float | None = None, size: float | str | None = None, cost: float | None = None
+    ) -> Allocation:
         """The best allocation within a budget.
 
         Args:
             bits: largest average of stored bits per weight, scales and zero points counted.
-            size: largest number of bytes of the whole model, with the tensors that no scheme changes.
+            size: largest number of bytes of the whole model, with the tensors that no scheme changes; "500MB" too.
             cost: largest total of the frontier's own cost.
 
         Raises:
@@ -74,7 +77,7 @@ class Frontier:
         """
         return self.allocation(self.index_at(bits=bits, size=size, cost=cost))
 
-    def index_at(self, *, bits: float | None = None, size: float | None = None, cost: float | None = None) -> int:
+    def index_at(self, *, bits: float | None = None, size: float | str | None = None, cost: float | None = None) -> int:
         """Index of the point that `at` returns."""
         if sum(budget is not None for budget in (bits, size, cost)) != 1:
             raise MpqError("name one budget: bits, size or cost")
@@ -83,7 +86,7 @@ class Frontier:
             return self._within("bits", bits, BITS_PER_BYTE / self.problem.weights, 0.0)
         if size is not None:
             self._sizes()
-            return self._within("bytes", size, 1.0, float(self.problem.overhead))
+            return self._within("bytes", parse_size(size), 1.0, float(self.problem.overhead))
         assert cost is not None
         return self._within(self.cost, cost, 1.0, 0.0)
 

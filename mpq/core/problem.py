@@ -13,6 +13,7 @@ from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.patterns import match_names
 from mpq.core.scheme import Scheme, parse_scheme
+from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 
 Array = NDArray[np.float64]
@@ -95,7 +96,7 @@ def build_problem(
     forbid: Mapping[str, str | Iterable[str]] | None = None,
     ties: bool = True,
     costs: Mapping[str, Array] | None = None,
-    budgets: Mapping[str, float] | None = None,
+    budgets: Mapping[str, float | str] | None = None,
 ) -> Problem:
     """The problem that a table poses.
 
@@ -105,7 +106,7 @@ def build_problem(
         forbid: patterns of schemes that layers must not take, by layer pattern.
         ties: whether tied layers (q/k/v, gate/up) share a scheme.
         costs: further costs, name -> (layers, schemes); "size" and "bitops" are there already.
-        budgets: largest totals, by cost name, that every allocation must meet.
+        budgets: largest totals, by cost name, that every allocation must meet; a "size" may read "500MB".
 
     Raises:
         MpqError: a pattern that matches nothing, an unknown cost, or a group with no scheme left (named).
@@ -132,10 +133,11 @@ def build_problem(
     for name in budgets or {}:
         if name not in by_layer:
             raise MpqError(f"there is no cost {name!r} to budget: the problem knows {', '.join(by_layer)}")
+    most = {name: parse_size(limit) if name == "size" else float(limit) for name, limit in (budgets or {}).items()}
     problem = Problem(
         table.layers, table.schemes, groups, _summed(losses, groups), _summed(table.errors**2, groups),
         {name: _summed(np.asarray(cost, dtype=np.float64), groups) for name, cost in by_layer.items()},
-        dict(budgets or {}), table.metric, int(table.provenance.get("overhead", 0)), dict(table.provenance),
+        most, table.metric, int(table.provenance.get("overhead", 0)), dict(table.provenance),
     )  # fmt: skip
     for group in np.flatnonzero(~np.isfinite(problem.losses).any(1)).tolist():
         raise MpqError(

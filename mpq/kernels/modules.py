@@ -161,10 +161,10 @@ class PackedEmbedding(nn.Module):
         self.weight, self.padding_idx = weight, padding_idx
         self.num_embeddings, self.embedding_dim = weight.shape
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(...) -> (..., embedding_dim)."""
         rows: Tensor = torch.ops.mpq.embedding.default(
-            indices, self.weight.tensors, *self.weight.facts, self.weight.dtype
+            input, self.weight.tensors, *self.weight.facts, self.weight.dtype
         )
         return rows
 

@@ -25,10 +25,10 @@ class LayerCast(nn.Module):
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(torch.bfloat16), requires_grad=False)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """`linear(inputs.float(), weight.float(), bias.float())`, exactly."""
+    def forward(self, input: Tensor) -> Tensor:
+        """`linear(input.float(), weight.float(), bias.float())`, exactly."""
         bias = None if self.bias is None else self.bias.float()
-        return functional.linear(inputs.float(), self.weight.float(), bias)
+        return functional.linear(input.float(), self.weight.float(), bias)
 
 
 def layercast(model: nn.Module, *, include: str | Iterable[str] = "*", exclude: str | Iterable[str] = ()) -> nn.Module:

@@ -28,11 +28,11 @@ class LowPrecisionLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.recipe, self.generator = recipe, generator
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The product in few bits; the bias is added in full precision."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
+        rows = input.reshape(-1, input.shape[-1])
         outputs: Tensor = _Products.apply(rows, self.weight, self.recipe, self.generator)  # type: ignore[no-untyped-call]
-        outputs = outputs.view(*inputs.shape[:-1], -1)
+        outputs = outputs.view(*input.shape[:-1], -1)
         return outputs if self.bias is None else outputs + self.bias
 
 

@@ -41,10 +41,10 @@ class ChunkedLinear(nn.Module):
         self.weight, self.bias, self.chunks = layer.weight, layer.bias, chunks
         self.dtype = torch.float32 if isinstance(layer, LayerCast) else layer.weight.dtype
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        return chunked_linear(inputs.to(self.dtype), self.weight.to(self.dtype), bias, self.chunks)
+        return chunked_linear(input.to(self.dtype), self.weight.to(self.dtype), bias, self.chunks)
 
 
 def in_chunks(model: nn.Module, chunks: int) -> nn.Module:

@@ -1,10 +1,12 @@
 """Calibration batches: what a loss needs, checks on what comes in, and generators derived from a seed by name."""
 
+import copy
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +15,8 @@ from torch.nn import functional
 
 from mpq.core.errors import MpqError, NotFiniteError
 from mpq.network.parallel import share, total
+
+IGNORED = -100  # the label of a position without one
 
 Batch: TypeAlias = Any  # a tensor, or a tuple, list or dict of tensors whose first dimension counts samples
 LossFn: TypeAlias = Callable[[nn.Module, Batch], Tensor]  # the mean loss of the batch's samples, a scalar
@@ -67,19 +71,48 @@ def samples_in(batch: Batch) -> int:
     return len(tensors_in(batch)[0])
 
 
+def counted_positions(batch: Batch) -> tuple[Tensor, ...]:
+    """Which positions of a batch count, a bool tensor (samples, positions) of each length that some do not.
+
+    An attention mask (a mapping's entry so called, "decoder_attention_mask" too) hides positions, and so does -100 in a
+    tensor of labels, as in `torch.nn.functional.cross_entropy`. Masks of one shape hide together.
+    """
+    found: dict[tuple[int, ...], Tensor] = {}
+    masks = [part != IGNORED for part in tensors_in(batch) if part.dtype == torch.int64 and part.ndim == 2]
+    if isinstance(batch, Mapping):
+        given = [part for name, part in batch.items() if str(name).endswith("attention_mask")]
+        masks += [part != 0 for part in given if isinstance(part, Tensor) and part.ndim == 2]
+    for mask in masks:
+        if not bool(mask.all()):
+            shape = tuple(mask.shape)
+            found[shape] = found[shape] & mask if shape in found else mask
+    return tuple(found.values())
+
+
 def split_batch(batch: Batch) -> list[Batch]:
     """The batch as batches of one sample, in the same containers."""
     return [take(batch, slice(index, index + 1)) for index in range(samples_in(batch))]
 
 
-def take(batch: Batch, samples: slice) -> Batch:
-    """Some samples of a batch, in the same containers."""
+def take(batch: Batch, samples: slice | list[int]) -> Batch:
+    """Some samples of a batch, in the same containers; tensors of another length than the samples stay whole."""
+    return _take(batch, samples, samples_in(batch))
+
+
+def _take(batch: Batch, samples: slice | list[int], count: int) -> Batch:
     if isinstance(batch, Tensor):
-        return batch[samples] if batch.ndim else batch
+        return batch[samples] if batch.ndim and len(batch) == count else batch
     if isinstance(batch, Mapping):
-        return {name: take(part, samples) for name, part in batch.items()}
+        parts = {name: _take(part, samples, count) for name, part in batch.items()}
+        if not isinstance(batch, MutableMapping):
+            return parts
+        taken = copy.copy(batch)  # its class and what else it holds, such as a tokenizer's encodings
+        for name, part in parts.items():
+            taken[name] = part
+        return taken
     if isinstance(batch, (tuple, list)):
-        return type(batch)(take(part, samples) for part in batch)
+        elements = [_take(part, samples, count) for part in batch]
+        return type(batch)(*elements) if hasattr(batch, "_fields") else type(batch)(elements)
     return batch
 
 
@@ -102,13 +135,26 @@ def check_batches(batches: Iterable[Batch]) -> tuple[Batch, ...]:
     return checked
 
 
-def check_loss(loss: Tensor, batch_index: int) -> Tensor:
-    """The loss itself; NotFiniteError naming the batch when it is NaN or infinite, MpqError when it is no scalar."""
-    if loss.numel() != 1:
-        raise MpqError(f"the loss function must return one number, the batch's mean loss, not {tuple(loss.shape)}")
+def check_loss(loss: object, batch_index: int) -> Tensor:
+    """The loss as a tensor; NotFiniteError naming the batch when it is NaN or infinite, MpqError for no number."""
+    if isinstance(loss, Real):
+        loss = torch.tensor(float(loss))
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        came = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise MpqError(f"the loss function must return one number, the batch's mean loss, but returned {came}")
     if not math.isfinite(loss.item()):
         problem = f"the loss of calibration batch {batch_index} is {loss.item()}"
         raise NotFiniteError(f"{problem}: check the model and this batch")
+    return loss
+
+
+def check_gradient(loss: object) -> Tensor:
+    """The loss itself; MpqError when it cannot be differentiated."""
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        raise MpqError(
+            "the loss carries no gradient: return it as the model's outputs give it, without .item(), .detach() or "
+            "no_grad, or take a metric that only measures, such as 'loss'"
+        )
     return loss
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpq.core.layer import Layer
-from mpq.network.calibration import Batch, LossFn, evaluating
+from mpq.network.calibration import Batch, LossFn, counted_positions, evaluating
+from mpq.network.calls import call_input
 from mpq.network.layers import input_matrix
 from mpq.network.parallel import gathered, share, total
 
@@ -19,15 +21,20 @@ def second_moments(
 ) -> dict[str, Tensor]:
     """Mean of x x^T over samples and positions, by layer name: float32 (cols, cols), or (conv groups, cols, cols).
 
+    Positions that a batch's masks or labels hide are left out (`counted_positions`), in layers whose rows are the
+    batch's positions.
     `forward(model, batch)` runs the model; its result is not used. A weight shared by an embedding and a linear layer
     gets the linear layer's inputs; an embedding alone, and a layer that no batch reaches, is left out.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     widths: dict[str, int] = {}
+    masks: tuple[Tensor, ...] = ()
 
     def collect(name: str, module: nn.Module, inputs: Tensor) -> None:
-        matrix = input_matrix(module, inputs.detach()).float()
+        matrix = counted_rows(input_matrix(module, inputs.detach()), inputs, masks).float()
+        if matrix.shape[-2] == 0:
+            return
         product = half_gram(matrix)
         sums[name] = sums[name].add_(product) if name in sums else product
         counts[name] = counts.get(name, 0) + matrix.shape[-2]
@@ -35,11 +42,24 @@ def second_moments(
 
     with torch.no_grad(), evaluating(model), watching(model, layers, collect):
         for batch in share(batches):
+            masks = counted_positions(batch)
             forward(model, batch)
     sums = total(sums)
     rows = total({name: torch.tensor(count) for name, count in counts.items()})
     widths = gathered(widths)
     return {name: whole_gram(sums.pop(name), widths[name]).div_(max(int(rows[name]), 1)) for name in list(sums)}
+
+
+def counted_rows(matrix: Tensor, inputs: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """The rows of a layer's (..., rows, cols) at positions that count; all where no mask (samples, positions) fits.
+
+    A mask fits when the rows are its positions: `inputs` begin with its samples, positions follow or are flattened.
+    """
+    for mask in masks:
+        for shown in (mask, mask.T):  # samples first, or time first
+            if len(inputs) in (len(shown), shown.numel()) and matrix.shape[-2] == shown.numel():
+                return matrix[..., shown.flatten().to(matrix.device), :]
+    return matrix
 
 
 def half_gram(matrix: Tensor) -> Tensor:
@@ -68,10 +88,14 @@ def watching(
     """Call `see(layer name, module, inputs)` whenever a layer's module runs inside the block, embeddings aside."""
     owners = {model.get_submodule(name): layer.name for layer in layers for name in layer.names}
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        see(owners[module], module, args[0])
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(owners[module], module, call_input(args, kwargs))
 
-    handles = [module.register_forward_pre_hook(hook) for module in owners if not isinstance(module, nn.Embedding)]
+    handles = [
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+        for module in owners
+        if not isinstance(module, nn.Embedding)
+    ]
     try:
         yield
     finally:

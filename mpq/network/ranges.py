@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
-from mpq.network.calibration import Batch, LossFn, evaluating
-from mpq.network.moments import watching
+from mpq.network.calibration import Batch, LossFn, counted_positions, evaluating
+from mpq.network.moments import counted_rows, watching
 
 Ranges = Mapping[str, tuple[float, float]]  # smallest and largest input, by layer name
 
@@ -16,16 +16,23 @@ Ranges = Mapping[str, tuple[float, float]]  # smallest and largest input, by lay
 def input_ranges(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], forward: LossFn) -> Ranges:
     """Smallest and largest input of every layer that a batch reaches, by layer name; embeddings have none.
 
-    `forward(model, batch)` runs the model; its result is not used.
+    Positions that a batch's masks or labels hide do not count. `forward(model, batch)` runs the model;
+    its result is not used.
     """
     found: dict[str, tuple[float, float]] = {}
+    masks: tuple[Tensor, ...] = ()
 
     def see(name: str, module: nn.Module, inputs: Tensor) -> None:
+        if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            inputs = counted_rows(inputs.reshape(-1, inputs.shape[-1]), inputs, masks)
+        if inputs.numel() == 0:
+            return
         low, high = found.get(name, (torch.inf, -torch.inf))
         found[name] = min(low, inputs.min().item()), max(high, inputs.max().item())
 
     with torch.no_grad(), evaluating(model), watching(model, layers, see):
         for batch in batches:
+            masks = counted_positions(batch)
             forward(model, batch)
     return found
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
 from mpq.network.calibration import Batch, LossFn, evaluating
+from mpq.network.calls import call_input
 from mpq.network.layers import layer_kind, weight_matrix
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -54,8 +55,9 @@ def _pairs(model: nn.Module, batch: Batch, forward: LossFn) -> dict[str, str]:
     def produced(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         producers.append((output, names[module]))
 
-    def consumed(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found = [name for output, name in producers if output is args[0]]
+    def consumed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = call_input(args, kwargs)
+        found = [name for output, name in producers if output is inputs]
         if not found:
             raise MpqError(f"batch normalization {names[module]} takes no layer's output: it cannot be folded")
         if pairs.get(found[0], names[module]) != names[module]:
@@ -65,7 +67,7 @@ def _pairs(model: nn.Module, batch: Batch, forward: LossFn) -> dict[str, str]:
     handles = []
     for module in names:
         if isinstance(module, NORMS):
-            handles.append(module.register_forward_pre_hook(consumed))
+            handles.append(module.register_forward_pre_hook(consumed, with_kwargs=True))
         elif layer_kind(module) in ("linear", "conv1d", "conv2d"):
             handles.append(module.register_forward_hook(produced))
     try:

@@ -10,6 +10,7 @@ from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
+from mpq.network.calls import call_input, with_call_input
 from mpq.network.layers import matrix_to_weight, weight_matrix
 from mpq.rounding import NEEDS_SECOND_MOMENT, method_named
 from mpq.rounding.activations import fake_quantize_inputs, straight_through
@@ -102,7 +103,9 @@ class FakeQuantization(nn.Module):
     def _attach(self, index: int, module: nn.Module) -> tuple["torch.utils.hooks.RemovableHandle", ...]:
         name = self.layers[index].name
 
-        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def before(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             scheme = self.schemes.get(name)
             if scheme is None:
                 return None
@@ -110,12 +113,16 @@ class FakeQuantization(nn.Module):
             module.__dict__["weight"] = self._weight(index, module, scheme.weight)
             if scheme.activation is None or isinstance(module, nn.Embedding):
                 return None
-            return (self._inputs(index, module, args[0], scheme.activation), *args[1:])
+            rounded = self._inputs(index, module, call_input(args, kwargs), scheme.activation)
+            return with_call_input(args, kwargs, rounded)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             module.__dict__.pop("weight", None)
 
-        return module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)
+        return (
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, always_call=True),
+        )
 
     def _weight(self, index: int, module: nn.Module, format: Format) -> Tensor:
         matrix, learned = weight_matrix(module), self.learned[index]

@@ -19,7 +19,7 @@ from mpq.sensitivity.kronecker import kronecker
 @pytest.mark.parametrize("name", ["mlp", "convolutions"])
 @pytest.mark.parametrize("schemes", [("int3-channel", "int4-g32"), ("int3-channel+a:int4-token",)])
 def test_the_score_pairs_every_gradient_with_every_change(name, schemes):
-    """Sum over all pairs of positions (p, q) of (d_p . e_q)^2 / (2 M N): what the product of both moments says."""
+    """Sum over all pairs of positions (p, q) of (d_p . e_q)^2 |d_q|^2 / (2 N sum_r |d_r|^2), in each conv group."""
     task = CASES[name](schemes=schemes)
     scores, _ = kronecker(task, labels="data")
     samples = sum(samples_in(batch) for batch in task.batches)
@@ -27,8 +27,14 @@ def test_the_score_pairs_every_gradient_with_every_change(name, schemes):
         for j, scheme in enumerate(task.schemes):
             found = [(change, slope) for _, change, slope in output_differences(task, layer, scheme)]
             changes, slopes = (torch.cat(parts, -2) for parts in zip(*found, strict=True))
-            pairs = (slopes @ changes.mT).square().sum().item()
-            assert scores[i, j] == pytest.approx(0.5 * pairs / changes.shape[-2] / samples, rel=1e-3)
+            assert scores[i, j] == pytest.approx(0.5 * paired(slopes, changes) / samples, rel=1e-3)
+
+
+def paired(slopes, changes):
+    """Sum over groups and pairs of positions of squared products, each change weighted by its share of |d|^2."""
+    squares = slopes.square().sum(-1, keepdim=True)  # (groups, positions, 1)
+    shares = squares / squares.sum(-2, keepdim=True)
+    return ((slopes @ changes.mT).square() * shares.mT).sum().item()
 
 
 def test_one_position_and_one_sample_is_the_fisher_form():
@@ -49,14 +55,14 @@ def test_an_embeddings_tokens_are_counted():
     looked_up = [use for index in range(2) for _, uses in layer_uses(task, index) for use in uses["embed"]]
     tokens = torch.cat([use.inputs.flatten() for use in looked_up if isinstance(use.module, nn.Embedding)])
     slopes = torch.cat([use.gradient.flatten(0, 1) for use in looked_up if isinstance(use.module, nn.Embedding)])
-    total = (slopes @ difference[tokens].T).square().sum().item() / len(tokens)
+    total = paired(slopes, difference[tokens])
     found = [
         (change, output_matrix(use.module, use.gradient))
         for use, change, _ in output_differences(task, layer, task.schemes[0])
         if not isinstance(use.module, nn.Embedding)
     ]
     changes, gradients = (torch.cat(parts) for parts in zip(*found, strict=True))
-    total += (gradients @ changes.T).square().sum().item() / len(changes)
+    total += paired(gradients, changes)
     assert scores[0, 0] == pytest.approx(0.5 * total / samples, rel=1e-3)
 
 
@@ -68,7 +74,8 @@ def test_very_wide_layers_keep_a_diagonal(monkeypatch):
     assert scores[2, 0] == pytest.approx(whole[2, 0])  # 3 channels: kept whole
     found = [(change, slope) for _, change, slope in output_differences(task, task.layers[0], task.schemes[0])]
     changes, slopes = (torch.cat(parts) for parts in zip(*found, strict=True))
-    expected = (slopes.square().sum(0) * changes.square().sum(0)).sum().item() / len(changes) / 11
+    shares = slopes.square().sum(1, keepdim=True) / slopes.square().sum()
+    expected = (slopes.square().sum(0) * (shares * changes.square()).sum(0)).sum().item() / 11
     assert scores[0, 0] == pytest.approx(0.5 * expected, rel=1e-3)
 
 
