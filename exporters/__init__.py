@@ -3,12 +3,19 @@
 Every exporter is called as `export(model, allocation, folder, *, method, second_moments, recipe)` and gives the folder.
 """
 
+import inspect
+import os
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, nearest_names
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # name: (module:function, what it is)
 EXPORTERS: dict[str, tuple[str, str]] = {
@@ -37,3 +44,29 @@ def exporter_named(name: str) -> Callable[..., Path]:
         plugin: Callable[..., Path] = plugins[name].load()
         return plugin
     raise MpqError(f"unknown export target {name!r}: {nearest_names(name, [*EXPORTERS, *plugins])}")
+
+
+def export(
+    model: "nn.Module", allocation: Allocation, folder: str | os.PathLike[str], *, to: str = "mpq", **options: Any
+) -> Path:
+    """Write a model's layers in an allocation's formats, packed for a consumer: `mpq.export`; what was written.
+
+    Args:
+        model: left as it is.
+        allocation: layers and schemes.
+        folder: made when missing.
+        to: a name of EXPORTERS or of a plugin.
+        options: the exporter's own, all optional: `method` (rounding) and `second_moments` for every one, `shard`,
+            `recipe`, `inputs` (onnx, which traces with them), `ranges`, `tokenizer` (gguf).
+
+    Raises:
+        MpqError: an unknown target or option, or what the exporter refuses.
+    """
+    exporter = exporter_named(to)
+    known = [
+        name for name, option in inspect.signature(exporter).parameters.items() if option.kind.name == "KEYWORD_ONLY"
+    ]
+    for name in options:
+        if name not in known:
+            raise MpqError(f"unknown option {name!r} of the exporter {to}: {nearest_names(name, known)}")
+    return exporter(model, allocation, folder, **options)

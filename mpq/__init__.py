@@ -1,7 +1,7 @@
 """Mixed-precision quantization search: per-layer number formats, the whole size/quality frontier, packed weights.
 
-Verbs: `profile`, `frontier`, `quantize`, `export`, `load`, `evaluate`. Nouns: `Format`, `Scheme`, `SensitivityTable`,
-`Problem`, `Frontier`, `Allocation`. Names are imported when they are first used.
+Verbs: `profile`, `frontier`, `simulate`, `quantize`, `export`, `load`, `evaluate`. Nouns: `Format`, `Scheme`,
+`SensitivityTable`, `Problem`, `Frontier`, `Allocation`, `Source`. Names are imported when they are first used.
 """
 
 from importlib import import_module
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from mpq.core.scheme import parse_scheme as parse_scheme
     from mpq.core.table import SensitivityTable as SensitivityTable
     from mpq.evaluation import evaluate as evaluate
-    from mpq.exporters.mpq.checkpoint import export as export
+    from mpq.exporters import export as export
     from mpq.exporters.mpq.checkpoint import load as load
-    from mpq.quantized import simulate as quantize
+    from mpq.quantized import simulate as simulate
     from mpq.search import frontier_of as frontier
     from mpq.sensitivity.profile import profile as profile
+    from mpq.sources import Source as Source
+    from mpq.sources import open_source as open_source
+    from mpq.verbs import quantize as quantize
 
 _HOMES = {
     "Allocation": "mpq.core.allocation:Allocation",
@@ -33,20 +36,24 @@ _HOMES = {
     "Problem": "mpq.core.problem:Problem",
     "Scheme": "mpq.core.scheme:Scheme",
     "SensitivityTable": "mpq.core.table:SensitivityTable",
+    "Source": "mpq.sources:Source",
     "build_problem": "mpq.core.problem:build_problem",
     "evaluate": "mpq.evaluation:evaluate",
-    "export": "mpq.exporters.mpq.checkpoint:export",
+    "export": "mpq.exporters:export",
     "frontier": "mpq.search:frontier_of",
     "load": "mpq.exporters.mpq.checkpoint:load",
+    "open_source": "mpq.sources:open_source",
     "parse_format": "mpq.core.formats:parse_format",
     "parse_scheme": "mpq.core.scheme:parse_scheme",
     "profile": "mpq.sensitivity.profile:profile",
-    "quantize": "mpq.quantized:simulate",
+    "quantize": "mpq.verbs:quantize",
+    "simulate": "mpq.quantized:simulate",
 }
 __version__ = "0.1.0"
 __all__ = [
-    "Allocation", "Format", "Frontier", "MpqError", "Problem", "Scheme", "SensitivityTable",
-    "build_problem", "evaluate", "export", "frontier", "load", "parse_format", "parse_scheme", "profile", "quantize",
+    "Allocation", "Format", "Frontier", "MpqError", "Problem", "Scheme", "SensitivityTable", "Source",
+    "build_problem", "evaluate", "export", "frontier", "load", "open_source", "parse_format", "parse_scheme", "profile",
+    "quantize", "simulate",
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The stages in a row: profile, search, export, reload, measure, report; every artefact a file in one folder."""
 
+import copy
 import glob
 import inspect
 import math
@@ -74,7 +75,7 @@ def export_to(
     """
     export = exporter_named(name)
     refuse_experts(name, source.model)
-    settings: dict[str, Any] = {"method": method, "recipe": source.recipe}
+    settings: dict[str, Any] = {"method": method, "recipe": source.recipe or None}
     settings["second_moments"] = moments or moments_for(method, source, allocation.layers)
     if "inputs" in inspect.signature(export).parameters:
         settings["inputs"] = _compared_on(source) if name == "mpq" else tensors_in(source.calibration[0])[0][:2]
@@ -240,7 +241,8 @@ def _measure(
     for name, choice in sorted(uniform, key=lambda item: -item[1].bits):
         add(f"all {name}", choice, simulate(source.model, choice, method, moments, trainable=False))
     device = next((parameter.device for parameter in source.model.parameters()), torch.device("cpu"))
-    add("mpq, packed", allocation, checkpoint.load(folder, device=device, trust=trust))
+    own = None if source.recipe else copy.deepcopy(source.model)
+    add("mpq, packed", allocation, checkpoint.load(folder, model=own, device=device, trust=trust))
     return tuple(found)
 
 

@@ -24,7 +24,7 @@ def test_the_face_runs_the_whole_job_in_a_few_lines(tmp_path):
     table = mpq.profile(model, batches, cross_entropy, formats=["int2-g64", "int4-g64", "fp8-e4m3"], progress=False)
     frontier = mpq.frontier(table)
     allocation = frontier.at(bits=5)
-    simulated = mpq.quantize(model, allocation)
+    simulated = mpq.simulate(model, allocation)
     mpq.export(model, allocation, tmp_path / "out")
     packed = mpq.load(tmp_path / "out", model=small_cnn())
     inputs = batches[0][0]
@@ -33,6 +33,47 @@ def test_the_face_runs_the_whole_job_in_a_few_lines(tmp_path):
     assert allocation.bits <= 5
     cross_entropy(simulated.train(), batches[0]).backward()
     assert all(parameter.grad is not None for parameter in simulated.parameters())
+
+
+def test_quantize_does_the_whole_job_for_a_model_of_ones_own(tmp_path):
+    batches = images()
+    source = mpq.Source("mine", small_cnn(), batches, batches, cross_entropy)
+    outcome = mpq.quantize(source, tmp_path / "out", bits=5, formats=FORMATS, metric="fisher", progress=False)
+    assert outcome.allocation.bits <= 5
+    assert outcome.measured[-1].size == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert not [file for file in (tmp_path / "out").iterdir() if "unfinished" in file.name]
+
+
+def test_the_old_spelling_of_simulate_works_and_says_so():
+    model, batches = small_cnn(), images()
+    table = mpq.profile(model, batches, cross_entropy, formats=FORMATS, metric="fisher", progress=False)
+    allocation = mpq.frontier(table).at(bits=5)
+    with pytest.warns(DeprecationWarning, match=r"is mpq\.simulate"):
+        old = mpq.quantize(model, allocation, "nearest", None, trainable=False)
+    new = mpq.simulate(model, allocation, "nearest", None, trainable=False)
+    assert all(torch.equal(old.state_dict()[name], tensor) for name, tensor in new.state_dict().items())
+    with pytest.raises(MpqError, match="needs data beside the model"):
+        mpq.quantize(model, "out", bits=4)
+    with pytest.raises(MpqError, match="the folder to write"):
+        mpq.quantize("tiny-cnn")
+
+
+def test_export_writes_for_every_target_and_names_unknown_options(tmp_path):
+    model, batches = small_cnn(), images()
+    table = mpq.profile(model, batches, cross_entropy, formats=["int8-channel"], metric="fisher", progress=False)
+    allocation = mpq.frontier(table).allocation(0)
+    with pytest.raises(MpqError, match="did you mean gguf"):
+        mpq.export(model, allocation, tmp_path, to="gguff")
+    with pytest.raises(MpqError, match="did you mean shard"):
+        mpq.export(model, allocation, tmp_path, shards=3)
+    pytest.importorskip("onnx")
+    written = mpq.export(model, allocation, tmp_path / "onnx", to="onnx", inputs=batches[0][0][:2])
+    assert list(written.glob("*.onnx"))
+
+
+def test_nouns_parse_their_names():
+    assert mpq.Format.parse("int4-g64") == mpq.parse_format("int4-g64")
+    assert mpq.Scheme.parse("int4-g64+a:int8-token") == mpq.parse_scheme("int4-g64+a:int8-token")
 
 
 def test_every_name_of_the_face_is_there():

@@ -44,6 +44,11 @@ class Format:
     minimum: str = ""
     super_group: int = 0
 
+    @classmethod
+    def parse(cls, name: str) -> "Format":
+        """The format called `name`, as `parse_format`."""
+        return parse_format(name)
+
     @property
     def name(self) -> str:
         """The canonical name: `parse_format(format.name) == format`."""

@@ -42,6 +42,11 @@ class Problem:
     overhead: int = 0  # bytes that no scheme changes
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def from_table(cls, table: SensitivityTable, **restrictions: Any) -> "Problem":
+        """The problem of a table, with the restrictions (pin, forbid, ties, costs, budgets) of `build_problem`."""
+        return build_problem(table, **restrictions)
+
     @property
     def weights(self) -> int:
         """Number of weights in all layers."""

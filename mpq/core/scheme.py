@@ -21,6 +21,11 @@ class Scheme:
     weight: Format
     activation: Format | None = None
 
+    @classmethod
+    def parse(cls, name: str) -> "Scheme":
+        """The scheme called `name`: WEIGHT or WEIGHT+a:ACTIVATION, as `parse_scheme`."""
+        return parse_scheme(name)
+
     @property
     def name(self) -> str:
         """Canonical name: `parse_scheme(scheme.name) == scheme`."""

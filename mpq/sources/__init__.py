@@ -1,7 +1,7 @@
 """Where models and data come from: a name in, a model with calibration and evaluation batches out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,16 +19,19 @@ __all__ = ["Data", "Network", "Source", "open_data", "open_network", "open_sourc
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A model and its data, ready to be profiled and measured."""
+    """A model and its data, ready to be profiled and measured.
+
+    For a model of your own: `Source("mine", model, calibration, evaluation, loss_fn)`.
+    """
 
     name: str
     model: nn.Module
     calibration: tuple[Batch, ...]
     evaluation: tuple[Batch, ...]  # samples that are not in `calibration`
     loss_fn: LossFn
-    kind: str  # "accuracy", "perplexity" or "loss": what `mpq.evaluation.evaluate` measures
-    recipe: Mapping[str, Any]  # JSON values from which `skeleton` builds the model again, without its weights
-    data: str  # name of the data
+    kind: str = "loss"  # "accuracy", "perplexity" or "loss": what `mpq.evaluation.evaluate` measures
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # JSON values from which `skeleton` builds the model again
+    data: str = "own"  # name of the data
     tokenizer: Any = None
 
 

@@ -4,7 +4,7 @@ from problems import make_table
 
 from mpq.core.costs import weight_bytes
 from mpq.core.errors import MpqError
-from mpq.core.problem import build_problem, restricted
+from mpq.core.problem import Problem, build_problem, restricted
 from mpq.core.scheme import parse_scheme
 
 
@@ -38,6 +38,7 @@ def test_an_allocation_gives_tied_layers_one_scheme_and_adds_up():
 
 def test_ties_can_be_cut():
     assert len(build_problem(make_table(1, tie=True), ties=False).groups) == 5
+    assert len(Problem.from_table(make_table(1, tie=True), ties=False).groups) == 5
 
 
 def test_pins_and_bans_leave_only_what_they_allow():
