@@ -22,7 +22,7 @@ from mpq.network.calibration import Batch, cross_entropy, next_token_loss
 from mpq.network.layers import find_layers
 from mpq.network.moments import second_moments
 from mpq.quantized import simulate
-from mpq.rounding import NEEDS_SECOND_MOMENT
+from mpq.rounding import METHODS
 from mpq.sensitivity import DEFAULT_METRIC
 
 LADDER = (
@@ -87,7 +87,7 @@ def run(contest: Contest, metric: str | None, methods: Sequence[str]) -> list[st
     )
     frontier = mpq.frontier(table)
     moments = None
-    if NEEDS_SECOND_MOMENT & set(methods):
+    if any(METHODS[method].second_moment for method in methods):
         moments = second_moments(contest.model, layers, contest.calibration, loss_fn)
     uniforms = dict(frontier.uniform())
     original = measure(contest.model, contest)

@@ -32,7 +32,7 @@ from mpq.network.offload import offloaded
 from mpq.quantized import simulate
 from mpq.rounding import METHODS
 from mpq.search.exact import exact
-from mpq.sensitivity import DEFAULT_METRIC, MEASURED, METRICS, metric_named
+from mpq.sensitivity import DEFAULT_METRIC, METRICS, metric_named
 from mpq.sensitivity.hessian import hessian_traces
 from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.profile import profile
@@ -75,9 +75,9 @@ def predictions(batches: tuple[Batch, ...], formats: tuple[str, ...], quick: boo
         by_format = [spearmanr(table.scores[:, j], oracle.scores[:, j]).statistic for j in range(len(formats))]
         columns = "".join(f"{value:>{len(name) + 2}.2f}" for name, value in zip(formats, by_format, strict=True))
         print(f"{metric:12}{seconds[metric]:>8.1f}{overall:>7.3f}{clearly:>7.3f}   {ratio:>18.2f} {columns}")
-        if metric not in MEASURED:
+        if metric not in METRICS.names(measured=True):
             results.append(result(f"resnet20_rank_correlation_{metric}", overall, ">0.8", overall > 0.8))
-    total = sum(taken for metric, taken in seconds.items() if metric not in MEASURED)
+    total = sum(taken for metric, taken in seconds.items() if metric not in METRICS.names(measured=True))
     return [result("resnet20_profile_all_metrics_but_measured_s", total, "<60", total < 60), *results]
 
 

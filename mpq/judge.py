@@ -17,7 +17,7 @@ from mpq.core.scheme import parse_scheme
 from mpq.core.table import SensitivityTable
 from mpq.network.calibration import Batch, LossFn, check_batches, evaluating
 from mpq.network.moments import second_moments
-from mpq.rounding import NEEDS_SECOND_MOMENT, method_named
+from mpq.rounding import METHODS, method_named
 from mpq.search.exact import exact
 from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.loss import batch_losses, batch_shares, in_scheme
@@ -187,7 +187,7 @@ def _measurer(
     model: nn.Module, batches: tuple[Batch, ...], loss_fn: LossFn, problem: Problem, method: str, progress: bool
 ) -> Callable[[Sequence[NDArray[np.intp]]], Array]:
     """A function that measures loss increases of choices; each layer is rounded once for each scheme."""
-    moments = second_moments(model, problem.layers, batches, loss_fn) if method in NEEDS_SECOND_MOMENT else {}
+    moments = second_moments(model, problem.layers, batches, loss_fn) if METHODS.named(method).second_moment else {}
     schemes = tuple(parse_scheme(name) for name in problem.schemes)
     task = RememberingTask(
         model, batches, loss_fn, problem.layers, schemes, method_named(method),

@@ -34,7 +34,7 @@ from mpq.network.ranges import Ranges, input_ranges
 from mpq.plots import Prediction, draw_frontier, frontier_facts
 from mpq.quantized import simulate
 from mpq.report import Row, write_report
-from mpq.rounding import NEEDS_SECOND_MOMENT
+from mpq.rounding import METHODS
 from mpq.search import frontier_of
 from mpq.sensitivity import DEFAULT_METRIC
 from mpq.sensitivity.profile import profile
@@ -46,7 +46,7 @@ COMPARED = 3  # uniform formats that are measured beside the chosen allocation
 
 def moments_for(method: str, source: Source, layers: Sequence[Layer]) -> Mapping[str, Tensor] | None:
     """The second moments that a rounding method asks for, None where it asks for none."""
-    if method not in NEEDS_SECOND_MOMENT:
+    if not METHODS.named(method).second_moment:
         return None
     return second_moments(source.model, layers, source.calibration, source.loss_fn)
 

@@ -20,7 +20,7 @@ from mpq.network.calibration import Batch, LossFn, check_batches, check_loss, ev
 from mpq.network.fingerprint import fingerprint, model_fingerprint
 from mpq.network.layers import count_macs, find_layers, matrix_to_weight, weight_matrix
 from mpq.proxies.benchmark import DIGITS, Benchmark, spell
-from mpq.rounding import NEEDS_SECOND_MOMENT, method_named
+from mpq.rounding import METHODS, method_named
 from mpq.rounding.reference import dequantize
 from mpq.sensitivity.journal import Journal
 
@@ -94,7 +94,7 @@ def build_benchmark(
     Raises:
         MpqError: unknown names, schemes that quantize activations, patterns without a layer, bad data.
     """
-    if method in NEEDS_SECOND_MOMENT:
+    if METHODS.named(method).second_moment:
         raise MpqError(f"a benchmark rounds without calibration data, which {method} needs: take 'mse' or 'nearest'")
     batches = check_batches(batches)
     network = copy.deepcopy(model).eval()

@@ -4,25 +4,36 @@ entry-point group "mpq.searches".
 
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
-from mpq.core.errors import MpqError, nearest_names
 from mpq.core.frontier import Frontier
 from mpq.core.problem import Array, build_problem
+from mpq.core.registry import Registry, Search
 from mpq.core.table import SensitivityTable
 
 DEFAULT_SEARCH = "exact"
 
-# name: (module:function, what it is); functions take a Problem and options, and give a Frontier.
-SEARCHES: dict[str, tuple[str, str]] = {
-    "exact": ("mpq.search.exact:exact", "the whole frontier in one cost, proven (core knapsack algorithm)"),
-    "integer": ("mpq.search.integer:integer", "the optimum under several budgets, by HiGHS (HAWQ-V3)"),
-    "cheapest": ("mpq.search.surface:cheapest", "the smallest of at most a predicted loss, by HiGHS"),
-    "monotone": ("mpq.search.monotone:monotone", "less sensitive layers never get more bits (HAWQ-V2)"),
-    "quadratic": ("mpq.search.quadratic:quadratic", "the optimum when pairs of layers interact (CLADO), by HiGHS"),
-    "evolution": ("mpq.search.evolution:evolution", "measured loss: level switches (EvoPress), NSGA-II/III, by Optuna"),
-}
+# Functions take a Problem and options, and give a Frontier.
+SEARCHES: Registry[Search] = Registry(
+    Search,
+    "search",
+    "mpq.searches",
+    [
+        Search("exact", "mpq.search.exact:exact", "the whole frontier in one cost, proven (core knapsack algorithm)"),
+        Search("integer", "mpq.search.integer:integer", "the optimum under several budgets, by HiGHS (HAWQ-V3)"),
+        Search("cheapest", "mpq.search.surface:cheapest", "the smallest of at most a predicted loss, by HiGHS"),
+        Search("monotone", "mpq.search.monotone:monotone", "less sensitive layers never get more bits (HAWQ-V2)"),
+        Search(
+            "quadratic", "mpq.search.quadratic:quadratic", "the optimum when pairs of layers interact (CLADO), by HiGHS"
+        ),
+        Search(
+            "evolution",
+            "mpq.search.evolution:evolution",
+            "measured loss: level switches (EvoPress), NSGA-II/III, by Optuna",
+            measures=True,
+        ),
+    ],
+)
 
 
 def frontier_of(
@@ -56,15 +67,7 @@ def frontier_of(
 
 def search_named(name: str) -> Callable[..., Frontier]:
     """The search called `name`, ours or a plugin's; MpqError with the known names when there is none."""
-    plugins = {entry.name: entry for entry in entry_points(group="mpq.searches")}
-    if name in SEARCHES:
-        module, _, function = SEARCHES[name][0].partition(":")
-        search: Callable[..., Frontier] = getattr(import_module(module), function)
-        return search
-    if name in plugins:
-        plugin: Callable[..., Frontier] = plugins[name].load()
-        return plugin
-    raise MpqError(f"unknown search {name!r}: {nearest_names(name, [*SEARCHES, *plugins])}")
+    return SEARCHES.named(name).load()
 
 
 def __getattr__(name: str) -> object:

@@ -15,7 +15,7 @@ from mpq.core.scheme import Scheme, parse_scheme
 from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in
 from mpq.network.layers import find_layers
 from mpq.network.moments import second_moments
-from mpq.rounding import NEEDS_SECOND_MOMENT, method_named
+from mpq.rounding import METHODS, method_named
 from mpq.sensitivity.graph import outputs_of
 from mpq.sensitivity.loss import batch_losses, batch_shares, in_scheme
 from mpq.sensitivity.predictions import predictions
@@ -58,7 +58,7 @@ def interactions(
     parsed = tuple(parse_scheme(scheme) if isinstance(scheme, str) else scheme for scheme in schemes)
     with evaluating(model):
         reference = mean_loss(model, batches, loss_fn)
-        moments = second_moments(model, layers, batches, loss_fn) if method in NEEDS_SECOND_MOMENT else {}
+        moments = second_moments(model, layers, batches, loss_fn) if METHODS.named(method).second_moment else {}
         task = RememberingTask(
             model, batches, loss_fn, layers, parsed, method_named(method), progress=progress, second_moments=moments
         )

@@ -19,8 +19,8 @@ from mpq.network.fingerprint import fingerprint, model_fingerprint
 from mpq.network.layers import count_macs, find_layers, weight_matrix
 from mpq.network.moments import second_moments
 from mpq.network.offload import offloaded
-from mpq.rounding import NEEDS_SECOND_MOMENT, method_named
-from mpq.sensitivity import DEFAULT_METRIC, SECOND_DERIVATIVES, metric_named
+from mpq.rounding import METHODS
+from mpq.sensitivity import DEFAULT_METRIC, METRICS
 from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.samples import check_mean
 from mpq.sensitivity.task import Scores, Task
@@ -71,9 +71,9 @@ def profile(
     """
     batches = check_batches(batches)
     scheme_tuple = _distinct(formats)
-    score, rounding = metric_named(metric), method_named(method)
+    scorer, rounding = METRICS.named(metric), METHODS.named(method)
     layers = find_layers(model, include, exclude)
-    if offload is not None and metric in SECOND_DERIVATIVES:
+    if offload is not None and scorer.second_order:
         raise MpqError(f"{metric} differentiates twice, which does not go with offload: take {DEFAULT_METRIC}")
     with evaluating(model), offloaded(model, offload) if offload is not None else nullcontext():
         layers = count_macs(model, layers, batches[0], loss_fn)
@@ -86,10 +86,10 @@ def profile(
             "weights": model_fingerprint(model),
             "data": fingerprint(tensor for batch in batches for tensor in tensors_in(batch)),
         }  # fmt: skip
-        moments = second_moments(model, layers, batches, loss_fn) if method in NEEDS_SECOND_MOMENT else {}
+        moments = second_moments(model, layers, batches, loss_fn) if rounding.second_moment else {}
         journal = Journal(resume, settings)
-        task = Task(model, batches, loss_fn, layers, scheme_tuple, rounding, seed, journal, progress, moments)
-        scores, errors = partial(score, **(options or {}))(task)
+        task = Task(model, batches, loss_fn, layers, scheme_tuple, rounding.load(), seed, journal, progress, moments)
+        scores, errors = partial(scorer.load(), **(options or {}))(task)
     _check_finite(layers, scheme_tuple, metric, (scores, errors))
     facts: dict[str, Any] = {
         "metric": metric, "options": dict(options or {}), "method": method, "seed": seed,

@@ -19,6 +19,7 @@ from mpq.network.layers import weight_matrix
 from mpq.network.parallel import place, share
 from mpq.rounding import Method
 from mpq.rounding.reference import dequantize
+from mpq.sensitivity import METRICS
 from mpq.sensitivity.journal import Journal
 
 Item = TypeVar("Item")
@@ -96,18 +97,6 @@ class RememberingTask(Task):
         return self.rounded[key]
 
 
-SCORES_ACTIVATIONS = (
-    "kl-curvature",
-    "quadratic",
-    "gradient",
-    "output",
-    "kronecker",
-    "hessian",
-    "gptq",
-    "loss",
-    "divergence",
-    "wrong",
-)  # metrics that say something of activation formats
 Metric: TypeAlias = Callable[..., Scores]  # metric(task, **options)
 
 # Of a layer: scores by row of its weight matrix, (rows, schemes), and standard errors of their sums, (schemes,).
@@ -139,7 +128,7 @@ def score_weight_errors(
         if scheme.activation is not None and activation is None:
             raise MpqError(
                 f"this metric scores weight formats only, not {scheme.name}: take one of "
-                f"{', '.join(SCORES_ACTIVATIONS)} for it"
+                f"{', '.join(METRICS.names(activations=True))} for it"
             )
 
     def both(layer: Layer, scheme: Scheme, difference: Tensor) -> tuple[float, float]:

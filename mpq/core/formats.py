@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.metadata import entry_points
 
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.grids import (
@@ -17,6 +16,7 @@ from mpq.core.grids import (
     float_grid,
     int_grid,
 )
+from mpq.core.registry import load_plugin, plugins_of
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def _grid(name: str, match: re.Match[str]) -> Grid:
 
 @lru_cache(maxsize=1)
 def _plugins() -> Mapping[str, Format]:
-    return {point.name: point.load() for point in entry_points(group="mpq.formats")}
+    return {name: load_plugin(point) for name, point in plugins_of("mpq.formats").items()}
 
 
 # What a search chooses from unless told otherwise: integers that every backend runs, from 2 to 8 bits.

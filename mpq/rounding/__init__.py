@@ -1,31 +1,35 @@
 """How codes are chosen: one method, one file. A method takes a weight (rows, cols), a format and, where the layer's
-inputs are known, their second moment sum(x x^T), (cols, cols) or (conv groups, cols, cols).
+inputs are known, their second moment sum(x x^T), (cols, cols) or (conv groups, cols, cols). Plugins add methods through
+the entry-point group "mpq.roundings".
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
-from torch import Tensor
-
-from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import Format
-from mpq.rounding.clip_search import clip_search
-from mpq.rounding.gptq import gptq
-from mpq.rounding.reference import Quantized, quantize
+from mpq.core.registry import Registry, Rounding
 
-Method = Callable[[Tensor, Format, Tensor | None], Quantized]
+if TYPE_CHECKING:
+    from torch import Tensor
 
+    from mpq.rounding.reference import Quantized
 
-def nearest(weight: Tensor, format: Format, second_moment: Tensor | None = None) -> Quantized:
-    """Round to nearest with scales from the largest magnitude; the second moment is not used."""
-    return quantize(weight, format)
+Method: TypeAlias = "Callable[[Tensor, Format, Tensor | None], Quantized]"
 
-
-METHODS: dict[str, Method] = {"nearest": nearest, "mse": clip_search, "gptq": gptq}
-NEEDS_SECOND_MOMENT = frozenset({"gptq"})
+METHODS: Registry[Rounding] = Registry(
+    Rounding,
+    "rounding method",
+    "mpq.roundings",
+    [
+        Rounding("nearest", "mpq.rounding.nearest:nearest", "to the nearest code, scales from the largest magnitude"),
+        Rounding("mse", "mpq.rounding.clip_search:clip_search", "to nearest, scales of least squared error (default)"),
+        Rounding(
+            "gptq", "mpq.rounding.gptq:gptq", "least squared error of the layer's output (GPTQ)", second_moment=True
+        ),
+    ],
+)
 
 
 def method_named(name: str) -> Method:
-    """The rounding method called `name`; MpqError with the known names when there is none."""
-    if name not in METHODS:
-        raise MpqError(f"unknown rounding method {name!r}: {nearest_names(name, METHODS)}")
-    return METHODS[name]
+    """The rounding method called `name`, ours or a plugin's; MpqError with the known names when there is none."""
+    return METHODS.named(name).load()

@@ -12,7 +12,7 @@ from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 from mpq.network.calls import call_input, with_call_input
 from mpq.network.layers import matrix_to_weight, weight_matrix
-from mpq.rounding import NEEDS_SECOND_MOMENT, method_named
+from mpq.rounding import METHODS, method_named
 from mpq.rounding.activations import fake_quantize_inputs, straight_through
 from mpq.rounding.reference import dequantize, round_scales, snap
 from mpq.training.learned import LearnedScales
@@ -53,7 +53,7 @@ class FakeQuantization(nn.Module):
         decay: float = 0.99,
     ) -> None:
         super().__init__()
-        if method in NEEDS_SECOND_MOMENT:
+        if METHODS.named(method).second_moment:
             raise MpqError(
                 f"the method {method} needs the layers' inputs, which change in training: take nearest or mse"
             )

@@ -9,11 +9,11 @@ from small_models import Convolutions, TiedLanguageModel, class_batches, mlp, se
 from torch import nn
 
 from mpq.core.errors import MpqError
+from mpq.core.registry import Metric
 from mpq.core.table import SensitivityTable
 from mpq.network.calibration import cross_entropy, mean_loss, next_token_loss
-from mpq.sensitivity import MEASURED, METRICS, metric_named
+from mpq.sensitivity import METRICS, metric_named
 from mpq.sensitivity.profile import profile
-from mpq.sensitivity.task import SCORES_ACTIVATIONS
 
 SCHEMES = ("int2-channel", "int4-g32", "bf16")
 ALL = sorted(METRICS)
@@ -173,7 +173,7 @@ def nan_scores(task):
 
 
 def test_nan_scores_name_the_layer(monkeypatch):
-    monkeypatch.setitem(METRICS, "broken", (f"{__name__}:nan_scores", ""))
+    monkeypatch.setitem(METRICS.entries, "broken", Metric("broken", nan_scores))
     with pytest.raises(MpqError, match="broken score of layer depthwise in bf16 is nan"):
         run("broken")
 
@@ -200,18 +200,18 @@ def test_unknown_names_are_told(options, message):
         run(**{"metric": "fisher", **options})
 
 
-@pytest.mark.parametrize("metric", sorted(set(ALL) - set(SCORES_ACTIVATIONS)))
+@pytest.mark.parametrize("metric", METRICS.names(activations=False))
 def test_activations_are_refused_where_nothing_is_known_of_them(metric):
     with pytest.raises(MpqError, match=r"weight formats only, not int4-g32\+a:int8"):
         profile(mlp(), class_batches((5,)), cross_entropy, ["int4-g32+a:int8"], metric=metric, progress=False)
 
 
-@pytest.mark.parametrize("metric", SCORES_ACTIVATIONS)
+@pytest.mark.parametrize("metric", METRICS.names(activations=True))
 def test_activations_are_scored(metric):
     schemes = ["int8-g32", "int8-g32+a:int8", "int8-g32+a:int2"]
     scores = profile(mlp(), class_batches((5,)), cross_entropy, schemes, metric=metric, progress=False).scores
     assert metric == "wrong" or (scores[:, 2] != scores[:, 1]).any()
-    if metric not in MEASURED:
+    if metric not in METRICS.names(measured=True):
         assert (scores[:, 2] > scores[:, 1]).all()
         assert (scores[:, 1] > scores[:, 0]).all()
 

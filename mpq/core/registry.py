@@ -1,0 +1,139 @@
+"""Names that users choose by: typed entries, each with a function that is imported when it is first asked for.
+
+A registry holds the package's own entries. Plugins add more through the entry-point group of the registry: the entry
+point gives a function, or an `Entry` of the registry's kind where flags are to be set.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from mpq.core.errors import MpqError, nearest_names
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name, what it does in one line, and its function ("module:function", or the function itself).
+
+    A `family` makes functions: "proxy:FORMULA" is the function that `proxy`'s own gives for FORMULA.
+    """
+
+    name: str
+    function: str | Callable[..., Any]
+    doc: str = ""
+    family: bool = False
+
+    def load(self) -> Callable[..., Any]:
+        """The function, imported if need be."""
+        if not isinstance(self.function, str):
+            return self.function
+        module, _, attribute = self.function.partition(":")
+        function: Callable[..., Any] = getattr(import_module(module), attribute)
+        return function
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Call the function."""
+        return self.load()(*arguments, **options)
+
+
+@dataclass(frozen=True)
+class Metric(Entry):
+    """A sensitivity metric: `function(task, **options)` gives scores and standard errors, (layers, schemes)."""
+
+    activations: bool = False  # scores formats of input activations too
+    second_order: bool = False  # differentiates twice, so the model must fit the device
+    measured: bool = False  # a forward pass over the data for each layer and scheme
+
+
+@dataclass(frozen=True)
+class Search(Entry):
+    """A search: `function(problem, **options)` gives a Frontier."""
+
+    measures: bool = False  # asks a model for losses
+
+
+@dataclass(frozen=True)
+class Exporter(Entry):
+    """A writer of packed weights: `function(model, allocation, folder, *, method, second_moments, ...)`."""
+
+
+@dataclass(frozen=True)
+class Rounding(Entry):
+    """A rounding method: `function(weight, format, second_moment)` gives a Quantized."""
+
+    second_moment: bool = False  # needs sum(x x^T) of the layer's inputs
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class Registry(Mapping[str, E], Generic[E]):
+    """Entries by name, in the order of their table. Iteration gives the package's own names; `named` knows plugins too.
+
+    >>> Registry(Search, "search", "mpq.searches", [Search("best", "builtins:max")]).named("best")([1, 2])
+    2
+    """
+
+    def __init__(self, kind: type[E], what: str, group: str, entries: list[E]) -> None:
+        self.kind, self.what, self.group = kind, what, group
+        self.entries = {entry.name: entry for entry in entries}
+
+    def __getitem__(self, name: str) -> E:
+        return self.entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, entry in self.entries.items() if not entry.family)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def named(self, name: str) -> E:
+        """The entry called `name`, a member of a family ("proxy:FORMULA"), or a plugin's.
+
+        Raises:
+            MpqError: an unknown name (with the nearest), or a plugin that cannot be imported.
+        """
+        if name in self.names():
+            return self.entries[name]
+        family, colon, text = name.partition(":")
+        if colon and family in self.entries and self.entries[family].family:
+            entry = self.entries[family]
+            return replace(entry, name=name, function=entry.load()(text), family=False)
+        plugins = plugins_of(self.group)
+        if name not in plugins:
+            raise MpqError(f"unknown {self.what} {name!r}: {nearest_names(name, [*self, *plugins])}")
+        loaded = load_plugin(plugins[name])
+        return (
+            loaded if isinstance(loaded, self.kind) else self.kind(name, loaded, (loaded.__doc__ or "").split("\n")[0])
+        )
+
+    def names(self, **flags: bool) -> tuple[str, ...]:
+        """The package's own names, those alone whose flags are as given: `names(measured=True)`."""
+        return tuple(
+            name for name in self if all(getattr(self.entries[name], flag) == value for flag, value in flags.items())
+        )
+
+    def markdown(self) -> str:
+        """The table of names, as README and documentation show it."""
+        rows = [f"| `{entry.name}{':...' * entry.family}` | {entry.doc} |" for entry in self.entries.values()]
+        return "\n".join(["| name | what it is |", "|---|---|", *rows])
+
+    def help(self) -> str:
+        """The table of names, as `--help` shows it."""
+        width = max(map(len, self.entries))
+        return "\n".join(f"  {entry.name.ljust(width)}  {entry.doc}" for entry in self.entries.values())
+
+
+def plugins_of(group: str) -> dict[str, EntryPoint]:
+    """Entry points of a group, by name; nothing is imported."""
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def load_plugin(point: EntryPoint) -> Any:
+    """What an entry point names; MpqError when its import fails."""
+    try:
+        return point.load()
+    except Exception as error:
+        raise MpqError(f"the plugin {point.name} ({point.value}) cannot be imported: {error}") from error
