@@ -1,0 +1,83 @@
+"""Scales tuned against the float model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mpq.core.allocation import Allocation
+from mpq.core.formats import parse_format
+from mpq.network.calibration import next_token_loss, seeded
+from mpq.network.layers import find_layers
+from mpq.quantized import quantized_layers
+from mpq.rounding.reference import dequantize, quantize, round_scales
+from mpq.training.tuned_scales import ScaledWeight, Tuning, counted, divergence, tune_scales
+from tests.sensitivity.small_models import TiedLanguageModel, seed_weights
+
+TOKENS = [torch.randint(0, 7, (8, 12), generator=seeded(index)) for index in range(4)]
+
+
+def rounded(model, scheme):
+    allocation = Allocation(find_layers(model), (scheme,) * len(find_layers(model)))
+    return allocation, {layer.name: found for layer, _, found in quantized_layers(model, allocation, "mse")}
+
+
+@pytest.mark.parametrize("scheme", ["int3-channel", "int3-channel-asym", "mxfp4", "nvfp4", "q4_k", "bf16"])
+def test_divergence_falls_while_codes_stay(scheme):
+    model = seed_weights(TiedLanguageModel()).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    allocation, start = rounded(model, scheme)
+    tuned = tune_scales(model, allocation, start, TOKENS, next_token_loss, Tuning(steps=40, rate=1e-2))
+    assert all(torch.equal(tuned[name].codes, start[name].codes) for name in start)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    if not scheme.startswith("int3"):
+        assert all(tuned[name] is start[name] for name in start)
+    else:
+        assert mean_divergence(model, allocation, tuned) < 0.8 * mean_divergence(model, allocation, start)
+    for found in tuned.values():
+        if found.scales is not None and found.format.scale in ("fp16", "e4m3", "e8m0"):
+            assert torch.equal(found.scales, round_scales(found.scales, found.format.scale))
+
+
+def mean_divergence(model, allocation, weights):
+    student = seed_weights(TiedLanguageModel()).eval()
+    with torch.no_grad():
+        for layer in allocation.layers:
+            module = student.get_submodule(layer.name)
+            numbers = dequantize(weights[layer.name])
+            module.weight.copy_(numbers.t() if layer.kind == "transformers-conv1d" else numbers)
+        return sum(divergence(student(batch), model(batch)).item() for batch in TOKENS)
+
+
+@pytest.mark.parametrize("name", ["int4-g8", "int4-g5-asym", "int8", "fp4-e2m1-channel", "q4_1"])
+def test_gradients_are_those_of_the_numbers(name):
+    format, owner = parse_format(name), torch.nn.Linear(12, 6)
+    start = quantize(owner.weight, format)
+    weight = ScaledWeight(start, owner)
+    direction = torch.randn(6, 12, generator=seeded(1))
+    (weight(owner.weight) * direction).sum().backward()
+    step = 1e-3
+    for index in range(min(5, weight.shift.numel())):
+        moved = []
+        for sign in (1, -1):
+            scales = start.scales.clone()
+            scales.view(-1)[index] *= torch.exp(torch.tensor(sign * step))
+            moved.append((dequantize(replace(start, scales=scales)) * direction).sum().item())
+        expected = (moved[0] - moved[1]) / (2 * step)
+        assert weight.shift.grad.view(-1)[index].item() == pytest.approx(expected, rel=1e-2, abs=1e-3)
+
+
+def test_hidden_positions_do_not_count():
+    wanted, logits = torch.randn(2, 2, 5, 7, generator=seeded(3))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 0, 0]])
+    plain = divergence(logits[:, :3], wanted[:, :3])
+    torch.testing.assert_close(divergence(logits, wanted, counted({"attention_mask": mask})), plain)
+
+
+def test_the_same_seed_gives_the_same_scales():
+    model = seed_weights(TiedLanguageModel()).eval()
+    allocation, start = rounded(model, "int3-channel")
+    one, two = (
+        tune_scales(model, allocation, start, TOKENS, next_token_loss, Tuning(steps=3, samples=3)) for _ in range(2)
+    )
+    assert all(torch.equal(one[name].scales, two[name].scales) for name in start)
