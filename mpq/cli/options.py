@@ -1,7 +1,7 @@
 """Options that several commands share, and what they stand for."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpq.core.errors import MpqError
@@ -9,6 +9,20 @@ from mpq.core.sizes import parse_size
 
 if TYPE_CHECKING:
     from mpq.sources import Source
+
+Run = Callable[[argparse.Namespace], None]
+AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
+
+
+def adding_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> AddCommand:
+    """A function that adds a command with its text to these."""
+
+    def command(name: str, run: Run, text: str) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=text, description=text)
+        found.set_defaults(run=run)
+        return found
+
+    return command
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,25 @@
+"""`mpq eval`: a packed model, measured."""
+
+import argparse
+
+from mpq.cli.options import AddCommand, data_options
+
+
+def add(command: AddCommand) -> None:
+    """Add the command to the grammar."""
+    evaluate = command("eval", run, "load a packed model and measure it")
+    evaluate.add_argument("folder", help="what 'mpq quantize' or 'mpq export' wrote")
+    data_options(evaluate)
+    evaluate.add_argument("--trust", action="store_true", help="import the model's own factory")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    from mpq.pipeline import evaluate_folder, megabytes
+
+    quality, allocation = evaluate_folder(
+        options.folder, options.dataset, trust=options.trust, nsamples=options.nsamples, seqlen=options.seqlen,
+        batch_size=options.batch_size, seed=options.seed, device=options.device,
+    )  # fmt: skip
+    size = f"{megabytes(allocation.total)}, {allocation.bits:.3f} bits per weight"
+    print(f"{options.folder}: {quality}, loss {quality.loss:.4f}; {size}")

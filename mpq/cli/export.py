@@ -1,0 +1,29 @@
+"""`mpq export`: packed weights of an allocation."""
+
+import argparse
+
+from mpq.cli.options import AddCommand, model_options, source_of
+
+
+def add(command: AddCommand) -> None:
+    """Add the command to the grammar."""
+    export = command("export", run, "write the packed weights of an allocation")
+    model_options(export)
+    export.add_argument("allocation", help="what 'mpq allocate' wrote")
+    export.add_argument("--method", default="mse", help="rounding: nearest, mse (default) or gptq")
+    export.add_argument("--to", default="mpq", help="mpq (default), compressed-tensors, gguf, ...")
+    export.add_argument("-o", "--output", required=True, help="folder to write")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    from mpq.core.allocation import Allocation
+    from mpq.exporters import exporter_named
+    from mpq.pipeline import export_to, megabytes
+
+    allocation = Allocation.load(options.allocation)
+    exporter_named(options.to)  # before the model is read
+    written = export_to(options.to, source_of(options), allocation, options.output, options.method)
+    files = [written] if written.is_file() else [path for path in written.iterdir() if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    print(f"{written}: {megabytes(size)}, {allocation.bits:.3f} bits per weight")

@@ -1,0 +1,37 @@
+"""`mpq profile`: a sensitivity table."""
+
+import argparse
+
+from mpq.cli.options import AddCommand, model_options, profile_options, profiling_of, source_of
+
+
+def add(command: AddCommand) -> None:
+    """Add the command to the grammar."""
+    profile = command("profile", run, "measure how much each layer suffers in each format")
+    model_options(profile)
+    profile_options(profile)
+    profile.add_argument(
+        "--offload", action="store_true", help="keep the weights in main memory, one module at a time on --device"
+    )
+    profile.add_argument("-o", "--output", required=True, help="table to write, a .csv file")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    from mpq.core.formats import DEFAULT_FORMATS
+    from mpq.network.parallel import own_device, place, processes
+    from mpq.sensitivity.profile import profile
+
+    settings = profiling_of(options)
+    settings["formats"] = settings["formats"] or DEFAULT_FORMATS
+    source = source_of(options, stay=options.offload)
+    with processes(options.device):
+        table = profile(
+            source.model, source.calibration, source.loss_fn, resume=f"{options.output}.unfinished",
+            provenance={"model": source.name, "dataset": source.data},
+            offload=own_device(options.device) if options.offload else None, **settings,
+        )  # fmt: skip
+        if place()[0] > 0:
+            return
+    table.save(options.output)
+    print(f"{options.output}: {len(table.layers)} layers x {len(table.schemes)} formats, metric {table.metric}")
