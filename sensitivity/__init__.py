@@ -71,7 +71,10 @@ METRICS: Registry[Metric] = Registry(
             second_order=True,
         ),
         Metric(
-            "linearity", "mpq.sensitivity.linearity:linearity", "slope of the loss under noise x relative error (HIGGS)"
+            "linearity",
+            "mpq.sensitivity.linearity:linearity",
+            "slope of the loss under noise x relative error (HIGGS)",
+            compares_losses=True,
         ),
         Metric(
             "loss",
@@ -79,6 +82,7 @@ METRICS: Registry[Metric] = Registry(
             "measured loss change, one layer at a time: exact and slow",
             activations=True,
             measured=True,
+            compares_losses=True,
         ),
         Metric(
             "divergence",
@@ -86,6 +90,7 @@ METRICS: Registry[Metric] = Registry(
             "measured KL divergence from the unquantized model",
             activations=True,
             measured=True,
+            compares_losses=True,
         ),
         Metric(
             "wrong",
@@ -93,6 +98,7 @@ METRICS: Registry[Metric] = Registry(
             "measured change of the share of wrong predictions",
             activations=True,
             measured=True,
+            compares_losses=True,
         ),
         Metric(
             "proxy",

@@ -113,6 +113,8 @@ def stream_uses(task: Task, piece: Piece, see: See, *, labels: str, draws: int =
         for sample in piece.split(1):
             stream_uses(task, sample, see, labels=labels, draws=draws)
         return
+    if not calls:
+        return
     top, weights = [loss], [torch.ones(())]
     if labels == "data":
         check_gradient(loss)
@@ -122,7 +124,7 @@ def stream_uses(task: Task, piece: Piece, see: See, *, labels: str, draws: int =
         weights = [found.weights for found in predictions(task.model, piece.batch, task.loss_fn, outputs)]
     outputs.clear()
     for draw in range(draws):
-        slopes = [torch.full_like(loss, piece.samples)]
+        slopes = [torch.full_like(loss, 0 if task.flat else piece.samples)]
         if labels == "model":
             seeds = Draw((piece.index, piece.start, draw))
             slopes = slopes_of(task, seeds, top, [weight * piece.samples for weight in weights])

@@ -217,9 +217,13 @@ def _run(
         if asked is None and draws != [None]:
             asked = predictions(task.model, batch, task.loss_fn)
     outputs = [output for *_, output in recorded]
+    if not outputs:
+        for _ in draws:
+            yield {layer.name: [] for layer in task.layers}
+        return
     for number, draw in enumerate(draws, 1):
         if draw is None or asked is None:
-            top, slopes = [check_gradient(loss)], [torch.full_like(loss, samples)]
+            top, slopes = [check_gradient(loss)], [torch.full_like(loss, 0 if task.flat else samples)]
         else:
             top, slopes = logits, slopes_of(task, draw, logits, [found.weights * samples for found in asked])
         gradients = torch.autograd.grad(

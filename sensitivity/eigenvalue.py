@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpq.core.errors import MpqError
+from mpq.core.evidence import supported
 from mpq.core.layer import Layer
 from mpq.core.table import SensitivityTable
 from mpq.network.calibration import samples_in, seeded, take
@@ -63,11 +64,12 @@ def fine_tuning_order(table: SensitivityTable, schemes: Mapping[str, str]) -> tu
     """
     if table.metric != "eigenvalue":
         raise MpqError(f"HAWQ's fine-tuning order wants a table of the metric 'eigenvalue', not of {table.metric!r}")
+    scores, _, _ = supported(table)
     omegas: dict[str, float] = {}
     for i, layer in enumerate(table.layers):
         if schemes.get(layer.name) not in table.schemes:
             raise MpqError(f"layer {layer.name} has no scheme of the table's: {', '.join(table.schemes)}")
-        omegas[layer.name] = 2 * layer.params * float(table.scores[i, table.schemes.index(schemes[layer.name])])
+        omegas[layer.name] = 2 * layer.params * float(scores[i, table.schemes.index(schemes[layer.name])])
     return tuple(sorted(omegas, key=lambda name: -omegas[name]))
 
 

@@ -21,6 +21,7 @@ from mpq.network.moments import second_moments
 from mpq.network.offload import offloaded
 from mpq.rounding import METHODS
 from mpq.sensitivity import DEFAULT_METRIC, METRICS
+from mpq.sensitivity.evidence import flat_loss, reaching, without_evidence
 from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.samples import check_mean
 from mpq.sensitivity.task import Scores, Task
@@ -45,7 +46,8 @@ def profile(
 ) -> SensitivityTable:
     """Predict the loss increase of every layer in every scheme.
 
-    The model is measured in evaluation mode and left as it came, bit for bit. No copy of it is made.
+    The model is measured in evaluation mode and left as it came, bit for bit. No copy of it is made. A layer whose
+    scores nothing supports, because no sample or no gradient reaches it, has NaN, and the table's `reasons` say why.
 
     Args:
         model: any module with Linear, Conv1d, Conv2d, Embedding or transformers' Conv1D layers.
@@ -78,7 +80,8 @@ def profile(
     with evaluating(model), offloaded(model, offload) if offload is not None else nullcontext():
         layers = count_macs(model, layers, batches[0], loss_fn)
         check_mean(model, batches[0], loss_fn)
-        reference = mean_loss(model, batches, loss_fn)
+        with reaching(model, layers) as reached:
+            reference = mean_loss(model, batches, loss_fn)
         names = tuple(scheme.name for scheme in scheme_tuple)
         settings = {
             "metric": metric, "options": dict(options or {}), "method": method, "seed": seed,
@@ -88,15 +91,19 @@ def profile(
         }  # fmt: skip
         moments = second_moments(model, layers, batches, loss_fn) if rounding.second_moment else {}
         journal = Journal(resume, settings)
-        task = Task(model, batches, loss_fn, layers, scheme_tuple, rounding.load(), seed, journal, progress, moments)
-        scores, errors = partial(scorer.load(), **(options or {}))(task)
-    _check_finite(layers, scheme_tuple, metric, (scores, errors))
+        flat = not scorer.compares_losses and flat_loss(model, batches[0], loss_fn)
+        task = Task(
+            model, batches, loss_fn, layers, scheme_tuple, rounding.load(), seed, journal, progress, moments, flat
+        )
+        found = partial(scorer.load(), **(options or {}))(task)
+        _check_finite(layers, scheme_tuple, metric, found)
+        (scores, errors), reasons = without_evidence(task, found, reached, scorer.compares_losses)
     facts: dict[str, Any] = {
         "metric": metric, "options": dict(options or {}), "method": method, "seed": seed,
         "nsamples": sum(samples_in(batch) for batch in batches), "reference_loss": reference,
         "overhead": _other_bytes(model, layers), **(provenance or {}),
     }  # fmt: skip
-    table = SensitivityTable(layers, names, scores, errors, metric, facts)
+    table = SensitivityTable(layers, names, scores, errors, metric, facts, reasons)
     journal.close()
     return table
 

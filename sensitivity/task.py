@@ -40,6 +40,7 @@ class Task:
     journal: Journal = field(default_factory=lambda: Journal(None, {}))
     progress: bool = False
     second_moments: Mapping[str, Tensor] = field(default_factory=dict)  # of inputs, for methods that need them
+    flat: bool = False  # the loss has no gradient at this model: the data's labels say nothing
 
     def module(self, layer: Layer) -> nn.Module:
         """The module that holds the layer's weight."""

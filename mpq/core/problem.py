@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from mpq.core.allocation import Allocation
 from mpq.core.costs import bitops, weight_bytes
 from mpq.core.errors import MpqError
+from mpq.core.evidence import supported
 from mpq.core.layer import Layer
 from mpq.core.patterns import match_names
 from mpq.core.scheme import Scheme, parse_scheme
@@ -106,7 +107,8 @@ def build_problem(
     """The problem that a table poses.
 
     Args:
-        table: losses of every layer and scheme; a NaN forbids the scheme.
+        table: losses of every layer and scheme; a NaN forbids the scheme. A layer without scores for a reason that the
+            table gives counts as the median of its kind (`mpq.core.evidence`), which the provenance then says.
         pin: scheme by layer pattern; the matching layers take it and nothing else. The scheme must be in the table.
         forbid: patterns of schemes that layers must not take, by layer pattern.
         ties: whether tied layers (q/k/v, gate/up) share a scheme.
@@ -114,10 +116,13 @@ def build_problem(
         budgets: largest totals, by cost name, that every allocation must meet; a "size" may read "500MB".
 
     Raises:
-        MpqError: a pattern that matches nothing, an unknown cost, or a group with no scheme left (named).
+        MpqError: a pattern that matches nothing, an unknown cost, or a group with no scheme left (named), or
+            a layer of which nothing is known, nor of others of its kind.
     """
-    losses = np.where(np.isnan(table.scores), np.inf, table.scores)
     names = [layer.name for layer in table.layers]
+    pinned = {name for pattern in pin or {} for name in match_names(pattern, names)}
+    scores, errors, assumed = supported(table, pinned)
+    losses = np.where(np.isnan(scores), np.inf, scores)
     for pattern, scheme in (pin or {}).items():
         wanted = parse_scheme(scheme).name
         if wanted not in table.schemes:
@@ -140,9 +145,9 @@ def build_problem(
             raise MpqError(f"there is no cost {name!r} to budget: the problem knows {', '.join(by_layer)}")
     most = {name: parse_size(limit) if name == "size" else float(limit) for name, limit in (budgets or {}).items()}
     problem = Problem(
-        table.layers, table.schemes, groups, _summed(losses, groups), _summed(table.errors**2, groups),
+        table.layers, table.schemes, groups, _summed(losses, groups), _summed(errors**2, groups),
         {name: _summed(np.asarray(cost, dtype=np.float64), groups) for name, cost in by_layer.items()},
-        most, table.metric, int(table.provenance.get("overhead", 0)), dict(table.provenance),
+        most, table.metric, int(table.provenance.get("overhead", 0)), {**table.provenance, **assumed},
     )  # fmt: skip
     for group in np.flatnonzero(~np.isfinite(problem.losses).any(1)).tolist():
         raise MpqError(

@@ -45,6 +45,7 @@ class Metric(Entry):
     activations: bool = False  # scores formats of input activations too
     second_order: bool = False  # differentiates twice, so the model must fit the device
     measured: bool = False  # a forward pass over the data for each layer and scheme
+    compares_losses: bool = False  # so that a score of 0 is found, not for want of a gradient
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("layer", "kind", "rows", "cols", "macs", "tie", "aliases", "metric", "format", "bytes", "score", "error")
 ROW_COUNT = "rows"  # key of the first line that says how many rows follow, so that a truncated file is noticed
+REASONS = "reasons"  # key of the first line that holds the reasons for missing scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,8 @@ class SensitivityTable:
     """Layers x schemes -> score.
 
     Raises:
-        MpqError: shapes that do not fit, a name twice, or an infinite score or error (named).
+        MpqError: shapes that do not fit, a name twice, an infinite score or error, or a reason for a layer that has
+            scores (named).
     """
 
     layers: tuple[Layer, ...]
@@ -40,6 +42,7 @@ class SensitivityTable:
     errors: NDArray[np.float64]  # (layers, schemes), standard errors; 0 where the score is exact
     metric: str
     provenance: Mapping[str, Any] = field(default_factory=dict)  # JSON values: model, data, seed, method, ...
+    reasons: Mapping[str, str] = field(default_factory=dict)  # why a layer's scores are all NaN: nothing supports them
 
     def __post_init__(self) -> None:
         shape = (len(self.layers), len(self.schemes))
@@ -54,6 +57,10 @@ class SensitivityTable:
                 layer, scheme = self.layers[row].name, self.schemes[column]
                 raise MpqError(f"the {self.metric} {field_name} of layer {layer} in {scheme} are infinite")
             object.__setattr__(self, field_name, values)
+        without = {layer.name for layer, row in zip(self.layers, self.scores, strict=True) if np.isnan(row).all()}
+        for name in self.reasons:
+            if name not in without:
+                raise MpqError(f"a reason for having no scores came for {name}, which is no layer without scores")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SensitivityTable):
@@ -63,6 +70,7 @@ class SensitivityTable:
             and np.array_equal(self.scores, other.scores, equal_nan=True)
             and np.array_equal(self.errors, other.errors, equal_nan=True)
             and dict(self.provenance) == dict(other.provenance)
+            and dict(self.reasons) == dict(other.reasons)
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -86,7 +94,8 @@ class SensitivityTable:
 
         Its first line is `# ` and the provenance as JSON. Numbers are written in full, so `load` gives the same table.
         """
-        header = {**self.provenance, ROW_COUNT: len(self.layers) * len(self.schemes)}
+        reasons = {REASONS: dict(self.reasons)} if self.reasons else {}
+        header = {**self.provenance, **reasons, ROW_COUNT: len(self.layers) * len(self.schemes)}
         with write_atomically(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
             stream.write(f"# {json.dumps(header)}\n")
             writer = csv.writer(stream, lineterminator="\n")
@@ -125,6 +134,7 @@ def _parse(text: str) -> SensitivityTable:
         raise ValueError("no rows")
     if len(records) != provenance.pop(ROW_COUNT, len(records)):
         raise ValueError("rows are missing")
+    reasons = provenance.pop(REASONS, {})
     layers = tuple(dict.fromkeys(_layer(record) for record in records))
     schemes = tuple(dict.fromkeys(parse_scheme(record["format"]).name for record in records))
     metrics = {record["metric"] for record in records}
@@ -136,7 +146,7 @@ def _parse(text: str) -> SensitivityTable:
         raise ValueError("not every layer has every format, in the same order")
     numbers = np.array([[float(record["score"]), float(record["error"])] for record in records])
     scores, errors = numbers.T.reshape(2, len(layers), len(schemes))
-    return SensitivityTable(layers, schemes, scores.copy(), errors.copy(), metrics.pop(), provenance)
+    return SensitivityTable(layers, schemes, scores.copy(), errors.copy(), metrics.pop(), provenance, reasons)
 
 
 def _layer(record: Mapping[str, str]) -> Layer:

@@ -1,0 +1,104 @@
+"""What supports a score: samples that reach a layer, and gradients that come back. Without them it is NaN, never 0."""
+
+import copy
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpq.core.layer import Layer
+from mpq.network.calibration import Batch, LossFn, logits_of, seeded
+from mpq.network.calls import call_input
+from mpq.network.parallel import gathered
+from mpq.sensitivity.predictions import replaying
+from mpq.sensitivity.task import Scores, Task
+
+log = logging.getLogger(__name__)
+
+UNREACHED = "no calibration sample reaches it: its module is never called, or with no rows"
+NO_GRADIENT = "no gradient of the loss reaches it: no_grad, detach, argmax or the like lies behind it"
+FLAT = "the loss has no gradient at this model, as a distance to the model's own outputs has none"
+
+SHIFT = 1e-3  # of outputs, relative to their size
+NOISE = 1e-2  # of the gradient that such a shift makes
+
+
+@contextmanager
+def reaching(model: nn.Module, layers: Sequence[Layer]) -> Iterator[set[str]]:
+    """Names of the layers whose modules are called with at least one row inside the block."""
+    owners = {model.get_submodule(name): layer.name for layer in layers for name in layer.names}
+    reached: set[str] = set()
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if call_input(args, kwargs).numel():
+            reached.add(owners[module])
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in owners]
+    try:
+        yield reached
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def without_evidence(task: Task, scores: Scores, reached: set[str], measured: bool) -> tuple[Scores, dict[str, str]]:
+    """The scores with NaN where nothing supports them, and the reasons by layer name, which the log tells too.
+
+    That is where a layer's scores are all 0 though its weights change; of a metric that measures, where no sample
+    reaches the layer besides.
+    """
+    reached = set(gathered(dict.fromkeys(reached)))
+    values, errors = (numbers.copy() for numbers in scores)
+    reasons: dict[str, str] = {}
+    for i, layer in enumerate(task.layers):
+        if values[i].any() or errors[i].any() or (measured and layer.name in reached):
+            continue
+        if any(bool(task.weight_error(layer, scheme).any()) for scheme in task.schemes):
+            unsupported = FLAT if task.flat else NO_GRADIENT
+            reasons[layer.name] = unsupported if layer.name in reached else UNREACHED
+            values[i] = errors[i] = np.nan
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name for name, other in reasons.items() if other == reason]
+        shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+        log.warning("%d of %d layers have no score (%s): %s", len(names), len(task.layers), reason, shown)
+    return (values, errors), reasons
+
+
+def flat_loss(model: nn.Module, batch: Batch, loss_fn: LossFn) -> bool:
+    """Whether the loss's gradient in the model's outputs is rounding noise: far below what a small shift makes of it.
+
+    A loss whose outputs are not seen, or that cannot be differentiated, is not asked.
+    """
+    outputs: list[Any] = []
+    handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        with torch.no_grad():
+            loss_fn(model, batch)
+        handle.remove()
+        as_it_is, shifted = (_slope(model, batch, loss_fn, outputs, shift) for shift in (0.0, SHIFT))
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # outputs may be of any kind
+        return False
+    finally:
+        handle.remove()
+    return as_it_is < NOISE * shifted
+
+
+def _slope(model: nn.Module, batch: Batch, loss_fn: LossFn, outputs: Sequence[Any], shift: float) -> float:
+    """Norm of the loss's gradient in the logits of all calls, shifted at random by so much of their size."""
+    logits: list[Tensor] = []
+    given: list[Any] = []
+    for number, output in enumerate(outputs):
+        found = logits_of(output).detach()
+        noise = torch.randn(found.shape, generator=seeded(0, "shift", number)).to(found.device)
+        logits.append((found + shift * found.float().square().mean().sqrt() * noise).requires_grad_())
+        given.append(logits[-1] if isinstance(output, Tensor) else copy.copy(output))
+        if not isinstance(output, Tensor):
+            given[-1].logits = logits[-1]
+    with torch.enable_grad(), replaying(model, given):
+        slopes = torch.autograd.grad(loss_fn(model, batch), logits, materialize_grads=True, allow_unused=True)
+    return math.sqrt(sum(slope.double().square().sum().item() for slope in slopes))

@@ -1,0 +1,61 @@
+"""Layers whose scores nothing supports: what a table keeps of them, and what a problem makes of them."""
+
+import numpy as np
+import pytest
+
+from mpq.core.errors import MpqError
+from mpq.core.evidence import ASSUMED
+from mpq.core.layer import Layer
+from mpq.core.problem import build_problem
+from mpq.core.table import SensitivityTable
+from mpq.search import frontier_of
+
+SCHEMES = ("int2-channel", "int4-channel")
+NAN = [np.nan, np.nan]
+
+
+def table(scores, kinds=None, reasons=None):
+    kinds = kinds or ["linear"] * len(scores)
+    layers = tuple(Layer(f"l{i}", kind, 8, 8 * (i + 1)) for i, kind in enumerate(kinds))
+    errors = np.where(np.isnan(scores), np.nan, 0.0)
+    return SensitivityTable(layers, SCHEMES, np.array(scores), errors, "x", {}, reasons or {})
+
+
+def test_reasons_come_back_from_a_file(tmp_path):
+    one = table([[4.0, 1.0], NAN], reasons={"l1": 'nothing, "at all"'})
+    one.save(tmp_path / "table.csv")
+    found = SensitivityTable.load(tmp_path / "table.csv")
+    assert found == one
+    assert found.reasons == {"l1": 'nothing, "at all"'}
+    assert found != table([[4.0, 1.0], NAN])
+
+
+def test_a_reason_is_of_a_layer_without_scores():
+    with pytest.raises(MpqError, match="l0, which is no layer without scores"):
+        table([[4.0, 1.0], NAN], reasons={"l0": "why"})
+
+
+def test_it_counts_as_the_median_of_its_kind_scaled_by_size():
+    scores = [[1.0, 0.1], [6.0, 0.2], [9.0, np.nan], NAN, [1000.0, 1000.0]]
+    problem = build_problem(
+        table(scores, ["linear"] * 4 + ["embedding"], {"l3": "no sample reaches it"}), budgets={"size": "1kB"}
+    )
+    assert problem.losses[3].tolist() == pytest.approx([3.0 * 4, 0.1 * 4])  # a layer of 4 times the first one's size
+    assert problem.variances[3].tolist() == pytest.approx([144.0, 0.16])
+    assert problem.losses[2, 1] == np.inf  # no reason: it cannot take the scheme
+    assert problem.allocation([0] * 5).provenance[ASSUMED] == {"l3": "no sample reaches it"}
+
+
+def test_it_is_refused_where_nothing_of_its_kind_is_known():
+    alone = table([NAN, [2.0, 1.0]], ["embedding", "linear"], {"l0": "no sample reaches it"})
+    with pytest.raises(MpqError, match=r"nothing is known of layer l0 \(no sample reaches it\)"):
+        frontier_of(alone)
+    pinned = frontier_of(alone, pin={"l0": "int4-channel"})
+    assert pinned.allocation(0).schemes == ("int4-channel", "int2-channel")
+
+
+def test_the_fewest_bits_do_not_go_to_what_is_unknown():
+    """A layer of score 0 would always have taken them."""
+    frontier = frontier_of(table([[4.0, 3.9], NAN, [8.0, 0.1]], reasons={"l1": "why"}))
+    chosen = {allocation.schemes for allocation in frontier}
+    assert ("int2-channel", "int4-channel", "int4-channel") in chosen
