@@ -15,7 +15,7 @@ from mpq.network.calibration import check_loss, cross_entropy, split_batch, take
 from mpq.network.layers import find_layers
 from mpq.network.offload import offloaded
 from mpq.network.ranges import input_ranges
-from mpq.quantized import pack_model
+from mpq.simulated import pack_model
 from mpq.training.fake import FakeQuantization
 
 Pair = namedtuple("Pair", "inputs labels")
@@ -60,7 +60,7 @@ def test_layers_called_by_name_run_simulated_packed_offloaded_and_in_training():
     formats, layers = ["int4-channel+a:int8-token"], find_layers(ByName(True))
     (_, allocation), *_ = mpq.frontier(profiled(ByName(False), formats=formats)).uniform()
     inputs, _ = batches()[0]
-    for change in (lambda model: mpq.quantize(model, allocation), lambda model: pack_model(model, allocation)):
+    for change in (lambda model: mpq.simulate(model, allocation), lambda model: pack_model(model, allocation)):
         assert torch.equal(change(ByName(True))(inputs), change(ByName(False))(inputs))
     models = [ByName(True), ByName(False)]
     assert input_ranges(models[0], layers, batches(), cross_entropy) == input_ranges(
@@ -124,6 +124,6 @@ def test_sizes_are_numbers_or_text_and_allocations_are_no_names():
     assert frontier.at(size="0.2kB") == frontier.at(size=200.0)
     with pytest.raises(MpqError, match=r"invalid size '30x': expected e\.g\. 500MB"):
         frontier.at(size="30x")
-    for use in (mpq.quantize, pack_model):
+    for use in (mpq.simulate, pack_model):
         with pytest.raises(MpqError, match="expected an Allocation, not 'int4-g64'"):
             use(ByName(False), "int4-g64")
