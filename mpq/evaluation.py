@@ -1,14 +1,14 @@
 """How good a model is on data it has not seen: accuracy or perplexity, its standard error, and each sample's part."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from mpq.core.errors import MpqError
@@ -21,8 +21,31 @@ from mpq.network.calibration import (
     logits_of,
     split_batch,
 )
+from mpq.network.shelf import Shelf
 
 KINDS = ("accuracy", "perplexity", "loss")
+IGNORED = -100  # the target of a position that predicts nothing
+TOKENS = 2048  # that pass through a language model at once
+ELEMENTS = 2**24  # of logits that are worked on at once
+WIDE = 2**10  # classes; of more, the original's log-probabilities are kept in float16
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence:
+    """How far predictions are from the original model's, sample by sample."""
+
+    kl: NDArray[np.float64]  # (samples,), mean KL(original || model) of each sample's predictions, nats
+    agreement: NDArray[np.float64]  # (samples,), share of predictions whose top choice is the original's
+    weights: NDArray[np.float64]  # (samples,), predictions of each
+    quantile: float  # KL that 99 % of all predictions stay below
+
+    def mean(self) -> tuple[float, float]:
+        """Mean KL over predictions and its standard error."""
+        return mean_and_error(self.kl, self.weights)
+
+    def agreeing(self) -> tuple[float, float]:
+        """Share of predictions with the original's top choice, and its standard error."""
+        return mean_and_error(self.agreement, self.weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +59,7 @@ class Quality:
     losses: NDArray[np.float64]  # (samples,), mean loss of each
     weights: NDArray[np.float64]  # (samples,), predicted tokens of each; ones for other models
     hits: NDArray[np.bool_] | None = None  # (samples,), right answers of a classifier
+    divergence: Divergence | None = None  # where a reference was given, and for models that have logits
 
     def __str__(self) -> str:
         if self.kind == "accuracy":
@@ -48,15 +72,56 @@ class Quality:
         Raises:
             MpqError: measured on other samples.
         """
-        if not np.array_equal(self.weights, reference.weights):
+        self._check_samples(reference)
+        return mean_and_error(self.losses - reference.losses, self.weights)
+
+    @property
+    def harm(self) -> NDArray[np.float64]:
+        """(samples,): what compression did to each, KL from the original; the loss where there are no logits."""
+        return self.losses if self.divergence is None else self.divergence.kl
+
+    def harm_above(self, other: "Quality") -> tuple[float, float]:
+        """Mean harm above another model's on the same samples, and its standard error; negative: this one is better.
+
+        Raises:
+            MpqError: measured on other samples.
+        """
+        self._check_samples(other)
+        return mean_and_error(self.harm - other.harm, self.weights)
+
+    def _check_samples(self, other: "Quality") -> None:
+        if not np.array_equal(self.weights, other.weights):
             raise MpqError("two qualities can be compared only when they were measured on the same samples")
-        return _mean_and_error(self.losses - reference.losses, self.weights)
+
+
+class Reference:
+    """The original model's quality, and its log-probabilities of every prediction: float16 for large vocabularies."""
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Batch], kind: str, loss_fn: LossFn | None = None,
+        progress: bool = False,
+    ) -> None:  # fmt: skip
+        self.batches, self.kind, self.loss_fn = check_batches(batches), kind, loss_fn
+        self._shelf, self._known = Shelf(), list[Tensor]()
+        self.quality = _evaluate(model, self.batches, kind, loss_fn, progress, self._keep)
+
+    def _keep(self, part: int, log_probs: Tensor) -> Tensor:
+        dtype = torch.float16 if log_probs.shape[-1] > WIDE else torch.float32
+        self._known.append(self._shelf.keep(log_probs.to(dtype)))
+        return log_probs
+
+    def measure(self, model: nn.Module, progress: bool = False) -> Quality:
+        """The quality of another model on the same batches, with its divergence from the original."""
+        return _evaluate(model, self.batches, self.kind, self.loss_fn, progress, self._recall)
+
+    def _recall(self, part: int, log_probs: Tensor) -> Tensor:
+        return self._known[part].to(log_probs.device).float().log_softmax(-1)  # normalized again after rounding
 
 
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], kind: str, loss_fn: LossFn | None = None, progress: bool = False
 ) -> Quality:
-    """Measure a model in evaluation mode, without gradients.
+    """Measure a model in evaluation mode, without gradients; `Reference.measure` compares it with another one.
 
     Args:
         model: gives logits, or an object that has them: (batch, classes), or (batch, time, vocabulary).
@@ -68,62 +133,111 @@ def evaluate(
     Raises:
         MpqError: an unknown kind, empty or NaN data, a loss that is NaN or infinite (naming the batch).
     """
+    return _evaluate(model, check_batches(batches), kind, loss_fn, progress, None)
+
+
+Known = Callable[[int, Tensor], Tensor]  # number of a part of the data, log-probabilities -> the original's
+
+
+def _evaluate(
+    model: nn.Module, batches: Sequence[Batch], kind: str, loss_fn: LossFn | None, progress: bool, known: Known | None
+) -> Quality:
     if kind not in KINDS or (kind == "loss" and loss_fn is None):
         raise MpqError(f"quality is one of {', '.join(KINDS)} (the last with a loss_fn), not {kind!r}")
-    checked = check_batches(batches)
-    losses, weights, hits = [], [], []
+    parts: list[_Part] = []
     with torch.no_grad(), evaluating(model):
-        for index, batch in enumerate(tqdm(checked, desc="evaluation", disable=not progress, leave=False)):
-            if kind == "accuracy":
-                batch_losses, right = _classifier_losses(model, batch)
-                hits.append(right.cpu().numpy())
-            elif kind == "perplexity":
-                batch_losses, tokens = _token_losses(model, batch)
-                weights.append(tokens.cpu().numpy())
-            else:
+        for index, batch in enumerate(tqdm(batches, desc="evaluation", disable=not progress, leave=False)):
+            if kind == "loss":
                 assert loss_fn is not None
-                batch_losses = torch.stack(
+                losses = torch.stack(
                     [check_loss(loss_fn(model, sample), index).reshape(()) for sample in split_batch(batch)]
                 )
-            check_loss(batch_losses.mean(), index)
-            losses.append(batch_losses.double().cpu().numpy())
-    all_losses = np.concatenate(losses)
-    all_weights = np.concatenate(weights).astype(np.float64) if weights else np.ones(len(all_losses))
-    loss, error = _mean_and_error(all_losses, all_weights)
+                found = [_Part(losses, torch.ones_like(losses))]
+            else:
+                found = []
+                for logits, targets in _predictions(model, batch, kind):
+                    found.append(_measure(logits, targets, known, len(parts) + len(found)))
+            check_loss(torch.cat([part.losses for part in found]).mean(), index)
+            parts += found
+    return _quality(kind, parts)
+
+
+class _Part(NamedTuple):
+    """What some samples gave: (samples,) each, but the KL of single predictions."""
+
+    losses: Tensor
+    weights: Tensor  # predictions of each
+    hits: Tensor | None = None
+    kl: Tensor | None = None
+    agreement: Tensor | None = None
+    single: Tensor | None = None  # (predictions,)
+
+
+def _predictions(model: nn.Module, batch: Batch, kind: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (samples, predictions, classes) and targets (samples, predictions), -100 for none, some samples each.
+
+    Few enough that neither a vocabulary's logits nor their float32 copies ever stand whole in memory.
+    """
     if kind == "accuracy":
-        right_answers = np.concatenate(hits)
-        value, error = _mean_and_error(right_answers.astype(np.float64), all_weights)
-        return Quality(kind, value, error, loss, all_losses, all_weights, right_answers)
-    if kind == "perplexity":
-        value = math.exp(min(loss, 700.0))
-        return Quality(kind, value, value * error, loss, all_losses, all_weights)
-    return Quality(kind, loss, error, loss, all_losses, all_weights)
-
-
-def _classifier_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    inputs, labels = batch
-    logits = logits_of(model(inputs)).float()
-    return functional.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
-
-
-def _token_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mean loss per predicted token of each sequence, and how many tokens each predicts."""
-    tokens, options = batch, {}
+        inputs, labels = batch
+        yield logits_of(model(inputs)).unsqueeze(1), labels.unsqueeze(1)
+        return
+    tokens, mask = batch, None
     if isinstance(batch, (tuple, list)):
         (tokens,) = batch
     elif isinstance(batch, Mapping):
-        tokens = batch["input_ids"]
-        options = {name: batch[name] for name in ("attention_mask",) if batch.get(name) is not None}
-    targets = tokens[:, 1:]
-    if options:
-        targets = targets.masked_fill(options["attention_mask"][:, 1:] == 0, -100)
-    logits = logits_of(model(tokens, **options))[:, :-1].float()
-    losses = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # (batch, time - 1)
-    predicted = (targets != -100).sum(1)
-    return losses.sum(1) / predicted.clamp(min=1), predicted
+        tokens, mask = batch["input_ids"], batch.get("attention_mask")
+    few = max(1, TOKENS // tokens.shape[1])
+    for start in range(0, len(tokens), few):
+        part = slice(start, start + few)
+        options = {} if mask is None else {"attention_mask": mask[part]}
+        targets = tokens[part, 1:]
+        if mask is not None:
+            targets = targets.masked_fill(mask[part, 1:] == 0, IGNORED)
+        logits = logits_of(model(tokens[part], **options))[:, :-1]
+        samples = max(1, ELEMENTS // max(logits[0].numel(), 1))
+        yield from zip(torch.split(logits, samples), torch.split(targets, samples), strict=True)
 
 
-def _mean_and_error(values: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
+def _measure(logits: Tensor, targets: Tensor, known: Known | None, number: int) -> _Part:
+    log_probs = logits.float().log_softmax(-1)
+    counted = targets != IGNORED
+    weights = counted.sum(1)
+    each = weights.clamp(min=1)
+    wanted = log_probs.gather(-1, targets.masked_fill(~counted, 0).unsqueeze(-1)).squeeze(-1)
+    losses = -(wanted.double() * counted).sum(1) / each
+    hits = ((log_probs.argmax(-1) == targets) & counted).sum(1) == weights
+    if known is None:
+        return _Part(losses, weights, hits)
+    original = known(number, log_probs)
+    kl = (original.exp() * (original - log_probs)).sum(-1)
+    same = original.argmax(-1) == log_probs.argmax(-1)
+    mean_kl, agreement = ((values.double() * counted).sum(1) / each for values in (kl, same))
+    return _Part(losses, weights, hits, mean_kl, agreement, kl[counted])
+
+
+def _quality(kind: str, parts: Sequence[_Part]) -> Quality:
+    def joined(name: str) -> NDArray[Any]:
+        found: NDArray[Any] = torch.cat([getattr(part, name) for part in parts]).cpu().numpy()
+        return found
+
+    losses, weights = joined("losses").astype(np.float64), joined("weights").astype(np.float64)
+    divergence = None
+    if parts[0].kl is not None:
+        quantile = float(np.quantile(joined("single"), 0.99))
+        divergence = Divergence(joined("kl"), joined("agreement"), weights, quantile)
+    loss, error = mean_and_error(losses, weights)
+    if kind == "accuracy":
+        hits = joined("hits")
+        value, error = mean_and_error(hits.astype(np.float64), weights)
+        return Quality(kind, value, error, loss, losses, weights, hits, divergence)
+    if kind == "perplexity":
+        value = math.exp(min(loss, 700.0))
+        return Quality(kind, value, value * error, loss, losses, weights, None, divergence)
+    return Quality(kind, loss, error, loss, losses, weights)
+
+
+def mean_and_error(values: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
     """Weighted mean and its standard error (that of a ratio of sums; the plain one for equal weights)."""
     total = weights.sum()
     mean = float((values * weights).sum() / total)

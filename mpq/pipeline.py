@@ -6,19 +6,20 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mpq.acceptance import Acceptance, accept
+from mpq.comparison import Measured, compare, sentences
 from mpq.core.allocation import Allocation
-from mpq.core.errors import MpqError, NotFiniteError
+from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.formats import DEFAULT_FORMATS, Format
-from mpq.core.frontier import Frontier
-from mpq.core.layer import Layer
+from mpq.core.frontier import BITS_PER_BYTE, Frontier
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 from mpq.evaluation import Quality, evaluate
@@ -26,29 +27,19 @@ from mpq.exporters import exporter_named
 from mpq.exporters.folder import refuse_foreign
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.targets import check_model, consumer_named, forbidden
+from mpq.measuring import Measurer, moments_for
+from mpq.network.batchnorm import with_means
 from mpq.network.calibration import take, tensors_in
 from mpq.network.experts import has_experts
-from mpq.network.layers import find_layers
-from mpq.network.moments import second_moments
 from mpq.network.ranges import Ranges, input_ranges
 from mpq.plots import Prediction, draw_frontier, frontier_facts
-from mpq.quantized import simulate
 from mpq.report import Row, write_report
-from mpq.rounding import METHODS
 from mpq.search import frontier_of
 from mpq.sensitivity import DEFAULT_METRIC
 from mpq.sensitivity.profile import profile
 from mpq.sources import Source, open_source
 
 CHECKED = 2  # calibration samples on which the exported model is compared with the simulated one
-COMPARED = 3  # uniform formats that are measured beside the chosen allocation
-
-
-def moments_for(method: str, source: Source, layers: Sequence[Layer]) -> Mapping[str, Tensor] | None:
-    """The second moments that a rounding method asks for, None where it asks for none."""
-    if not METHODS.named(method).second_moment:
-        return None
-    return second_moments(source.model, layers, source.calibration, source.loss_fn)
 
 
 def ranges_for(source: Source, allocation: Allocation) -> Ranges | None:
@@ -100,27 +91,6 @@ def refuse_experts(name: str, model: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """An allocation (None: the model as it came) and what evaluation found."""
-
-    name: str
-    allocation: Allocation | None
-    size: int  # bytes of the whole model's file
-    quality: Quality
-    increase: float  # measured loss increase
-    error: float  # its standard error, over paired samples
-
-    def row(self, chosen: bool = False) -> Row:
-        """The line of the before/after table."""
-        if self.allocation is None:
-            return Row(self.name, "", megabytes(self.size), str(self.quality), "", "")
-        return Row(
-            self.name, f"{self.allocation.bits:.3f}", megabytes(self.size), str(self.quality),
-            f"{self.allocation.loss:.4g}", f"{self.increase:.4g} +- {self.error:.1g}", chosen,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What `quantize_model` did."""
 
@@ -128,7 +98,14 @@ class Outcome:
     table: SensitivityTable
     frontier: Frontier
     allocation: Allocation
-    measured: tuple[Measured, ...]  # the model as it came, uniform formats, the packed model last
+    measured: tuple[Measured, ...]  # the original, uniform formats, the packed model last
+    accepted: Acceptance
+
+    def words(self) -> tuple[str, ...]:
+        """What was measured, in sentences."""
+        count = len(self.accepted.chosen.means)
+        means = (f"Running means of {count} batch normalizations were estimated anew.",) if count else ()
+        return (self.accepted.verdict(), *means, *sentences(self.measured))
 
     def rows(self) -> list[Row]:
         """The before/after table."""
@@ -150,6 +127,7 @@ def quantize_model(
     exclude: str | Iterable[str] = (),
     pin: Mapping[str, str] | None = None,
     ties: bool = True,
+    effort: str = "normal",
     seed: int = 0,
     progress: bool = True,
     trust: bool = False,
@@ -171,6 +149,7 @@ def quantize_model(
         exclude: patterns of layers to leave as they are.
         pin: scheme by layer pattern.
         ties: whether fused layers share a scheme.
+        effort: how much is measured before choosing: "fast", "normal" or "best" (`mpq.acceptance.accept`).
         seed: of all random numbers.
         progress: show progress bars.
         trust: whether the checkpoint may import the factory that built the model, to load it back.
@@ -196,54 +175,47 @@ def quantize_model(
     banned = forbidden(reader, table.layers, table.schemes)
     forbid = {glob.escape(name): schemes for name, schemes in banned.items() if schemes}
     frontier = frontier_of(table, pin=pin, forbid=forbid, ties=ties or reader.fuses)
-    allocation = frontier.at(bits=bits) if size is None else _within_file(frontier, source.model, parse_size(size))
+    size = None if size is None else parse_size(size)
+    budget = _layer_budget(frontier, source.model, bits, size)
     table.save(folder / "table.csv")
-    moments = moments_for(method, source, allocation.layers)
-    export_to("mpq", source, allocation, folder, method, moments)
+    moments = moments_for(method, source, table.layers)
+    measurer = Measurer(source, method, moments, progress)
+
+    def fits(allocation: Allocation) -> bool:
+        return size is None or checkpoint.file_size(source.model, allocation) <= size
+
+    accepted = accept(frontier, budget, measurer, effort=effort, seed=seed, fits=fits)
+    allocation = accepted.chosen.allocation
+    corrected = replace(source, model=with_means(source.model, accepted.chosen.means))
+    export_to("mpq", corrected, allocation, folder, method, moments)
     if reader.name != "mpq":
-        export_to(reader.name, source, allocation, folder / reader.name, method, moments)
-    measured = _measure(source, frontier, allocation, folder, method, moments, progress, trust)
-    outcome = Outcome(folder, table, frontier, allocation, measured)
+        export_to(reader.name, corrected, allocation, folder / reader.name, method, moments)
+    device = next((parameter.device for parameter in source.model.parameters()), torch.device("cpu"))
+    own = None if source.recipe else copy.deepcopy(source.model)
+    packed = checkpoint.load(folder, model=own, device=device, trust=trust)
+    measured = compare(
+        measurer, frontier, accepted, packed, model_bytes(source.model),
+        lambda allocation: checkpoint.file_size(source.model, allocation),
+    )  # fmt: skip
+    outcome = Outcome(folder, table, frontier, allocation, measured, accepted)
     _write_artefacts(outcome, source)
     return outcome
 
 
-def _within_file(frontier: Frontier, model: nn.Module, size: float) -> Allocation:
-    """The best allocation whose file, header included, is within a size."""
+def _layer_budget(frontier: Frontier, model: nn.Module, bits: float | None, size: float | None) -> float:
+    """Bytes that the layers may take; of a size, what the other tensors and the file's header leave.
+
+    Raises:
+        MpqError: a budget that is out of reach.
+    """
+    if bits is not None:
+        frontier.index_at(bits=bits)
+        return bits * frontier.problem.weights / BITS_PER_BYTE
+    assert size is not None
     budget = size
-    while True:
-        allocation = frontier.at(size=budget)
-        excess = checkpoint.file_size(model, allocation) - size
-        if excess <= 0:
-            return allocation
+    while (excess := checkpoint.file_size(model, frontier.at(size=budget)) - size) > 0:
         budget -= excess
-
-
-def _measure(
-    source: Source,
-    frontier: Frontier,
-    allocation: Allocation,
-    folder: Path,
-    method: str,
-    moments: Mapping[str, Tensor] | None,
-    progress: bool,
-    trust: bool,
-) -> tuple[Measured, ...]:
-    reference = evaluate(source.model, source.evaluation, source.kind, source.loss_fn, progress)
-    found = [Measured("as it came", None, model_bytes(source.model), reference, 0.0, 0.0)]
-
-    def add(name: str, choice: Allocation, model: nn.Module) -> None:
-        quality = evaluate(model, source.evaluation, source.kind, source.loss_fn, progress)
-        size = checkpoint.file_size(source.model, choice)
-        found.append(Measured(name, choice, size, quality, *quality.loss_above(reference)))
-
-    uniform = sorted(frontier.uniform(), key=lambda item: abs(item[1].bits - allocation.bits))[:COMPARED]
-    for name, choice in sorted(uniform, key=lambda item: -item[1].bits):
-        add(f"all {name}", choice, simulate(source.model, choice, method, moments, trainable=False))
-    device = next((parameter.device for parameter in source.model.parameters()), torch.device("cpu"))
-    own = None if source.recipe else copy.deepcopy(source.model)
-    add("mpq, packed", allocation, checkpoint.load(folder, model=own, device=device, trust=trust))
-    return tuple(found)
+    return budget - frontier.problem.overhead
 
 
 def _write_artefacts(outcome: Outcome, source: Source) -> None:
@@ -255,14 +227,14 @@ def _write_artefacts(outcome: Outcome, source: Source) -> None:
         figure.savefig(draft, dpi=150)
     compared = [found for found in outcome.measured if found.allocation is not None]
     predictions = [
-        Prediction(found.name, found.allocation.loss, found.increase, found.error)
+        Prediction(found.name, found.allocation.loss, *found.harm)
         for found in compared
-        if found.allocation is not None
+        if found.allocation is not None and not math.isnan(found.allocation.loss)
     ]
     write_report(
         outcome.folder / "report.html", title=f"{source.name} at {outcome.allocation.bits:.2f} bits per weight",
         table=outcome.table, frontier=outcome.frontier, allocation=outcome.allocation, rows=outcome.rows(),
-        predictions=predictions,
+        predictions=predictions, words=outcome.words(),
     )  # fmt: skip
 
 
@@ -285,40 +257,7 @@ def evaluate_folder(
     return evaluate(model, source.evaluation, source.kind, source.loss_fn, progress), allocation
 
 
-def measuring(source: Source, method: str) -> Callable[[Allocation, float], tuple[float, float]]:
-    """What evolution asks: the loss that an allocation adds on the first share of the calibration batches.
-
-    With its standard error, from the differences on single samples: the spread that the samples have anyway drops out.
-    """
-    moments = moments_for(method, source, find_layers(source.model))
-    references: dict[int, Quality] = {}  # by number of batches
-
-    def quality(model: nn.Module, number: int) -> Quality:
-        return evaluate(model, source.calibration[:number], source.kind, source.loss_fn)
-
-    def measure(allocation: Allocation, share: float) -> tuple[float, float]:
-        number = max(1, round(share * len(source.calibration)))
-        if number not in references:
-            references[number] = quality(source.model, number)
-        model = simulate(source.model, allocation, method, moments, trainable=False)
-        try:
-            return quality(model, number).loss_above(references[number])
-        except NotFiniteError:  # this allocation's own failure: the search goes on and tells how many there were
-            return math.nan, math.nan
-
-    return measure
-
-
 def model_bytes(model: nn.Module) -> int:
     """Bytes of the tensors in a model's state, shared ones once."""
     tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def megabytes(size: float) -> str:
-    """Bytes as readers like them: kB below a million, MB (10**6) above.
-
-    >>> megabytes(1_234_567), megabytes(65_000)
-    ('1.23 MB', '65.0 kB')
-    """
-    return f"{size / 1e6:.3g} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

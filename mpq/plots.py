@@ -217,7 +217,7 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
     axes.plot(ends, ends, color=UNIFORM, linewidth=1, linestyle="--")
     _label_marks(axes, [Mark(point.name, point.predicted, point.measured) for point in predictions])
     axes.set_xlabel("predicted loss increase")
-    axes.set_ylabel("measured loss increase")
+    axes.set_ylabel("measured: KL from the original, or loss increase")
     return figure
 
 

@@ -20,9 +20,9 @@ from mpq.kernels.stacked import Stack, stackable
 from mpq.network.calls import call_input, with_call_input
 from mpq.network.layers import FUSED, layer_kind, matrix_to_weight, weight_matrix
 from mpq.network.ranges import Ranges, static_scale
-from mpq.rounding import method_named
 from mpq.rounding.activations import fake_quantize_inputs, straight_through
 from mpq.rounding.reference import Quantized, dequantize, quantize, recode
+from mpq.rounding.store import RoundingStore
 
 Moments = Mapping[str, Tensor]  # second moments of the layers' inputs, by layer name
 
@@ -35,6 +35,7 @@ def simulate(
     *,
     trainable: bool = True,
     ranges: Ranges | None = None,
+    store: RoundingStore | None = None,
 ) -> nn.Module:
     """A copy of the model whose layers hold the numbers of their schemes, in the model's own floating-point types.
 
@@ -43,15 +44,16 @@ def simulate(
     Otherwise the rounded weights simply replace the original ones: half the memory, faster, same outputs. Activations
     are rounded on their way into a layer in both cases, with scales of the moment; where `ranges` has a layer whose
     activations share one scale, with that static scale, as runtimes do. Weights shared by several modules stay shared.
+    A `store` rounds each layer once for each scheme, by its own method, and keeps the result for the next allocation.
 
     Raises:
         MpqError: the allocation's layers are not the model's, or a weight cannot be rounded (named).
     """
     if not trainable:
-        rounded = quantized_layers(model, allocation, method, second_moments)
+        rounded = quantized_layers(model, allocation, method, second_moments, store)
         return simulate_rounded(model, ((layer, scheme, dequantize(found)) for layer, scheme, found in rounded), ranges)
     simulated = copy.deepcopy(model)
-    for layer, scheme, quantized in quantized_layers(simulated, allocation, method, second_moments):
+    for layer, scheme, quantized in quantized_layers(simulated, allocation, method, second_moments, store):
         modules = [simulated.get_submodule(name) for name in layer.names]
         rounding = WeightRounding(quantized, modules[0])
         for module in modules:
@@ -139,16 +141,16 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def quantized_layers(
-    model: nn.Module, allocation: Allocation, method: str, second_moments: Moments | None = None
+    model: nn.Module,
+    allocation: Allocation,
+    method: str,
+    second_moments: Moments | None = None,
+    store: RoundingStore | None = None,
 ) -> Iterator[tuple[Layer, Scheme, Quantized]]:
-    """Every layer with its scheme and its rounded weight, one at a time."""
-    choose = method_named(method)
+    """Every layer with its scheme and its rounded weight, one at a time; from the store where there is one."""
     for layer, scheme in checked_layers(model, allocation):
-        weight = weight_matrix(model.get_submodule(layer.name)).detach()
-        try:
-            yield layer, scheme, choose(weight, scheme.weight, (second_moments or {}).get(layer.name))
-        except MpqError as error:
-            raise MpqError(f"layer {layer.name} in {scheme.name}: {error}") from error
+        rounding = store or RoundingStore(method, second_moments)  # a new one each time: nothing piles up in memory
+        yield layer, scheme, rounding.quantized(layer, weight_matrix(model.get_submodule(layer.name)), scheme)
 
 
 def checked_layers(model: nn.Module, allocation: Allocation) -> list[tuple[Layer, Scheme]]:

@@ -41,12 +41,14 @@ class Row(NamedTuple):
     bits: str
     size: str
     quality: str
+    divergence: str
+    agreement: str
     predicted: str
     measured: str
     chosen: bool = False
 
 
-HEADINGS = ("", "bits", "size", "quality", "predicted loss +", "measured loss +")
+HEADINGS = ("", "bits", "size", "quality", "KL from original", "same top choice", "predicted", "measured loss +")
 
 
 def write_report(
@@ -58,13 +60,14 @@ def write_report(
     allocation: Allocation,
     rows: Sequence[Row],
     predictions: Sequence[Prediction],
+    words: Sequence[str] = (),
 ) -> None:
     """Write the report, whole or not at all."""
     facts = frontier_facts({"searched frontier": frontier}, {"chosen": allocation})
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p class=lead>{escape(_lead(table, frontier, allocation))}</p>",
-        "<h2>Before and after</h2>", _html_table(rows),
+        "<h2>Before and after</h2>", _html_table(rows), f"<p>{escape(' '.join(words))}</p>",
         "<h2>Frontier</h2>", _svg(draw_frontier(facts)),
         "<h2>Format of each layer</h2>", _svg(draw_layers(layer_facts(allocation))), _layer_table(allocation),
         "<h2>Predicted and measured</h2>", _svg(draw_predictions(predictions)),

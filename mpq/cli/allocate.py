@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _evolving(options: argparse.Namespace, table: "SensitivityTable") -> dict[str, Any]:
     """What evolution needs besides the problem: the model, to measure allocations on."""
-    from mpq.pipeline import measuring
+    from mpq.measuring import measuring
     from mpq.sources import open_source
 
     name = options.model or table.provenance.get("model")

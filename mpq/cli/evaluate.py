@@ -15,11 +15,13 @@ def add(command: AddCommand) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    from mpq.pipeline import evaluate_folder, megabytes
+    from mpq.comparison import megabytes
+    from mpq.pipeline import evaluate_folder
 
     quality, allocation = evaluate_folder(
         options.folder, options.dataset, trust=options.trust, nsamples=options.nsamples, seqlen=options.seqlen,
         batch_size=options.batch_size, seed=options.seed, device=options.device,
+        evaluation_samples=options.eval_samples,
     )  # fmt: skip
     size = f"{megabytes(allocation.total)}, {allocation.bits:.3f} bits per weight"
     print(f"{options.folder}: {quality}, loss {quality.loss:.4f}; {size}")

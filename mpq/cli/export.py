@@ -17,9 +17,10 @@ def add(command: AddCommand) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
+    from mpq.comparison import megabytes
     from mpq.core.allocation import Allocation
     from mpq.exporters import exporter_named
-    from mpq.pipeline import export_to, megabytes
+    from mpq.pipeline import export_to
 
     allocation = Allocation.load(options.allocation)
     exporter_named(options.to)  # before the model is read

@@ -38,6 +38,9 @@ def data_options(parser: argparse.ArgumentParser) -> None:
     """Where samples come from."""
     parser.add_argument("--dataset", help="data: a file, datasets:ID, package.module:loader (default: the model's own)")
     parser.add_argument("--nsamples", type=int, default=128, help="calibration samples (default: 128)")
+    parser.add_argument(
+        "--eval-samples", type=int, help="samples to measure on (default: a quarter of --nsamples texts, or 4x images)"
+    )
     parser.add_argument("--seqlen", type=int, help="tokens of a sample (default: 256, or the model's context)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
@@ -122,7 +125,7 @@ def source_of(options: argparse.Namespace, stay: bool = False) -> "Source":
     return open_source(
         options.model, options.dataset, nsamples=options.nsamples, seqlen=options.seqlen,
         batch_size=options.batch_size, seed=options.seed, device=own_device(options.device),
-        model_device="cpu" if stay else None,
+        model_device="cpu" if stay else None, evaluation_samples=options.eval_samples,
     )  # fmt: skip
 
 

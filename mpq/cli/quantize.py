@@ -24,6 +24,9 @@ def add(command: AddCommand) -> None:
     budget_options(quantize)
     choice_options(quantize)
     quantize.add_argument("--for", dest="consumer", default="mpq", help="who will run it: vllm, llama.cpp, ... or mpq")
+    quantize.add_argument(
+        "--effort", default="normal", help="how much is measured before choosing: fast, normal (default) or best"
+    )
     quantize.add_argument("--table", help="a table made before, instead of profiling")
     quantize.add_argument("-o", "--output", required=True, help="folder to write")
 
@@ -37,10 +40,12 @@ def run(options: argparse.Namespace) -> None:
     table = SensitivityTable.load(options.table) if options.table else None
     outcome = quantize_model(
         source_of(options), options.output, bits=options.bits, size=options.size, table=table, pin=pin,
-        ties=not options.no_ties, trust=options.trust, consumer=options.consumer, **settings,
+        ties=not options.no_ties, trust=options.trust, consumer=options.consumer, effort=options.effort, **settings,
     )  # fmt: skip
     from mpq.report import HEADINGS
 
     print_table([HEADINGS, *(row[:-1] for row in outcome.rows())])
     print(f"\n{summary(outcome.frontier, outcome.allocation)}")
+    for sentence in outcome.words():
+        print(sentence)
     print(f"written to {outcome.folder}: packed weights, table, frontier, report.html")

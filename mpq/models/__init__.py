@@ -91,21 +91,28 @@ def tokenizer() -> PieceTokenizer:
 
 
 def novel_batches(
-    use: str, encode: Callable[[str], list[int]], *, seqlen: int, batch_size: int, samples: int, seed: int
+    use: str,
+    encode: Callable[[str], list[int]],
+    *,
+    seqlen: int,
+    batch_size: int,
+    samples: int,
+    seed: int,
+    skip: int = 0,
 ) -> tuple[Tensor, ...]:
     """Token windows of Jane Austen: "calibration" (Pride and Prejudice), "evaluation" (Persuasion, unseen)."""
     text = (files(__name__) / f"tiny_lm_{use}.txt").read_text("utf-8")
-    return text_batches(text, encode, seqlen=seqlen, batch_size=batch_size, samples=samples, seed=seed)
+    return text_batches(text, encode, seqlen=seqlen, batch_size=batch_size, samples=samples, seed=seed, skip=skip)
 
 
 def digit_batches(
-    samples: int, *, batch_size: int, seed: int
+    samples: int, *, batch_size: int, seed: int, skip: int = 0
 ) -> tuple[tuple[tuple[Tensor, Tensor], ...], tuple[tuple[Tensor, Tensor], ...]]:
     """Calibration batches (from the digits that were trained on) and the 500 others for evaluation, (n, 1, 8, 8)."""
     with as_file(files(__name__) / "tiny_cnn_digits.npz") as path, np.load(path) as data:
         images, labels = torch.from_numpy(data["images"]).float().unsqueeze(1) / 16, torch.from_numpy(data["labels"])
     seen, unseen = slice(0, TRAINED_DIGITS), slice(TRAINED_DIGITS, None)
     return (
-        image_batches(images[seen], labels[seen].long(), batch_size=batch_size, samples=samples, seed=seed),
+        image_batches(images[seen], labels[seen].long(), batch_size=batch_size, samples=samples, seed=seed, skip=skip),
         image_batches(images[unseen], labels[unseen].long(), batch_size=100, samples=EVERYTHING, seed=seed),
     )

@@ -25,28 +25,32 @@ def token_windows(tokens: Sequence[int] | Tensor, seqlen: int) -> Tensor:
     return tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
 
 
-def draw(samples: int, wanted: int, seed: int) -> Tensor:
-    """Indices of `wanted` of the samples, in order, or of all where there are not that many."""
+def draw(samples: int, wanted: int, seed: int, skip: int = 0) -> Tensor:
+    """Indices of `wanted` of the samples, in order, or of all there are; draws that `skip` the first have others."""
     if wanted < 1:
         raise MpqError(f"at least one sample is needed, not {wanted}")
-    return torch.randperm(samples, generator=seeded(seed, "samples"))[:wanted].sort().values
+    return torch.randperm(samples, generator=seeded(seed, "samples"))[skip : skip + wanted].sort().values
 
 
 def text_batches(
-    text: str, encode: Encode, *, seqlen: int, batch_size: int, samples: int, seed: int
+    text: str, encode: Encode, *, seqlen: int, batch_size: int, samples: int, seed: int, skip: int = 0
 ) -> tuple[Tensor, ...]:
     """Batches of token windows (batch, seqlen), drawn from the text."""
-    return window_batches(token_windows(encode(text), seqlen), batch_size=batch_size, samples=samples, seed=seed)
+    windows = token_windows(encode(text), seqlen)
+    return window_batches(windows, batch_size=batch_size, samples=samples, seed=seed, skip=skip)
 
 
-def window_batches(windows: Tensor, *, batch_size: int, samples: int, seed: int) -> tuple[Tensor, ...]:
+def window_batches(windows: Tensor, *, batch_size: int, samples: int, seed: int, skip: int = 0) -> tuple[Tensor, ...]:
     """Batches (batch, seqlen) of some of the windows."""
-    return torch.split(windows[draw(len(windows), samples, seed)], batch_size)
+    chosen = draw(len(windows), samples, seed, skip)
+    return torch.split(windows[chosen], batch_size) if len(chosen) else ()
 
 
 def image_batches(
-    inputs: Tensor, labels: Tensor, *, batch_size: int, samples: int, seed: int
+    inputs: Tensor, labels: Tensor, *, batch_size: int, samples: int, seed: int, skip: int = 0
 ) -> tuple[tuple[Tensor, Tensor], ...]:
     """(inputs, labels) batches of some of the images."""
-    chosen = draw(len(inputs), samples, seed)
+    chosen = draw(len(inputs), samples, seed, skip)
+    if not len(chosen):
+        return ()
     return tuple(zip(torch.split(inputs[chosen], batch_size), torch.split(labels[chosen], batch_size), strict=True))

@@ -27,12 +27,13 @@ class Source:
     name: str
     model: nn.Module
     calibration: tuple[Batch, ...]
-    evaluation: tuple[Batch, ...]  # samples that are not in `calibration`
+    evaluation: tuple[Batch, ...]  # samples that are not in `calibration`, for the report alone
     loss_fn: LossFn
     kind: str = "loss"  # "accuracy", "perplexity" or "loss": what `mpq.evaluation.evaluate` measures
     recipe: Mapping[str, Any] = field(default_factory=dict)  # JSON values from which `skeleton` builds the model again
     data: str = "own"  # name of the data
     tokenizer: Any = None
+    acceptance: tuple[Batch, ...] = ()  # samples in neither, on which finished candidates are compared
 
 
 def open_source(
@@ -59,7 +60,8 @@ def open_source(
         batch_size: samples in a batch.
         seed: of the draw.
         device: where model and batches go.
-        evaluation_samples: at most so many; left out, all there are for bundled data and else 256.
+        evaluation_samples: at most so many; left out, a quarter of `nsamples` windows of text or four times as many
+            images, and at least 32.
         model_device: where the model goes, when that is another device than the batches'.
 
     Raises:
@@ -82,6 +84,7 @@ def open_source(
         recipe=network.recipe,
         data=data.name,
         tokenizer=network.tokenizer,
+        acceptance=tuple(to_device(batch, device) for batch in data.acceptance),
     )
 
 

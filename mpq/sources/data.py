@@ -19,19 +19,23 @@ from mpq.sources.networks import Network
 
 BUNDLED_DATA = {"novels": "perplexity", "digits": "accuracy"}
 HELD_OUT = 0.2  # the last part of a file is for evaluation only
-EVALUATION_SAMPLES = 256
 SEQLEN = 256
+# Samples by kind, as shares of the calibration's: of texts a window is hundreds of predictions, an image is one.
+ACCEPTANCE = {"perplexity": 0.25, "accuracy": 1.0}
+EVALUATION = {"perplexity": 0.25, "accuracy": 4.0}
+EVALUATION_LEAST = 32
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Batches to calibrate with and others to evaluate on."""
+    """Batches to calibrate with, others to choose between finished candidates, and others to evaluate on."""
 
     name: str
     calibration: tuple[Batch, ...]
     evaluation: tuple[Batch, ...]
     kind: str  # "accuracy", "perplexity" or "loss"
     loss_fn: LossFn | None = None
+    acceptance: tuple[Batch, ...] = ()  # none where there were not samples enough
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,22 @@ class Wanted:
     seed: int
     evaluation_samples: int | None
 
-    def options(self, evaluation: bool) -> dict[str, int]:
-        """Keyword arguments of the functions that make batches."""
-        most = self.evaluation_samples or EVALUATION_SAMPLES
-        samples = most if evaluation else self.nsamples
-        return {"batch_size": self.batch_size, "samples": samples, "seed": self.seed}
+    def calibration(self, there: int = EVERYTHING) -> dict[str, int]:
+        """Keyword arguments of the functions that make batches; a fifth of what is there is left for acceptance."""
+        return {**self._common(), "samples": min(self.nsamples, there - there // 5)}
+
+    def acceptance(self, kind: str, there: int = EVERYTHING) -> dict[str, int]:
+        """The same for samples that calibration does not draw."""
+        samples = max(1, round(ACCEPTANCE[kind] * self.nsamples))
+        return {**self._common(), "samples": samples, "skip": self.calibration(there)["samples"]}
+
+    def evaluation(self, kind: str) -> dict[str, int]:
+        """The same for evaluation."""
+        most = max(EVALUATION_LEAST, round(EVALUATION[kind] * self.nsamples))
+        return {**self._common(), "samples": self.evaluation_samples or most}
+
+    def _common(self) -> dict[str, int]:
+        return {"batch_size": self.batch_size, "seed": self.seed}
 
 
 def open_data(
@@ -102,20 +117,26 @@ def _default(network: Network) -> str:
 
 def _bundled(name: str, network: Network, wanted: Wanted) -> Data:
     _check_kind(name, BUNDLED_DATA[name], network)
-    samples = wanted.evaluation_samples or EVERYTHING
+    kind = BUNDLED_DATA[name]
     if name == "digits":
-        calibration, evaluation = digit_batches(wanted.nsamples, batch_size=wanted.batch_size, seed=wanted.seed)
+        calibration, evaluation = digit_batches(**wanted.calibration())
+        held, _ = digit_batches(**wanted.acceptance(kind))
+        samples = wanted.evaluation(kind)["samples"]
         limited: list[Batch] = []
         for inputs, labels in evaluation:
             left = samples - sum(len(part[1]) for part in limited)
             limited += [(inputs[:left], labels[:left])] if left > 0 else []
-        return Data(name, calibration, tuple(limited), "accuracy")
-    encode, options = _encoder(network), wanted.options(evaluation=False)
+        return Data(name, calibration, tuple(limited), kind, acceptance=held)
+    encode = _encoder(network)
     texts = [
-        novel_batches(use, encode, seqlen=wanted.seqlen, **{**options, "samples": count})
-        for use, count in (("calibration", wanted.nsamples), ("evaluation", samples))
+        novel_batches(use, encode, seqlen=wanted.seqlen, **options)
+        for use, options in (
+            ("calibration", wanted.calibration()),
+            ("calibration", wanted.acceptance(kind)),
+            ("evaluation", wanted.evaluation(kind)),
+        )
     ]
-    return Data(name, texts[0], texts[1], "perplexity")
+    return Data(name, texts[0], texts[2], kind, acceptance=texts[1])
 
 
 def _from_text(path: Path, network: Network, wanted: Wanted) -> Data:
@@ -175,8 +196,13 @@ def _split_windows(name: str, windows: Tensor, wanted: Wanted) -> Data:
 
 
 def _data_of_windows(name: str, seen: Tensor, unseen: Tensor, wanted: Wanted) -> Data:
-    calibration = window_batches(seen, **wanted.options(evaluation=False))
-    return Data(name, calibration, window_batches(unseen, **wanted.options(evaluation=True)), "perplexity")
+    return Data(
+        name,
+        window_batches(seen, **wanted.calibration(len(seen))),
+        window_batches(unseen, **wanted.evaluation("perplexity")),
+        "perplexity",
+        acceptance=window_batches(seen, **wanted.acceptance("perplexity", len(seen))),
+    )
 
 
 def _from_arrays(path: Path, network: Network, wanted: Wanted) -> Data:
@@ -197,9 +223,10 @@ def _from_arrays(path: Path, network: Network, wanted: Wanted) -> Data:
         raise MpqError(f"{path} gives {len(inputs)} sample(s): at least two are needed, one of them for evaluation")
     return Data(
         str(path),
-        image_batches(inputs[:border], labels[:border], **wanted.options(evaluation=False)),
-        image_batches(inputs[border:], labels[border:], **wanted.options(evaluation=True)),
+        image_batches(inputs[:border], labels[:border], **wanted.calibration(border)),
+        image_batches(inputs[border:], labels[border:], **wanted.evaluation("accuracy")),
         "accuracy",
+        acceptance=image_batches(inputs[:border], labels[:border], **wanted.acceptance("accuracy", border)),
     )
 
 
@@ -218,14 +245,19 @@ def _image_tensor(images: Any, network: Network) -> Tensor:
 
 
 def _from_loader(name: str, wanted: Wanted) -> Data:
-    """What the loader returns: batches, or a mapping with "calibration", "evaluation" and maybe "loss_fn"."""
+    """What the loader returns: batches, or a mapping with "calibration", "acceptance", "evaluation" and "loss_fn".
+
+    All but the first may be missing; of four or more calibration batches, the last fifth is then for acceptance.
+    """
     loaded = import_object(name)()
+    acceptance: tuple[Batch, ...] = ()
     loss_fn = loaded.get("loss_fn") if isinstance(loaded, Mapping) else None
     if isinstance(loaded, Mapping):
         if "calibration" not in loaded:
             raise MpqError(f"{name} gave {', '.join(map(str, loaded))}: expected calibration, evaluation[, loss_fn]")
         calibration = check_batches(loaded["calibration"])
-        evaluation = check_batches(loaded.get("evaluation", ())) if "evaluation" in loaded else ()
+        evaluation = check_batches(loaded["evaluation"]) if "evaluation" in loaded else ()
+        acceptance = check_batches(loaded["acceptance"]) if "acceptance" in loaded else ()
     else:
         calibration, evaluation = check_batches(loaded), ()
     if not evaluation:
@@ -233,7 +265,11 @@ def _from_loader(name: str, wanted: Wanted) -> Data:
             raise MpqError(f"{name} gave one batch: at least two are needed, the last is for evaluation")
         border = len(calibration) - max(1, round(HELD_OUT * len(calibration)))
         calibration, evaluation = calibration[:border], calibration[border:]
-    return Data(name, calibration, evaluation, "loss" if loss_fn else _kind_of(name, calibration[0]), loss_fn)
+    if not acceptance and len(calibration) >= 4:
+        border = len(calibration) - max(1, round(HELD_OUT * len(calibration)))
+        calibration, acceptance = calibration[:border], calibration[border:]
+    kind = "loss" if loss_fn else _kind_of(name, calibration[0])
+    return Data(name, calibration, evaluation, kind, loss_fn, acceptance)
 
 
 def _kind_of(name: str, batch: Batch) -> str:

@@ -37,6 +37,9 @@ def test_text_files_are_cut_into_windows_that_never_meet(tmp_path):
     assert sum(map(len, data.evaluation)) == 20
     seen, unseen = windows(data.calibration), windows(data.evaluation)
     assert len(seen) == 6
+    held = windows(data.acceptance)
+    assert len(held) == 2
+    assert not held & (seen | unseen)
     assert max(max(row) for row in seen) < min(min(row) for row in unseen)
     assert all(row[-1] - row[0] == 9 for row in seen | unseen)
 
@@ -81,9 +84,10 @@ def test_images_become_numbers_that_the_network_knows(tmp_path):
     labels = np.arange(20)
     np.savez(tmp_path / "a.npz", images=images, labels=labels)
     data = open_data(str(tmp_path / "a.npz"), pictures((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)), nsamples=30, batch_size=7)
-    assert [len(y) for _, y in data.calibration] == [7, 7, 2]
+    assert [len(y) for _, y in data.calibration] == [7, 6]
+    assert [len(y) for _, y in data.acceptance] == [3]
     assert torch.cat([y for _, y in data.evaluation]).tolist() == [16, 17, 18, 19]
-    x, y = data.calibration[1]
+    x, y = data.calibration[0]
     pixel = images[y[2], 3, 1, 2] / 255
     assert x.shape == (7, 3, 5, 4)
     assert x[2, 2, 3, 1].item() == pytest.approx((pixel - 0.3) / 0.7, rel=1e-5)
@@ -104,7 +108,8 @@ def test_arrays_are_taken_as_they_are(tmp_path):
 def test_loaders():
     network = open_network(f"{HERE}:classifier")
     data = open_data(f"{HERE}:labelled", network)
-    assert (len(data.calibration), len(data.evaluation), data.kind) == (4, 1, "accuracy")
+    assert (len(data.calibration), len(data.evaluation), data.kind) == (3, 1, "accuracy")
+    assert len(data.acceptance) == 1
     source = open_source(f"{HERE}:classifier", f"{HERE}:with_loss")
     assert source.kind == "loss"
     assert source.loss_fn(source.model, source.calibration[0]).item() > 0

@@ -1,0 +1,154 @@
+"""The choice among finished candidates, by measuring them on data that neither scores nor search have seen."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError, NotFiniteError, nearest_names
+from mpq.core.frontier import Frontier
+from mpq.evaluation import Quality
+from mpq.measuring import Measurer
+from mpq.search.measured import Choices, polish, starts
+
+ROUNDS = {"fast": 0, "normal": 24, "best": 96}  # allocations that polishing measures, by effort
+FINALISTS = 4  # searched candidates that are measured on acceptance data
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """An allocation as it would be handed over, with its quality on acceptance data."""
+
+    name: str
+    allocation: Allocation
+    quality: Quality
+    means: Mapping[str, Tensor] = field(default_factory=dict)  # running means to correct, where that helps
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers have one format."""
+        return len(set(self.allocation.schemes)) == 1
+
+    def harm(self) -> float:
+        """Mean divergence from the original; the loss for models without logits."""
+        return float(np.average(self.quality.harm, weights=self.quality.weights))
+
+
+@dataclass(frozen=True, eq=False)
+class Acceptance:
+    """All candidates within the budget, the one of least measured harm first."""
+
+    candidates: tuple[Candidate, ...]
+    established: bool  # measured on data that nothing was tuned on
+
+    @property
+    def chosen(self) -> Candidate:
+        """What is handed over."""
+        return self.candidates[0]
+
+    def verdict(self) -> str:
+        """One sentence: how the choice compares with the best uniform format within its size."""
+        what = "KL divergence" if self.chosen.quality.divergence is not None else "loss"
+        uniform = next((one for one in self.candidates if one.is_uniform), None)
+        caveat = "" if self.established else " Not established on unseen data: the source has none to spare."
+        if uniform is None:
+            return f"No uniform format fits the budget.{caveat}"
+        if self.chosen.is_uniform:
+            return f"No searched allocation beats {uniform.name} at this size: it is what is handed over.{caveat}"
+        difference, error = self.chosen.quality.harm_above(uniform.quality)
+        words = "less" if -difference > 2 * error else "not significantly less"
+        return (
+            f"Measured {what} {self.chosen.harm():.4g}, {words} than {uniform.harm():.4g} of {uniform.name}, the best "
+            f"uniform format within the budget (difference {difference:.3g} +- {error:.1g}).{caveat}"
+        )
+
+
+def accept(
+    frontier: Frontier,
+    size: float,
+    measurer: Measurer,
+    *,
+    effort: str = "normal",
+    seed: int = 0,
+    fits: Callable[[Allocation], bool] = lambda allocation: True,
+) -> Acceptance:
+    """Measure starts and what polishing makes of the best, and put the least harmful first.
+
+    Every uniform format within the size that is no smaller than the largest three is a candidate, so what is handed
+    over harms acceptance data no more than any of them, or is that format.
+
+    Args:
+        frontier: predicted, in size.
+        size: bytes that the layers may take.
+        measurer: of the model.
+        effort: "fast" measures the starts alone; "normal" and "best" polish.
+        seed: of the proposals.
+        fits: whether an allocation's file is within the budget, its header included.
+
+    Raises:
+        MpqError: an unknown effort, or no candidate that gives finite numbers.
+    """
+    if effort not in ROUNDS:
+        raise MpqError(f"unknown effort {effort!r}: {nearest_names(effort, ROUNDS)}")
+    problem = frontier.problem
+    size = min(size, float(frontier.costs[-1]))
+    begun = list(starts(frontier, size))
+    if ROUNDS[effort]:
+        begun += _polished(frontier, begun, size, measurer, ROUNDS[effort], seed)
+    searched = {name: problem.allocation(choices) for name, choices in begun if not _is_uniform(choices)}
+    uniform = [(f"all {name}", one) for name, one in problem.uniform() if one.size <= size]
+    uniform = sorted(uniform, key=lambda item: -item[1].size)[: max(FINALISTS - 1, 1)]
+    both = [(name, one) for name, one in [*searched.items(), *uniform] if fits(one)]
+    candidates = [candidate_of(name, one, measurer) for name, one in both]
+    finite = [candidate for candidate in candidates if candidate is not None]
+    if not finite:
+        raise MpqError("no allocation within the budget gives finite numbers: raise the budget or add formats")
+    return Acceptance(tuple(sorted(finite, key=Candidate.harm)), bool(measurer.source.acceptance))
+
+
+def candidate_of(name: str, allocation: Allocation, measurer: Measurer) -> Candidate | None:
+    """The allocation with its means corrected where acceptance data say so, None where it breaks the model."""
+    try:
+        plain = Candidate(name, allocation, measurer.quality(allocation, "acceptance"))
+    except NotFiniteError:
+        plain = None
+    if not measurer.corrects:
+        return plain
+    try:
+        means = measurer.means(allocation)
+        corrected = Candidate(name, allocation, measurer.quality(allocation, "acceptance", means), means)
+    except NotFiniteError:
+        return plain
+    if plain is None:
+        return corrected
+    gain, error = corrected.quality.harm_above(plain.quality)
+    return corrected if gain < -error else plain
+
+
+def _polished(
+    frontier: Frontier, begun: list[tuple[str, Choices]], size: float, measurer: Measurer, rounds: int, seed: int
+) -> list[tuple[str, Choices]]:
+    """The best of the starts, improved on calibration data, where that finds anything."""
+
+    def measure(choices: Choices) -> NDArray[np.float64]:
+        allocation = frontier.problem.allocation(choices)
+        reference = measurer.reference("search").quality
+        try:
+            quality = measurer.quality(allocation, "search", measurer.means(allocation))
+        except NotFiniteError:
+            return np.full(len(reference.losses), np.inf)
+        harm = quality.harm if quality.divergence is not None else quality.harm - reference.harm
+        weighted: NDArray[np.float64] = harm * quality.weights / quality.weights.mean()
+        return weighted
+
+    measured = [float(measure(choices).mean()) for _, choices in begun]
+    best = begun[int(np.argmin(measured))][1]
+    found = polish(frontier.problem, best, size, measure, rounds=rounds, seed=seed)
+    return [] if np.array_equal(found.choices, best) else [("polished", found.choices)]
+
+
+def _is_uniform(choices: Choices) -> bool:
+    return bool((choices == choices[0]).all())

@@ -1,0 +1,129 @@
+"""Before and after: the original, uniform formats and the packed model on the same unseen data, as table and words."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from mpq.acceptance import Acceptance, candidate_of
+from mpq.core.allocation import Allocation
+from mpq.core.frontier import Frontier
+from mpq.evaluation import Quality
+from mpq.measuring import Measurer
+from mpq.report import Row
+
+NEAREST = 3  # uniform candidates that are measured beside the chosen allocation
+USUAL = {
+    "perplexity": ("int4-g64", "int3-g64"),
+    "accuracy": ("int4-channel", "int3-channel"),
+}  # what people compare with
+RANGE = 1.6  # of the chosen size: usual formats farther away are left out
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An allocation (None: the original model) and what evaluation found."""
+
+    name: str
+    allocation: Allocation | None
+    size: int  # bytes of the whole model's file
+    quality: Quality
+    increase: float  # measured loss increase
+    error: float  # its standard error, over paired samples
+
+    @property
+    def harm(self) -> tuple[float, float]:
+        """What predictions are of, with its standard error: KL from the original, or the loss increase."""
+        divergence = self.quality.divergence
+        return (self.increase, self.error) if divergence is None else divergence.mean()
+
+    def row(self, chosen: bool = False) -> Row:
+        """The line of the before/after table."""
+        if self.allocation is None:
+            return Row(self.name, "", megabytes(self.size), str(self.quality), "", "", "", "")
+        divergence = self.quality.divergence
+        kl = same = ""
+        if divergence is not None:
+            kl = f"{_with_error(*divergence.mean())} (99 %: {divergence.quantile:.2g})"
+            share, error = divergence.agreeing()
+            same = f"{100 * share:.1f} % +- {100 * error:.1f}"
+        predicted = "" if math.isnan(self.allocation.loss) else f"{self.allocation.loss:.4g}"
+        increase = _with_error(self.increase, self.error)
+        return Row(
+            self.name, f"{self.allocation.bits:.3f}", megabytes(self.size), str(self.quality), kl, same, predicted,
+            increase, chosen,
+        )  # fmt: skip
+
+
+def compare(
+    measurer: Measurer,
+    frontier: Frontier,
+    acceptance: Acceptance,
+    packed: nn.Module,
+    original_size: int,
+    file_size: Callable[[Allocation], int],
+) -> tuple[Measured, ...]:
+    """The original, uniform formats from large to small, and the packed model, on evaluation data."""
+    reference = measurer.reference("evaluation").quality
+    chosen = acceptance.chosen.allocation
+
+    def measured(name: str, allocation: Allocation, quality: Quality) -> Measured:
+        return Measured(name, allocation, file_size(allocation), quality, *quality.loss_above(reference))
+
+    rows = [Measured("original", None, original_size, reference, 0.0, 0.0)]
+    known = {candidate.name: candidate for candidate in acceptance.candidates}
+    for name, allocation in _uniform(frontier, chosen, measurer.source.kind):
+        candidate = known.get(name) or candidate_of(name, allocation, measurer)
+        if candidate is not None:
+            rows.append(measured(name, allocation, measurer.quality(allocation, "evaluation", candidate.means)))
+    rows.append(measured("mpq, packed", chosen, measurer.quality_of(packed, "evaluation")))
+    return tuple(rows)
+
+
+def _uniform(frontier: Frontier, chosen: Allocation, kind: str) -> list[tuple[str, Allocation]]:
+    """The uniform candidates nearest in size, and the usual formats, which need not be candidates; large first."""
+    candidates = sorted(frontier.uniform(), key=lambda item: abs(item[1].bits - chosen.bits))[:NEAREST]
+    found = {f"all {name}": allocation for name, allocation in candidates}
+    for name in USUAL.get(kind, ()):
+        allocation = Allocation(chosen.layers, (name,) * len(chosen.layers), overhead=chosen.overhead)
+        if f"all {name}" not in found and 1 / RANGE < allocation.bits / chosen.bits < RANGE:
+            found[f"all {name}"] = dict(frontier.uniform()).get(name, allocation)
+    return sorted(found.items(), key=lambda item: -item[1].bits)
+
+
+def sentences(measured: Sequence[Measured]) -> tuple[str, ...]:
+    """The table in words: what was gained over uniform formats of the same size, how far predictions were off."""
+    chosen, others = measured[-1], [one for one in measured[:-1] if one.allocation is not None]
+    assert chosen.allocation is not None
+    what = "KL divergence from the original" if chosen.quality.divergence is not None else "loss increase"
+    harm, error = chosen.harm
+    said = [f"On unseen data the {what} is {_with_error(harm, error)}."]
+    smaller = [one for one in others if one.size <= chosen.size]
+    if smaller:
+        best = min(smaller, key=lambda one: one.harm[0])
+        difference, spread = chosen.quality.harm_above(best.quality)
+        share = f", {100 * -difference / best.harm[0]:.0f} % less" if difference < 0 < best.harm[0] else ""
+        said.append(
+            f"{best.name[:1].upper()}{best.name[1:]}, the best uniform format within that size, has {best.harm[0]:.4g}"
+            f"{share} (paired difference {difference:.3g} +- {spread:.1g})."
+        )
+    predicted = chosen.allocation.loss
+    if predicted > 0 and harm > 0:
+        ratio = harm / predicted
+        side = f"{ratio:.2g} times too low" if ratio >= 1 else f"{1 / ratio:.2g} times too high"
+        said.append(f"Predicted was {predicted:.4g}, {side}.")
+    return tuple(said)
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.4g} +- {error:.1g}" if math.isfinite(error) else f"{value:.4g}"
+
+
+def megabytes(size: float) -> str:
+    """Bytes as readers like them: kB below a million, MB (10**6) above.
+
+    >>> megabytes(1_234_567), megabytes(65_000)
+    ('1.23 MB', '65.0 kB')
+    """
+    return f"{size / 1e6:.3g} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

@@ -1,0 +1,104 @@
+"""Allocations measured on a model: each layer is rounded once in each format, so that one more costs a forward pass."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError, NotFiniteError, nearest_names
+from mpq.evaluation import Quality, Reference, evaluate
+from mpq.network.batchnorm import estimate_means, stored_means
+from mpq.network.calibration import Batch
+from mpq.network.layers import find_layers
+from mpq.network.moments import second_moments
+from mpq.rounding import METHODS
+from mpq.rounding.store import RoundingStore
+from mpq.sources import Source
+from mpq.trial import Trial
+
+POLISHING = {"perplexity": 0.25}  # share of the calibration batches that a search measures on; else all
+
+
+def moments_for(method: str, source: Source, layers: Any) -> Mapping[str, Tensor] | None:
+    """The second moments that a rounding method asks for, None where it asks for none."""
+    if not METHODS.named(method).second_moment:
+        return None
+    return second_moments(source.model, layers, source.calibration, source.loss_fn)
+
+
+class Measurer:
+    """One simulated copy of a source's model, measured on any part of its data.
+
+    Parts are "search" (calibration data), "acceptance" (data that no score has seen; calibration data where the source
+    has none) and "evaluation".
+    """
+
+    def __init__(
+        self, source: Source, method: str, moments: Mapping[str, Tensor] | None = None, progress: bool = False
+    ) -> None:
+        self.source, self.progress = source, progress
+        self.store = RoundingStore(method, moments)
+        self.trial = Trial(source.model, self.store)
+        self.corrects = bool(stored_means(source.model))
+        self._references: dict[str, Reference] = {}
+
+    def reference(self, part: str) -> Reference:
+        """The original model on a part of the data."""
+        if part not in self._references:
+            source = self.source
+            self._references[part] = Reference(
+                source.model, self._batches(part), source.kind, source.loss_fn, self.progress
+            )
+        return self._references[part]
+
+    def _batches(self, part: str) -> tuple[Batch, ...]:
+        source = self.source
+        few = max(1, round(POLISHING.get(source.kind, 1.0) * len(source.calibration)))
+        parts = {
+            "search": source.calibration[:few],
+            "acceptance": source.acceptance or source.calibration,
+            "evaluation": source.evaluation,
+        }
+        if part not in parts:
+            raise MpqError(f"there is no part {part!r} of the data: {nearest_names(part, parts)}")
+        return parts[part]
+
+    def means(self, allocation: Allocation) -> dict[str, Tensor]:
+        """Running means estimated anew in the rounded network; empty for one without batch normalization."""
+        if not self.corrects:
+            return {}
+        return estimate_means(self.trial.take_on(allocation), self.source.calibration, self.source.loss_fn)
+
+    def quality(self, allocation: Allocation, part: str, means: Mapping[str, Tensor] | None = None) -> Quality:
+        """The allocation's quality and divergence; NotFiniteError when it breaks the model."""
+        return self.quality_of(self.trial.take_on(allocation, means), part)
+
+    def quality_of(self, model: nn.Module, part: str) -> Quality:
+        """The same of a finished model."""
+        return self.reference(part).measure(model, self.progress)
+
+
+def measuring(source: Source, method: str) -> Callable[[Allocation, float], tuple[float, float]]:
+    """What evolution asks: the loss that an allocation adds on the first share of the calibration batches.
+
+    With its standard error, from the differences on single samples: the spread that the samples have anyway drops out.
+    """
+    store = RoundingStore(method, moments_for(method, source, find_layers(source.model)))
+    trial = Trial(source.model, store)
+    references: dict[int, Quality] = {}  # by number of batches
+
+    def quality(model: nn.Module, number: int) -> Quality:
+        return evaluate(model, source.calibration[:number], source.kind, source.loss_fn)
+
+    def measure(allocation: Allocation, share: float) -> tuple[float, float]:
+        number = max(1, round(share * len(source.calibration)))
+        if number not in references:
+            references[number] = quality(source.model, number)
+        try:
+            return quality(trial.take_on(allocation), number).loss_above(references[number])
+        except NotFiniteError:  # this allocation's own failure: the search goes on and tells how many there were
+            return math.nan, math.nan
+
+    return measure

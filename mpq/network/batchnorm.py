@@ -1,0 +1,84 @@
+"""Running means of batch normalizations, estimated anew in a network whose weights were rounded.
+
+Rounding shifts the means of the layers' outputs, which no score that adds up over layers sees. One pass over a few
+hundred images with batch statistics finds the new means; the variances stay, since new ones cost more than they bring
+above two and a half bits.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mpq.network.calibration import Batch, LossFn, evaluating, samples_in, take
+
+SAMPLES = 512
+
+
+def stored_means(model: nn.Module) -> dict[str, Tensor]:
+    """The running means in use, by module name; empty for a network without batch normalization."""
+    return {
+        name: module.running_mean
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+
+@torch.no_grad()
+def estimate_means(
+    model: nn.Module, batches: Sequence[Batch], forward: LossFn, samples: int = SAMPLES
+) -> dict[str, Tensor]:
+    """Means of the inputs of every batch normalization, (channels,) by module name; the model is left as it came.
+
+    Each normalization uses its batch's statistics while the first `samples` samples pass, so that the means that come
+    later in the network are those of a network whose earlier means are right. Batches of one sample are left out.
+    """
+    norms = {name: model.get_submodule(name) for name in stored_means(model)}
+    used, left = [], samples
+    for batch in batches:
+        part = take(batch, slice(0, left))
+        if samples_in(part) > 1:
+            used.append(part)
+        left -= samples_in(part)
+        if left <= 0:
+            break
+    if not norms or not used:
+        return {}
+    before = {name: (module.momentum, copy.deepcopy(module._buffers)) for name, module in norms.items()}
+    with evaluating(model):
+        try:
+            for module in norms.values():
+                module.train()
+                module.momentum = None  # type: ignore[assignment]
+                module.reset_running_stats()  # type: ignore[operator]
+            for batch in used:
+                forward(model, batch)
+            return {name: mean.clone() for name, mean in stored_means(model).items()}
+        finally:
+            for name, module in norms.items():
+                module.eval()
+                module.momentum, buffers = before[name]
+                for key, buffer in buffers.items():
+                    if buffer is not None:
+                        getattr(module, key).copy_(buffer)
+
+
+@torch.no_grad()
+def put_means(model: nn.Module, means: Mapping[str, Tensor]) -> None:
+    """Write running means into a model, in place."""
+    for name, mean in means.items():
+        stored: Tensor = model.get_submodule(name).running_mean  # type: ignore[assignment]
+        stored.copy_(mean)
+
+
+def with_means(model: nn.Module, means: Mapping[str, Tensor]) -> nn.Module:
+    """A model with these running means: a copy that shares all parameters, or the model itself where there are none."""
+    if not means:
+        return model
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    corrected = copy.deepcopy(model, shared)
+    put_means(corrected, means)
+    return corrected

@@ -1,0 +1,178 @@
+"""Search on measured losses: sensible starts, then an additive table that is corrected by whole allocations.
+
+A table of scores is right about most layers and wrong about some; measuring whole allocations tells which. The table is
+a Gaussian belief about each choice's loss. A draw from it is solved exactly within a radius of changes around the best
+allocation known (Thompson sampling), the proposal is measured, and the belief is conditioned on what came (a Kalman
+update). Nothing here knows what is measured: `measure` gives the loss of every sample.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpq.core.errors import MpqError
+from mpq.core.frontier import Frontier
+from mpq.core.problem import Array, Problem, restricted
+from mpq.core.scheme import parse_scheme
+from mpq.search.exact import exact
+from mpq.search.integer import integer
+
+Choices = NDArray[np.intp]
+Measure = Callable[[Choices], Array]  # losses (samples,), not finite where the model breaks
+
+NEAR = 0.97  # of the budget: smaller uniform formats are no start
+FEWER = 2  # of the smallest widths are left out in turn
+DEVIATION = 0.4  # of a scaled score: how far the belief lets it be off
+MISFIT = 0.1  # of a measured difference: what no additive table explains
+SMALLEST_RADIUS = 2
+PATIENCE = 4  # proposals in a row that were known already
+SECONDS = 5.0  # of the integer program for one proposal
+
+
+def starts(frontier: Frontier, size: float) -> tuple[tuple[str, Choices], ...]:
+    """Named choices within a size (of the layers, bytes) that a measured search begins with, each once.
+
+    The frontier's own, every uniform format just below the size, and the exact optima without the smallest widths.
+    """
+    problem = frontier.problem
+    found = [("searched", np.asarray(frontier.choices[frontier.index_at(cost=size)], dtype=np.intp))]
+    for j in np.flatnonzero(np.isfinite(problem.losses).all(0)).tolist():
+        uniform = np.full(len(problem.groups), j, dtype=np.intp)
+        if NEAR * size <= problem.totals(uniform)["size"] <= size:
+            found.append((f"all {problem.schemes[j]}", uniform))
+    widths = sorted({parse_scheme(name).weight.grid.bits for name in problem.schemes})
+    for smallest in widths[1 : FEWER + 1]:
+        kept = [name for name in problem.schemes if parse_scheme(name).weight.grid.bits >= smallest]
+        try:
+            wider = restricted(problem, kept)
+            solved = exact(wider)
+            choices = solved.choices[solved.index_at(cost=min(size, solved.costs[-1]))]
+        except MpqError:  # the budget, or a pinned layer, needs the smallest widths
+            break
+        mapped = np.array([problem.schemes.index(wider.schemes[choice]) for choice in choices.tolist()], dtype=np.intp)
+        found.append((f"searched from {smallest} bits", mapped))
+    seen: dict[tuple[int, ...], tuple[str, Choices]] = {}
+    for name, choices in found:
+        seen.setdefault(tuple(choices.tolist()), (name, choices))
+    return tuple(seen.values())
+
+
+@dataclass
+class Belief:
+    """What is thought of the loss of every choice: independent normal priors and differences measured since."""
+
+    mean: Array  # (groups, schemes)
+    deviation: Array  # (groups, schemes)
+    origin: Choices  # (groups,), what differences are measured from
+    rows: list[Array] = field(default_factory=list)  # (groups * schemes,): +1 where chosen, -1 where the origin was
+    seen: list[float] = field(default_factory=list)  # measured differences
+    noise: list[float] = field(default_factory=list)  # their variances
+
+    @classmethod
+    def of(cls, problem: Problem, origin: Choices, measured: float) -> "Belief":
+        """The scores, scaled to the loss that was measured at the origin."""
+        possible = np.isfinite(problem.losses)
+        scores = np.where(possible, np.maximum(problem.losses, 0.0), 0.0)
+        predicted = float(scores[np.arange(len(origin)), origin].sum())
+        scale = measured / predicted if measured > 0 and predicted > 0 else 1.0
+        spread = np.sqrt((DEVIATION * scores) ** 2 + np.where(possible, problem.variances, 0.0))
+        return cls(scale * scores, scale * spread, origin)
+
+    def learn(self, choices: Choices, difference: float, error: float) -> None:
+        """Take in the measured loss of choices above the origin's."""
+        row = np.zeros(self.mean.shape)
+        groups = np.arange(len(choices))
+        row[groups, choices] += 1
+        row[groups, self.origin] -= 1
+        self.rows.append(row.ravel())
+        self.seen.append(difference)
+        self.noise.append(error**2 + (MISFIT * difference) ** 2 + np.finfo(np.float64).tiny)
+
+    def draw(self, generator: np.random.Generator) -> Array:
+        """A table (groups, schemes) from the belief as it stands."""
+        return self._conditioned(self.mean + self.deviation * generator.standard_normal(self.mean.shape), generator)
+
+    def expected(self) -> Array:
+        """The mean table (groups, schemes) as it stands."""
+        return self._conditioned(self.mean, None)
+
+    def _conditioned(self, table: Array, generator: np.random.Generator | None) -> Array:
+        """Matheron's rule: a draw of the prior, corrected by what was measured, is a draw of the posterior."""
+        if not self.rows:
+            return table
+        rows, noise = np.stack(self.rows), np.array(self.noise)
+        spread = rows * self.deviation.ravel() ** 2
+        told = np.array(self.seen)
+        if generator is not None:
+            told = told + np.sqrt(noise) * generator.standard_normal(len(noise))
+        covariance = spread @ rows.T + np.diag(noise)
+        gain = np.linalg.lstsq(covariance, told - rows @ table.ravel(), rcond=None)[0]
+        return table + (gain @ spread).reshape(table.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Polished:
+    """What polishing came to."""
+
+    choices: Choices  # (groups,)
+    measured: tuple[tuple[Choices, float], ...]  # everything that was measured, with its mean loss, in order
+
+
+def polish(
+    problem: Problem, start: Choices, size: float, measure: Measure, *, rounds: int = 24, seed: int = 0
+) -> Polished:
+    """Improve choices by measuring: at most `rounds` allocations besides the start, none above `size` bytes.
+
+    A proposal is accepted when it is better by more than a standard error of the paired difference. The radius of
+    changes grows with success and shrinks with failure.
+    """
+    generator = np.random.default_rng(seed)
+    best = np.asarray(start, dtype=np.intp)
+    losses = origin = measure(best)
+    told = [(best, float(losses.mean()))]
+    if not np.isfinite(losses).all() or rounds < 1:
+        return Polished(best, tuple(told))
+    belief = Belief.of(problem, best, float(losses.mean()))
+    known = {tuple(best.tolist())}
+    radius = max(SMALLEST_RADIUS, len(best) // 3)
+    idle = 0
+    while len(told) <= rounds and idle < PATIENCE:
+        table = belief.draw(generator) if idle < PATIENCE - 1 else belief.expected()
+        proposal = nearby(problem, table, best, radius, size)
+        if tuple(proposal.tolist()) in known:
+            idle += 1
+            continue
+        idle = 0
+        known.add(tuple(proposal.tolist()))
+        new = measure(proposal)
+        told.append((proposal, float(new.mean())))
+        if not np.isfinite(new).all():
+            radius = max(SMALLEST_RADIUS, radius // 2)
+            continue
+        belief.learn(proposal, *_paired(new, origin))
+        gain, error = _paired(new, losses)
+        if gain < -error:
+            best, losses, radius = proposal, new, min(2 * radius, len(best))
+        else:
+            radius = max(SMALLEST_RADIUS, 2 * radius // 3)
+    return Polished(best, tuple(told))
+
+
+def nearby(problem: Problem, table: Array, center: Choices, radius: int, size: float) -> Choices:
+    """The choices of least loss by a table, within a size and at most `radius` changes away from the center."""
+    changes = np.ones(problem.losses.shape)
+    changes[np.arange(len(center)), center] = 0.0
+    posed = replace(
+        problem, losses=np.where(np.isfinite(problem.losses), table, np.inf),
+        costs={**problem.costs, "changes": changes}, budgets={**problem.budgets, "size": size, "changes": radius},
+    )  # fmt: skip
+    return np.asarray(integer(posed, time_limit=SECONDS).choices[0], dtype=np.intp)
+
+
+def _paired(losses: Array, others: Array) -> tuple[float, float]:
+    difference = losses - others
+    if len(difference) < 2:
+        return float(difference.mean()), 0.0
+    return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))

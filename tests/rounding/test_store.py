@@ -1,0 +1,50 @@
+"""Each layer is rounded once in each format, and what is kept in files is what was rounded."""
+
+import torch
+from small_cnn import images, small_cnn
+
+from mpq.core.allocation import Allocation
+from mpq.network.calibration import cross_entropy
+from mpq.network.layers import find_layers
+from mpq.network.moments import second_moments
+from mpq.quantized import simulate
+from mpq.rounding.reference import dequantize
+from mpq.rounding.store import RoundingStore
+from mpq.trial import Trial
+
+
+def allocation(model, *schemes):
+    return Allocation(find_layers(model), schemes)
+
+
+def test_a_layer_is_rounded_once_and_simulated_alike_from_memory_and_from_files():
+    model = small_cnn()
+    wanted = allocation(model, "int3-channel", "int4-g32", "int2-g32-asym")
+    moments = second_moments(model, wanted.layers, images(), cross_entropy)
+    expected = simulate(model, wanted, "gptq", moments, trainable=False).state_dict()
+    for limit in (2**30, 0):
+        store = RoundingStore("gptq", moments, limit)
+        for _ in range(2):
+            found = simulate(model, wanted, trainable=False, store=store).state_dict()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        layer = wanted.layers[0]
+        weight, scheme = model[0].weight.flatten(1), wanted.scheme_of[layer.name]
+        first = store.quantized(layer, weight, scheme)
+        assert store.quantized(layer, weight * 7, scheme) is first  # not rounded again
+        assert bool((dequantize(first) != weight).any())
+
+
+def test_a_trial_takes_on_one_allocation_after_the_other():
+    model = small_cnn()
+    trial = Trial(model, RoundingStore())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = allocation(model, "int2-g32", "int4-g32", "int8-channel+a:int4-token")
+    second = allocation(model, "int2-g32", "int3-channel", "int8-channel")
+    inputs = images()[0][0]
+    for wanted in (first, second, first):
+        expected = simulate(model, wanted, trainable=False)
+        assert torch.equal(trial.take_on(wanted)(inputs), expected(inputs))
+    moved = trial.take_on(second, {"1": torch.ones(8)})
+    assert moved[1].running_mean.tolist() == [1.0] * 8
+    assert torch.equal(trial.take_on(second)(inputs), simulate(model, second, trainable=False)(inputs))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())

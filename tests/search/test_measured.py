@@ -1,0 +1,93 @@
+"""Starts are within the budget, beliefs follow what is measured, and polishing finds what a wrong table hides."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from problems import every_choice, make_problem, make_table
+
+from mpq.core.problem import build_problem
+from mpq.search.exact import exact
+from mpq.search.measured import Belief, nearby, polish, starts
+
+
+def sizes(problem, choices):
+    return problem.totals(choices)["size"]
+
+
+def test_starts_are_the_optimum_uniform_formats_and_optima_without_the_smallest_widths():
+    problem = build_problem(make_table(1, 8))
+    frontier = exact(problem)
+    size = sizes(problem, np.full(8, 2))  # int4-channel for all
+    found = dict(starts(frontier, size))
+    assert next(iter(found)) == "searched"
+    assert all(sizes(problem, choices) <= size for choices in found.values())
+    assert found["all int4-channel"].tolist() == [2] * 8
+    assert "searched from 3 bits" in found
+    assert 0 not in found["searched from 3 bits"]
+    best = min(
+        (choice for choice in every_choice(problem) if 0 not in choice and sizes(problem, choice) <= size),
+        key=lambda choice: problem.prediction(choice)[0],
+    )
+    assert found["searched from 3 bits"].tolist() == best.tolist()
+
+
+def test_nearby_is_the_best_within_the_radius():
+    problem = make_problem(2, 5)
+    center = np.full(5, 1)
+    size, radius = 1.1 * sizes(problem, center), 2
+    near = [
+        choice
+        for choice in every_choice(problem)
+        if sizes(problem, choice) <= size and (choice != center).sum() <= radius
+    ]
+    best = min(near, key=lambda choice: problem.prediction(choice)[0])
+    assert nearby(problem, problem.losses, center, radius, size).tolist() == best.tolist()
+
+
+def test_a_belief_moves_to_what_was_measured():
+    problem = make_problem(1, 4)
+    origin, other = np.zeros(4, dtype=int), np.array([3, 0, 0, 0])
+    belief = Belief.of(problem, origin, problem.prediction(origin)[0])
+    belief.learn(other, 0.0, 1e-9)
+    table = belief.expected()
+    assert table[0, 3] - table[0, 0] == pytest.approx(0.0, abs=1e-6)
+    assert table[1:] == pytest.approx(belief.mean[1:])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_polishing_recovers_from_a_table_that_is_wrong_about_two_layers(seed):
+    problem = make_problem(1, 10)
+    truth = problem.losses.copy()
+    wrong = problem.losses.copy()
+    wrong[2] *= 0.2
+    wrong[5] *= 5
+    told = replace(problem, losses=wrong)
+    frontier = exact(told)
+    size = float(np.median(frontier.costs))
+    start = np.asarray(frontier.choices[frontier.index_at(cost=size)], dtype=np.intp)
+    groups = np.arange(10)
+
+    def measure(choices):
+        each = truth[groups, choices].sum()
+        return each * (1 + 0.05 * np.random.default_rng(7).standard_normal(64))  # the same samples each time
+
+    found = polish(told, start, size, measure, rounds=30, seed=seed)
+    best = exact(problem)
+    optimum, before, after = (
+        truth[groups, choices].sum() for choices in (best.choices[best.index_at(cost=size)], start, found.choices)
+    )
+    assert sizes(problem, found.choices) <= size
+    assert len(found.measured) <= 31
+    assert before > 1.2 * optimum
+    assert after - optimum < 0.35 * (before - optimum)
+
+
+def test_what_cannot_be_measured_is_not_taken():
+    problem = make_problem(1, 4)
+    start = np.full(4, 1)
+
+    def measure(choices):
+        return np.full(8, 1.0 if (choices == start).all() else np.nan)
+
+    assert polish(problem, start, 2 * sizes(problem, start), measure, rounds=5).choices.tolist() == start.tolist()
