@@ -144,6 +144,8 @@ def _polished(
         weighted: NDArray[np.float64] = harm * quality.weights / quality.weights.mean()
         return weighted
 
+    if bool((np.isfinite(frontier.problem.losses).sum(1) == 1).all()):
+        return []  # nothing to choose
     measured = [float(measure(choices).mean()) for _, choices in begun]
     best = begun[int(np.argmin(measured))][1]
     found = polish(frontier.problem, best, size, measure, rounds=rounds, seed=seed)

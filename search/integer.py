@@ -33,7 +33,8 @@ def integer(problem: Problem, *, cost: str = "size", time_limit: float | None = 
     check_budgets(problem)
     rows, columns = np.nonzero(np.isfinite(problem.losses))
     losses = problem.losses[rows, columns]
-    scale = OBJECTIVE_RANGE / max(float(np.ptp(losses)), np.finfo(np.float64).tiny)
+    spread = float(np.ptp(losses))
+    scale = OBJECTIVE_RANGE / spread if spread > OBJECTIVE_RANGE * np.finfo(np.float64).tiny else 1.0
     one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
     limits = dict(problem.budgets)
     for _ in range(TIGHTENINGS):

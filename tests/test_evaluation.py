@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
-from mpq.evaluation import evaluate
+from mpq.evaluation import Reference, evaluate
 from mpq.network.calibration import cross_entropy, mean_loss, next_token_loss, seeded
 
 
@@ -95,3 +95,42 @@ def test_bad_requests_are_named():
     broken[2].bias.data.fill_(math.nan)
     with pytest.raises(MpqError, match="batch 0 is nan"):
         evaluate(broken, images(), "accuracy")
+
+
+def test_divergence_from_the_original_is_that_of_single_predictions():
+    first, second = Bigrams(), Bigrams()
+    with torch.no_grad():
+        second.table.weight.mul_(0.5).add_(torch.randn(11, 11, generator=seeded(5)))
+    tokens = torch.randint(0, 11, (3, 6), generator=seeded(3))
+    mask = torch.ones_like(tokens)
+    mask[2, 3:] = 0
+    batches = [{"input_ids": tokens, "attention_mask": mask}]
+    reference = Reference(first, batches, "perplexity")
+    found = reference.measure(second)
+    kl, same = [], []
+    for row, length in zip(tokens, (5, 5, 2), strict=True):
+        one, other = (model(row[:length]).log_softmax(-1) for model in (first, second))
+        kl.append((one.exp() * (one - other)).sum(-1).detach())
+        same.append((one.argmax(-1) == other.argmax(-1)).float())
+    assert found.divergence.kl == pytest.approx([float(part.mean()) for part in kl], rel=1e-5)
+    assert found.divergence.agreement == pytest.approx([float(part.mean()) for part in same])
+    assert found.divergence.mean()[0] == pytest.approx(float(torch.cat(kl).mean()), rel=1e-5)
+    assert found.divergence.quantile == pytest.approx(float(torch.cat(kl).quantile(0.99)), rel=1e-5)
+    assert found.loss == pytest.approx(evaluate(second, batches, "perplexity").loss)
+    itself = reference.measure(first)
+    assert itself.divergence.mean()[0] == pytest.approx(0, abs=1e-7)
+    assert itself.divergence.agreeing()[0] == 1
+    gain, error = itself.harm_above(found)
+    assert gain == pytest.approx(-found.divergence.mean()[0], rel=1e-5)
+    assert 0 < error < 1
+
+
+def test_large_vocabularies_are_kept_in_half_the_bytes_and_stay_normalized():
+    first, second = Bigrams(2000), Bigrams(2000)
+    with torch.no_grad():
+        second.table.weight.mul_(0.9)
+    tokens = torch.randint(0, 2000, (2, 9), generator=seeded(3))
+    found = Reference(first, [tokens], "perplexity").measure(second).divergence
+    with torch.no_grad():
+        one, other = (model(tokens[:, :-1]).double().log_softmax(-1) for model in (first, second))
+    assert found.kl == pytest.approx((one.exp() * (one - other)).sum(-1).mean(1).numpy(), rel=1e-3)

@@ -91,3 +91,11 @@ def test_what_cannot_be_measured_is_not_taken():
         return np.full(8, 1.0 if (choices == start).all() else np.nan)
 
     assert polish(problem, start, 2 * sizes(problem, start), measure, rounds=5).choices.tolist() == start.tolist()
+
+
+def test_where_there_is_one_choice_nothing_is_proposed():
+    problem = build_problem(make_table(1, 3, ("int4-channel",)))
+    only = np.zeros(3, dtype=np.intp)
+    assert nearby(problem, problem.losses * 0, only, 2, sizes(problem, only)).tolist() == [0, 0, 0]
+    found = polish(problem, only, sizes(problem, only), lambda choices: np.ones(4), rounds=9)
+    assert len(found.measured) == 1
