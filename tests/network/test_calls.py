@@ -15,7 +15,7 @@ from mpq.network.calibration import check_loss, cross_entropy, split_batch, take
 from mpq.network.layers import find_layers
 from mpq.network.offload import offloaded
 from mpq.network.ranges import input_ranges
-from mpq.simulated import pack_model
+from mpq.quantized import pack_model
 from mpq.training.fake import FakeQuantization
 
 Pair = namedtuple("Pair", "inputs labels")
