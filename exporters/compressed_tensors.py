@@ -4,7 +4,7 @@ One `config_groups` entry per scheme with its own `format`, layers by name, ever
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def export(
     second_moments: Moments | None = None,
     recipe: Mapping[str, Any] | None = None,
     shard: int = SHARD,
+    side_files: Sequence[str | os.PathLike[str]] = (),
     ranges: Ranges | None = None,
 ) -> Path:
     """Write a transformers model as a compressed-tensors checkpoint; the folder.
@@ -50,7 +51,7 @@ def export(
     return export_transformers(
         "compressed-tensors", model, allocation, folder,
         partial(_named, model, ranges), partial(quantization_config, model, allocation, ranges),
-        method=method, second_moments=second_moments, shard=shard,
+        method=method, second_moments=second_moments, shard=shard, side_files=side_files,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,20 @@ def write_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def names_of(files: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
+    """The files' own names."""
+    return tuple(Path(file).name for file in files)
+
+
+def copy_side_files(draft: Path, files: Iterable[str | os.PathLike[str]]) -> None:
+    """Copy files of the model's source, a tokenizer's or a processor's, into a folder that is being written."""
+    for file in files:
+        try:
+            shutil.copyfile(file, draft / Path(file).name)
+        except OSError as error:
+            raise MpqError(f"cannot copy {file} beside the model: {error.strerror}") from error
 
 
 def refuse_foreign(folder: str | os.PathLike[str], names: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ g_idx int32 (in,): the group of each input.
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def export(
     second_moments: Moments | None = None,
     recipe: Mapping[str, Any] | None = None,
     shard: int = SHARD,
+    side_files: Sequence[str | os.PathLike[str]] = (),
 ) -> Path:
     """Write a transformers model in the GPTQ layout; the folder. Any rounding method will do.
 
@@ -43,7 +44,7 @@ def export(
     """
     return export_transformers(
         "gptq", model, allocation, folder, partial(_named, model), partial(_config, model, allocation),
-        method=method, second_moments=second_moments, shard=shard,
+        method=method, second_moments=second_moments, shard=shard, side_files=side_files,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 from mpq.kernels.modules import PackedWeight
 from mpq.kernels.tolerance import kernel_error, same_code_error
-from mpq.network.calibration import evaluating, tensors_in
+from mpq.network.calibration import evaluating
 from mpq.network.fingerprint import fingerprint
 from mpq.quantized import checked_layers, simulate_rounded
 from mpq.rounding.reference import Quantized, dequantize
@@ -117,7 +117,7 @@ def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, 
         _, given, output = call
         _compare(f"what reaches layer {name}" if name else "what the model is called with", kept.inputs, given)
         what = f"what layer {name} gives" if name else "the model's output"
-        _compare(what, kept.output, tensors_in(output), kept.allowed)
+        _compare(what, kept.output, _tensors(output), kept.allowed)
         return kept.output[0].clone() if name else None
 
     with _hooked(loaded, names, compare):
@@ -139,9 +139,18 @@ class Call:
 
 def _kept(name: str, module: nn.Module, call: tuple[Any, Any, Any]) -> Call:
     used, given, output = call
-    outputs = [tensor.clone() for tensor in tensors_in(output)]
+    outputs = [tensor.clone() for tensor in _tensors(output)]
     allowed = [kernel_error(module, used, output)] if name and isinstance(output, Tensor) else None
     return Call(name, given, outputs, allowed)
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    """Those of a model's arguments or outputs; caches and other objects of its own are passed over."""
+    if isinstance(found, Mapping):
+        found = tuple(found.values())
+    if isinstance(found, (tuple, list)):
+        return [tensor for part in found for tensor in _tensors(part)]
+    return [found] if isinstance(found, Tensor) else []
 
 
 @contextmanager
@@ -152,11 +161,11 @@ def _hooked(model: nn.Module, names: Iterable[str], told: Callable[..., Any]) ->
 
     def hook(name: str, module: nn.Module) -> None:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            tensors = [tensor.clone() for tensor in tensors_in((args, kwargs))]
+            tensors = [tensor.clone() for tensor in _tensors((args, kwargs))]
             given.setdefault(name, []).append(tensors)
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            used = next(iter(tensors_in((args, kwargs))), None)
+            used = next(iter(_tensors((args, kwargs))), None)
             return told(name, module, (used, given[name].pop(), output))
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
@@ -181,7 +190,7 @@ def _result(run: Run, model: nn.Module) -> list[Tensor]:
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(0)
         found = run(model)
-    return tensors_in(torch.tensor(found) if isinstance(found, float) else found)
+    return _tensors(torch.tensor(found) if isinstance(found, float) else found)
 
 
 def _compare(what: str, expected: list[Tensor], found: list[Tensor], allowed: list[Tensor] | None = None) -> None:

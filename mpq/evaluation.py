@@ -21,9 +21,10 @@ from mpq.network.calibration import (
     logits_of,
     split_batch,
 )
+from mpq.network.distance import relative_distance
 from mpq.network.shelf import Shelf
 
-KINDS = ("accuracy", "perplexity", "loss")
+KINDS = ("accuracy", "perplexity", "distance", "loss")
 IGNORED = -100  # the target of a position that predicts nothing
 TOKENS = 2048  # that pass through a language model at once
 ELEMENTS = 2**24  # of logits that are worked on at once
@@ -52,8 +53,8 @@ class Divergence:
 class Quality:
     """What was measured on `len(losses)` samples (sequences, for a language model)."""
 
-    kind: str  # "accuracy", "perplexity" or "loss"
-    value: float  # share of right answers, exp(mean loss per token), or the mean loss
+    kind: str  # one of KINDS
+    value: float  # share of right answers, exp(mean loss per token), distance relative to the outputs, or mean loss
     error: float  # standard error of the value, from the spread of the samples; NaN for a single one
     loss: float  # mean over samples, or over predicted tokens
     losses: NDArray[np.float64]  # (samples,), mean loss of each
@@ -126,7 +127,8 @@ def evaluate(
     Args:
         model: gives logits, or an object that has them: (batch, classes), or (batch, time, vocabulary).
         batches: (inputs, labels) for "accuracy"; tokens, as in `next_token_loss`, for "perplexity".
-        kind: "accuracy", "perplexity", or "loss", which asks `loss_fn` for one sample after the other.
+        kind: "accuracy", "perplexity", "distance" (batches of
+            `mpq.network.distance.with_targets`), or "loss", which asks `loss_fn` for one sample after the other.
         loss_fn: only for the kind "loss".
         progress: show a progress bar.
 
@@ -153,6 +155,9 @@ def _evaluate(
                     [check_loss(loss_fn(model, sample), index).reshape(()) for sample in split_batch(batch)]
                 )
                 found = [_Part(losses, torch.ones_like(losses))]
+            elif kind == "distance":
+                losses, outputs = relative_distance(model, batch)
+                found = [_Part(losses, torch.ones_like(losses), relative=losses / outputs)]
             else:
                 found = []
                 for logits, targets in _predictions(model, batch, kind):
@@ -171,6 +176,7 @@ class _Part(NamedTuple):
     kl: Tensor | None = None
     agreement: Tensor | None = None
     single: Tensor | None = None  # (predictions,)
+    relative: Tensor | None = None  # distance of each output
 
 
 def _predictions(model: nn.Module, batch: Batch, kind: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -234,6 +240,8 @@ def _quality(kind: str, parts: Sequence[_Part]) -> Quality:
     if kind == "perplexity":
         value = math.exp(min(loss, 700.0))
         return Quality(kind, value, value * error, loss, losses, weights, None, divergence)
+    if kind == "distance":
+        return Quality(kind, *mean_and_error(joined("relative").astype(np.float64), weights), loss, losses, weights)
     return Quality(kind, loss, error, loss, losses, weights)
 
 

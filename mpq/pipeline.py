@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -74,8 +75,19 @@ def export_to(
         settings["ranges"] = ranges_for(source, allocation)
     if "tokenizer" in inspect.signature(export).parameters:
         settings["tokenizer"] = source.tokenizer
-    written: Path = export(source.model, allocation, folder, **settings)
+    with TemporaryDirectory() as own:
+        if "side_files" in inspect.signature(export).parameters:
+            settings["side_files"] = source.side_files or _tokenizer_files(source.tokenizer, Path(own))
+        written: Path = export(source.model, allocation, folder, **settings)
     return written
+
+
+def _tokenizer_files(tokenizer: Any, folder: Path) -> tuple[Path, ...]:
+    """The files of a tokenizer that came without any, as out of a GGUF file."""
+    if not hasattr(tokenizer, "save_pretrained"):
+        return ()
+    tokenizer.save_pretrained(folder)
+    return tuple(sorted(path for path in folder.iterdir() if path.is_file()))
 
 
 def _compared_on(source: Source) -> Callable[[nn.Module], Any]:

@@ -1,7 +1,7 @@
 """GGUF, the file of llama.cpp: each layer in the tensor type that holds exactly its format's numbers."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
-from mpq.exporters.folder import digest, refuse_foreign, write_checksums, write_folder
+from mpq.exporters.folder import copy_side_files, digest, names_of, refuse_foreign, write_checksums, write_folder
 from mpq.exporters.gguf.blocks import encode_blocks, raw_copy, type_of
 from mpq.exporters.gguf.llama import describe, describe_tokenizer, row_order
 from mpq.exporters.mpq.state import other_state
@@ -46,6 +46,7 @@ def export(
     recipe: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     shard: int = SHARD,
+    side_files: Sequence[str | os.PathLike[str]] = (),
 ) -> Path:
     """Write a transformers Llama as `model.gguf`, or `model-00001-of-0000N.gguf` and so on; the folder.
 
@@ -55,7 +56,7 @@ def export(
         tokenizer: of transformers, to put into the file (`describe_tokenizer` says which). Without one the file
             has no vocabulary: llama.cpp then takes and gives tokens alone.
         shard: largest bytes of one file's tensors, unless one alone is larger. llama.cpp opens the first file.
-        allocation, folder, method, second_moments: as in `mpq.exporters.mpq.checkpoint.export`.
+        allocation, folder, method, second_moments, side_files: as in `mpq.exporters.mpq.checkpoint.export`.
 
     Raises:
         MpqError: no Llama, a scheme without a tensor type, the package gguf is missing.
@@ -64,7 +65,7 @@ def export(
     check(CONSUMERS["gguf"], allocation)
     gguf = gguf_package()
     config: Any = model.config
-    refuse_foreign(folder, (FILE, "allocation.json"))
+    refuse_foreign(folder, (FILE, "allocation.json", *names_of(side_files)))
     plan = _plan(model, allocation, gguf)
     with write_folder(folder) as draft:
         split = {"split_max_size": shard} if sum(entry.nbytes for entry in plan) > shard else {}
@@ -87,6 +88,7 @@ def export(
                 digests[file][entry.name] = digest(content.data)
         finally:
             writer.close()
+        copy_side_files(draft, side_files)
         allocation.save(draft / "allocation.json")
         write_checksums(draft, digests)
     return Path(folder)

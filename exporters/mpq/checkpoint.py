@@ -9,7 +9,7 @@ several modules share is stored once.
 import copy
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.exporters.folder import (
+    copy_side_files,
+    names_of,
     read_checked_json,
     read_checksums,
     read_json,
@@ -49,6 +51,7 @@ def export(
     recipe: Mapping[str, Any] | None = None,
     shard: int = SHARD,
     inputs: Inputs | None = None,
+    side_files: Sequence[str | os.PathLike[str]] = (),
 ) -> Path:
     """Round and pack the model's layers and write them with all its other tensors; the folder.
 
@@ -63,12 +66,13 @@ def export(
         inputs: what the model is called with (a tensor, a tuple of arguments, a mapping of keyword arguments), or a
             function that runs the model it is given. The model is read back and compared with the simulated one on
             them, layer by layer; without them every weight and every other tensor is compared alone.
+        side_files: files to copy into the folder: those of a tokenizer or a processor.
 
     Raises:
         MpqError: the allocation is another model's, a weight cannot be rounded, the folder holds foreign files, or
             the model that is read back differs: nothing is written then.
     """
-    refuse_foreign(folder, FILES)
+    refuse_foreign(folder, (*FILES, *names_of(side_files)))
     others, tied = other_state(model, allocation)
     config = model_config(model)
     if recipe is not None and recipe.get("kind") != "transformers":  # whose config says it all
@@ -92,6 +96,7 @@ def export(
     with write_folder(folder) as draft:
         digests = write_tensors(draft, tensor_plan(model, allocation), tensors(), shard)
         write_config(draft, config, model)
+        copy_side_files(draft, side_files)
         allocation.save(draft / "allocation.json")
         write_checksums(draft, digests)
         loaded = _read_back(draft, model, config)

@@ -46,7 +46,7 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     own: Any = getattr(model, "config", None)
     config: dict[str, Any] = json.loads(own.to_json_string()) if hasattr(own, "to_json_string") else {}
     config.pop("quantization_config", None)
-    config["architectures"] = config.get("architectures") or [type(model).__name__]
+    config["architectures"] = [type(model).__name__]
     return config
 
 

@@ -6,7 +6,7 @@ A graph of more than 2 GB, which no protobuf holds, keeps its tensors in a file 
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +17,7 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
-from mpq.exporters.folder import refuse_foreign, write_checksums, write_folder
+from mpq.exporters.folder import copy_side_files, names_of, refuse_foreign, write_checksums, write_folder
 from mpq.exporters.onnx.nodes import Graph, drop_unused, products_with, put_products, put_weight, round_inputs
 from mpq.exporters.onnx.operators import OPSET, OPSET_INT2, nbits_block, needs_int2
 from mpq.exporters.targets import CONSUMERS, check, check_packages
@@ -43,6 +43,7 @@ def export(
     inputs: Tensor | tuple[Any, ...] | None = None,
     ranges: Ranges | None = None,
     inside: int = INSIDE,
+    side_files: Sequence[str | os.PathLike[str]] = (),
 ) -> Path:
     """Write `model.onnx`; the folder.
 
@@ -51,13 +52,14 @@ def export(
         recipe: not needed, the graph is the model.
         inputs: what the model is called with; the first dimension of each tensor is left open.
         ranges: of the layers' inputs (`mpq.network.ranges.input_ranges`), for schemes with activations.
+        side_files: files of the source to copy beside the graph.
         inside: tensors of more bytes than that in all are written to `model.onnx.data`, one layer in memory at a time.
 
     Raises:
         MpqError: a scheme that ONNX cannot hold, no inputs, no range for a layer that needs one, a missing package.
     """
     _refuse(allocation, inputs, ranges)
-    refuse_foreign(folder, (FILE, DATA, "allocation.json"))
+    refuse_foreign(folder, (FILE, DATA, "allocation.json", *names_of(side_files)))
     traced, names = _trace(model, allocation, inputs)
     rounded = quantized_layers(model, allocation, method, second_moments)
     with write_folder(folder) as draft:
@@ -67,6 +69,7 @@ def export(
         else:
             graph = _fill(Graph(traced), model, rounded, names, ranges)
         (draft / FILE).write_bytes(graph.model.SerializeToString())
+        copy_side_files(draft, side_files)
         allocation.save(draft / "allocation.json")
         write_checksums(draft, {})
     return Path(folder)

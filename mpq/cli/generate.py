@@ -27,20 +27,23 @@ def run(options: argparse.Namespace) -> None:
     from mpq.generation.generate import compare_speeds, generate
     from mpq.quantized import fuse
     from mpq.sources import open_network
+    from mpq.sources.networks import encoder_of, tokenizer_in
 
     model = fuse(checkpoint.load(options.folder))
     name = Allocation.load(Path(options.folder) / "allocation.json").provenance.get("model")
-    if name is None:
-        raise MpqError(f"{options.folder} does not say which model it was made of, so there is no tokenizer for it")
-    network = open_network(name)
-    if network.encode is None or network.tokenizer is None:
-        raise MpqError(f"{name} has no tokenizer: only language models can continue a prompt")
-    prompt = torch.tensor(network.encode(options.prompt))
+    tokenizer = tokenizer_in(Path(options.folder))
+    network = open_network(name) if name is not None and (tokenizer is None or options.compare) else None
+    if tokenizer is None and network is not None:
+        tokenizer = network.tokenizer
+    if tokenizer is None:
+        raise MpqError(f"{options.folder} has no tokenizer: only language models can continue a prompt")
+    encode = encoder_of(tokenizer) if callable(tokenizer) else tokenizer.encode
+    prompt = torch.tensor(encode(options.prompt))
     found = generate(
         model, prompt, max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
     )
-    print(options.prompt + network.tokenizer.decode(list(found.tokens)))
+    print(options.prompt + tokenizer.decode(list(found.tokens)))
     print(f"\n{found.tokens_per_second:.1f} tokens per second")
-    if options.compare:
+    if options.compare and network is not None:
         speeds = compare_speeds({"packed": model, "bfloat16": network.model.to(torch.bfloat16)}, prompt)
         print(", ".join(f"{which} {speed:.1f}" for which, speed in speeds.items()))

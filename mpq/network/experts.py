@@ -6,8 +6,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from mpq.core.errors import MpqError
-
 log = logging.getLogger(__name__)
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -48,18 +46,16 @@ def unstack(model: nn.Module) -> nn.Module:
     Stacks are those of transformers since 5.0: gate_up_proj (experts, 2 * inner, width), gate above up, and down_proj
     (experts, width, inner), without biases. Each expert's three matrices become layers, "...experts.3.gate_proj".
 
-    Raises:
-        MpqError: stacks of another layout (named).
+    Stacks of another layout stay as they are, which is said in the log.
     """
     for name, module in list(_stacked(model)):
         gate_up, down = (getattr(module, stack) for stack in STACKS)
         count, width, inner = down.shape
         plain = set(dict(module.named_parameters())) == set(STACKS) and not getattr(module, "is_transposed", False)
         if not plain or gate_up.shape != (count, 2 * inner, width) or not getattr(module, "is_concatenated", True):
-            raise MpqError(
-                f"the experts {name} of class {type(module).__name__} are stacked in a layout that is not known: "
-                "quantize the other layers with include and exclude, without taking experts apart"
-            )
+            kind = type(module).__name__
+            log.warning("the experts %s of class %s are stacked in a layout that is not known and stay", name, kind)
+            continue
         act: nn.Module = module.act_fn  # type: ignore[assignment]
         pairs = zip(gate_up.unbind(), down.unbind(), strict=True)
         model.set_submodule(name, Experts(Expert(*pair, act) for pair in pairs))

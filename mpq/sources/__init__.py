@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from mpq.core.errors import MpqError
 from mpq.network.calibration import Batch, LossFn, cross_entropy, next_token_loss
 from mpq.sources.data import Data, open_data
 from mpq.sources.networks import Network, open_network, skeleton
+from mpq.sources.objectives import with_objective
 
 LOSSES: Mapping[str, LossFn] = {"accuracy": cross_entropy, "perplexity": next_token_loss}
 
@@ -29,11 +31,12 @@ class Source:
     calibration: tuple[Batch, ...]
     evaluation: tuple[Batch, ...]  # samples that are not in `calibration`, for the report alone
     loss_fn: LossFn
-    kind: str = "loss"  # "accuracy", "perplexity" or "loss": what `mpq.evaluation.evaluate` measures
+    kind: str = "loss"  # one of `mpq.evaluation.KINDS`
     recipe: Mapping[str, Any] = field(default_factory=dict)  # JSON values from which `skeleton` builds the model again
     data: str = "own"  # name of the data
     tokenizer: Any = None
     acceptance: tuple[Batch, ...] = ()  # samples in neither, on which finished candidates are compared
+    side_files: tuple[Path, ...] = ()  # tokenizer, processor and the like: copied beside every export
 
 
 def open_source(
@@ -51,8 +54,9 @@ def open_source(
     """Find a model and data for it.
 
     Args:
-        model_name: a bundled model (`tiny-lm`, `tiny-cnn`), a Hugging Face folder or hub id, `timm:NAME`, or
-            `package.module:factory`, called without arguments (the current folder is searched too).
+        model_name: a bundled model (`tiny-lm`, `tiny-cnn`), a Hugging Face folder or hub id, a GGUF file or a folder
+            with one, `timm:NAME`, or `package.module:factory`, called without arguments (the current folder is
+            searched too).
         data_name: `novels` or `digits` (bundled), a .txt, .jsonl, .npz or .parquet file, `datasets:ID[:CONFIG]`, or
             `package.module:loader`. Left out, bundled models take their own data and language models the novels.
         nsamples: calibration samples (windows of text, images), drawn by the seed.
@@ -72,6 +76,7 @@ def open_source(
         data_name, network, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, seed=seed,
         evaluation_samples=evaluation_samples,
     )  # fmt: skip
+    data = with_objective(network, data, seed)
     if data.loss_fn is None and data.kind not in LOSSES:
         raise MpqError(f"{data.name} does not say what the loss is: let its loader return a 'loss_fn'")
     return Source(
@@ -84,6 +89,7 @@ def open_source(
         recipe=network.recipe,
         data=data.name,
         tokenizer=network.tokenizer,
+        side_files=network.side_files,
         acceptance=tuple(to_device(batch, device) for batch in data.acceptance),
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mpq.core.errors import MpqError, nearest_names
 from mpq.models import EVERYTHING, digit_batches, novel_batches
@@ -100,7 +101,7 @@ def open_data(
             raise MpqError(f"there is no file {name}")
         return _READERS[path.suffix](path, network, wanted)
     if ":" in name:
-        return _from_loader(name, wanted)
+        return _from_loader(name, network, wanted)
     known = [*BUNDLED_DATA, *(f"FILE{suffix}" for suffix in _READERS), "datasets:ID", "package.module:loader"]
     raise MpqError(f"unknown data {name!r}: {nearest_names(name, known)}")
 
@@ -108,7 +109,7 @@ def open_data(
 def _default(network: Network) -> str:
     if network.recipe.get("name") == "tiny-cnn":
         return "digits"
-    if network.kind == "perplexity":
+    if network.kind == "perplexity" or (network.kind in ("distance", "seq2seq") and network.encode is not None):
         return "novels"
     raise MpqError(
         f"say which data {network.name} is to be calibrated and measured on: a file or package.module:loader"
@@ -213,6 +214,8 @@ def _from_arrays(path: Path, network: Network, wanted: Wanted) -> Data:
         _check_kind(str(path), "perplexity", network)
         return _split_windows(str(path), torch.from_numpy(arrays["input_ids"].astype(np.int64)), wanted)
     key = next((name for name in ("images", "inputs") if name in arrays), None)
+    if key is not None and network.kind == "distance":
+        arrays.setdefault("labels", np.zeros(len(arrays[key]), np.int64))  # which nobody asks for
     if key is None or "labels" not in arrays or len(arrays[key]) != len(arrays["labels"]):
         raise MpqError(f"{path} holds {', '.join(arrays)}: expected images (or inputs) and labels, or input_ids")
     _check_kind(str(path), "accuracy", network)
@@ -238,13 +241,15 @@ def _image_tensor(images: Any, network: Network) -> Tensor:
         )
     tensor = torch.from_numpy(images).float() / 255
     tensor = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
+    if network.size is not None and tensor.shape[2:] != network.size:
+        tensor = functional.interpolate(tensor, network.size, mode="bilinear", antialias=True)
     if network.mean:
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (network.mean, network.std))
         tensor = (tensor - mean) / std
     return tensor
 
 
-def _from_loader(name: str, wanted: Wanted) -> Data:
+def _from_loader(name: str, network: Network, wanted: Wanted) -> Data:
     """What the loader returns: batches, or a mapping with "calibration", "acceptance", "evaluation" and "loss_fn".
 
     All but the first may be missing; of four or more calibration batches, the last fifth is then for acceptance.
@@ -268,11 +273,13 @@ def _from_loader(name: str, wanted: Wanted) -> Data:
     if not acceptance and len(calibration) >= 4:
         border = len(calibration) - max(1, round(HELD_OUT * len(calibration)))
         calibration, acceptance = calibration[:border], calibration[border:]
-    kind = "loss" if loss_fn else _kind_of(name, calibration[0])
+    kind = "loss" if loss_fn else _kind_of(name, calibration[0], network)
     return Data(name, calibration, evaluation, kind, loss_fn, acceptance)
 
 
-def _kind_of(name: str, batch: Batch) -> str:
+def _kind_of(name: str, batch: Batch, network: Network) -> str:
+    if network.kind in ("distance", "seq2seq"):
+        return network.kind
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return "accuracy"
     first = tensors_in(batch)[0]
@@ -290,8 +297,11 @@ def _encoder(network: Network) -> Callable[[str], list[int]]:
 
 
 def _check_kind(name: str, kind: str, network: Network) -> None:
-    if network.kind is not None and network.kind != kind:
-        needed = "text" if network.kind == "perplexity" else "labelled images"
+    wanted = network.kind
+    if wanted in ("distance", "seq2seq"):  # of whatever the model takes in
+        wanted = "perplexity" if network.encode is not None else "accuracy"
+    if wanted is not None and wanted != kind:
+        needed = "text" if wanted == "perplexity" else "labelled images"
         raise MpqError(f"{network.name} takes {needed}, which {name} is not")
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ from mpq.sources.extras import import_object, need
 
 log = logging.getLogger(__name__)
 
-HF_CLASSES = {"ForCausalLM": "AutoModelForCausalLM", "ForImageClassification": "AutoModelForImageClassification"}
+# Of a source folder, what else than weights its users need: tokenizers, chat templates, processors, generation.
+SIDE_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "sentencepiece.bpe.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json",
+)  # fmt: skip
+PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,13 +33,15 @@ class Network:
 
     name: str
     model: nn.Module
-    kind: str | None  # "accuracy", "perplexity", or None: the data tells
+    kind: str | None  # "accuracy", "perplexity", "distance", "seq2seq", or None: the data tells
     recipe: Mapping[str, Any]
     tokenizer: Any = None
     encode: Callable[[str], list[int]] | None = None  # text to tokens
     context: int | None = None  # longest sequence
     mean: tuple[float, ...] = field(default=())  # of the channels of images in [0, 1]; () when not normalized
     std: tuple[float, ...] = field(default=())
+    size: tuple[int, int] | None = None  # height and width of images
+    side_files: tuple[Path, ...] = ()  # tokenizer, processor and the like, to stand beside its weights
 
 
 def open_network(name: str) -> Network:
@@ -45,9 +54,13 @@ def open_network(name: str) -> Network:
         return _bundled(name)
     if name.startswith("timm:"):
         return _timm(name)
+    if name.endswith(".gguf"):
+        return _gguf(Path(name))
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise MpqError(f"the folder {name} has no config.json: expected a Hugging Face model")
+            if found := sorted(Path(name).glob("*.gguf")):
+                return _gguf(found[0])
+            raise MpqError(f"the folder {name} has no config.json: expected a Hugging Face model or a GGUF file")
         return _transformers(name)
     if ":" in name:
         return _factory(name)
@@ -67,9 +80,10 @@ def skeleton(recipe: Mapping[str, Any]) -> nn.Module:
         model: nn.Module = BUNDLED[recipe["name"]].build()
     elif kind == "transformers":
         transformers = need("transformers", "hf", "Hugging Face models")
-        options = {key: value for key, value in recipe["config"].items() if key not in ("dtype", "torch_dtype")}
+        options = dict(recipe["config"])
         config = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
-        model = unstack(getattr(transformers, recipe["class"]).from_config(config, dtype=torch.float32))
+        dtype = config.dtype or torch.float32
+        model = unstack(getattr(transformers, recipe["class"])._from_config(config, dtype=dtype))
     elif kind == "timm":
         model = need("timm", "timm", "timm models").create_model(recipe["name"], pretrained=False)
     elif kind == "factory":
@@ -87,46 +101,122 @@ def _bundled(name: str) -> Network:
     )
 
 
-def _transformers(name: str) -> Network:
+def _transformers(name: str, gguf: str | None = None) -> Network:
+    """The model in a Hugging Face folder or of a hub id, in its own number type; `gguf` is a file in the folder."""
     transformers = need("transformers", "hf", f"Hugging Face models such as {name!r}")
+    given = {} if gguf is None else {"gguf_file": gguf}
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        config = transformers.AutoConfig.from_pretrained(name, **given)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         known = f"{nearest_names(name, BUNDLED)}; else a folder, a hub id, timm:NAME or package.module:factory"
         raise MpqError(f"unknown model {name!r}: {known} ({_first_line(error)})") from error
-    architecture = (config.architectures or ["?"])[0]
-    class_name = next((name for ending, name in HF_CLASSES.items() if architecture.endswith(ending)), None)
-    if class_name is None:
-        raise MpqError(f"{name} is a {architecture}: expected a causal language model or an image classifier")
+    kind, class_name = _kind_of(config, transformers)
+    if gguf is not None and kind != "perplexity":
+        raise MpqError(f"{name}/{gguf} is a {class_name}: of GGUF files language models are read alone")
     try:
-        model = unstack(getattr(transformers, class_name).from_pretrained(name, dtype=torch.float32))
-    except OSError as error:
+        loaded = getattr(transformers, class_name).from_pretrained(name, dtype="auto", **given)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise MpqError(f"the weights of {name} cannot be loaded: {_first_line(error)}") from error
-    recipe = {"kind": "transformers", "class": class_name, "config": json.loads(config.to_json_string(use_diff=False))}
-    if class_name == "AutoModelForImageClassification":
-        mean, std = _normalization(name, transformers)
-        return Network(name, model.eval(), "accuracy", recipe, mean=mean, std=std)
-    context = getattr(config, "max_position_embeddings", None)
+    model = unstack(loaded).eval()
+    recipe = {
+        "kind": "transformers", "class": type(loaded).__name__,
+        "config": json.loads(loaded.config.to_json_string(use_diff=False)),
+    }  # fmt: skip
+    side_files = () if gguf else _side_files(name, transformers)
+    if kind in ("accuracy", "distance") and _takes_images(loaded):
+        about = _processing(name, transformers)
+        mean, std = (tuple(about.get(key) or ()) for key in ("image_mean", "image_std"))
+        size = _image_size(about, config)
+        return Network(name, model, kind, recipe, mean=mean, std=std, size=size, side_files=side_files)
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if getattr(config, "model_type", "") in PADDED_POSITIONS and context:
+        context -= config.pad_token_id + 1  # positions are counted from behind the padding's
     try:
-        tokens = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        tokens = transformers.AutoTokenizer.from_pretrained(name, **given)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         log.warning("%s comes without a tokenizer (%s): give its data as tokens", name, _first_line(error))
-        return Network(name, model.eval(), "perplexity", recipe, context=context)
+        return Network(name, model, kind, recipe, context=context, side_files=side_files)
+    return Network(name, model, kind, recipe, tokens, encoder_of(tokens), context, side_files=side_files)
+
+
+def encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Text to tokens, nothing added."""
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = tokens(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    return Network(name, model.eval(), "perplexity", recipe, tokens, encode, context)
+    return encode
 
 
-def _normalization(name: str, transformers: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the channels that an image model wants; () for both where it does not say."""
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer whose files stand in a folder, None where there are none."""
+    if not any((folder / name).is_file() for name in SIDE_FILES[:1] + SIDE_FILES[4:9]):
+        return None
+    transformers = need("transformers", "hf", "tokenizers")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise MpqError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+
+
+def _gguf(path: Path) -> Network:
+    """A language model out of a GGUF file, dequantized."""
+    need("gguf", "gguf", "GGUF files")
+    if not path.is_file():
+        raise MpqError(f"there is no file {path}")
+    log.warning("%s was quantized before: its dequantized numbers are taken for the original model", path)
+    network = _transformers(str(path.parent), path.name)
+    return replace(network, name=str(path))
+
+
+def _kind_of(config: Any, transformers: Any) -> tuple[str, str]:
+    """What a model is measured by, and the class of transformers that it is."""
+    auto = transformers.models.auto.modeling_auto
+    class_name = (config.architectures or [""])[0]
+    if class_name == "" and config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        class_name = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    if not hasattr(transformers, class_name or "?"):
+        raise MpqError(f"the model is a {class_name or config.model_type}: transformers has no such class")
+    if class_name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not getattr(
+        config, "is_encoder_decoder", False
+    ):
+        return "perplexity", class_name
+    if class_name in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+        return "seq2seq", class_name
+    if class_name.endswith("ForImageClassification"):
+        return "accuracy", class_name
+    return "distance", class_name
+
+
+def _takes_images(model: nn.Module) -> bool:
+    return getattr(model, "main_input_name", "") == "pixel_values"
+
+
+def _side_files(name: str, transformers: Any) -> tuple[Path, ...]:
+    """Those of `SIDE_FILES` that stand beside the model's config."""
+    folder = Path(name) if Path(name).is_dir() else Path(transformers.utils.cached_file(name, "config.json")).parent
+    return tuple(folder / file for file in SIDE_FILES if (folder / file).is_file())
+
+
+def _processing(name: str, transformers: Any) -> Mapping[str, Any]:
+    """What an image model's processor does; nothing where it does not say."""
     try:
         about, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
     except OSError:
-        return (), ()
-    return tuple(about.get("image_mean") or ()), tuple(about.get("image_std") or ())
+        return {}
+    return dict(about)
+
+
+def _image_size(about: Mapping[str, Any], config: Any) -> tuple[int, int] | None:
+    """Height and width of the images that a model takes, None where any will do."""
+    size: Any = about.get("crop_size") if about.get("do_center_crop") else about.get("size")
+    size = size or getattr(config, "image_size", None)
+    if isinstance(size, Mapping):
+        size = (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
+    if isinstance(size, int):
+        size = (size, size)
+    return (int(size[0]), int(size[1])) if size else None
 
 
 def _timm(name: str) -> Network:

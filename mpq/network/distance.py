@@ -1,0 +1,103 @@
+"""Distance to the float model's own output: the objective of models that predict nothing by themselves, as encoders.
+
+The gradient of a distance vanishes at the float model, so calibration targets are drawn as labels are from a model's
+own predictions: a normal distribution around each output, whose negative log-likelihood is the squared distance. Then
+squares of gradients are on average Gauss-Newton's curvature, for every metric that is made of them; evaluation targets
+are the outputs themselves.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.errors import MpqError
+from mpq.network.calibration import Batch, evaluating, seeded
+
+TARGET, UNIT = "target:", "unit:"  # before the names of outputs: what they should be, and their mean square by sample
+
+
+def output_parts(output: Any) -> dict[str, Tensor]:
+    """The outputs that a distance is taken of: floating-point tensors whose first dimension counts samples, by name.
+
+    Similarities between all samples of a batch are no sample's own output, and left out.
+    """
+    if isinstance(output, Tensor):
+        return {"output": output}
+    if isinstance(output, Mapping):
+        named = dict(output)
+    elif is_dataclass(output):
+        named = {field.name: getattr(output, field.name) for field in fields(output)}
+    else:
+        named = {str(index): part for index, part in enumerate(output if isinstance(output, (tuple, list)) else ())}
+    return {
+        name: part
+        for name, part in named.items()
+        if isinstance(part, Tensor) and part.is_floating_point() and part.ndim > 1
+        and not name.startswith("logits_per") and name != "loss"
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def with_targets(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, noise: bool, seed: int = 0
+) -> tuple[Batch, ...]:
+    """The batches, mappings of keyword arguments, with the model's outputs as targets of `distance_loss`.
+
+    Args:
+        model: the float model.
+        batches: with samples as the first dimension of every tensor.
+        noise: draw targets around the outputs, for calibration; without it they are the outputs, for evaluation.
+        seed: of the draws.
+
+    Raises:
+        MpqError: a model whose output holds no floating-point tensor.
+    """
+    found = []
+    with evaluating(model):
+        for index, batch in enumerate(batches):
+            parts = output_parts(model(**batch))
+            if not parts:
+                raise MpqError(f"{type(model).__name__} gives no floating-point output to keep near to")
+            extra: dict[str, Tensor] = {}
+            for name, part in parts.items():
+                unit = part.float().square().mean().clamp(min=torch.finfo(torch.float32).tiny)
+                drawn = torch.randn(part.shape, generator=seeded(seed, "targets", index, name)).to(part.device)
+                extra[TARGET + name] = part.float() + (drawn * (unit / 2).sqrt() if noise else 0)
+                extra[UNIT + name] = unit.expand(len(part)).clone()
+            found.append({**batch, **extra})
+    return tuple(found)
+
+
+def distance_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Squared distance to the targets, summed over a sample's outputs in units of their mean square; mean of samples.
+
+    Positions that an "attention_mask" (samples, positions) hides do not count.
+    """
+    sums = torch.stack([parts.sum(1) for parts, _ in _squares(model, batch)])
+    return sums.sum(0).mean()
+
+
+def relative_distance(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """`distance_loss` of each sample, and how many outputs of each were compared: (samples,) both."""
+    found = _squares(model, batch)
+    sums, counts = ([pair[index].sum(1) for pair in found] for index in (0, 1))
+    return torch.stack(sums).sum(0), torch.stack(counts).sum(0)
+
+
+def _squares(model: nn.Module, batch: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Of each output the squared differences, in units, and what counts of them, (samples, elements)."""
+    inputs = {name: part for name, part in batch.items() if not name.startswith((TARGET, UNIT))}
+    parts = output_parts(model(**inputs))
+    mask = inputs.get("attention_mask")
+    found = []
+    for name, part in parts.items():
+        target = batch[TARGET + name]
+        unit = batch[UNIT + name].reshape(-1, *[1] * (part.ndim - 1))
+        counts = torch.ones_like(target)
+        if mask is not None and mask.ndim == 2 and part.ndim == 3 and mask.shape == part.shape[:2]:
+            counts = counts * (mask != 0).unsqueeze(-1)
+        found.append((((part.float() - target).square() / unit * counts).flatten(1), counts.flatten(1)))
+    return found

@@ -1,0 +1,213 @@
+"""Folders of transformers models of every kind, through the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from mpq.cli.main import main
+from mpq.core.errors import MpqError
+from mpq.exporters.mpq import checkpoint
+from mpq.network.calibration import seeded
+from mpq.network.distance import TARGET, distance_loss, with_targets
+from mpq.sensitivity.profile import profile
+from mpq.sources import open_source
+
+transformers = pytest.importorskip("transformers")
+TEXT = "the cat sat on the mat and the dog ran over the hill to see what the cat had seen there " * 60
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+FEW = ["--nsamples", "8", "--seqlen", "16", "--batch-size", "4", "--formats", "int4-g32,int8-channel", "--bits", "6"]
+
+
+def tokenizer(words=60):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<unk>", "[CLS]", "[SEP]", "<s>"]
+    made.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=words, special_tokens=special))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", cls_token="[CLS]", sep_token="[SEP]", bos_token="<s>",
+        chat_template="{{ messages }}",
+    )  # fmt: skip
+
+
+def save(folder, model, text=True):
+    model.save_pretrained(folder)
+    if text:
+        tokenizer().save_pretrained(folder)
+        (folder.parent / "text.txt").write_text(TEXT)
+    return model
+
+
+def llama(**changes):
+    torch.manual_seed(0)
+    config = {"vocab_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64, **SIZES, **changes}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+
+
+def test_a_bfloat16_source_stays_bfloat16_and_brings_its_side_files(tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "out"
+    model = save(source, llama().to(torch.bfloat16))
+    job = ["quantize", str(source), "--dataset", str(tmp_path / "text.txt"), *FEW, "--exclude", "*lm_head"]
+    assert main([*job, "-o", str(out)]) == 0
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert f"{size / 1e3:.1f} kB" in capsys.readouterr().out
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("lm_head.weight"), model.lm_head.weight)
+    config = json.loads((out / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert all(facts["dtype"] == "bfloat16" for facts in config["quantization_config"]["layers"].values())
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    source.rename(tmp_path / "moved")
+    assert main(["generate", str(out), "--prompt", "the cat", "--max-new-tokens", "3"]) == 0
+    assert "the cat" in capsys.readouterr().out
+    (out / "tokenizer.json").write_text("{")
+    assert main(["generate", str(out), "--prompt", "the cat"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors", "gptq"])
+def test_foreign_folders_get_the_side_files_too(target, tmp_path):
+    source = tmp_path / "source"
+    save(source, llama())
+    job = [str(source), "--dataset", str(tmp_path / "text.txt"), "--nsamples", "4", "--seqlen", "16"]
+    table = ["--formats", "int4-g32", "--exclude", "*embed*", "--exclude", "*lm_head", "--metric", "proxy:size"]
+    assert main(["profile", *job, *table, "-o", str(tmp_path / "t.csv")]) == 0
+    assert main(["allocate", str(tmp_path / "t.csv"), "--bits", "4.5", "-o", str(tmp_path / "a.json")]) == 0
+    written = ["--to", target, "-o", str(tmp_path / "o")]
+    assert main(["export", *job[:1], str(tmp_path / "a.json"), *job[1:], *written]) == 0
+    assert (tmp_path / "o" / "chat_template.jinja").read_bytes() == (source / "chat_template.jinja").read_bytes()
+
+
+def bert():
+    torch.manual_seed(0)
+    return transformers.BertModel(transformers.BertConfig(vocab_size=64, max_position_embeddings=64, **SIZES))
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_ff": 48, "num_layers": 1, "num_heads": 4, "d_kv": 8, "decoder_start_token_id": 0}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=64, **sizes))
+
+
+@pytest.mark.parametrize(("build", "kind"), [(bert, "distance"), (t5, "loss")])
+def test_encoders_and_encoder_decoders(build, kind, tmp_path, capsys):
+    save(tmp_path / "source", build())
+    job = ["quantize", str(tmp_path / "source"), "--dataset", str(tmp_path / "text.txt"), *FEW]
+    assert main([*job, "-o", str(tmp_path / "out")]) == 0
+    assert kind in capsys.readouterr().out
+    assert type(checkpoint.load(tmp_path / "out")) is type(build())
+
+
+def test_image_models_are_shown_images_of_their_size(tmp_path, capsys):
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**SIZES, image_size=16, patch_size=8, num_labels=4)
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"height": 16, "width": 16},
+                 "image_processor_type": "ViTImageProcessor"}  # fmt: skip
+    for model in (transformers.ViTForImageClassification(config), transformers.ViTModel(config)):
+        folder = tmp_path / type(model).__name__
+        save(folder, model, text=False)
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        images = np.random.default_rng(0).integers(0, 256, (20, 24, 24, 3), np.uint8)
+        labels = {"labels": np.arange(20) % 4} if "Classification" in folder.name else {}
+        np.savez(tmp_path / "images.npz", images=images, **labels)
+        out = tmp_path / f"{folder.name}-out"
+        assert main(["quantize", str(folder), "--dataset", str(tmp_path / "images.npz"), *FEW, "-o", str(out)]) == 0
+        assert (out / "preprocessor_config.json").is_file()
+    said = capsys.readouterr().out
+    assert "accuracy" in said
+    assert "distance" in said
+
+
+def test_a_gguf_file_is_a_model(tmp_path, capsys, caplog):
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    from mpq.core.allocation import Allocation
+    from mpq.exporters.gguf.file import export
+    from mpq.network.layers import find_layers
+    from mpq.quantized import simulate
+
+    model = llama(vocab_size=60)
+    layers = find_layers(model)
+    allocation = Allocation(layers, ("int8-g32",) * len(layers))
+    export(model, allocation, tmp_path / "gguf")
+    np.savez(tmp_path / "tokens.npz", input_ids=torch.randint(0, 60, (12, 16), generator=seeded(1)).numpy())
+    for name in (tmp_path / "gguf" / "model.gguf", tmp_path / "gguf"):
+        source = open_source(str(name), str(tmp_path / "tokens.npz"), nsamples=4)
+        assert "was quantized before" in caplog.text
+        tokens = source.calibration[0]
+        with torch.no_grad():
+            expected = simulate(model, allocation, trainable=False)(tokens).logits
+            torch.testing.assert_close(source.model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    job = ["quantize", str(tmp_path / "gguf"), "--dataset", str(tmp_path / "tokens.npz"), *FEW[:2], *FEW[6:]]
+    assert main([*job, "-o", str(tmp_path / "out")]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    with pytest.raises(MpqError, match="there is no file"):
+        open_source(str(tmp_path / "none.gguf"))
+
+
+class Encoder(nn.Module):
+    """Two layers, tokens in, vectors out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(20, 8), nn.Linear(8, 6)
+
+    def forward(self, input_ids, attention_mask=None):
+        return (self.out(torch.tanh(self.embed(input_ids))),)
+
+
+def test_squared_gradients_of_the_drawn_distance_are_its_curvature():
+    """At the float point the distance itself has no gradient; over draws of targets, the mean of squared gradients is
+    the Hessian of the undrawn distance."""
+    torch.manual_seed(0)
+    model, tokens = Encoder().double(), torch.randint(0, 20, (4, 5), generator=seeded(2))
+    exact = with_targets(model, [{"input_ids": tokens}], noise=False)[0]
+    weight = model.out.weight
+    slope = torch.autograd.grad(distance_loss(model, exact), weight)[0]
+    assert slope.abs().max() < 1e-5
+    hessian = torch.autograd.functional.hessian(
+        lambda moved: distance_loss(_with(model, moved), exact), weight.detach().clone()
+    )
+    diagonal = hessian.reshape(48, 48).diagonal().reshape(6, 8)
+    squares = torch.zeros_like(weight)
+    draws = 400
+    for draw in range(draws):
+        batch = with_targets(model, [{"input_ids": tokens}], noise=True, seed=draw)[0]
+        for index in range(4):
+            one = {name: tensor[index : index + 1] for name, tensor in batch.items()}
+            squares += torch.autograd.grad(distance_loss(model, one), weight)[0].square().detach() / (4 * draws)
+    assert squares.sum().item() == pytest.approx(diagonal.sum().item(), rel=0.1)
+
+
+def _with(model, weight):
+    def run(input_ids):
+        return torch.func.functional_call(model, {"out.weight": weight}, (input_ids,))
+
+    return run
+
+
+def test_hidden_positions_are_no_part_of_a_distance():
+    model, tokens = Encoder(), torch.randint(0, 20, (2, 5), generator=seeded(3))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    (batch,) = with_targets(model, [{"input_ids": tokens, "attention_mask": mask}], noise=False)
+    batch[TARGET + "0"][0, 3:] += 100
+    assert distance_loss(model, batch).item() == 0
+    batch[TARGET + "0"][1, 4] += 1
+    assert distance_loss(model, batch).item() > 0
+
+
+@pytest.mark.parametrize("metric", ["kronecker", "fisher"])
+def test_no_layer_of_an_encoder_scores_zero(metric, tmp_path):
+    save(tmp_path / "source", bert())
+    source = open_source(str(tmp_path / "source"), str(tmp_path / "text.txt"), nsamples=4, seqlen=16)
+    table = profile(
+        source.model, source.calibration, source.loss_fn, ("int2-g32", "int8-channel"), metric=metric, progress=False
+    )
+    assert source.kind == "distance"
+    assert (table.scores[:, 0] > 10 * table.scores[:, 1]).mean() > 0.9
