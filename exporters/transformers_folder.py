@@ -14,7 +14,7 @@ from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_c
 from mpq.exporters.shards import WHOLE, write_tensors
 from mpq.exporters.targets import CONSUMERS, check, check_model
 from mpq.kernels.layout import Packed, pack
-from mpq.kernels.modules import empty_weight
+from mpq.kernels.weight import empty_weight
 from mpq.quantized import Moments, checked_layers, quantized_layers
 
 

@@ -19,8 +19,8 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
-from mpq.kernels.modules import PackedWeight
 from mpq.kernels.tolerance import kernel_error, same_code_error
+from mpq.kernels.weight import PackedWeight
 from mpq.network.calibration import evaluating
 from mpq.network.fingerprint import fingerprint
 from mpq.quantized import checked_layers, simulate_rounded

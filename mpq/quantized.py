@@ -15,10 +15,12 @@ from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 from mpq.kernels.layout import Packed, pack
-from mpq.kernels.modules import PackedLinear, PackedWeight, packed_module
+from mpq.kernels.modules import PackedLinear, packed_module
 from mpq.kernels.stacked import Stack, stackable
+from mpq.kernels.weight import PackedWeight
 from mpq.network.calls import call_input, with_call_input
-from mpq.network.layers import FUSED, layer_kind, matrix_to_weight, weight_matrix
+from mpq.network.layers import FUSED, layer_kind, matrix_to_weight, own_code, weight_matrix
+from mpq.network.prepare import prepared
 from mpq.network.ranges import Ranges, static_scale
 from mpq.rounding.activations import fake_quantize_inputs, straight_through
 from mpq.rounding.reference import Quantized, dequantize, quantize, recode
@@ -49,6 +51,7 @@ def simulate(
     Raises:
         MpqError: the allocation's layers are not the model's, or a weight cannot be rounded (named).
     """
+    model = prepared(model)
     if not trainable:
         rounded = quantized_layers(model, allocation, method, second_moments, store)
         return simulate_rounded(model, ((layer, scheme, dequantize(found)) for layer, scheme, found in rounded), ranges)
@@ -56,8 +59,8 @@ def simulate(
     for layer, scheme, quantized in quantized_layers(simulated, allocation, method, second_moments, store):
         modules = [simulated.get_submodule(name) for name in layer.names]
         rounding = WeightRounding(quantized, modules[0])
-        for module in modules:
-            parametrize.register_parametrization(module, "weight", rounding, unsafe=True)
+        for holder, name in holders(simulated, modules[0].weight):  # type: ignore[arg-type]
+            parametrize.register_parametrization(holder, name, rounding, unsafe=True)
         _round_inputs(modules, layer, scheme, ranges)
     return simulated
 
@@ -66,7 +69,7 @@ def simulate_rounded(
     model: nn.Module, layers: Iterable[tuple[Layer, Scheme, Tensor]], ranges: Ranges | None = None
 ) -> nn.Module:
     """A copy of the model with these weight matrices, float32 (rows, cols), and inputs rounded as the schemes say."""
-    simulated = copy.deepcopy(model)
+    simulated = copy.deepcopy(prepared(model))
     for layer, scheme, matrix in layers:
         modules = [simulated.get_submodule(name) for name in layer.names]
         weight: Tensor = modules[0].weight  # type: ignore[assignment]
@@ -94,6 +97,7 @@ def pack_model(
     Raises:
         MpqError: the allocation's layers are not the model's, or a weight cannot be rounded (named).
     """
+    model = prepared(model)
     weights: dict[int, Any] = {}
     for layer, _ in checked_layers(model, allocation):
         weight = model.get_submodule(layer.name).weight
@@ -109,17 +113,44 @@ def put_packed(
 ) -> None:
     """Replace the modules of a layer, in place, by some that compute from the packed weight.
 
-    `dtype` is that of the numbers an embedding gives; by default the original weight's.
+    A module with code of its own stays and computes with the packed weight, which behaves as a tensor; so does whoever
+    else holds the weight. `dtype` is that of the numbers it gives; by default the original weight's.
     """
-    weight: PackedWeight | None = None
-    for name in layer.names:
-        origin = model.get_submodule(name)
-        if weight is None:
-            original: Tensor = origin.weight  # type: ignore[assignment]
-            weight = PackedWeight(packed, dtype or original.dtype)
-            weight.arrange()
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, packed_module(origin, weight, scheme))
+    first = model.get_submodule(layer.name)
+    original: Tensor = first.weight  # type: ignore[assignment]
+    transposed = layer.kind == "transformers-conv1d"
+    weight = PackedWeight(packed, dtype or original.dtype, original.shape, transposed)
+    weight.arrange()
+    activation = None if scheme.activation is None else InputRounding(scheme.activation)
+    for module in {model.get_submodule(name): None for name in layer.names}:
+        if not own_code(module):
+            put_module(model, module, packed_module(module, weight, scheme))
+            continue
+        delattr(module, "weight")
+        module.weight = weight
+        if activation is not None and not isinstance(module, nn.Embedding):
+            module.register_forward_pre_hook(activation, with_kwargs=True)
+    for holder, name in holders(model, original):
+        delattr(holder, name)
+        setattr(holder, name, weight)
+
+
+def put_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put one module in another's place, wherever in the model that is."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def holders(model: nn.Module, weight: Tensor) -> list[tuple[nn.Module, str]]:
+    """The modules that hold this very parameter, and under which name."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is weight
+    ]
 
 
 def fuse(model: nn.Module) -> nn.Module:

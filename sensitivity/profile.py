@@ -19,6 +19,7 @@ from mpq.network.fingerprint import fingerprint, model_fingerprint
 from mpq.network.layers import count_macs, find_layers, weight_matrix
 from mpq.network.moments import second_moments
 from mpq.network.offload import offloaded
+from mpq.network.prepare import prepared
 from mpq.rounding import METHODS
 from mpq.sensitivity import DEFAULT_METRIC, METRICS
 from mpq.sensitivity.evidence import flat_loss, reaching, without_evidence
@@ -46,8 +47,9 @@ def profile(
 ) -> SensitivityTable:
     """Predict the loss increase of every layer in every scheme.
 
-    The model is measured in evaluation mode and left as it came, bit for bit. No copy of it is made. A layer whose
-    scores nothing supports, because no sample or no gradient reaches it, has NaN, and the table's `reasons` say why.
+    The model is measured in evaluation mode and left as it came, bit for bit. No copy of it is made, unless it computes
+    its weights (`mpq.network.prepare`). A layer whose scores nothing supports, because no sample or no gradient reaches
+    it, has NaN, and the table's `reasons` say why.
 
     Args:
         model: any module with Linear, Conv1d, Conv2d, Embedding or transformers' Conv1D layers.
@@ -71,7 +73,7 @@ def profile(
         MpqError: empty or NaN data (naming the batch), no layers, unknown names, a score that is NaN or infinite
             (naming the layer), or a `resume` file of other settings.
     """
-    batches = check_batches(batches)
+    model, batches = prepared(model), check_batches(batches)
     scheme_tuple = _distinct(formats)
     scorer, rounding = METRICS.named(metric), METHODS.named(method)
     layers = find_layers(model, include, exclude)

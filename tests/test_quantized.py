@@ -12,7 +12,8 @@ from mpq.core.layer import Layer
 from mpq.core.scheme import parse_scheme
 from mpq.kernels.cpu import panels
 from mpq.kernels.layout import pack, to_layout
-from mpq.kernels.modules import PackedEmbedding, PackedLinear, PackedWeight
+from mpq.kernels.modules import PackedEmbedding, PackedLinear
+from mpq.kernels.weight import PackedWeight
 from mpq.network.calibration import next_token_loss, seeded
 from mpq.network.layers import find_layers, weight_matrix
 from mpq.network.moments import second_moments

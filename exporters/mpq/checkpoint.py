@@ -34,7 +34,8 @@ from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_c
 from mpq.exporters.shards import SHARD, WHOLE, Shards, Specs, header_bytes, tensor_bytes, write_tensors
 from mpq.exporters.verify import Digests, Inputs, noting, runner, verify
 from mpq.kernels.layout import Packed, pack, tensor_specs
-from mpq.kernels.modules import PackedWeight
+from mpq.kernels.weight import PackedWeight
+from mpq.network.prepare import bake, prepared
 from mpq.quantized import Moments, checked_layers, put_packed, quantized_layers
 
 METHOD, VERSION = "mpq", 1
@@ -73,6 +74,7 @@ def export(
             the model that is read back differs: nothing is written then.
     """
     refuse_foreign(folder, (*FILES, *names_of(side_files)))
+    model = prepared(model)
     others, tied = other_state(model, allocation)
     config = model_config(model)
     if recipe is not None and recipe.get("kind") != "transformers":  # whose config says it all
@@ -125,6 +127,7 @@ def file_size(model: nn.Module, allocation: Allocation) -> int:
 
 def tensor_plan(model: nn.Module, allocation: Allocation) -> Specs:
     """Shape and type of every stored tensor, in order; MpqError when the allocation is another model's."""
+    model = prepared(model)
     others, _ = other_state(model, allocation)
     specs = specs_of(others)
     for layer, scheme in checked_layers(model, allocation):
@@ -173,7 +176,7 @@ def load(
         raise MpqError(f"{path} has version {quantization.get('version')}, this mpq reads {VERSION}: update mpq")
     checksums = read_checksums(path)
     config = read_checked_json(path / "config.json", checksums)
-    skeleton = build_skeleton(config, path, trust) if model is None else model
+    skeleton = bake(build_skeleton(config, path, trust) if model is None else getattr(model, "_orig_mod", model))
     allocation, dtypes = layers_of(config["quantization_config"])
     with Shards(path, checksums) as shards:
         for layer, scheme in checked_layers(skeleton, allocation):
@@ -210,6 +213,11 @@ def _fill(model: nn.Module, shards: Shards, tied: Mapping[str, str], device: str
     put: dict[str, Tensor] = {}
     for name in [*(name for name in shards if name.rpartition(".")[0] not in packed), *tied]:
         parent, _, leaf = name.rpartition(".")
+        if tied.get(name) in packed:
+            if name not in packed and parent in modules:
+                vars(modules[parent])["_parameters"].pop(leaf, None)
+                setattr(modules[parent], leaf, modules[tied[name]])
+            continue
         old = getattr(modules.get(parent), leaf, None)
         if not isinstance(old, Tensor):
             raise MpqError(f"{shards.folder} holds the tensor {name}, for which the model has no place")
@@ -221,5 +229,5 @@ def _fill(model: nn.Module, shards: Shards, tied: Mapping[str, str], device: str
             put[name] = nn.Parameter(tensor, tensor.is_floating_point() and old.requires_grad) if trained else tensor
         setattr(modules[parent], leaf, put[name])
     for name in model.state_dict():
-        if name not in put and name.rpartition(".")[0] not in packed:
+        if name not in put and name.rpartition(".")[0] not in {*packed, *tied}:
             raise MpqError(f"{shards.folder} has no tensor {name}, which the model needs")

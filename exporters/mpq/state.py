@@ -10,17 +10,27 @@ from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation, check_allocation
 from mpq.core.errors import MpqError
+from mpq.quantized import checked_layers
 
 
 def other_state(model: nn.Module, allocation: Allocation) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors beside the layers' weights, each stored once, and for every further name of one its first name.
+
+    A parameter that is a layer's weight under another name is named with the layer's "<name>.weight".
 
     Raises:
         MpqError: the model's state holds something else than tensors.
     """
     packed = {f"{name}.weight" for layer in check_allocation(allocation).layers for name in layer.names}
     tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
+    layers = [layer for layer, _ in checked_layers(model, allocation)]
+    weights = {id(model.get_submodule(layer.name).weight): f"{layer.name}.weight" for layer in layers}
+    tied = {
+        name: weights[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in weights and name not in packed
+    }
+    packed |= tied.keys()
     first: dict[Any, str] = {}
     for name, tensor in model.state_dict().items():
         if name in packed:

@@ -22,7 +22,7 @@ from mpq.exporters.onnx.nodes import Graph, drop_unused, products_with, put_prod
 from mpq.exporters.onnx.operators import OPSET, OPSET_INT2, nbits_block, needs_int2
 from mpq.exporters.targets import CONSUMERS, check, check_packages
 from mpq.kernels.layout import unpack
-from mpq.kernels.modules import empty_weight
+from mpq.kernels.weight import empty_weight
 from mpq.network.ranges import Ranges
 from mpq.quantized import Moments, checked_layers, quantized_layers
 from mpq.rounding.reference import Quantized

@@ -14,7 +14,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpq.exporters.mpq.checkpoint import METHOD, VERSION, layers_of
-from mpq.kernels.modules import PackedWeight, empty_weight
+from mpq.kernels.weight import PackedWeight, empty_weight
+from mpq.network.prepare import bake
 from mpq.quantized import checked_layers, put_packed
 
 
@@ -43,7 +44,7 @@ class MpqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         allocation, dtypes = layers_of(vars(self.quantization_config))
         ties = dict(getattr(model, "all_tied_weights_keys", {}))
-        for layer, scheme in checked_layers(model, allocation):
+        for layer, scheme in checked_layers(bake(model), allocation):
             weight = empty_weight(scheme.weight, layer.rows, layer.cols, device="meta")
             put_packed(model, layer, scheme, weight.matrix(), dtypes[layer.name])
             for alias in layer.aliases:  # transformers ties parameters only: the module is shared again after loading

@@ -18,7 +18,7 @@ from mpq.core.errors import MpqError
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.exporters.shards import tensor_digest
 from mpq.kernels.layout import Packed, pack, tensor_specs, unpack
-from mpq.kernels.modules import PackedWeight
+from mpq.kernels.weight import PackedWeight
 from mpq.rounding.reference import Quantized
 
 QKV = {"q": 0, "k": 1, "v": 2}  # vLLM's names for the parts of an attention's input layer; others have numbers

@@ -41,8 +41,8 @@ class Stack:
             start += count
         self.members, self.tensors = list(members), [whole, *first.tensors[1:]]
         self.views = [weight.tensors[0] for weight in weights]
-        self.sizes = [weight.shape[0] for weight in weights]
-        self.facts = (first.format.name, sum(self.sizes), first.shape[1], NAME)
+        self.sizes = [weight.rows for weight in weights]
+        self.facts = (first.format.name, sum(self.sizes), first.cols, NAME)
         self.last: Pass | None = None
 
     def output(self, member: Any, input: Tensor) -> Tensor | None:
@@ -81,13 +81,13 @@ def stackable(members: Sequence[Any]) -> bool:
     if len(members) < 2 or first.weight.layout != NAME or first.weight.format.granularity == "tensor":
         return False
     facts = {
-        (one.weight.format, one.weight.shape[1], one.weight.layout, one.weight.device, one.activation, one.bias is None)
+        (one.weight.format, one.weight.cols, one.weight.layout, one.weight.device, one.activation, one.bias is None)
         for one in members
     }
     rest = first.weight.tensors[1:]
     return (
         len(facts) == 1
         and len({id(one.weight) for one in members}) == len(members)
-        and all(one.weight.shape[0] % ROWS == 0 for one in members[:-1])
+        and all(one.weight.rows % ROWS == 0 for one in members[:-1])
         and all(torch.equal(*pair) for one in members for pair in zip(one.weight.tensors[1:], rest, strict=True))
     )

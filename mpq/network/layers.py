@@ -14,29 +14,52 @@ from mpq.core.layer import Layer
 from mpq.core.patterns import match_names
 from mpq.network.calibration import Batch, LossFn, evaluating, samples_in
 from mpq.network.experts import say_stacked
+from mpq.network.prepare import computes_weight
 
 # Serving kernels compute these siblings in one product, so they must share a format.
 FUSED = {
     "qkv": ({"q_proj", "k_proj", "v_proj"}, {"wq", "wk", "wv"}, {"query", "key", "value"}),
     "gate_up": ({"gate_proj", "up_proj"}, {"w1", "w3"}),
 }
+BASES: dict[str, type[nn.Module]] = {
+    "linear": nn.Linear,
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "embedding": nn.Embedding,
+}
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)")  # one product for all experts
 
 
 def layer_kind(module: nn.Module) -> str | None:
     """The kind of a quantizable module, None for any other.
 
-    The output projection of nn.MultiheadAttention is left out: its weight is used without calling it.
+    A layer has one plain floating-point weight, of two dimensions or more. Left out are the output projection of
+    nn.MultiheadAttention, which reads its weight in a fused kernel, and weights that a property computes.
     """
-    name = type(module).__name__
-    if name == "NonDynamicallyQuantizableLinear":
+    kind = next((kind for kind, cls in BASES.items() if isinstance(module, cls)), None)
+    if kind is None and _is_transformers_conv1d(module):
+        kind = "transformers-conv1d"
+    if kind is None or type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return None
-    for kind, cls in (("linear", nn.Linear), ("conv1d", nn.Conv1d), ("conv2d", nn.Conv2d), ("embedding", nn.Embedding)):
-        if isinstance(module, cls):
-            return kind
-    if name == "Conv1D" and type(module).__module__.startswith("transformers."):
-        return "transformers-conv1d"
-    return None
+    stored = "weight" in module._parameters or "weight" in module._buffers or computes_weight(module)
+    weight = getattr(module, "weight", None) if stored else None
+    if not isinstance(weight, Tensor) or weight.ndim < 2 or weight.dtype not in FLOATS:
+        return None
+    return kind if type(weight) in (Tensor, nn.Parameter) else None  # other tensors may hold packed numbers
+
+
+def own_code(module: nn.Module) -> bool:
+    """Whether a layer computes something else with its weight than its kind says, in a `forward` of its own."""
+    base = next((cls for cls in BASES.values() if isinstance(module, cls)), None)
+    if base is None:
+        return not _is_transformers_conv1d(module)
+    names = ("forward", "_conv_forward") if "conv" in base.__name__.lower() else ("forward",)
+    return any(name in vars(module) or getattr(type(module), name) is not getattr(base, name) for name in names)
+
+
+def _is_transformers_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
 def find_layers(
@@ -58,7 +81,7 @@ def find_layers(
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if layer_kind(module) is not None:
-            holders.setdefault(id(module.weight), []).append((name, module))
+            holders.setdefault(id(module._parameters.get("weight", module)), []).append((name, module))
     say_stacked(model)
     names = [name for found in holders.values() for name, _ in found]
     if not names:

@@ -9,7 +9,8 @@ from torch.nn.grad import conv1d_input, conv2d_input
 from mpq.core.scheme import parse_scheme
 from mpq.kernels.cpu import native as cpu
 from mpq.kernels.layout import pack, to_layout, unpack
-from mpq.kernels.modules import PackedWeight, packed_module
+from mpq.kernels.modules import packed_module
+from mpq.kernels.weight import PackedWeight
 from mpq.network.calibration import seeded
 from mpq.rounding.reference import dequantize
 from tests.kernels.cpu.test_native import TYPES, bound, level, needs_native, poisoned, weight_of  # noqa: F401  (fixtures)

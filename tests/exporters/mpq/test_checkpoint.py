@@ -13,7 +13,7 @@ from mpq.core.formats import FORMATS
 from mpq.exporters.mpq.checkpoint import export, file_size, load
 from mpq.exporters.mpq.state import other_state
 from mpq.kernels.layout import to_layout
-from mpq.kernels.modules import PackedWeight
+from mpq.kernels.weight import PackedWeight
 from mpq.models import bundled_model
 from mpq.network.calibration import seeded
 from mpq.network.layers import find_layers

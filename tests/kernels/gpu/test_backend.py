@@ -10,7 +10,8 @@ from devices import COMPILED, needs_device
 from mpq.core.scheme import parse_scheme
 from mpq.kernels.gpu.fragments import FRAGMENTS
 from mpq.kernels.layout import pack, packed_of, to_layout
-from mpq.kernels.modules import PackedLinear, PackedWeight
+from mpq.kernels.modules import PackedLinear
+from mpq.kernels.weight import PackedWeight
 from mpq.rounding.reference import dequantize, quantize
 
 SCHEMES = [
