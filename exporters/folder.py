@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mpq.core.allocation import KIND
+from mpq.core.allocation import KIND, Allocation
 from mpq.core.errors import MpqError
 
+ALLOCATION = "allocation.json"
 CHECKSUMS = "checksums.json"  # of every file in the folder that is ours: a digest, or one for each tensor in it
 Checksums = dict[str, str | dict[str, str]]
 
@@ -132,6 +133,23 @@ def read_checked_json(path: Path, checksums: Checksums) -> Any:
     if digest(path.read_bytes()) != checksums.get(path.name):
         raise MpqError(f"{path} is not as it was exported (its checksum differs): export again")
     return values
+
+
+def read_allocation(folder: Path) -> Allocation:
+    """The allocation of an exported folder.
+
+    Raises:
+        MpqError: no export, or one whose allocation is damaged or was altered since.
+    """
+    path = folder / ALLOCATION
+    read_checked_json(path, read_checksums(folder))
+    return Allocation.load(path)
+
+
+def check_texts(folder: Path, checksums: Checksums) -> None:
+    """MpqError when the config or the allocation of an exported folder was altered."""
+    for name in ("config.json", ALLOCATION):
+        read_checked_json(folder / name, checksums)
 
 
 def safe_name(name: str, source: Path) -> str:

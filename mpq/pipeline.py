@@ -25,7 +25,7 @@ from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 from mpq.evaluation import Quality, evaluate
 from mpq.exporters import exporter_named
-from mpq.exporters.folder import refuse_foreign
+from mpq.exporters.folder import read_allocation, refuse_foreign
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.targets import check_model, consumer_named, forbidden
 from mpq.measuring import Measurer, moments_for
@@ -38,7 +38,7 @@ from mpq.report import Row, write_report
 from mpq.search import frontier_of
 from mpq.sensitivity import DEFAULT_METRIC
 from mpq.sensitivity.profile import profile
-from mpq.sources import Source, open_source
+from mpq.sources import Source, names_in, open_source
 
 CHECKED = 2  # calibration samples on which the exported model is compared with the simulated one
 
@@ -258,14 +258,25 @@ def evaluate_folder(
     progress: bool = True,
     **options: Any,
 ) -> tuple[Quality, Allocation]:
-    """Load a packed model and measure it on the data that its table was made with, or on `data`."""
+    """Load a packed model and measure it on the data that its table was made with, or on `data`.
+
+    Args:
+        folder: what `quantize_model` or `mpq.export` wrote.
+        data: name of other data.
+        trust: whether what the folder names may be imported and called: factories of models, loaders of data.
+        progress: show progress bars.
+        **options: of `mpq.sources.open_source`.
+
+    Raises:
+        MpqError: the folder is incomplete or altered, or it asks for code and is not trusted.
+    """
     path = Path(folder)
     model = checkpoint.load(path, trust=trust)
-    allocation = Allocation.load(path / "allocation.json")
-    facts = allocation.provenance
-    if "model" not in facts:
+    allocation = read_allocation(path)
+    name, dataset, untrusted = names_in(allocation.provenance, trust)
+    if name is None:
         raise MpqError(f"{path} does not say which model it was made of: measure it with mpq.evaluate in Python")
-    source = open_source(facts["model"], data or facts.get("dataset"), **options)
+    source = open_source(name, data or dataset, untrusted=untrusted - {data}, **options)
     return evaluate(model, source.evaluation, source.kind, source.loss_fn, progress), allocation
 
 

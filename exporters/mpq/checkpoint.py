@@ -20,9 +20,9 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.exporters.folder import (
+    check_texts,
     copy_side_files,
     names_of,
-    read_checked_json,
     read_checksums,
     read_json,
     refuse_foreign,
@@ -175,7 +175,8 @@ def load(
     if quantization.get("version") != VERSION:
         raise MpqError(f"{path} has version {quantization.get('version')}, this mpq reads {VERSION}: update mpq")
     checksums = read_checksums(path)
-    config = read_checked_json(path / "config.json", checksums)
+    check_texts(path, checksums)
+    config = read_json(path / "config.json")
     skeleton = bake(build_skeleton(config, path, trust) if model is None else getattr(model, "_orig_mod", model))
     allocation, dtypes = layers_of(config["quantization_config"])
     with Shards(path, checksums) as shards:

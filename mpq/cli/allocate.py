@@ -79,12 +79,13 @@ def run(options: argparse.Namespace) -> None:
 def _evolving(options: argparse.Namespace, table: "SensitivityTable") -> dict[str, Any]:
     """What evolution needs besides the problem: the model, to measure allocations on."""
     from mpq.measuring import measuring
-    from mpq.sources import open_source
+    from mpq.sources import names_in, open_source
 
-    name = options.model or table.provenance.get("model")
+    own, data, untrusted = names_in(table.provenance, options.trust)
+    name = options.model or own
     if name is None:
         raise MpqError("evolution measures allocations on the model, which the table does not name: give --model")
-    source = open_source(name, options.dataset or table.provenance.get("dataset"))
+    source = open_source(name, options.dataset or data, untrusted=untrusted - {options.model, options.dataset})
     evaluate = measuring(source, table.provenance.get("method", "mse"))
     return {
         "evaluate": evaluate, "trials": options.trials, "storage": options.storage, "study": options.study,

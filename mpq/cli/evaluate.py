@@ -10,7 +10,9 @@ def add(command: AddCommand) -> None:
     evaluate = command("eval", run, "load a packed model and measure it")
     evaluate.add_argument("folder", help="what 'mpq quantize' or 'mpq export' wrote")
     data_options(evaluate)
-    evaluate.add_argument("--trust", action="store_true", help="import the model's own factory")
+    evaluate.add_argument(
+        "--trust", action="store_true", help="let the folder import factories and loaders that it names"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

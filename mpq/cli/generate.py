@@ -15,6 +15,7 @@ def add(command: AddCommand) -> None:
     generate.add_argument("--max-new-tokens", type=int, default=64)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--trust", action="store_true", help="let the folder import a factory that it names")
     generate.add_argument("--compare", action="store_true", help="also time the original model in bfloat16")
 
 
@@ -22,17 +23,17 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     import torch
 
-    from mpq.core.allocation import Allocation
+    from mpq.exporters.folder import read_allocation
     from mpq.exporters.mpq import checkpoint
     from mpq.generation.generate import compare_speeds, generate
     from mpq.quantized import fuse
-    from mpq.sources import open_network
+    from mpq.sources import names_in, open_network
     from mpq.sources.networks import encoder_of, tokenizer_in
 
-    model = fuse(checkpoint.load(options.folder))
-    name = Allocation.load(Path(options.folder) / "allocation.json").provenance.get("model")
+    model = fuse(checkpoint.load(options.folder, trust=options.trust))
+    name, _, untrusted = names_in(read_allocation(Path(options.folder)).provenance, options.trust)
     tokenizer = tokenizer_in(Path(options.folder))
-    network = open_network(name) if name is not None and (tokenizer is None or options.compare) else None
+    network = open_network(name, untrusted) if name is not None and (tokenizer is None or options.compare) else None
     if tokenizer is None and network is not None:
         tokenizer = network.tokenizer
     if tokenizer is None:

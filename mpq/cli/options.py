@@ -74,6 +74,7 @@ def search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="tokens at a time, for --latency (default: 1)")
     parser.add_argument("--by", default=None, help="search: exact (default), integer (several budgets), ...")
     parser.add_argument("--model", help="for --by evolution: the model to measure on (default: the table's)")
+    parser.add_argument("--trust", action="store_true", help="let the table import a factory or loader that it names")
     parser.add_argument("--dataset", help="for --by evolution: its data (default: the table's)")
     parser.add_argument("--trials", type=int, default=100, help="for --by evolution: evaluations (default: 100)")
     parser.add_argument("--storage", help="for --by evolution: journal file or database that workers share")

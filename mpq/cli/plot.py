@@ -22,6 +22,7 @@ def run(options: argparse.Namespace) -> None:
     from mpq.core.files import write_atomically
     from mpq.core.frontier import Frontier, SavedFrontier, is_frontier
     from mpq.core.table import SensitivityTable
+    from mpq.exporters.folder import ALLOCATION, read_allocation
     from mpq.plots import draw_frontier, frontier_facts
     from mpq.search import frontier_of
 
@@ -39,8 +40,8 @@ def run(options: argparse.Namespace) -> None:
             frontiers[name] = frontier_of(SensitivityTable.load(path / "table.csv" if path.is_dir() else path))
         else:
             frontiers[name] = found
-        if (path / "allocation.json").is_file():
-            chosen[f"chosen, {path}" if len(options.runs) > 1 else "chosen"] = Allocation.load(path / "allocation.json")
+        if (path / ALLOCATION).is_file():
+            chosen[f"chosen, {path}" if len(options.runs) > 1 else "chosen"] = read_allocation(path)
     with write_atomically(options.output) as draft:
         draw_frontier(frontier_facts(frontiers, chosen)).savefig(draft, dpi=150)
     print(options.output)

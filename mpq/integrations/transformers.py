@@ -3,7 +3,8 @@
 The model computes from packed weights through torch.ops.mpq, and `save_pretrained` writes it again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mpq.exporters.folder import CHECKSUMS, check_texts, read_checksums
 from mpq.exporters.mpq.checkpoint import METHOD, VERSION, layers_of
 from mpq.kernels.weight import PackedWeight, empty_weight
 from mpq.network.prepare import bake
@@ -41,7 +43,12 @@ class MpqQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
+        if folder is not None and (folder / CHECKSUMS).is_file():  # `save_pretrained` writes none
+            check_texts(folder, read_checksums(folder))
         allocation, dtypes = layers_of(vars(self.quantization_config))
         ties = dict(getattr(model, "all_tied_weights_keys", {}))
         for layer, scheme in checked_layers(bake(model), allocation):

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from mpq.core.errors import MpqError
-from mpq.exporters.folder import CHECKSUMS, read_checksums
+from mpq.exporters.folder import CHECKSUMS, check_texts, read_checksums
 from mpq.exporters.mpq.checkpoint import METHOD, VERSION
 from mpq.integrations.vllm import Cut, Part, ServedWeight, named_layers, parts_of
 
@@ -61,7 +61,9 @@ class MpqConfig(QuantizationConfig):  # type: ignore[misc]
         """Know the tensors' checksums when the checkpoint is a folder here."""
         folder = Path(model_name)
         if (folder / CHECKSUMS).is_file():
-            for noted in read_checksums(folder).values():
+            checksums = read_checksums(folder)
+            check_texts(folder, checksums)
+            for noted in checksums.values():
                 self.digests.update(noted if isinstance(noted, dict) else {})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:

@@ -1,6 +1,6 @@
 """Where models and data come from: a name in, a model with calibration and evaluation batches out."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mpq.sources.objectives import with_objective
 
 LOSSES: Mapping[str, LossFn] = {"accuracy": cross_entropy, "perplexity": next_token_loss}
 
-__all__ = ["Data", "Network", "Source", "open_data", "open_network", "open_source", "skeleton"]
+__all__ = ["Data", "Network", "Source", "names_in", "open_data", "open_network", "open_source", "skeleton"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,7 @@ def open_source(
     device: str | torch.device = "cpu",
     evaluation_samples: int | None = None,
     model_device: str | torch.device | None = None,
+    untrusted: Collection[str] = (),
 ) -> Source:
     """Find a model and data for it.
 
@@ -67,14 +68,15 @@ def open_source(
         evaluation_samples: at most so many; left out, a quarter of `nsamples` windows of text or four times as many
             images, and at least 32.
         model_device: where the model goes, when that is another device than the batches'.
+        untrusted: names that a file gave, not the user: none of them is imported.
 
     Raises:
-        MpqError: an unknown name, a missing extra (with the command that installs it), data that does not fit.
+        MpqError: an unknown or untrusted name, a missing extra (with its command), data that does not fit.
     """
-    network = open_network(model_name)
+    network = open_network(model_name, untrusted)
     data = open_data(
         data_name, network, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, seed=seed,
-        evaluation_samples=evaluation_samples,
+        evaluation_samples=evaluation_samples, untrusted=untrusted,
     )  # fmt: skip
     data = with_objective(network, data, seed)
     if data.loss_fn is None and data.kind not in LOSSES:
@@ -92,6 +94,19 @@ def open_source(
         side_files=network.side_files,
         acceptance=tuple(to_device(batch, device) for batch in data.acceptance),
     )
+
+
+def names_in(provenance: Mapping[str, Any], trust: bool) -> tuple[str | None, str | None, frozenset[str]]:
+    """Model and data that a file's provenance names, None where it does not, and those names that are untrusted.
+
+    Raises:
+        MpqError: one that is no name.
+    """
+    names = provenance.get("model"), provenance.get("dataset")
+    for name in names:
+        if not isinstance(name, str | None):
+            raise MpqError(f"a file names the model or data {name!r}: expected text; name them yourself")
+    return *names, frozenset() if trust else frozenset(filter(None, names))
 
 
 def to_device(batch: Batch, device: str | torch.device) -> Batch:

@@ -1,7 +1,7 @@
 """Data by name: bundled, a file, a `datasets` id or a loader of the user's, as calibration and evaluation batches."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,9 @@ def open_data(
     batch_size: int = 16,
     seed: int = 0,
     evaluation_samples: int | None = None,
+    untrusted: Collection[str] = (),
 ) -> Data:
-    """The data called `name` (None: what fits the network) as batches for it; see `mpq.sources.open_source`.
+    """The data called `name` (None: what fits the network) as batches for it; see `mpq.sources.open_source` for both.
 
     A file's last fifth is for evaluation and the rest for calibration.
 
@@ -101,7 +102,7 @@ def open_data(
             raise MpqError(f"there is no file {name}")
         return _READERS[path.suffix](path, network, wanted)
     if ":" in name:
-        return _from_loader(name, network, wanted)
+        return _from_loader(name, network, wanted, untrusted)
     known = [*BUNDLED_DATA, *(f"FILE{suffix}" for suffix in _READERS), "datasets:ID", "package.module:loader"]
     raise MpqError(f"unknown data {name!r}: {nearest_names(name, known)}")
 
@@ -249,12 +250,12 @@ def _image_tensor(images: Any, network: Network) -> Tensor:
     return tensor
 
 
-def _from_loader(name: str, network: Network, wanted: Wanted) -> Data:
+def _from_loader(name: str, network: Network, wanted: Wanted, untrusted: Collection[str]) -> Data:
     """What the loader returns: batches, or a mapping with "calibration", "acceptance", "evaluation" and "loss_fn".
 
     All but the first may be missing; of four or more calibration batches, the last fifth is then for acceptance.
     """
-    loaded = import_object(name)()
+    loaded = import_object(name, untrusted)()
     acceptance: tuple[Batch, ...] = ()
     loss_fn = loaded.get("loss_fn") if isinstance(loaded, Mapping) else None
     if isinstance(loaded, Mapping):

@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from collections.abc import Collection
 from types import ModuleType
 from typing import Any
 
@@ -17,12 +18,21 @@ def need(module: str, extra: str, what: str) -> ModuleType:
         raise MpqError(f"{what} need the package {module}: pip install 'mpq[{extra}]' ({error})") from error
 
 
-def import_object(path: str) -> Any:
+def import_object(path: str, untrusted: Collection[str] = ()) -> Any:
     """What `package.module:name` names; modules of the current folder can be imported.
 
+    Args:
+        path: module and name.
+        untrusted: names that were read from files: they are never imported.
+
     Raises:
-        MpqError: there is no such module, or no such name in it (with the nearest ones).
+        MpqError: the name is untrusted, there is no such module, or no such name in it (with the nearest ones).
     """
+    if path in untrusted:
+        raise MpqError(
+            f"a file asks to import and call {path}: if you know that code, trust it (--trust, trust=True), "
+            "or name the model and data yourself"
+        )
     module_name, _, name = path.partition(":")
     here = os.getcwd()
     sys.path.insert(0, here)

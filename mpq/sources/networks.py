@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ class Network:
     side_files: tuple[Path, ...] = ()  # tokenizer, processor and the like, to stand beside its weights
 
 
-def open_network(name: str) -> Network:
-    """The model called `name`; see `mpq.sources.open_source` for the names.
+def open_network(name: str, untrusted: Collection[str] = ()) -> Network:
+    """The model called `name`; see `mpq.sources.open_source` for the names and `untrusted`.
 
     Raises:
         MpqError: no such model, with the nearest names; a missing extra; a factory that gives no model.
@@ -63,7 +63,7 @@ def open_network(name: str) -> Network:
             raise MpqError(f"the folder {name} has no config.json: expected a Hugging Face model or a GGUF file")
         return _transformers(name)
     if ":" in name:
-        return _factory(name)
+        return _factory(name, untrusted)
     if "/" not in name and "did you mean" in nearest_names(name, BUNDLED):
         raise MpqError(f"unknown model {name!r}: {nearest_names(name, BUNDLED)}")
     return _transformers(name)
@@ -106,7 +106,7 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
     transformers = need("transformers", "hf", f"Hugging Face models such as {name!r}")
     given = {} if gguf is None else {"gguf_file": gguf}
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **given)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **given)
     except (OSError, ValueError, KeyError, ImportError) as error:
         known = f"{nearest_names(name, BUNDLED)}; else a folder, a hub id, timm:NAME or package.module:factory"
         raise MpqError(f"unknown model {name!r}: {known} ({_first_line(error)})") from error
@@ -132,7 +132,7 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
     if getattr(config, "model_type", "") in PADDED_POSITIONS and context:
         context -= config.pad_token_id + 1  # positions are counted from behind the padding's
     try:
-        tokens = transformers.AutoTokenizer.from_pretrained(name, **given)
+        tokens = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **given)
     except (OSError, ValueError, KeyError, ImportError) as error:
         log.warning("%s comes without a tokenizer (%s): give its data as tokens", name, _first_line(error))
         return Network(name, model, kind, recipe, context=context, side_files=side_files)
@@ -155,7 +155,7 @@ def tokenizer_in(folder: Path) -> Any:
         return None
     transformers = need("transformers", "hf", "tokenizers")
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder))
+        return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise MpqError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
 
@@ -233,12 +233,12 @@ def _timm(name: str) -> Network:
     return Network(name, model.eval(), "accuracy", recipe, mean=tuple(about["mean"]), std=tuple(about["std"]))
 
 
-def _factory(name: str) -> Network:
-    return Network(name, _made_by(name), None, {"kind": "factory", "path": name})
+def _factory(name: str, untrusted: Collection[str]) -> Network:
+    return Network(name, _made_by(name, untrusted), None, {"kind": "factory", "path": name})
 
 
-def _made_by(path: str) -> nn.Module:
-    made = import_object(path)()
+def _made_by(path: str, untrusted: Collection[str] = ()) -> nn.Module:
+    made = import_object(path, untrusted)()
     if not isinstance(made, nn.Module):
         raise MpqError(f"{path} gave a {type(made).__name__}: expected a torch.nn.Module")
     return made.eval()
