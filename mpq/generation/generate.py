@@ -1,9 +1,8 @@
 """Text from a causal language model: a light loop over its key-value cache, packed or not, with tokens per second."""
 
-import inspect
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,8 @@ from mpq.core.errors import MpqError
 from mpq.generation.compiled_step import CompiledStep, compiled_step
 from mpq.generation.decoder import Decoder, Memory, decoder_of, step
 from mpq.network.calibration import logits_of, seeded
+
+NO_TOKEN = -1  # where transformers is to stop at no token
 
 
 @dataclass(frozen=True)
@@ -43,30 +44,76 @@ def generate(
 ) -> Generation:
     """Continue a prompt with a causal language model, in evaluation mode, one sequence.
 
-    LLaMA-style models run in the light loop of `decoder`. Other transformers models keep their own key-value cache; one
-    that takes tokens alone computes all positions anew each time.
+    LLaMA-style models run in the light loop of `decoder`. Other transformers models run in their own `generate`, with
+    the cache that they keep; a model that takes tokens alone computes all positions anew each time.
 
     Raises:
         MpqError: an empty prompt.
     """
     if prompt.ndim != 1 or not len(prompt):
         raise MpqError(f"a prompt is one row of at least one token, not {tuple(prompt.shape)}")
-    random, tokens, follow = seeded(seed, "generate"), [], _follower(model)
-    new, training = prompt.unsqueeze(0), model.training
+    chosen = _Chosen(partial(_choose, temperature=temperature, top_k=top_k, random=seeded(seed, "generate")))
+    decoder, training = decoder_of(model), model.training
     model.eval()
-    started = first = time.perf_counter()
+    started = time.perf_counter()
     try:
-        for _ in range(max_new_tokens):
-            token = _choose(follow(new), temperature, top_k, random)
-            tokens.append(token)
-            if len(tokens) == 1:
-                first = time.perf_counter()
-            if token in stop:
-                break
-            new = prompt.new_tensor([[token]])
+        if decoder is None and hasattr(model, "generate"):
+            _own_generation(model, prompt, chosen, max_new_tokens, stop)
+        else:
+            _loop(_follower(model, decoder), prompt, chosen, max_new_tokens, stop)
     finally:
         model.train(training)
-    return Generation(tuple(tokens), first - started, time.perf_counter() - first)
+    first = chosen.first or started
+    return Generation(tuple(chosen.tokens), first - started, time.perf_counter() - first)
+
+
+@dataclass
+class _Chosen:
+    """Tokens chosen so far, and when the first one was."""
+
+    choose: Callable[[Tensor], int]  # logits (vocabulary,) -> token
+    tokens: list[int] = field(default_factory=list)
+    first: float | None = None
+
+    def take(self, logits: Tensor) -> int:
+        token = self.choose(logits)
+        self.tokens.append(token)
+        if self.first is None:
+            self.first = time.perf_counter()
+        return token
+
+
+def _loop(
+    follow: Callable[[Tensor], Tensor], prompt: Tensor, chosen: _Chosen, max_new_tokens: int, stop: Collection[int]
+) -> None:
+    new = prompt.unsqueeze(0)
+    for _ in range(max_new_tokens):
+        token = chosen.take(follow(new))
+        if token in stop:
+            break
+        new = prompt.new_tensor([[token]])
+
+
+def _own_generation(model: Any, prompt: Tensor, chosen: _Chosen, max_new_tokens: int, stop: Collection[int]) -> None:
+    """transformers' generation, which knows each model's cache; tokens are chosen here."""
+    import transformers
+
+    settings: Any = transformers.GenerationConfig
+
+    def choose(_: Tensor, logits: Tensor) -> Tensor:
+        token = chosen.take(logits[0])
+        return torch.full_like(logits, -torch.inf).index_fill(1, torch.tensor([token], device=logits.device), 0.0)
+
+    config = settings(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=list(stop) or [NO_TOKEN],
+        pad_token_id=0,
+    )
+    tokens = prompt.unsqueeze(0)
+    options = {"attention_mask": torch.ones_like(tokens), "generation_config": config, "logits_processor": [choose]}
+    model.generate(tokens, **options)
 
 
 def compare_speeds(
@@ -80,26 +127,15 @@ def compare_speeds(
     return {name: sorted(speeds)[len(speeds) // 2] for name, speeds in found.items()}
 
 
-def _follower(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def _follower(model: nn.Module, decoder: Decoder | None) -> Callable[[Tensor], Tensor]:
     """A function that takes the next tokens in, (1, time), and gives the logits after them, (vocabulary,)."""
-    decoder = decoder_of(model)
     if decoder is not None:
         return partial(_follow, decoder, compiled_step(decoder), Memory())
-    taken = inspect.signature(model.forward).parameters
-    # transformers has had two names for it
-    name = next((name for name in ("past_key_values", "cache") if name in taken), "")
-    cache: Any = None
     seen: list[Tensor] = []
 
     def follow(tokens: Tensor) -> Tensor:
-        nonlocal cache
-        if name:
-            output: Any = model(input_ids=tokens, use_cache=True, **{name: cache})
-            cache = getattr(output, name)
-        else:
-            seen.append(tokens)
-            output = model(torch.cat(seen, 1))
-        return logits_of(output)[0, -1]
+        seen.append(tokens)
+        return logits_of(model(torch.cat(seen, 1)))[0, -1]
 
     return follow
 

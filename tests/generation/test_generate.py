@@ -2,10 +2,14 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from experiments.model_cases import CASES
+from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.generation.generate import compare_speeds, generate
 from mpq.models.tiny_lm import LMConfig, TinyLM
 from mpq.network.calibration import logits_of
+from mpq.network.layers import find_layers
+from mpq.quantized import pack_model
 from tests.sensitivity.small_models import seed_weights
 
 PROMPT = torch.tensor([3, 1, 4, 1, 5])
@@ -52,6 +56,24 @@ def test_positions_are_computed_once(name, embedding, request):
     finally:
         hook.remove()
     assert lengths == [5, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "name", ["Mamba", "Gemma 3", "Falcon", "Bloom", "Mixtral", "Phi-3", "Qwen3", "GPT-NeoX", "DeepSeek-V3"]
+)
+def test_every_causal_model_generates_from_packed_weights(name):
+    model = CASES[name].build()
+    layers = find_layers(model, exclude=() if name != "Mamba" else "*mixer*")
+    packed = pack_model(model, Allocation(layers, ("int8-channel",) * len(layers)))
+    sequence, prompt = PROMPT + 5, PROMPT + 5
+    for _ in range(6):
+        with torch.no_grad():
+            sequence = torch.cat([sequence, logits_of(packed(sequence[None]))[0, -1].argmax()[None]])
+    found = generate(packed, prompt, max_new_tokens=6)
+    assert found.tokens == tuple(sequence[5:].tolist())
+    assert found.tokens_per_second > 0
+    stopped = generate(packed, prompt, max_new_tokens=6, stop={found.tokens[2]}).tokens
+    assert stopped == found.tokens[: found.tokens.index(found.tokens[2]) + 1]
 
 
 def test_sampling_follows_its_seed_and_top_one_is_greedy(model):
