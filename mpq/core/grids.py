@@ -54,24 +54,17 @@ class Grid:
     @property
     def max(self) -> float:
         """Largest finite value."""
-        if self.bits > 16:
-            return float(np.finfo(np.float32).max)
-        return float(np.nanmax(self.values()))
+        return _extremes(self)[1]
 
     @property
     def min(self) -> float:
         """Smallest (most negative) finite value."""
-        if self.bits > 16:
-            return float(np.finfo(np.float32).min)
-        return float(np.nanmin(self.values()))
+        return _extremes(self)[0]
 
     @property
     def smallest(self) -> float:
         """Smallest positive value (the smallest subnormal of a float)."""
-        if self.bits > 16:
-            return float(np.finfo(np.float32).smallest_subnormal)
-        values = self.values()
-        return float(np.nanmin(np.where(values > 0, values, np.nan)))
+        return _extremes(self)[2]
 
     @property
     def has_zero(self) -> bool:
@@ -82,6 +75,16 @@ class Grid:
     def max_exponent(self) -> int:
         """floor(log2(max)): `emax` of the MX specification, section 6.3."""
         return math.frexp(self.max)[1] - 1
+
+
+@lru_cache(maxsize=64)
+def _extremes(grid: Grid) -> tuple[float, float, float]:
+    """Smallest, largest and smallest positive value."""
+    if grid.bits > 16:
+        info = np.finfo(np.float32)
+        return float(info.min), float(info.max), float(info.smallest_subnormal)
+    values = grid.values()
+    return float(np.nanmin(values)), float(np.nanmax(values)), float(np.nanmin(np.where(values > 0, values, np.nan)))
 
 
 @lru_cache(maxsize=64)

@@ -1,5 +1,6 @@
 """Scales by mean squared error: clipping a few large weights lets the many small ones be finer."""
 
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from mpq.core.formats import Format
 from mpq.core.grids import SCALES
+from mpq.rounding import compiled
 from mpq.rounding.reference import (
     Quantized,
     absmax_scales,
@@ -69,9 +71,7 @@ def _search_rows(weight: Tensor, format: Format, tensor_scale: Tensor | None, im
         _search_ranges(search, weight)
     else:
         widest, zeros = absmax_scales(weight, format, tensor_scale) if format.is_plain else range_tables(weight, format)
-        search.offer(widest, zeros)
-        for candidate, candidate_zeros in _candidates(elements, widest, format):
-            search.offer(candidate, candidate_zeros)
+        search.offer_all([(widest, zeros), *_candidates(elements, widest, format)])
     for _ in range(REFITS):
         scales, minima = search.refit()
         search.offer(scales, search.zeros, minima)
@@ -107,6 +107,23 @@ class _Search:
             self.zeros = zeros if self.zeros is None else torch.where(better, zeros, self.zeros)
         if minima is not None:
             self.minima = minima if self.minima is None else torch.where(better, minima, self.minima)
+
+    def offer_all(self, candidates: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """Offer scales with their zero points, all in one pass over the elements where compiled code runs."""
+        grid = self.format.grid
+        if not compiled.serves(grid, self.elements, self.weights) or self.elements.shape[-1] == 0:
+            for scales, zeros in candidates:
+                self.offer(scales, zeros)
+            return
+        stored = torch.stack([self._storable(scales, None)[0] for scales, _ in candidates])
+        offsets = [zeros for _, zeros in candidates if zeros is not None]
+        factors = [real_scales(scales, self.tensor_scale) for scales in stored]
+        best, _ = compiled.best_scales(self.elements, self.weights, factors, offsets or None, grid)
+
+        def chosen(tables: Tensor) -> Tensor:
+            return tables.gather(0, best.unsqueeze(0)).squeeze(0)
+
+        self.offer(chosen(stored), chosen(torch.stack(offsets)) if offsets else None)
 
     def refit(self, scales: Tensor | None = None, minima: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The least-squares scales (and minima) for the codes that these, or the best so far, give."""

@@ -1,5 +1,6 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): round column by column, the columns to come making up for each error."""
 
+import weakref
 from dataclasses import replace
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
+from mpq.core.grids import Grid
+from mpq.rounding import compiled
 from mpq.rounding.clip_search import clip_search
 from mpq.rounding.reference import (
     Quantized,
@@ -52,7 +55,7 @@ def gptq(
         )
     weight = weight.detach().float()
     start = clip_search(weight, format, importance=_importance(hessian, rows))
-    compensated = replace(start, codes=_compensate(weight, start, _damped(hessian, damping)))
+    compensated = replace(start, codes=_compensate(weight, start, *_factor(second_moment, damping)))
     return _best_rows(weight, hessian, [compensated, start, clip_search(weight, format), quantize(weight, format)])
 
 
@@ -73,13 +76,34 @@ def _damped(hessian: Tensor, damping: float) -> Tensor:
     return hessian + damping * torch.diag_embed(mean.unsqueeze(-1).expand(hessian.shape[:2]))
 
 
-def _compensate(weight: Tensor, start: Quantized, hessian: Tensor) -> Tensor:
-    """GPTQ's codes (rows, cols), with the scales of `start`."""
-    blocks, cols = hessian.shape[:2]
+class _Last:
+    """The factor of the second moment seen last: a layer is rounded in one format after another."""
+
+    moment: "weakref.ref[Tensor] | None" = None
+    version, damping = -1, 0.0
+    factor: tuple[Tensor, Tensor] | None = None
+
+
+def _factor(second_moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Order of the columns (blocks, cols) and upper factor of the inverse second moment (blocks, cols, cols)."""
+    last = _Last.moment() if _Last.moment is not None else None
+    found = _Last.factor
+    if last is second_moment and found and (_Last.version, _Last.damping) == (second_moment._version, damping):
+        return found
+    hessian = second_moment.detach().float().reshape(-1, second_moment.shape[-1], second_moment.shape[-1])
+    hessian = _damped(hessian, damping)
     order = hessian.diagonal(dim1=1, dim2=2).argsort(-1, descending=True)
     picked = torch.gather(hessian, 1, order.unsqueeze(-1).expand_as(hessian))
     picked = torch.gather(picked, 2, order.unsqueeze(1).expand_as(hessian))
-    inverse = _inverse_factor(picked)
+    found = order, _inverse_factor(picked)
+    _Last.moment, _Last.version, _Last.damping = weakref.ref(second_moment), second_moment._version, damping
+    _Last.factor = found
+    return found
+
+
+def _compensate(weight: Tensor, start: Quantized, order: Tensor, inverse: Tensor) -> Tensor:
+    """GPTQ's codes (rows, cols), with the scales of `start`."""
+    blocks, cols = order.shape
 
     def arrange(matrix: Tensor) -> Tensor:
         matrix = matrix.reshape(blocks, -1, cols)
@@ -89,21 +113,39 @@ def _compensate(weight: Tensor, start: Quantized, hessian: Tensor) -> Tensor:
     scales, lowest = (arrange(table) for table in _elementwise(start))
     codes = torch.empty(pending.shape, dtype=torch.uint8)
     grid = start.format.grid
+    round_block = compiled.gptq_block if compiled.serves(grid, pending, inverse) else gptq_block
     for first in range(0, cols, BLOCK):
         last = min(first + BLOCK, cols)
-        errors = torch.empty_like(pending[..., first:last])
-        for column in range(first, last):
-            scale = scales[..., column]
-            wanted = pending[..., column] - lowest[..., column]
-            code = encode(wanted / torch.where(scale == 0, torch.ones_like(scale), scale), grid)
-            codes[..., column] = code
-            error = (wanted - decode(code, grid) * scale) / inverse[:, column, column, None]
-            pending[..., column + 1 : last] -= error.unsqueeze(-1) * inverse[:, column, None, column + 1 : last]
-            errors[..., column - first] = error
-        pending[..., last:] -= errors @ inverse[:, first:last, last:]
+        for block in range(blocks):
+            part = (block, slice(None), slice(first, last))
+            errors = round_block(
+                pending[part], scales[part], lowest[part], inverse[block, first:last, first:last], codes[part], grid
+            )
+            pending[block, :, last:] -= errors @ inverse[block, first:last, last:]
     placed = torch.empty_like(codes)
     placed.scatter_(2, order.unsqueeze(1).expand_as(codes), codes)
     return placed.reshape(weight.shape)
+
+
+def gptq_block(
+    pending: Tensor,  # (rows, width), changed in place
+    scales: Tensor,  # (rows, width)
+    lowest: Tensor,  # (rows, width)
+    inverse: Tensor,  # (width, width)
+    codes: Tensor,  # uint8 (rows, width), written
+    grid: Grid,
+) -> Tensor:
+    """The reference of `compiled.gptq_block`, bit for bit: round column by column, the errors (rows, width)."""
+    errors = torch.empty_like(pending)
+    for column in range(pending.shape[1]):
+        scale = scales[:, column]
+        wanted = pending[:, column] - lowest[:, column]
+        code = encode(wanted / torch.where(scale == 0, torch.ones_like(scale), scale), grid)
+        codes[:, column] = code
+        error = (wanted - decode(code, grid) * scale) / inverse[column, column]
+        pending[:, column + 1 :] -= error.unsqueeze(-1) * inverse[column, column + 1 :]
+        errors[:, column] = error
+    return errors
 
 
 def _elementwise(start: Quantized) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,144 @@
+"""The compiled inner loops of rounding (`src/rounding.c`); without them PyTorch computes the same, slower."""
+
+import ctypes
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mpq.core.grids import Grid
+
+KINDS = {"int": 0, "float": 1, "codebook": 2}
+ROWS_OF_A_THREAD = 32  # at least: less work does not pay for starting a thread
+_log = logging.getLogger(__name__)
+
+
+class GridStruct(ctypes.Structure):
+    """`grid_t` of rounding.c."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int64),
+        ("lowest", ctypes.c_float),
+        ("highest", ctypes.c_float),
+        ("offset", ctypes.c_int64),
+        ("smallest_power", ctypes.c_float),
+        ("steps", ctypes.c_float),
+        ("count", ctypes.c_int64),
+        ("values", ctypes.c_void_p),
+        ("boundaries", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("ties_up", ctypes.c_void_p),
+    )
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The library, or None where the package was installed without a compiler (said once, in the log)."""
+    try:
+        path = importlib.import_module("mpq.rounding._native").__file__
+    except ImportError:
+        _log.warning("mpq was installed without its compiled rounding; PyTorch computes it several times slower")
+        return None
+    return ctypes.CDLL(path)
+
+
+def serves(grid: Grid, *tensors: Tensor) -> bool:
+    """Whether the compiled loops can take a grid and these tensors."""
+    on_cpu = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+    return on_cpu and grid.family in KINDS and grid.bits <= 8 and library() is not None
+
+
+def gptq_block(
+    pending: Tensor,  # (rows, width), changed in place; columns may belong to a wider matrix
+    scales: Tensor,  # (rows, width), strides as pending's
+    lowest: Tensor,  # (rows, width), the same
+    inverse: Tensor,  # (width, width)
+    codes: Tensor,  # uint8 (rows, width), written
+    grid: Grid,
+) -> Tensor:
+    """Round a block of columns one by one, the later ones making up for each error: the errors (rows, width)."""
+    rows, width = pending.shape
+    inverse = inverse.contiguous()  # factorizations come column by column
+    errors = torch.empty(rows, width)
+    described = _described(grid)
+    function = _function("mpq_gptq_block")
+
+    def work(first: int, last: int) -> None:
+        parts = (tensor[first:last].data_ptr() for tensor in (pending, scales, lowest, codes, errors))
+        strides = (pending.stride(0), codes.stride(0), inverse.stride(0))
+        function(
+            *map(ctypes.c_void_p, parts), ctypes.c_void_p(inverse.data_ptr()),
+            *map(ctypes.c_int64, (last - first, width, *strides)), ctypes.byref(described.struct),
+        )  # fmt: skip
+
+    _by_rows(work, rows)
+    return errors
+
+
+def best_scales(
+    elements: Tensor,  # (rows or 1, groups, size)
+    weights: Tensor,  # the same
+    factors: Sequence[Tensor],  # candidates (rows or 1, groups)
+    zeros: Sequence[Tensor] | None,  # zero points of the candidates
+    grid: Grid,
+) -> tuple[Tensor, Tensor]:
+    """For each group the candidate of least weighted squared error, int64, and that error, float32."""
+    shape, size = elements.shape[:-1], elements.shape[-1]
+    flat, shares = elements.contiguous(), weights.contiguous()
+    groups = flat.numel() // size
+    offered = torch.stack([factor.reshape(-1) for factor in factors]).float()
+    offsets = None if zeros is None else torch.stack([zero.reshape(-1) for zero in zeros]).float()
+    best, least = torch.empty(groups, dtype=torch.int64), torch.empty(groups)
+    described = _described(grid)
+    _function("mpq_best_scales")(
+        ctypes.c_void_p(flat.data_ptr()), ctypes.c_void_p(shares.data_ptr()),
+        ctypes.c_int64(groups), ctypes.c_int64(size), ctypes.c_void_p(offered.data_ptr()),
+        ctypes.c_void_p(None if offsets is None else offsets.data_ptr()), ctypes.c_int64(len(offered)),
+        ctypes.c_void_p(best.data_ptr()), ctypes.c_void_p(least.data_ptr()), ctypes.byref(described.struct),
+    )  # fmt: skip
+    return best.reshape(shape), least.reshape(shape)
+
+
+class _Described:
+    """A grid as the library takes it, with the tables that it points into."""
+
+    def __init__(self, grid: Grid) -> None:
+        from mpq.rounding.reference import decode, encode  # the reference uses nothing of this module
+
+        values = torch.tensor(sorted({value for value in grid.values().tolist() if value == value}))
+        doubled = values.double()
+        boundaries = (doubled[1:] + doubled[:-1]) / 2
+        codes = encode(values, grid)
+        ties_up = (decode(encode(boundaries.float(), grid), grid) > boundaries).to(torch.uint8)
+        self.tables = (values, boundaries, codes, ties_up)
+        self.struct = GridStruct(
+            KINDS[grid.family], grid.min, grid.max, grid.offset, 2.0 ** (1 - grid.bias), 2.0**grid.mantissa,
+            len(values), *(table.data_ptr() for table in self.tables),
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _described(grid: Grid) -> _Described:
+    return _Described(grid)
+
+
+def _function(name: str) -> Callable[..., None]:
+    loaded = library()
+    assert loaded is not None
+    function: Callable[..., None] = getattr(loaded, name)
+    return function
+
+
+def _by_rows(work: Callable[[int, int], None], rows: int) -> None:
+    """Call `work(first, last)` for shares of the rows, each in a thread of its own."""
+    count = max(1, min(torch.get_num_threads(), rows // ROWS_OF_A_THREAD))
+    ends = [rows * share // count for share in range(count + 1)]
+    if count == 1:
+        return work(0, rows)
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, ends[:-1], ends[1:]))
+    return None
