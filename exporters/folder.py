@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,40 +11,43 @@ from typing import Any
 
 from mpq.core.allocation import KIND, Allocation
 from mpq.core.errors import MpqError
+from mpq.core.files import draft_in, followed, refusals, remove_dead_drafts, umask, write_atomically
 
 ALLOCATION = "allocation.json"
 CHECKSUMS = "checksums.json"  # of every file in the folder that is ours: a digest, or one for each tensor in it
+WRITING = ".mpq-writing.json"  # while files are replaced: the names of all that are ours
 Checksums = dict[str, str | dict[str, str]]
 
 
 @contextmanager
 def write_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `folder`; its files become the folder's when the block succeeds.
+    """Yield an empty temporary folder; its files become those of `folder` when the block succeeds.
 
     Files of an earlier export are replaced, with the checksums last, so that an interrupted replacement is noticed on
-    loading; files of other names stay.
+    loading; a note in the folder says which files are ours meanwhile, so that the next export completes it. Files of
+    other names stay. A link is followed.
 
     Raises:
-        MpqError: the folder is a file, or holds a file of the same name that is no earlier export's.
+        MpqError: the folder is a file, holds a file of the same name that is no earlier export's, or the system refuses
+            to write.
     """
-    target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise MpqError(f"{target} is a file: give the name of a folder to write into")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield draft
-        umask = os.umask(0)
-        os.umask(umask)
-        draft.chmod(0o777 & ~umask)
-        for path in draft.rglob("*"):
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        if target.exists():
-            _replace(draft, target)
-        else:
-            os.replace(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with refusals(folder):
+        target = followed(folder)
+        if target.exists() and not target.is_dir():
+            raise MpqError(f"{target} is a file: give the name of a folder to write into")
+        home = target if target.is_dir() else target.parent
+        home.mkdir(parents=True, exist_ok=True)
+        remove_dead_drafts(target.parent, target.name)
+        with draft_in(home, target.name, directory=True) as draft:
+            yield draft
+            mask = umask()
+            draft.chmod(0o777 & ~mask)
+            for path in draft.rglob("*"):
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+            if target.exists():
+                _replace(draft, target)
+            else:
+                os.replace(draft, target)
 
 
 def names_of(files: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
@@ -75,17 +77,23 @@ def _replace(draft: Path, target: Path) -> None:
     names = tuple(sorted(path.name for path in draft.iterdir()))
     refuse_foreign(target, names)
     previous = _previous(target)
+    with write_atomically(target / WRITING) as note:
+        note.write_text(json.dumps(dict.fromkeys([*previous, *names], "")), encoding="utf-8")
     (target / CHECKSUMS).unlink(missing_ok=True)
     for name in previous.keys() - set(names):
         (target / name).unlink(missing_ok=True)
     for name in sorted(names, key=lambda name: name == CHECKSUMS):
         os.replace(draft / name, target / name)
+    (target / WRITING).unlink()
 
 
 def _previous(folder: Path) -> Mapping[str, Any]:
-    if not (folder / CHECKSUMS).is_file():
-        return {}
-    return {CHECKSUMS: "", **read_checksums(folder)}
+    """The files of earlier exports, finished or not, by name."""
+    known: dict[str, Any] = {}
+    for note in (WRITING, CHECKSUMS):
+        if (folder / note).is_file():
+            known |= {CHECKSUMS: "", **_names_noted(folder / note)}
+    return known
 
 
 def _is_allocation(path: Path) -> bool:
@@ -107,11 +115,16 @@ def read_checksums(folder: Path) -> Checksums:
     Raises:
         MpqError: no such file, a damaged one, or one that names a file outside of the folder.
     """
-    path = folder / CHECKSUMS
-    checksums: Checksums = read_json(path)
-    for name in checksums:
+    if not (folder / CHECKSUMS).exists() and (folder / WRITING).is_file():
+        raise MpqError(f"an export into {folder} was interrupted: run the same command again to complete it")
+    return _names_noted(folder / CHECKSUMS)
+
+
+def _names_noted(path: Path) -> Checksums:
+    noted: Checksums = read_json(path)
+    for name in noted:
         safe_name(name, path)
-    return checksums
+    return noted
 
 
 def read_json(path: Path) -> Any:

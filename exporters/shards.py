@@ -38,7 +38,10 @@ def write_tensors(
     digests: dict[str, dict[str, str]] = {}
     for file, names in zip(files, plan, strict=True):
         held = {name: _checked(name, specs[name], *next(coming)) for name in names}
-        save_file(held, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(held, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise MpqError(f"cannot write {folder / file}: {error}") from error
         digests[file] = {name: tensor_digest(tensor) for name, tensor in held.items()}
         del held  # before the next shard's tensors come
     if len(files) > 1:
