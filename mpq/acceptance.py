@@ -14,7 +14,7 @@ from mpq.evaluation import Quality
 from mpq.measuring import Measurer
 from mpq.search.measured import Choices, polish, starts
 
-ROUNDS = {"fast": 0, "normal": 24, "best": 96}  # allocations that polishing measures, by effort
+ROUNDS = {"fast": 0, "normal": 16, "best": 64}  # allocations that polishing measures, by effort
 FINALISTS = 4  # searched candidates that are measured on acceptance data
 
 
@@ -137,7 +137,7 @@ def _polished(
         allocation = frontier.problem.allocation(choices)
         reference = measurer.reference("search").quality
         try:
-            quality = measurer.quality(allocation, "search", measurer.means(allocation))
+            quality = measurer.quality(allocation, "search", measurer.means(allocation, searching=True))
         except NotFiniteError:
             return np.full(len(reference.losses), np.inf)
         harm = quality.harm if quality.divergence is not None else quality.harm - reference.harm

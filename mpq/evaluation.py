@@ -44,6 +44,13 @@ class Divergence:
         """Mean KL over predictions and its standard error."""
         return mean_and_error(self.kl, self.weights)
 
+    def __str__(self) -> str:
+        (kl, error), (share, its_error) = self.mean(), self.agreeing()
+        return (
+            f"KL from the original {kl:.4g} +- {error:.1g} (99 %: {self.quantile:.2g}), "
+            f"same top choice {100 * share:.1f} % +- {100 * its_error:.1f}"
+        )
+
     def agreeing(self) -> tuple[float, float]:
         """Share of predictions with the original's top choice, and its standard error."""
         return mean_and_error(self.agreement, self.weights)

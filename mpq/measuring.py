@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, NotFiniteError, nearest_names
 from mpq.evaluation import Quality, Reference, evaluate
 from mpq.network.batchnorm import estimate_means, stored_means
-from mpq.network.calibration import Batch
+from mpq.network.calibration import Batch, samples_in
 from mpq.network.layers import find_layers
 from mpq.network.moments import second_moments
 from mpq.rounding import METHODS
@@ -18,7 +19,8 @@ from mpq.rounding.store import RoundingStore
 from mpq.sources import Source
 from mpq.trial import Trial
 
-POLISHING = {"perplexity": 0.25}  # share of the calibration batches that a search measures on; else all
+SEARCHED = 0.25  # share of the calibration batches that a search measures on,
+SEARCHED_LEAST = {"perplexity": 4}  # but at least so many samples, or 64
 
 
 def moments_for(method: str, source: Source, layers: Any) -> Mapping[str, Tensor] | None:
@@ -31,8 +33,8 @@ def moments_for(method: str, source: Source, layers: Any) -> Mapping[str, Tensor
 class Measurer:
     """One simulated copy of a source's model, measured on any part of its data.
 
-    Parts are "search" (calibration data), "acceptance" (data that no score has seen; calibration data where the source
-    has none) and "evaluation".
+    Parts are "search" (some of the calibration data), "acceptance" (data that no score has seen; calibration data where
+    the source has none) and "evaluation".
     """
 
     def __init__(
@@ -55,9 +57,8 @@ class Measurer:
 
     def _batches(self, part: str) -> tuple[Batch, ...]:
         source = self.source
-        few = max(1, round(POLISHING.get(source.kind, 1.0) * len(source.calibration)))
         parts = {
-            "search": source.calibration[:few],
+            "search": self._searched(),
             "acceptance": source.acceptance or source.calibration,
             "evaluation": source.evaluation,
         }
@@ -65,11 +66,20 @@ class Measurer:
             raise MpqError(f"there is no part {part!r} of the data: {nearest_names(part, parts)}")
         return parts[part]
 
-    def means(self, allocation: Allocation) -> dict[str, Tensor]:
-        """Running means estimated anew in the rounded network; empty for one without batch normalization."""
+    def _searched(self) -> tuple[Batch, ...]:
+        sizes = np.cumsum([samples_in(batch) for batch in self.source.calibration])
+        wanted = max(SEARCHED_LEAST.get(self.source.kind, 64), SEARCHED * sizes[-1])
+        return self.source.calibration[: int(np.searchsorted(sizes, wanted)) + 1]
+
+    def means(self, allocation: Allocation, searching: bool = False) -> dict[str, Tensor]:
+        """Running means estimated anew in the rounded network, on few samples while searching.
+
+        Empty for a network without batch normalization.
+        """
         if not self.corrects:
             return {}
-        return estimate_means(self.trial.take_on(allocation), self.source.calibration, self.source.loss_fn)
+        batches = self._searched() if searching else self.source.calibration
+        return estimate_means(self.trial.take_on(allocation), batches, self.source.loss_fn)
 
     def quality(self, allocation: Allocation, part: str, means: Mapping[str, Tensor] | None = None) -> Quality:
         """The allocation's quality and divergence; NotFiniteError when it breaks the model."""

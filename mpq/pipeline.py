@@ -23,7 +23,7 @@ from mpq.core.formats import DEFAULT_FORMATS, Format
 from mpq.core.frontier import BITS_PER_BYTE, Frontier
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
-from mpq.evaluation import Quality, evaluate
+from mpq.evaluation import Quality, Reference
 from mpq.exporters import exporter_named
 from mpq.exporters.folder import read_allocation, refuse_foreign
 from mpq.exporters.mpq import checkpoint
@@ -258,7 +258,7 @@ def evaluate_folder(
     progress: bool = True,
     **options: Any,
 ) -> tuple[Quality, Allocation]:
-    """Load a packed model and measure it on the data that its table was made with, or on `data`.
+    """Load a packed model and measure it, and its divergence from the original, on its table's data or on `data`.
 
     Args:
         folder: what `quantize_model` or `mpq.export` wrote.
@@ -277,7 +277,8 @@ def evaluate_folder(
     if name is None:
         raise MpqError(f"{path} does not say which model it was made of: measure it with mpq.evaluate in Python")
     source = open_source(name, data or dataset, untrusted=untrusted - {data}, **options)
-    return evaluate(model, source.evaluation, source.kind, source.loss_fn, progress), allocation
+    reference = Reference(source.model, source.evaluation, source.kind, source.loss_fn, progress)
+    return reference.measure(model, progress), allocation
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -27,3 +27,5 @@ def run(options: argparse.Namespace) -> None:
     )  # fmt: skip
     size = f"{megabytes(allocation.total)}, {allocation.bits:.3f} bits per weight"
     print(f"{options.folder}: {quality}, loss {quality.loss:.4f}; {size}")
+    if quality.divergence is not None:
+        print(quality.divergence)

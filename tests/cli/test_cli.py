@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 import time
@@ -57,6 +58,7 @@ def test_eval_measures_what_quantize_printed(out, capsys):
     assert main(["eval", str(out)]) == 0
     said = capsys.readouterr().out
     assert "accuracy" in said
+    assert re.search(r"KL from the original 0\.\d+ \+- .*, same top choice \d+", said)
     assert f"{Allocation.load(out / 'allocation.json').bits:.3f} bits" in said
 
 
