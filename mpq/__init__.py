@@ -1,7 +1,8 @@
 """Mixed-precision quantization search: per-layer number formats, the whole size/quality frontier, packed weights.
 
-Verbs: `profile`, `frontier`, `simulate`, `quantize`, `export`, `load`, `evaluate`. Nouns: `Format`, `Scheme`,
-`SensitivityTable`, `Problem`, `Frontier`, `Allocation`, `Source`. Names are imported when they are first used.
+Verbs: `profile`, `frontier`, `allocate`, `simulate`, `quantize`, `export`, `load`, `evaluate`. Nouns: `Format`,
+`Scheme`, `SensitivityTable`, `Problem`, `Frontier`, `Allocation`, `Source`. Names are imported when they are first
+used.
 """
 
 from importlib import import_module
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mpq.exporters.mpq.checkpoint import load as load
     from mpq.quantized import simulate as simulate
     from mpq.search import frontier_of as frontier
+    from mpq.search.choice import allocate as allocate
     from mpq.sensitivity.profile import profile as profile
     from mpq.sources import Source as Source
     from mpq.sources import open_source as open_source
@@ -37,6 +39,7 @@ _HOMES = {
     "Scheme": "mpq.core.scheme:Scheme",
     "SensitivityTable": "mpq.core.table:SensitivityTable",
     "Source": "mpq.sources:Source",
+    "allocate": "mpq.search.choice:allocate",
     "build_problem": "mpq.core.problem:build_problem",
     "evaluate": "mpq.evaluation:evaluate",
     "export": "mpq.exporters:export",
@@ -51,9 +54,9 @@ _HOMES = {
 }
 __version__ = "0.1.0"
 __all__ = [
-    "Allocation", "Format", "Frontier", "MpqError", "Problem", "Scheme", "SensitivityTable", "Source",
-    "build_problem", "evaluate", "export", "frontier", "load", "open_source", "parse_format", "parse_scheme", "profile",
-    "quantize", "simulate",
+    "Allocation", "Format", "Frontier", "MpqError", "Problem", "Scheme", "SensitivityTable", "Source", "allocate",
+    "build_problem", "evaluate", "export", "frontier", "load", "open_source", "parse_format", "parse_scheme",
+    "profile", "quantize", "simulate",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -37,6 +38,15 @@ class Measured:
         """What predictions are of, with its standard error: KL from the original, or the loss increase."""
         divergence = self.quality.divergence
         return (self.increase, self.error) if divergence is None else divergence.mean()
+
+    def facts(self) -> dict[str, Any]:
+        """Size, measured quality and harm as JSON values."""
+        divergence = self.quality.divergence
+        return {
+            "name": self.name, "bytes": self.size, "bits": None if self.allocation is None else self.allocation.bits,
+            "quality": self.quality.value, "loss": self.quality.loss, "increase": self.increase, "error": self.error,
+            "divergence": None if divergence is None else divergence.mean()[0],
+        }  # fmt: skip
 
     def row(self, chosen: bool = False) -> Row:
         """The line of the before/after table."""

@@ -155,7 +155,9 @@ def _evaluate(
         raise MpqError(f"quality is one of {', '.join(KINDS)} (the last with a loss_fn), not {kind!r}")
     parts: list[_Part] = []
     with torch.no_grad(), evaluating(model):
-        for index, batch in enumerate(tqdm(batches, desc="evaluation", disable=not progress, leave=False)):
+        for index, batch in enumerate(
+            tqdm(batches, desc="evaluation", disable=None if progress else True, leave=False)
+        ):
             if kind == "loss":
                 assert loss_fn is not None
                 losses = torch.stack(

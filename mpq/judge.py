@@ -48,6 +48,13 @@ class Verdict:
     at_fixed_size: Interval  # Spearman within each budget, averaged over budgets
     regrets: Array  # (budgets,), measured loss of the allocation it leads to, above the best known at that budget
 
+    def facts(self) -> dict[str, Any]:
+        """The verdict as JSON values."""
+        return {
+            "metric": self.metric, "spearman": self.spearman.value, "kendall": self.kendall.value,
+            "at_fixed_size": self.at_fixed_size.value, "regrets": self.regrets.tolist(),
+        }  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class Judgement:

@@ -133,6 +133,7 @@ def quantize_model(
     formats: Sequence[str] | None = None,
     consumer: str = "mpq",
     metric: str = DEFAULT_METRIC,
+    metric_options: Mapping[str, Any] | None = None,
     method: str = "mse",
     table: SensitivityTable | None = None,
     include: str | Iterable[str] = ("*",),
@@ -155,6 +156,7 @@ def quantize_model(
         consumer: who will run the model (`mpq.exporters.targets`): layers get only what it can hold, and its own
             export stands in a folder of its name beside ours.
         metric: sensitivity metric.
+        metric_options: the metric's own keyword arguments.
         method: rounding method, for profile and export alike.
         table: a table made before, instead of profiling.
         include: patterns of the layers to quantize.
@@ -182,6 +184,7 @@ def quantize_model(
         table = profile(
             source.model, source.calibration, source.loss_fn, formats, metric=metric, method=method, include=include,
             exclude=exclude, seed=seed, progress=progress, resume=folder / "table.csv.unfinished",
+            options=metric_options,
             provenance={"model": source.name, "dataset": source.data},
         )  # fmt: skip
     banned = forbidden(reader, table.layers, table.schemes)

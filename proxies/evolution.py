@@ -113,7 +113,7 @@ def evolve(
     elif not state.population:
         state.populate()
     done = len(state.history) - 1
-    with tqdm(total=settings.generations, initial=done, disable=not progress, dynamic_ncols=True) as bar:
+    with tqdm(total=settings.generations, initial=done, disable=None if progress else True, dynamic_ncols=True) as bar:
         for generation in range(done + 1, settings.generations + 1):
             state.step(generation)
             bar.update()

@@ -110,7 +110,7 @@ def build_benchmark(
     loss, accuracy = measure(network, batches, loss_fn)
     cache = _rounded(network, layers, names, options, method)
     measured = []
-    for choice in tqdm(choices, desc="configurations", disable=not progress, dynamic_ncols=True):
+    for choice in tqdm(choices, desc="configurations", disable=None if progress else True, dynamic_ncols=True):
         found = journal.recall(spell(choice))
         if found is None:
             with torch.no_grad():

@@ -85,7 +85,7 @@ class Evaluation:
     error: float = math.nan  # standard error of the measured loss; NaN where it is not known
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MeasuredFrontier(Frontier):
     """A frontier whose losses were measured; an allocation keeps its predicted loss and tells the measured one."""
 

@@ -1,5 +1,6 @@
 """One function from a model, data and candidate schemes to the sensitivity table."""
 
+import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import DEFAULT_FORMATS
 from mpq.core.layer import Layer
+from mpq.core.registry import Metric
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.core.table import SensitivityTable
 from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in, tensors_in
@@ -76,6 +78,7 @@ def profile(
     model, batches = prepared(model), check_batches(batches)
     scheme_tuple = _distinct(formats)
     scorer, rounding = METRICS.named(metric), METHODS.named(method)
+    _check_options(scorer, options or {})
     layers = find_layers(model, include, exclude)
     if offload is not None and scorer.second_order:
         raise MpqError(f"{metric} differentiates twice, which does not go with offload: take {DEFAULT_METRIC}")
@@ -108,6 +111,17 @@ def profile(
     table = SensitivityTable(layers, names, scores, errors, metric, facts, reasons)
     journal.close()
     return table
+
+
+def _check_options(metric: Metric, options: Mapping[str, Any]) -> None:
+    known = inspect.signature(metric.load()).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    for name in options:
+        if name not in list(known)[1:]:
+            raise MpqError(
+                f"unknown option {name!r} of the metric {metric.name}: {nearest_names(name, list(known)[1:])}"
+            )
 
 
 def _distinct(schemes: Sequence[str | Scheme]) -> tuple[Scheme, ...]:

@@ -52,7 +52,7 @@ def reference(task: Task, weights: Sequence[Tensor]) -> Iterator[Any]:
     try:
         import pyhessian
     except ImportError as error:
-        raise MpqError('this backend needs the package pyhessian: pip install "mpq[pyhessian]"') from error
+        raise MpqError("this backend needs the package pyhessian: pip install pyhessian") from error
     loader = [(torch.full((samples_in(batch),), i), torch.zeros(())) for i, batch in enumerate(task.batches)]
     kept = [(parameter, parameter.grad) for parameter in task.model.parameters()]
     try:

@@ -80,7 +80,12 @@ class Task:
     def track(self, items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
         """The items, with a progress bar where one is wanted."""
         yield from tqdm(
-            items, desc=what, total=total, disable=not self.progress or place()[0] > 0, leave=False, dynamic_ncols=True
+            items,
+            desc=what,
+            total=total,
+            disable=None if self.progress and place()[0] == 0 else True,
+            leave=False,
+            dynamic_ncols=True,
         )
 
 

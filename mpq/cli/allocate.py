@@ -4,9 +4,10 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpq.cli.options import AddCommand, budget_options, choice_options, pairs_of, print_table, search_options
-from mpq.cli.say import summary
+from mpq.cli.options import AddCommand, budget_options, choice_options, pairs_of, pins_of, print_table, search_options
+from mpq.cli.say import allocation_facts, say, say_json, summary
 from mpq.core.errors import MpqError
+from mpq.search import SEARCHES
 
 if TYPE_CHECKING:
     from mpq.core.allocation import Allocation
@@ -20,60 +21,47 @@ def add(command: AddCommand) -> None:
     budget_options(allocate, loss=True)
     choice_options(allocate)
     search_options(allocate)
+    allocate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     allocate.add_argument("-o", "--output", help="allocation to write, a .json file")
     allocate.add_argument("--frontier", help="also write the frontier, a .csv file")
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    import numpy as np
-
     from mpq.core.latency import load_latencies
-    from mpq.core.scheme import parse_scheme
     from mpq.core.table import SensitivityTable
-    from mpq.search import frontier_of
+    from mpq.search.choice import allocate, check_choice
 
+    by_loss, budgets = options.loss is not None, pairs_of(options.budget, "budget")
+    search = options.by or ("cheapest" if by_loss else "integer" if budgets else "exact")
+    check_choice(search, by_loss, bool(budgets), options.measure_frontier)
+    pins = pins_of(options)
     table = SensitivityTable.load(options.table)
-    budgets = {name: float(value) for name, value in pairs_of(options.budget, "budget").items()}
-    costs = {}
-    if options.latency:
-        seconds = load_latencies(options.latency).cost(options.batch)
-        schemes = [parse_scheme(name) for name in table.schemes]
-        costs["latency"] = np.array([[seconds(layer, scheme) for scheme in schemes] for layer in table.layers])
-    asked: dict[str, Any] = {"pin": pairs_of(options.pin, "pin"), "ties": not options.no_ties, "costs": costs}
-    search = options.by or ("cheapest" if options.loss is not None else "integer" if budgets else "exact")
-    if search == "cheapest" and options.loss is None:
-        raise MpqError("--by cheapest finds the smallest of a quality: give --loss instead of --bits or --size")
-    if search != "cheapest" and options.loss is not None:
-        raise MpqError(f"--loss is a predicted loss, which --by {search} does not search for: leave --by out")
-    if options.measure_frontier and (search != "evolution" or budgets):
-        raise MpqError("--measure-frontier wants --by evolution, and no --budget or --loss")
-    if search == "exact":
-        frontier = frontier_of(table, budgets=budgets, **asked)
-        allocation = frontier.at(bits=options.bits, size=options.size)
-    elif search == "cheapest":
-        frontier = frontier_of(table, search=search, budgets=budgets, loss=options.loss, **asked)
-        allocation = frontier.allocation(0)
-    else:
-        weights = sum(layer.params for layer in table.layers)
-        overhead = table.provenance.get("overhead", 0)
-        if not options.measure_frontier:
-            budgets["size"] = options.bits * weights / 8 if options.size is None else options.size - overhead
-        extra = _evolving(options, table) if search == "evolution" else {}
-        frontier = frontier_of(table, search=search, budgets=budgets, **asked, **extra)
-        allocation = (
-            frontier.at(bits=options.bits, size=options.size)
-            if options.measure_frontier
-            else frontier.allocation(len(frontier) - 1)
-        )
+    choice = allocate(
+        table, bits=options.bits, size=options.size, loss=options.loss, search=search, pin=pins,
+        ties=not options.no_ties, batch=options.batch, whole_frontier=options.measure_frontier,
+        budgets={name: number_of(name, value) for name, value in budgets.items()},
+        latencies=load_latencies(options.latency) if options.latency else None,
+        **(_evolving(options, table) if SEARCHES.named(search).measures else {}),
+    )  # fmt: skip
     if options.frontier:
-        frontier.save(options.frontier)
+        choice.frontier.save(options.frontier)
     if options.output:
-        allocation.save(options.output)
-        print(summary(frontier, allocation))
-    else:
-        _print_allocation(allocation, table)
-        print(f"\n{summary(frontier, allocation)}")
+        choice.allocation.save(options.output)
+    if options.json:
+        say_json(allocation_facts(choice.frontier, choice.allocation))
+    elif not options.output and not options.quiet:
+        _print_allocation(choice.allocation, table)
+        print()
+    say(options, summary(choice.frontier, choice.allocation))
+
+
+def number_of(name: str, text: str) -> float:
+    """A budget's number; MpqError for anything else."""
+    try:
+        return float(text)
+    except ValueError:
+        raise MpqError(f"invalid budget {name}={text}: expected a number, e.g. {name}=2e9") from None
 
 
 def _evolving(options: argparse.Namespace, table: "SensitivityTable") -> dict[str, Any]:

@@ -13,10 +13,14 @@ if TYPE_CHECKING:
 def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
     bench = command("bench", run, "time packed layers on this machine, for searches with measured latency")
-    bench.add_argument("--formats", default="int2-g128,int3-g128,int4-g128,int8-channel,mxfp4,nvfp4,nf4-g64")
+    bench.add_argument(
+        "--formats",
+        default="int2-g128,int3-g128,int4-g128,int8-channel,mxfp4,nvfp4,nf4-g64",
+        help="separated by commas",
+    )
     bench.add_argument("--shapes", default="4096x4096", help="rows x columns of layers (default: 4096x4096)")
     bench.add_argument("--batches", default="1,16", help="tokens at a time (default: 1,16)")
-    bench.add_argument("--repeats", type=int, default=30)
+    bench.add_argument("--repeats", type=int, default=30, help="timed calls of each")
     bench.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     bench.add_argument(
         "--inputs",

@@ -2,7 +2,8 @@
 
 import argparse
 
-from mpq.cli.options import AddCommand, model_options, source_of
+from mpq.cli.options import AddCommand, check_data, model_options, source_of
+from mpq.cli.say import say
 
 
 def add(command: AddCommand) -> None:
@@ -21,10 +22,13 @@ def run(options: argparse.Namespace) -> None:
     from mpq.core.allocation import Allocation
     from mpq.exporters import exporter_named
     from mpq.pipeline import export_to
+    from mpq.rounding import METHODS
 
     allocation = Allocation.load(options.allocation)
-    exporter_named(options.to)  # before the model is read
+    exporter_named(options.to)
+    METHODS.named(options.method)
+    check_data(options.dataset)
     written = export_to(options.to, source_of(options), allocation, options.output, options.method)
     files = [written] if written.is_file() else [path for path in written.iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)
-    print(f"{written}: {megabytes(size)}, {allocation.bits:.3f} bits per weight")
+    say(options, f"{written}: {megabytes(size)}, {allocation.bits:.3f} bits per weight")

@@ -11,10 +11,10 @@ def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
     generate = command("generate", run, "continue a prompt with a packed language model")
     generate.add_argument("folder", help="what 'mpq quantize' wrote")
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--prompt", required=True, help="text to continue")
+    generate.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=int, default=0, help="of the random choices, where --temperature is above 0")
     generate.add_argument("--trust", action="store_true", help="let the folder import a factory that it names")
     generate.add_argument("--compare", action="store_true", help="also time the original model in bfloat16")
 

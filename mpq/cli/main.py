@@ -4,9 +4,11 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from mpq import __version__
 from mpq.cli import allocate, bench, evaluate, export, formats, generate, judge, plot, profile, proxy, quantize
+from mpq.cli import recipe as recipes
 from mpq.cli.options import adding_to
 from mpq.core.errors import MpqError
 
@@ -15,12 +17,14 @@ COMMANDS = (quantize, profile, allocate, plot, export, evaluate, generate, bench
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0, 2 for what was asked wrongly, 130 when interrupted."""
-    options = parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING - 10 * options.verbose, format="mpq: %(message)s")
+    """Run one command; exit code: 0, 2 invalid input, 130 interrupted."""
+    top, commands = grammar()
     try:
+        options = top.parse_args(recipes.expand(sys.argv[1:] if arguments is None else arguments, commands))
+        level = logging.ERROR if options.quiet else logging.WARNING - 10 * options.verbose
+        logging.basicConfig(level=level, format="mpq: %(message)s")
         if os.environ.get("WORLD_SIZE", "1") != "1" and options.run is not profile.run:
-            raise MpqError("of all commands torchrun starts 'mpq profile' alone: give its table to quantize --table")
+            raise MpqError("only 'mpq profile' supports torchrun; pass its table with quantize --table")
         options.run(options)
     except MpqError as error:
         print(f"mpq: {error}", file=sys.stderr)
@@ -35,14 +39,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The whole grammar."""
+    return grammar()[0]
+
+
+def grammar() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser of all commands, and each command's own by name."""
     top = argparse.ArgumentParser(
         prog="mpq", description="Find each layer's number format, see the whole frontier, write packed weights."
     )
-    top.add_argument("-v", "--verbose", action="count", default=0, help="say more")
-    command = adding_to(top.add_subparsers(metavar="COMMAND", required=True))
+    top.add_argument("--version", action="version", version=f"mpq {__version__}")
+    top.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice: all")
+    top.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors (and --json)")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    command = adding_to(commands)
     for module in COMMANDS:
         module.add(command)
-    return top
+    return top, commands.choices
 
 
 if __name__ == "__main__":

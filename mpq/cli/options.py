@@ -1,11 +1,16 @@
 """Options that several commands share, and what they stand for."""
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq.core.errors import MpqError
+from mpq.core.scheme import parse_scheme
 from mpq.core.sizes import parse_size
+from mpq.rounding import METHODS
+from mpq.sensitivity import DEFAULT_METRIC, METRICS
 
 if TYPE_CHECKING:
     from mpq.sources import Source
@@ -14,21 +19,34 @@ Run = Callable[[argparse.Namespace], None]
 AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that names the default of every option that has one and does not say so itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        told = default in (None, False, argparse.SUPPRESS) or default == [] or "(default" in text
+        return text if told or not action.option_strings else f"{text} (default: %(default)s)"
+
+
 def adding_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> AddCommand:
     """A function that adds a command with its text to these."""
 
     def command(name: str, run: Run, text: str) -> argparse.ArgumentParser:
-        found = commands.add_parser(name, help=text, description=text)
-        found.set_defaults(run=run)
-        return found
+        parser = commands.add_parser(name, help=text, description=text, formatter_class=Help)
+        parser.set_defaults(run=run, grammar=parser, json=False)
+        quiet, hidden = "print nothing but errors (and --json)", argparse.SUPPRESS
+        parser.add_argument("-q", "--quiet", action="store_true", default=hidden, help=quiet)
+        return parser
 
     return command
 
 
-def model_options(parser: argparse.ArgumentParser) -> None:
+def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """A model and its data."""
     parser.add_argument(
-        "model", help="tiny-lm, tiny-cnn, a Hugging Face folder or id, timm:NAME, package.module:factory"
+        "model",
+        nargs=None if required else "?",
+        help="tiny-lm, tiny-cnn, a Hugging Face folder or id, timm:NAME, package.module:factory",
     )
     data_options(parser)
     parser.add_argument("--trust", action="store_true", help="let a checkpoint import the model's own factory")
@@ -42,15 +60,21 @@ def data_options(parser: argparse.ArgumentParser) -> None:
         "--eval-samples", type=int, help="samples to measure on (default: a quarter of --nsamples texts, or 4x images)"
     )
     parser.add_argument("--seqlen", type=int, help="tokens of a sample (default: 256, or the model's context)")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples in a batch")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
 
 
-def profile_options(parser: argparse.ArgumentParser) -> None:
+def profile_options(parser: argparse.ArgumentParser, *, metric: bool = True) -> None:
     """What a sensitivity table is made of."""
     parser.add_argument("--formats", help="candidates, separated by commas (default: integers of 2 to 8 bits)")
-    parser.add_argument("--metric", help="sensitivity metric (default: the one that predicts best)")
+    if metric:
+        parser.add_argument("--metric", help=f"sensitivity metric, see below (default: {DEFAULT_METRIC})")
+        parser.epilog = f"metrics:\n{METRICS.help()}\n\nrounding methods:\n{METHODS.help()}"
+        parser.add_argument(
+            "--metric-option", action="append", default=[], metavar="KEY=VALUE",
+            help="an option of the metric, as backend=pyhessian for hessian",
+        )  # fmt: skip
     parser.add_argument("--method", default="mse", help="rounding: nearest, mse (default) or gptq")
     parser.add_argument("--include", action="append", help="layer pattern: a glob, or re:REGEX (default: all)")
     parser.add_argument("--exclude", action="append", default=[], help="layer pattern to leave as it is")
@@ -90,7 +114,7 @@ def search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="for --by evolution: go on with a study in the storage, never begin one"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
 
 
 def choice_options(parser: argparse.ArgumentParser) -> None:
@@ -107,13 +131,16 @@ def size_of(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+EXPECTED = {"pin": "LAYERS=FORMAT", "budget": "COST=NUMBER", "metric option": "KEY=VALUE"}
+
+
 def pairs_of(items: Sequence[str], what: str) -> dict[str, str]:
     """NAME=VALUE items as a dictionary; MpqError for any other."""
     pairs = {}
     for item in items:
         name, equals, value = item.rpartition("=")
         if not (name and equals and value):
-            raise MpqError(f"{item!r} is no {what}: write NAME=VALUE")
+            raise MpqError(f"invalid {what} {item!r}: expected {EXPECTED[what]}")
         pairs[name] = value
     return pairs
 
@@ -131,17 +158,46 @@ def source_of(options: argparse.Namespace, stay: bool = False) -> "Source":
 
 
 def profiling_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `profile`; format names are checked before a model is read."""
-    from mpq.core.scheme import parse_scheme
-    from mpq.sensitivity import DEFAULT_METRIC
-
+    """Keyword arguments of `profile`; whatever the options alone can get wrong is said here, before a model is read."""
     formats = tuple(filter(None, options.formats.split(","))) if options.formats is not None else None
     for name in formats or ():
-        parse_scheme(name)  # before the model is read
-    return {
-        "formats": formats, "metric": options.metric or DEFAULT_METRIC, "method": options.method,
-        "include": options.include or ("*",), "exclude": options.exclude, "seed": options.seed,
+        parse_scheme(name)
+    METHODS.named(options.method)
+    check_data(options.dataset)
+    settings = {
+        "formats": formats, "method": options.method, "include": options.include or ("*",), "exclude": options.exclude,
+        "seed": options.seed, "progress": not options.quiet,
     }  # fmt: skip
+    if "metric" not in options:
+        return settings
+    METRICS.named(options.metric or DEFAULT_METRIC)
+    pairs = pairs_of(options.metric_option, "metric option")
+    return {
+        **settings, "metric": options.metric or DEFAULT_METRIC,
+        "options": {name: value_of(text) for name, text in pairs.items()},
+    }  # fmt: skip
+
+
+def pins_of(options: argparse.Namespace) -> dict[str, str]:
+    """Pinned formats by layer pattern; MpqError for an unknown format."""
+    pins = pairs_of(options.pin, "pin")
+    for scheme in pins.values():
+        parse_scheme(scheme)
+    return pins
+
+
+def check_data(name: str | None) -> None:
+    """MpqError for a data file that is not there."""
+    if name is not None and ":" not in name and Path(name).suffix and not Path(name).is_file():
+        raise MpqError(f"there is no file {name}")
+
+
+def value_of(text: str) -> Any:
+    """A JSON value where the text is one, else the text: 3, 0.5, true, pyhessian."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 
 from mpq.cli.options import AddCommand, model_options, profile_options, profiling_of, source_of
+from mpq.cli.say import say
 
 
 def add(command: AddCommand) -> None:
@@ -34,4 +35,4 @@ def run(options: argparse.Namespace) -> None:
         if place()[0] > 0:
             return
     table.save(options.output)
-    print(f"{options.output}: {len(table.layers)} layers x {len(table.schemes)} formats, metric {table.metric}")
+    say(options, f"{options.output}: {len(table.layers)} layers x {len(table.schemes)} formats, metric {table.metric}")

@@ -9,7 +9,7 @@ from mpq.cli.options import AddCommand, adding_to, model_options, pairs_of, sour
 def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
     family = command("proxy", run, "training-free scores: measure a benchmark, evolve, judge")
-    proxy = adding_to(family.add_subparsers(metavar="WHAT", required=True))
+    proxy = adding_to(family.add_subparsers(metavar="WHAT", required=True, help="one of:"))
     bench = proxy("bench", _proxy_bench, "measure random configurations of a model: the truth for proxies")
     model_options(bench)
     bench.add_argument("-n", "--rows", type=int, default=425, help="configurations (default: 425)")
@@ -19,8 +19,8 @@ def add(command: AddCommand) -> None:
     evolve = proxy("evolve", _proxy_evolve, "evolve a training-free score on one half of a benchmark")
     model_options(evolve)
     evolve.add_argument("benchmark", help="what 'mpq proxy bench' wrote")
-    evolve.add_argument("--population", type=int, default=50)
-    evolve.add_argument("--generations", type=int, default=1000)
+    evolve.add_argument("--population", type=int, default=50, help="formulas alive at a time")
+    evolve.add_argument("--generations", type=int, default=1000, help="generations")
     evolve.add_argument("-o", "--output", required=True, help="folder to write; a stopped run in it is resumed")
 
     show = proxy("show", _proxy_show, "how proxies rank a benchmark's configurations")

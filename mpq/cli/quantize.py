@@ -2,24 +2,25 @@
 
 import argparse
 
+from mpq.cli import recipe
 from mpq.cli.options import (
     AddCommand,
     budget_options,
     choice_options,
     model_options,
-    pairs_of,
+    pins_of,
     print_table,
     profile_options,
     profiling_of,
     source_of,
 )
-from mpq.cli.say import summary
+from mpq.cli.say import allocation_facts, say, say_json, summary
 
 
 def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
     quantize = command("quantize", run, "profile, search, export and measure a model")
-    model_options(quantize)
+    model_options(quantize, required=False)
     profile_options(quantize)
     budget_options(quantize)
     choice_options(quantize)
@@ -28,24 +29,45 @@ def add(command: AddCommand) -> None:
         "--effort", default="normal", help="how much is measured before choosing: fast, normal (default) or best"
     )
     quantize.add_argument("--table", help="a table made before, instead of profiling")
+    quantize.add_argument("--recipe", help="options from a file, such as recipe.yaml in an earlier output folder")
+    quantize.add_argument("--force", action="store_true", help="overwrite a result of other settings")
+    quantize.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     quantize.add_argument("-o", "--output", required=True, help="folder to write")
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from mpq.core.table import SensitivityTable
+    from mpq.exporters.targets import check_packages, consumer_named
     from mpq.pipeline import quantize_model
-
-    settings, pin = profiling_of(options), pairs_of(options.pin, "pin")
-    table = SensitivityTable.load(options.table) if options.table else None
-    outcome = quantize_model(
-        source_of(options), options.output, bits=options.bits, size=options.size, table=table, pin=pin,
-        ties=not options.no_ties, trust=options.trust, consumer=options.consumer, effort=options.effort, **settings,
-    )  # fmt: skip
     from mpq.report import HEADINGS
 
-    print_table([HEADINGS, *(row[:-1] for row in outcome.rows())])
-    print(f"\n{summary(outcome.frontier, outcome.allocation)}")
+    recipe.fill(options)
+    steps = recipe.recipe_of(options)
+    recipe.check_output(options.output, steps, options.force)
+    settings, pin = profiling_of(options), pins_of(options)
+    table = SensitivityTable.load(options.table) if options.table else None
+    check_packages(consumer_named(options.consumer))
+    source = source_of(options)
+    recipe.begin(options.output, steps)
+    outcome = quantize_model(
+        source, options.output, bits=options.bits, size=options.size, table=table, pin=pin,
+        ties=not options.no_ties, trust=options.trust, consumer=options.consumer, effort=options.effort,
+        metric_options=settings.pop("options"), **settings,
+    )  # fmt: skip
+    recipe.finish(options.output)
+    if options.json:
+        measured = [row.facts() for row in outcome.measured]
+        say_json(
+            {
+                **allocation_facts(outcome.frontier, outcome.allocation),
+                "folder": str(outcome.folder),
+                "measured": measured,
+            }
+        )
+    elif not options.quiet:
+        print_table([HEADINGS, *(row[:-1] for row in outcome.rows())])
+    say(options, f"\n{summary(outcome.frontier, outcome.allocation)}")
     for sentence in outcome.words():
-        print(sentence)
-    print(f"written to {outcome.folder}: packed weights, table, frontier, report.html")
+        say(options, sentence)
+    say(options, f"written to {outcome.folder}: packed weights, table, frontier, report.html, recipe.yaml")

@@ -1,6 +1,10 @@
 """What commands print of their results."""
 
-from typing import TYPE_CHECKING
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpq.core.allocation import Allocation
@@ -16,3 +20,31 @@ def summary(frontier: "Frontier", allocation: "Allocation") -> str:
         f"{allocation.bits:.4f} bits per weight, {allocation.total:,} bytes in all, predicted loss increase "
         f"{allocation.loss:.4g} +- {allocation.error:.1g} ({allocation.metric}), {proof}"
     )
+
+
+def say(options: argparse.Namespace, text: object) -> None:
+    """Print for readers, unless --quiet or --json."""
+    if not (options.quiet or options.json):
+        print(text)
+
+
+def say_json(facts: Mapping[str, Any]) -> None:
+    """Print one JSON object; what is not finite becomes null."""
+    print(json.dumps(_plain(facts)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def allocation_facts(frontier: "Frontier", allocation: "Allocation") -> dict[str, Any]:
+    """What --json tells of a chosen allocation."""
+    return {
+        "bits": allocation.bits, "bytes": allocation.total, "loss": allocation.loss, "error": allocation.error,
+        "metric": allocation.metric, "gap": frontier.gap, "measured_loss": allocation.provenance.get("measured_loss"),
+        "schemes": {layer.name: scheme for layer, scheme in zip(allocation.layers, allocation.schemes, strict=True)},
+    }  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from mpq.core.scheme import Scheme, parse_scheme
 KIND = "mpq-allocation"  # how a file says what it is
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Allocation:
     """Layers with a scheme for each.
 
@@ -43,6 +44,13 @@ class Allocation:
                 f"an allocation wants one scheme for each of {len(self.layers)} layers, not {len(self.schemes)}"
             )
         object.__setattr__(self, "schemes", tuple(parse_scheme(name).name for name in self.schemes))
+
+    def __repr__(self) -> str:
+        loss = "" if math.isnan(self.loss) else f", predicted loss +{self.loss:.4g}"
+        counts = Counter(self.schemes).most_common()
+        more = f", and {len(counts) - 4} more" if len(counts) > 4 else ""
+        told = ", ".join(f"{count} x {scheme}" for scheme, count in counts[:4]) + more
+        return f"Allocation({len(self.layers)} layers at {self.bits:.3f} bits{loss}: {told})"
 
     @property
     def scheme_of(self) -> dict[str, Scheme]:

@@ -20,7 +20,7 @@ BITS_PER_BYTE = 8
 MEASURED_COLUMN = "measured"  # of a saved frontier whose losses were measured; `error` is then theirs
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Frontier:
     """Non-dominated solutions of a problem in one cost and the predicted loss, cheapest first.
 
@@ -44,6 +44,11 @@ class Frontier:
 
     def __len__(self) -> int:
         return len(self.costs)
+
+    def __repr__(self) -> str:
+        ends = f"{self.cost} {self.costs[0]:.6g} to {self.costs[-1]:.6g}" if len(self) else "empty"
+        losses = f", loss {self.losses[0]:.4g} to {self.losses[-1]:.4g}" if len(self) else ""
+        return f"{type(self).__name__}({len(self)} points, {ends}{losses}, gap {self.gap:.2g})"
 
     def __iter__(self) -> Iterator[Allocation]:
         return (self.allocation(index) for index in range(len(self)))

@@ -73,7 +73,7 @@ def tune_scales(
     )
     steps = _steps(batches, tuning)
     with evaluating(model), evaluating(student), torch.enable_grad():
-        for _ in tqdm(range(tuning.steps), desc="tuning scales", disable=not progress, leave=False):
+        for _ in tqdm(range(tuning.steps), desc="tuning scales", disable=None if progress else True, leave=False):
             optimizer.zero_grad()
             batch = next(steps)
             with torch.no_grad():

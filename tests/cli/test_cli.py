@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from devices import needs_device
-from mpq.cli.main import main
+from mpq.cli.main import grammar, main
 from mpq.core.allocation import Allocation
 from mpq.core.frontier import SavedFrontier
 from mpq.core.table import SensitivityTable
@@ -52,6 +52,51 @@ def test_quantize_writes_every_artefact(out):
     assert "http://" not in report.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     )
+
+
+def test_a_result_is_repeated_from_its_recipe_and_kept_from_other_settings(out, table, tmp_path, capsys):
+    job = ["quantize", "--recipe", str(out / "recipe.yaml"), "-o"]
+    assert main([*job, str(tmp_path / "again"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["bits"] == Allocation.load(out / "allocation.json").bits
+    assert facts["measured"][-1]["bytes"] == (tmp_path / "again" / "model.safetensors").stat().st_size
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert main([*job, str(tmp_path / "again"), "--bits", "5"]) == 2
+    assert "give --force" in capsys.readouterr().err
+    assert main(["-q", *job, str(tmp_path / "again"), "--bits", "5", "--force"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert Allocation.load(tmp_path / "again" / "allocation.json").bits > 4.25
+
+
+def test_commands_answer_in_json(out, table, capsys):
+    assert main(["eval", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "accuracy"
+    assert main(["allocate", str(table), "--bits", "4", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["bits"] <= 4
+    assert len(facts["schemes"]) == 12
+
+
+def test_a_metrics_options_are_reached(tmp_path, capsys):
+    job = ["profile", "tiny-cnn", "-o", str(tmp_path / "t.csv"), "--formats", "int4-g32", "--nsamples", "4"]
+    assert main([*job, "--metric", "hessian", "--metric-option", "max_probes=2", "--include", "stem"]) == 0
+    assert SensitivityTable.load(tmp_path / "t.csv").provenance["options"] == {"max_probes": 2}
+    capsys.readouterr()
+    assert main([*job, "--metric", "hessian", "--metric-option", "max_probs=2"]) == 2
+    assert "did you mean max_probes" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("mpq 0.")
+
+
+def test_every_option_has_help():
+    for command in grammar()[1].values():
+        for action in command._actions:
+            assert action.help, action
 
 
 def test_eval_measures_what_quantize_printed(out, capsys):
@@ -99,9 +144,9 @@ def test_allocate_finds_the_smallest_of_a_quality(table, tmp_path, capsys):
     assert main(["allocate", str(table), "--loss", "1e-9"]) == 2
     assert "can be reached" in capsys.readouterr().err
     for wrong, message in (
-        (["--bits", "4", "--by", "cheapest"], "give --loss instead"),
-        (["--loss", "1", "--by", "evolution"], "leave --by out"),
-        (["--loss", "1", "--measure-frontier"], "no --budget or --loss"),
+        (["--bits", "4", "--by", "cheapest"], "give loss instead"),
+        (["--loss", "1", "--by", "evolution"], "leave the search out"),
+        (["--loss", "1", "--measure-frontier"], "needs a search on measured loss"),
     ):
         assert main(["allocate", str(table), *wrong]) == 2
         assert message in capsys.readouterr().err
@@ -147,6 +192,11 @@ def test_formats_lists_and_tells(capsys):
         (["profile", "tiny-cnn", "-o", "x.csv", "--method", "gptqq"], "did you mean gptq"),
         (["allocate", "none.csv", "--bits", "4"], "cannot read the table"),
         (["eval", "none"], "no folder"),
+        (["quantize", "hub/model", "--bits", "4", "-o", "x", "--dataset", "none.txt"], "there is no file none.txt"),
+        (["quantize", "hub/model", "--bits", "4", "-o", "x", "--for", "vlm"], "vllm"),
+        (["quantize", "hub/model", "--bits", "4", "-o", "x", "--metric", "hesian"], "did you mean hessian"),
+        (["quantize", "hub/model", "--bits", "4", "-o", "x", "--pin", "a"], "expected LAYERS=FORMAT"),
+        (["judge", "hub/model", "--metrics", "fishr"], "did you mean fisher"),
         (["plot", "none.csv", "-o", "x.gif"], "expected .png"),
         (["bench", "--device", "gpu"], "expected cpu, cuda or cuda:N"),
         (["bench", "--tune", "--shapes", "16x16"], "needs --device cuda"),

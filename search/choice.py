@@ -1,0 +1,97 @@
+"""From a table and a budget to one allocation, by the search that fits what is asked: `mpq.allocate`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
+from mpq.core.frontier import Frontier
+from mpq.core.latency import LatencyTable
+from mpq.core.problem import Array
+from mpq.core.scheme import parse_scheme
+from mpq.core.sizes import parse_size
+from mpq.core.table import SensitivityTable
+from mpq.search import SEARCHES, frontier_of
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A frontier and the allocation taken from it."""
+
+    frontier: Frontier
+    allocation: Allocation
+
+
+def allocate(
+    table: SensitivityTable,
+    *,
+    bits: float | None = None,
+    size: float | str | None = None,
+    loss: float | None = None,
+    budgets: Mapping[str, float | str] | None = None,
+    search: str | None = None,
+    pin: Mapping[str, str] | None = None,
+    ties: bool = True,
+    latencies: LatencyTable | None = None,
+    batch: int = 1,
+    whole_frontier: bool = False,
+    **options: Any,
+) -> Choice:
+    """The best allocation of a table under a budget, and the frontier that it is on.
+
+    Args:
+        table: predicted losses.
+        bits: largest average of stored bits per weight, or
+        size: largest number of bytes of the model, or text as "500MB", or
+        loss: largest predicted loss increase, for the smallest model.
+        budgets: further largest totals by cost ("bitops", "latency").
+        search: a name of `mpq.search.SEARCHES`; left out, exact, integer with further budgets, cheapest with `loss`.
+        pin: scheme by layer pattern.
+        ties: whether layers that serving kernels fuse share a scheme.
+        latencies: measured seconds of layers: adds the cost "latency".
+        batch: tokens at a time, for `latencies`.
+        whole_frontier: for a search on measured loss: lower loss and size together.
+        options: the search's own, such as evolution's `evaluate` and `trials`.
+
+    Raises:
+        MpqError: budgets and search that do not go together, or what the search refuses.
+    """
+    if sum(budget is not None for budget in (bits, size, loss)) != 1:
+        raise MpqError("name one budget: bits, size or loss")
+    search = search or ("cheapest" if loss is not None else "integer" if budgets else "exact")
+    check_choice(search, loss is not None, bool(budgets), whole_frontier)
+    costs = {"latency": latency_cost(table, latencies, batch)} if latencies is not None else {}
+    limits: dict[str, float | str] = dict(budgets or {})
+    asked: dict[str, Any] = {"search": search, "pin": pin, "ties": ties, "costs": costs, "budgets": limits, **options}
+    if search == "cheapest":
+        frontier = frontier_of(table, **asked, loss=loss)
+        return Choice(frontier, frontier.allocation(0))
+    nbytes = parse_size(size) if size is not None else None
+    if search == "exact" or whole_frontier:
+        frontier = frontier_of(table, **asked)
+        return Choice(frontier, frontier.at(bits=bits, size=nbytes))
+    weights = sum(layer.params for layer in table.layers)
+    limits["size"] = bits * weights / 8 if bits is not None else (nbytes or 0) - table.provenance.get("overhead", 0)
+    frontier = frontier_of(table, **asked)
+    return Choice(frontier, frontier.allocation(len(frontier) - 1))
+
+
+def check_choice(search: str, by_loss: bool, by_budgets: bool, whole_frontier: bool) -> None:
+    """MpqError when a search does not go with what is asked of it; needs no table."""
+    entry = SEARCHES.named(search)
+    if search == "cheapest" and not by_loss:
+        raise MpqError("search cheapest finds the smallest model of a loss: give loss instead of bits or size")
+    if search != "cheapest" and by_loss:
+        raise MpqError(f"a predicted loss is no budget of the search {search}: leave the search out")
+    if whole_frontier and (not entry.measures or by_budgets):
+        raise MpqError("a measured frontier needs a search on measured loss (evolution), and no other budget")
+
+
+def latency_cost(table: SensitivityTable, latencies: LatencyTable, batch: int = 1) -> Array:
+    """Seconds of every layer in every scheme, (layers, schemes); MpqError when one was not measured."""
+    seconds = latencies.cost(batch)
+    schemes = [parse_scheme(name) for name in table.schemes]
+    return np.array([[seconds(layer, scheme) for scheme in schemes] for layer in table.layers])
