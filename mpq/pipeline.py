@@ -33,6 +33,7 @@ from mpq.network.batchnorm import with_means
 from mpq.network.calibration import take, tensors_in
 from mpq.network.experts import has_experts
 from mpq.network.ranges import Ranges, input_ranges
+from mpq.network.storage import state_bytes
 from mpq.plots import Prediction, draw_frontier, frontier_facts
 from mpq.report import Row, write_report
 from mpq.search import frontier_of
@@ -209,7 +210,7 @@ def quantize_model(
     own = None if source.recipe else copy.deepcopy(source.model)
     packed = checkpoint.load(folder, model=own, device=device, trust=trust)
     measured = compare(
-        measurer, frontier, accepted, packed, model_bytes(source.model),
+        measurer, frontier, accepted, packed, state_bytes(source.model),
         lambda allocation: checkpoint.file_size(source.model, allocation),
     )  # fmt: skip
     outcome = Outcome(folder, table, frontier, allocation, measured, accepted)
@@ -282,9 +283,3 @@ def evaluate_folder(
     source = open_source(name, data or dataset, untrusted=untrusted - {data}, **options)
     reference = Reference(source.model, source.evaluation, source.kind, source.loss_fn, progress)
     return reference.measure(model, progress), allocation
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of the tensors in a model's state, shared ones once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

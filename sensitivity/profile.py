@@ -18,10 +18,11 @@ from mpq.core.scheme import Scheme, parse_scheme
 from mpq.core.table import SensitivityTable
 from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in, tensors_in
 from mpq.network.fingerprint import fingerprint, model_fingerprint
-from mpq.network.layers import count_macs, find_layers, weight_matrix
+from mpq.network.layers import count_macs, find_layers
 from mpq.network.moments import second_moments
 from mpq.network.offload import offloaded
 from mpq.network.prepare import prepared
+from mpq.network.storage import other_bytes
 from mpq.rounding import METHODS
 from mpq.sensitivity import DEFAULT_METRIC, METRICS
 from mpq.sensitivity.evidence import flat_loss, reaching, without_evidence
@@ -91,7 +92,7 @@ def profile(
         settings = {
             "metric": metric, "options": dict(options or {}), "method": method, "seed": seed,
             "schemes": names, "layers": [layer.name for layer in layers],
-            "weights": model_fingerprint(model),
+            "weights": model_fingerprint(model), "loss": f"{_name_of(loss_fn)}: {reference:.4g}",
             "data": fingerprint(tensor for batch in batches for tensor in tensors_in(batch)),
         }  # fmt: skip
         moments = second_moments(model, layers, batches, loss_fn) if rounding.second_moment else {}
@@ -106,7 +107,7 @@ def profile(
     facts: dict[str, Any] = {
         "metric": metric, "options": dict(options or {}), "method": method, "seed": seed,
         "nsamples": sum(samples_in(batch) for batch in batches), "reference_loss": reference,
-        "overhead": _other_bytes(model, layers), **(provenance or {}),
+        "overhead": other_bytes(model, layers), **(provenance or {}),
     }  # fmt: skip
     table = SensitivityTable(layers, names, scores, errors, metric, facts, reasons)
     journal.close()
@@ -139,8 +140,5 @@ def _check_finite(layers: Sequence[Layer], schemes: Sequence[Scheme], metric: st
             raise MpqError(f"the {metric} {name} of layer {layers[i].name} in {schemes[j].name} is {values[i, j]}")
 
 
-def _other_bytes(model: nn.Module, layers: Sequence[Layer]) -> int:
-    """Bytes of the tensors in the model's state that no scheme changes."""
-    weights = {weight_matrix(model.get_submodule(layer.name)).data_ptr() for layer in layers}
-    others = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.data_ptr() not in weights}
-    return sum(tensor.numel() * tensor.element_size() for tensor in others.values())
+def _name_of(function: LossFn) -> str:
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"

@@ -34,7 +34,6 @@ from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_c
 from mpq.exporters.shards import SHARD, WHOLE, Shards, Specs, header_bytes, tensor_bytes, write_tensors
 from mpq.exporters.verify import Digests, Inputs, noting, runner, verify
 from mpq.kernels.layout import Packed, pack, tensor_specs
-from mpq.kernels.weight import PackedWeight
 from mpq.network.prepare import bake, prepared
 from mpq.quantized import Moments, checked_layers, put_packed, quantized_layers
 
@@ -158,8 +157,8 @@ def load(
 
     Args:
         folder: what `export` wrote.
-        model: the same architecture with any weights, which are replaced in place; needed when the folder does not say
-            how to build it.
+        model: the same architecture with any weights, which are replaced in place once all is read and checked; needed
+            when the folder does not say how to build it.
         device: where to.
         trust: whether the folder may name a function of the user's own to be imported and called.
 
@@ -180,12 +179,21 @@ def load(
     skeleton = bake(build_skeleton(config, path, trust) if model is None else getattr(model, "_orig_mod", model))
     allocation, dtypes = layers_of(config["quantization_config"])
     with Shards(path, checksums) as shards:
+        matrices = []
         for layer, scheme in checked_layers(skeleton, allocation):
             specs = tensor_specs(scheme.weight, layer.rows, layer.cols)
             tensors = {name: _checked(shards, f"{layer.name}.weight.{name}", *specs[name]).to(device) for name in specs}
-            matrix = Packed(scheme.weight, (layer.rows, layer.cols), tensors=tensors)
-            put_packed(skeleton, layer, scheme, matrix, dtypes[layer.name])
-        _fill(skeleton, shards, quantization["tied"], device)
+            matrices.append((layer, scheme, Packed(scheme.weight, (layer.rows, layer.cols), tensors=tensors)))
+        others, links = _others(skeleton, allocation, shards, quantization["tied"], device)
+    for layer, scheme, matrix in matrices:
+        put_packed(skeleton, layer, scheme, matrix, dtypes[layer.name])
+    for name, tensor in others.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(skeleton.get_submodule(parent), leaf, tensor)
+    for name, weight in links.items():
+        parent, _, leaf = name.rpartition(".")
+        vars(skeleton.get_submodule(parent))["_parameters"].pop(leaf, None)
+        setattr(skeleton.get_submodule(parent), leaf, skeleton.get_submodule(weight))
     return skeleton.to(device).eval()
 
 
@@ -207,17 +215,21 @@ def _checked(shards: Shards, name: str, shape: tuple[int, ...], dtype: torch.dty
     return tensor
 
 
-def _fill(model: nn.Module, shards: Shards, tied: Mapping[str, str], device: str | torch.device) -> None:
-    """Put every other tensor of the files where it belongs; what was shared is shared again."""
+def _others(
+    model: nn.Module, allocation: Allocation, shards: Shards, tied: Mapping[str, str], device: str | torch.device
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every other tensor of the files by its place in the model, what was shared being shared again; and which
+    parameters are packed weights under other names.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
-    packed = {name for name, module in modules.items() if isinstance(module, PackedWeight)}
+    packed = {f"{name}.weight" for layer in allocation.layers for name in layer.names}
     put: dict[str, Tensor] = {}
+    links: dict[str, str] = {}
     for name in [*(name for name in shards if name.rpartition(".")[0] not in packed), *tied]:
         parent, _, leaf = name.rpartition(".")
         if tied.get(name) in packed:
             if name not in packed and parent in modules:
-                vars(modules[parent])["_parameters"].pop(leaf, None)
-                setattr(modules[parent], leaf, modules[tied[name]])
+                links[name] = tied[name]
             continue
         old = getattr(modules.get(parent), leaf, None)
         if not isinstance(old, Tensor):
@@ -228,7 +240,7 @@ def _fill(model: nn.Module, shards: Shards, tied: Mapping[str, str], device: str
             tensor = _checked(shards, name, tuple(old.shape)).to(device)
             trained = isinstance(old, nn.Parameter)
             put[name] = nn.Parameter(tensor, tensor.is_floating_point() and old.requires_grad) if trained else tensor
-        setattr(modules[parent], leaf, put[name])
     for name in model.state_dict():
-        if name not in put and name.rpartition(".")[0] not in {*packed, *tied}:
+        if name not in put and name not in packed and name not in links:
             raise MpqError(f"{shards.folder} has no tensor {name}, which the model needs")
+    return put, links

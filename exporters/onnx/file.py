@@ -23,6 +23,7 @@ from mpq.exporters.onnx.operators import OPSET, OPSET_INT2, nbits_block, needs_i
 from mpq.exporters.targets import CONSUMERS, check, check_packages
 from mpq.kernels.layout import unpack
 from mpq.kernels.weight import empty_weight
+from mpq.network.calibration import evaluating
 from mpq.network.ranges import Ranges
 from mpq.quantized import Moments, checked_layers, quantized_layers
 from mpq.rounding.reference import Quantized
@@ -144,15 +145,11 @@ def _trace(model: nn.Module, allocation: Allocation, inputs: Any) -> tuple[Any, 
     batch = torch.export.Dim("batch")
     open_batch = tuple({0: batch} if isinstance(part, Tensor) and part.ndim else None for part in inputs)
     int2 = any(needs_int2(layer, allocation.scheme_of[layer.name]) for layer in allocation.layers)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         program: Any = torch.onnx.export(
             model, inputs, dynamo=True, optimize=False, dynamic_shapes=open_batch,
             opset_version=OPSET_INT2 if int2 else OPSET, verbose=False,
         )  # fmt: skip
-    finally:
-        model.train(training)
     weights = {f"{name}.weight" for layer in allocation.layers for name in layer.names}
     stored = program.model.graph.initializers
     for name in weights & set(stored):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mpq.core.errors import MpqError
 from mpq.generation.compiled_step import CompiledStep, compiled_step
 from mpq.generation.decoder import Decoder, Memory, decoder_of, step
-from mpq.network.calibration import logits_of, seeded
+from mpq.network.calibration import evaluating, logits_of, seeded
 
 NO_TOKEN = -1  # where transformers is to stop at no token
 
@@ -53,16 +53,13 @@ def generate(
     if prompt.ndim != 1 or not len(prompt):
         raise MpqError(f"a prompt is one row of at least one token, not {tuple(prompt.shape)}")
     chosen = _Chosen(partial(_choose, temperature=temperature, top_k=top_k, random=seeded(seed, "generate")))
-    decoder, training = decoder_of(model), model.training
-    model.eval()
+    decoder = decoder_of(model)
     started = time.perf_counter()
-    try:
+    with evaluating(model):
         if decoder is None and hasattr(model, "generate"):
             _own_generation(model, prompt, chosen, max_new_tokens, stop)
         else:
             _loop(_follower(model, decoder), prompt, chosen, max_new_tokens, stop)
-    finally:
-        model.train(training)
     first = chosen.first or started
     return Generation(tuple(chosen.tokens), first - started, time.perf_counter() - first)
 

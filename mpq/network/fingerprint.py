@@ -17,5 +17,5 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """That of all parameters, in the model's own order."""
-    return fingerprint(parameter.detach() for parameter in model.parameters())
+    """That of all parameters, then of all buffers such as batch statistics, in the model's own order."""
+    return fingerprint(tensor.detach() for tensor in (*model.parameters(), *model.buffers()))

@@ -31,10 +31,9 @@ WEIGHTS_ONLY = ("fisher", "eigenvalue", "linearity")
 
 
 def tables(folder: Path | None = None) -> list[np.ndarray]:
-    from small_models import Convolutions, class_batches, seed_weights
-
     from mpq.network.calibration import cross_entropy
     from mpq.sensitivity.profile import profile
+    from tests.sensitivity.small_models import Convolutions, class_batches, seed_weights
 
     found = []
     for number, (metric, options, count) in enumerate(CASES):

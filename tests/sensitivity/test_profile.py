@@ -98,29 +98,61 @@ def test_finished_layers_are_not_measured_again(tmp_path):
     assert len(calls) - first == 7 + 6 * (4 - 2)
 
 
-@pytest.mark.parametrize(("name", "other"), [("seed", {"seed": 1}), ("options", {"options": {"max_probes": 4}})])
-def test_other_settings_do_not_resume(tmp_path, name, other):
-    def interrupted(model, batch):
-        if torch.is_grad_enabled():
+class Interruptible:
+    """Cross-entropy that stops at the first pass with gradients, when told to."""
+
+    stop = True
+
+    def __call__(self, model, batch):
+        """The loss."""
+        if torch.is_grad_enabled() and self.stop:
             raise KeyboardInterrupt
         return cross_entropy(model, batch)
 
+
+def with_statistics(mean):
+    model = seed_weights(Convolutions())
+    model.norm.running_mean.fill_(mean)
+    return model
+
+
+def other_batch(model, batch):
+    return cross_entropy(model, (batch[0], batch[1].flip(0)))
+
+
+@pytest.mark.parametrize(
+    ("named", "other"),
+    [
+        ("seed", {"seed": 1}),
+        ("options", {"options": {"max_probes": 4}}),
+        ("weights, loss", {"model": seed_weights(Convolutions(), 0.5)}),
+        ("weights, loss", {"model": with_statistics(3.0)}),  # a buffer
+        ("loss", {"loss_fn": other_batch}),
+    ],
+)
+def test_other_settings_data_and_losses_do_not_resume(tmp_path, named, other):
+    loss_fn = Interruptible()
     with pytest.raises(KeyboardInterrupt):
-        run("hessian", interrupted, resume=tmp_path / "partial")
-    with pytest.raises(MpqError, match=rf"other settings \({name}\)"):
-        run("hessian", resume=tmp_path / "partial", **other)
+        run("hessian", loss_fn, resume=tmp_path / "partial")
+    loss_fn.stop = False
+    with pytest.raises(MpqError, match=rf"other settings \({named}\)"):
+        run("hessian", other.pop("loss_fn", loss_fn), resume=tmp_path / "partial", **other)
 
 
-def test_other_data_and_weights_do_not_resume(tmp_path):
-    def interrupted(model, batch):
-        if torch.is_grad_enabled():
-            raise KeyboardInterrupt
-        return cross_entropy(model, batch)
+def test_a_loss_of_the_same_name_that_says_something_else_does_not_resume(tmp_path):
+    def made(scale, stop):
+        def loss_fn(model, batch):
+            if torch.is_grad_enabled() and stop:
+                raise KeyboardInterrupt
+            return scale * cross_entropy(model, batch)
+
+        return loss_fn
 
     with pytest.raises(KeyboardInterrupt):
-        run("fisher", interrupted, resume=tmp_path / "partial")
-    with pytest.raises(MpqError, match=r"other settings \(weights\)"):
-        run("fisher", resume=tmp_path / "partial", model=seed_weights(Convolutions(), 0.5))
+        run("hessian", made(1.0, True), resume=tmp_path / "partial")
+    with pytest.raises(MpqError, match=r"other settings \(loss\)"):
+        run("hessian", made(1.1, False), resume=tmp_path / "partial")
+    assert run("hessian", made(1.0, False), resume=tmp_path / "partial") == run("hessian")
 
 
 def test_the_seed_decides_the_probes():

@@ -252,3 +252,24 @@ def test_transformers_models_need_no_recipe(tmp_path):
     assert loaded.generate(tokens, max_new_tokens=3, do_sample=False).shape == (3, 8)
     assert not any(parameter.is_meta for parameter in loaded.parameters())
     assert Path(folder / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("fault", ["no place", "no tensor", "damaged"])
+def test_a_load_that_fails_leaves_the_callers_model_as_it_was(fault, tmp_path):
+    model = convolutions()
+    folder = export(model, allocate(model, "int4-g32"), tmp_path / "out", recipe=recipe(model))
+    given = convolutions().train()
+    if fault == "no place":
+        given.head.bias = None
+    elif fault == "no tensor":
+        given.extra = nn.BatchNorm1d(3)
+    else:
+        weights = bytearray((folder / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(weights)
+    modules, state = dict(given.named_modules()), {name: tensor.clone() for name, tensor in given.state_dict().items()}
+    with pytest.raises(MpqError, match=r"no place|no tensor|checksum|altered|digest"):
+        load(folder, model=given)
+    assert dict(given.named_modules()) == modules
+    assert all(torch.equal(tensor, state[name]) for name, tensor in given.state_dict().items())
+    assert given.training

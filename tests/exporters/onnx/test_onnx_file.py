@@ -149,6 +149,15 @@ def test_large_graphs_keep_their_tensors_in_a_file_of_their_own(tmp_path):
     assert not files[1].exists()
 
 
+def test_every_modules_mode_is_left_as_it_was(tmp_path):
+    model = seed_weights(Convolutions()).train()
+    model.norm.eval()  # frozen while the rest trains
+    export(model, allocate(model, ["int8-channel"]), tmp_path / "out", inputs=IMAGES)
+    assert model.training
+    assert model.first.training
+    assert not model.norm.training
+
+
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [("int3-channel", "2, 4 or 8 bits.* is int2-g32"), ("nvfp4", "16- or 32-bit"), ("int8+a:int8-token", "static")],

@@ -1,0 +1,30 @@
+"""What a model's tensors take: each counted once, however many names or modules share it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from mpq.core.layer import Layer
+
+
+def state_bytes(model: nn.Module, without: Iterable[Tensor] = ()) -> int:
+    """Bytes of the tensors in a model's state, but for those of `without`; shared ones count once."""
+    left_out = {_place(tensor) for tensor in without}
+    state = (tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor))
+    tensors = {_place(tensor): tensor for tensor in state}
+    return sum(tensor.numel() * tensor.element_size() for place, tensor in tensors.items() if place not in left_out)
+
+
+def other_bytes(model: nn.Module, layers: Iterable[Layer]) -> int:
+    """Bytes of the tensors in a model's state that are not the layers' weights: what no scheme changes."""
+    weights: list[Tensor] = [model.get_submodule(layer.name).weight for layer in layers]  # type: ignore[misc]
+    return state_bytes(model, weights)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are one in memory, or, of tensors without memory (meta), one object."""
+    address = tensor.untyped_storage().data_ptr()
+    if not address:
+        return (id(tensor),)
+    return address, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype

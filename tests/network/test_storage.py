@@ -1,0 +1,31 @@
+"""Bytes of a model's state: by what is one in memory, in any memory format."""
+
+import torch
+from torch import nn
+
+from mpq.network.storage import state_bytes
+
+
+def test_shared_tensors_count_once_in_any_memory_format():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    model.append(nn.Conv2d(8, 8, 3))
+    model[3].weight = model[1].weight
+    plain = state_bytes(model, [model[0].weight, model[1].weight])
+    assert plain == (3 * 8 + 4 * 8) * 4 + 8  # biases, the normalization's four vectors, its count of batches
+    model.to(memory_format=torch.channels_last)
+    assert state_bytes(model, [model[0].weight, model[1].weight]) == plain
+    assert state_bytes(model) == plain + (8 * 3 * 9 + 8 * 8 * 9) * 4
+
+
+def test_tensors_without_memory_are_told_apart():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    assert state_bytes(model) == (16 + 4 + 4) * 4
+
+
+def test_two_views_of_one_storage_are_two_tensors():
+    model, stack = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)), torch.zeros(8, 4)
+    for layer, part in zip(model, stack.chunk(2), strict=True):
+        layer.weight = nn.Parameter(part)
+    assert state_bytes(model) == 2 * 16 * 4
