@@ -12,6 +12,7 @@ from typing import Any
 from mpq.core.allocation import KIND, Allocation
 from mpq.core.errors import MpqError
 from mpq.core.files import draft_in, followed, refusals, remove_dead_drafts, umask, write_atomically
+from mpq.core.reading import DAMAGE, reading
 
 ALLOCATION = "allocation.json"
 CHECKSUMS = "checksums.json"  # of every file in the folder that is ours: a digest, or one for each tensor in it
@@ -99,7 +100,7 @@ def _previous(folder: Path) -> Mapping[str, Any]:
 def _is_allocation(path: Path) -> bool:
     try:
         return bool(json.loads(path.read_text(encoding="utf-8"))["kind"] == KIND)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *DAMAGE):
         return False
 
 
@@ -129,12 +130,10 @@ def _names_noted(path: Path) -> Checksums:
 
 def read_json(path: Path) -> Any:
     """A JSON object; MpqError when the file is missing or damaged."""
-    try:
+    if not path.exists():
+        raise MpqError(f"cannot read {path}: No such file or directory; is {path.parent} an export of mpq?")
+    with reading(path, "JSON file of an export", "export again"):
         values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MpqError(f"cannot read {path}: {error.strerror}; is {path.parent} an export of mpq?") from error
-    except ValueError as error:
-        raise MpqError(f"{path} is damaged ({error}): export again") from error
     if not isinstance(values, dict):
         raise MpqError(f"{path} is damaged (it holds no JSON object): export again")
     return values

@@ -20,6 +20,7 @@ from mpq.core.costs import bitops, weight_bytes
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.layer import Layer
+from mpq.core.reading import reading
 from mpq.core.scheme import parse_scheme
 from mpq.network.fingerprint import model_fingerprint
 
@@ -118,13 +119,8 @@ class Benchmark:
         Raises:
             MpqError: no such file, or one that is truncated or no benchmark.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            return _parse(text)
-        except OSError as error:
-            raise MpqError(f"cannot read the benchmark {os.fspath(path)}: {error.strerror}") from error
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise MpqError(f"{os.fspath(path)} is no whole benchmark ({error}): measure it again") from error
+        with reading(path, "benchmark", "measure it again"):
+            return _parse(Path(path).read_text(encoding="utf-8"))
 
 
 def _parse(text: str) -> Benchmark:

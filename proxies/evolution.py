@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
+from mpq.core.reading import reading
 from mpq.proxies.benchmark import Benchmark
 from mpq.proxies.evaluate import Evaluator
 from mpq.proxies.genomes import Genome, Pool, cross, program_of
@@ -248,15 +249,13 @@ class _State:
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take up the state that `save` wrote."""
-        try:
+        with reading(path, "state of an evolution", "delete it to start anew"):
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            found = content["settings"]
+            found = dict(content["settings"])
             self.population = [_individual(one) for one in content["population"]]
             self.best = _individual(content["best"])
             self.history = [Generation(*line) for line in content["history"]]
             self.judge.fates, self.judge.seen = Counter(content["fates"]), set(content["seen"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MpqError(f"{os.fspath(path)} is no state of an evolution: delete it to start anew") from error
         wanted = self.settings_for_file()
         if found != wanted:
             differing = ", ".join(key for key in wanted if found.get(key) != wanted[key])

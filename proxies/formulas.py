@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.files import write_atomically
+from mpq.core.reading import reading
 from mpq.proxies.programs import BINARY, INPUTS, UNARY, Apply, Input, Number, Program, formula, kind_of
 
 _TOKEN = re.compile(r"\s*(?:(?P<number>\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)|(?P<name>[A-Za-z_]\w*)|(?P<symbol>[-+*/@()])|$)")
@@ -140,10 +141,8 @@ def load_formulas(path: str | os.PathLike[str]) -> dict[str, Program]:
     Raises:
         MpqError: no such file, or a line that does not parse (named).
     """
-    try:
+    with reading(path, "list of formulas", "write it again"):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise MpqError(f"cannot read the formulas {os.fspath(path)}: {error}") from error
     programs: dict[str, Program] = {}
     for number, line in enumerate(lines, start=1):
         name, colon, text = line.partition(":")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.layer import Layer
+from mpq.core.reading import reading
 from mpq.proxies.benchmark import facts_of, layer_of
 from mpq.proxies.programs import INPUTS, LAYER
 
@@ -103,7 +103,7 @@ class Statistics:
         Raises:
             MpqError: no such file, or one that is damaged or no statistics.
         """
-        try:
+        with reading(path, "statistics", "collect them again"):
             with np.load(Path(path), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             header = json.loads(arrays.pop("header").tobytes())
@@ -111,10 +111,6 @@ class Statistics:
             spaces = {name[6:]: Space(*value) for name, value in arrays.items() if name.startswith("space/")}
             numbers = {name[8:]: value for name, value in arrays.items() if name.startswith("numbers/")}
             return cls(layers, tuple(header["schemes"]), spaces, numbers, header["seconds"], header["provenance"])
-        except OSError as error:
-            raise MpqError(f"cannot read the statistics {os.fspath(path)}: {error}") from error
-        except (KeyError, ValueError, TypeError, BadZipFile, EOFError) as error:
-            raise MpqError(f"{os.fspath(path)} holds no whole statistics ({error}): collect them again") from error
 
     def check(self, provenance: Mapping[str, Any]) -> None:
         """Refuse statistics of another model, data or settings.

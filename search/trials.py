@@ -1,12 +1,15 @@
 """Trials in a storage that many workers share: claimed once, kept alive by a heartbeat, retried when a worker dies."""
 
+import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -15,9 +18,13 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from mpq.core.errors import MpqError
+from mpq.core.files import refusals
+from mpq.core.reading import reading
 
 log = logging.getLogger(__name__)
 
+CHECKSUM = "crc32"  # key in each line of a journal file
+FIRST = b'{"op_code"'  # how a journal file begins
 MISSED_BEATS = 5  # a worker is suspected when it is silent for so many intervals
 CONFIRMING_BEATS = 3  # and dead when it stays silent for so many more
 TAKEN_FOR_DEAD = "trial %d was taken for dead and given to another worker; its result is dropped"
@@ -37,10 +44,46 @@ def open_storage(storage: str | os.PathLike[str] | None) -> BaseStorage:
         return InMemoryStorage()
     name = os.fspath(storage)
     if "://" in name:
-        return RDBStorage(name)
-    folder = os.path.dirname(os.path.abspath(name))
-    os.makedirs(folder, exist_ok=True)
-    return JournalStorage(JournalFileBackend(name))
+        try:
+            return RDBStorage(name)
+        except Exception as error:  # SQLAlchemy's and the drivers' own, of many kinds
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            remedy = "expected e.g. sqlite:///FILE, or postgresql:// with mpq[postgresql] installed"
+            raise MpqError(f"the storage {name} cannot be opened ({reason}): {remedy}") from error
+    with refusals(name):
+        os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
+    with reading(name, "journal of a search", "delete it to start anew"):
+        return JournalStorage(CheckedJournal(name))
+
+
+class CheckedJournal(JournalFileBackend):
+    """Optuna's journal file with a checksum in each line; a torn last line of a killed worker is dropped."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._lock.acquire()
+        try:
+            content = Path(path).read_bytes()
+            if content[: len(FIRST)] != FIRST[: len(content)]:
+                raise ValueError("its first line is none of a search")
+            os.truncate(path, content.rfind(b"\n") + 1)
+        finally:
+            self._lock.release()
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Write the lines at the end."""
+        super().append_logs([{**log, CHECKSUM: _checksum(log)} for log in logs])
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """The lines from this one on; MpqError at one that is not as it was written."""
+        for log in super().read_logs(log_number_from):
+            if log.pop(CHECKSUM, None) != _checksum(log):
+                raise MpqError(f"{self._file_path} was altered (a line's checksum differs): delete it to start anew")
+            yield log
+
+
+def _checksum(log: Mapping[str, Any]) -> int:
+    return crc32(json.dumps(json.loads(json.dumps(log)), sort_keys=True).encode())
 
 
 def open_study(

@@ -6,17 +6,20 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from mpq.core.errors import MpqError
+from mpq.core.files import refusals
+from mpq.core.reading import reading
 from mpq.network.parallel import gathered, place
 
 
 class Journal:
     """Named lists of numbers; with a path also lines of a file, each written at once and whole or dropped on reading.
 
-    The first line holds the settings that the numbers depend on. Numbers are written in full, so a resumed run gives
-    what an uninterrupted one gives. Of several processes each writes a file of its own, the first one the path itself,
-    the others path.1, path.2, ...; on reading they are one, however many processes go on.
+    Each line begins with its checksum; the first one holds the settings that the numbers depend on. Numbers are written
+    in full, so a resumed run gives what an uninterrupted one gives. Of several processes each writes a file of its own,
+    the first one the path itself, the others path.1, path.2, ...; on reading they are one, whoever goes on.
 
     Raises:
         MpqError: the file was left by a run with other settings (named), or is no journal.
@@ -36,7 +39,8 @@ class Journal:
         self.entries = gathered(self.entries)
         self.path = self.whole if rank == 0 else self.whole.with_name(f"{self.whole.name}.{rank}")
         if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with refusals(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             self._append(settings)
 
     def recall(self, name: str) -> list[float] | None:
@@ -69,22 +73,22 @@ class Journal:
 
     def _append(self, line: Any) -> None:
         assert self.path is not None
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        with refusals(self.path), self.path.open("ab") as stream:
+            stream.write(_line(line))
             stream.flush()
             os.fsync(stream.fileno())
 
     def _read(self, path: Path, settings: Mapping[str, Any]) -> None:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            path.write_text(whole, encoding="utf-8")  # the line that was being written when the run was killed
-        lines = whole.splitlines()
-        try:
-            found = json.loads(lines[0]) if lines else settings
-            self.entries.update({name: numbers for name, *numbers in map(json.loads, lines[1:])})
-        except (ValueError, TypeError) as error:
-            raise MpqError(f"{path} is not the record of an unfinished profile: delete it to start anew") from error
+        with reading(path, "record of an unfinished profile", "delete it to start anew"):
+            content = path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            lines = [_checked(line) for line in content[:whole].split(b"\n")[:-1]]
+            found = lines[0] if lines else settings
+            if not lines and not _line(settings).startswith(content):
+                raise ValueError("its first line is of another file")
+            if whole != len(content):
+                os.truncate(path, whole)  # the line that was being written when the run was killed
+            self.entries.update({str(name): [float(number) for number in numbers] for name, *numbers in lines[1:]})
         if found != settings:
             differing = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
             raise MpqError(
@@ -93,3 +97,16 @@ class Journal:
             )
         if not lines:
             self._append(settings)
+
+
+def _line(values: Any) -> bytes:
+    text = json.dumps(values).encode()
+    return b"%08x %s\n" % (crc32(text), text)
+
+
+def _checked(line: bytes) -> Any:
+    """The values of a line; ValueError when it is not as it was written."""
+    checksum, _, text = line.partition(b" ")
+    if checksum != b"%08x" % crc32(text):
+        raise ValueError("a line's checksum differs")
+    return json.loads(text)

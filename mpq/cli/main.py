@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
+    except OSError as error:
+        print(f"mpq: {error.filename or 'the system refuses'}: {error.strerror or error}", file=sys.stderr)
+        return EXIT_MISTAKE
     return 0
 
 

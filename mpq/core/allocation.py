@@ -13,6 +13,7 @@ from mpq.core.costs import bitops, weight_bytes
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.layer import Layer
+from mpq.core.reading import reading
 from mpq.core.scheme import Scheme, parse_scheme
 
 KIND = "mpq-allocation"  # how a file says what it is
@@ -121,7 +122,7 @@ class Allocation:
         schemes = tuple(facts["scheme"] for facts in values["layers"].values())
         allocation = cls(
             layers, schemes, _number(values["loss"]), _number(values["error"]),
-            values["metric"], int(values["overhead"]), values["provenance"],
+            str(values["metric"]), int(values["overhead"]), dict(values["provenance"]),
         )  # fmt: skip
         if allocation.size != values["size"]:
             raise ValueError(f"the schemes take {allocation.size} bytes, the file says {values['size']}")
@@ -134,13 +135,8 @@ class Allocation:
         Raises:
             MpqError: no such file, or one that is no allocation.
         """
-        try:
+        with reading(path, "allocation", "allocate again"):
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise MpqError(f"cannot read the allocation {os.fspath(path)}: {error.strerror}") from error
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise MpqError(f"{os.fspath(path)} is no whole allocation ({reason}): allocate again") from error
 
 
 def check_allocation(value: object) -> Allocation:
@@ -169,4 +165,7 @@ def _json_number(value: float) -> float | None:
 
 
 def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+    number = math.nan if value is None else float(value)
+    if math.isinf(number):
+        raise ValueError("an infinite loss")
+    return number

@@ -14,6 +14,7 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.problem import Array, Problem
+from mpq.core.reading import reading
 from mpq.core.sizes import parse_size
 
 BITS_PER_BYTE = 8
@@ -168,8 +169,7 @@ class SavedFrontier:
         Raises:
             MpqError: no such file, or no whole frontier.
         """
-        name = os.fspath(path)
-        try:
+        with reading(path, "frontier", "write it with --frontier again"):
             with open(path, newline="", encoding="utf-8") as stream:
                 heading, *rows = csv.reader(stream, strict=True)
             columns = dict(zip(reversed(heading), reversed(list(zip(*rows, strict=True))), strict=True))
@@ -178,11 +178,6 @@ class SavedFrontier:
                 for column in ("bits", "loss", "error", MEASURED_COLUMN)
                 if column != MEASURED_COLUMN or column in columns
             }
-        except OSError as error:
-            raise MpqError(f"cannot read the frontier {name}: {error.strerror}") from error
-        except (KeyError, ValueError, csv.Error) as error:
-            reason = f"no column {error}" if isinstance(error, KeyError) else str(error)
-            raise MpqError(f"{name} is no whole frontier ({reason}): write it with --frontier again") from error
         return cls(read["bits"], read["loss"], read.get(MEASURED_COLUMN), read["error"])
 
 

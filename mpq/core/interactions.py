@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
+from mpq.core.reading import reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +67,8 @@ class Interactions:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Interactions":
         """Read what `save` wrote; MpqError when there is no such file or it is damaged."""
-        try:
+        with reading(path, "interactions", "measure them again"):
             with np.load(Path(path), allow_pickle=False) as file:
                 facts = json.loads(str(file["facts"]))
                 losses, pairs = file["losses"], file["pairs"]
-        except FileNotFoundError as error:
-            raise MpqError(f"cannot read the interactions {os.fspath(path)}: {error.strerror}") from error
-        except (OSError, EOFError, BadZipFile, KeyError, ValueError) as error:
-            raise MpqError(f"{os.fspath(path)} holds no whole interactions ({error}): measure them again") from error
-        return cls(tuple(facts["layers"]), tuple(facts["schemes"]), losses, pairs, facts["provenance"])
+            return cls(tuple(facts["layers"]), tuple(facts["schemes"]), losses, pairs, dict(facts["provenance"]))

@@ -11,6 +11,7 @@ import numpy as np
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.files import write_atomically
 from mpq.core.layer import Layer
+from mpq.core.reading import reading
 from mpq.core.scheme import Scheme, parse_scheme
 
 
@@ -77,8 +78,6 @@ def load_latencies(path: str | Path) -> LatencyTable:
     Raises:
         MpqError: the file is missing or holds something else.
     """
-    try:
-        content = json.loads(Path(path).read_text())
-        return LatencyTable(tuple(Latency(**entry) for entry in content["entries"]), content["provenance"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MpqError(f"{path} is not a latency table ({error}): write one with 'mpq bench'") from None
+    with reading(path, "latency table", "write one with 'mpq bench'"):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return LatencyTable(tuple(Latency(**entry) for entry in content["entries"]), dict(content["provenance"]))

@@ -17,6 +17,7 @@ from mpq.core.costs import weight_bytes
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.layer import Layer
+from mpq.core.reading import reading
 from mpq.core.scheme import parse_scheme
 
 if TYPE_CHECKING:
@@ -109,17 +110,8 @@ class SensitivityTable:
         Raises:
             MpqError: no such file, or one that is truncated or no such table.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise MpqError(f"cannot read the table {os.fspath(path)}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise MpqError(f"{os.fspath(path)} is no sensitivity table: it is not a text file") from error
-        try:
-            return _parse(text)
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"no column {error}" if isinstance(error, KeyError) else str(error)
-            raise MpqError(f"{os.fspath(path)} is no whole sensitivity table ({reason}): profile again") from error
+        with reading(path, "sensitivity table", "profile again"):
+            return _parse(Path(path).read_text(encoding="utf-8"))
 
 
 def _parse(text: str) -> SensitivityTable:
@@ -128,7 +120,7 @@ def _parse(text: str) -> SensitivityTable:
     provenance: dict[str, Any] = {}
     if text.startswith("#"):
         first, text = text.split("\n", 1)
-        provenance = json.loads(first[1:])
+        provenance = dict(json.loads(first[1:]))
     records = list(csv.DictReader(io.StringIO(text), strict=True))
     if not records:
         raise ValueError("no rows")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mpq.core.errors import MpqError, nearest_names
+from mpq.core.reading import reading
 from mpq.models import EVERYTHING, digit_batches, novel_batches
 from mpq.models.data import image_batches, token_windows, window_batches
 from mpq.network.calibration import Batch, LossFn, check_batches, tensors_in
@@ -100,7 +101,8 @@ def open_data(
     if path.suffix in _READERS:
         if not path.is_file():
             raise MpqError(f"there is no file {name}")
-        return _READERS[path.suffix](path, network, wanted)
+        with reading(path, f"{path.suffix} data file", "make it again"):
+            return _READERS[path.suffix](path, network, wanted)
     if ":" in name:
         return _from_loader(name, network, wanted, untrusted)
     known = [*BUNDLED_DATA, *(f"FILE{suffix}" for suffix in _READERS), "datasets:ID", "package.module:loader"]

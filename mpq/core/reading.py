@@ -1,0 +1,51 @@
+"""Files that people bring: whatever is wrong with one is told in one sentence."""
+
+import csv
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from zipfile import BadZipFile
+
+from mpq.core.errors import MpqError
+
+# What parsers raise on content that they do not understand; RecursionError is JSON nested too deeply.
+DAMAGE = (
+    ArithmeticError, AttributeError, BadZipFile, EOFError, LookupError, NotImplementedError, RecursionError, TypeError,
+    ValueError, csv.Error, zlib.error,
+)  # fmt: skip
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str], what: str, remedy: str) -> Iterator[None]:
+    """Make of everything that goes wrong while a file is read and parsed one MpqError.
+
+    Args:
+        path: the file.
+        what: what it should be, as "sensitivity table".
+        remedy: what to do when it is damaged, as "profile again".
+
+    Raises:
+        MpqError: the file is missing or cannot be read, or the block did not understand its content.
+    """
+    name = os.fspath(path)
+    try:
+        yield
+    except MpqError as error:
+        if name in str(error):
+            raise
+        raise MpqError(f"{name} is no whole {what} ({error}): {remedy}") from error
+    except OSError as error:
+        raise MpqError(f"cannot read the {what} {name}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise MpqError(f"{name} is no {what}: it is not a text file") from error
+    except RecursionError as error:
+        raise MpqError(f"{name} is no whole {what} (nested too deeply): {remedy}") from error
+    except DAMAGE as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else _one_line(error)
+        raise MpqError(f"{name} is no whole {what} ({reason}): {remedy}") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
