@@ -10,7 +10,7 @@ from torch import Tensor
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, NotFiniteError, nearest_names
 from mpq.core.frontier import Frontier
-from mpq.evaluation import Quality
+from mpq.evaluation import Quality, mean_and_error
 from mpq.measuring import Measurer
 from mpq.search.measured import Choices, polish, starts
 
@@ -34,7 +34,11 @@ class Candidate:
 
     def harm(self) -> float:
         """Mean divergence from the original; the loss for models without logits."""
-        return float(np.average(self.quality.harm, weights=self.quality.weights))
+        return self.harm_with_error()[0]
+
+    def harm_with_error(self) -> tuple[float, float]:
+        """The same with its standard error."""
+        return mean_and_error(self.quality.harm, self.quality.weights)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from mpq.acceptance import Acceptance, candidate_of
+from mpq.acceptance import Acceptance, Candidate, candidate_of
 from mpq.core.allocation import Allocation
 from mpq.core.frontier import Frontier
 from mpq.evaluation import Quality
@@ -19,6 +19,7 @@ USUAL = {
     "perplexity": ("int4-g64", "int3-g64"),
     "accuracy": ("int4-channel", "int3-channel"),
 }  # what people compare with
+ALONG = 3  # points of the frontier that are measured
 RANGE = 1.6  # of the chosen size: usual formats farther away are left out
 
 
@@ -100,6 +101,15 @@ def _uniform(frontier: Frontier, chosen: Allocation, kind: str) -> list[tuple[st
         if f"all {name}" not in found and 1 / RANGE < allocation.bits / chosen.bits < RANGE:
             found[f"all {name}"] = dict(frontier.uniform()).get(name, allocation)
     return sorted(found.items(), key=lambda item: -item[1].bits)
+
+
+def along(frontier: Frontier, chosen: Allocation, measurer: Measurer) -> dict[int, Candidate]:
+    """Points of the predicted frontier, by index, at the sizes of uniform formats nearby, on acceptance data."""
+    sizes = sorted((one.size for _, one in frontier.uniform()), key=lambda size: abs(size - chosen.size))
+    near = [size for size in sizes if 1 / RANGE < size / chosen.size < RANGE][:ALONG]
+    indices = sorted({frontier.index_at(cost=min(size, float(frontier.costs[-1]))) for size in near})
+    found = {index: candidate_of(f"point {index}", frontier.allocation(index), measurer) for index in indices}
+    return {index: candidate for index, candidate in found.items() if candidate is not None}
 
 
 def sentences(measured: Sequence[Measured]) -> tuple[str, ...]:

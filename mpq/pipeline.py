@@ -5,6 +5,10 @@ import glob
 import inspect
 import math
 import os
+import platform
+import shlex
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.acceptance import Acceptance, accept
-from mpq.comparison import Measured, compare, sentences
+from mpq.acceptance import Acceptance, Candidate, accept
+from mpq.comparison import Measured, along, compare, sentences
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
@@ -34,7 +38,7 @@ from mpq.network.calibration import take, tensors_in
 from mpq.network.experts import has_experts
 from mpq.network.ranges import Ranges, input_ranges
 from mpq.network.storage import state_bytes
-from mpq.plots import Prediction, draw_frontier, frontier_facts
+from mpq.plots import Point, Prediction, draw_frontier, frontier_facts
 from mpq.report import Row, write_report
 from mpq.search import frontier_of
 from mpq.sensitivity import DEFAULT_METRIC
@@ -113,6 +117,8 @@ class Outcome:
     allocation: Allocation
     measured: tuple[Measured, ...]  # the original, uniform formats, the packed model last
     accepted: Acceptance
+    points: Mapping[int, Candidate]  # of the frontier, by index, measured on acceptance data
+    seconds: float  # that the job took
 
     def words(self) -> tuple[str, ...]:
         """What was measured, in sentences."""
@@ -172,6 +178,7 @@ def quantize_model(
     Raises:
         MpqError: anything asked for that cannot be had.
     """
+    started = time.monotonic()
     folder = Path(folder)
     if (bits is None) == (size is None):
         raise MpqError("name one budget: bits or size")
@@ -213,7 +220,8 @@ def quantize_model(
         measurer, frontier, accepted, packed, state_bytes(source.model),
         lambda allocation: checkpoint.file_size(source.model, allocation),
     )  # fmt: skip
-    outcome = Outcome(folder, table, frontier, allocation, measured, accepted)
+    points = along(frontier, allocation, measurer) if source.kind != "loss" and effort != "fast" else {}
+    outcome = Outcome(folder, table, frontier, allocation, measured, accepted, points, time.monotonic() - started)
     _write_artefacts(outcome, source)
     return outcome
 
@@ -235,9 +243,16 @@ def _layer_budget(frontier: Frontier, model: nn.Module, bits: float | None, size
 
 
 def _write_artefacts(outcome: Outcome, source: Source) -> None:
-    outcome.frontier.save(outcome.folder / "frontier.csv")
+    told = {index: candidate.harm_with_error() for index, candidate in outcome.points.items()}
+    outcome.frontier.save(outcome.folder / "frontier.csv", divergences=told)
+    measured = [*outcome.points.values(), *outcome.accepted.candidates]
+    points = [
+        Point(found.name, found.allocation.bits, *found.harm_with_error())
+        for found in measured
+        if found.quality.divergence is not None
+    ]
     figure = draw_frontier(
-        frontier_facts({"searched frontier": outcome.frontier}, {"chosen": outcome.allocation}), source.name
+        frontier_facts({"searched frontier": outcome.frontier}, {"chosen": outcome.allocation}, points), source.name
     )
     with write_atomically(outcome.folder / "frontier.png") as draft:
         figure.savefig(draft, dpi=150)
@@ -250,8 +265,21 @@ def _write_artefacts(outcome: Outcome, source: Source) -> None:
     write_report(
         outcome.folder / "report.html", title=f"{source.name} at {outcome.allocation.bits:.2f} bits per weight",
         table=outcome.table, frontier=outcome.frontier, allocation=outcome.allocation, rows=outcome.rows(),
-        predictions=predictions, words=outcome.words(),
+        predictions=predictions, words=outcome.words(), points=points,
+        facts=_circumstances(source.model, outcome.seconds),
     )  # fmt: skip
+
+
+def _circumstances(model: nn.Module, seconds: float) -> dict[str, object]:
+    """What the report says of how it came about."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    ours = sys.modules["mpq"].__version__
+    return {
+        "versions": f"mpq {ours}, torch {torch.__version__}, Python {platform.python_version()}",
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": f"{device}, {platform.machine()}, {torch.get_num_threads()} threads",
+        "seconds": f"{seconds:.0f}",
+    }
 
 
 def evaluate_folder(

@@ -19,6 +19,7 @@ from mpq.core.table import SensitivityTable
 POINTS = 1000  # of one curve: more cannot be seen
 COLORS = ("#1f5fa8", "#c2572b", "#3d8a5b", "#7a4fa0", "#8c7a2e", "#a83a5b")
 ERRORS = " +- 2 standard errors"
+MEASURED = "#7a4fa0"
 CHOSEN, UNIFORM, INK = "#d1341f", "#6b7480", "#22262b"
 
 
@@ -40,6 +41,15 @@ class Curve(NamedTuple):
     predicted: NDArray[np.float64] | None = None  # of the same allocations, where the losses were measured
 
 
+class Point(NamedTuple):
+    """One allocation with its measured divergence from the original and its standard error."""
+
+    name: str
+    bits: float
+    value: float
+    error: float
+
+
 class FrontierFacts(NamedTuple):
     """What a frontier plot shows."""
 
@@ -47,10 +57,13 @@ class FrontierFacts(NamedTuple):
     uniform: tuple[Mark, ...]
     chosen: tuple[Mark, ...]
     metric: str
+    points: tuple[Point, ...] = ()  # measured ones beside the predicted line
 
 
 def frontier_facts(
-    frontiers: Mapping[str, Frontier | SavedFrontier], chosen: Mapping[str, Allocation] | None = None
+    frontiers: Mapping[str, Frontier | SavedFrontier],
+    chosen: Mapping[str, Allocation] | None = None,
+    points: Iterable[Point] = (),
 ) -> FrontierFacts:
     """Curves of frontiers in size, uniform formats of the first that knows them, and chosen allocations, by name."""
     first = next((one for one in frontiers.values() if isinstance(one, Frontier)), None)
@@ -61,6 +74,7 @@ def frontier_facts(
             Mark(name, one.bits, one.provenance.get("measured_loss", one.loss)) for name, one in (chosen or {}).items()
         ),
         first.problem.metric if first else "",
+        tuple(points),
     )
 
 
@@ -84,7 +98,7 @@ def draw_frontier(facts: FrontierFacts, title: str = "") -> Figure:
     _style(axes)
     shown = [curve.losses for curve in facts.curves]
     shown += [curve.predicted for curve in facts.curves if curve.predicted is not None]
-    losses = np.concatenate([*shown, [mark.loss for mark in facts.uniform]])
+    losses = np.concatenate([*shown, [mark.loss for mark in facts.uniform], [point.value for point in facts.points]])
     _loss_scale(axes, losses)
     measured = [curve.predicted is not None for curve in facts.curves]
     for color, curve in zip(_cycle(COLORS), facts.curves, strict=False):
@@ -104,6 +118,12 @@ def draw_frontier(facts: FrontierFacts, title: str = "") -> Figure:
         axes.plot(
             mark.bits, mark.loss, "*", color=CHOSEN, markersize=15, zorder=5, label=f"{mark.name}: {mark.bits:.2f} bits"
         )
+    if facts.points:
+        axes.errorbar(
+            [point.bits for point in facts.points], [point.value for point in facts.points],
+            [2 * np.nan_to_num(point.error) for point in facts.points], fmt="D", color=MEASURED, markersize=5,
+            markerfacecolor="white", elinewidth=1, label="measured divergence" + ERRORS,
+        )  # fmt: skip
     axes.set_xlabel("bits per weight, scales and zero points counted")
     axes.set_ylabel(_loss_label(facts.metric, any(measured)))
     axes.legend(frameon=False, fontsize=9)

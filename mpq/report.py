@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from mpq.core.files import write_atomically
 from mpq.core.frontier import Frontier
 from mpq.core.table import SensitivityTable
 from mpq.plots import (
+    Point,
     Prediction,
     draw_frontier,
     draw_layers,
@@ -61,18 +62,20 @@ def write_report(
     rows: Sequence[Row],
     predictions: Sequence[Prediction],
     words: Sequence[str] = (),
+    points: Sequence[Point] = (),
+    facts: Mapping[str, object] | None = None,
 ) -> None:
     """Write the report, whole or not at all."""
-    facts = frontier_facts({"searched frontier": frontier}, {"chosen": allocation})
+    shown = frontier_facts({"searched frontier": frontier}, {"chosen": allocation}, points)
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p class=lead>{escape(_lead(table, frontier, allocation))}</p>",
         "<h2>Before and after</h2>", _html_table(rows), f"<p>{escape(' '.join(words))}</p>",
-        "<h2>Frontier</h2>", _svg(draw_frontier(facts)),
+        "<h2>Frontier</h2>", _svg(draw_frontier(shown)),
         "<h2>Format of each layer</h2>", _svg(draw_layers(layer_facts(allocation))), _layer_table(allocation),
         "<h2>Predicted and measured</h2>", _svg(draw_predictions(predictions)),
         "<h2>Sensitivity of each layer in each format</h2>", _svg(draw_table(table)),
-        "<h2>Settings</h2>", _settings(table),
+        "<h2>Settings</h2>", _settings({**table.provenance, **(facts or {})}),
     ]  # fmt: skip
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
     with write_atomically(path) as draft:
@@ -121,8 +124,6 @@ def _layer_table(allocation: Allocation) -> str:
     return f"<details><summary>All layers</summary><table>{head}{''.join(lines)}</table></details>"
 
 
-def _settings(table: SensitivityTable) -> str:
-    lines = (
-        f"<tr><td>{escape(str(key))}</td><td>{escape(str(value))}</td></tr>" for key, value in table.provenance.items()
-    )
+def _settings(facts: Mapping[str, object]) -> str:
+    lines = (f"<tr><td>{escape(str(key))}</td><td>{escape(str(value))}</td></tr>" for key, value in facts.items())
     return f"<table>{''.join(lines)}</table>"

@@ -1,4 +1,7 @@
+import csv
+import html
 import math
+import re
 
 import numpy as np
 import pytest
@@ -117,8 +120,29 @@ def test_the_same_seed_gives_the_same_allocation(tmp_path):
         return quantize_model(source, tmp_path / name, bits=4, formats=FORMATS, metric="fisher", seed=3, progress=False)
 
     assert run("a").allocation == run("b").allocation
-    for name in ("model.safetensors", "table.csv", "frontier.csv", "report.html"):
+    for name in ("model.safetensors", "table.csv", "frontier.csv"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    reports = [
+        re.sub(r"<td>seconds</td><td>\d+</td>", "", (tmp_path / name / "report.html").read_text()) for name in "ab"
+    ]
+    assert reports[0] == reports[1]
+
+
+def test_measured_points_stand_beside_the_predicted_frontier(tmp_path):
+    source = open_source("tiny-cnn", nsamples=32)
+    outcome = quantize_model(source, tmp_path / "out", bits=4.5, formats=FORMATS, metric="fisher", progress=False)
+    with (tmp_path / "out" / "frontier.csv").open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["divergence"]]
+    found = sorted(outcome.points.items())
+    assert len(found) >= 1
+    assert [float(row["divergence"]) for row in rows] == [candidate.harm() for _, candidate in found]
+    assert [float(row["loss"]) for row in rows] == [candidate.allocation.loss for _, candidate in found]
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "measured divergence" in report
+    assert "torch " + torch.__version__ in report
+    for sentence in outcome.words():
+        assert html.escape(sentence) in report
+    assert "uniform format within" in " ".join(outcome.words())
 
 
 def test_budgets_are_named_once_and_foreign_folders_are_left_alone(tmp_path):

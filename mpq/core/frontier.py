@@ -3,7 +3,7 @@
 import csv
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,21 +115,32 @@ class Frontier:
         edges = np.append(self.costs[inside], cost)
         return float((np.diff(edges) * (loss - self.losses[inside])).sum())
 
-    def save(self, path: str | os.PathLike[str], *, points: int = 1000) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        points: int = 1000,
+        divergences: Mapping[int, tuple[float, float]] | None = None,
+    ) -> None:
         """Write a CSV file: bits, every cost and the facts of at most so many points, evenly spread.
 
-        One column per layer holds its scheme.
+        One column per layer holds its scheme. Measured `divergences` with their standard errors, by index of the point,
+        have two columns of their own, empty elsewhere; these points are always there.
         """
-        shown = np.unique(np.linspace(0, len(self) - 1, min(points, len(self))).round().astype(int))
+        told = divergences or {}
+        spread = np.linspace(0, len(self) - 1, min(points, len(self))).round().astype(int)
+        shown = np.union1d(spread, np.array(sorted(told), dtype=int))
+        extra = ["divergence", "divergence_error"] if told else []
         names = [layer.name for layer in self.problem.layers]
         with write_atomically(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(["bits", *self.problem.costs, *self.facts(0), *names])
+            writer.writerow(["bits", *self.problem.costs, *self.facts(0), *extra, *names])
             for index in shown.tolist():
                 choices = self.choices[index]
                 allocation = self.problem.allocation(choices)
                 totals = [f"{total:.15g}" for total in self.problem.totals(choices).values()]
-                writer.writerow([repr(allocation.bits), *totals, *self.facts(index).values(), *allocation.schemes])
+                facts = [*self.facts(index).values(), *(told.get(index, ("", "")) if told else ())]
+                writer.writerow([repr(allocation.bits), *totals, *facts, *allocation.schemes])
 
     def _sizes(self) -> Array:
         if self.cost != "size":
