@@ -19,10 +19,11 @@ from mpq.core.scheme import Scheme
 from mpq.exporters.shards import SHARD
 from mpq.exporters.targets import compressed_tensors_format
 from mpq.exporters.transformers_folder import export_transformers
-from mpq.kernels.layout import Packed, pack_bits, unpack_bits
+from mpq.kernels.layout import Packed, pack_bits, unpack, unpack_bits
 from mpq.network.layers import layer_kind, matrix_to_weight
 from mpq.network.ranges import Ranges, static_scale
 from mpq.quantized import Moments
+from mpq.rounding.reference import dequantize
 
 
 def export(
@@ -50,7 +51,7 @@ def export(
     """
     return export_transformers(
         "compressed-tensors", model, allocation, folder,
-        partial(_named, model, ranges), partial(quantization_config, model, allocation, ranges),
+        partial(_named, model, ranges), partial(quantization_config, model, allocation, ranges), read,
         method=method, second_moments=second_moments, shard=shard, side_files=side_files,
     )  # fmt: skip
 
@@ -121,6 +122,57 @@ def _named(model: nn.Module, ranges: Ranges | None, layer: str, packed: Packed, 
         device = packed.tensors["packed"].device
         tensors["input_scale"] = torch.tensor([static_scale(scheme.activation, ranges[layer])], device=device)
     return {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def read(scheme: Scheme, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+    """A layer's numbers as compressed-tensors decompresses them, and their relative error there; as we read them where
+    the package is not installed.
+
+    Scales are taken in float32; MX and NVFP4 weights are decompressed in bfloat16, scale and product rounded once each.
+    """
+    storage = str(compressed_tensors_format(scheme))
+    try:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationScheme
+    except ImportError:
+        return dequantize(unpack(uncompressed(scheme.weight, storage, tensors))), 2**-22
+    theirs = QuantizationScheme(targets=["x"], **group_entry(scheme))
+    state = {
+        name: tensor.float() if name == "weight_scale" and tensor.dtype.itemsize > 1 else tensor
+        for name, tensor in tensors.items()
+        if name != "input_scale"
+    }
+    numbers: Tensor = BaseCompressor.get_value_from_registry(storage).decompress(state, theirs)["weight"]
+    return numbers, 2**-7 if numbers.dtype == torch.bfloat16 else 2**-22
+
+
+def uncompressed(format: Format, storage: str, tensors: Mapping[str, Tensor]) -> Packed:
+    """The inverse of `compress`."""
+    scale, bits = tensors["weight_scale"], format.grid.bits
+    if format.granularity == "tensor":
+        scale = scale.reshape(1, 1)
+    if storage == "int-quantized":
+        codes = tensors["weight"]
+        return Packed(format, _shape(codes), tensors={"packed": codes.view(torch.uint8) ^ 0x80, "scale": scale})
+    if storage in ("float-quantized", "mxfp8-quantized"):
+        codes = tensors["weight"]
+        return Packed(format, _shape(codes), tensors={"packed": codes.view(torch.uint8), "scale": scale})
+    stream = tensors["weight_packed"].view(torch.uint8)
+    if storage != "pack-quantized":
+        parts = {"packed": stream, "scale": scale.view(torch.uint8)}
+        if storage == "nvfp4-pack-quantized":
+            parts["tensor_scale"] = tensors["weight_global_scale"].reciprocal()[0]
+        return Packed(format, (len(stream), stream.shape[1] * 8 // bits), tensors=parts)
+    rows, cols = (int(size) for size in tensors["weight_shape"])
+    parts = {"packed": stream[:, : -(-cols * bits // 8)], "scale": scale}
+    if "weight_zero_point" in tensors:
+        words = tensors["weight_zero_point"].t().contiguous().view(torch.uint8)
+        parts["zeros"] = pack_bits(unpack_bits(words, bits, rows).t().contiguous(), bits)
+    return Packed(format, (rows, cols), tensors=parts)
+
+
+def _shape(codes: Tensor) -> tuple[int, int]:
+    return codes.shape[0], codes.shape[1]
 
 
 def compress(packed: Packed, storage: str) -> dict[str, Tensor]:

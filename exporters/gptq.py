@@ -21,7 +21,7 @@ from mpq.core.formats import Format
 from mpq.core.scheme import Scheme
 from mpq.exporters.shards import SHARD
 from mpq.exporters.transformers_folder import export_transformers
-from mpq.kernels.layout import Packed, pack_bits
+from mpq.kernels.layout import Packed, pack_bits, unpack_bits
 from mpq.network.layers import layer_kind, matrix_to_weight
 from mpq.quantized import Moments
 
@@ -43,7 +43,7 @@ def export(
         MpqError: no transformers model, a scheme that the layout cannot hold, fused layers in two, foreign files.
     """
     return export_transformers(
-        "gptq", model, allocation, folder, partial(_named, model), partial(_config, model, allocation),
+        "gptq", model, allocation, folder, partial(_named, model), partial(_config, model, allocation), read,
         method=method, second_moments=second_moments, shard=shard, side_files=side_files,
     )  # fmt: skip
 
@@ -65,6 +65,16 @@ def gptq_tensors(packed: Packed) -> dict[str, Tensor]:
         "scales": packed.tensors["scale"].t().contiguous(),
         "g_idx": torch.arange(cols, dtype=torch.int32) // (format.group_size or cols),
     }
+
+
+def read(scheme: Scheme, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+    """A layer's numbers by the layout's own formula, scale times (code - zero point), exactly."""
+    bits = scheme.weight.grid.bits
+    cols, rows = len(tensors["g_idx"]), tensors["scales"].shape[1]
+    codes = unpack_bits(tensors["qweight"].t().contiguous().view(torch.uint8), bits, cols)
+    zeros = unpack_bits(tensors["qzeros"].view(torch.uint8), bits, rows).int() + 1
+    group = tensors["g_idx"].long()
+    return (tensors["scales"].float()[group] * (codes.t().int() - zeros[group])).t(), 0.0
 
 
 def _words(stream: Tensor) -> Tensor:

@@ -3,19 +3,31 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.scheme import Scheme
-from mpq.exporters.folder import copy_side_files, names_of, refuse_foreign, write_checksums, write_folder
+from mpq.exporters.folder import (
+    copy_side_files,
+    names_of,
+    read_checksums,
+    refuse_foreign,
+    write_checksums,
+    write_folder,
+)
 from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_config
-from mpq.exporters.shards import WHOLE, write_tensors
+from mpq.exporters.shards import WHOLE, Shards, write_tensors
 from mpq.exporters.targets import CONSUMERS, check, check_model
+from mpq.exporters.verify import same_numbers, same_tensor
 from mpq.kernels.layout import Packed, pack
 from mpq.kernels.weight import empty_weight
 from mpq.quantized import Moments, checked_layers, quantized_layers
+from mpq.rounding.reference import Quantized, dequantize
+
+# A layer's scheme and tensors, without its name -> its numbers (rows, cols), and how far they may be off, relative.
+Read: TypeAlias = Callable[[Scheme, Mapping[str, Tensor]], tuple[Tensor, float]]
 
 
 def export_transformers(
@@ -25,6 +37,7 @@ def export_transformers(
     folder: str | os.PathLike[str],
     named: Callable[[str, Packed, Scheme], Mapping[str, Tensor]],
     config: Callable[[], Mapping[str, Any]],
+    read: Read,
     *,
     method: str,
     second_moments: Moments | None,
@@ -37,24 +50,31 @@ def export_transformers(
         consumer: a name of `CONSUMERS`, whose rules are checked first.
         named: the tensors, by their names in the file, of a layer's packed weight; asked of weights without data too.
         config: the `quantization_config` of config.json, asked for when the allocation has passed the rules.
+        read: what the consumer's own reader makes of those tensors; the folder is read back with it before it counts.
         model, allocation, folder, method, second_moments, shard, side_files: as in
             `mpq.exporters.mpq.checkpoint.export`.
 
     Raises:
-        MpqError: no transformers model, a scheme that cannot be held, fused layers in several schemes, foreign files.
+        MpqError: no transformers model, a scheme that cannot be held, fused layers in several schemes, foreign files,
+            or numbers that read back changed.
     """
     check_model(CONSUMERS[consumer], model)
     check(CONSUMERS[consumer], allocation)
     refuse_foreign(folder, (WHOLE, "config.json", "allocation.json", *names_of(side_files)))
     others, _ = other_state(model, allocation)
     specs = specs_of(others)
+    names: dict[str, list[str]] = {}
+    rounded: dict[str, Quantized] = {}
     for layer, scheme in checked_layers(model, allocation):
         empty = empty_weight(scheme.weight, layer.rows, layer.cols, device="meta").matrix()
-        specs.update(specs_of(named(layer.name, empty, scheme)))
+        own = specs_of(named(layer.name, empty, scheme))
+        names[layer.name] = list(own)
+        specs.update(own)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from others.items()
         for layer, scheme, quantized in quantized_layers(model, allocation, method, second_moments):
+            rounded[layer.name] = quantized
             yield from named(layer.name, pack(quantized), scheme).items()
 
     with write_folder(folder) as draft:
@@ -63,4 +83,12 @@ def export_transformers(
         copy_side_files(draft, side_files)
         allocation.save(draft / "allocation.json")
         write_checksums(draft, digests)
+        with Shards(draft, read_checksums(draft)) as shards:
+            for name, tensor in others.items():
+                same_tensor(name, shards.read(name), tensor.detach())
+            for layer, scheme in checked_layers(model, allocation):
+                tensors_of = {name.removeprefix(f"{layer.name}."): shards.read(name) for name in names[layer.name]}
+                copy = scheme.weight.is_float_copy
+                numbers, relative = (tensors_of["weight"], 0.0) if copy else read(scheme, tensors_of)
+                same_numbers(layer.name, numbers, dequantize(rounded.pop(layer.name)), relative)
     return Path(folder)

@@ -51,6 +51,21 @@ def noting(layers: Iterable[tuple[Layer, Scheme, Quantized]], digests: Digests) 
         yield layer, scheme, quantized
 
 
+def same_numbers(name: str, found: Tensor, expected: Tensor, relative: float = 0.0) -> None:
+    """MpqError when a layer's numbers, as a reader has them, are not those that were rounded."""
+    numbers = expected.float().to(found.device)
+    if found.shape != expected.shape or bool(
+        ((found.float() - numbers).abs() > relative * (numbers.abs() + 1e-30)).any()
+    ):
+        raise MpqError(f"layer {name} reads back other numbers than were rounded: nothing was written")
+
+
+def same_tensor(name: str, found: Tensor, expected: Tensor) -> None:
+    """MpqError when a tensor is not the expected one bit by bit."""
+    if fingerprint([found]) != fingerprint([expected]):
+        raise MpqError(f"the tensor {name} reads back changed: nothing was written")
+
+
 def numbers_digest(numbers: Tensor) -> str:
     """That of the numbers in float32, whichever zero they hold."""
     return fingerprint([numbers.float() + 0.0])

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,13 @@ from mpq.core.errors import MpqError
 from mpq.exporters.folder import copy_side_files, digest, names_of, refuse_foreign, write_checksums, write_folder
 from mpq.exporters.gguf.blocks import encode_blocks, raw_copy, type_of
 from mpq.exporters.gguf.llama import describe, describe_tokenizer, row_order
+from mpq.exporters.gguf.reader import gguf_package, read_tensors
 from mpq.exporters.mpq.state import other_state
 from mpq.exporters.shards import SHARD
-from mpq.exporters.targets import CONSUMERS, check, check_model, check_packages
+from mpq.exporters.targets import CONSUMERS, check, check_model
+from mpq.exporters.verify import same_numbers
 from mpq.quantized import Moments, checked_layers, quantized_layers
-from mpq.rounding.reference import COPY_DTYPES, Quantized
+from mpq.rounding.reference import COPY_DTYPES, Quantized, dequantize
 
 FILE = "model.gguf"
 
@@ -81,9 +82,10 @@ def export(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             digests: dict[str, dict[str, str]] = {file: {} for file in files}
-            for entry, file, content in zip(
-                plan, holders, _contents(model, allocation, method, second_moments, gguf), strict=True
-            ):
+            numbers: dict[str, Tensor | Quantized] = {}  # by the file's names
+            contents = _contents(model, allocation, method, second_moments, gguf)
+            for entry, file, (content, kept) in zip(plan, holders, contents, strict=True):
+                numbers[entry.name] = kept
                 writer.write_tensor_data(content)
                 digests[file][entry.name] = digest(content.data)
         finally:
@@ -91,13 +93,8 @@ def export(
         copy_side_files(draft, side_files)
         allocation.save(draft / "allocation.json")
         write_checksums(draft, digests)
+        _read_back(draft, plan, numbers)
     return Path(folder)
-
-
-def gguf_package() -> Any:
-    """The package gguf; MpqError with how to install it."""
-    check_packages(CONSUMERS["gguf"])
-    return import_module("gguf")
 
 
 def _plan(model: nn.Module, allocation: Allocation, gguf: Any) -> list[Entry]:
@@ -123,14 +120,28 @@ def _plan(model: nn.Module, allocation: Allocation, gguf: Any) -> list[Entry]:
 
 def _contents(
     model: nn.Module, allocation: Allocation, method: str, second_moments: Moments | None, gguf: Any
-) -> Iterator[NDArray[Any]]:
+) -> Iterator[tuple[NDArray[Any], Tensor | Quantized]]:
+    """The bytes of every tensor, and the numbers that they are to give."""
     for name, tensor in other_state(model, allocation)[0].items():
         rows = row_order(name.rpartition(".")[0], model.config)
         values = tensor.to(_stored_type(tensor))
-        yield raw_copy(values if rows is None else values[rows], gguf)[0]
+        values = values if rows is None else values[rows]
+        yield raw_copy(values, gguf)[0], values.detach()
     for layer, _, quantized in quantized_layers(model, allocation, method, second_moments):
         rows = row_order(layer.name, model.config)
-        yield encode_blocks(quantized if rows is None else _rows_of(quantized, rows), gguf)
+        quantized = quantized if rows is None else _rows_of(quantized, rows)
+        yield encode_blocks(quantized, gguf), quantized
+
+
+def _read_back(draft: Path, plan: list[Entry], numbers: dict[str, Tensor | Quantized]) -> None:
+    """MpqError when the file holds other tensors than were planned, or gguf's dequantizer finds other numbers."""
+    found = set()
+    for name, tensor in read_tensors(draft):
+        kept = numbers.pop(name)
+        same_numbers(name, tensor, dequantize(kept) if isinstance(kept, Quantized) else kept)
+        found.add(name)
+    if found != {entry.name for entry in plan}:
+        raise MpqError(f"the GGUF file holds {len(found)} tensors of {len(plan)}: nothing was written")
 
 
 def _stored_type(tensor: Tensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ from torch import Tensor
 
 from mpq.core.errors import MpqError
 from mpq.exporters.folder import digest, read_checksums
-from mpq.exporters.gguf.file import gguf_package
+from mpq.exporters.targets import CONSUMERS, check_packages
+
+
+def gguf_package() -> Any:
+    """The package gguf; MpqError with how to install it."""
+    check_packages(CONSUMERS["gguf"])
+    return import_module("gguf")
 
 
 def read_tensors(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:

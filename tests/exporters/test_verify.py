@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import pytest
 import torch
 from torch import nn
@@ -6,13 +8,18 @@ import mpq
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.formats import FORMATS
+from mpq.core.scheme import parse_scheme
 from mpq.exporters import verify as verifying
+from mpq.exporters.compressed_tensors import compress, uncompressed
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.mpq.checkpoint import export
+from mpq.exporters.targets import compressed_tensors_format
+from mpq.kernels.layout import pack, unpack
 from mpq.kernels.tolerance import kernel_error
 from mpq.network.calibration import seeded
 from mpq.network.layers import find_layers
 from mpq.quantized import pack_model, simulate
+from mpq.rounding.reference import dequantize, quantize
 from tests.sensitivity.small_models import Convolutions, TiedLanguageModel, seed_weights
 
 TOKENS = torch.randint(0, 7, (3, 5), generator=seeded(3))
@@ -98,6 +105,60 @@ def test_a_tensor_that_no_layer_holds_is_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_tensors", careless)
     with pytest.raises(MpqError, match=r"the tensor first.bias of Scaled reads back changed"):
         export(model, allocate(model, "int4-g32"), tmp_path / "out")
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    return seed_weights(transformers.LlamaForCausalLM(config), 0.1).eval()
+
+
+@pytest.mark.parametrize(
+    ("target", "module", "function"),
+    [
+        ("compressed-tensors", "compressed_tensors", "compress"),
+        ("gptq", "gptq", "gptq_tensors"),
+        ("gguf", "gguf.file", "encode_blocks"),
+    ],
+)
+def test_foreign_exports_are_read_back(target, module, function, tmp_path, monkeypatch):
+    pytest.importorskip(target.replace("-", "_") if target != "gptq" else "torch")
+    model = llama()
+    layers = find_layers(model)
+    schemes = tuple("bf16" if layer.kind == "embedding" or "head" in layer.name else "int4-g32" for layer in layers)
+    allocation = Allocation(layers, schemes)
+    mpq.export(model, allocation, tmp_path / "honest", to=target)
+    module = import_module(f"mpq.exporters.{module}")
+    honest, count = getattr(module, function), 0
+
+    def altered(*arguments):
+        nonlocal count
+        found, count = honest(*arguments), count + 1
+        codes = found if not isinstance(found, dict) else found.get("weight_packed", found.get("qweight"))
+        planned = isinstance(codes, torch.Tensor) and codes.device.type == "meta"
+        if not planned and "int" in str(codes.dtype):
+            codes[0, -1] ^= 1
+        return found
+
+    monkeypatch.setattr(module, function, altered)
+    with pytest.raises(MpqError, match="reads back other numbers than were rounded"):
+        mpq.export(model, allocation, tmp_path / "out", to=target)
+    assert count
+    assert [path.name for path in tmp_path.iterdir()] == ["honest"]
+
+
+@pytest.mark.parametrize(
+    "name", ["int4-g32", "int3-g64-asym", "int8-channel", "nvfp4", "mxfp4", "fp8-e4m3", "mxfp8-e4m3"]
+)
+def test_compressed_tensors_is_undone_without_the_package(name):
+    scheme = parse_scheme(name)
+    storage = str(compressed_tensors_format(scheme))
+    quantized = quantize(torch.randn(24, 128, generator=seeded(2, name)), scheme.weight)
+    found = uncompressed(scheme.weight, storage, compress(pack(quantized), storage))
+    torch.testing.assert_close(dequantize(unpack(found)), dequantize(quantized), rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "mapping", "function"])
