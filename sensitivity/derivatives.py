@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from torch.nn import functional
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.network.calibration import Batch, check_gradient, check_loss, samples_in, seeded, split_batch
-from mpq.network.calls import call_input
 from mpq.network.layers import input_matrix, output_matrix, weight_groups
+from mpq.network.uses import seeing_uses
 from mpq.sensitivity.graph import only_gradients_of, outputs_of
 from mpq.sensitivity.predictions import Predictions, predictions, random_slopes
 from mpq.sensitivity.samples import check_independent
@@ -27,7 +27,7 @@ LABELS = ("data", "model", "auto")
 
 @dataclass(frozen=True)
 class Use:
-    """One call of a layer's module: its inputs and the loss gradients of its outputs."""
+    """One use of a layer's weight: its module or a stand-in, the inputs, and the loss gradients of the outputs."""
 
     module: nn.Module
     inputs: Tensor  # (samples, ...)
@@ -250,18 +250,15 @@ def slopes_of(task: Task, draw: Draw, logits: Sequence[Tensor], weights: Sequenc
 
 @contextmanager
 def recording(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[tuple[str, nn.Module, Tensor, Tensor]]]:
-    """(layer name, module, inputs, outputs) of every call inside the block; the outputs require gradients."""
+    """(layer name, module, inputs, outputs) of every use inside the block, see `seeing_uses`; the outputs require
+    gradients.
+    """
     calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
-    owners = {model.get_submodule(name): layer.name for layer in layers for name in layer.names}
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def see(name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_()
-        calls.append((owners[module], module, call_input(args, kwargs).detach(), output))
+        calls.append((name, module, inputs.detach(), output))
         return output.clone()  # what follows may change it in place
 
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in owners]
-    try:
+    with seeing_uses(model, layers, see):
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()

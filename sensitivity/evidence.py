@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mpq.core.layer import Layer
 from mpq.network.calibration import Batch, LossFn, logits_of, seeded
-from mpq.network.calls import call_input
 from mpq.network.parallel import gathered
+from mpq.network.uses import seeing_uses
 from mpq.sensitivity.predictions import replaying
 from mpq.sensitivity.task import Scores, Task
 
@@ -30,20 +30,15 @@ NOISE = 1e-2  # of the gradient that such a shift makes
 
 @contextmanager
 def reaching(model: nn.Module, layers: Sequence[Layer]) -> Iterator[set[str]]:
-    """Names of the layers whose modules are called with at least one row inside the block."""
-    owners = {model.get_submodule(name): layer.name for layer in layers for name in layer.names}
+    """Names of the layers whose weights are used with at least one row inside the block."""
     reached: set[str] = set()
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if call_input(args, kwargs).numel():
-            reached.add(owners[module])
+    def see(name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        if inputs.numel():
+            reached.add(name)
 
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in owners]
-    try:
+    with seeing_uses(model, layers, see):
         yield reached
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def without_evidence(task: Task, scores: Scores, reached: set[str], measured: bool) -> tuple[Scores, dict[str, str]]:

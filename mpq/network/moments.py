@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpq.core.layer import Layer
 from mpq.network.calibration import Batch, LossFn, counted_positions, evaluating
-from mpq.network.calls import call_input
 from mpq.network.layers import input_matrix
 from mpq.network.parallel import gathered, share, total
+from mpq.network.uses import seeing_uses
 
 STRIP = 256  # columns
 
@@ -85,19 +84,11 @@ def whole_gram(half: Tensor, cols: int) -> Tensor:
 def watching(
     model: nn.Module, layers: Sequence[Layer], see: Callable[[str, nn.Module, Tensor], None]
 ) -> Iterator[None]:
-    """Call `see(layer name, module, inputs)` whenever a layer's module runs inside the block, embeddings aside."""
-    owners = {model.get_submodule(name): layer.name for layer in layers for name in layer.names}
+    """Call `see(layer name, module, inputs)` whenever a layer's weight is used inside the block, look-ups aside."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(owners[module], module, call_input(args, kwargs))
+    def product(name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        if not isinstance(module, nn.Embedding):
+            see(name, module, inputs)
 
-    handles = [
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-        for module in owners
-        if not isinstance(module, nn.Embedding)
-    ]
-    try:
+    with seeing_uses(model, layers, product):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,0 +1,153 @@
+"""Every use of the layers' weights in a forward pass: calls of their modules, products inside modules with code of
+their own or anywhere else, and other reads of the numbers."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from mpq.core.layer import Layer
+from mpq.network.calls import call_input
+from mpq.network.layers import matrix_to_weight, own_code, weight_matrix
+
+# see(layer name, module, inputs, outputs) gives what stands for the outputs from then on, None for themselves.
+See: TypeAlias = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
+
+CONVOLUTIONS: dict[Any, type[nn.Conv1d | nn.Conv2d]] = {functional.conv1d: nn.Conv1d, functional.conv2d: nn.Conv2d}
+VIEWS = ("T", "mT", "H", "mH", "data", "real")  # properties of a tensor that hold its numbers
+ABOUT = frozenset(
+    {"size", "dim", "numel", "nelement", "ndimension", "stride", "is_contiguous", "is_floating_point", "is_complex"}
+    | {"element_size", "data_ptr", "storage_offset", "get_device", "__len__", "__hash__", "__repr__", "requires_grad_"}
+)
+
+
+@contextmanager
+def seeing_uses(
+    model: nn.Module, layers: Sequence[Layer], see: See, inside: Callable[[nn.Module], bool] = own_code
+) -> Iterator[None]:
+    """Call `see` at every use of a layer's weight inside the block.
+
+    A plain module's call is a use with that module. A product or look-up with the whole weight that code of a module's
+    own, or of another module, computes is a use with a stand-in: an nn.Linear, convolution or embedding with the same
+    weight and the call's own stride and padding, without bias. Any other read of the numbers is a use of an embedding
+    in which all rows are looked up once; its outputs are the weight matrix itself.
+
+    Args:
+        model: computes its weights nowhere, see `mpq.network.prepare`.
+        layers: whose uses are seen.
+        see: told of each use.
+        inside: the modules that are looked into; the others' calls are seen from outside.
+    """
+    modules = {model.get_submodule(name): layer.name for layer in layers for name in layer.names}
+    watch = _Watch(modules, see)
+
+    def enter(module: nn.Module, args: Any) -> None:
+        watch.depth += 1
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        watch.depth -= 1
+        if isinstance(output, Tensor):
+            return see(modules[module], module, call_input(args, kwargs), output)
+        return None
+
+    handles = []
+    for module in modules:
+        if not inside(module):
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+    try:
+        with watch:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Watch(TorchFunctionMode):
+    """Looks at the arguments of every function of torch for a layer's weight, outside of plain modules."""
+
+    def __init__(self, modules: Mapping[nn.Module, str], see: See) -> None:
+        super().__init__()
+        self.modules = {id(module.weight): (module, name) for module, name in modules.items()}
+        self.see, self.depth = see, 0
+        self.read: dict[int, Tensor] = {}  # what stands for a weight that was read
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.depth or _is_about(func) or not any(map(self._holds, (*args, *kwargs.values()))):
+            return func(*args, **kwargs)
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        if id(weight) in self.modules and (stand_in := _stand_in(func, *args, **kwargs)) is not None:
+            output = func(*args, **kwargs)
+            inputs = args[0] if args else kwargs["input"]
+            seen = self.see(self.modules[id(weight)][1], stand_in, inputs, output)
+            return output if seen is None else seen
+        return func(*map(self._numbers, args), **{name: self._numbers(value) for name, value in kwargs.items()})
+
+    def _holds(self, value: Any) -> bool:
+        return any(map(self._holds, value)) if type(value) in (list, tuple) else id(value) in self.modules
+
+    def _numbers(self, value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(map(self._numbers, value))
+        if id(value) not in self.modules:
+            return value
+        if id(value) not in self.read:
+            module, name = self.modules[id(value)]
+            matrix = weight_matrix(module).detach()
+            seen = self.see(name, _embedding(value, matrix), torch.arange(len(matrix), device=value.device), matrix)
+            self.read[id(value)] = value if seen is None else matrix_to_weight(seen, module)
+        return self.read[id(value)]
+
+
+def _is_about(func: Any) -> bool:
+    """Whether a function tells of a tensor without its numbers."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(func.__self__, "__name__", "") not in VIEWS
+    return name in ABOUT or name == "__set__"
+
+
+def _stand_in(func: Any, input: Any = None, weight: Any = None, *args: Any, **kwargs: Any) -> nn.Module | None:
+    """The plain module that computes a product or look-up with a whole weight; None for any other function."""
+    if func is functional.embedding:
+        return _embedding(weight, weight)
+    if func is functional.linear and weight.ndim == 2:
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear._parameters["weight"] = weight
+        return linear
+    if func in CONVOLUTIONS:
+        return _convolution(CONVOLUTIONS[func], weight, *args, **kwargs)
+    return None
+
+
+def _convolution(
+    cls: type[nn.Conv1d | nn.Conv2d],
+    weight: nn.Parameter,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> nn.Module:
+    size: Any = tuple(weight.shape[2:])
+    sides = [_whole(value) for value in (stride, padding, dilation)]
+    stride, padding, dilation = sides
+    channels = weight.shape[1] * groups, weight.shape[0]
+    conv = cls(*channels, size, stride, padding, dilation, groups, bias=False, device="meta")
+    conv._parameters["weight"] = weight
+    return conv
+
+
+def _whole(value: Any) -> Any:
+    return value if isinstance(value, (int, str)) else value[0] if len(value) == 1 else tuple(value)
+
+
+def _embedding(weight: Any, matrix: Tensor) -> nn.Embedding:
+    embedding = nn.Embedding(*matrix.shape, device="meta")
+    embedding._parameters["weight"] = weight
+    return embedding
