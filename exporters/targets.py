@@ -209,6 +209,8 @@ def _gguf(layer: Layer, scheme: Scheme) -> str:
 
 def _onnx(layer: Layer, scheme: Scheme) -> str:
     weight, activation = scheme.weight, scheme.activation
+    if layer.kind.startswith("transposed") and not weight.is_float_copy:
+        return "it has no transposed convolutions with quantized weights"
     if activation is not None and (activation.name not in ("int8", "fp8-e4m3") or layer.kind == "embedding"):
         return "its activations are int8 or fp8 with one static scale, of layers that multiply"
     if weight.is_float_copy:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
 from mpq.core.scheme import Scheme
 from mpq.exporters.folder import (
     copy_side_files,
@@ -23,6 +24,7 @@ from mpq.exporters.targets import CONSUMERS, check, check_model
 from mpq.exporters.verify import same_numbers, same_tensor
 from mpq.kernels.layout import Packed, pack
 from mpq.kernels.weight import empty_weight
+from mpq.network.layers import own_code
 from mpq.quantized import Moments, checked_layers, quantized_layers
 from mpq.rounding.reference import Quantized, dequantize
 
@@ -66,6 +68,12 @@ def export_transformers(
     names: dict[str, list[str]] = {}
     rounded: dict[str, Quantized] = {}
     for layer, scheme in checked_layers(model, allocation):
+        module = model.get_submodule(layer.name)
+        if own_code(module) and not scheme.weight.is_float_copy:
+            raise MpqError(
+                f"layer {layer.name} is a {type(module).__name__} with code of its own, which {consumer} would "
+                "replace: exclude it, or export to mpq"
+            )
         empty = empty_weight(scheme.weight, layer.rows, layer.cols, device="meta").matrix()
         own = specs_of(named(layer.name, empty, scheme))
         names[layer.name] = list(own)

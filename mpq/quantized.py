@@ -19,7 +19,7 @@ from mpq.kernels.modules import PackedLinear, packed_module
 from mpq.kernels.stacked import Stack, stackable
 from mpq.kernels.weight import PackedWeight
 from mpq.network.calls import call_input, with_call_input
-from mpq.network.layers import FUSED, layer_kind, matrix_to_weight, own_code, weight_matrix
+from mpq.network.layers import FUSED, is_transposed, layer_kind, matrix_to_weight, own_code, shaped, weight_matrix
 from mpq.network.prepare import prepared
 from mpq.network.ranges import Ranges, static_scale
 from mpq.rounding.activations import fake_quantize_inputs, straight_through
@@ -118,8 +118,7 @@ def put_packed(
     """
     first = model.get_submodule(layer.name)
     original: Tensor = first.weight  # type: ignore[assignment]
-    transposed = layer.kind == "transformers-conv1d"
-    weight = PackedWeight(packed, dtype or original.dtype, original.shape, transposed)
+    weight = PackedWeight(packed, dtype or original.dtype, original.shape, is_transposed(layer.kind))
     weight.arrange()
     activation = None if scheme.activation is None else InputRounding(scheme.activation)
     for module in {model.get_submodule(name): None for name in layer.names}:
@@ -222,14 +221,14 @@ class WeightRounding(nn.Module):
         return straight_through(weight, self._round)
 
     def _round(self, weight: Tensor) -> Tensor:
-        transposed = self.kind == "transformers-conv1d"
-        matrix = weight.t() if transposed else weight.flatten(1)
+        transposed = is_transposed(self.kind)
+        matrix = (weight.transpose(0, 1) if transposed else weight).flatten(1)
         if self.tables.format.is_float_copy:
             rounded = dequantize(quantize(matrix, self.tables.format))
         else:
             tables = self.tables.map_tables(lambda name, _: self.get_buffer(name))  # wherever the model has moved to
             rounded = dequantize(recode(matrix.detach(), tables))
-        return (rounded.t() if transposed else rounded.reshape(weight.shape)).to(weight.dtype)
+        return shaped(rounded, weight.shape, transposed).to(weight.dtype)
 
 
 class InputRounding:

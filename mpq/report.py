@@ -13,6 +13,7 @@ from mpq.core.allocation import Allocation
 from mpq.core.files import write_atomically
 from mpq.core.frontier import Frontier
 from mpq.core.table import SensitivityTable
+from mpq.network.coverage import Coverage
 from mpq.plots import (
     Point,
     Prediction,
@@ -75,6 +76,7 @@ def write_report(
         "<h2>Format of each layer</h2>", _svg(draw_layers(layer_facts(allocation))), _layer_table(allocation),
         "<h2>Predicted and measured</h2>", _svg(draw_predictions(predictions)),
         "<h2>Sensitivity of each layer in each format</h2>", _svg(draw_table(table)),
+        "<h2>Coverage</h2>", _coverage(table),
         "<h2>Settings</h2>", _settings({**table.provenance, **(facts or {})}),
     ]  # fmt: skip
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
@@ -124,6 +126,19 @@ def _layer_table(allocation: Allocation) -> str:
     return f"<details><summary>All layers</summary><table>{head}{''.join(lines)}</table></details>"
 
 
+def _coverage(table: SensitivityTable) -> str:
+    if "coverage" not in table.provenance:
+        return "<p>Not recorded in this table.</p>"
+    found = Coverage.of_facts(table.provenance["coverage"])
+    lines = "".join(f"<tr>{_cells(row)}</tr>" for row in found.rows())
+    head = "<tr><th>what</th><th>share of the parameters</th><th>such as</th></tr>"
+    return f"<p>{escape(str(found))}</p><table>{head}{lines}</table>"
+
+
 def _settings(facts: Mapping[str, object]) -> str:
-    lines = (f"<tr><td>{escape(str(key))}</td><td>{escape(str(value))}</td></tr>" for key, value in facts.items())
+    lines = (
+        f"<tr><td>{escape(str(key))}</td><td>{escape(str(value))}</td></tr>"
+        for key, value in facts.items()
+        if key != "coverage"
+    )
     return f"<table>{''.join(lines)}</table>"

@@ -17,7 +17,8 @@ from mpq.core.layer import Layer
 from mpq.core.scheme import parse_scheme
 from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, samples_in, seeded, take, tensors_in
 from mpq.network.fingerprint import fingerprint, model_fingerprint
-from mpq.network.layers import count_macs, find_layers, weight_matrix
+from mpq.network.layers import find_layers, weight_matrix
+from mpq.network.macs import count_macs
 from mpq.proxies.programs import INPUTS
 from mpq.proxies.statistics import Numbers, Space, Statistics
 from mpq.rounding import method_named

@@ -18,7 +18,8 @@ from mpq.core.patterns import match_names
 from mpq.core.scheme import parse_scheme
 from mpq.network.calibration import Batch, LossFn, check_batches, check_loss, evaluating, samples_in, tensors_in
 from mpq.network.fingerprint import fingerprint, model_fingerprint
-from mpq.network.layers import count_macs, find_layers, matrix_to_weight, weight_matrix
+from mpq.network.layers import find_layers, matrix_to_weight, weight_matrix
+from mpq.network.macs import count_macs
 from mpq.proxies.benchmark import DIGITS, Benchmark, spell
 from mpq.rounding import METHODS, method_named
 from mpq.rounding.reference import dequantize

@@ -14,7 +14,8 @@ from mpq.core.costs import bitops, weight_bytes
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme, parse_scheme
-from mpq.network.layers import count_macs, find_layers
+from mpq.network.layers import find_layers
+from mpq.network.macs import count_macs
 from mpq.search.controller import Controller, Schedule, Step
 from mpq.training.fake import FakeQuantization
 

@@ -17,8 +17,10 @@ from mpq.core.registry import Metric
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.core.table import SensitivityTable
 from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in, tensors_in
+from mpq.network.coverage import coverage
 from mpq.network.fingerprint import fingerprint, model_fingerprint
-from mpq.network.layers import count_macs, find_layers
+from mpq.network.layers import find_layers
+from mpq.network.macs import count_all_macs
 from mpq.network.moments import second_moments
 from mpq.network.offload import offloaded
 from mpq.network.prepare import prepared
@@ -84,7 +86,8 @@ def profile(
     if offload is not None and scorer.second_order:
         raise MpqError(f"{metric} differentiates twice, which does not go with offload: take {DEFAULT_METRIC}")
     with evaluating(model), offloaded(model, offload) if offload is not None else nullcontext():
-        layers = count_macs(model, layers, batches[0], loss_fn)
+        layers, macs = count_all_macs(model, layers, batches[0], loss_fn)
+        covered = coverage(model, layers, macs)
         check_mean(model, batches[0], loss_fn)
         with reaching(model, layers) as reached:
             reference = mean_loss(model, batches, loss_fn)
@@ -107,7 +110,7 @@ def profile(
     facts: dict[str, Any] = {
         "metric": metric, "options": dict(options or {}), "method": method, "seed": seed,
         "nsamples": sum(samples_in(batch) for batch in batches), "reference_loss": reference,
-        "overhead": other_bytes(model, layers), **(provenance or {}),
+        "overhead": other_bytes(model, layers), "coverage": covered.facts(), **(provenance or {}),
     }  # fmt: skip
     table = SensitivityTable(layers, names, scores, errors, metric, facts, reasons)
     journal.close()

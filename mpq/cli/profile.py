@@ -3,7 +3,7 @@
 import argparse
 
 from mpq.cli.options import AddCommand, model_options, profile_options, profiling_of, source_of
-from mpq.cli.say import say
+from mpq.cli.say import coverage_line, say
 
 
 def add(command: AddCommand) -> None:
@@ -36,3 +36,4 @@ def run(options: argparse.Namespace) -> None:
             return
     table.save(options.output)
     say(options, f"{options.output}: {len(table.layers)} layers x {len(table.schemes)} formats, metric {table.metric}")
+    say(options, coverage_line(table))

@@ -14,7 +14,7 @@ from mpq.cli.options import (
     profiling_of,
     source_of,
 )
-from mpq.cli.say import allocation_facts, say, say_json, summary
+from mpq.cli.say import allocation_facts, coverage_line, say, say_json, summary
 
 
 def add(command: AddCommand) -> None:
@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> None:
     elif not options.quiet:
         print_table([HEADINGS, *(row[:-1] for row in outcome.rows())])
     say(options, f"\n{summary(outcome.frontier, outcome.allocation)}")
+    say(options, coverage_line(outcome.table))
     for sentence in outcome.words():
         say(options, sentence)
     say(options, f"written to {outcome.folder}: packed weights, table, frontier, report.html, recipe.yaml")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mpq.core.allocation import Allocation
     from mpq.core.frontier import Frontier
+    from mpq.core.table import SensitivityTable
 
 
 def summary(frontier: "Frontier", allocation: "Allocation") -> str:
@@ -48,3 +49,11 @@ def allocation_facts(frontier: "Frontier", allocation: "Allocation") -> dict[str
         "metric": allocation.metric, "gap": frontier.gap, "measured_loss": allocation.provenance.get("measured_loss"),
         "schemes": {layer.name: scheme for layer, scheme in zip(allocation.layers, allocation.schemes, strict=True)},
     }  # fmt: skip
+
+
+def coverage_line(table: "SensitivityTable") -> str:
+    """One line on what is quantized and what stays as it is."""
+    from mpq.network.coverage import Coverage
+
+    facts = table.provenance.get("coverage")
+    return "coverage is not recorded in this table" if facts is None else str(Coverage.of_facts(facts))

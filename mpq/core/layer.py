@@ -12,7 +12,7 @@ class Layer:
     """
 
     name: str  # the module's qualified name, "model.layers.0.self_attn.q_proj"
-    kind: str  # "linear", "conv1d", "conv2d", "transformers-conv1d" or "embedding"
+    kind: str  # "linear", "conv2d", "transformers-conv1d", "embedding", ...: `mpq.network.layers.BASES`
     rows: int
     cols: int
     macs: int = 0  # multiply-accumulates of one sample; 0 until counted

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from mpq.core.formats import Format
 from mpq.kernels.layout import ROWS, Packed, best_layout, packed_of, tensor_specs, to_layout
+from mpq.network.layers import shaped
 
 ABOUT_SHAPE = frozenset({"ndim", "dim", "size", "numel", "nelement", "requires_grad", "is_leaf", "is_floating_point"})
 BINARY = ("add", "sub", "mul", "truediv", "matmul", "pow")
@@ -29,7 +30,7 @@ class PackedWeight(nn.Module):
         packed: the matrix (rows, cols).
         dtype: of the numbers it gives to a model.
         shape: of the weight that was packed; the matrix's by default.
-        transposed: whether that weight is (cols, rows), as in transformers' Conv1D.
+        transposed: whether that weight has the input channels first, as in transformers' Conv1D.
     """
 
     def __init__(
@@ -77,8 +78,7 @@ class PackedWeight(nn.Module):
 
     def numbers(self) -> Tensor:
         """The dequantized weight in its own shape and type."""
-        matrix = self.dequantize().to(self.dtype)
-        return matrix.t() if self.transposed else matrix.reshape(self.shape)
+        return shaped(self.dequantize().to(self.dtype), self.shape, self.transposed)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Rows of the matrix, in the weight's type: (...) -> (..., cols); only those are unpacked."""

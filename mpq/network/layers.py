@@ -1,9 +1,8 @@
-"""The quantizable layers of a model: found, tied, counted, and seen as matrices."""
+"""The quantizable layers of a model: found, tied, and seen as matrices."""
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,6 @@ from torch.nn import functional
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.patterns import match_names
-from mpq.network.calibration import Batch, LossFn, evaluating, samples_in
 from mpq.network.experts import say_stacked
 from mpq.network.prepare import computes_weight
 
@@ -26,7 +24,12 @@ BASES: dict[str, type[nn.Module]] = {
     "conv1d": nn.Conv1d,
     "conv2d": nn.Conv2d,
     "embedding": nn.Embedding,
+    "conv3d": nn.Conv3d,
+    "transposed-conv1d": nn.ConvTranspose1d,
+    "transposed-conv2d": nn.ConvTranspose2d,
+    "transposed-conv3d": nn.ConvTranspose3d,
 }
+PACKED_KINDS = ("linear", "conv1d", "conv2d", "embedding", "transformers-conv1d")  # with a packed module of their own
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)")  # one product for all experts
 
@@ -50,8 +53,12 @@ def layer_kind(module: nn.Module) -> str | None:
 
 
 def own_code(module: nn.Module) -> bool:
-    """Whether a layer computes something else with its weight than its kind says, in a `forward` of its own."""
-    base = next((cls for cls in BASES.values() if isinstance(module, cls)), None)
+    """Whether a layer's own code has to run on its packed weight.
+
+    That is where it computes something else than its kind says, in a `forward` of its own, and for kinds without a
+    packed module.
+    """
+    base = next((cls for kind, cls in BASES.items() if isinstance(module, cls) and kind in PACKED_KINDS), None)
     if base is None:
         return not _is_transformers_conv1d(module)
     names = ("forward", "_conv_forward") if "conv" in base.__name__.lower() else ("forward",)
@@ -85,7 +92,7 @@ def find_layers(
     say_stacked(model)
     names = [name for found in holders.values() for name, _ in found]
     if not names:
-        raise MpqError(f"{type(model).__name__} has no layer to quantize: no Linear, Conv1d, Conv2d or Embedding")
+        raise MpqError(f"{type(model).__name__} has no layer to quantize: no Linear, convolution or Embedding")
     wanted = set(match_names(include, names)) if include else set()
     unwanted = set(match_names(exclude, names))
     layers = [
@@ -127,16 +134,31 @@ def _tied(layers: Sequence[Layer]) -> tuple[Layer, ...]:
     return tuple(replace(layer, tie=ties.get(layer.name, "")) for layer in layers)
 
 
+def is_transposed(kind: str | None) -> bool:
+    """Whether weights of this kind have the input channels first: transformers' Conv1D, transposed convolutions."""
+    return kind is not None and kind.startswith("trans")
+
+
 def weight_matrix(module: nn.Module) -> Tensor:
-    """The weight as (rows, cols): (out, in / groups * kernel), for an embedding (tokens, width). A view."""
+    """The weight as (rows, cols): (out, in / groups * kernel), for an embedding (tokens, width).
+
+    A view, but for transposed convolutions, whose matrix is (out / groups, in * kernel), a copy.
+    """
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.t() if layer_kind(module) == "transformers-conv1d" else weight.flatten(1)
+    return (weight.transpose(0, 1) if is_transposed(layer_kind(module)) else weight).flatten(1)
 
 
 def matrix_to_weight(matrix: Tensor, module: nn.Module) -> Tensor:
     """The inverse of `weight_matrix`: (rows, cols) in the shape of the module's own weight."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return matrix.t() if layer_kind(module) == "transformers-conv1d" else matrix.reshape(weight.shape)
+    return shaped(matrix, weight.shape, is_transposed(layer_kind(module)))
+
+
+def shaped(matrix: Tensor, shape: Sequence[int], transposed: bool) -> Tensor:
+    """The matrix (rows, cols) of a weight in the weight's shape."""
+    if not transposed:
+        return matrix.reshape(tuple(shape))
+    return matrix.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1)
 
 
 def weight_groups(module: nn.Module) -> int:
@@ -206,31 +228,3 @@ def _by_group(columns: Tensor, groups: int) -> Tensor:
     samples, _, positions = columns.shape
     split = columns.reshape(samples, groups, -1, positions)
     return split.permute(1, 0, 3, 2).reshape(groups, samples * positions, -1)
-
-
-def count_macs(model: nn.Module, layers: Sequence[Layer], batch: Batch, forward: LossFn) -> tuple[Layer, ...]:
-    """The layers with multiply-accumulates per sample (per sequence in a language model), from one forward pass.
-
-    All uses of a shared weight count; looking up an embedding is free.
-    """
-    counts = dict.fromkeys((layer.name for layer in layers), 0)
-
-    def counter(name: str, cols: int) -> "torch.utils.hooks.RemovableHandle":
-        module = model.get_submodule(name)
-
-        def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            counts[owner[name]] += 0 if isinstance(module, nn.Embedding) else prod(output.shape) * cols
-
-        return module.register_forward_hook(count)
-
-    owner = {name: layer.name for layer in layers for name in layer.names}
-    modules = {id(model.get_submodule(name)): (name, layer.cols) for layer in layers for name in layer.names}
-    handles = [counter(name, cols) for name, cols in modules.values()]
-    try:
-        with torch.no_grad(), evaluating(model):
-            forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    samples = samples_in(batch)
-    return tuple(replace(layer, macs=counts[layer.name] // samples) for layer in layers)

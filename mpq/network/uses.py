@@ -148,6 +148,7 @@ def _whole(value: Any) -> Any:
 
 
 def _embedding(weight: Any, matrix: Tensor) -> nn.Embedding:
-    embedding = nn.Embedding(*matrix.shape, device="meta")
+    rows, cols = matrix.shape
+    embedding = nn.Embedding(rows, cols, device="meta")
     embedding._parameters["weight"] = weight
     return embedding

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from mpq.core.formats import Format
 from mpq.rounding.reference import dequantize, quantize
@@ -16,7 +17,7 @@ def fake_quantize_inputs(module: nn.Module, inputs: Tensor, format: Format, scal
     Rows are tokens: the features of one position, channels for a convolution. Groups run along a row. `scale` is a
     static one for the whole tensor, where the format has one; larger inputs are clipped.
     """
-    channels = inputs.ndim - len(module.kernel_size) - 1 if isinstance(module, (nn.Conv1d, nn.Conv2d)) else -1
+    channels = inputs.ndim - len(module.kernel_size) - 1 if isinstance(module, _ConvNd) else -1
     tokens = inputs.movedim(channels, -1)
     matrix = tokens.reshape(-1, tokens.shape[-1])
     scales = None if scale is None else torch.full((1, 1), scale, device=inputs.device)

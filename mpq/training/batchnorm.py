@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mpq.core.errors import MpqError
 from mpq.network.calibration import Batch, LossFn, evaluating
 from mpq.network.calls import call_input
-from mpq.network.layers import layer_kind, weight_matrix
+from mpq.network.layers import layer_kind, own_code, weight_matrix
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -68,7 +68,7 @@ def _pairs(model: nn.Module, batch: Batch, forward: LossFn) -> dict[str, str]:
     for module in names:
         if isinstance(module, NORMS):
             handles.append(module.register_forward_pre_hook(consumed, with_kwargs=True))
-        elif layer_kind(module) in ("linear", "conv1d", "conv2d"):
+        elif layer_kind(module) in ("linear", "conv1d", "conv2d") and not own_code(module):
             handles.append(module.register_forward_hook(produced))
     try:
         with evaluating(model):

@@ -8,7 +8,6 @@ from transformers.pytorch_utils import Conv1D
 from mpq.core.errors import MpqError
 from mpq.network.calibration import seeded
 from mpq.network.layers import (
-    count_macs,
     find_layers,
     input_matrix,
     matrix_to_weight,
@@ -16,6 +15,7 @@ from mpq.network.layers import (
     weight_groups,
     weight_matrix,
 )
+from mpq.network.macs import count_macs
 from mpq.network.moments import second_moments
 
 MODULES = {

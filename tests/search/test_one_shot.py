@@ -10,7 +10,8 @@ from mpq.core.costs import bitops
 from mpq.core.errors import MpqError
 from mpq.core.scheme import parse_scheme
 from mpq.network.calibration import cross_entropy, seeded
-from mpq.network.layers import count_macs, find_layers
+from mpq.network.layers import find_layers
+from mpq.network.macs import count_macs
 from mpq.search.controller import Schedule
 from mpq.search.one_shot import OneShot
 from tests.sensitivity.small_models import Convolutions, class_batches, seed_weights

@@ -181,6 +181,7 @@ def test_the_table_says_how_it_was_made():
     assert facts.pop("reference_loss") == pytest.approx(mean_loss(model, batches, cross_entropy))
     weights = sum(layer.params for layer in table.layers)
     other = sum(tensor.nbytes for tensor in model.state_dict().values()) - 4 * weights
+    assert facts.pop("coverage")["quantized"] == weights
     assert facts == {
         "metric": "output", "options": {"weighted": False}, "method": "mse", "seed": 0, "nsamples": 11,
         "overhead": other, "model": "small",

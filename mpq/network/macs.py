@@ -1,0 +1,49 @@
+"""Multiply-accumulates of a model and of its layers, from one forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.utils.flop_counter import FlopCounterMode
+
+from mpq.core.layer import Layer
+from mpq.network.calibration import Batch, LossFn, evaluating, samples_in
+from mpq.network.layers import weight_matrix
+from mpq.network.uses import seeing_uses
+
+
+def count_macs(model: nn.Module, layers: Sequence[Layer], batch: Batch, forward: LossFn) -> tuple[Layer, ...]:
+    """The layers with multiply-accumulates per sample (per sequence in a language model), from one forward pass.
+
+    All uses of a shared weight count; looking up an embedding is free. A module with code of its own counts as its
+    kind computes.
+    """
+    return count_all_macs(model, layers, batch, forward)[0]
+
+
+def count_all_macs(
+    model: nn.Module, layers: Sequence[Layer], batch: Batch, forward: LossFn
+) -> tuple[tuple[Layer, ...], int]:
+    """The layers as of `count_macs`, and what the whole model does: every matrix product, convolution and attention
+    that torch's counter knows.
+    """
+    counts = dict.fromkeys((layer.name for layer in layers), 0)
+
+    def see(name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        counts[name] += 0 if isinstance(module, nn.Embedding) else _macs(module, inputs, output)
+
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), evaluating(model), seeing_uses(model, layers, see, inside=lambda module: False), counter:
+        forward(model, batch)
+    samples = samples_in(batch)
+    counted = tuple(replace(layer, macs=counts[layer.name] // samples) for layer in layers)
+    return counted, counter.get_total_flops() // 2 // samples
+
+
+def _macs(module: nn.Module, inputs: Tensor, output: Tensor) -> int:
+    if isinstance(module, _ConvTransposeNd):  # every input meets the whole kernel
+        return prod(inputs.shape) * module.weight[0].numel()
+    return prod(output.shape) * weight_matrix(module).shape[1]
