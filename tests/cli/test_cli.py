@@ -304,6 +304,12 @@ def test_a_packed_language_model_continues_a_prompt(tmp_path, capsys):
     assert "It was a truth" in said
     assert "tokens per second" in said
     assert "bfloat16" in said
+    said = []
+    for choice in ([], [], ["--temperature", "9", "--seed", "1"], ["--temperature", "9", "--seed", "2"]):
+        assert main([*job[:-1], *choice]) == 0
+        said.append(capsys.readouterr().out.rpartition("\n\n")[0])
+    assert said[0] == said[1]
+    assert len(set(said)) == 3
 
 
 def test_proxies_from_benchmark_to_formula(tmp_path, capsys):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -5,9 +7,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from experiments.model_cases import CASES
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
-from mpq.generation.generate import compare_speeds, generate
+from mpq.generation.generate import _choose, compare_speeds, generate
 from mpq.models.tiny_lm import LMConfig, TinyLM
-from mpq.network.calibration import logits_of
+from mpq.network.calibration import logits_of, seeded
 from mpq.network.layers import find_layers
 from mpq.quantized import pack_model
 from tests.sensitivity.small_models import seed_weights
@@ -80,6 +82,15 @@ def test_sampling_follows_its_seed_and_top_one_is_greedy(model):
     once, again, other = (generate(model, PROMPT, temperature=1.0, seed=seed).tokens for seed in (1, 1, 2))
     assert once == again != other
     assert generate(model, PROMPT, temperature=2.0, top_k=1).tokens == generate(model, PROMPT).tokens
+
+
+def test_the_temperature_sharpens_or_flattens_the_choice():
+    """Of logits 0 and 1 the second comes with probability 1 / (1 + exp(-1 / temperature))."""
+    logits, random = torch.tensor([0.0, 1.0]), seeded(0)
+    for temperature in (0.2, 1.0, 5.0):
+        share = sum(_choose(logits, temperature, 0, random) for _ in range(2000)) / 2000
+        expected = 1 / (1 + math.exp(-1 / temperature))
+        assert share == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 2000))
 
 
 def test_stops_at_a_stop_token(model):

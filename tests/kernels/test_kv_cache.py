@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +12,7 @@ from torch import Tensor
 from mpq.core.costs import kv_bytes_per_token
 from mpq.core.errors import MpqError
 from mpq.kernels.kv_cache import Heads, attention, concatenate, dequantize_heads, quantize_heads
+from mpq.kernels.layout import unpack_bits
 
 
 def vectors(*shape: int, seed: int = 0) -> Tensor:
@@ -29,6 +31,24 @@ def test_every_element_is_within_half_a_step(bits: int, width: int, seed: int, s
     slack = (2.0**-11 * zero).clamp(min=2.0**-25) + (2.0**-11 * step).clamp(min=2.0**-25) * steps
     slack = slack + 2.0**-21 * values.abs().amax()
     assert bool((error <= step / 2 + slack).all())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_scales_are_the_nearest_float16_and_codes_are_nearest_by_the_stored_scale(bits: int) -> None:
+    values = vectors(4, 5, 50, 24, seed=bits) * torch.logspace(-2, 2, 50).unsqueeze(-1)
+    heads, exact = quantize_heads(values, bits), values.double().numpy()
+    assert heads.scale.dtype == heads.zero.dtype == torch.float16
+    zero = exact.min(-1).astype(np.float16)
+    assert np.array_equal(heads.zero.numpy(), zero)
+    ideal = (exact.max(-1) - zero.astype(np.float64)) / (2**bits - 1)
+    scale = heads.scale.numpy().astype(np.float64)
+    last_place = np.spacing(heads.scale.numpy()).astype(np.float64)
+    assert (np.abs(scale - ideal) <= last_place * 0.5001).all()
+    codes = unpack_bits(heads.codes.flatten(0, 2), bits, 24).reshape(values.shape).double().numpy()
+    steps = (exact - zero.astype(np.float64)[..., None]) / scale[..., None]
+    expected = np.clip(np.round(steps), 0, 2**bits - 1)
+    tie = np.abs(steps - np.floor(steps) - 0.5) < 1e-4
+    assert (codes == expected)[~tie].all()
 
 
 def test_constant_vectors_are_kept() -> None:

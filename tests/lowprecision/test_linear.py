@@ -112,3 +112,21 @@ def test_masks_act_on_all_operands_and_the_model_is_put_back():
     torch.testing.assert_close(outputs, masked(inputs, mask) @ masked(weight, mask).T + bias)
     torch.testing.assert_close(by_inputs, masked(upstream, mask) @ masked(weight, mask))
     torch.testing.assert_close(by_weight, masked(upstream, mask).T @ masked(inputs, mask))
+
+
+def test_every_layer_rounds_by_a_random_stream_of_its_own():
+    """Equal layers on equal data differ in their rounding; what other layers do changes nothing."""
+    inputs, upstream = normal(8, 32), normal(8, 6, seed=1)
+
+    def weight_gradients(exclude=(), seed=0):
+        model = nn.ModuleDict({name: nn.Linear(32, 6, bias=False) for name in ("first", "second")})
+        for layer in model.values():
+            layer.weight.data = normal(6, 32, seed=2)
+        train_in(model, Recipe("fp4-e2m1-g16-sfp32", stochastic="backward"), exclude=exclude, seed=seed)
+        return [gradients(layer, inputs, upstream)[2] for layer in model.values()]
+
+    first, second = weight_gradients()
+    assert not torch.equal(first, second)
+    assert torch.equal(second, weight_gradients(exclude="first")[1])
+    assert torch.equal(first, weight_gradients()[0])
+    assert not torch.equal(first, weight_gradients(seed=1)[0])

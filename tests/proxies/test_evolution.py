@@ -17,7 +17,7 @@ from mpq.network.calibration import cross_entropy
 from mpq.proxies.benchmark import Benchmark
 from mpq.proxies.collect import collect_statistics
 from mpq.proxies.evaluate import Evaluator
-from mpq.proxies.evolution import Settings, evolve, random_search, valid_fraction
+from mpq.proxies.evolution import Individual, Settings, _State, evolve, random_search, valid_fraction
 from mpq.proxies.formulas import parse
 from mpq.proxies.genomes import COUPLINGS, SHAPES, SOURCES, Genome, Pool, cross, program_of
 from mpq.proxies.history import curves, load_history, plot_history, save_history
@@ -95,6 +95,18 @@ def test_the_history_is_a_file_and_a_figure(tmp_path):
     (tmp_path / "history.csv").write_text("a,b\n1,2\n")
     with pytest.raises(MpqError, match="no history"):
         load_history(tmp_path / "history.csv")
+
+
+def test_parents_are_of_the_better_half():
+    """Children keep the shape of a parent: here the better half's."""
+    random = np.random.default_rng(0)
+    state = _State(Judge(BENCHMARK, Evaluator(STATISTICS)), SMALL)
+    for number in range(10):
+        shape = "branched" if number % 2 else "sequential"
+        state.population.append(Individual(replace(SMALL.pool, shapes=(shape,)).draw(random), float(number % 2)))
+    children = [child.genome.shape for child in (state.child(random) for _ in range(30)) if child is not None]
+    assert len(children) > 5
+    assert set(children) == {"branched"}
 
 
 def genome(unary, inputs=("weight", "grad"), binary="multiply", coupling="bits") -> Genome:

@@ -28,10 +28,11 @@ class Recorder:
     """An evaluation function that keeps what it was asked."""
 
     def __init__(self, loss=true_loss):
-        self.loss, self.asked = loss, []
+        self.loss, self.asked, self.allocations = loss, [], []
 
     def __call__(self, allocation, share):
         self.asked.append((allocation.schemes, share))
+        self.allocations.append(allocation)
         return self.loss(allocation, share)
 
 
@@ -155,6 +156,24 @@ def test_without_budgets_loss_and_cost_fall_together(tmp_path, sampler):
         evolution(problem, evaluate=interrupted, **settings)
     resumed = evolution(problem, evaluate=asked, resume=True, **settings)
     assert sorted(one.choices for one in resumed.evaluations) == sorted(one.choices for one in whole.evaluations)
+
+
+def test_children_come_from_the_best_not_the_worst():
+    """Level switches stay close to their parent: nearer to one of the four best so far than to any of the worst."""
+    evaluate = Recorder()
+    evolution(problem_within(layers=16), evaluate=evaluate, trials=40, sampler="switch", starts=1)
+    asked = [schemes for schemes, _ in evaluate.asked]
+    losses = [evaluate.loss(allocation) for allocation in evaluate.allocations]
+
+    def apart(child, parents):
+        return min(sum(one != other for one, other in zip(child, parent, strict=True)) for parent in parents)
+
+    best, worst = 0, 0
+    for number in range(12, 40):
+        ranked = [asked[place] for place in np.argsort(losses[:number])]
+        best += apart(asked[number], ranked[:4])
+        worst += apart(asked[number], ranked[-4:])
+    assert best < worst
 
 
 @pytest.mark.parametrize("sampler", ["nsga2", "nsga3"])
