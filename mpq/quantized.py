@@ -44,7 +44,7 @@ def simulate(
     Trainable, weights stay in full precision and are rounded to the scheme's grid, with the scales found at the start,
     whenever they are used; gradients pass rounding as if it were the identity (straight-through, arXiv 1308.3432).
     Otherwise the rounded weights simply replace the original ones: half the memory, faster, same outputs. Activations
-    are rounded on their way into a layer in both cases, with scales of the moment; where `ranges` has a layer whose
+    are rounded on their way into a layer in both cases, with dynamic scales; where `ranges` has a layer whose
     activations share one scale, with that static scale, as runtimes do. Weights shared by several modules stay shared.
     A `store` rounds each layer once for each scheme, by its own method, and keeps the result for the next allocation.
 

@@ -19,7 +19,7 @@ from mpq.kernels.layout import best_layout, pack, to_layout
 from mpq.network.calibration import seeded
 from mpq.rounding.reference import quantize
 
-BEYOND = 256 * 2**20  # bytes of weights that are read in turn, more than a core's share of the cache, or a GPU's L2
+BEYOND = 256 * 2**20  # bytes of weights to cycle through: more than a core's share of the cache, or a GPU's L2
 PAGE = {"cpu": 2**23, "cuda": 2**27}  # bytes that one call reads or copies when bandwidth is measured
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def device_of(name: str) -> torch.device:
     """The device called `name`: "cpu", "cuda" or "cuda:1".
 
     Raises:
-        MpqError: no such device is here, or none that kernels are timed on.
+        MpqError: the device is not present, or kernels are not timed on it.
     """
     kind, _, index = name.partition(":")
     if kind not in PAGE or (index and not index.isdecimal()) or (kind == "cpu" and index):
@@ -94,9 +94,9 @@ def measure(
     dtype: torch.dtype | None = None,
     device: torch.device = CPU,
 ) -> Iterator[Timing]:
-    """Time each scheme against the device's bandwidth and PyTorch's float32 and bfloat16, in turns within one run.
+    """Time each scheme against the device's bandwidth and PyTorch's float32 and bfloat16, interleaved in one run.
 
-    Weights rotate through copies that fill `beyond` bytes, so that none is still in the cache. `dtype` is the inputs',
+    Calls cycle through copies of the weights that fill `beyond` bytes, to defeat the cache. `dtype` is the inputs',
     by default float32 on a CPU and bfloat16 on a GPU.
 
     Raises:
@@ -131,14 +131,14 @@ def _moved(device: torch.device) -> int:
 
 def streaming(device: torch.device, beyond: int) -> Contestant:
     """Reading `PAGE` bytes of memory, or copying them on a GPU: what no kernel can be faster than."""
-    # Read in pieces as short as a layer: a longer run would meet the scheduler where layers do not.
+    # Read in pieces as short as a layer: a longer read is more likely to be preempted.
     page = torch.ones(PAGE[device.type] // 4, device=device)
     if device.type == "cuda":
         target = torch.empty_like(page)
         return Contestant([partial(target.copy_, page)])
     return Contestant(
         [partial(cpu.read, one) for (one,) in copies([page], beyond, on_large_pages)]
-    )  # read fastest there
+    )  # the fastest memory to read
 
 
 def _dense(x: Tensor, weights: Sequence[Sequence[Tensor]]) -> Contestant:
@@ -151,7 +151,7 @@ def _packed(dense: Tensor, scheme: Scheme, beyond: int) -> tuple[int, Callable[[
     arranged = to_layout(packed, best_layout(packed, dense.device))
     activation = "" if scheme.activation is None else scheme.activation.name
     facts = (scheme.weight.name, *packed.shape, arranged.layout, activation)
-    weights = copies(list(arranged.tensors.values()), beyond, on_large_pages)  # as panels are when arranged
+    weights = copies(list(arranged.tensors.values()), beyond, on_large_pages)  # as `panels.arrange` allocates them
     linear = torch.ops.mpq.linear.default
     return packed.nbytes, lambda x: Contestant([partial(linear, x, weight, None, *facts) for weight in weights])
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 Timed = TypeVar("Timed")
-CALLS = 20  # at least so many calls between two device events: their own cost and the launch of a graph are spread
+CALLS = 20  # calls between two device events at least, to amortize the events' cost and the graph launch
 
 
 def copies(
     tensors: Sequence[Tensor], beyond: int, copy: Callable[[Tensor], Tensor] = torch.clone
 ) -> list[list[Tensor]]:
-    """Copies of some tensors that fill `beyond` bytes: whoever takes them in turn finds none in a cache.
+    """Copies of some tensors that fill `beyond` bytes: cycling through the copies defeats the cache.
 
-    `copy` places them: on the memory that the real ones would be on.
+    `copy` allocates them on the kind of memory that the real ones use.
     """
     count = max(2, beyond // max(1, sum(tensor.nbytes for tensor in tensors)))
     return [[copy(tensor) for tensor in tensors] for _ in range(count)]
@@ -26,10 +26,10 @@ def copies(
 
 @dataclass(frozen=True)
 class Contestant:
-    """The thing to time: calls made in turn, one for each copy of what it reads.
+    """What to time: calls made in turn, one for each copy of what it reads.
 
-    The less of a call is Python, the less of what is timed is Python's, slow where weights have emptied the caches:
-    functools.partial adds nothing.
+    Keep Python out of the calls, since it is slow after weights have evicted it from the caches: functools.partial adds
+    nothing.
     """
 
     calls: Sequence[Callable[[], object]]
@@ -37,9 +37,9 @@ class Contestant:
 
 @torch.inference_mode()
 def interleaved(contestants: Sequence[Contestant], repeats: int, device: torch.device) -> list[list[float]]:
-    """Seconds of each contestant's calls, `repeats` of them, all contestants once in every turn, in inference mode.
+    """Seconds of each contestant's calls, `repeats` of each, interleaved turn by turn, in inference mode.
 
-    On a CUDA device a turn is a graph of some calls, replayed between two events, and counts as their mean.
+    On a CUDA device a turn replays a graph of several calls between two events, and counts as their mean.
     """
     if device.type != "cuda":
         return _in_turns([cycle(one.calls) for one in contestants], repeats, _seconds)
@@ -57,7 +57,7 @@ def _in_turns(timed: Sequence[Timed], repeats: int, clock: Callable[[Timed], flo
 
 
 def _seconds(calls: Iterator[Callable[[], object]]) -> float:
-    next(calls)()  # as in a model, where layer follows layer: threads are awake
+    next(calls)()  # wakes the threads, as the preceding layer of a model does
     call = next(calls)
     start = time.perf_counter()
     call()
@@ -81,7 +81,7 @@ def _replays(contestant: Contestant) -> Callable[[], None]:
     """A graph of the calls, so that nothing of the host is timed."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what compiles, does so before the capture
+    with torch.cuda.stream(side):  # compile before the capture
         for call in contestant.calls:
             call()
     torch.cuda.current_stream().wait_stream(side)

@@ -190,7 +190,7 @@ class Layout:
 
     `arrange` takes the canonical layout, `restore` gives it back; `names` are those of its tensors for a format, in
     their fixed order. `suits` says whether the layout is the one to use for a matrix on a device; the layouts
-    registered last are asked first, and "rows" is taken when none suits.
+    registered last are tried first, and "rows" is the fallback.
     """
 
     arrange: Callable[[Packed], Packed]

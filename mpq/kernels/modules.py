@@ -45,11 +45,11 @@ class PackedConv(nn.Module):
         self.bias = origin.bias
         self.kernel, self.stride = list(origin.kernel_size), list(origin.stride)
         self.dilation, self.groups = list(origin.dilation), origin.groups
-        sides = list(origin._reversed_padding_repeated_twice)  # of the last dimension first
+        sides = list(origin._reversed_padding_repeated_twice)  # last dimension first
         self.padding_mode = "constant" if origin.padding_mode == "zeros" else origin.padding_mode
         alike = sides[0::2] == sides[1::2] and self.padding_mode == "constant"
         self.padding = sides[::-2] if alike else [0] * len(self.kernel)
-        self.side_padding = [] if alike else sides  # added before
+        self.side_padding = [] if alike else sides  # padded explicitly before the convolution
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, channels, length) or (batch, channels, height, width), batched or not."""

@@ -1,7 +1,7 @@
 """Layers that read the same input computed in one pass: q, k and v, or gate and up.
 
-Their panels lie in one piece of memory, of which each layer's weight is a view; nothing else about the layers changes.
-Whichever of them is called first with an input computes all, the others take their parts of the result.
+Their panels share one buffer, of which each layer's weight is a view; nothing else about the layers changes. The first
+layer called with an input computes all outputs; the others return their slices.
 """
 
 from collections.abc import Sequence
@@ -46,10 +46,10 @@ class Stack:
         self.last: Pass | None = None
 
     def output(self, member: Any, input: Tensor) -> Tensor | None:
-        """The member's output, or None when it has to compute alone.
+        """The member's output, or None when it must compute alone.
 
-        That is under torch.compile, when gradients of the input are wanted, and after a member's weight was replaced.
-        An input that changes in place between two members' calls is noticed outside of inference mode only.
+        That is under torch.compile, when the input requires gradients, and after a member's weight was replaced. A
+        change of the input in place between two members' calls is detected outside of inference mode only.
         """
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad) or not self.intact():
             return None
@@ -74,8 +74,8 @@ class Stack:
 def stackable(members: Sequence[Any]) -> bool:
     """Whether packed linear layers fit one stack.
 
-    One format, activation format, width and kind of bias, in panels, all but the last of whole panels; formats with a
-    number for the whole tensor only where it is the same.
+    They need the same format, activation format, width and kind of bias, in panels, with whole panels in all but the
+    last; formats with a tensor scale need the same one.
     """
     first = members[0]
     if len(members) < 2 or first.weight.layout != NAME or first.weight.format.granularity == "tensor":

@@ -1,4 +1,4 @@
-"""A layer's inputs in an activation format: quantized on the fly, with scales of the moment."""
+"""A layer's inputs in an activation format: quantized on the fly, with dynamic scales."""
 
 from collections.abc import Callable
 from typing import Any

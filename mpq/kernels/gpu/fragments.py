@@ -31,7 +31,7 @@ _TO_ROWS = (0, 7, 2, 1, 4, 6, 3, 5)
 
 
 def fields(bits: int) -> tuple[int, ...]:
-    """Widths that a code of `bits` bits is cut into, high bits first.
+    """Field widths that a code of `bits` bits is split into, high bits first.
 
     >>> [fields(bits) for bits in range(1, 9)]
     [(1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (8,)]

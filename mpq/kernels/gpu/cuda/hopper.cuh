@@ -62,7 +62,7 @@ template <int COUNT> __device__ __forceinline__ void wgmma_wait(float (&sums)[CO
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// Dynamic shared memory from the next multiple of 1,024 bytes on: ask for 1,024 bytes more than is used.
+// Dynamic shared memory, aligned to 1,024 bytes: allocate 1,024 bytes more than is used.
 __device__ __forceinline__ void *aligned_shared() {
     extern __shared__ u8 shared_memory[];
     return shared_memory + (-shared_address(shared_memory) & 1023);

@@ -1,4 +1,4 @@
-"""Whether a CUDA C++ kernel may run on a device: compared with the reference there, once, in a process of its own.
+"""Whether a CUDA C++ kernel may run on a device: verified against the reference there, once, in a separate process.
 
 A wrong kernel may give wrong numbers, hang, or leave its process without a usable device. So none runs that has not
 passed: `check` (which tuning calls) tries it elsewhere and keeps the verdict by the sources' hash, the device's name
@@ -28,7 +28,7 @@ from mpq.kernels.layout import pack
 from mpq.rounding.reference import dequantize, quantize
 
 BACKENDS: dict[str, ModuleType] = {"cuda": int4, "hopper": hopper}
-PATIENCE = 180  # seconds: a kernel that hangs is stopped
+PATIENCE = 180  # seconds before a hanging kernel is killed
 # format, type, tokens, rows, columns, shares: tiles, groups and stages that end within others
 CASES = [
     ("int4-g128", torch.bfloat16, 1, 256, 1024, 1), ("int4-g128", torch.float16, 16, 200, 1096, 3),

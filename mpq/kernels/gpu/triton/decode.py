@@ -104,7 +104,7 @@ def small_float(codes, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.
 
 @triton.jit
 def to_numbers(codes, zeros, table, SPEC: tl.constexpr, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
-    """What the codes (int16, with the spec's magic) stand for before scaling, in DTYPE; exact but for codebooks.
+    """The codes' values (int16, with the spec's magic) before scaling, in DTYPE; exact except for codebooks.
 
     `zeros` (int16, broadcast against the codes) are what the code of zero is.
     """

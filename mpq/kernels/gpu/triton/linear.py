@@ -99,7 +99,7 @@ def product(
     first, second, third = (codes + codes[:1] * 2)[:3]
     table = decode_table(format.grid, tokens.device) if spec.kind == "table" else first
     out = tokens.new_empty((count, rows), dtype=out_dtype)
-    grouped = parts["scale"].shape[0] * spec.group if spec.group else cols  # 8-bit tokens may be filled up beyond it
+    grouped = parts["scale"].shape[0] * spec.group if spec.group else cols  # 8-bit tokens may be padded beyond it
     steps = -(-min(cols, grouped) // config.block_k)
     padded = first.shape[0] * TILE_ROWS
     blocks = -(-rows // config.block_n) * -(-count // config.block_m)

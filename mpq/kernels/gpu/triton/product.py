@@ -43,7 +43,7 @@ def block_sums(
     INPUT_SCALE: tl.constexpr, EVEN: tl.constexpr, EMULATE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What the steps from `first_step` to before `last_step` give to a block: scaled float32 (BLOCK_N, BLOCK_M).
+    """The contribution of steps `first_step` to `last_step` - 1 to a block: scaled float32 (BLOCK_N, BLOCK_M).
 
     Blocks are counted along the tokens first. MODE "float": 16-bit inputs and weights; "int8": int8 inputs with each
     tile's 16 columns in a lane's order, and float32 `input_scale` (M,); "fp8" likewise. EVEN: no mask is needed along

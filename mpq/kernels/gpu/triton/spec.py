@@ -10,7 +10,7 @@ from mpq.core.grids import Grid
 
 
 class Spec(NamedTuple):
-    """A format's facts: kernels are compiled once for each value that differs.
+    """A format's compile-time constants: a kernel is compiled once for each distinct value.
 
     kind: "int" (code - zero), "float" or "table". group: columns that share a scale, 0 for a whole row. offset: the
     code of zero where there are no zero points.

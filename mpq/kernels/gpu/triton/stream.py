@@ -1,4 +1,4 @@
-"""The same product by programs that stay: stream-K (Osama et al., arXiv 2301.03598), without atomics.
+"""The same product by persistent programs: stream-K (Osama et al., arXiv 2301.03598), without atomics.
 
 As many programs are launched as run at once. Each first computes whole blocks, a wave at a time; the blocks of the last
 full wave and of the unfilled one behind it are cut by steps instead, an equal run for every program (the paper's

@@ -22,7 +22,7 @@ from mpq.kernels.gpu.triton.tables import device_facts, key_of, remember
 from mpq.kernels.layout import pack, to_layout
 from mpq.rounding.reference import quantize
 
-BEYOND = 128 << 20  # bytes: weights rotate through more than any L2 holds
+BEYOND = 128 << 20  # bytes of weights to cycle through: more than any L2 holds
 REPEATS = 5
 
 
@@ -48,7 +48,7 @@ def candidates(format: Format, tokens: int, rows: int, cols: int, processors: in
 def tune(
     name: str, rows: int, cols: int, tokens: int, device: torch.device, choices: Iterable[Config] | None = None
 ) -> Config:
-    """Time the candidates for a product with bf16 inputs in turns, keep the fastest in the user's table, return it.
+    """Time the candidates for a product with bf16 inputs interleaved, store the fastest in the user's table, return it.
 
     Raises:
         MpqError: the scheme is unknown, or its weights are not the kernels'.
