@@ -1,12 +1,11 @@
 """One token through a packed LLaMA-style decoder in one call of compiled code, on a CPU: `decoder.step` in C.
 
 In the light loop a small model's time goes into Python and thirty small operations a block; threads start and end at
-every product. native/step.h computes a whole token instead: float32 between the packed products, keys and values in the
+every product. src/decoder.c computes a whole token instead: float32 between the packed products, keys and values in the
 light loop's own memory, logits in the model's type.
 """
 
 import ctypes
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +15,11 @@ from torch import Tensor
 from torch.nn.modules import module as everywhere
 
 from mpq.generation.decoder import Block, Decoder, Memory, grow
+from mpq.kernels.cpu import abi, panels
 from mpq.kernels.cpu import native as cpu
-from mpq.kernels.cpu import panels
 from mpq.kernels.modules import PackedLinear
 from mpq.kernels.stacked import Stack
 
-# As native/step.h has them
-_LAYER = struct.Struct("@4P2i")
-_NORMS = struct.Struct("@2P")
-_SIZES = struct.Struct("@P6qf2iP")
-_TOKEN = struct.Struct("@5P3q")
 _TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -35,7 +29,7 @@ class CompiledStep:
 
     decoder: Decoder
     library: ctypes.CDLL
-    described: bytes  # an mpq_decoder
+    described: abi.Decoder
     vocabulary: int
     dtype: torch.dtype
     kept: Sequence[object]
@@ -52,13 +46,13 @@ class CompiledStep:
             return None
         logits: Tensor = x.new_empty(self.vocabulary)
         cos, sin = (part[memory.length] for part in memory.rotations)
-        past = struct.pack(f"@{2 * len(memory.keys)}P", *(one.data_ptr() for one in (*memory.keys, *memory.values)))
-        status = self.library.mpq_step(self.described, _TOKEN.pack(
-            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), logits.data_ptr(), _address(past),
-            memory.length, memory.capacity, torch.get_num_threads(),
+        addresses = [part.data_ptr() for part in (*memory.keys, *memory.values)]
+        status = self.library.mpq_step(self.described, abi.Token(
+            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), logits.data_ptr(),
+            (ctypes.c_void_p * len(addresses))(*addresses), memory.length, memory.capacity, torch.get_num_threads(),
         ))  # fmt: skip
         if status < 0:
-            raise MemoryError("the CPU kernel found no room for its scratch memory")
+            raise MemoryError("out of memory for the CPU kernel's scratch buffers")
         if status:
             return None
         memory.length += 1
@@ -84,16 +78,14 @@ def compiled_step(decoder: Decoder) -> CompiledStep | None:
         return None
     floats = [norm.detach().float().contiguous() for norm in norms]
     kept: list[object] = [*floats]
-    blocks = b"".join(
-        b"".join(_LAYER.pack(*layer) for layer in _layers(block, kept))
-        + _NORMS.pack(*(norm.data_ptr() for norm in floats[2 * index : 2 * index + 2]))
+    blocks = [
+        abi.Block(*_layers(block, kept), *(norm.data_ptr() for norm in floats[2 * index : 2 * index + 2]))
         for index, block in enumerate(decoder.blocks)
-    )
-    kept.append(blocks)
-    described = _SIZES.pack(
-        _address(blocks), len(decoder.blocks), *_sizes(decoder.blocks[0], width), decoder.epsilon,
-        dtype == torch.bfloat16, native.level, native.parallel,
-    ) + _LAYER.pack(*_one(decoder.head, kept)) + struct.pack("@P", floats[-1].data_ptr())  # fmt: skip
+    ]
+    described = abi.Decoder(
+        (abi.Block * len(blocks))(*blocks), len(blocks), *_sizes(decoder.blocks[0], width), decoder.epsilon,
+        dtype == torch.bfloat16, native.level, native.parallel, _one(decoder.head, kept), floats[-1].data_ptr(),
+    )  # fmt: skip
     head: Any = decoder.head
     return CompiledStep(decoder, native.library, described, head.out_features, dtype, kept)
 
@@ -120,7 +112,7 @@ def _plain(module: Any) -> bool:
     weight, bias = module.weight, module.bias
     return (
         weight.layout == panels.NAME and weight.device.type == "cpu" and module.activation in ("", "int8-channel")
-        and (not module.activation or cpu._plan(*weight.facts[:3]).kind != panels.BFLOAT)
+        and (not module.activation or cpu._plan(*weight.facts[:3]).kind != panels.TABLE_BF16)
         and (bias is None or (bias.dtype in _TYPES and bias.is_contiguous()))
     )  # fmt: skip
 
@@ -130,13 +122,13 @@ def _hooked(module: Any) -> bool:
     return any((*own, everywhere._global_forward_pre_hooks))
 
 
-def _layers(block: Block, kept: list[object]) -> list[tuple[int, ...]]:
-    """The block's layers as mpq_layer; a stack stands in its first member's place."""
+def _layers(block: Block, kept: list[object]) -> list[abi.Layer]:
+    """The block's seven layers; a stack takes its first member's place."""
     q, k, v, o, gate, up, down = _linear(block)
     return [*_stacked((q, k, v), kept), _one(o, kept), *_stacked((gate, up), kept), _one(down, kept)]
 
 
-def _stacked(members: Sequence[Any], kept: list[object]) -> list[tuple[int, ...]]:
+def _stacked(members: Sequence[Any], kept: list[object]) -> list[abi.Layer]:
     stack: Stack | None = members[0].stack
     if stack is None or len(stack.members) != len(members) or not stack.intact() or any(
         one is not other for one, other in zip(stack.members, members, strict=True)
@@ -146,23 +138,18 @@ def _stacked(members: Sequence[Any], kept: list[object]) -> list[tuple[int, ...]
     bias = None if biases[0] is None else torch.cat(biases)
     facts = (stack.facts[0], stack.facts[1], stack.facts[2])
     first = _layer(stack.tensors, facts, bias, members[0].activation, kept)
-    return [first] + [(0,) * 6] * (len(members) - 1)
+    return [first] + [abi.Layer()] * (len(members) - 1)
 
 
-def _one(module: Any, kept: list[object]) -> tuple[int, ...]:
+def _one(module: Any, kept: list[object]) -> abi.Layer:
     return _layer(module.weight.tensors, module.weight.facts[:3], module.bias, module.activation, kept)
 
 
 def _layer(
     tensors: Sequence[Tensor], facts: tuple[str, int, int], bias: Tensor | None, activation: str, kept: list[object]
-) -> tuple[int, ...]:
-    weight = cpu._plan(*facts).weight
-    kept += [*tensors, bias, weight]
+) -> abi.Layer:
+    kept += [*tensors, bias]
     scale = tensors[1].data_ptr() if len(tensors) > 1 else 0
     given = (0, 0) if bias is None else (bias.data_ptr(), int(bias.dtype == torch.bfloat16))
-    return _address(weight), tensors[0].data_ptr(), scale, *given, 1 if activation else 2
-
-
-def _address(data: bytes) -> int:
-    """Of the first byte, as long as the object lives."""
-    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
+    weight = ctypes.pointer(cpu._plan(*facts).weight)
+    return abi.Layer(weight, tensors[0].data_ptr(), scale, *given, 1 if activation else 2)

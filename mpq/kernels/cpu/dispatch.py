@@ -1,8 +1,8 @@
-"""torch.ops.mpq.linear on CPUs without Python: native/dispatch.h, called by PyTorch's dispatcher.
+"""torch.ops.mpq.linear on CPUs without Python: src/torch_dispatch.c, called by PyTorch's dispatcher.
 
-A weight that streams by leaves the caches empty, and Python's part of a call then takes as long as 1 MB of weights. The
-library is not linked to PyTorch: it is given the functions of PyTorch's stable C interface by address. PyTorch before
-2.13 lacks some of them; there, and for calls that are not plain, Python computes (torch.ops.mpq.linear_any).
+Streaming weights evicts Python's code from the caches; its share of a call then takes as long as reading 1 MB of
+weights. The library does not link to PyTorch: it gets the functions of PyTorch's stable C interface by address. PyTorch
+before 2.13 lacks some of them; there, and for calls that C does not handle, Python computes (torch.ops.mpq.linear_any).
 """
 
 import ctypes
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-_FUNCTIONS = (  # in the order of native/dispatch.h
+_FUNCTIONS = (  # in the order of src/torch_dispatch.c
     "aoti_torch_library_init_impl", "aoti_torch_library_impl", "aoti_torch_call_dispatcher", "aoti_torch_check",
     "torch_exception_get_what_without_backtrace", "torch_list_size", "torch_list_get_item", "torch_string_c_str",
     "aoti_torch_get_data_ptr", "aoti_torch_get_dim", "aoti_torch_get_sizes", "aoti_torch_get_strides",
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 def serve(library: ctypes.CDLL, level: int, parallel: int) -> bool:
-    """Have the library compute torch.ops.mpq.linear's plain calls at that level; False if this PyTorch cannot."""
+    """Register the library as torch.ops.mpq.linear's CPU kernel at a level; False if this PyTorch lacks a function."""
     for path in sorted((Path(torch.__file__).parent / "lib").glob("*torch_cpu.*")):
         try:
             offered = ctypes.CDLL(str(path))
@@ -32,5 +32,7 @@ def serve(library: ctypes.CDLL, level: int, parallel: int) -> bool:
             continue
         interface = (ctypes.c_void_p * len(addresses))(*addresses)
         return bool(library.mpq_serve(interface, level, ctypes.c_void_p(parallel)) == 0)
-    _log.debug("PyTorch %s offers too little of its stable C interface: Python calls the kernels", torch.__version__)
+    _log.debug(
+        "PyTorch %s lacks functions of the stable C interface: kernels are called through Python", torch.__version__
+    )
     return False

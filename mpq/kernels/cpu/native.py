@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import platform
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -25,23 +24,20 @@ from torch import Tensor
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
 from mpq.kernels import reference
-from mpq.kernels.cpu import dispatch, panels
+from mpq.kernels.cpu import abi, dispatch, panels
 from mpq.kernels.layout import LAYOUTS, Layout, Packed
 from mpq.kernels.ops import KERNELS
 from mpq.rounding.reference import SCALE_DTYPES, decode_table
 
-LEVELS = (  # as native/linear.c orders them
+LEVELS = (  # in the order of src/levels.c
     ("portable", "neon")
     if platform.machine() in ("aarch64", "arm64")
     else ("portable", "avx2", "avxvnni", "avx512", "amx")
 )
-_SCALE_KINDS = ("fp32", "fp16", "bf16", "e8m0", "e4m3", "ue5m3")  # as native/mpq.h numbers them
-_WEIGHT = struct.Struct("@qqq12if256s256sQQii0q")
-_CALL = struct.Struct("@PPPqqPPq6iPP")
-_IMAGES = struct.Struct("@17q")
-# A convolution goes by patches up to so many positions for each row of the weight, and in all (measured at each level,
-# but for neon, which has avx2's)
-_POSITIONS = ((0.06, 4.0), (0.12, 10.0), (0.16, 16.0), (0.4, 160.0), (1.5, math.inf))
+_SCALE_KINDS = ("fp32", "fp16", "bf16", "e8m0", "e4m3", "ue5m3")  # as src/abi.h numbers them
+# By level: gather patches up to this many output positions for each row of the weight, and in all; measured, except for
+# neon, which takes avx2's
+_PATCH_LIMITS = ((0.06, 4.0), (0.12, 10.0), (0.16, 16.0), (0.4, 160.0), (1.5, math.inf))
 _log = logging.getLogger(__name__)
 
 
@@ -51,30 +47,19 @@ class Native:
 
     library: ctypes.CDLL
     level: int  # index in LEVELS
-    parallel: int  # address of PyTorch's own GOMP_parallel: one pool of threads, not two; 0 without
+    parallel: int  # address of PyTorch's own GOMP_parallel, to share its thread pool; 0 without
 
 
 @lru_cache(maxsize=1)
 def native() -> Native | None:
-    """The library, or None where the package was installed without a compiler (said once, in the log)."""
+    """The library, or None where the package was installed without a compiler (logged once)."""
     try:
         path = importlib.import_module("mpq.kernels.cpu._native").__file__
     except ImportError:
         _log.warning("mpq was installed without its compiled kernels; packed layers run in plain PyTorch")
         return None
     library = ctypes.CDLL(path)
-    library.mpq_linear.restype = ctypes.c_int64
-    library.mpq_linear.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
-    library.mpq_conv.restype = ctypes.c_int64
-    library.mpq_conv.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p]
-    library.mpq_embedding.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_void_p]
-    library.mpq_step.restype = ctypes.c_int64
-    library.mpq_step.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
-    library.mpq_dequantize.restype = None
-    library.mpq_dequantize.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 4, ctypes.c_int, ctypes.c_void_p]
-    library.mpq_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
-    library.mpq_know.restype = None
-    library.mpq_know.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    abi.declare(library)
     wanted = os.environ.get("MPQ_CPU_LEVEL", LEVELS[-1])
     if wanted not in LEVELS:
         raise MpqError(f"MPQ_CPU_LEVEL is {wanted!r}: expected one of {', '.join(LEVELS)}")
@@ -104,11 +89,15 @@ def _torch_parallel() -> int:
     return 0
 
 
+def _table(entries: bytes) -> ctypes.Array[ctypes.c_ubyte]:
+    return abi.Table(*entries)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What the library is told about a weight, whatever its numbers."""
+    """Weight metadata passed to C, independent of values."""
 
-    weight: bytes  # an mpq_weight
+    weight: abi.Weight
     kind: int
 
 
@@ -122,11 +111,11 @@ def _plan(format_name: str, rows: int, cols: int) -> Plan:
     extras = panels.ROWS * (scale_bytes + format.zero_point)
     panel_bytes = cut.tiles * cut.tile * 8 * format.grid.bits
     panel_bytes += extras if cut.row_scales else extras * cut.tiles * cut.segments + panels.END
-    weight = _WEIGHT.pack(
+    weight = abi.Weight(
         rows, cols, panel_bytes, format.grid.bits, levels.kind, levels.offset,
         cut.group, cut.segment, cut.segments, cut.tiles, _SCALE_KINDS.index(format.scale), scale_bytes,
-        cut.row_scales, format.zero_point, panels.bfloats_of(format), levels.factor, levels.low, levels.high,
-        bits.low, bits.high, bits.flip, bits.normal,
+        cut.row_scales, format.zero_point, panels.bf16_terms(format), levels.factor, _table(levels.low),
+        _table(levels.high), bits.low_matrix, bits.high_matrix, bits.high_flip, bits.normal_mask,
     )  # fmt: skip
     if found := native():
         found.library.mpq_know(format_name.encode(), weight)
@@ -148,11 +137,11 @@ def linear(
     if found is None or not cols or not rows:
         return reference.linear(input, weight, bias, format, rows, cols, layout, activation)
     plan, planes = _plan(format, rows, cols), 2
-    if activation == "int8-channel" and plan.kind != panels.BFLOAT:
+    if activation == "int8-channel" and plan.kind != panels.TABLE_BF16:
         planes = 1
     elif activation:
         input = reference.quantize_activation(input, activation)
-    # A weight that streams by leaves nothing in the cache: each call of PyTorch before the product costs 10 us or more.
+    # Streaming weights evicts PyTorch's code from the cache: each PyTorch call before the product costs 10 us or more.
     x, stride = input, cols
     if x.dtype != torch.float32 and x.dtype != torch.bfloat16:
         x = x.float()
@@ -166,7 +155,7 @@ def linear(
     out = torch.empty((*input.shape[:-1], rows), dtype=x.dtype, device="cpu")
     status = found.library.mpq_linear(plan.weight, _call(found, weight, x, tokens, stride, bias, out, planes))
     if status < 0:
-        raise MemoryError("the CPU kernel found no room for its scratch memory")
+        raise MemoryError("out of memory for the CPU kernel's scratch buffers")
     if status:
         which = torch.empty(tokens, dtype=torch.int8)
         found.library.mpq_linear(plan.weight, _call(found, weight, x, tokens, stride, bias, out, planes, which))
@@ -177,22 +166,21 @@ def linear(
 
 def _call(
     found: Native, weight: Sequence[Tensor], x: Tensor, tokens: int, stride: int, bias: Tensor | None, out: Tensor,
-    planes: int = 2, unfit: Tensor | None = None,
-) -> bytes:  # fmt: skip
-    """An mpq_call."""
-    bfloat = x.dtype == torch.bfloat16
-    return _CALL.pack(
+    planes: int = 2, skipped: Tensor | None = None,
+) -> abi.Call:  # fmt: skip
+    is_bf16 = x.dtype == torch.bfloat16
+    return abi.Call(
         weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0, x.data_ptr(), tokens, stride,
         0 if bias is None else bias.data_ptr(), out.data_ptr(), out.shape[-1],
-        bfloat, bias is not None and bias.dtype == torch.bfloat16, bfloat,
-        planes, torch.get_num_threads(), found.level, 0 if unfit is None else unfit.data_ptr(), found.parallel,
+        is_bf16, bias is not None and bias.dtype == torch.bfloat16, is_bf16,
+        planes, torch.get_num_threads(), found.level, 0 if skipped is None else skipped.data_ptr(), found.parallel,
     )  # fmt: skip
 
 
 def prepared(input: Tensor, weight: Sequence[Tensor], out: Tensor, format: str) -> Callable[[], int]:
-    """The compiled product alone, (tokens, cols) into (tokens, rows) of one type, as often as it is called.
+    """A function that computes the product, (tokens, cols) into (tokens, rows) of one dtype, at each call.
 
-    All that Python does is done beforehand, for whoever times the rest. The tensors must outlive it. MpqError without
+    Python's share is done beforehand, so that only the kernel is timed. Keep the tensors alive. MpqError without
     compiled kernels.
     """
     found = native()
@@ -207,7 +195,7 @@ def conv(
     input: Tensor, weight: Sequence[Tensor], bias: Tensor | None, format: str, rows: int, cols: int, layout: str,
     kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    """torch.ops.mpq.conv for the panels layout, by whichever way is faster."""
+    """torch.ops.mpq.conv for the panels layout, by the faster of two methods."""
     size = reference.conv_size(input.shape[2:], kernel, stride, padding, dilation)
     if groups == 1 and _patches_pay(len(input) * math.prod(size), rows):
         return patches(input, weight, bias, format, rows, cols, layout, kernel, stride, padding, dilation)
@@ -221,28 +209,27 @@ def patches(
 ) -> Tensor:  # fmt: skip
     """A convolution of one group whose patches are gathered and multiplied by packed weights, 256 at a time."""
     found, size = native(), reference.conv_size(input.shape[2:], kernel, stride, padding, dilation)
-    facts = (format, rows, cols, layout, kernel, stride, padding, dilation, 1)
+    arguments = (format, rows, cols, layout, kernel, stride, padding, dilation, 1)
     if found is None or min(*input.shape, *size, rows) < 1:
-        return reference.conv(input, weight, bias, *facts)
+        return reference.conv(input, weight, bias, *arguments)
     x = input if input.dtype in (torch.float32, torch.bfloat16) else input.float()
     if bias is not None and (bias.dtype not in (torch.float32, torch.bfloat16) or bias.stride(0) != 1):
         bias = bias.float().contiguous()
     out = x.new_empty((len(x), *size, rows))
     tokens = out.numel() // rows
-    unfit = x.new_empty(tokens, dtype=torch.int8)
+    skipped = x.new_empty(tokens, dtype=torch.int8)
     line = 1 if len(kernel) == 1 else x.stride(2)
     pairs = [_pair(values, fill) for values, fill in zip(
         (x.shape[2:], kernel, size, stride, padding, dilation), (1, 1, 1, 1, 0, 1), strict=True
     )]  # fmt: skip
-    images = _IMAGES.pack(x.shape[1], *(value for pair in pairs for value in pair),
-                          x.stride(0), x.stride(1), line, x.stride(-1))  # fmt: skip
-    call = _call(found, weight, x, tokens, 0, bias, out, unfit=unfit)
+    images = abi.Images(x.shape[1], *pairs, (x.stride(0), x.stride(1), line, x.stride(-1)))
+    call = _call(found, weight, x, tokens, 0, bias, out, skipped=skipped)
     status = found.library.mpq_conv(_plan(format, rows, cols).weight, call, images)
     if status < 0:
-        raise MemoryError("the CPU kernel found no room for its scratch memory")
+        raise MemoryError("out of memory for the CPU kernel's scratch buffers")
     if status:
-        again = reference.conv(x, weight, bias, *facts).movedim(1, -1)
-        out = torch.where(unfit.bool().reshape(out.shape[:-1])[..., None], again, out)
+        again = reference.conv(x, weight, bias, *arguments).movedim(1, -1)
+        out = torch.where(skipped.bool().reshape(out.shape[:-1])[..., None], again, out)
     return out.to(input.dtype).movedim(-1, 1)
 
 
@@ -260,14 +247,14 @@ def unpacked(weight: Sequence[Tensor], format: str, rows: int, cols: int, layout
 
 
 def _patches_pay(positions: int, rows: int) -> bool:
-    """Whether patches are faster than unpacking the weight for PyTorch's own convolution."""
+    """Whether gathering patches is faster than unpacking the weight for PyTorch's own convolution."""
     found = native()
-    share, most = _POSITIONS[found.level if found else 0]
+    share, most = _PATCH_LIMITS[found.level if found else 0]
     return positions <= min(share * rows, most)
 
 
 def _pair(values: Sequence[int], fill: int) -> tuple[int, int]:
-    """Down and along; a single dimension is along."""
+    """(height, width); a single dimension is the width."""
     return (fill, values[0]) if len(values) == 1 else (values[0], values[1])
 
 
@@ -301,7 +288,7 @@ def embedding(
         values.data_ptr(), chosen.data_ptr(), chosen.numel(), out.data_ptr(),
     )  # fmt: skip
     if status:
-        raise IndexError(f"an index is none of the embedding's {rows} rows")
+        raise IndexError(f"embedding index out of range: expected 0 to {rows - 1}")
     return out.to(dtype)
 
 

@@ -1,8 +1,8 @@
 """The "panels" layout: what the CPU kernels stream, one thread one panel of 64 rows front to back.
 
-native/mpq.h describes the bytes. A panel is a row of tiles; a tile is its scales and zero points, 64 for each segment
-(columns that share a scale), then its codes in steps of 64 (4 columns of 16 rows): the order in which they are needed.
-One scale for a row, or for the tensor, stands once at the panel's end.
+src/abi.h describes the bytes, docs/kernels.md draws them. A panel is a row of tiles; a tile is its scales and zero
+points, 64 for each segment (columns that share a scale), then its codes in steps of 64 (4 columns of 16 rows): in
+the order of use. One scale for a row, or for the tensor, stands once at the panel's end.
 """
 
 from dataclasses import dataclass
@@ -26,16 +26,16 @@ END = 64  # bytes after a panel's last codes, which are loaded as whole vectors
 TILE = 128  # columns of a tile, where groups allow
 MAX_TILE = 256
 LARGEST = 127 * 257  # level of two bytes, each with a sign
-AT_ONCE = 2**20  # codes that are arranged at a time: what that needs besides stays in the cache
-INTEGER, TABLE8, TABLE16, BFLOAT = range(4)
+CODES_AT_A_TIME = 2**20  # codes arranged at a time, so that temporaries stay in the cache
+INTEGER, TABLE8, TABLE16, TABLE_BF16 = range(4)
 
 
 @dataclass(frozen=True)
 class Levels:
-    """How codes become the integers or bfloat16 that kernels multiply: value = factor * (level - offset).
+    """The integers or bf16 that kernels multiply, by code: value = factor * (level - offset).
 
-    A level is the code itself (INTEGER), a byte looked up (TABLE8), 256 * (high - 128) + low of two bytes looked up
-    (TABLE16), or a bfloat16 whose halves are looked up (BFLOAT, offset 0).
+    A level is the code itself (INTEGER), a byte from a table (TABLE8), 256 * (high - 128) + low from two tables
+    (TABLE16), or a bf16 whose bytes come from two tables (TABLE_BF16, offset 0).
     """
 
     kind: int
@@ -47,15 +47,15 @@ class Levels:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a (rows, cols) matrix is cut: sizes in columns unless said otherwise."""
+    """How a (rows, cols) matrix is cut; sizes in columns unless stated otherwise."""
 
-    group: int  # that share a scale
-    segment: int  # the same, filled up to a multiple of 4
+    group: int  # columns that share a scale
+    segment: int  # the same, padded to a multiple of 4
     segments: int  # segments in a tile
     tiles: int  # tiles in a panel
     panels: int
     row_scales: bool  # scales stand at the panel's end
-    repeats: int  # segments that a scale of the format is repeated for
+    repeats: int  # segments that one of the format's scales serves
 
     @property
     def tile(self) -> int:
@@ -89,7 +89,7 @@ def cut_of(format: Format, rows: int, cols: int) -> Cut:
 
 @lru_cache(maxsize=64)
 def levels_of(grid: Grid) -> Levels | None:
-    """The levels of a grid, exact except for codebooks (steps of 1/32639 of their largest value); None if none fit."""
+    """The levels of a grid, exact except for codebooks (steps of 1/32639 of their largest value); or None."""
     if grid.family == "int":
         return Levels(INTEGER, grid.offset)
     values = grid.values()
@@ -109,28 +109,28 @@ def levels_of(grid: Grid) -> Levels | None:
     if not np.array_equal(halves.double().numpy(), values, equal_nan=True) or grid.family != "float":
         return None
     words = halves.view(torch.int16).numpy().astype(np.int64)
-    return Levels(BFLOAT, 0, 1.0, _table(words & 255), _table(words >> 8 & 255))
+    return Levels(TABLE_BF16, 0, 1.0, _table(words & 255), _table(words >> 8 & 255))
 
 
 @dataclass(frozen=True)
 class BitMap:
-    """How bits of an 8-bit float's code become those of a bfloat16, where the code has any bit of `normal`.
+    """Bit matrices that map an 8-bit float's code to a bf16, for codes with any bit of `normal_mask`.
 
-    A half is a matrix of bits times the code's bits, over GF(2): a number of 64 bits whose byte 7 - i makes bit i, as
-    GF2P8AFFINEQB takes it. The high half is then flipped by `flip`: copies of its top bit add an exponent's bias.
+    Each byte of the bf16 is a matrix over GF(2) times the code's bits: 64 bits whose byte 7 - i makes bit i, in the
+    layout of GF2P8AFFINEQB. The high byte is then xored with `high_flip`: copies of its top bit add the bias.
     """
 
-    low: int = 0
-    high: int = 0
-    flip: int = 0
-    normal: int = 0  # or 0: there is no such map
+    low_matrix: int = 0
+    high_matrix: int = 0
+    high_flip: int = 0
+    normal_mask: int = 0  # 0: there is no such map
 
 
 @lru_cache(maxsize=64)
 def bit_map_of(grid: Grid) -> BitMap:
-    """The map of a grid whose levels are BFLOAT: found by flipping single bits, checked on every finite normal code."""
+    """The map of a TABLE_BF16 grid: found by flipping single bits, checked on every finite normal code."""
     levels = levels_of(grid)
-    if levels is None or levels.kind != BFLOAT or grid.bits != 8:
+    if levels is None or levels.kind != TABLE_BF16 or grid.bits != 8:
         return BitMap()
     codes, finite = np.arange(256), np.isfinite(grid.values())
     halves = [np.frombuffer(half, np.uint8) for half in (levels.low, levels.high)]
@@ -155,10 +155,10 @@ def bit_map_of(grid: Grid) -> BitMap:
 
 
 @lru_cache(maxsize=1024)
-def bfloats_of(format: Format) -> int:
-    """How many bfloat16 add up to a weight with its group's scale: 1 exactly, 2 to 2**-17 of it.
+def bf16_terms(format: Format) -> int:
+    """Number of bf16 terms whose sum is a weight with its group's scale: 1 is exact, 2 has a relative error of 2**-17.
 
-    A product has as many significant bits as its factors together; bfloat16 has 8. Scales of rows are applied later.
+    A product has as many significant bits as its factors together; bf16 has 8. Row scales are applied later.
     """
     levels = levels_of(format.grid)
     assert levels is not None
@@ -184,7 +184,7 @@ def _significant(value: float) -> int:
 
 
 def _table(entries: NDArray[np.int64]) -> bytes:
-    """256 bytes, the entries over and over."""
+    """256 bytes: the entries, repeated."""
     return bytes(np.resize(entries, 256).astype(np.uint8))
 
 
@@ -195,7 +195,7 @@ def arrange(packed: Packed) -> Packed:
     scales, zeros = tensors["scale"].expand(rows, -1), None
     if format.zero_point:
         zeros = unpack_bits(tensors["zeros"], format.grid.bits, scales.shape[1]).expand(rows, -1)
-    step = max(1, AT_ONCE // (ROWS * cut.tile * cut.tiles)) * ROWS
+    step = max(1, CODES_AT_A_TIME // (ROWS * cut.tile * cut.tiles)) * ROWS
     parts = [tensors["packed"], scales, *(() if zeros is None else (zeros,))]
     pieces = [_panels([part[start : start + step] for part in parts], format, cols) for start in range(0, rows, step)]
     placed = empty_on_large_pages((cut.panels, pieces[0].shape[1]), torch.uint8)
@@ -271,7 +271,7 @@ def is_finite(packed: Packed) -> bool:
 
 
 def _segments(codes: Tensor, cut: Cut) -> Tensor:  # (rows, cols)
-    """(panels * 64, tiles * segments, segment), filled up with zeros."""
+    """(panels * 64, tiles * segments, segment), zero-padded."""
     rows, cols = codes.shape
     groups = cut.tiles * cut.segments
     filled = pad(codes, (0, groups * cut.group - cols, 0, cut.panels * ROWS - rows))
@@ -295,16 +295,16 @@ def _by_row(part: Tensor, dtype: torch.dtype, cut: Cut) -> Tensor:
     return part.permute(0, 3, 1, 2).reshape(cut.panels * ROWS, -1)
 
 
-def is_bfloat(format: Format) -> bool:
-    """Whether codes become bfloat16 numbers, whose steps pair columns."""
+def is_bf16(format: Format) -> bool:
+    """Whether codes decode to bf16, whose steps pair columns."""
     levels = levels_of(format.grid)
-    return levels is not None and levels.kind == BFLOAT
+    return levels is not None and levels.kind == TABLE_BF16
 
 
 def _steps_to_bytes(steps: Tensor, format: Format) -> Tensor:  # (panels, tiles, quads, 4, 16, 4)
     """(panels, tiles, quads, 32 * bits)."""
     shape, bits = steps.shape[:3], format.grid.bits
-    if is_bfloat(format):  # columns 0 and 1 of four rows, then columns 2 and 3
+    if is_bf16(format):  # columns 0 and 1 of four rows, then columns 2 and 3
         steps = steps.reshape(*shape, 4, 4, 4, 2, 2).transpose(-3, -2)
     steps = steps.reshape(*shape, 4, 64)
     if bits == 8:
@@ -326,6 +326,6 @@ def _bytes_to_steps(stream: Tensor, format: Format) -> Tensor:  # (panels, tiles
         steps = torch.stack([stream >> 2 * index & 3 for index in range(4)], -2)
     else:
         steps = stream if bits == 8 else unpack_bits(stream.reshape(-1, 8 * bits), bits, 64)
-    if is_bfloat(format):
+    if is_bf16(format):
         steps = steps.reshape(*shape, 4, 4, 2, 4, 2).transpose(-3, -2)
     return steps.reshape(*shape, 4, 16, 4)

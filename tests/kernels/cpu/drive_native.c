@@ -1,5 +1,5 @@
 /* Runs each case at every level on allocations of exact size: products of several batches, convolutions, the whole weight,
- * its rows, and where it is square, steps of a decoder whose layers all have that weight.
+ * its rows, calls by PyTorch's dispatcher, and where it is square, steps of a decoder whose layers all have that weight.
  * A case is a file: an mpq_weight, the 256 numbers of its codes, the weight as float32 (rows, cols), the panels.
  * Prints the best level's name, then for each case the hash of what the first level computed. Gaps between rows hold NaN:
  * none may be read, nor written. Levels that share multiply.h must agree to the bit (without fused multiply-adds).
@@ -9,61 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "mpq.h"
-
-typedef struct { /* as linear.c has it */
-  const uint8_t *panels;
-  const float *tensor_scale;
-  const void *x;
-  int64_t tokens, stride;
-  const void *bias;
-  void *out;
-  int64_t out_stride;
-  int32_t bfloat, bias_bfloat, out_bfloat, planes, threads, level;
-  int8_t *unfit;
-  void *parallel;
-} mpq_call;
-
-typedef struct { /* likewise */
-  int64_t channels, size[2], kernel[2], out[2], stride[2], padding[2], dilation[2], steps[4];
-} mpq_images;
-
-typedef struct { /* as step.h has it */
-  const mpq_weight *weight;
-  const uint8_t *panels;
-  const float *tensor_scale;
-  const void *bias;
-  int32_t bias_bfloat, planes;
-} mpq_layer;
-
-typedef struct {
-  mpq_layer q, k, v, o, gate, up, down;
-  const float *attention_norm, *mlp_norm;
-} mpq_block;
-
-typedef struct {
-  const mpq_block *blocks;
-  int64_t count, width, hidden, heads, key_heads, head_width;
-  float epsilon;
-  int32_t bfloat, level;
-  void *parallel;
-  mpq_layer head;
-  const float *norm;
-} mpq_decoder;
-
-typedef struct {
-  const void *x, *cos, *sin;
-  void *logits, *const *past;
-  int64_t position, capacity, threads;
-} mpq_token;
-
-int64_t mpq_linear(const mpq_weight *, const mpq_call *);
-int64_t mpq_step(const mpq_decoder *, const mpq_token *);
-int mpq_embedding(const mpq_weight *, const uint8_t *, const float *, const float *, const int64_t *, int64_t, float *);
-int64_t mpq_conv(const mpq_weight *, const mpq_call *, const mpq_images *);
-void mpq_dequantize(const mpq_weight *, const uint8_t *, const float *, const float *, float *, int, void *);
-int mpq_best_level(int most);
-const char *mpq_level_name(int);
+#include "tile.h"
 
 typedef struct {
   mpq_weight weight;
@@ -82,8 +28,8 @@ static void remember(const uint8_t *bytes, size_t size) {
   for (size_t i = 0; i < size; i++) hash = (hash ^ bytes[i]) * 0x100000001b3u;
 }
 
-static void put(void *to, int64_t index, int bfloat, float value) {
-  const int element = bfloat ? 2 : 4;
+static void put(void *to, int64_t index, int is_bf16, float value) {
+  const int element = is_bf16 ? 2 : 4;
   memcpy((uint8_t *)to + index * element, (uint8_t *)&value + 4 - element, element);
 }
 
@@ -108,16 +54,16 @@ static int alike(int level) {
 
 /* One call at every level: those alike agree. `images` or NULL; `patches`, the same tokens as rows of x, or NULL. */
 static int levels_agree(const test_case *one, mpq_call call, const mpq_images *images, const void *patches) {
-  const int element = call.bfloat ? 2 : 4;
+  const int element = call.x_is_bf16 ? 2 : 4;
   const int64_t gap = 3, size = call.tokens * (one->weight.rows + gap) * element;
   uint8_t *bias = calloc(one->weight.rows, element), *first = NULL;
-  for (int64_t i = 0; i < one->weight.rows; i++) put(bias, i, call.bfloat, number(i + 5));
+  for (int64_t i = 0; i < one->weight.rows; i++) put(bias, i, call.x_is_bf16, number(i + 5));
   call.panels = one->panels, call.bias = bias, call.out_stride = one->weight.rows + gap;
-  call.bias_bfloat = call.out_bfloat = call.bfloat;
+  call.bias_is_bf16 = call.out_is_bf16 = call.x_is_bf16;
   for (call.level = 0; call.level <= mpq_best_level(99); call.level++) {
     if (mpq_best_level(call.level) != call.level) continue;
     uint8_t *out = filled(size, 0xff), *again = filled(size, 0xff);
-    call.out = out, call.unfit = malloc(call.tokens);
+    call.out = out, call.skipped = malloc(call.tokens);
     if ((images ? mpq_conv(&one->weight, &call, images) : mpq_linear(&one->weight, &call)) != 0) return FAILED;
     TRY(look(out, call.tokens, one->weight.rows, call.out_stride, element));
     if (patches) {
@@ -127,7 +73,7 @@ static int levels_agree(const test_case *one, mpq_call call, const mpq_images *i
       if (memcmp(out, again, size)) return PATCHES_DIFFER;
     }
     if (first && alike(call.level) && memcmp(first, out, size)) return LEVELS_DIFFER;
-    free(again), free(call.unfit);
+    free(again), free(call.skipped);
     if (first) free(out);
     else remember(first = out, size);
   }
@@ -139,11 +85,11 @@ static int multiply(const test_case *one) {
   const int batches[] = {1, 2, 3, 4, 9, 40, 257};
   for (size_t batch = 0; batch < sizeof batches / sizeof *batches; batch++)
     for (int variant = 0; variant < 4; variant++) {
-      const int bfloat = variant & 1;
+      const int is_bf16 = variant & 1;
       const int64_t tokens = batches[batch], cols = one->weight.cols, stride = cols + 5;
-      uint8_t *x = filled(((tokens - 1) * stride + cols) * (bfloat ? 2 : 4), 0xff);
-      for (int64_t i = 0; i < tokens * cols; i++) put(x, i / cols * stride + i % cols, bfloat, number(i));
-      mpq_call call = {.x = x, .tokens = tokens, .stride = stride, .bfloat = bfloat, .planes = 1 + (variant >> 1), .threads = 3};
+      uint8_t *x = filled(((tokens - 1) * stride + cols) * (is_bf16 ? 2 : 4), 0xff);
+      for (int64_t i = 0; i < tokens * cols; i++) put(x, i / cols * stride + i % cols, is_bf16, number(i));
+      mpq_call call = {.x = x, .tokens = tokens, .stride = stride, .x_is_bf16 = is_bf16, .planes = 1 + (variant >> 1), .threads = 3};
       TRY(levels_agree(one, call, NULL, NULL));
       free(x);
     }
@@ -152,7 +98,7 @@ static int multiply(const test_case *one) {
 
 /* A batch of two images whose lines or pixels have gaps, and the same patches as rows. */
 static int convolve(const test_case *one, int64_t down, int64_t along, int variant) {
-  const int bfloat = variant & 1, last = variant >> 1 & 1, element = bfloat ? 2 : 4;
+  const int is_bf16 = variant & 1, last = variant >> 1 & 1, element = is_bf16 ? 2 : 4;
   const int64_t area = down * along, channels = one->weight.cols / area, lines = 5, columns = 9, apart = columns + 2;
   mpq_images images = {.channels = channels, .size = {lines, columns}, .kernel = {down, along}, .stride = {2, 1 + last},
                        .padding = {1, 2}, .dilation = {2, 3}};
@@ -167,7 +113,7 @@ static int convolve(const test_case *one, int64_t down, int64_t along, int varia
   uint8_t *x = filled(end * element, 0xff);
   for (int64_t i = 0; i < 2 * channels * lines * columns; i++)
     put(x, i / (channels * lines * columns) * steps[0] + i / (lines * columns) % channels * steps[1] +
-        i / columns % lines * steps[2] + i % columns * steps[3], bfloat, number(i));
+        i / columns % lines * steps[2] + i % columns * steps[3], is_bf16, number(i));
   const int64_t positions = images.out[0] * images.out[1], tokens = 2 * positions;
   uint8_t *patches = calloc(tokens * one->weight.cols, element);
   for (int64_t i = 0; i < tokens * one->weight.cols; i++) {
@@ -178,7 +124,7 @@ static int convolve(const test_case *one, int64_t down, int64_t along, int varia
     const int64_t image = token / positions, from = image * steps[0] + channel * steps[1] + line * steps[2] + column * steps[3];
     memcpy(patches + i * element, x + from * element, element);
   }
-  mpq_call call = {.x = x, .tokens = tokens, .bfloat = bfloat, .planes = 2, .threads = 3};
+  mpq_call call = {.x = x, .tokens = tokens, .x_is_bf16 = is_bf16, .planes = 2, .threads = 3};
   TRY(levels_agree(one, call, &images, patches));
   free(x), free(patches);
   return 0;
@@ -207,31 +153,31 @@ static int look_up(const test_case *one) {
   return 0;
 }
 
-static void *numbers(int64_t count, int bfloat) {
-  void *made = malloc(count * (bfloat ? 2 : 4));
-  for (int64_t i = 0; i < count; i++) put(made, i, bfloat, number(i + count));
+static void *numbers(int64_t count, int is_bf16) {
+  void *made = malloc(count * (is_bf16 ? 2 : 4));
+  for (int64_t i = 0; i < count; i++) put(made, i, is_bf16, number(i + count));
   return made;
 }
 
 /* Two blocks of four heads that share one of keys; the memory ends with the token. */
-static int decode(const test_case *one, int64_t position, int bfloat) {
+static int decode(const test_case *one, int64_t position, int is_bf16) {
   const int64_t width = one->weight.rows, head = width / 4, past = (position + 1) * head;
-  const int element = bfloat ? 2 : 4;
+  const int element = is_bf16 ? 2 : 4;
   mpq_weight few = one->weight;
   few.rows = head;
   float *norm = numbers(width, 0);
   const mpq_layer whole = {&one->weight, one->panels, NULL, norm, 0, 2}, part = {&few, one->panels, NULL, NULL, 0, 2};
   const mpq_block blocks[2] = {{whole, part, part, whole, whole, whole, whole, norm, norm},
                                {whole, part, part, whole, whole, whole, whole, norm, norm}};
-  mpq_decoder decoder = {blocks, 2, width, width, 4, 1, head, 1e-5f, bfloat, 0, NULL, whole, norm};
+  mpq_decoder decoder = {blocks, 2, width, width, 4, 1, head, 1e-5f, is_bf16, 0, NULL, whole, norm};
   uint8_t *first = NULL;
   for (decoder.level = 0; decoder.level <= mpq_best_level(99); decoder.level++) {
     if (mpq_best_level(decoder.level) != decoder.level) continue;
     uint8_t *alone = NULL;
     for (int threads = 1; threads <= 3; threads += 2) {
-      void *memory[4], *x = numbers(width, bfloat), *cos = numbers(head, bfloat), *sin = numbers(head, bfloat);
+      void *memory[4], *x = numbers(width, is_bf16), *cos = numbers(head, is_bf16), *sin = numbers(head, is_bf16);
       uint8_t *out = filled(width * element, 0xff);
-      for (int i = 0; i < 4; i++) memory[i] = numbers(past, bfloat);
+      for (int i = 0; i < 4; i++) memory[i] = numbers(past, is_bf16);
       const mpq_token token = {x, cos, sin, out, memory, position, position + 1, threads};
       if (mpq_step(&decoder, &token) != 0) return FAILED;
       TRY(look(out, 1, width, width, element));
@@ -249,13 +195,118 @@ static int decode(const test_case *one, int64_t position, int bfloat) {
   return 0;
 }
 
+/* What torch_dispatch.c calls of PyTorch, on objects of the heap: the sanitizers see what is lost or dropped twice. */
+typedef uint64_t stable_value;
+typedef struct {
+  void *data;
+  int64_t dims, sizes[2], strides[2];
+  int32_t type; /* 1: float32; 2: bfloat16 */
+} tensor;
+
+static void (*kernel)(stable_value *, uint64_t, uint64_t);
+static int forwarded;
+
+static int32_t make_library(const char *space, const char *key, const char *file, uint32_t line, void **out) {
+  (void)space, (void)key, (void)file, (void)line;
+  *out = &kernel;
+  return 0;
+}
+static int32_t implement(void *library, const char *name, void (*function)(stable_value *, uint64_t, uint64_t)) {
+  (void)library, (void)name;
+  kernel = function;
+  return 0;
+}
+static int32_t drop_tensor(tensor *t) { free(t->data), free(t); return 0; }
+static int32_t drop(void *object) { free(object); return 0; }
+static int32_t forward(const char *name, const char *overload, stable_value *stack) { /* owns its arguments, as any op */
+  (void)name, (void)overload;
+  stable_value *weight = (stable_value *)stack[1], *bias = (stable_value *)stack[2];
+  drop_tensor((tensor *)stack[0]), drop_tensor((tensor *)weight[0]), free(weight);
+  if (bias) drop_tensor((tensor *)*bias), free(bias);
+  free((void *)stack[3]), free((void *)stack[6]), free((void *)stack[7]);
+  forwarded++, stack[0] = 0;
+  return 0;
+}
+static void check(_Bool fine, const char *f, const char *file, uint32_t line, const char *text) {
+  (void)fine, (void)f, (void)file, (void)line, (void)text;
+}
+static const char *last_error(void) { return ""; }
+static int32_t list_size(stable_value *list, size_t *out) { (void)list; *out = 1; return 0; }
+static int32_t list_item(stable_value *list, size_t i, stable_value *out) { *out = list[i]; return 0; }
+static int32_t string_of(const char *text, const char **out) { *out = text; return 0; }
+static int32_t data_of(tensor *t, void **out) { *out = t->data; return 0; }
+static int32_t dims_of(tensor *t, int64_t *out) { *out = t->dims; return 0; }
+static int32_t sizes_of(tensor *t, int64_t **out) { *out = t->sizes; return 0; }
+static int32_t strides_of(tensor *t, int64_t **out) { *out = t->strides; return 0; }
+static int32_t type_of(tensor *t, int32_t *out) { *out = t->type; return 0; }
+static int32_t float32_type(void) { return 1; }
+static int32_t bfloat16_type(void) { return 2; }
+static int32_t cpu_device(void) { return 0; }
+static int32_t thread_count(uint32_t *out) { *out = 3; return 0; }
+
+static tensor *new_tensor(int64_t dims, int64_t first, int64_t second, int32_t type) {
+  tensor *t = malloc(sizeof *t);
+  *t = (tensor){malloc(first * (dims > 1 ? second : 1) * (type == 2 ? 2 : 4)), dims, {first, second}, {dims > 1 ? second : 1, 1}, type};
+  return t;
+}
+static int32_t new_empty(int64_t dims, const int64_t *sizes, const int64_t *strides, int32_t type, int32_t device, int32_t index, tensor **out) {
+  (void)strides, (void)device, (void)index;
+  *out = new_tensor(dims, sizes[0], sizes[1], type);
+  return 0;
+}
+
+int mpq_serve(void *const *interface, int level, mpq_parallel parallel);
+void mpq_know(const char *format, const mpq_weight *weight);
+
+static stable_value boxed(stable_value value) {
+  stable_value *box = malloc(sizeof *box);
+  *box = value;
+  return (stable_value)box;
+}
+
+/* One call of torch.ops.mpq.linear: served as mpq_linear computes it, or forwarded where a token is not finite. */
+static int dispatch(const test_case *one, const char *name, int is_bf16, int finite) {
+  const int64_t rows = one->weight.rows, cols = one->weight.cols, tokens = 3;
+  const size_t size = (rows + PANEL_ROWS - 1) / PANEL_ROWS * one->weight.panel_bytes, bytes = is_bf16 ? 2 : 4;
+  tensor *x = new_tensor(2, tokens, cols, 1 + is_bf16), *weight = new_tensor(1, size, 0, 1), *bias = new_tensor(1, rows, 0, 1);
+  for (int64_t i = 0; i < tokens * cols; i++) put(x->data, i, is_bf16, number(i));
+  for (int64_t i = 0; i < rows; i++) put(bias->data, i, 0, number(i));
+  if (!finite) put(x->data, 0, is_bf16, 0.0f / 0.0f);
+  free(weight->data);
+  weight->data = memcpy(malloc(size), one->panels, size);
+  uint8_t *expected = filled(tokens * rows * bytes, 0xff);
+  const mpq_call call = {.panels = one->panels, .x = x->data, .tokens = tokens, .stride = cols, .bias = bias->data, .out = expected,
+                         .out_stride = rows, .x_is_bf16 = is_bf16, .out_is_bf16 = is_bf16, .planes = 2, .threads = 3, .level = mpq_best_level(99)};
+  const int64_t skipped = mpq_linear(&one->weight, &call);
+  stable_value stack[8] = {(stable_value)x, boxed((stable_value)weight), boxed((stable_value)bias), (stable_value)strdup(name), rows, cols,
+                           (stable_value)strdup("panels"), (stable_value)strdup("")};
+  const int before = forwarded;
+  kernel(stack, 8, 1);
+  if ((forwarded - before) != !finite || (skipped != 0) != !finite) return FAILED;
+  if (finite && memcmp(((tensor *)stack[0])->data, expected, tokens * rows * bytes)) return LEVELS_DIFFER;
+  if (finite) drop_tensor((tensor *)stack[0]);
+  free(expected);
+  return 0;
+}
+
+static int serve(const test_case *one, const char *name) {
+  void *const interface[] = { /* as torch_interface orders them */
+      make_library, implement, forward, check, last_error, list_size, list_item, string_of, data_of, dims_of, sizes_of, strides_of,
+      type_of, new_empty, thread_count, drop_tensor, drop, drop, drop, float32_type, bfloat16_type, cpu_device,
+  };
+  if (mpq_serve(interface, mpq_best_level(99), NULL)) return FAILED;
+  mpq_know(name, &one->weight);
+  for (int variant = 0; variant < 4; variant++) TRY(dispatch(one, name, variant & 1, variant >> 1));
+  return 0;
+}
+
 static int drive(const char *name) {
   test_case one;
   FILE *file = fopen(name, "rb");
   if (!file || fread(&one.weight, sizeof one.weight, 1, file) != 1 || fread(one.values, sizeof one.values, 1, file) != 1)
     return NO_CASE;
   const size_t count = one.weight.rows * one.weight.cols;
-  const size_t size = (one.weight.rows + MPQ_ROWS - 1) / MPQ_ROWS * one.weight.panel_bytes;
+  const size_t size = (one.weight.rows + PANEL_ROWS - 1) / PANEL_ROWS * one.weight.panel_bytes;
   one.matrix = malloc(count * sizeof *one.matrix), one.panels = malloc(size);
   if (fread(one.matrix, sizeof *one.matrix, count, file) != count || fread(one.panels, 1, size, file) != size ||
       fgetc(file) != EOF)
@@ -265,6 +316,7 @@ static int drive(const char *name) {
   TRY(multiply(&one));
   TRY(dequantize(&one));
   TRY(look_up(&one));
+  TRY(serve(&one, name));
   if (one.weight.rows == one.weight.cols)
     for (int variant = 0; variant < 6; variant++) TRY(decode(&one, (const int[]){0, 37, 700}[variant / 2], variant & 1));
   for (int variant = 0; variant < 4; variant++) {

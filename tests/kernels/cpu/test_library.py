@@ -1,5 +1,6 @@
 """The C sources alone: compiled with every warning, run under sanitizers and as programs for Arm, by a driver."""
 
+import platform
 import shutil
 import subprocess
 from dataclasses import replace
@@ -30,7 +31,7 @@ STEPS = [(name, 72, 72) for name in ("int4-g32", "nvfp4", "fp8-e4m3")]  # all la
 
 
 def build(compiler, program, *flags):
-    sources = [str(path) for path in sorted(SOURCES.glob("*.c")) if path.name != "module.c"]
+    sources = [str(path) for path in sorted(SOURCES.rglob("*.c")) if path.name != "module.c"]
     driver = str(Path(__file__).with_name("drive_native.c"))
     command = [compiler, *WARNINGS, *flags, f"-I{SOURCES}", driver, *sources, "-lpthread", "-lm", "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True)
@@ -55,7 +56,7 @@ def cases(tmp_path_factory):
         parts = (values, dequantize(unpack(packed)), arranged)
         files.append(folder / f"{name}-{rows}x{cols}")
         plan = cpu._plan(name, rows, cols).weight
-        files[-1].write_bytes(plan + b"".join(part.contiguous().numpy().tobytes() for part in parts))
+        files[-1].write_bytes(bytes(plan) + b"".join(part.contiguous().numpy().tobytes() for part in parts))
     return files
 
 
@@ -93,3 +94,27 @@ def test_arm_computes_the_same_bits_at_every_level(arm, here, cases, machine, le
     if shutil.which(EMULATOR) is None:
         pytest.skip(f"no {EMULATOR}: apt-get install qemu-user")
     assert drive([EMULATOR, "-cpu", machine, arm], cases[:count]) == (level, here[1][:count])
+
+
+@pytest.mark.parametrize("header", sorted(SOURCES.rglob("*.h")), ids=lambda path: path.stem)
+def test_every_header_compiles_on_its_own(header):
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    if header.name.startswith(("avx", "amx")) and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("for x86-64")
+    command = [compiler, "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unused-function",
+               "-Wno-unused-variable", "-x", "c", str(header)]  # fmt: skip
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_no_file_is_longer_than_500_lines():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in SOURCES.rglob("*.[ch]")}
+    assert max(lengths.values()) <= 500, lengths
+
+
+def test_package_lists_every_source_and_header():
+    project = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+    for path in SOURCES.rglob("*.[ch]"):
+        assert f'"mpq/kernels/cpu/src/{path.relative_to(SOURCES).as_posix()}"' in project, path

@@ -12,7 +12,7 @@ from mpq.rounding.reference import quantize
 def test_pieces_are_arranged_as_the_whole(name, monkeypatch):
     packed = pack(quantize(torch.randn((300, 140), generator=seeded(0, name)), parse_format(name)))
     whole = panels.arrange(packed).tensors["panels"]
-    monkeypatch.setattr(panels, "AT_ONCE", 2 * 64 * 256)  # two panels at a time, or one
+    monkeypatch.setattr(panels, "CODES_AT_A_TIME", 2 * 64 * 256)  # two panels at a time, or one
     pieces = panels.arrange(packed)
     assert torch.equal(pieces.tensors["panels"], whole)
     restored = panels.restore(pieces)

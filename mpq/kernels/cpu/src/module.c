@@ -1,4 +1,4 @@
-/* An empty Python module: `import mpq.kernels.cpu._native` says where the library is; ctypes calls it. */
+/* An empty Python module: importing mpq.kernels.cpu._native locates the library, which ctypes then calls. */
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 

@@ -1,12 +1,12 @@
-/* AVX2 with VNNI: dot products of bytes, exact, of levels and of 16-bit activations in two planes. */
-#include "mpq.h"
+/* AVX2 with VNNI: exact int8 dot products of levels and 16-bit activations split into two planes. */
+#include "../tile.h"
 #ifdef MPQ_X86
 #include <immintrin.h>
 #define TARGET __attribute__((target("avxvnni,avx2,fma,f16c")))
-#include "template.h"
+#include "common.h"
 
 INLINE void dot(const uint8_t *levels, const int16_t *x, int segment, int32_t *sums) {
-  int8_t low[MPQ_MAX_TILE], high[MPQ_MAX_TILE]; /* x = low + 256 high */
+  int8_t low[MAX_TILE_COLUMNS], high[MAX_TILE_COLUMNS]; /* x = low + 256 high */
   for (int i = 0; i < segment; i++) high[i] = (int8_t)((x[i] + 128) >> 8), low[i] = (int8_t)x[i];
   for (int half = 0; half < 2; half++) { /* 32 rows: four vectors of eight */
     __m256i small[4], large[4];
@@ -29,7 +29,7 @@ INLINE void dot(const uint8_t *levels, const int16_t *x, int segment, int32_t *s
 }
 #define LEVEL_DOT dot
 #include "multiply.h"
-#include "between.h"
+#include "decoder_ops.h"
 
-const mpq_level mpq_avxvnni = {"avxvnni", 1, 0, 0, quantize, decode, multiply, NULL, NULL, &between};
+const mpq_level mpq_avxvnni = {"avxvnni", 0, 0, quantize, decode, multiply, NULL, NULL, &decoder_ops};
 #endif

@@ -1,12 +1,12 @@
-/* AVX2: 16-bit products, exact, of levels and 16-bit activations. */
-#include "mpq.h"
+/* AVX2: exact 16-bit products of levels and 16-bit activations. */
+#include "../tile.h"
 #ifdef MPQ_X86
 #include <immintrin.h>
 #define TARGET __attribute__((target("avx2,fma,f16c")))
-#include "template.h"
+#include "common.h"
 
 INLINE void dot(const uint8_t *levels, const int16_t *x, int segment, int32_t *sums) {
-  for (int half = 0; half < 2; half++) { /* 32 rows: eight sums of four rows, in pairs of columns */
+  for (int half = 0; half < 2; half++) { /* 32 rows: eight sums of four rows, as pairs of columns */
     __m256i total[8];
     for (int i = 0; i < 8; i++) total[i] = _mm256_setzero_si256();
     for (int quad = 0; quad < segment / 4; quad++) {
@@ -26,7 +26,7 @@ INLINE void dot(const uint8_t *levels, const int16_t *x, int segment, int32_t *s
 }
 #define LEVEL_DOT dot
 #include "multiply.h"
-#include "between.h"
+#include "decoder_ops.h"
 
-const mpq_level mpq_avx2 = {"avx2", 1, 0, 0, quantize, decode, multiply, NULL, NULL, &between};
+const mpq_level mpq_avx2 = {"avx2", 0, 0, quantize, decode, multiply, NULL, NULL, &decoder_ops};
 #endif

@@ -1,0 +1,100 @@
+"""The structs that the C kernels read, as src/abi.h declares them; a test compares every offset and size."""
+
+import ctypes
+from ctypes import POINTER, c_float, c_int32, c_int64, c_ubyte, c_uint64, c_void_p
+
+Pair = c_int64 * 2
+Table = c_ubyte * 256
+
+
+class Weight(ctypes.Structure):
+    """A weight's metadata, independent of its values."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("rows", "cols", "panel_bytes")],
+        *[(name, c_int32) for name in (
+            "bits", "kind", "offset", "group", "segment", "segments", "tiles", "scale_kind", "scale_bytes",
+            "row_scales", "zeros", "bf16_terms",
+        )],
+        ("factor", c_float), ("low", Table), ("high", Table), ("low_matrix", c_uint64), ("high_matrix", c_uint64),
+        ("high_flip", c_int32), ("normal_mask", c_int32),
+    ]  # fmt: skip
+
+
+class Call(ctypes.Structure):
+    """One product, y = x W^T + bias. Addresses; 0 or None for what is left out."""
+
+    _fields_ = [
+        ("panels", c_void_p), ("tensor_scale", c_void_p), ("x", c_void_p), ("tokens", c_int64), ("stride", c_int64),
+        ("bias", c_void_p), ("out", c_void_p), ("out_stride", c_int64),
+        *[(name, c_int32) for name in ("x_is_bf16", "bias_is_bf16", "out_is_bf16", "planes", "threads", "level")],
+        ("skipped", c_void_p), ("parallel", c_void_p),
+    ]  # fmt: skip
+
+
+class Images(ctypes.Structure):
+    """The input of a convolution; pairs are (height, width), steps between images, channels, rows and columns."""
+
+    _fields_ = [
+        ("channels", c_int64),
+        *[(name, Pair) for name in ("size", "kernel", "out", "stride", "padding", "dilation")],
+        ("steps", c_int64 * 4),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """A linear layer of a decoder; without a weight, the preceding layer's weight includes its rows."""
+
+    _fields_ = [
+        ("weight", POINTER(Weight)), ("panels", c_void_p), ("tensor_scale", c_void_p), ("bias", c_void_p),
+        ("bias_is_bf16", c_int32), ("planes", c_int32),
+    ]  # fmt: skip
+
+
+class Block(ctypes.Structure):
+    """A decoder's block."""
+
+    _fields_ = [
+        *[(name, Layer) for name in ("q", "k", "v", "o", "gate", "up", "down")],
+        ("attention_norm", c_void_p), ("mlp_norm", c_void_p),
+    ]  # fmt: skip
+
+
+class Decoder(ctypes.Structure):
+    """A LLaMA-style decoder."""
+
+    _fields_ = [
+        ("blocks", POINTER(Block)),
+        *[(name, c_int64) for name in ("count", "width", "hidden", "heads", "key_heads", "head_width")],
+        ("epsilon", c_float), ("is_bf16", c_int32), ("level", c_int32), ("parallel", c_void_p), ("head", Layer),
+        ("norm", c_void_p),
+    ]  # fmt: skip
+
+
+class Token(ctypes.Structure):
+    """One token and its cache: addresses of keys of each block, then of values."""
+
+    _fields_ = [
+        *[(name, c_void_p) for name in ("x", "cos", "sin", "logits")], ("cache", POINTER(c_void_p)),
+        *[(name, c_int64) for name in ("position", "capacity", "threads")],
+    ]  # fmt: skip
+
+
+class Field(ctypes.Structure):
+    """An entry of the library's own table of its structs."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("offset", c_int64), ("size", c_int64)]
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Argument and result types of the library's functions."""
+    pointers = [c_void_p] * 4
+    library.mpq_linear.restype, library.mpq_linear.argtypes = c_int64, [POINTER(Weight), POINTER(Call)]
+    library.mpq_conv.restype = c_int64
+    library.mpq_conv.argtypes = [POINTER(Weight), POINTER(Call), POINTER(Images)]
+    library.mpq_embedding.argtypes = [POINTER(Weight), *pointers, c_int64, c_void_p]
+    library.mpq_step.restype, library.mpq_step.argtypes = c_int64, [POINTER(Decoder), POINTER(Token)]
+    library.mpq_dequantize.restype = None
+    library.mpq_dequantize.argtypes = [POINTER(Weight), *pointers, ctypes.c_int, c_void_p]
+    library.mpq_read.argtypes = [c_void_p, c_int64, ctypes.c_int, c_void_p]
+    library.mpq_know.restype, library.mpq_know.argtypes = None, [ctypes.c_char_p, POINTER(Weight)]

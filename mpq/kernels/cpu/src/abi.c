@@ -1,0 +1,38 @@
+/* The layout of abi.h's structs as a table, which a test compares with abi.py. */
+#include "abi.h"
+
+#define STRUCT(type) {#type, 0, sizeof(type)}
+#define FIELD(type, field) {#type "." #field, offsetof(type, field), sizeof(((type *)0)->field)}
+
+const mpq_field *mpq_fields(void) {
+  static const mpq_field fields[] = {
+      STRUCT(mpq_weight), FIELD(mpq_weight, rows), FIELD(mpq_weight, cols), FIELD(mpq_weight, panel_bytes),
+      FIELD(mpq_weight, bits), FIELD(mpq_weight, kind), FIELD(mpq_weight, offset), FIELD(mpq_weight, group),
+      FIELD(mpq_weight, segment), FIELD(mpq_weight, segments), FIELD(mpq_weight, tiles), FIELD(mpq_weight, scale_kind),
+      FIELD(mpq_weight, scale_bytes), FIELD(mpq_weight, row_scales), FIELD(mpq_weight, zeros),
+      FIELD(mpq_weight, bf16_terms), FIELD(mpq_weight, factor), FIELD(mpq_weight, low), FIELD(mpq_weight, high),
+      FIELD(mpq_weight, low_matrix), FIELD(mpq_weight, high_matrix), FIELD(mpq_weight, high_flip),
+      FIELD(mpq_weight, normal_mask),
+      STRUCT(mpq_call), FIELD(mpq_call, panels), FIELD(mpq_call, tensor_scale), FIELD(mpq_call, x),
+      FIELD(mpq_call, tokens), FIELD(mpq_call, stride), FIELD(mpq_call, bias), FIELD(mpq_call, out),
+      FIELD(mpq_call, out_stride), FIELD(mpq_call, x_is_bf16), FIELD(mpq_call, bias_is_bf16),
+      FIELD(mpq_call, out_is_bf16), FIELD(mpq_call, planes), FIELD(mpq_call, threads), FIELD(mpq_call, level),
+      FIELD(mpq_call, skipped), FIELD(mpq_call, parallel),
+      STRUCT(mpq_images), FIELD(mpq_images, channels), FIELD(mpq_images, size), FIELD(mpq_images, kernel),
+      FIELD(mpq_images, out), FIELD(mpq_images, stride), FIELD(mpq_images, padding), FIELD(mpq_images, dilation),
+      FIELD(mpq_images, steps),
+      STRUCT(mpq_layer), FIELD(mpq_layer, weight), FIELD(mpq_layer, panels), FIELD(mpq_layer, tensor_scale),
+      FIELD(mpq_layer, bias), FIELD(mpq_layer, bias_is_bf16), FIELD(mpq_layer, planes),
+      STRUCT(mpq_block), FIELD(mpq_block, q), FIELD(mpq_block, k), FIELD(mpq_block, v), FIELD(mpq_block, o),
+      FIELD(mpq_block, gate), FIELD(mpq_block, up), FIELD(mpq_block, down), FIELD(mpq_block, attention_norm),
+      FIELD(mpq_block, mlp_norm),
+      STRUCT(mpq_decoder), FIELD(mpq_decoder, blocks), FIELD(mpq_decoder, count), FIELD(mpq_decoder, width),
+      FIELD(mpq_decoder, hidden), FIELD(mpq_decoder, heads), FIELD(mpq_decoder, key_heads),
+      FIELD(mpq_decoder, head_width), FIELD(mpq_decoder, epsilon), FIELD(mpq_decoder, is_bf16),
+      FIELD(mpq_decoder, level), FIELD(mpq_decoder, parallel), FIELD(mpq_decoder, head), FIELD(mpq_decoder, norm),
+      STRUCT(mpq_token), FIELD(mpq_token, x), FIELD(mpq_token, cos), FIELD(mpq_token, sin), FIELD(mpq_token, logits),
+      FIELD(mpq_token, cache), FIELD(mpq_token, position), FIELD(mpq_token, capacity), FIELD(mpq_token, threads),
+      {NULL, 0, 0},
+  };
+  return fields;
+}

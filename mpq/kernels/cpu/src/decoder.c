@@ -1,0 +1,120 @@
+/* One token through a LLaMA-style decoder in one call: float32 between the packed products, keys and values in the
+ * model's dtype. The thread team starts once for the token and spins between products. */
+#include "numbers.h"
+#include "threads.h"
+
+typedef struct {
+  const mpq_decoder *decoder;
+  const mpq_token *token;
+  mpq_attention attention;
+  work_ranges ranges;
+  atomic_int failed;
+  int64_t status;
+} token_step;
+
+static int64_t round_up16(int64_t count) { return (count + 15) / 16 * 16; }
+
+/* Nonzero ends the step. */
+static int linear_layer(token_step *step, const mpq_layer *layer, const float *x, void *out, int is_bf16) {
+  const mpq_decoder *decoder = step->decoder;
+  int8_t skipped;
+  if (!layer->weight) return 0;
+  const mpq_call call = {
+      .panels = layer->panels, .tensor_scale = layer->tensor_scale, .x = x, .tokens = 1, .stride = layer->weight->cols,
+      .bias = layer->bias, .out = out, .out_stride = layer->weight->rows, .bias_is_bf16 = layer->bias_is_bf16,
+      .out_is_bf16 = is_bf16, .planes = layer->planes, .threads = (int)step->token->threads, .level = decoder->level,
+      .skipped = &skipped, .parallel = team_parallel,
+  };
+  return (step->status = mpq_linear(layer->weight, &call)) != 0;
+}
+
+static void attend_key_heads(void *argument) {
+  token_step *step = argument;
+  float *scores = scratch(SCRATCH_SCORES, 4 * round_up16(step->attention.length) * sizeof(float));
+  if (!scores) { atomic_store(&step->failed, 1); return; }
+  int own = join_range(&step->ranges);
+  for (work_item head; take_item(&step->ranges, &own, &head);)
+    mpq_levels[step->decoder->level]->decoder_ops->attend(&step->attention, head.start, scores);
+}
+
+static void rotate(const token_step *step, float *x, int64_t heads) {
+  const int64_t width = step->decoder->head_width, half = width / 2;
+  const void *cos = step->token->cos, *sin = step->token->sin;
+  const int is_bf16 = step->decoder->is_bf16;
+  for (int64_t head = 0; head < heads; head++, x += width)
+    for (int64_t i = 0; i < half; i++) {
+      const float first = x[i], second = x[i + half];
+      x[i] = first * load_float(cos, is_bf16, i) + second * load_float(sin, is_bf16, i);
+      x[i + half] = second * load_float(cos, is_bf16, i + half) + first * load_float(sin, is_bf16, i + half);
+    }
+}
+
+/* Append the token's keys or values to the cache. */
+static void append_cache(const token_step *step, const float *x, void *cache) {
+  const mpq_decoder *decoder = step->decoder;
+  for (int64_t head = 0; head < decoder->key_heads; head++)
+    for (int64_t i = 0; i < decoder->head_width; i++, x++) {
+      const int64_t at = (head * step->token->capacity + step->token->position) * decoder->head_width + i;
+      if (decoder->is_bf16) ((uint16_t *)cache)[at] = to_bf16(*x);
+      else ((float *)cache)[at] = *x;
+    }
+}
+
+static void attend(token_step *step, int64_t block, float *q, float *k, float *v, float *out) {
+  const mpq_decoder *decoder = step->decoder;
+  const mpq_token *token = step->token;
+  void *keys = token->cache[block], *values = token->cache[decoder->count + block];
+  rotate(step, q, decoder->heads);
+  rotate(step, k, decoder->key_heads);
+  append_cache(step, k, keys);
+  append_cache(step, v, values);
+  step->attention = (mpq_attention){
+      .q = q, .keys = keys, .values = values, .out = out, .heads = decoder->heads, .key_heads = decoder->key_heads,
+      .width = decoder->head_width, .capacity = token->capacity, .length = token->position + 1, .is_bf16 = decoder->is_bf16,
+  };
+  const int few = step->attention.length * decoder->heads * decoder->head_width < 1 << 15;
+  share_work(few ? 1 : (int)token->threads, team_parallel, attend_key_heads, step, &step->ranges, decoder->key_heads, 1);
+}
+
+static void add_residual(float *x, const float *y, int64_t count) {
+  for (int64_t i = 0; i < count; i++) x[i] += y[i];
+}
+
+static void run_step(void *argument) {
+  token_step *step = argument;
+  const mpq_decoder *decoder = step->decoder;
+  const mpq_decoder_ops *ops = mpq_levels[decoder->level]->decoder_ops;
+  const int64_t width = decoder->width, hidden = round_up16(decoder->hidden);
+  const int64_t q_rows = decoder->heads * decoder->head_width, k_rows = decoder->key_heads * decoder->head_width;
+  const int64_t both = round_up16(q_rows) + round_up16(k_rows), most = hidden > both ? hidden : both;
+  float *x = scratch(SCRATCH_DECODER, (2 * round_up16(width) + 3 * most) * sizeof(float));
+  if (!x) { step->status = -1; return; }
+  float *h = x + round_up16(width), *first = h + round_up16(width);
+  float *k = first + round_up16(q_rows), *v = k + round_up16(k_rows);
+  float *mixed = first + 2 * most, *second = first + hidden;
+  for (int64_t i = 0; i < width; i++) x[i] = load_float(step->token->x, decoder->is_bf16, i);
+  for (int64_t i = 0; i < decoder->count; i++) {
+    const mpq_block *block = decoder->blocks + i;
+    ops->normalize(x, block->attention_norm, decoder->epsilon, width, h);
+    if (linear_layer(step, &block->q, h, first, 0) || linear_layer(step, &block->k, h, k, 0) ||
+        linear_layer(step, &block->v, h, v, 0))
+      return;
+    attend(step, i, first, k, v, mixed);
+    if (atomic_load(&step->failed)) { step->status = -1; return; }
+    if (linear_layer(step, &block->o, mixed, h, 0)) return;
+    add_residual(x, h, width);
+    ops->normalize(x, block->mlp_norm, decoder->epsilon, width, h);
+    if (linear_layer(step, &block->gate, h, first, 0) || linear_layer(step, &block->up, h, second, 0)) return;
+    ops->activate(first, second, hidden);
+    if (linear_layer(step, &block->down, first, h, 0)) return;
+    add_residual(x, h, width);
+  }
+  ops->normalize(x, decoder->norm, decoder->epsilon, width, h);
+  linear_layer(step, &decoder->head, h, step->token->logits, decoder->is_bf16);
+}
+
+int64_t mpq_step(const mpq_decoder *decoder, const mpq_token *token) {
+  token_step step = {.decoder = decoder, .token = token};
+  run_team(decoder->parallel, run_step, &step, (int)token->threads);
+  return step.status;
+}
