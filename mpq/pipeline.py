@@ -40,6 +40,7 @@ from mpq.network.ranges import Ranges, input_ranges
 from mpq.network.storage import state_bytes
 from mpq.plots import Point, Prediction, draw_frontier, frontier_facts
 from mpq.report import Row, write_report
+from mpq.rounding import DEFAULT_METHOD
 from mpq.search import frontier_of
 from mpq.sensitivity import DEFAULT_METRIC
 from mpq.sensitivity.profile import profile
@@ -63,7 +64,7 @@ def export_to(
     source: Source,
     allocation: Allocation,
     folder: str | os.PathLike[str],
-    method: str = "mse",
+    method: str = DEFAULT_METHOD,
     moments: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write an allocation by the exporter called `name`; what was written.
@@ -141,7 +142,7 @@ def quantize_model(
     consumer: str = "mpq",
     metric: str = DEFAULT_METRIC,
     metric_options: Mapping[str, Any] | None = None,
-    method: str = "mse",
+    method: str = DEFAULT_METHOD,
     table: SensitivityTable | None = None,
     include: str | Iterable[str] = ("*",),
     exclude: str | Iterable[str] = (),

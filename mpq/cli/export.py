@@ -11,7 +11,7 @@ def add(command: AddCommand) -> None:
     export = command("export", run, "write the packed weights of an allocation")
     model_options(export)
     export.add_argument("allocation", help="what 'mpq allocate' wrote")
-    export.add_argument("--method", default="mse", help="rounding: nearest, mse (default) or gptq")
+    export.add_argument("--method", help="rounding method (default: the one that the allocation was searched for)")
     export.add_argument("--to", default="mpq", help="mpq (default), compressed-tensors, gguf, ...")
     export.add_argument("-o", "--output", required=True, help="folder to write")
 
@@ -22,13 +22,14 @@ def run(options: argparse.Namespace) -> None:
     from mpq.core.allocation import Allocation
     from mpq.exporters import exporter_named
     from mpq.pipeline import export_to
-    from mpq.rounding import METHODS
+    from mpq.rounding import DEFAULT_METHOD, METHODS
 
     allocation = Allocation.load(options.allocation)
     exporter_named(options.to)
-    METHODS.named(options.method)
+    method = options.method or allocation.provenance.get("method", DEFAULT_METHOD)
+    METHODS.named(method)
     check_data(options.dataset)
-    written = export_to(options.to, source_of(options), allocation, options.output, options.method)
+    written = export_to(options.to, source_of(options), allocation, options.output, method)
     files = [written] if written.is_file() else [path for path in written.iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     say(options, f"{written}: {megabytes(size)}, {allocation.bits:.3f} bits per weight")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mpq.core.errors import MpqError
 from mpq.core.scheme import parse_scheme
 from mpq.core.sizes import parse_size
-from mpq.rounding import METHODS
+from mpq.rounding import DEFAULT_METHOD, METHODS
 from mpq.sensitivity import DEFAULT_METRIC, METRICS
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def profile_options(parser: argparse.ArgumentParser, *, metric: bool = True) -> 
             "--metric-option", action="append", default=[], metavar="KEY=VALUE",
             help="an option of the metric, as backend=pyhessian for hessian",
         )  # fmt: skip
-    parser.add_argument("--method", default="mse", help="rounding: nearest, mse (default) or gptq")
+    parser.add_argument("--method", default=DEFAULT_METHOD, help=f"rounding method (default: {DEFAULT_METHOD})")
     parser.add_argument("--include", action="append", help="layer pattern: a glob, or re:REGEX (default: all)")
     parser.add_argument("--exclude", action="append", default=[], help="layer pattern to leave as it is")
 

@@ -16,15 +16,19 @@ if TYPE_CHECKING:
 
 Method: TypeAlias = "Callable[[Tensor, Format, Tensor | None], Quantized]"
 
+DEFAULT_METHOD = "gptq"  # of whole jobs; what rounds without calibration data takes "mse"
 METHODS: Registry[Rounding] = Registry(
     Rounding,
     "rounding method",
     "mpq.roundings",
     [
         Rounding("nearest", "mpq.rounding.nearest:nearest", "to the nearest code, scales from the largest magnitude"),
-        Rounding("mse", "mpq.rounding.clip_search:clip_search", "to nearest, scales of least squared error (default)"),
+        Rounding("mse", "mpq.rounding.clip_search:clip_search", "to nearest, scales of least squared error"),
         Rounding(
-            "gptq", "mpq.rounding.gptq:gptq", "least squared error of the layer's output (GPTQ)", second_moment=True
+            "gptq",
+            "mpq.rounding.gptq:gptq",
+            "least squared error of the layer's output (GPTQ): the default",
+            second_moment=True,
         ),
     ],
 )
