@@ -190,7 +190,7 @@ def test_formats_lists_and_tells(capsys):
         (["quantize", "tiny-cnn", "--bits", "1", "-o", "x", *FEW], "below the smallest"),
         (["profile", "tiny-cnn", "-o", "x.csv", "--metric", "hesian"], "did you mean hessian"),
         (["profile", "tiny-cnn", "-o", "x.csv", "--method", "gptqq"], "did you mean gptq"),
-        (["allocate", "none.csv", "--bits", "4"], "cannot read the table"),
+        (["allocate", "none.csv", "--bits", "4"], "cannot read the sensitivity table"),
         (["eval", "none"], "no folder"),
         (["quantize", "hub/model", "--bits", "4", "-o", "x", "--dataset", "none.txt"], "there is no file none.txt"),
         (["quantize", "hub/model", "--bits", "4", "-o", "x", "--for", "vlm"], "vllm"),
