@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from mpq.network.layers import weight_matrix
 from mpq.network.parallel import place, share
 from mpq.rounding import Method
 from mpq.rounding.reference import dequantize
+from mpq.rounding.store import RoundingStore
 from mpq.sensitivity import METRICS
 from mpq.sensitivity.journal import Journal
 
@@ -91,16 +93,16 @@ class Task:
 
 @dataclass(frozen=True)
 class RememberingTask(Task):
-    """A task that rounds each layer once for each scheme and keeps the result: one float32 copy of the model each."""
+    """A task that rounds each layer once for each scheme and keeps the codes, a byte a weight each."""
 
-    rounded: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    @cached_property
+    def store(self) -> RoundingStore:
+        """What has been rounded."""
+        return RoundingStore(self.method, self.second_moments)
 
     def quantized(self, layer: Layer, scheme: Scheme) -> Tensor:
         """As `Task.quantized`, remembered."""
-        key = (layer.name, scheme.weight.name)
-        if key not in self.rounded:
-            self.rounded[key] = super().quantized(layer, scheme)
-        return self.rounded[key]
+        return dequantize(self.store.quantized(layer, weight_matrix(self.module(layer)), scheme))
 
 
 Metric: TypeAlias = Callable[..., Scores]  # metric(task, **options)

@@ -9,7 +9,7 @@ from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 from mpq.network.shelf import LIMIT, Shelf
-from mpq.rounding import method_named
+from mpq.rounding import Method, method_named
 from mpq.rounding.reference import Quantized
 
 
@@ -17,16 +17,16 @@ class RoundingStore:
     """Rounded weights of one model's layers by one method, about a byte for each weight and format.
 
     Args:
-        method: rounding method.
+        method: rounding method, by name or itself.
         second_moments: of the layers' inputs, by layer name, where the method uses them.
         limit: bytes in memory; what is beyond lies in memory-mapped files.
     """
 
     def __init__(
-        self, method: str = "mse", second_moments: Mapping[str, Tensor] | None = None, limit: int = LIMIT
+        self, method: "str | Method" = "mse", second_moments: Mapping[str, Tensor] | None = None, limit: int = LIMIT
     ) -> None:
-        self.method, self.second_moments = method, second_moments or {}
-        self._choose = method_named(method)
+        self.second_moments = second_moments or {}
+        self._choose = method_named(method) if isinstance(method, str) else method
         self._shelf = Shelf(limit)
         self._rounded: dict[tuple[str, str], Quantized] = {}
 
