@@ -4,6 +4,7 @@ The networks are the CIFAR ResNets of He et al. 2015 (weights: Y. Idelbayev's py
 Llama trained on WikiText-2.
 """
 
+import importlib.util
 import io
 import zipfile
 from pathlib import Path
@@ -119,6 +120,20 @@ def wikitext_llama() -> nn.Module:
 
     model: nn.Module = AutoModelForCausalLM.from_pretrained(data_file("wikitext2_llama_5m"), dtype=torch.float32)
     return model.eval()
+
+
+def smollm2(windows: int = 48, length: int = 256) -> tuple[nn.Module, Tensor]:
+    """SmolLM2-135M off its 4-bit lattice, float32, and tokens of WikiText-2's training text, (windows, length)."""
+    spec = importlib.util.spec_from_file_location("smollm2", data_file("smollm2.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    loader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loader)
+    model, tokenizer = loader.load()
+    with zipfile.ZipFile(data_file("texts.zip")) as archive:
+        text = archive.read("wikitext2_train.txt").decode("utf-8")[: windows * length * 12]
+    tokens = torch.tensor(tokenizer(text)["input_ids"])
+    return model, tokens[: windows * length].view(windows, length)
 
 
 def wikitext_tokens(split: str = "test", windows: int | None = None, length: int = 256) -> Tensor:

@@ -85,8 +85,17 @@ def asked_of(task: Task, batch: Batch) -> list[Predictions] | None:
         return None
 
 
-def stream_uses(task: Task, piece: Piece, see: See, *, labels: str, draws: int = 1, apart: bool = False) -> None:
-    """Show every layer's calls to `see`, from one forward pass over a piece and `draws` backward.
+@dataclass(frozen=True)
+class Labels:
+    """Where the labels of gradients come from."""
+
+    kind: str = "model"  # "data", or "model": random slopes as if they were drawn from the model's own predictions
+    draws: int = 1
+    temperature: float = 1.0  # of the predictions
+
+
+def stream_uses(task: Task, piece: Piece, see: See, labels: Labels, *, apart: bool = False) -> None:
+    """Show every layer's calls to `see`, from one forward pass over a piece and one backward for each draw.
 
     The calls of one layer come together, once for each draw, as soon as the backward pass has met them all; a layer
     that no gradient reaches does not come. Gradients are scaled to belong to each sample's own loss, as those of
@@ -96,8 +105,7 @@ def stream_uses(task: Task, piece: Piece, see: See, *, labels: str, draws: int =
         task: model, data and layers.
         piece: of a batch.
         see: takes the calls; what it does not keep is freed.
-        labels: "data", or "model" for random slopes as if labels were drawn from the model's own predictions.
-        draws: of random slopes.
+        labels: whose gradients are taken.
         apart: whether every call must have the samples as its first dimension; a piece in which one has not comes
             sample by sample.
     """
@@ -111,24 +119,24 @@ def stream_uses(task: Task, piece: Piece, see: See, *, labels: str, draws: int =
     if apart and piece.samples > 1 and not all(keeps_samples(Use(*call[1:]), piece.samples) for call in calls):
         check_independent(task.model, piece.batch, task.loss_fn, piece.index)
         for sample in piece.split(1):
-            stream_uses(task, sample, see, labels=labels, draws=draws)
+            stream_uses(task, sample, see, labels)
         return
     if not calls:
         return
     top, weights = [loss], [torch.ones(())]
-    if labels == "data":
+    if labels.kind == "data":
         check_gradient(loss)
     else:
         top = [logits_of(output) for output in outputs]
         loss = loss.detach()
         weights = [found.weights for found in predictions(task.model, piece.batch, task.loss_fn, outputs)]
     outputs.clear()
-    for draw in range(draws):
+    for draw in range(labels.draws):
         slopes = [torch.full_like(loss, 0 if task.flat else piece.samples)]
-        if labels == "model":
-            seeds = Draw((piece.index, piece.start, draw))
-            slopes = slopes_of(task, seeds, top, [weight * piece.samples for weight in weights])
-        _pass_back(calls, top, slopes, lambda name, uses: see(name, piece, uses), draw + 1 == draws)
+        if labels.kind == "model":
+            seeds, soft = Draw((piece.index, piece.start, draw)), [each.detach() / labels.temperature for each in top]
+            slopes = slopes_of(task, seeds, soft, [weight * piece.samples for weight in weights])
+        _pass_back(calls, top, slopes, lambda name, uses: see(name, piece, uses), draw + 1 == labels.draws)
 
 
 def _pass_back(

@@ -11,7 +11,7 @@ from mpq.core.layer import Layer
 from mpq.network.calibration import samples_in
 from mpq.network.parallel import total
 from mpq.sensitivity.activation_errors import input_error_slopes
-from mpq.sensitivity.backward import Piece, pieces, stream_uses
+from mpq.sensitivity.backward import Labels, Piece, pieces, stream_uses
 from mpq.sensitivity.derivatives import Use
 from mpq.sensitivity.task import RowScores, Task
 
@@ -70,7 +70,7 @@ class InputCurvature:
         return torch.stack(products).sum(0).square().unsqueeze(1) if products else torch.zeros(samples, 1)
 
 
-def input_scores(task: Task, labels: str, draws: int) -> RowScores:
+def input_scores(task: Task, labels: Labels) -> RowScores:
     """Every layer's scores, from a pass over the data for each portion of the layers."""
     weights = tuple(dict.fromkeys(scheme.weight for scheme in task.schemes))
     activations = tuple(dict.fromkeys(each.activation for each in task.schemes if each.activation is not None))
@@ -86,9 +86,9 @@ def input_scores(task: Task, labels: str, draws: int) -> RowScores:
             found[name].add(uses, piece)
 
         for piece in pieces(part, "per-input gradients"):
-            stream_uses(part, piece, see, labels=labels, draws=draws, apart=True)
+            stream_uses(part, piece, see, labels, apart=True)
         for name, each in found.items():
-            scores[name] = _mean_scores(task, each, weights, activations, draws)
+            scores[name] = _mean_scores(task, each, weights, activations, labels.draws)
     return lambda layer: scores[layer.name]
 
 

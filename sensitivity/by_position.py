@@ -11,7 +11,7 @@ from mpq.network.calibration import samples_in
 from mpq.network.moments import half_gram, whole_gram
 from mpq.network.parallel import total
 from mpq.sensitivity.activation_errors import input_error_slopes
-from mpq.sensitivity.backward import Piece, pieces, stream_uses
+from mpq.sensitivity.backward import Labels, Piece, pieces, stream_uses
 from mpq.sensitivity.derivatives import Use, keeps_samples
 from mpq.sensitivity.output import Sums, add
 from mpq.sensitivity.spread import relative_error, spread
@@ -77,7 +77,7 @@ class PositionCurvature:
         return relative_error(self.sums["spread"]) if "spread" in self.sums else 0.0
 
 
-def position_scores(task: Task, labels: str, draws: int) -> RowScores:
+def position_scores(task: Task, labels: Labels) -> RowScores:
     """Every layer's scores, from a pass over the data; each layer is rounded when it is asked for."""
     formats = tuple(dict.fromkeys(scheme.activation for scheme in task.schemes if scheme.activation is not None))
     found = {layer.name: PositionCurvature(layer, formats) for layer in task.layers}
@@ -86,10 +86,10 @@ def position_scores(task: Task, labels: str, draws: int) -> RowScores:
         found[name].add(uses, piece.samples)
 
     for piece in pieces(task, "output gradients"):
-        stream_uses(task, piece, see, labels=labels, draws=draws)
+        stream_uses(task, piece, see, labels)
     for each in found.values():
         each.sums = total(each.sums)
-    count = draws * sum(samples_in(batch) for batch in task.batches)
+    count = labels.draws * sum(samples_in(batch) for batch in task.batches)
 
     def rows(layer: Layer) -> tuple[Tensor, Tensor]:
         curvature, columns = found[layer.name], dict[Format, Tensor]()
