@@ -20,7 +20,7 @@ from mpq.sensitivity.predictions import Predictions, predictions
 from mpq.sensitivity.samples import check_independent
 from mpq.sensitivity.task import Task
 
-GRAPH = 2**27  # numbers that the graph of one piece may keep: 512 MB in float32
+GRAPH = 2**26  # numbers that the graph of one piece may keep: 256 MB in float32
 
 Call: TypeAlias = tuple[str, nn.Module, Tensor, Tensor]  # layer name, module, inputs, outputs
 
