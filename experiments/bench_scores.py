@@ -30,7 +30,7 @@ from mpq.core.table import SensitivityTable
 from mpq.network.calibration import Batch, LossFn, cross_entropy, logits_of, next_token_loss
 from mpq.network.layers import find_layers, matrix_to_weight, weight_matrix
 from mpq.network.moments import second_moments
-from mpq.rounding import METHODS
+from mpq.rounding import method_named
 from mpq.search import frontier_of
 from mpq.sensitivity import metric_named
 from mpq.sensitivity.task import RememberingTask
@@ -61,7 +61,7 @@ class Contest:
         if self.method == "gptq" and len(self._rounded) < len(layers) * len(schemes):
             moments = second_moments(self.model, layers, self.calibration, self.loss_fn)
         return RememberingTask(
-            self.model, self.calibration, self.loss_fn, layers, schemes, METHODS[self.method],
+            self.model, self.calibration, self.loss_fn, layers, schemes, method_named(self.method),
             second_moments=moments, rounded=self._rounded,
         )  # fmt: skip
 

@@ -78,7 +78,7 @@ def _numbers_kept(task: Task, sample: Batch) -> int:
 def asked_of(task: Task, batch: Batch) -> list[Predictions] | None:
     """What the loss asks of the model's logits; None, said in the log, where it is not cross-entropy of them."""
     try:
-        with torch.no_grad():
+        with only_gradients_of(task.model):
             return predictions(task.model, batch, task.loss_fn)
     except (MpqError, AttributeError, TypeError, RuntimeError) as error:  # outputs may be of any kind
         log.warning("gradients are of the data's own labels: %s", error)

@@ -9,13 +9,15 @@ from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.network.calibration import samples_in
 from mpq.network.moments import half_gram, whole_gram
-from mpq.network.parallel import total
+from mpq.network.parallel import gathered, place, total
 from mpq.sensitivity.activation_errors import input_error_slopes
 from mpq.sensitivity.backward import Labels, Piece, pieces, stream_uses
 from mpq.sensitivity.derivatives import Use, keeps_samples
 from mpq.sensitivity.output import Sums, add
 from mpq.sensitivity.spread import relative_error, spread
 from mpq.sensitivity.task import RowScores, Task
+
+OUTLIER = 1 / 32  # of a piece's sum of |g_t|^2 |x_t|^2: what makes a position an outlier
 
 
 @dataclass
@@ -24,7 +26,8 @@ class PositionCurvature:
 
     Of position t, x_t is the layer's input and g_t the gradient of its output. H is the sum of |g_t|^2 x_t x_t^T, s_r
     row r's share of the squared gradients. An embedding's rows are tokens: H is the sum of g_t g_t^T, s_r the token's
-    share of |g_t|^2.
+    share of |g_t|^2. Positions that outweigh all others, as the first one does where its activations are massive, have
+    gradients in other rows than the rest, those where their outputs are small: they are kept apart, row by row.
     """
 
     layer: Layer
@@ -33,6 +36,7 @@ class PositionCurvature:
     # "lookups": (1, half of cols x cols); "tokens": (1, rows), sums of |g_t|^2. An activation format: (), sum of the
     # squares of `input_error_slopes`. "spread": of the samples' sums of |g_t|^2 |x_t|^2.
     sums: Sums = field(default_factory=dict)
+    outliers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # x_t (found, cols) and g_tr^2 (found, rows)
 
     def add(self, uses: list[Use], samples: int) -> None:
         """Take the calls of the layer on some samples."""
@@ -46,15 +50,23 @@ class PositionCurvature:
                 add(self.sums, "tokens", tokens.index_add_(1, use.inputs.flatten(), squares.unsqueeze(0)).cpu())
             else:
                 inputs, slopes = use.flat()
-                add(self.sums, "rows", slopes.square().sum(1).cpu())
+                squares = (inputs.square().sum(-1) * slopes.square().sum(-1)).sum(0)
+                if len(inputs) == 1:
+                    slopes = self._keep_outliers(inputs[0], slopes[0], squares).unsqueeze(0)
                 weighted = inputs * torch.linalg.vector_norm(slopes, dim=-1, keepdim=True)
+                add(self.sums, "rows", slopes.square().sum(1).cpu())
                 add(self.sums, "moment", half_gram(weighted).cpu())
-                squares = weighted.square().sum((0, -1))
                 for format in self.formats:
                     add(self.sums, format, input_error_slopes(use, format).square().sum(dtype=torch.float64).cpu())
             apart = keeps_samples(use, samples)
             sizes += squares.reshape(samples, -1).sum(1).cpu() if apart else squares.sum().cpu() / samples
         add(self.sums, "spread", spread(sizes))
+
+    def _keep_outliers(self, inputs: Tensor, slopes: Tensor, squares: Tensor) -> Tensor:
+        """Keep positions of more than OUTLIER of all squares as they are; the other positions' slopes, zero there."""
+        found = squares > OUTLIER * squares.sum()
+        self.outliers.append((inputs[found].cpu(), slopes[found].square().cpu()))
+        return slopes.masked_fill(found.unsqueeze(-1), 0.0)
 
     def rows(self, difference: Tensor) -> Tensor:
         """dw_r H dw_r^T s_r of every row of a weight error (rows, cols), summed over the samples: (rows,) float64."""
@@ -66,6 +78,8 @@ class PositionCurvature:
                 blocks = difference.reshape(len(squares), -1, self.layer.cols)
                 errors = ((blocks @ whole_gram(self.sums[moment], self.layer.cols)) * blocks).sum(-1)
                 found += (errors.double() * share).flatten()
+        for inputs, squares in self.outliers:
+            found += ((difference @ inputs.mT).square() * squares.mT).sum(1, dtype=torch.float64)
         return found.clamp(min=0)
 
     def inputs(self, format: Format | None) -> float:
@@ -87,8 +101,11 @@ def position_scores(task: Task, labels: Labels) -> RowScores:
 
     for piece in pieces(task, "output gradients"):
         stream_uses(task, piece, see, labels)
-    for each in found.values():
+    rank, processes = place()
+    for name, each in found.items():
         each.sums = total(each.sums)
+        everywhere = gathered({(name, rank): each.outliers})
+        each.outliers = [part for other in range(processes) for part in everywhere[name, other]]
     count = labels.draws * sum(samples_in(batch) for batch in task.batches)
 
     def rows(layer: Layer) -> tuple[Tensor, Tensor]:

@@ -46,8 +46,9 @@ def kl_curvature(
     - "position": every position t has a label (language models). 1/2 dw_r H dw_r^T s_r, with H the mean of |g_t|^2
       x_t x_t^T, the inputs' second moment weighted by the squared gradient of the output at the same position, and
       s_r row r's share of the squared gradients. Against the form above, positions count as independent and H is the
-      same for all rows; it has far less noise. Inputs that no gradient meets cost nothing, however large. The standard
-      error is that of the mean of |g_t|^2 |x_t|^2, over sequences.
+      same for all rows; it has far less noise. Inputs that no gradient meets cost nothing, however large, and positions
+      that outweigh the others are taken one by one. The standard error is that of the mean of |g_t|^2 |x_t|^2, over
+      sequences.
 
     What a scheme's activation format costs is added: the same form of W (Q(x) - x), rows summed before squaring.
     Both are on the scale of the loss and predictions of weight 0 (padding, ignored labels) take no part. Batches pass
@@ -86,7 +87,7 @@ def row_scores(
         raise MpqError(f"gradients come from labels auto, data or model, not {labels!r}")
     asked = None
     if labels == "auto" or estimate == "auto":
-        asked = asked_of(task, next(Piece(task.batches[0], 0, 0).split(2)).batch)
+        asked = asked_of(task, next(Piece(task.batches[0], 0, 0).split(1)).batch)
         labels = ("data" if asked is None else "model") if labels == "auto" else labels
     if estimate == "auto":
         estimate = "position" if asked is not None and _several(asked) else "input"

@@ -15,8 +15,10 @@ from mpq.network.calibration import cross_entropy, next_token_loss, samples_in
 from mpq.network.layers import input_matrix, output_matrix
 from mpq.rounding.activations import fake_quantize_inputs
 from mpq.sensitivity import backward
+from mpq.sensitivity import by_position as module
 from mpq.sensitivity.derivatives import layer_uses
-from mpq.sensitivity.kl_curvature import kl_curvature, row_scores
+from mpq.sensitivity.journal import Journal
+from mpq.sensitivity.kl_curvature import kl_curvature, row_scores, softness
 from mpq.sensitivity.predictions import predictions
 
 
@@ -77,7 +79,8 @@ def test_an_inputs_positions_add_up_before_they_are_squared(name, graph, monkeyp
 
 
 @pytest.mark.parametrize("name", ["mlp", "tied"])
-def test_positions_weigh_by_the_gradient_that_meets_them(name):
+def test_positions_weigh_by_the_gradient_that_meets_them(name, monkeypatch):
+    monkeypatch.setattr(module, "OUTLIER", 1.0)
     rows = row_scores(CASES[name](), estimate="position", labels="data")
     task = CASES[name]()
     for layer, expected in zip(task.layers, by_position(task), strict=True):
@@ -95,6 +98,21 @@ def test_many_draws_of_labels_are_the_divergences_own_curvature():
     )
     assert scores[0, 0] == pytest.approx(0.5 * (error @ block @ error).item(), rel=0.1)
     assert 0 < errors[0, 0] < scores[0, 0]
+
+
+def test_predictions_known_by_heart_are_softened():
+    """Logits 300 times as large leave no doubt and no curvature; at the temperature taken there is doubt of 0.02."""
+    task = CASES["mlp"]()
+    assert softness(task) == 1.0
+    with torch.no_grad():
+        task.model[-1].weight *= 300
+    found = softness(task)
+    chances = (task.model(task.batches[0][0]) / found).softmax(-1)
+    assert (1 - chances.amax(-1)).mean().item() == pytest.approx(0.02, rel=0.05)
+    soft, hard = (
+        kl_curvature(replace(task, journal=Journal(None, {})), **options)[0] for options in ({}, {"temperature": 1.0})
+    )
+    assert (soft > 2 * hard).all()
 
 
 def test_the_estimate_follows_the_labels():
@@ -156,6 +174,15 @@ class Masked(nn.Module):
 
     def forward(self, x):
         return self.head(torch.tanh(self.first(x))[:, 1:])
+
+
+def test_positions_that_outweigh_the_others_are_taken_one_by_one(monkeypatch):
+    """With every position one by one: half the mean over samples of sum over t of g_tr^2 (dw_r . x_t)^2."""
+    monkeypatch.setattr(module, "OUTLIER", 0.0)
+    rows = row_scores(CASES["mlp"](), estimate="position", labels="data")
+    task = CASES["mlp"]()  # one position a sample
+    for layer, expected in zip(task.layers, by_input(task), strict=True):
+        torch.testing.assert_close(rows(layer)[0], torch.stack(expected, 1), rtol=1e-4, atol=1e-12)
 
 
 def test_huge_inputs_that_no_gradient_meets_cost_nothing():
