@@ -14,7 +14,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -52,17 +52,16 @@ class Contest:
     loss_fn: LossFn
     formats: tuple[str, ...]
     method: str
-    _rounded: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def task(self) -> RememberingTask:
-        """What a metric is given; rounded weights are shared by all."""
+        """What a metric is given, with a journal of its own."""
         layers, schemes = find_layers(self.model), tuple(map(parse_scheme, self.formats))
         moments = {}
-        if self.method == "gptq" and len(self._rounded) < len(layers) * len(schemes):
+        if self.method == "gptq":
             moments = second_moments(self.model, layers, self.calibration, self.loss_fn)
         return RememberingTask(
             self.model, self.calibration, self.loss_fn, layers, schemes, method_named(self.method),
-            second_moments=moments, rounded=self._rounded,
+            second_moments=moments,
         )  # fmt: skip
 
 
