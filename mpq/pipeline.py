@@ -36,6 +36,7 @@ from mpq.measuring import Measurer, moments_for
 from mpq.network.batchnorm import with_means
 from mpq.network.calibration import take, tensors_in
 from mpq.network.experts import has_experts
+from mpq.network.prepare import prepared
 from mpq.network.ranges import Ranges, input_ranges
 from mpq.network.storage import state_bytes
 from mpq.plots import Point, Prediction, draw_frontier, frontier_facts
@@ -72,6 +73,7 @@ def export_to(
     Graphs are traced with calibration data, of which static activation scales come too.
     """
     export = exporter_named(name)
+    source = replace(source, model=prepared(source.model))
     refuse_experts(name, source.model)
     settings: dict[str, Any] = {"method": method, "recipe": source.recipe or None}
     settings["second_moments"] = moments or moments_for(method, source, allocation.layers)
@@ -185,6 +187,7 @@ def quantize_model(
         raise MpqError("name one budget: bits or size")
     refuse_foreign(folder, checkpoint.FILES)
     reader = consumer_named(consumer)
+    source = replace(source, model=prepared(source.model))
     check_model(reader, source.model)
     refuse_experts(consumer, source.model)
     if formats is None:

@@ -15,6 +15,7 @@ from mpq.core.scheme import Scheme, parse_scheme
 from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in
 from mpq.network.layers import find_layers
 from mpq.network.moments import second_moments
+from mpq.network.prepare import prepared
 from mpq.rounding import METHODS, method_named
 from mpq.sensitivity.graph import outputs_of
 from mpq.sensitivity.loss import batch_losses, batch_shares, in_scheme
@@ -53,7 +54,7 @@ def interactions(
     """
     if way not in WAYS:
         raise MpqError(f"interactions are taken from {' or '.join(WAYS)}, not {way!r}")
-    batches = check_batches(batches)
+    model, batches = prepared(model), check_batches(batches)
     layers = find_layers(model, include, exclude)
     parsed = tuple(parse_scheme(scheme) if isinstance(scheme, str) else scheme for scheme in schemes)
     with evaluating(model):

@@ -12,6 +12,7 @@ from mpq.core.errors import MpqError
 from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, samples_in, seeded
 from mpq.network.layers import find_layers
 from mpq.network.parallel import share, total
+from mpq.network.prepare import prepared
 from mpq.rounding import METHODS
 from mpq.sensitivity.lanczos import Lanczos
 from mpq.sensitivity.products import operator_named, weight_curvature
@@ -88,6 +89,7 @@ def spectrum(
     operator_named(operator)
     if steps < 1 or runs < 1:
         raise MpqError(f"a spectrum wants at least one step and one run, not {steps} and {runs}")
+    model = prepared(model)
     with evaluating(model):
         layers = find_layers(model, include, exclude)
         task = Task(model, check_batches(batches), loss_fn, layers, (), METHODS["nearest"], seed, progress=progress)

@@ -99,6 +99,15 @@ MODELS = {
     "standardized convolution": (lambda: nn.Sequential(Standardized(3, 16, 3), nn.Flatten()), IMAGES),
     "same convolution": (lambda: nn.Sequential(Same(3, 16, 3), nn.Flatten()), IMAGES),
     "scaled linear": (lambda: nn.Sequential(nn.Embedding(50, 32), HalfScale(32, 5)), TOKENS),
+    "conv3d": (
+        lambda: nn.Sequential(nn.Conv3d(3, 8, 2, groups=1), nn.Flatten()),
+        IMAGES[:, :, None].repeat(1, 1, 3, 1, 1),
+    ),
+    "transposed convolution": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 8, 3, 2), nn.Flatten()), IMAGES),
+    "grouped transposed convolution": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 4, 3, groups=2), nn.Flatten()),
+        IMAGES,
+    ),
     "head through the embedding": (Tied, TOKENS),
     "queries": (Query, TOKENS),
     "head through a parameter": (Raw, TOKENS),

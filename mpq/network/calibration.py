@@ -175,13 +175,25 @@ def seeded(seed: int, *names: object) -> torch.Generator:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block (no dropout, stored batch statistics); every module's mode is put back after."""
+    """Evaluation mode inside the block (no dropout, stored batch statistics); every module's mode is put back after.
+
+    Modules compiled in place (`module.compile()`) run as they are written, for compiled code ignores new hooks.
+    """
+    compiled = [(module, vars(module)["_compiled_call_impl"]) for module in model.modules() if _is_compiled(module)]
     training = [module for module in model.modules() if module.training]
     if training:
         log.info("the model is in training mode: it is set to evaluation mode while it is measured, then set back")
     model.eval()
+    for module, _ in compiled:
+        module._compiled_call_impl = None
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for module, call in compiled:
+            module._compiled_call_impl = call
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return vars(module).get("_compiled_call_impl") is not None

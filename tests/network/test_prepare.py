@@ -92,6 +92,19 @@ def test_compiled_models_are_profiled_without_their_wrappers(whole):
     assert (found.scores == expected.scores).all()
 
 
+def test_modules_compiled_in_place_run_as_written_while_they_are_measured():
+    model = net(nn.Sequential)
+    batches = [(X, torch.arange(8) % 4)]
+    expected = profile(model, batches, cross_entropy, ["int4-g16"], metric="output", progress=False)
+    calls = []
+    model.compile(backend=lambda graph, inputs: calls.append(graph) or graph.forward)
+    compiled = model._compiled_call_impl
+    found = profile(model, batches, cross_entropy, ["int4-g16"], metric="output", progress=False)
+    assert (found.scores == expected.scores).all()
+    assert not calls
+    assert model._compiled_call_impl is compiled
+
+
 def test_parameters_without_content_are_refused():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4))
