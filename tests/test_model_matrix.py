@@ -1,0 +1,24 @@
+"""Twelve architectures through the whole job: profile, search, simulate, export, load, equal outputs."""
+
+import pytest
+
+from experiments.model_cases import CASES, SAMPLED
+from experiments.model_matrix import run_case
+
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_the_whole_job(name, tmp_path):
+    row = run_case(CASES[name], tmp_path / "out")
+    assert (row.status, row.layers > 5) == ("ok", True), row
+    assert row.coverage > 0.8
+
+
+def test_a_failure_is_a_row():
+    def build():
+        raise ValueError("no such thing\nat all")
+
+    case = CASES["Llama"]
+    row = run_case(type(case)("broken", build, case.batches, case.loss_fn), None)
+    assert (row.status, row.reason) == ("failed", "ValueError: no such thing")
