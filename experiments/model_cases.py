@@ -1,7 +1,7 @@
 """Small models of many architectures, built from their configurations with random weights, and batches for them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -46,19 +46,6 @@ class Case:
     build: Callable[[], nn.Module]
     batches: Callable[[nn.Module], tuple[Batch, ...]]
     loss_fn: LossFn
-    exclude: tuple[str, ...] = ()  # layers that have to be left as they are
-    reason: str = ""  # why
-
-
-POSITIONS = "positions are computed of other inputs than the layer's indices"
-EXCLUDED = {
-    "OPT": (("*embed_positions",), POSITIONS),
-    "BART": (("*embed_positions",), POSITIONS),
-    "Whisper": (("*embed_positions",), POSITIONS),
-    "Mamba": (("*conv1d",), "its scan reads the convolution's weight without calling the layer"),
-    "DETR": (("query_position_embeddings",), "the queries are the weight itself, no layer is called"),
-    "timm tf_EfficientNet (same padding)": (("conv_stem", "*conv_dw"), "convolutions that pad by their input's size"),
-}
 
 
 def _seeded_weights(model: nn.Module) -> nn.Module:
@@ -87,6 +74,9 @@ def _timm(name: str, **settings: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         torch.manual_seed(0)
         made: nn.Module = import_timm().create_model(name, pretrained=False, num_classes=10, **settings)
+        for parameter in made.parameters():
+            if parameter.ndim > 1 and not parameter.any():  # a head of zeros lets no gradient through
+                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
         return made.eval()
 
     return build
@@ -312,8 +302,6 @@ def _cases() -> dict[str, Case]:
         ("timm MLP-Mixer", "mixer_s32_224", {"img_size": 64}), ("timm NFNet (standardized weights)", "nfnet_l0", {}),
     ):  # fmt: skip
         add(name, _timm(model, **settings), _labelled(64), _images)
-    for name, (exclude, reason) in EXCLUDED.items():
-        found[name] = replace(found[name], exclude=exclude, reason=reason)
     add("U-Net", lambda: _seeded_weights(UNet()), _segmented, reconstruction)
     return found
 
