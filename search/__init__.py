@@ -4,14 +4,21 @@ entry-point group "mpq.searches".
 
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
+from mpq.core.errors import MpqError
 from mpq.core.frontier import Frontier
 from mpq.core.problem import Array, build_problem
 from mpq.core.registry import Registry, Search
 from mpq.core.table import SensitivityTable
 
 DEFAULT_SEARCH = "exact"
+NEEDED = {
+    "interactions": "measure and save them with mpq.sensitivity.interactions; on the command line --interactions FILE",
+    "evaluate": "a function that measures the loss of an allocation",
+    "loss": "the largest predicted loss increase",
+}
 
 # Functions take a Problem and options, and give a Frontier.
 SEARCHES: Registry[Search] = Registry(
@@ -62,7 +69,13 @@ def frontier_of(
         MpqError: what `mpq.core.problem.build_problem` and the search refuse.
     """
     problem = build_problem(table, pin=pin, forbid=forbid, ties=ties, costs=costs, budgets=budgets)
-    return search_named(search)(problem, **options)
+    function = search_named(search)
+    known = signature(function).parameters.values()
+    wanted = [one.name for one in known if one.kind is one.KEYWORD_ONLY and one.default is one.empty]
+    missing = [name for name in wanted if name not in options]
+    if missing:
+        raise MpqError(f"the search {search} also needs {' and '.join(missing)}: {NEEDED.get(missing[0], 'give it')}")
+    return function(problem, **options)
 
 
 def search_named(name: str) -> Callable[..., Frontier]:

@@ -34,13 +34,13 @@ def integer(problem: Problem, *, cost: str = "size", time_limit: float | None = 
     rows, columns = np.nonzero(np.isfinite(problem.losses))
     losses = problem.losses[rows, columns]
     spread = float(np.ptp(losses))
-    scale = OBJECTIVE_RANGE / spread if spread > OBJECTIVE_RANGE * np.finfo(np.float64).tiny else 1.0
+    objective = (losses - losses.min()) / (spread or 1.0) * OBJECTIVE_RANGE
     one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
     limits = dict(problem.budgets)
     for _ in range(TIGHTENINGS):
         constraints = [LinearConstraint(one_each, 1, 1), *_constraints(problem, limits, rows, columns)]
         answer = milp(
-            (losses - losses.min()) * scale, integrality=np.ones(len(rows)), bounds=Bounds(0, 1),
+            objective, integrality=np.ones(len(rows)), bounds=Bounds(0, 1),
             constraints=constraints, options={"mip_rel_gap": 0.0, **({"time_limit": time_limit} if time_limit else {})},
         )  # fmt: skip
         if answer.x is None:
@@ -81,7 +81,7 @@ def _unit(cost: Array) -> float:
     """The costs' common divisor when they are whole numbers, else their largest."""
     if (cost == np.rint(cost)).all() and cost.any():
         return float(math.gcd(*cost.astype(np.int64).tolist()))
-    return max(float(np.abs(cost).max()), np.finfo(np.float64).tiny)
+    return float(np.abs(cost).max()) or 1.0
 
 
 def _choices(problem: Problem, solution: Array, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> NDArray[np.intp]:

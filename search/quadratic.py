@@ -42,14 +42,14 @@ def quadratic(
     couplings, products = _couplings(rows, pairs[rows[:, None], columns[:, None], rows, columns])
     values = pairs[rows[products[0]], columns[products[0]], rows[products[1]], columns[products[1]]]
     objective = np.concatenate([singles, values])
-    scale = OBJECTIVE_RANGE / max(float(np.ptp(objective)), np.finfo(np.float64).tiny)
+    scale = OBJECTIVE_RANGE / (float(np.ptp(objective)) or 1.0)
     one_each = csr_array((np.ones(number), (rows, np.arange(number))), (len(losses), len(objective)))
     constraints = [LinearConstraint(one_each, 1, 1)]
     if len(values):
         constraints.append(LinearConstraint(couplings, 0, 0))
     for name, budget in problem.budgets.items():
         total = np.concatenate([problem.costs[name][rows, columns], np.zeros(len(values))])
-        unit = max(float(np.abs(total).max()), np.finfo(np.float64).tiny)
+        unit = float(np.abs(total).max()) or 1.0
         constraints.append(LinearConstraint(total / unit, -np.inf, budget / unit * (1 + ROUNDING)))
     options = {"mip_rel_gap": 0.0, **({"time_limit": time_limit} if time_limit else {})}
     integrality = np.concatenate([np.ones(number), np.zeros(len(values))])

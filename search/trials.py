@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 CHECKSUM = "crc32"  # key in each line of a journal file
 FIRST = b'{"op_code"'  # how a journal file begins
+WAITS = (0.2, 1.0, 3.0)  # seconds between attempts to make the tables of a database
 MISSED_BEATS = 5  # a worker is suspected when it is silent for so many intervals
 CONFIRMING_BEATS = 3  # and dead when it stays silent for so many more
 TAKEN_FOR_DEAD = "trial %d was taken for dead and given to another worker; its result is dropped"
@@ -45,7 +47,7 @@ def open_storage(storage: str | os.PathLike[str] | None) -> BaseStorage:
     name = os.fspath(storage)
     if "://" in name:
         try:
-            return RDBStorage(name)
+            return _database(name)
         except Exception as error:  # SQLAlchemy's and the drivers' own, of many kinds
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             remedy = "expected e.g. sqlite:///FILE, or postgresql:// with mpq[postgresql] installed"
@@ -54,6 +56,24 @@ def open_storage(storage: str | os.PathLike[str] | None) -> BaseStorage:
         os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
     with reading(name, "journal of a search", "delete it to start anew"):
         return JournalStorage(CheckedJournal(name))
+
+
+def _database(url: str) -> RDBStorage:
+    """The database, PostgreSQL's through psycopg2 where it is installed.
+
+    Workers that begin in the same moment get in each other's way while they make its tables.
+    """
+    scheme, separator, rest = url.partition("://")
+    if scheme in ("postgres", "postgresql") and find_spec("psycopg2") is not None:
+        url = f"postgresql+psycopg2{separator}{rest}"  # SQLAlchemy's own default differs between versions
+    for wait in WAITS:
+        try:
+            return RDBStorage(url)
+        except Exception as error:
+            if "already exists" not in str(error) and "duplicate key" not in str(error):
+                raise
+            time.sleep(wait)
+    return RDBStorage(url)
 
 
 class CheckedJournal(JournalFileBackend):

@@ -28,6 +28,7 @@ def add(command: AddCommand) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
+    from mpq.core.interactions import Interactions
     from mpq.core.latency import load_latencies
     from mpq.core.table import SensitivityTable
     from mpq.search.choice import allocate, check_choice
@@ -42,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
         ties=not options.no_ties, batch=options.batch, whole_frontier=options.measure_frontier,
         budgets={name: number_of(name, value) for name, value in budgets.items()},
         latencies=load_latencies(options.latency) if options.latency else None,
+        **({"interactions": Interactions.load(options.interactions)} if options.interactions else {}),
         **(_evolving(options, table) if SEARCHES.named(search).measures else {}),
     )  # fmt: skip
     if options.frontier:

@@ -1,6 +1,7 @@
 """Allocations of which none is both smaller and better: dominance, budget query, knee, hypervolume, CSV."""
 
 import csv
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from mpq.core.files import write_atomically
 from mpq.core.problem import Array, Problem
 from mpq.core.reading import reading
 from mpq.core.sizes import parse_size
+
+log = logging.getLogger(__name__)
 
 BITS_PER_BYTE = 8
 MEASURED_COLUMN = "measured"  # of a saved frontier whose losses were measured; `error` is then theirs
@@ -154,13 +157,14 @@ class Frontier:
         smallest = self.costs[0] * factor + offset
         # Budgets are often computed from the very same totals: rounding must not push them out of reach.
         limit = budget * (1 + 1e-12)
-        if not smallest <= limit or not budget * (1 - 1e-12) <= largest:
-            side = "above the largest" if budget > largest else "below the smallest"
-            digits = 6 if unit == "bits" else 15
-            raise MpqError(
-                f"a budget of {budget:.{digits}g} {unit} is {side} allocation: "
-                f"{smallest:.{digits}g} to {largest:.{digits}g} {unit} can be reached"
-            )
+        digits = 6 if unit == "bits" else 15
+        reach = f"{smallest:.{digits}g} to {largest:.{digits}g} {unit} can be reached"
+        if not math.isfinite(budget):
+            raise MpqError(f"invalid budget of {budget} {unit}: {reach}")
+        if smallest > limit:
+            raise MpqError(f"a budget of {budget:.{digits}g} {unit} is below the smallest allocation: {reach}")
+        if budget * (1 - 1e-12) > largest:
+            log.warning("a budget of %.*g %s is more than any allocation takes: %s", digits, budget, unit, reach)
         return int(np.searchsorted(self.costs, (limit - offset) / factor, side="right")) - 1
 
 

@@ -1,5 +1,6 @@
 """A table with costs, ties and restrictions as plain arrays: what every search solves."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -144,6 +145,9 @@ def build_problem(
         if name not in by_layer:
             raise MpqError(f"there is no cost {name!r} to budget: the problem knows {', '.join(by_layer)}")
     most = {name: parse_size(limit) if name == "size" else float(limit) for name, limit in (budgets or {}).items()}
+    for name, limit in most.items():
+        if not math.isfinite(limit) or limit < 0:
+            raise MpqError(f"invalid budget {name}={limit}: expected a finite number that is not negative")
     problem = Problem(
         table.layers, table.schemes, groups, _summed(losses, groups), _summed(errors**2, groups),
         {name: _summed(np.asarray(cost, dtype=np.float64), groups) for name, cost in by_layer.items()},

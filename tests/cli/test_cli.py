@@ -186,7 +186,7 @@ def test_formats_lists_and_tells(capsys):
         (["quantize", "tiny-cmm", "--bits", "4", "-o", "x"], "did you mean tiny-lm or tiny-cnn"),
         (["quantize", "tiny-cnn", "--bits", "4", "-o", "x", "--formats", "int4-g129x"], "unknown format"),
         (["quantize", "tiny-cnn", "--bits", "4", "-o", "x", "--exclude", "nothing*"], "matches nothing"),
-        (["quantize", "tiny-cnn", "--bits", "40", "-o", "x", *FEW], "above the largest"),
+        (["quantize", "tiny-cnn", "--bits", "inf", "-o", "x", *FEW], "invalid budget of inf"),
         (["quantize", "tiny-cnn", "--bits", "1", "-o", "x", *FEW], "below the smallest"),
         (["profile", "tiny-cnn", "-o", "x.csv", "--metric", "hesian"], "did you mean hessian"),
         (["profile", "tiny-cnn", "-o", "x.csv", "--method", "gptqq"], "did you mean gptq"),

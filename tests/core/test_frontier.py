@@ -39,17 +39,24 @@ def test_a_budget_gets_the_best_allocation_within_it():
             assert frontier.at(bits=between).bits <= between
 
 
+def test_a_budget_above_all_gives_the_largest_with_a_note(caplog):
+    frontier = exact(make_problem(1))
+    for budget in ({"bits": 17}, {"size": 1e9}):
+        assert frontier.index_at(**budget) == len(frontier) - 1
+        assert "more than any allocation takes" in caplog.text
+        caplog.clear()
+
+
 def test_unreachable_budgets_name_the_range():
     frontier = exact(make_problem(1))
     smallest, largest = frontier.bits[0], 16.0
     with pytest.raises(MpqError, match=f"below the smallest allocation: {smallest:.6g} to {largest:.6g} bits"):
         frontier.at(bits=1.0)
-    with pytest.raises(MpqError, match="above the largest"):
-        frontier.at(bits=17)
-    with pytest.raises(MpqError, match="above the largest"):
-        frontier.at(size=1e9)
     with pytest.raises(MpqError, match="below the smallest"):
-        frontier.at(bits=math.nan)
+        frontier.at(bits=-1.0)
+    for budget in (math.nan, math.inf):
+        with pytest.raises(MpqError, match=f"invalid budget of {budget} bits"):
+            frontier.at(bits=budget)
     with pytest.raises(MpqError, match="name one budget"):
         frontier.at()
     with pytest.raises(MpqError, match="name one budget"):

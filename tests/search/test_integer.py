@@ -30,6 +30,19 @@ def test_the_optimum_under_two_budgets_is_that_of_enumeration(seed, layers, size
     assert all(totals[name] <= budget for name, budget in budgets.items())
 
 
+@pytest.mark.parametrize("losses", [0.0, 0.25, 1e-310, 1e300, -1.0])
+@pytest.mark.parametrize("limit", [0.0, 1.0, 1e300])
+def test_equal_tiny_and_huge_losses_and_costs_of_nothing(losses, limit):
+    problem = make_problem(3, layers=3)
+    free = np.where(np.isfinite(problem.losses), 0.0, np.inf)
+    bend = np.linspace(1.0, 1.5, problem.losses.size).reshape(problem.losses.shape) if abs(losses) > 1 else 1.0
+    none = {"bitops": np.zeros_like(problem.costs["bitops"])}
+    budgets = {"size": between(problem, "size", 0.5), "bitops": limit}
+    problem = replace(problem, losses=free + losses * bend, costs={**problem.costs, **none}, budgets=budgets)
+    _, optima = brute_force(problem)
+    assert integer(problem).losses[0] == pytest.approx(optima[-1], rel=1e-6, abs=0)
+
+
 def between(problem, name, share):
     cost = np.where(np.isfinite(problem.losses), problem.costs[name], np.nan)
     low, high = np.nanmin(cost, 1).sum(), np.nanmax(cost, 1).sum()

@@ -11,6 +11,7 @@ from problems import every_choice, make_problem, make_table
 from mpq.core.errors import MpqError
 from mpq.core.interactions import Interactions
 from mpq.core.problem import build_problem
+from mpq.search import frontier_of
 from mpq.search.integer import integer
 from mpq.search.quadratic import quadratic
 
@@ -85,3 +86,8 @@ def test_mistakes_are_told():
         quadratic(problem, interactions=make_interactions(make_problem(1, 4), 1))
     with pytest.raises(MpqError, match="below the smallest allocation"):
         quadratic(replace(problem, budgets={"size": 1.0}), interactions=interactions)
+
+
+def test_what_a_search_needs_is_told():
+    with pytest.raises(MpqError, match="the search quadratic also needs interactions: measure"):
+        frontier_of(make_table(0, 3), search="quadratic", budgets={"size": 1e6})
