@@ -5,8 +5,11 @@ Verbs: `profile`, `frontier`, `allocate`, `simulate`, `quantize`, `export`, `loa
 used.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from mpq.moved import Moved
 
 if TYPE_CHECKING:
     from mpq.core.allocation import Allocation as Allocation
@@ -53,6 +56,7 @@ _HOMES = {
     "simulate": "mpq.quantized:simulate",
 }
 __version__ = "0.1.0"
+sys.meta_path.insert(0, Moved())  # first: an old package would find its new files itself
 __all__ = [
     "Allocation", "Format", "Frontier", "MpqError", "Problem", "Scheme", "SensitivityTable", "Source", "allocate",
     "build_problem", "evaluate", "export", "frontier", "load", "open_source", "parse_format", "parse_scheme",
