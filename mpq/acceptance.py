@@ -53,10 +53,15 @@ class Acceptance:
         """What is handed over."""
         return self.candidates[0]
 
+    @property
+    def uniform(self) -> Candidate | None:
+        """The best uniform format within the budget, None where none fits."""
+        return next((one for one in self.candidates if one.is_uniform), None)
+
     def verdict(self) -> str:
         """One sentence: how the choice compares with the best uniform format within its size."""
         what = "KL divergence" if self.chosen.quality.divergence is not None else "loss"
-        uniform = next((one for one in self.candidates if one.is_uniform), None)
+        uniform = self.uniform
         caveat = "" if self.established else " Not established on unseen data: the source has none to spare."
         if uniform is None:
             return f"No uniform format fits the budget.{caveat}"

@@ -84,7 +84,7 @@ def compare(
 
     rows = [Measured("original", None, original_size, reference, 0.0, 0.0)]
     known = {candidate.name: candidate for candidate in acceptance.candidates}
-    for name, allocation in _uniform(frontier, chosen, measurer.source.kind):
+    for name, allocation in _uniform(frontier, acceptance, measurer.source.kind):
         candidate = known.get(name) or candidate_of(name, allocation, measurer)
         if candidate is not None:
             rows.append(measured(name, allocation, measurer.quality(allocation, "evaluation", candidate.means)))
@@ -92,10 +92,13 @@ def compare(
     return tuple(rows)
 
 
-def _uniform(frontier: Frontier, chosen: Allocation, kind: str) -> list[tuple[str, Allocation]]:
-    """The uniform candidates nearest in size, and the usual formats, which need not be candidates; large first."""
+def _uniform(frontier: Frontier, acceptance: Acceptance, kind: str) -> list[tuple[str, Allocation]]:
+    """The best and nearest uniform candidates, and the usual formats, which need not be candidates; large first."""
+    chosen, best = acceptance.chosen.allocation, acceptance.uniform
     candidates = sorted(frontier.uniform(), key=lambda item: abs(item[1].bits - chosen.bits))[:NEAREST]
     found = {f"all {name}": allocation for name, allocation in candidates}
+    if best is not None:
+        found[best.name] = best.allocation
     for name in USUAL.get(kind, ()):
         allocation = Allocation(chosen.layers, (name,) * len(chosen.layers), overhead=chosen.overhead)
         if f"all {name}" not in found and 1 / RANGE < allocation.bits / chosen.bits < RANGE:
@@ -112,20 +115,19 @@ def along(frontier: Frontier, chosen: Allocation, measurer: Measurer) -> dict[in
     return {index: candidate for index, candidate in found.items() if candidate is not None}
 
 
-def sentences(measured: Sequence[Measured]) -> tuple[str, ...]:
-    """The table in words: what was gained over uniform formats of the same size, how far predictions were off."""
-    chosen, others = measured[-1], [one for one in measured[:-1] if one.allocation is not None]
+def sentences(measured: Sequence[Measured], acceptance: Acceptance) -> tuple[str, ...]:
+    """The table in words: what was gained over the best uniform format, how far predictions were off."""
+    chosen, uniform = measured[-1], acceptance.uniform
     assert chosen.allocation is not None
     what = "KL divergence from the original" if chosen.quality.divergence is not None else "loss increase"
     harm, error = chosen.harm
     said = [f"On unseen data the {what} is {_with_error(harm, error)}."]
-    smaller = [one for one in others if one.size <= chosen.size]
-    if smaller:
-        best = min(smaller, key=lambda one: one.harm[0])
+    if uniform is not None and uniform is not acceptance.chosen:
+        best = next(one for one in measured if one.name == uniform.name)
         difference, spread = chosen.quality.harm_above(best.quality)
         share = f", {100 * -difference / best.harm[0]:.0f} % less" if difference < 0 < best.harm[0] else ""
         said.append(
-            f"{best.name[:1].upper()}{best.name[1:]}, the best uniform format within that size, has {best.harm[0]:.4g}"
+            f"{best.name[:1].upper()}{best.name[1:]}, the best uniform format within the budget, has {best.harm[0]:.4g}"
             f"{share} (paired difference {difference:.3g} +- {spread:.1g})."
         )
     predicted = chosen.allocation.loss

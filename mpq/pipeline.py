@@ -127,7 +127,7 @@ class Outcome:
         """What was measured, in sentences."""
         count = len(self.accepted.chosen.means)
         means = (f"Running means of {count} batch normalizations were estimated anew.",) if count else ()
-        return (self.accepted.verdict(), *means, *sentences(self.measured))
+        return (self.accepted.verdict(), *means, *sentences(self.measured, self.accepted))
 
     def rows(self) -> list[Row]:
         """The before/after table."""

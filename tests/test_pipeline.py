@@ -9,6 +9,7 @@ import torch
 from small_cnn import images, small_cnn
 
 import mpq
+from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.problem import build_problem
 from mpq.measuring import measuring
@@ -143,6 +144,18 @@ def test_measured_points_stand_beside_the_predicted_frontier(tmp_path):
     for sentence in outcome.words():
         assert html.escape(sentence) in report
     assert "uniform format within" in " ".join(outcome.words())
+
+
+def test_all_sentences_compare_with_the_same_uniform_format(tmp_path):
+    source = open_source("tiny-cnn", nsamples=32)
+    uniform = Allocation(find_layers(source.model), ("int4-g32",) * len(find_layers(source.model)))
+    outcome = quantize_model(
+        source, tmp_path / "out", bits=uniform.bits, formats=FORMATS, metric="fisher", progress=False
+    )
+    assert outcome.allocation.size < uniform.size  # the budget is met exactly by the uniform format alone
+    verdict, *_, compared, _ = outcome.words()
+    assert "of all int4-g32, the best uniform format within the budget" in verdict
+    assert compared.startswith("All int4-g32, the best uniform format within the budget, has ")
 
 
 def test_budgets_are_named_once_and_foreign_folders_are_left_alone(tmp_path):
