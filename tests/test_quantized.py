@@ -227,3 +227,15 @@ def test_gradients_flow_to_inputs_of_packed_layers():
     weight, y = simulated[0].weight.detach().double().abs(), simulated(x).detach().double().abs()
     assert_close(*grads, 2 * (radius(simulated[0], x) + 5 * 2**-24 * y) @ weight)
     assert parse_scheme("int4-channel").weight == packed[0].weight.format
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "int8-channel+a:int8-token"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_inputs_that_are_no_usual_floats_are_one_mistake(scheme, dtype):
+    layers = [nn.Linear(8, 64), nn.Conv1d(4, 32, 3), nn.Conv2d(4, 32, 3, padding=1, padding_mode="reflect")]
+    for layer, shape in zip(layers, [(3, 8), (2, 4, 8), (2, 4, 8, 8)], strict=True):
+        model = nn.Sequential(layer)
+        packed = pack_model(model, Allocation(find_layers(model), (scheme,)))
+        packed(torch.ones(shape))
+        with pytest.raises(MpqError, match=r"an input of type \w+ came to a packed layer: expected float32"):
+            packed(torch.ones(shape).to(dtype))

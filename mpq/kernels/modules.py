@@ -7,6 +7,7 @@ from torch.nn import functional
 import mpq.kernels.cpu.native  # noqa: F401  (its kernels, and torch.ops.mpq)
 from mpq.core.errors import MpqError
 from mpq.core.scheme import Scheme
+from mpq.kernels.ops import check_floats
 from mpq.kernels.reference import quantize_activation
 from mpq.kernels.stacked import Stack
 from mpq.kernels.weight import PackedWeight
@@ -25,6 +26,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
+        check_floats(input)
         if self.stack is not None and (part := self.stack.output(self, input)) is not None:
             return part
         weight = self.weight
@@ -53,6 +55,7 @@ class PackedConv(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, channels, length) or (batch, channels, height, width), batched or not."""
+        check_floats(input)
         spatial = len(self.kernel)
         if input.dim() == spatial + 1:
             return self.forward(input[None])[0]

@@ -27,6 +27,7 @@ from mpq.kernels.gpu import fragments
 
 _WEIGHT = "str format, int rows, int cols, str layout"
 _SPATIAL = "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LINEAR = f"(Tensor input, Tensor[] weight, Tensor? bias, {_WEIGHT}, str activation) -> Tensor"
 SCHEMAS = {
     "linear": _LINEAR,
@@ -40,6 +41,16 @@ KERNELS: dict[tuple[str, str, str], Callable[..., Tensor]] = {
     ("linear", fragments.FRAGMENTS, "cuda"): gpu.linear,
     ("embedding", fragments.FRAGMENTS, "cuda"): gpu.embedding,
 }
+
+
+def check_floats(input: Tensor) -> None:
+    """MpqError for an input of another type than the usual floats."""
+    if input.dtype not in FLOATS:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise MpqError(
+            f"an input of type {str(input.dtype).removeprefix('torch.')} came to a packed layer: expected {names}; "
+            "convert it with .float()"
+        )
 
 
 def _linear(
