@@ -105,7 +105,7 @@ def draw_frontier(facts: FrontierFacts, title: str = "") -> Figure:
         low = np.maximum(curve.losses - curve.band, _floor(losses))
         axes.fill_between(curve.bits, low, curve.losses + curve.band, color=color, alpha=0.15, linewidth=0, step="post")
         if curve.predicted is None:
-            label = f"{curve.name}, predicted" if any(measured) else curve.name
+            label = _plain(f"{curve.name}, predicted" if any(measured) else curve.name)
             axes.step(curve.bits, curve.losses, where="post", color=color, linewidth=1.8, label=label)
             continue
         _draw_measured(axes, curve, low, color)
@@ -116,7 +116,13 @@ def draw_frontier(facts: FrontierFacts, title: str = "") -> Figure:
         _label_marks(axes, facts.uniform)
     for mark in facts.chosen:
         axes.plot(
-            mark.bits, mark.loss, "*", color=CHOSEN, markersize=15, zorder=5, label=f"{mark.name}: {mark.bits:.2f} bits"
+            mark.bits,
+            mark.loss,
+            "*",
+            color=CHOSEN,
+            markersize=15,
+            zorder=5,
+            label=_plain(f"{mark.name}: {mark.bits:.2f} bits"),
         )
     if facts.points:
         axes.errorbar(
@@ -128,7 +134,7 @@ def draw_frontier(facts: FrontierFacts, title: str = "") -> Figure:
     axes.set_ylabel(_loss_label(facts.metric, any(measured)))
     axes.legend(frameon=False, fontsize=9)
     if title:
-        axes.set_title(title, loc="left", fontsize=11, color=INK)
+        axes.set_title(_plain(title), loc="left", fontsize=11, color=INK)
     return figure
 
 
@@ -138,9 +144,9 @@ def _draw_measured(axes: Axes, curve: Curve, low: NDArray[np.float64], color: st
     known = bool(curve.band.any())
     axes.errorbar(
         curve.bits, curve.losses, [curve.losses - low, curve.band] if known else None, fmt="o", color=color,
-        markersize=4, elinewidth=1, label=f"{curve.name}, measured" + ERRORS * known,
+        markersize=4, elinewidth=1, label=_plain(f"{curve.name}, measured") + ERRORS * known,
     )  # fmt: skip
-    axes.plot(curve.bits, curve.predicted, "x", color=color, markersize=5, label=f"{curve.name}, predicted")
+    axes.plot(curve.bits, curve.predicted, "x", color=color, markersize=5, label=_plain(f"{curve.name}, predicted"))
 
 
 def _loss_label(metric: str, measured: bool) -> str:
@@ -174,7 +180,7 @@ def draw_layers(facts: LayerFacts) -> Figure:
     colors = scheme_colors(facts.schemes)
     axes.bar(range(count), facts.bits, width=0.9, color=[colors[name] for name in facts.schemes])
     step = max(1, count // 60)
-    axes.set_xticks(range(0, count, step), facts.layers[::step], rotation=90, fontsize=7)
+    axes.set_xticks(range(0, count, step), list(map(_plain, facts.layers[::step])), rotation=90, fontsize=7)
     axes.set_xlim(-0.6, count - 0.4)
     axes.set_ylabel("bits per weight")
     handles = [Patch(color=color, label=name) for name, color in colors.items()]
@@ -205,7 +211,7 @@ def draw_table(table: SensitivityTable) -> Figure:
         norm = LogNorm(low, high if high > low else low * 10)
     image = axes.imshow(scores, aspect="auto", cmap="magma_r", norm=norm, interpolation="nearest")
     step = max(1, count // 70)
-    axes.set_yticks(range(0, count, step), [layer.name for layer in table.layers][::step], fontsize=7)
+    axes.set_yticks(range(0, count, step), [_plain(layer.name) for layer in table.layers][::step], fontsize=7)
     axes.set_xticks(range(len(table.schemes)), table.schemes, rotation=60, ha="right", fontsize=8)
     figure.colorbar(image, ax=axes, label=f"predicted loss increase ({table.metric})", shrink=0.8)
     return figure
@@ -241,6 +247,11 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
     return figure
 
 
+def _plain(text: str) -> str:
+    """Text as it is: between two dollars matplotlib would set formulas."""
+    return text.replace("$", r"\$")
+
+
 def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#e3e6e9", linewidth=0.8)
@@ -274,6 +285,6 @@ def _label_marks(axes: Axes, marks: Sequence[Mark]) -> None:
         x, y = axes.transData.transform((mark.bits, mark.loss))
         if all(abs(x - other_x) > 70 or abs(y - other_y) > 11 for other_x, other_y in placed):
             axes.annotate(
-                mark.name, (mark.bits, mark.loss), (6, 3), textcoords="offset points", fontsize=7, color=UNIFORM
+                _plain(mark.name), (mark.bits, mark.loss), (6, 3), textcoords="offset points", fontsize=7, color=UNIFORM
             )
             placed.append((x, y))

@@ -1,3 +1,6 @@
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from problems import make_problem, make_table
@@ -129,3 +132,19 @@ def test_a_report_is_one_file_that_escapes_what_it_tells(tmp_path):
     assert text.count("<svg") == 4
     assert "<script" not in text
     assert 'src="http' not in text
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path):
+    table = make_table(3)
+    odd = ("$\\frac$", "a$b$<i>", "$$")
+    layers = tuple(replace(layer, name=name) for layer, name in zip(table.layers, odd, strict=False))
+    table = replace(table, layers=layers + table.layers[len(layers) :])
+    frontier = exact(build_problem(table))
+    write_report(
+        tmp_path / "report.html", title=odd[0], table=table, frontier=frontier, allocation=frontier.at(bits=5),
+        rows=[], predictions=[Prediction(odd[0], 0.1, 0.2, 0.1)],
+    )  # fmt: skip
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("a$b$&lt;i&gt;</text>") == 2
+    assert "<i>" not in re.sub("<!--.*?-->", "", text)
+    draw_frontier(frontier_facts({odd[0]: frontier}, {odd[0]: frontier.at(bits=5)}), odd[0]).draw_without_rendering()

@@ -1,5 +1,6 @@
 """ModelOpt's `quant_cfg`: an ordered list, of which the last entry that matches a quantizer's name decides."""
 
+import glob
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -30,7 +31,9 @@ def _write(spellings: Mapping[str, Spelling | None]) -> str:
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name, spelling in spellings.items():
         if spelling is not None:
-            entries.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": dict(spelling), "enable": True})
+            entries.append(
+                {"quantizer_name": f"{glob.escape(name)}.weight_quantizer", "cfg": dict(spelling), "enable": True}
+            )
     return str(yaml.safe_dump({"quant_cfg": entries, "algorithm": "max"}, sort_keys=False))
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mpq.core.errors import MpqError
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -9,6 +11,9 @@ class Layer:
 
     The weight is seen as a matrix: one row per output channel (per token in an embedding), and
     cols = input channels / conv groups * kernel positions.
+
+    Raises:
+        MpqError: a name with a carriage return, which no CSV file keeps.
     """
 
     name: str  # the module's qualified name, "model.layers.0.self_attn.q_proj"
@@ -18,6 +23,11 @@ class Layer:
     macs: int = 0  # multiply-accumulates of one sample; 0 until counted
     tie: str = ""  # layers of one tie are fused by serving kernels and share a scheme; "" when alone
     aliases: tuple[str, ...] = ()  # other modules that hold the very same Parameter (tied embeddings)
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if "\r" in name:
+                raise MpqError(f"the layer name {name!r} holds a carriage return: rename the module")
 
     @property
     def params(self) -> int:

@@ -11,7 +11,7 @@ def match_names(patterns: str | Iterable[str], names: Iterable[str], what: str =
     """The names that at least one pattern matches whole, in the order of `names`.
 
     Args:
-        patterns: globs ("*.q_proj"), or "re:" and a regular expression for the whole name.
+        patterns: names or globs ("*.q_proj"), or "re:" and a regular expression for the whole name.
         names: what can be picked.
         what: the noun of error messages.
 
@@ -36,7 +36,7 @@ def match_names(patterns: str | Iterable[str], names: Iterable[str], what: str =
 
 def _matcher(pattern: str) -> Callable[[str], bool]:
     if not pattern.startswith("re:"):
-        return lambda name: fnmatchcase(name, pattern)
+        return lambda name: name == pattern or fnmatchcase(name, pattern)
     try:
         expression = re.compile(pattern[3:])
     except re.error as error:

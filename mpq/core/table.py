@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +80,15 @@ class SensitivityTable:
     def rows(self) -> Iterable[tuple[Any, ...]]:
         """One tuple per layer and scheme, in the order of COLUMNS."""
         for i, layer in enumerate(self.layers):
-            facts = (layer.name, layer.kind, layer.rows, layer.cols, layer.macs, layer.tie, " ".join(layer.aliases))
+            facts = (
+                layer.name,
+                layer.kind,
+                layer.rows,
+                layer.cols,
+                layer.macs,
+                layer.tie,
+                " ".join(map(quote, layer.aliases)),
+            )
             for j, scheme in enumerate(self.schemes):
                 stored = weight_bytes(parse_scheme(scheme), layer.rows, layer.cols)
                 yield (*facts, self.metric, scheme, stored, float(self.scores[i, j]), float(self.errors[i, j]))
@@ -145,7 +154,7 @@ def _layer(record: Mapping[str, str]) -> Layer:
     sizes = (int(record["rows"]), int(record["cols"]), int(record["macs"]))
     if min(sizes) < 0 or math.prod(sizes[:2]) == 0:
         raise ValueError(f"layer {record['layer']} of {sizes[0]} x {sizes[1]} weights")
-    aliases = tuple((record.get("aliases") or "").split())
+    aliases = tuple(map(unquote, (record.get("aliases") or "").split()))
     return Layer(record["layer"], record["kind"], *sizes, tie=record["tie"], aliases=aliases)
 
 

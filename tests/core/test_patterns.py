@@ -18,6 +18,12 @@ def test_a_regex_matches_the_whole_name():
         match_names("re:blocks", NAMES)
 
 
+def test_a_name_picks_itself_whatever_it_holds():
+    names = ["experts[0]", "experts0", "a?[!b]", "re:("]
+    assert match_names("experts[0]", names) == ["experts[0]", "experts0"]
+    assert match_names("a?[!b]", names) == ["a?[!b]"]
+
+
 def test_no_patterns_pick_nothing():
     assert match_names((), NAMES) == []
 

@@ -101,3 +101,13 @@ def test_shapes_and_names_must_fit():
         table(np.zeros((3, 2)))
     with pytest.raises(MpqError, match="each layer once"):
         SensitivityTable((LAYERS[0],) * 2, SCHEMES, np.zeros((2, 3)), np.zeros((2, 3)), "output")
+
+
+def test_any_layer_name_comes_back_but_one_with_a_carriage_return(tmp_path):
+    names = ("a$b$c", "a[0] x", "<b>&", "tab\tnew\nline", 'quo"te,', "# %20", " ", "=x", "\u2028")
+    layers = tuple(Layer(name, "linear", 8, 8, aliases=(f"{name}2", "100% é")) for name in names)
+    table = SensitivityTable(layers, ("int4-g64",), np.ones((len(names), 1)), np.zeros((len(names), 1)), "m", {})
+    table.save(tmp_path / "table.csv")
+    assert SensitivityTable.load(tmp_path / "table.csv") == table
+    with pytest.raises(MpqError, match="carriage return: rename the module"):
+        Layer("a\rb", "linear", 8, 8)

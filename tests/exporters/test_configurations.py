@@ -66,6 +66,13 @@ def test_a_later_entry_of_modelopt_wins_and_wildcards_match():
     assert found["model.layers.10.self_attn.o_proj"].name == "bf16"
 
 
+def test_names_with_brackets_are_no_wildcards_to_modelopt():
+    layers = tuple(Layer(name, "linear", 64, 128) for name in ("experts0", "experts[0]", "a*"))
+    allocation = Allocation(layers, ("int4-g64", "int8-channel", "int4-g64"))
+    text = write_configuration("modelopt", allocation)
+    assert read_configuration("modelopt", text, layers).schemes == allocation.schemes
+
+
 def test_lines_for_llama_quantize_name_one_tensor_each():
     allocation = Allocation(LAYERS, ("q4_k",) * len(LAYERS))
     lines = write_configuration("llama-quantize", allocation).splitlines()
