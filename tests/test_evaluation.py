@@ -87,7 +87,7 @@ def test_paired_differences_have_the_spread_of_the_differences():
 
 
 def test_bad_requests_are_named():
-    with pytest.raises(MpqError, match="accuracy, perplexity, loss"):
+    with pytest.raises(MpqError, match="accuracy, perplexity, distance, loss"):
         evaluate(classifier(), images(), "bleu")
     with pytest.raises(MpqError, match="no calibration batches"):
         evaluate(classifier(), [], "accuracy")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from mpq.core.layer import Layer
 from mpq.network.calibration import Batch, LossFn, evaluating, samples_in
@@ -36,11 +37,26 @@ def count_all_macs(
         counts[name] += 0 if isinstance(module, nn.Embedding) else _macs(module, inputs, output)
 
     counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _WholeModel()
     with torch.no_grad(), evaluating(model), seeing_uses(model, layers, see, inside=lambda module: False), counter:
         forward(model, batch)
     samples = samples_in(batch)
     counted = tuple(replace(layer, macs=counts[layer.name] // samples) for layer in layers)
     return counted, counter.get_total_flops() // 2 // samples
+
+
+class _WholeModel(ModuleTracker):
+    """Tells the counter that all happens in the model as a whole: following modules would hook into gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parents = {"Global"}
+
+    def __enter__(self) -> "_WholeModel":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
 
 
 def _macs(module: nn.Module, inputs: Tensor, output: Tensor) -> int:

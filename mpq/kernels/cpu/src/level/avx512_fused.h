@@ -85,16 +85,16 @@ INLINE void fused_tokens(const mpq_weight *weight, const mpq_tile *tile, const m
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) totals[t][i] = LOAD(__m512, sums + PANEL_ROWS * t + 16 * i);
   for (int segment = 0; segment < weight->segments; segment++, q += weight->segment, sum += planes * tokens) {
-    int32_t total[4];
+    uint32_t total[4]; /* modulo 2^32: the sums of a token that is not finite mean nothing, and nobody reads them */
     __m512i dots[2][4][2][4]; /* level planes, tokens, activation planes, row blocks */
 #pragma GCC unroll 4
     for (int t = 0; t < count; t++) {
-      total[t] = planes == 2 ? 256 * sum[t] + sum[tokens + t] : sum[t];
+      total[t] = planes == 2 ? 256u * (uint32_t)sum[t] + (uint32_t)sum[tokens + t] : (uint32_t)sum[t];
 #pragma GCC unroll 2
       for (int l = 0; l <= is_int16; l++)
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-          const uint32_t minus_offset = -(uint32_t)((is_int16 ? 128 * !l : weight->offset) * total[t]);
+          const uint32_t minus_offset = -((uint32_t)(is_int16 ? 128 * !l : weight->offset) * total[t]);
           dots[l][t][0][i] = _mm512_setzero_si512();
           dots[l][t][planes - 1][i] = _mm512_set1_epi32((int32_t)(minus_offset << code_shift(bits, kind, i)));
         }
