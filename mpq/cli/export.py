@@ -2,6 +2,7 @@
 
 import argparse
 
+from mpq.cli import recipe
 from mpq.cli.options import AddCommand, check_data, model_options, source_of
 from mpq.cli.say import say
 
@@ -13,6 +14,7 @@ def add(command: AddCommand) -> None:
     export.add_argument("allocation", help="what 'mpq allocate' wrote")
     export.add_argument("--method", help="rounding method (default: the one that the allocation was searched for)")
     export.add_argument("--to", default="mpq", help="mpq (default), compressed-tensors, gguf, ...")
+    export.add_argument("--force", action="store_true", help="overwrite a result of other settings")
     export.add_argument("-o", "--output", required=True, help="folder to write")
 
 
@@ -24,12 +26,17 @@ def run(options: argparse.Namespace) -> None:
     from mpq.pipeline import export_to
     from mpq.rounding import DEFAULT_METHOD, METHODS
 
+    steps = recipe.recipe_of(options)
+    recipe.check_output(options.output, steps, options.force)
     allocation = Allocation.load(options.allocation)
     exporter_named(options.to)
     method = options.method or allocation.provenance.get("method", DEFAULT_METHOD)
     METHODS.named(method)
     check_data(options.dataset)
     written = export_to(options.to, source_of(options), allocation, options.output, method)
+    if written.is_dir():
+        recipe.begin(options.output, steps)
+        recipe.finish(options.output)
     files = [written] if written.is_file() else [path for path in written.iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     say(options, f"{written}: {megabytes(size)}, {allocation.bits:.3f} bits per weight")

@@ -114,6 +114,22 @@ def test_allocate_export_eval_in_steps(table, tmp_path, capsys):
     assert main(["export", "tiny-cnn", str(chosen), "-o", str(tmp_path / "out")]) == 0
     assert main(["eval", str(tmp_path / "out")]) == 0
     assert "accuracy" in capsys.readouterr().out
+    again = ["export", "tiny-cnn", str(chosen), "-o", str(tmp_path / "out")]
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert main([*again, "--method", "nearest"]) == 2
+    assert "other settings (method was the default): give --force" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert main(again) == 0
+    assert main([*again, "--method", "nearest", "--force"]) == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+
+
+def test_export_leaves_the_folder_of_a_whole_job_alone(out, table, tmp_path, capsys):
+    assert main(["allocate", str(table), "--bits", "5", "-o", str(tmp_path / "a.json")]) == 0
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert main(["export", "tiny-cnn", str(tmp_path / "a.json"), "-o", str(out)]) == 2
+    assert "holds a result of other settings" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_a_graph_for_onnx_runtime_is_traced_with_the_calibration_data(table, tmp_path, capsys):
