@@ -3,6 +3,7 @@
 import copy
 import glob
 import inspect
+import logging
 import math
 import os
 import platform
@@ -27,9 +28,9 @@ from mpq.core.formats import DEFAULT_FORMATS, Format
 from mpq.core.frontier import BITS_PER_BYTE, Frontier
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
-from mpq.evaluation import Quality, Reference
+from mpq.evaluation import Quality, Reference, evaluate
 from mpq.exporters import exporter_named
-from mpq.exporters.folder import read_allocation, refuse_foreign
+from mpq.exporters.folder import read_allocation, read_json, refuse_foreign
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.targets import check_model, consumer_named, forbidden
 from mpq.measuring import Measurer, moments_for
@@ -45,7 +46,9 @@ from mpq.rounding import DEFAULT_METHOD
 from mpq.search import frontier_of
 from mpq.sensitivity import DEFAULT_METRIC
 from mpq.sensitivity.profile import profile
-from mpq.sources import Source, names_in, open_source
+from mpq.sources import Network, Source, names_in, network_in, open_network, open_source
+
+log = logging.getLogger(__name__)
 
 CHECKED = 2  # calibration samples on which the exported model is compared with the simulated one
 
@@ -296,6 +299,8 @@ def evaluate_folder(
 ) -> tuple[Quality, Allocation]:
     """Load a packed model and measure it, and its divergence from the original, on its table's data or on `data`.
 
+    A model of transformers whose original is gone is measured alone, by the config and tokenizer in the folder.
+
     Args:
         folder: what `quantize_model` or `mpq.export` wrote.
         data: name of other data.
@@ -312,6 +317,27 @@ def evaluate_folder(
     name, dataset, untrusted = names_in(allocation.provenance, trust)
     if name is None:
         raise MpqError(f"{path} does not say which model it was made of: measure it with mpq.evaluate in Python")
-    source = open_source(name, data or dataset, untrusted=untrusted - {data}, **options)
+    network, alone = _original(path, name, untrusted, model)
+    if data is None and dataset is not None and Path(dataset).suffix and not (":" in dataset or Path(dataset).exists()):
+        raise MpqError(f"the data {dataset} of {path} are no longer there: name a file with --dataset")
+    source = open_source(name, data or dataset, untrusted=untrusted - {data}, network=network, **options)
+    if alone:
+        if source.kind == "distance":
+            raise MpqError(
+                f"{path} is measured by its distance from {name}, which cannot be opened: put it there again"
+            )
+        return evaluate(model, source.evaluation, source.kind, source.loss_fn, progress), allocation
     reference = Reference(source.model, source.evaluation, source.kind, source.loss_fn, progress)
     return reference.measure(model, progress), allocation
+
+
+def _original(folder: Path, name: str, untrusted: frozenset[str], packed: nn.Module) -> tuple[Network, bool]:
+    """The original network; where a model of transformers cannot be opened any more, the packed one, alone."""
+    try:
+        return open_network(name, untrusted), False
+    except MpqError:
+        config = read_json(folder / "config.json")
+        if ":" in name or "model_type" not in config or config.get("recipe") is not None:
+            raise
+        log.warning("the original model %s cannot be opened: measured without it", name)
+        return network_in(folder, packed), True

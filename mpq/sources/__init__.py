@@ -11,12 +11,22 @@ from torch import Tensor, nn
 from mpq.core.errors import MpqError
 from mpq.network.calibration import Batch, LossFn, cross_entropy, next_token_loss
 from mpq.sources.data import Data, open_data
-from mpq.sources.networks import Network, open_network, skeleton
+from mpq.sources.networks import Network, network_in, open_network, skeleton
 from mpq.sources.objectives import with_objective
 
 LOSSES: Mapping[str, LossFn] = {"accuracy": cross_entropy, "perplexity": next_token_loss}
 
-__all__ = ["Data", "Network", "Source", "names_in", "open_data", "open_network", "open_source", "skeleton"]
+__all__ = [
+    "Data",
+    "Network",
+    "Source",
+    "names_in",
+    "network_in",
+    "open_data",
+    "open_network",
+    "open_source",
+    "skeleton",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +61,7 @@ def open_source(
     evaluation_samples: int | None = None,
     model_device: str | torch.device | None = None,
     untrusted: Collection[str] = (),
+    network: Network | None = None,
 ) -> Source:
     """Find a model and data for it.
 
@@ -69,11 +80,12 @@ def open_source(
             images, and at least 32.
         model_device: where the model goes, when that is another device than the batches'.
         untrusted: names that a file gave, not the user: none of them is imported.
+        network: the model, where it is open already.
 
     Raises:
         MpqError: an unknown or untrusted name, a missing extra (with its command), data that does not fit.
     """
-    network = open_network(model_name, untrusted)
+    network = network or open_network(model_name, untrusted)
     data = open_data(
         data_name, network, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, seed=seed,
         evaluation_samples=evaluation_samples, untrusted=untrusted,

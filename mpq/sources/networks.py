@@ -122,12 +122,33 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
         "kind": "transformers", "class": type(loaded).__name__,
         "config": json.loads(loaded.config.to_json_string(use_diff=False)),
     }  # fmt: skip
-    side_files = () if gguf else _side_files(name, transformers)
-    if kind in ("accuracy", "distance") and _takes_images(loaded):
+    return _described(Network(name, model, kind, recipe), config, gguf)
+
+
+def network_in(folder: Path, model: nn.Module) -> Network:
+    """A model of transformers that was loaded from a folder, with what the folder's files say of its data.
+
+    Raises:
+        MpqError: the folder holds no config that transformers knows, or a damaged tokenizer.
+    """
+    transformers = need("transformers", "hf", "Hugging Face models")
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise MpqError(f"the config in {folder} cannot be read: {_first_line(error)}") from error
+    kind, _ = _kind_of(config, transformers)
+    return _described(Network(str(folder), model, kind, {}), config, None)
+
+
+def _described(network: Network, config: Any, gguf: str | None) -> Network:
+    """The network with tokenizer, sizes and side files of its folder or hub id."""
+    transformers = need("transformers", "hf", "Hugging Face models")
+    name, given = network.name, {} if gguf is None else {"gguf_file": gguf}
+    network = replace(network, side_files=() if gguf else _side_files(name, transformers))
+    if network.kind in ("accuracy", "distance") and _takes_images(network.model):
         about = _processing(name, transformers)
         mean, std = (tuple(about.get(key) or ()) for key in ("image_mean", "image_std"))
-        size = _image_size(about, config)
-        return Network(name, model, kind, recipe, mean=mean, std=std, size=size, side_files=side_files)
+        return replace(network, mean=mean, std=std, size=_image_size(about, config))
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if getattr(config, "model_type", "") in PADDED_POSITIONS and context:
         context -= config.pad_token_id + 1  # positions are counted from behind the padding's
@@ -135,8 +156,8 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
         tokens = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **given)
     except (OSError, ValueError, KeyError, ImportError) as error:
         log.warning("%s comes without a tokenizer (%s): give its data as tokens", name, _first_line(error))
-        return Network(name, model, kind, recipe, context=context, side_files=side_files)
-    return Network(name, model, kind, recipe, tokens, encoder_of(tokens), context, side_files=side_files)
+        return replace(network, context=context)
+    return replace(network, tokenizer=tokens, encode=encoder_of(tokens), context=context)
 
 
 def encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:

@@ -49,7 +49,7 @@ def llama(**changes):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
 
 
-def test_a_bfloat16_source_stays_bfloat16_and_brings_its_side_files(tmp_path, capsys):
+def test_a_bfloat16_source_stays_bfloat16_and_brings_its_side_files(tmp_path, capsys, caplog):
     source, out = tmp_path / "source", tmp_path / "out"
     model = save(source, llama().to(torch.bfloat16))
     job = ["quantize", str(source), "--dataset", str(tmp_path / "text.txt"), *FEW, "--exclude", "*lm_head"]
@@ -66,6 +66,15 @@ def test_a_bfloat16_source_stays_bfloat16_and_brings_its_side_files(tmp_path, ca
     source.rename(tmp_path / "moved")
     assert main(["generate", str(out), "--prompt", "the cat", "--max-new-tokens", "3"]) == 0
     assert "the cat" in capsys.readouterr().out
+    assert main(["eval", str(out), "--seqlen", "16"]) == 0
+    said = capsys.readouterr()
+    assert "perplexity" in said.out
+    assert "KL from the original" not in said.out
+    assert "cannot be opened: measured without it" in caplog.text
+    text = (tmp_path / "text.txt").rename(tmp_path / "other.txt")
+    assert main(["eval", str(out), "--seqlen", "16"]) == 2
+    assert "are no longer there: name a file with --dataset" in capsys.readouterr().err
+    assert main(["eval", str(out), "--seqlen", "16", "--dataset", str(text)]) == 0
     (out / "tokenizer.json").write_text("{")
     assert main(["generate", str(out), "--prompt", "the cat"]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
