@@ -49,6 +49,12 @@ def between(problem, name, share):
     return low + share * (high - low)
 
 
+def test_the_solver_prints_nothing(capfd):
+    problem = make_problem(7, layers=12)
+    integer(replace(problem, budgets={name: between(problem, name, 0.5) for name in ("size", "bitops")}))
+    assert capfd.readouterr().out == ""
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10**6), st.floats(0, 1))
 def test_it_agrees_with_the_exact_frontier(seed, share):

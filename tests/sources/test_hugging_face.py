@@ -111,6 +111,10 @@ def test_encoders_and_encoder_decoders(build, kind, tmp_path, capsys):
     assert main([*job, "-o", str(tmp_path / "out")]) == 0
     assert kind in capsys.readouterr().out
     assert type(checkpoint.load(tmp_path / "out")) is type(build())
+    if kind == "distance":
+        (tmp_path / "source").rename(tmp_path / "moved")
+        assert main(["eval", str(tmp_path / "out")]) == 2
+        assert "which cannot be opened: put it there again" in capsys.readouterr().err
 
 
 def test_image_models_are_shown_images_of_their_size(tmp_path, capsys):
