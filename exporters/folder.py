@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,8 @@ from mpq.core.allocation import KIND, Allocation
 from mpq.core.errors import MpqError
 from mpq.core.files import draft_in, followed, refusals, remove_dead_drafts, umask, write_atomically
 from mpq.core.reading import DAMAGE, reading
+
+log = logging.getLogger(__name__)
 
 ALLOCATION = "allocation.json"
 CHECKSUMS = "checksums.json"  # of every file in the folder that is ours: a digest, or one for each tensor in it
@@ -154,14 +157,20 @@ def read_allocation(folder: Path) -> Allocation:
         MpqError: no export, or one whose allocation is damaged or was altered since.
     """
     path = folder / ALLOCATION
-    read_checked_json(path, read_checksums(folder))
-    return Allocation.load(path)
+    with reading(path, "allocation", "export again"):
+        return Allocation.from_json(read_checked_json(path, read_checksums(folder)))
 
 
 def check_texts(folder: Path, checksums: Checksums) -> None:
-    """MpqError when the config or the allocation of an exported folder was altered."""
+    """MpqError when the config or the allocation of an exported folder was altered; a warning for other texts, such as
+    those of a tokenizer.
+    """
     for name in ("config.json", ALLOCATION):
         read_checked_json(folder / name, checksums)
+    for name, noted in checksums.items():
+        path = folder / name
+        if noted and isinstance(noted, str) and not (path.is_file() and _file_digest(path) == noted):
+            log.warning("%s was %s after the export", path, "edited" if path.is_file() else "removed")
 
 
 def safe_name(name: str, source: Path) -> str:

@@ -148,11 +148,17 @@ class Shards:
         tensor: Tensor = self._files[file].get_tensor(name)  # type: ignore[no-untyped-call]
         noted = self.checksums[file]
         assert isinstance(noted, dict)
-        if tensor_digest(tensor) != noted[name]:
+        if not has_digest(tensor, noted[name]):
             raise MpqError(f"{self.folder / file}: the tensor {name} is not what was exported (its checksum differs)")
         return tensor
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    return digest(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    """SHA-256 of a tensor's bytes, and its type."""
+    return f"{digest(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)} {tensor.dtype}"
+
+
+def has_digest(tensor: Tensor, noted: str | None) -> bool:
+    """Whether this is a tensor's digest; one without a type is of an earlier version."""
+    found = tensor_digest(tensor)
+    return noted in (found, found.partition(" ")[0])

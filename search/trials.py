@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zlib import crc32
 
 import optuna
@@ -20,11 +20,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from mpq.core.errors import MpqError
 from mpq.core.files import refusals
-from mpq.core.reading import reading
+from mpq.core.reading import DAMAGE, reading
 
 log = logging.getLogger(__name__)
 
-CHECKSUM = "crc32"  # key in each line of a journal file
+CHECKSUM = "crc32"  # key in each line of a journal file: of the line and of all before it, so that none goes or comes
+TAIL = 65536  # bytes read to find the last line of a journal file, unless it is longer
 FIRST = b'{"op_code"'  # how a journal file begins
 WAITS = (0.2, 1.0, 3.0)  # seconds between attempts to make the tables of a database
 MISSED_BEATS = 5  # a worker is suspected when it is silent for so many intervals
@@ -77,10 +78,11 @@ def _database(url: str) -> RDBStorage:
 
 
 class CheckedJournal(JournalFileBackend):
-    """Optuna's journal file with a checksum in each line; a torn last line of a killed worker is dropped."""
+    """Optuna's journal file with a chained checksum in each line; a torn last line of a killed worker is dropped."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
+        self._before = {0: 0}  # line number -> checksum of the line before it
         self._lock.acquire()
         try:
             content = Path(path).read_bytes()
@@ -92,18 +94,61 @@ class CheckedJournal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write the lines at the end."""
-        super().append_logs([{**log, CHECKSUM: _checksum(log)} for log in logs])
+        self._lock.acquire()
+        try:
+            with open(self._file_path, "r+b") as file:
+                size = file.seek(0, os.SEEK_END)
+                before = _last_checksum(file, size, min(size, TAIL))
+                for entry in logs:
+                    before = _checksum(entry, before)
+                    file.write(json.dumps({**entry, CHECKSUM: before}, separators=(",", ":")).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            self._lock.release()
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """The lines from this one on; MpqError at one that is not as it was written."""
-        for log in super().read_logs(log_number_from):
-            if log.pop(CHECKSUM, None) != _checksum(log):
-                raise MpqError(f"{self._file_path} was altered (a line's checksum differs): delete it to start anew")
-            yield log
+        start = log_number_from if log_number_from in self._before else 0
+        for number, entry in enumerate(self._parsed(start), start):
+            noted = entry.pop(CHECKSUM, None)
+            if noted != _checksum(entry, self._before[number]):
+                raise self._altered("a line's checksum differs")
+            self._before[number + 1] = noted
+            if number >= log_number_from:
+                yield entry
+
+    def _parsed(self, start: int) -> Iterator[dict[str, Any]]:
+        lines = super().read_logs(start)
+        while True:
+            try:
+                entry = next(lines, None)
+            except DAMAGE as error:
+                raise self._altered("a line is no JSON") from error
+            if entry is None:
+                return
+            if not isinstance(entry, dict):
+                raise self._altered("a line is no JSON object")
+            yield entry
+
+    def _altered(self, reason: str) -> MpqError:
+        return MpqError(f"{self._file_path} was altered ({reason}): delete it to start anew")
 
 
-def _checksum(log: Mapping[str, Any]) -> int:
-    return crc32(json.dumps(json.loads(json.dumps(log)), sort_keys=True).encode())
+def _last_checksum(file: BinaryIO, size: int, tail: int) -> int:
+    """The checksum of the last whole line of a journal file, which is cut behind it and ready to be written there."""
+    file.seek(size - tail)
+    *lines, torn = file.read(tail).split(b"\n")
+    if len(lines) < 2 and tail < size:
+        return _last_checksum(file, size, size)
+    file.seek(size - len(torn))
+    file.truncate()
+    return int(json.loads(lines[-1])[CHECKSUM]) if lines else 0
+
+
+def _checksum(entry: Mapping[str, Any], before: int) -> int:
+    """That of a line's content, continuing the checksum of the line before it."""
+    return crc32(json.dumps(json.loads(json.dumps(entry)), sort_keys=True).encode(), before)
 
 
 def open_study(

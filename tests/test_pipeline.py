@@ -133,6 +133,7 @@ def test_measured_points_stand_beside_the_predicted_frontier(tmp_path):
     source = open_source("tiny-cnn", nsamples=32)
     outcome = quantize_model(source, tmp_path / "out", bits=4.5, formats=FORMATS, metric="fisher", progress=False)
     with (tmp_path / "out" / "frontier.csv").open(newline="") as stream:
+        assert stream.readline().startswith("# ")
         rows = [row for row in csv.DictReader(stream) if row["divergence"]]
     found = sorted(outcome.points.items())
     assert len(found) >= 1

@@ -169,8 +169,9 @@ def load(
     if not path.is_dir():
         raise MpqError(f"{path} is no folder: mpq.load wants what mpq.export wrote")
     quantization = read_json(path / "config.json").get("quantization_config") or {}
-    if quantization.get("quant_method") != METHOD:
-        raise MpqError(f"{path} is not a checkpoint of mpq: its quant_method is {quantization.get('quant_method')!r}")
+    kind = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if kind != METHOD:
+        raise MpqError(f"{path} is not a checkpoint of mpq: its quant_method is {kind!r}")
     if quantization.get("version") != VERSION:
         raise MpqError(f"{path} has version {quantization.get('version')}, this mpq reads {VERSION}: update mpq")
     checksums = read_checksums(path)

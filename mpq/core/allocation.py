@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq.core.costs import bitops, weight_bytes
+from mpq.core.edits import CHECKSUM, check_edits, checksum
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.layer import Layer
@@ -93,9 +94,11 @@ class Allocation:
         return replace(self, schemes=tuple(changed), loss=math.nan, error=math.nan)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON, whole or not at all; `load` gives the same allocation."""
+        """Write JSON with a checksum, whole or not at all; `load` gives the same allocation."""
+        values = self.to_json()
+        values[CHECKSUM] = checksum(values)
         with write_atomically(path) as draft:
-            draft.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+            draft.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; totals are written for readers and computed anew on loading."""
@@ -130,13 +133,16 @@ class Allocation:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Allocation":
-        """Read what `save` wrote.
+        """Read what `save` wrote; edited since, it loads with a warning and `provenance["edited"]`.
 
         Raises:
             MpqError: no such file, or one that is no allocation.
         """
         with reading(path, "allocation", "allocate again"):
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            read = cls.from_json(values)
+            noted = values.pop(CHECKSUM, None)
+            return replace(read, provenance={**read.provenance, **check_edits(path, noted, values)})
 
 
 def check_allocation(value: object) -> Allocation:

@@ -1,6 +1,8 @@
 """Allocations of which none is both smaller and better: dominance, budget query, knee, hypervolume, CSV."""
 
 import csv
+import io
+import json
 import logging
 import math
 import os
@@ -12,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mpq.core.allocation import Allocation
+from mpq.core.edits import CHECKSUM, check_edits, checksum
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.problem import Array, Problem
@@ -127,23 +130,27 @@ class Frontier:
     ) -> None:
         """Write a CSV file: bits, every cost and the facts of at most so many points, evenly spread.
 
-        One column per layer holds its scheme. Measured `divergences` with their standard errors, by index of the point,
-        have two columns of their own, empty elsewhere; these points are always there.
+        Its first line is `# ` and a checksum as JSON; `pandas.read_csv(path, comment="#")` reads it. One column a layer
+        holds its scheme. Measured `divergences` with their standard errors, by index of the point, have two columns of
+        their own, empty elsewhere; these points are always there.
         """
         told = divergences or {}
         spread = np.linspace(0, len(self) - 1, min(points, len(self))).round().astype(int)
         shown = np.union1d(spread, np.array(sorted(told), dtype=int))
         extra = ["divergence", "divergence_error"] if told else []
         names = [layer.name for layer in self.problem.layers]
+        body = io.StringIO()
+        writer = csv.writer(body, lineterminator="\n")
+        writer.writerow(["bits", *self.problem.costs, *self.facts(0), *extra, *names])
+        for index in shown.tolist():
+            choices = self.choices[index]
+            allocation = self.problem.allocation(choices)
+            totals = [f"{total:.15g}" for total in self.problem.totals(choices).values()]
+            facts = [*self.facts(index).values(), *(told.get(index, ("", "")) if told else ())]
+            writer.writerow([repr(allocation.bits), *totals, *facts, *allocation.schemes])
+        header = {CHECKSUM: checksum({}, body.getvalue())}
         with write_atomically(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(["bits", *self.problem.costs, *self.facts(0), *extra, *names])
-            for index in shown.tolist():
-                choices = self.choices[index]
-                allocation = self.problem.allocation(choices)
-                totals = [f"{total:.15g}" for total in self.problem.totals(choices).values()]
-                facts = [*self.facts(index).values(), *(told.get(index, ("", "")) if told else ())]
-                writer.writerow([repr(allocation.bits), *totals, *facts, *allocation.schemes])
+            stream.write(f"# {json.dumps(header)}\n{body.getvalue()}")
 
     def _sizes(self) -> Array:
         if self.cost != "size":
@@ -179,20 +186,26 @@ class SavedFrontier:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SavedFrontier":
-        """Read a frontier's file.
+        """Read a frontier's file; edited since it was written, it loads with a warning.
 
         Raises:
             MpqError: no such file, or no whole frontier.
         """
         with reading(path, "frontier", "write it with --frontier again"):
             with open(path, newline="", encoding="utf-8") as stream:
-                heading, *rows = csv.reader(stream, strict=True)
+                text = stream.read()
+            header = {}
+            if text.startswith("#"):
+                first, text = text.split("\n", 1)
+                header = dict(json.loads(first[1:]))
+            heading, *rows = csv.reader(io.StringIO(text), strict=True)
             columns = dict(zip(reversed(heading), reversed(list(zip(*rows, strict=True))), strict=True))
             read = {
                 column: np.array([float(cell) for cell in columns[column]])
                 for column in ("bits", "loss", "error", MEASURED_COLUMN)
                 if column != MEASURED_COLUMN or column in columns
             }
+            check_edits(path, header.pop(CHECKSUM, None), header, text)
         return cls(read["bits"], read["loss"], read.get(MEASURED_COLUMN), read["error"])
 
 
@@ -200,7 +213,8 @@ def is_frontier(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins as `Frontier.save` begins it, not as a sensitivity table."""
     try:
         with open(path, encoding="utf-8") as stream:
-            return stream.readline().startswith("bits,")
+            first = stream.readline()
+            return (stream.readline() if first.startswith("#") else first).startswith("bits,")
     except (OSError, UnicodeDecodeError):
         return False
 

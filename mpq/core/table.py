@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.core.costs import weight_bytes
+from mpq.core.edits import CHECKSUM, check_edits, checksum
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.layer import Layer
@@ -102,34 +102,38 @@ class SensitivityTable:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a CSV file, whole or not at all; `pandas.read_csv(path, comment="#")` reads it.
 
-        Its first line is `# ` and the provenance as JSON. Numbers are written in full, so `load` gives the same table.
+        Its first line is `# ` and the provenance as JSON, with a checksum. Numbers are written in full, so `load` gives
+        the same table.
         """
         reasons = {REASONS: dict(self.reasons)} if self.reasons else {}
         header = {**self.provenance, **reasons, ROW_COUNT: len(self.layers) * len(self.schemes)}
+        body = io.StringIO()
+        writer = csv.writer(body, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows((*row[:-2], repr(row[-2]), repr(row[-1])) for row in self.rows())
+        header[CHECKSUM] = checksum(header, body.getvalue())
         with write_atomically(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
-            stream.write(f"# {json.dumps(header)}\n")
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            writer.writerows((*row[:-2], repr(row[-2]), repr(row[-1])) for row in self.rows())
+            stream.write(f"# {json.dumps(header)}\n{body.getvalue()}")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SensitivityTable":
-        """Read what `save` wrote.
+        """Read what `save` wrote; edited since, it loads with a warning and `provenance["edited"]`.
 
         Raises:
             MpqError: no such file, or one that is truncated or no such table.
         """
-        with reading(path, "sensitivity table", "profile again"):
-            return _parse(Path(path).read_text(encoding="utf-8"))
+        with reading(path, "sensitivity table", "profile again"), open(path, newline="", encoding="utf-8") as stream:
+            return _parse(path, stream.read())
 
 
-def _parse(text: str) -> SensitivityTable:
+def _parse(path: str | os.PathLike[str], text: str) -> SensitivityTable:
     if not text.endswith("\n"):
         raise ValueError("the last line is cut")
     provenance: dict[str, Any] = {}
     if text.startswith("#"):
         first, text = text.split("\n", 1)
         provenance = dict(json.loads(first[1:]))
+    noted, header = provenance.pop(CHECKSUM, None), dict(provenance)
     records = list(csv.DictReader(io.StringIO(text), strict=True))
     if not records:
         raise ValueError("no rows")
@@ -147,6 +151,7 @@ def _parse(text: str) -> SensitivityTable:
         raise ValueError("not every layer has every format, in the same order")
     numbers = np.array([[float(record["score"]), float(record["error"])] for record in records])
     scores, errors = numbers.T.reshape(2, len(layers), len(schemes))
+    provenance |= check_edits(path, noted, header, text)
     return SensitivityTable(layers, schemes, scores.copy(), errors.copy(), metrics.pop(), provenance, reasons)
 
 

@@ -190,6 +190,7 @@ def test_a_measured_frontier_is_written_with_what_was_predicted_and_measured(tmp
     found = evolution(replace(problem_within(), budgets={}), evaluate=true_loss, trials=12)
     found.save(tmp_path / "frontier.csv")
     with open(tmp_path / "frontier.csv", newline="") as stream:
+        assert stream.readline().startswith("# ")
         rows = list(csv.DictReader(stream))
     assert [float(row["measured"]) for row in rows] == found.losses.tolist()
     assert [float(row["loss"]) for row in rows] == [allocation.loss for allocation in found]
