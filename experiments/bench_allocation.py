@@ -239,14 +239,15 @@ def run(name: str, options: argparse.Namespace) -> bool:
 def main() -> None:
     """Run the contests that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="ResNet-20 and the small Llama at one budget, little data")
+    parser.add_argument("--quick", action="store_true", help="ResNet-20 at one budget, little data, no polishing")
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), help="default: all; two of them when quick")
     parser.add_argument("--metric", default=DEFAULT_METRIC)
-    parser.add_argument("--efforts", nargs="+", default=["normal"], help="the last one is ours in the RESULT lines")
+    parser.add_argument("--efforts", nargs="+", help="the last one is ours in the RESULT lines")
     parser.add_argument("--bits", nargs="+", type=float, help="budgets, in place of those above")
     options = parser.parse_args()
+    options.efforts = options.efforts or ["fast" if options.quick else "normal"]
     good = True
-    for name in options.models or (("resnet20", "llama5m") if options.quick else MODELS):
+    for name in options.models or (("resnet20",) if options.quick else MODELS):
         try:
             good &= run(name, options)
         except (MpqError, FileNotFoundError) as error:
