@@ -64,6 +64,7 @@ def work(rank: int, count: int, folder: Path) -> None:
         found = tables(folder)
         assert list(folder.glob("*.unfinished*")) == [] or rank > 0
     np.savez(folder / f"{rank}.npz", *found)
+    distributed.barrier()  # a process that leaves early can abort the other's threads
     distributed.destroy_process_group()
 
 
