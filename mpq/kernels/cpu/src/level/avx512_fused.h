@@ -135,7 +135,7 @@ INLINE void fused_tokens(const mpq_weight *weight, const mpq_tile *tile, const m
         }
         if (zeros) {
           const __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(LOAD(__m128i, zeros + 16 * i)));
-          values = _mm512_fnmadd_ps(zero, _mm512_set1_ps((float)total[t] * unshift), values);
+          values = _mm512_fnmadd_ps(zero, _mm512_set1_ps((float)(int32_t)total[t] * unshift), values);
         }
         totals[t][i] = _mm512_fmadd_ps(values, _mm512_mul_ps(scale[i], _mm512_set1_ps(factor)), totals[t][i]);
       }
