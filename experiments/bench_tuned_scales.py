@@ -58,7 +58,7 @@ def divergences(
     student = copy.deepcopy(model)
     for layer in allocation.layers:
         student.get_submodule(layer.name).weight.copy_(dequantize(weights[layer.name]))
-    return [divergence(student(window).logits, model(window).logits).item() for window in windows.split(1)]
+    return [divergence(student(window).logits, model(window).logits)[0].item() for window in windows.split(1)]
 
 
 def smollm2() -> tuple[nn.Module, Tensor, Tensor]:

@@ -24,6 +24,7 @@ from mpq.network.layers import layer_kind, matrix_to_weight
 from mpq.network.ranges import Ranges, static_scale
 from mpq.quantized import Moments
 from mpq.rounding.reference import dequantize
+from mpq.rounding.store import Rounder
 
 
 def export(
@@ -31,7 +32,7 @@ def export(
     allocation: Allocation,
     folder: str | os.PathLike[str],
     *,
-    method: str = "mse",
+    method: str | Rounder = "mse",
     second_moments: Moments | None = None,
     recipe: Mapping[str, Any] | None = None,
     shard: int = SHARD,

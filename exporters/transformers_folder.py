@@ -27,6 +27,7 @@ from mpq.kernels.weight import empty_weight
 from mpq.network.layers import own_code
 from mpq.quantized import Moments, checked_layers, quantized_layers
 from mpq.rounding.reference import Quantized, dequantize
+from mpq.rounding.store import Rounder
 
 # A layer's scheme and tensors, without its name -> its numbers (rows, cols), and how far they may be off, relative.
 Read: TypeAlias = Callable[[Scheme, Mapping[str, Tensor]], tuple[Tensor, float]]
@@ -41,7 +42,7 @@ def export_transformers(
     config: Callable[[], Mapping[str, Any]],
     read: Read,
     *,
-    method: str,
+    method: str | Rounder,
     second_moments: Moments | None,
     shard: int,
     side_files: Sequence[str | os.PathLike[str]] = (),

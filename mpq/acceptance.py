@@ -1,7 +1,7 @@
 """The choice among finished candidates, by measuring them on data that neither scores nor search have seen."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,13 @@ from mpq.core.errors import MpqError, NotFiniteError, nearest_names
 from mpq.core.frontier import Frontier
 from mpq.evaluation import Quality, mean_and_error
 from mpq.measuring import Measurer
+from mpq.rounding.store import Rounder
 from mpq.search.measured import Choices, polish, starts
+from mpq.training.tuned_scales import Tuning
 
 ROUNDS = {"fast": 0, "normal": 16, "best": 64}  # allocations that polishing measures, by effort
+STEPS = {"fast": 0, "normal": 60, "best": 200}  # of tuning the scales of what is handed over
+SAMPLES = {"perplexity": 4, "accuracy": 32}  # of a step: a text is hundreds of predictions, an image is one
 FINALISTS = 4  # searched candidates that are measured on acceptance data
 
 
@@ -26,6 +30,7 @@ class Candidate:
     allocation: Allocation
     quality: Quality
     means: Mapping[str, Tensor] = field(default_factory=dict)  # running means to correct, where that helps
+    rounder: Rounder | None = None  # of the finished weights, where scales were tuned; the measurer's store otherwise
 
     @property
     def is_uniform(self) -> bool:
@@ -56,7 +61,25 @@ class Acceptance:
     @property
     def uniform(self) -> Candidate | None:
         """The best uniform format within the budget, None where none fits."""
-        return next((one for one in self.candidates if one.is_uniform), None)
+        return next((one for one in self.candidates if one.is_uniform and one.rounder is None), None)
+
+    @property
+    def untuned(self) -> Candidate | None:
+        """The choice before its scales were tuned, None where they are as they were rounded."""
+        return self.candidates[1] if self.chosen.rounder is not None else None
+
+    def corrections(self) -> tuple[str, ...]:
+        """One sentence for each thing done to the choice after its layers were rounded."""
+        said = []
+        if self.chosen.means:
+            said.append(f"Running means of {len(self.chosen.means)} batch normalizations were estimated anew.")
+        if self.untuned is not None:
+            difference, error = self.chosen.quality.harm_above(self.untuned.quality)
+            said.append(
+                f"Scales tuned against the original took its KL divergence from {self.untuned.harm():.4g} to "
+                f"{self.chosen.harm():.4g} (difference {difference:.3g} +- {error:.1g}); codes and bytes stayed."
+            )
+        return tuple(said)
 
     def verdict(self) -> str:
         """One sentence: how the choice compares with the best uniform format within its size."""
@@ -116,6 +139,23 @@ def accept(
     if not finite:
         raise MpqError("no allocation within the budget gives finite numbers: raise the budget or add formats")
     return Acceptance(tuple(sorted(finite, key=Candidate.harm)), bool(measurer.source.acceptance))
+
+
+def with_tuned_scales(acceptance: Acceptance, measurer: Measurer, tuning: Tuning) -> Acceptance:
+    """The choice with its scales tuned against the original, put first where acceptance data say that it is better."""
+    chosen = acceptance.chosen
+    if tuning.steps < 1 or chosen.quality.divergence is None:
+        return acceptance
+    rounder = measurer.tuned(chosen.allocation, tuning, chosen.means)
+    try:
+        quality = measurer.quality(chosen.allocation, "acceptance", chosen.means, rounder)
+    except NotFiniteError:
+        return acceptance
+    gain, error = quality.harm_above(chosen.quality)
+    if not gain < -error:
+        return acceptance
+    tuned = replace(chosen, name=f"{chosen.name}, scales tuned", quality=quality, rounder=rounder)
+    return replace(acceptance, candidates=(tuned, *acceptance.candidates))
 
 
 def candidate_of(name: str, allocation: Allocation, measurer: Measurer) -> Candidate | None:

@@ -134,7 +134,8 @@ def sentences(measured: Sequence[Measured], acceptance: Acceptance) -> tuple[str
     if predicted > 0 and harm > 0:
         ratio = harm / predicted
         side = f"{ratio:.2g} times too low" if ratio >= 1 else f"{1 / ratio:.2g} times too high"
-        said.append(f"Predicted was {predicted:.4g}, {side}.")
+        tuned = ", for scales as they were rounded" if acceptance.untuned is not None else ""
+        said.append(f"Predicted was {predicted:.4g}{tuned}, {side}.")
     return tuple(said)
 
 

@@ -14,9 +14,11 @@ from mpq.network.batchnorm import estimate_means, stored_means
 from mpq.network.calibration import Batch, samples_in
 from mpq.network.layers import find_layers
 from mpq.network.moments import second_moments
+from mpq.quantized import quantized_layers
 from mpq.rounding import METHODS
-from mpq.rounding.store import RoundingStore
+from mpq.rounding.store import Finished, Rounder, RoundingStore
 from mpq.sources import Source
+from mpq.training.tuned_scales import Tuning, tune_scales
 from mpq.trial import Trial
 
 SEARCHED = 0.25  # share of the calibration batches that a search measures on,
@@ -81,9 +83,21 @@ class Measurer:
         batches = self._searched() if searching else self.source.calibration
         return estimate_means(self.trial.take_on(allocation), batches, self.source.loss_fn)
 
-    def quality(self, allocation: Allocation, part: str, means: Mapping[str, Tensor] | None = None) -> Quality:
+    def tuned(self, allocation: Allocation, tuning: Tuning, means: Mapping[str, Tensor]) -> Rounder:
+        """The allocation's layers with scales tuned on the calibration data."""
+        source = self.source
+        rounded = {layer.name: one for layer, _, one in quantized_layers(source.model, allocation, self.store)}
+        tuned = tune_scales(
+            source.model, allocation, rounded, source.calibration, source.loss_fn, tuning, means, self.progress
+        )
+        return Finished(f"{self.store.name}, tuned scales", tuned, self.store)
+
+    def quality(
+        self, allocation: Allocation, part: str, means: Mapping[str, Tensor] | None = None,
+        rounder: Rounder | None = None,
+    ) -> Quality:  # fmt: skip
         """The allocation's quality and divergence; NotFiniteError when it breaks the model."""
-        return self.quality_of(self.trial.take_on(allocation, means), part)
+        return self.quality_of(self.trial.take_on(allocation, means, rounder), part)
 
     def quality_of(self, model: nn.Module, part: str) -> Quality:
         """The same of a finished model."""

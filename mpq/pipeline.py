@@ -17,9 +17,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mpq.acceptance import Acceptance, Candidate, accept
+from mpq.acceptance import SAMPLES, STEPS, Acceptance, Candidate, accept, with_tuned_scales
 from mpq.comparison import Measured, along, compare, sentences
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
@@ -43,10 +43,12 @@ from mpq.network.storage import state_bytes
 from mpq.plots import Point, Prediction, draw_frontier, frontier_facts
 from mpq.report import Row, write_report
 from mpq.rounding import DEFAULT_METHOD
+from mpq.rounding.store import Rounder
 from mpq.search import frontier_of
 from mpq.sensitivity import DEFAULT_METRIC
 from mpq.sensitivity.profile import profile
 from mpq.sources import Network, Source, names_in, network_in, open_network, open_source
+from mpq.training.tuned_scales import Tuning
 
 log = logging.getLogger(__name__)
 
@@ -68,18 +70,19 @@ def export_to(
     source: Source,
     allocation: Allocation,
     folder: str | os.PathLike[str],
-    method: str = DEFAULT_METHOD,
-    moments: Mapping[str, Tensor] | None = None,
+    method: str | Rounder = DEFAULT_METHOD,
 ) -> Path:
     """Write an allocation by the exporter called `name`; what was written.
 
-    Graphs are traced with calibration data, of which static activation scales come too.
+    Graphs are traced with calibration data, of which static activation scales come too. The method is a name, or a
+    rounder that holds what was rounded already.
     """
     export = exporter_named(name)
     source = replace(source, model=prepared(source.model))
     refuse_experts(name, source.model)
     settings: dict[str, Any] = {"method": method, "recipe": source.recipe or None}
-    settings["second_moments"] = moments or moments_for(method, source, allocation.layers)
+    if isinstance(method, str):
+        settings["second_moments"] = moments_for(method, source, allocation.layers)
     if "inputs" in inspect.signature(export).parameters:
         settings["inputs"] = _compared_on(source) if name == "mpq" else tensors_in(source.calibration[0])[0][:2]
     if "ranges" in inspect.signature(export).parameters:
@@ -128,9 +131,7 @@ class Outcome:
 
     def words(self) -> tuple[str, ...]:
         """What was measured, in sentences."""
-        count = len(self.accepted.chosen.means)
-        means = (f"Running means of {count} batch normalizations were estimated anew.",) if count else ()
-        return (self.accepted.verdict(), *means, *sentences(self.measured, self.accepted))
+        return (self.accepted.verdict(), *self.accepted.corrections(), *sentences(self.measured, self.accepted))
 
     def rows(self) -> list[Row]:
         """The before/after table."""
@@ -154,6 +155,7 @@ def quantize_model(
     pin: Mapping[str, str] | None = None,
     ties: bool = True,
     effort: str = "normal",
+    tuning_steps: int | None = None,
     seed: int = 0,
     progress: bool = True,
     trust: bool = False,
@@ -177,6 +179,8 @@ def quantize_model(
         pin: scheme by layer pattern.
         ties: whether fused layers share a scheme.
         effort: how much is measured before choosing: "fast", "normal" or "best" (`mpq.acceptance.accept`).
+        tuning_steps: of tuning the chosen allocation's scales against the original (`mpq.training.tuned_scales`); left
+            out, 0, 60 or 200 by effort.
         seed: of all random numbers.
         progress: show progress bars.
         trust: whether the checkpoint may import the factory that built the model, to load it back.
@@ -208,18 +212,20 @@ def quantize_model(
     size = None if size is None else parse_size(size)
     budget = _layer_budget(frontier, source.model, bits, size)
     table.save(folder / "table.csv")
-    moments = moments_for(method, source, table.layers)
-    measurer = Measurer(source, method, moments, progress)
+    measurer = Measurer(source, method, moments_for(method, source, table.layers), progress)
 
     def fits(allocation: Allocation) -> bool:
         return size is None or checkpoint.file_size(source.model, allocation) <= size
 
     accepted = accept(frontier, budget, measurer, effort=effort, seed=seed, fits=fits)
-    allocation = accepted.chosen.allocation
+    steps = STEPS[effort] if tuning_steps is None else tuning_steps
+    tuning = Tuning(steps, SAMPLES.get(source.kind, Tuning.samples), seed=seed)
+    accepted = with_tuned_scales(accepted, measurer, tuning)
+    allocation, rounder = accepted.chosen.allocation, accepted.chosen.rounder or measurer.store
     corrected = replace(source, model=with_means(source.model, accepted.chosen.means))
-    export_to("mpq", corrected, allocation, folder, method, moments)
+    export_to("mpq", corrected, allocation, folder, rounder)
     if reader.name != "mpq":
-        export_to(reader.name, corrected, allocation, folder / reader.name, method, moments)
+        export_to(reader.name, corrected, allocation, folder / reader.name, rounder)
     device = next((parameter.device for parameter in source.model.parameters()), torch.device("cpu"))
     own = None if source.recipe else copy.deepcopy(source.model)
     packed = checkpoint.load(folder, model=own, device=device, trust=trust)

@@ -24,7 +24,7 @@ from mpq.network.prepare import prepared
 from mpq.network.ranges import Ranges, static_scale
 from mpq.rounding.activations import fake_quantize_inputs, straight_through
 from mpq.rounding.reference import Quantized, dequantize, quantize, recode
-from mpq.rounding.store import RoundingStore
+from mpq.rounding.store import Rounder, rounder_of
 
 Moments = Mapping[str, Tensor]  # second moments of the layers' inputs, by layer name
 
@@ -32,12 +32,11 @@ Moments = Mapping[str, Tensor]  # second moments of the layers' inputs, by layer
 def simulate(
     model: nn.Module,
     allocation: Allocation,
-    method: str = "mse",
+    method: str | Rounder = "mse",
     second_moments: Moments | None = None,
     *,
     trainable: bool = True,
     ranges: Ranges | None = None,
-    store: RoundingStore | None = None,
 ) -> nn.Module:
     """A copy of the model whose layers hold the numbers of their schemes, in the model's own floating-point types.
 
@@ -46,22 +45,23 @@ def simulate(
     Otherwise the rounded weights simply replace the original ones: half the memory, faster, same outputs. Activations
     are rounded on their way into a layer in both cases, with dynamic scales; where `ranges` has a layer whose
     activations share one scale, with that static scale, as runtimes do. Weights shared by several modules stay shared.
-    A `store` rounds each layer once for each scheme, by its own method, and keeps the result for the next allocation.
+    The method is a name or a rounder: a `RoundingStore` rounds each layer once for each scheme and keeps the result
+    for the next allocation.
 
     Raises:
         MpqError: the allocation's layers are not the model's, or a weight cannot be rounded (named).
     """
     model = prepared(model)
     if not trainable:
-        rounded = quantized_layers(model, allocation, method, second_moments, store)
+        rounded = quantized_layers(model, allocation, method, second_moments)
         return simulate_rounded(model, ((layer, scheme, dequantize(found)) for layer, scheme, found in rounded), ranges)
     simulated = copy.deepcopy(model)
-    for layer, scheme, quantized in quantized_layers(simulated, allocation, method, second_moments, store):
+    for layer, scheme, quantized in quantized_layers(simulated, allocation, method, second_moments):
         modules = [simulated.get_submodule(name) for name in layer.names]
         rounding = WeightRounding(quantized, modules[0])
         for holder, name in holders(simulated, modules[0].weight):  # type: ignore[arg-type]
             parametrize.register_parametrization(holder, name, rounding, unsafe=True)
-        _round_inputs(modules, layer, scheme, ranges)
+        round_inputs(modules, scheme, (ranges or {}).get(layer.name))
     return simulated
 
 
@@ -75,22 +75,27 @@ def simulate_rounded(
         weight: Tensor = modules[0].weight  # type: ignore[assignment]
         with torch.no_grad():
             weight.copy_(matrix_to_weight(matrix, modules[0]))
-        _round_inputs(modules, layer, scheme, ranges)
+        round_inputs(modules, scheme, (ranges or {}).get(layer.name))
     return simulated
 
 
-def _round_inputs(modules: Iterable[nn.Module], layer: Layer, scheme: Scheme, ranges: Ranges | None) -> None:
+def round_inputs(
+    modules: Iterable[nn.Module], scheme: Scheme, span: Any = None
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Round what modules are called with, but for indices, as a scheme says; the hooks.
+
+    With `span`, the range of a layer's inputs, activations that share one scale have the static one.
+    """
     if scheme.activation is None:
-        return
-    span = (ranges or {}).get(layer.name) if scheme.activation.granularity == "tensor" else None
-    scale = None if span is None else static_scale(scheme.activation, span)
-    for module in modules:
-        if not isinstance(module, nn.Embedding):
-            module.register_forward_pre_hook(InputRounding(scheme.activation, scale), with_kwargs=True)
+        return []
+    static = span is not None and scheme.activation.granularity == "tensor"
+    rounding = InputRounding(scheme.activation, static_scale(scheme.activation, span) if static else None)
+    users = [module for module in modules if not isinstance(module, nn.Embedding)]
+    return [module.register_forward_pre_hook(rounding, with_kwargs=True) for module in users]
 
 
 def pack_model(
-    model: nn.Module, allocation: Allocation, method: str = "mse", second_moments: Moments | None = None
+    model: nn.Module, allocation: Allocation, method: str | Rounder = "mse", second_moments: Moments | None = None
 ) -> nn.Module:
     """A copy of the model whose layers hold packed weights only and compute from them.
 
@@ -171,16 +176,12 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def quantized_layers(
-    model: nn.Module,
-    allocation: Allocation,
-    method: str,
-    second_moments: Moments | None = None,
-    store: RoundingStore | None = None,
+    model: nn.Module, allocation: Allocation, method: str | Rounder, second_moments: Moments | None = None
 ) -> Iterator[tuple[Layer, Scheme, Quantized]]:
-    """Every layer with its scheme and its rounded weight, one at a time; from the store where there is one."""
+    """Every layer with its scheme and its rounded weight, one at a time."""
     for layer, scheme in checked_layers(model, allocation):
-        rounding = store or RoundingStore(method, second_moments)  # a new one each time: nothing piles up in memory
-        yield layer, scheme, rounding.quantized(layer, weight_matrix(model.get_submodule(layer.name)), scheme)
+        rounder = rounder_of(method, second_moments)  # of a name a new one each time: nothing piles up in memory
+        yield layer, scheme, rounder.quantized(layer, weight_matrix(model.get_submodule(layer.name)), scheme)
 
 
 def checked_layers(model: nn.Module, allocation: Allocation) -> list[tuple[Layer, Scheme]]:

@@ -15,7 +15,17 @@ from mpq.core.costs import weight_bytes
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.layer import Layer
 from mpq.core.scheme import parse_scheme
-from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, samples_in, seeded, take, tensors_in
+from mpq.network.calibration import (
+    Batch,
+    LossFn,
+    check_batches,
+    evaluating,
+    outputs_of,
+    samples_in,
+    seeded,
+    take,
+    tensors_in,
+)
 from mpq.network.fingerprint import fingerprint, model_fingerprint
 from mpq.network.layers import find_layers, weight_matrix
 from mpq.network.macs import count_macs
@@ -25,7 +35,7 @@ from mpq.rounding import method_named
 from mpq.sensitivity.derivatives import layer_uses
 from mpq.sensitivity.eigenvalue import top_eigenvalues
 from mpq.sensitivity.fisher import fisher_diagonals
-from mpq.sensitivity.graph import only_gradients_of, outputs_of
+from mpq.sensitivity.graph import only_gradients_of
 from mpq.sensitivity.hessian import floored, hessian_traces
 from mpq.sensitivity.products import weight_curvature
 from mpq.sensitivity.task import Task

@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
-from mpq.network.calibration import Batch, check_gradient, check_loss, samples_in, seeded, split_batch
+from mpq.network.calibration import Batch, check_gradient, check_loss, outputs_of, samples_in, seeded, split_batch
 from mpq.network.layers import input_matrix, output_matrix, weight_groups
 from mpq.network.uses import seeing_uses
-from mpq.sensitivity.graph import only_gradients_of, outputs_of
+from mpq.sensitivity.graph import only_gradients_of
 from mpq.sensitivity.predictions import Predictions, predictions, random_slopes
 from mpq.sensitivity.samples import check_independent
 from mpq.sensitivity.task import Task

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.layer import Layer
-from mpq.network.calibration import samples_in, seeded, take, tensors_in
+from mpq.network.calibration import outputs_of, samples_in, seeded, take, tensors_in
 from mpq.sensitivity.derivatives import Use, Uses, designed_uses
-from mpq.sensitivity.graph import differentiable_twice, only_gradients_of, outputs_of
+from mpq.sensitivity.graph import differentiable_twice, only_gradients_of
 from mpq.sensitivity.predictions import predictions
 from mpq.sensitivity.products import Hessian
 from mpq.sensitivity.task import Task

@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import logits_of
 
 log = logging.getLogger(__name__)
 
@@ -62,23 +61,6 @@ class _Plain:
     def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         """What `CheckpointFunction.apply` gives, its graph kept."""
         return function(*args)
-
-
-@contextmanager
-def outputs_of(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The logits of every call of the model inside the block, as they come."""
-    outputs: list[Tensor] = []
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        logits = logits_of(output)
-        if isinstance(logits, Tensor):
-            outputs.append(logits)
-
-    handle = model.register_forward_hook(hook)
-    try:
-        yield outputs
-    finally:
-        handle.remove()
 
 
 @contextmanager

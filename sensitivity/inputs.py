@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
-from mpq.network.calibration import check_gradient, check_loss, samples_in
+from mpq.network.calibration import check_gradient, check_loss, outputs_of, samples_in
 from mpq.network.calls import call_input, with_call_input
 from mpq.network.moments import watching
 from mpq.network.parallel import total
 from mpq.rounding.activations import fake_quantize_inputs
-from mpq.sensitivity.graph import differentiable_twice, only_gradients_of, outputs_of
+from mpq.sensitivity.graph import differentiable_twice, only_gradients_of
 from mpq.sensitivity.products import Curvature, operator_named
 from mpq.sensitivity.task import Task
 

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from mpq.core.errors import MpqError
 from mpq.core.interactions import Interactions
 from mpq.core.scheme import Scheme, parse_scheme
-from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in
+from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, outputs_of, samples_in
 from mpq.network.layers import find_layers
 from mpq.network.moments import second_moments
 from mpq.network.prepare import prepared
 from mpq.rounding import METHODS, method_named
-from mpq.sensitivity.graph import outputs_of
 from mpq.sensitivity.loss import batch_losses, batch_shares, in_scheme
 from mpq.sensitivity.predictions import predictions
 from mpq.sensitivity.task import RememberingTask, Task

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
+from mpq.network.calibration import outputs_of
 from mpq.sensitivity.backward import Labels, Piece, asked_of
 from mpq.sensitivity.by_input import input_scores
 from mpq.sensitivity.by_position import position_scores
-from mpq.sensitivity.graph import outputs_of
 from mpq.sensitivity.predictions import Predictions
 from mpq.sensitivity.shrinkage import shrunk
 from mpq.sensitivity.task import RowScores, Scores, Task, by_layer

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mpq.core.errors import MpqError
-from mpq.sensitivity.graph import outputs_of
+from mpq.network.calibration import outputs_of
 from mpq.sensitivity.loss import ByBatch, measured
 from mpq.sensitivity.predictions import Predictions, predictions
 from mpq.sensitivity.task import Scores, Task

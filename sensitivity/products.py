@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mpq.core.errors import MpqError, nearest_names
-from mpq.network.calibration import check_gradient, check_loss
-from mpq.sensitivity.graph import differentiable_twice, only_gradients_of, outputs_of
+from mpq.network.calibration import check_gradient, check_loss, outputs_of
+from mpq.sensitivity.graph import differentiable_twice, only_gradients_of
 from mpq.sensitivity.task import Task
 
 

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import Batch, LossFn, check_loss, samples_in, take
-from mpq.sensitivity.graph import outputs_of
+from mpq.network.calibration import Batch, LossFn, check_loss, outputs_of, samples_in, take
 
 TOLERANCE = 1e-3  # relative; float32 errs by about 1e-6
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpq.acceptance import accept, candidate_of
+from mpq.acceptance import accept, candidate_of, with_tuned_scales
 from mpq.core.errors import MpqError
 from mpq.core.problem import build_problem
 from mpq.core.table import SensitivityTable
@@ -16,6 +16,8 @@ from mpq.network.calibration import cross_entropy, seeded
 from mpq.network.layers import find_layers
 from mpq.search.exact import exact
 from mpq.sources import Source, open_source
+from mpq.training.tuned_scales import Tuning
+from mpq.trial import Trial
 
 FORMATS = ("int2-channel", "int3-channel", "int4-channel", "int8-channel")
 
@@ -86,3 +88,32 @@ def test_means_are_corrected_where_acceptance_data_say_so():
     assert gain < -3 * error
     misfit = replace(source, calibration=((source.calibration[0][0] - 8, source.calibration[0][1]),))
     assert candidate_of("fine", uniform["int8-channel"], Measurer(misfit, "nearest")).means == {}
+
+
+def test_tuned_scales_are_kept_where_acceptance_data_say_so(source):
+    frontier = exact(build_problem(misled(source)))
+    measurer = Measurer(source, "nearest")
+    size = dict(frontier.uniform())["int3-channel"].size
+    accepted = accept(frontier, size, measurer, effort="fast")
+    tuned = with_tuned_scales(accepted, measurer, Tuning(steps=20, samples=32, rate=1e-2))
+    assert tuned.untuned is accepted.chosen
+    assert tuned.chosen.allocation == accepted.chosen.allocation
+    assert tuned.chosen.harm() < accepted.chosen.harm()
+    assert tuned.uniform is accepted.uniform
+    assert "Scales tuned" in tuned.corrections()[-1]
+    harmful = with_tuned_scales(accepted, measurer, Tuning(steps=3, samples=32, rate=3.0))
+    assert harmful is accepted
+    assert with_tuned_scales(accepted, measurer, Tuning(steps=0)) is accepted
+
+
+def test_a_trial_goes_back_to_its_own_rounding_after_another_s(source):
+    frontier = exact(build_problem(misled(source)))
+    measurer = Measurer(source, "nearest")
+    allocation = dict(frontier.uniform())["int3-channel"]
+    tuned = measurer.tuned(allocation, Tuning(steps=2, rate=1e-1), {})
+    fresh = Trial(source.model, measurer.store)
+    for rounder in (None, tuned, None):
+        held = measurer.trial.take_on(allocation, rounder=rounder).state_dict()
+        expected = fresh.take_on(allocation).state_dict()
+        same = all(torch.equal(held[name], tensor) for name, tensor in expected.items())
+        assert same == (rounder is None)

@@ -40,6 +40,18 @@ def test_the_face_runs_the_whole_job_in_a_few_lines(tmp_path):
     assert all(parameter.grad is not None for parameter in simulated.parameters())
 
 
+def test_what_is_written_has_the_tuned_scales(tmp_path):
+    source = open_source("tiny-cnn", nsamples=128)
+    settings = {"bits": 3, "formats": ("int2-channel", "int3-channel", "int4-channel"), "progress": False}
+    plain = mpq.quantize(source, tmp_path / "plain", tuning_steps=0, **settings)
+    tuned = mpq.quantize(source, tmp_path / "tuned", tuning_steps=30, **settings)
+    assert plain.accepted.untuned is None
+    assert tuned.accepted.untuned is not None
+    assert tuned.allocation == plain.allocation
+    assert tuned.measured[-1].size == plain.measured[-1].size
+    assert tuned.measured[-1].quality.harm_above(plain.measured[-1].quality)[0] < 0
+
+
 def test_quantize_does_the_whole_job_for_a_model_of_ones_own(tmp_path):
     batches = images()
     source = mpq.Source("mine", small_cnn(), batches, batches, cross_entropy)

@@ -22,6 +22,7 @@ from mpq.exporters.targets import CONSUMERS, check, check_model
 from mpq.exporters.verify import same_numbers
 from mpq.quantized import Moments, checked_layers, quantized_layers
 from mpq.rounding.reference import COPY_DTYPES, Quantized, dequantize
+from mpq.rounding.store import Rounder
 
 FILE = "model.gguf"
 
@@ -42,7 +43,7 @@ def export(
     allocation: Allocation,
     folder: str | os.PathLike[str],
     *,
-    method: str = "mse",
+    method: str | Rounder = "mse",
     second_moments: Moments | None = None,
     recipe: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
@@ -119,7 +120,7 @@ def _plan(model: nn.Module, allocation: Allocation, gguf: Any) -> list[Entry]:
 
 
 def _contents(
-    model: nn.Module, allocation: Allocation, method: str, second_moments: Moments | None, gguf: Any
+    model: nn.Module, allocation: Allocation, method: str | Rounder, second_moments: Moments | None, gguf: Any
 ) -> Iterator[tuple[NDArray[Any], Tensor | Quantized]]:
     """The bytes of every tensor, and the numbers that they are to give."""
     for name, tensor in other_state(model, allocation)[0].items():

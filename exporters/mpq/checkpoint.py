@@ -36,6 +36,7 @@ from mpq.exporters.verify import Digests, Inputs, noting, runner, verify
 from mpq.kernels.layout import Packed, pack, tensor_specs
 from mpq.network.prepare import bake, prepared
 from mpq.quantized import Moments, checked_layers, put_packed, quantized_layers
+from mpq.rounding.store import Rounder
 
 METHOD, VERSION = "mpq", 1
 FILES = (WHOLE, "config.json", "allocation.json")  # what every export writes
@@ -46,7 +47,7 @@ def export(
     allocation: Allocation,
     folder: str | os.PathLike[str],
     *,
-    method: str = "mse",
+    method: str | Rounder = "mse",
     second_moments: Moments | None = None,
     recipe: Mapping[str, Any] | None = None,
     shard: int = SHARD,
@@ -59,7 +60,7 @@ def export(
         model: left as it is; one layer at a time is rounded.
         allocation: layers and schemes.
         folder: made when missing. Files of an earlier export are replaced, others' files are never.
-        method: rounding method, and `second_moments` of the inputs where it uses them.
+        method: rounding method, by name or as a rounder, and `second_moments` of the inputs where a name uses them.
         recipe: how to build the model without weights, as `mpq.sources` gives it with a model: {"kind": "bundled",
             "name": "tiny-lm"}, {"kind": "factory", "path": "package.module:factory"}; not needed for transformers.
         shard: largest bytes of one file.
@@ -81,7 +82,7 @@ def export(
     config["quantization_config"] = {
         "quant_method": METHOD,
         "version": VERSION,
-        "rounding": method,
+        "rounding": method if isinstance(method, str) else method.name,
         "layers": {layer.name: _facts(model, layer, allocation) for layer in allocation.layers},
         "tied": tied,
     }

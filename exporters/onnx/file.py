@@ -27,6 +27,7 @@ from mpq.network.calibration import evaluating
 from mpq.network.ranges import Ranges
 from mpq.quantized import Moments, checked_layers, quantized_layers
 from mpq.rounding.reference import Quantized
+from mpq.rounding.store import Rounder
 
 FILE, DATA = "model.onnx", "model.onnx.data"
 INSIDE = 1_900_000_000  # bytes of tensors in one protobuf, whose limit is 2**31 - 1 with everything
@@ -38,7 +39,7 @@ def export(
     allocation: Allocation,
     folder: str | os.PathLike[str],
     *,
-    method: str = "mse",
+    method: str | Rounder = "mse",
     second_moments: Moments | None = None,
     recipe: Mapping[str, Any] | None = None,
     inputs: Tensor | tuple[Any, ...] | None = None,

@@ -28,6 +28,10 @@ def add(command: AddCommand) -> None:
     quantize.add_argument(
         "--effort", default="normal", help="how much is measured before choosing: fast, normal (default) or best"
     )
+    quantize.add_argument(
+        "--tuning-steps", type=int, metavar="N",
+        help="steps of tuning scales against the original model; left out, 0, 60 or 200 by effort",
+    )  # fmt: skip
     quantize.add_argument("--table", help="a table made before, instead of profiling")
     quantize.add_argument("--recipe", help="options from a file, such as recipe.yaml in an earlier output folder")
     quantize.add_argument("--force", action="store_true", help="overwrite a result of other settings")
@@ -53,6 +57,7 @@ def run(options: argparse.Namespace) -> None:
     outcome = quantize_model(
         source, options.output, bits=options.bits, size=options.size, table=table, pin=pin,
         ties=not options.no_ties, trust=options.trust, consumer=options.consumer, effort=options.effort,
+        tuning_steps=options.tuning_steps,
         metric_options=settings.pop("options"), **settings,
     )  # fmt: skip
     recipe.finish(options.output)

@@ -55,6 +55,23 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+@contextmanager
+def outputs_of(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The logits of every call of the model inside the block, as they come."""
+    outputs: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        logits = logits_of(output)
+        if isinstance(logits, Tensor):
+            outputs.append(logits)
+
+    handle = model.register_forward_hook(hook)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
 def tensors_in(batch: Batch) -> list[Tensor]:
     """All tensors of a batch, depth first."""
     if isinstance(batch, Tensor):

@@ -8,7 +8,6 @@ rounding loses (experiments/bench_tuned_scales.py).
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +18,23 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from mpq.core.allocation import Allocation
-from mpq.network.calibration import Batch, LossFn, evaluating, logits_of, seeded, take, tensors_in
+from mpq.network.batchnorm import put_means
+from mpq.network.calibration import (
+    Batch,
+    LossFn,
+    counted_positions,
+    evaluating,
+    outputs_of,
+    samples_in,
+    seeded,
+    take,
+    tensors_in,
+)
 from mpq.network.layers import layer_kind
-from mpq.quantized import checked_layers
+from mpq.quantized import checked_layers, round_inputs
 from mpq.rounding.reference import COPY_DTYPES, Quantized, dequantize, group_scales, spread, storable_scales
+
+ELEMENTS = 2**24  # of logits that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class Tuning:
     """How long and how fast scales are tuned; the learning rate is relative to each scale."""
 
     steps: int = 60
-    samples: int = 4  # of a step
+    samples: int = 4  # of a step; images say less than texts, so that 32 of them are a step
     rate: float = 2e-3  # of Adam, falling to zero along a half cosine
     seed: int = 0
 
@@ -42,12 +54,13 @@ def tune_scales(
     batches: Sequence[Batch],
     loss_fn: LossFn,
     tuning: Tuning = Tuning(),
+    means: Mapping[str, Tensor] | None = None,
     progress: bool = False,
 ) -> dict[str, Quantized]:
     """The rounded weights, by layer name, with scales that lower the mean KL divergence from the model.
 
-    Formats whose scales are no 16- or 32-bit floats keep their tables. Where the loss weighs
-    no position (`attention_mask` zero) its divergence does not count.
+    Formats whose scales are no 16- or 32-bit floats keep their tables. Positions that do not count
+    (`mpq.network.calibration.counted_positions`) have no divergence.
 
     Args:
         model: the float model, the teacher; left as it is.
@@ -55,15 +68,10 @@ def tune_scales(
         rounded: codes and tables of every layer.
         batches: calibration data; steps take samples from them in a random order.
         loss_fn: calls the model on a batch; what it returns is not used.
+        means: running means of batch normalizations that the rounded network has instead of the model's.
     """
-    student = copy.deepcopy(model)
-    scaled: dict[str, ScaledWeight] = {}
-    for layer, _ in checked_layers(student, allocation):
-        modules = [student.get_submodule(name) for name in layer.names]
-        scaled[layer.name] = ScaledWeight(rounded[layer.name], modules[0])
-        for module in dict.fromkeys(modules):
-            parametrize.register_parametrization(module, "weight", scaled[layer.name], unsafe=True)
-    student.requires_grad_(False)
+    student, scaled = _student(model, allocation, rounded)
+    put_means(student, means or {})
     shifts = [weight.shift.requires_grad_() for weight in scaled.values() if weight.shift is not None]
     if not shifts or tuning.steps < 1:
         return dict(rounded)
@@ -75,28 +83,58 @@ def tune_scales(
     with evaluating(model), evaluating(student), torch.enable_grad():
         for _ in tqdm(range(tuning.steps), desc="tuning scales", disable=None if progress else True, leave=False):
             optimizer.zero_grad()
-            batch = next(steps)
-            with torch.no_grad():
-                wanted = _logits(model, batch, loss_fn)
-            divergence(_logits(student, batch, loss_fn), wanted, counted(batch)).backward()  # type: ignore[no-untyped-call]
+            _add_gradients(model, student, next(steps), loss_fn)
             optimizer.step()
             schedule.step()
     return {name: weight.quantized() for name, weight in scaled.items()}
 
 
-def divergence(logits: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean KL divergence of softmax(logits) from softmax(wanted), both (..., classes), over weighted positions."""
+def _student(
+    model: nn.Module, allocation: Allocation, rounded: Mapping[str, Quantized]
+) -> tuple[nn.Module, dict[str, "ScaledWeight"]]:
+    """A copy of the model that computes from the rounded weights, by layer name, and shares all of its parameters."""
+    shared = {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()}
+    student = copy.deepcopy(model, shared)
+    scaled: dict[str, ScaledWeight] = {}
+    for layer, scheme in checked_layers(student, allocation):
+        modules = [student.get_submodule(name) for name in layer.names]
+        scaled[layer.name] = ScaledWeight(rounded[layer.name], modules[0])
+        for module in dict.fromkeys(modules):
+            parametrize.register_parametrization(module, "weight", scaled[layer.name], unsafe=True)
+        round_inputs(modules, scheme)
+    return student, scaled
+
+
+def _add_gradients(teacher: nn.Module, student: nn.Module, batch: Batch, loss_fn: LossFn) -> None:
+    """Add the gradients of a batch's mean divergence, in parts that keep a vocabulary's logits small."""
+    samples, start, few = samples_in(batch), 0, 1
+    while start < samples:
+        part = take(batch, slice(start, start + few))
+        with torch.no_grad():
+            wanted = _logits(teacher, part, loss_fn)
+        logits = _logits(student, part, loss_fn)
+        counted = next((mask for mask in counted_positions(part) if mask.shape == logits.shape[:-1]), None)
+        _, gradient = divergence(logits.detach(), wanted, counted)
+        logits.backward(gradient * (samples_in(part) / samples))  # type: ignore[no-untyped-call]
+        start += samples_in(part)
+        few = max(1, ELEMENTS * samples_in(part) // logits.numel())
+
+
+@torch.no_grad()
+def divergence(logits: Tensor, wanted: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean KL divergence of softmax(logits) from softmax(wanted), and its gradient with respect to the logits.
+
+    Args:
+        logits: (..., classes).
+        wanted: (..., classes), the teacher's.
+        counted: (...), the positions that count.
+    """
     logs, targets = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
     each = functional.kl_div(logs, targets, log_target=True, reduction="none").sum(-1)
-    if weights is None or weights.shape != each.shape:
-        return each.mean()
-    return (each * weights).sum() / weights.sum().clamp(min=1)
-
-
-def counted(batch: Batch) -> Tensor | None:
-    """The batch's attention mask as weights of positions, None where it has none."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return None if mask is None else mask.float()
+    weights = torch.ones_like(each) if counted is None else counted.to(each)
+    weights /= weights.sum().clamp(min=1)
+    gradient = logs.exp_().sub_(targets.exp_()).mul_(weights.unsqueeze(-1))
+    return (each * weights).sum(), gradient.to(logits.dtype)
 
 
 def _steps(batches: Sequence[Batch], tuning: Tuning) -> Iterator[Batch]:
@@ -113,19 +151,9 @@ def _steps(batches: Sequence[Batch], tuning: Tuning) -> Iterator[Batch]:
 
 
 def _logits(model: nn.Module, batch: Batch, loss_fn: LossFn) -> Tensor:
-    with _watched(model) as outputs:
+    with outputs_of(model) as outputs:
         loss_fn(model, batch)
     return outputs[0]
-
-
-@contextmanager
-def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
-    outputs: list[Tensor] = []
-    handle = model.register_forward_hook(lambda module, args, output: outputs.append(logits_of(output)))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
 
 
 class ScaledWeight(nn.Module):

@@ -25,7 +25,7 @@ def test_a_layer_is_rounded_once_and_simulated_alike_from_memory_and_from_files(
     for limit in (2**30, 0):
         store = RoundingStore("gptq", moments, limit)
         for _ in range(2):
-            found = simulate(model, wanted, trainable=False, store=store).state_dict()
+            found = simulate(model, wanted, store, trainable=False).state_dict()
             assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
         layer = wanted.layers[0]
         weight, scheme = model[0].weight.flatten(1), wanted.scheme_of[layer.name]

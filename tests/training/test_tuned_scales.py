@@ -11,7 +11,7 @@ from mpq.network.calibration import next_token_loss, seeded
 from mpq.network.layers import find_layers
 from mpq.quantized import quantized_layers
 from mpq.rounding.reference import dequantize, quantize, round_scales
-from mpq.training.tuned_scales import ScaledWeight, Tuning, counted, divergence, tune_scales
+from mpq.training.tuned_scales import ScaledWeight, Tuning, divergence, tune_scales
 from tests.sensitivity.small_models import TiedLanguageModel, seed_weights
 
 TOKENS = [torch.randint(0, 7, (8, 12), generator=seeded(index)) for index in range(4)]
@@ -46,7 +46,7 @@ def mean_divergence(model, allocation, weights):
             module = student.get_submodule(layer.name)
             numbers = dequantize(weights[layer.name])
             module.weight.copy_(numbers.t() if layer.kind == "transformers-conv1d" else numbers)
-        return sum(divergence(student(batch), model(batch)).item() for batch in TOKENS)
+        return sum(divergence(student(batch), model(batch))[0].item() for batch in TOKENS)
 
 
 @pytest.mark.parametrize("name", ["int4-g8", "int4-g5-asym", "int8", "fp4-e2m1-channel", "q4_1"])
@@ -70,8 +70,22 @@ def test_gradients_are_those_of_the_numbers(name):
 def test_hidden_positions_do_not_count():
     wanted, logits = torch.randn(2, 2, 5, 7, generator=seeded(3))
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 0, 0]])
-    plain = divergence(logits[:, :3], wanted[:, :3])
-    torch.testing.assert_close(divergence(logits, wanted, counted({"attention_mask": mask})), plain)
+    plain, gradient = divergence(logits[:, :3], wanted[:, :3])
+    value, padded = divergence(logits, wanted, mask)
+    torch.testing.assert_close(value, plain)
+    torch.testing.assert_close(padded[:, :3], gradient)
+    assert not padded[:, 3:].any()
+
+
+def test_the_divergence_s_gradient_is_autograd_s():
+    wanted, logits = torch.randn(2, 2, 5, 7, generator=seeded(4))
+    logits.requires_grad_()
+    targets = wanted.log_softmax(-1)
+    expected = torch.nn.functional.kl_div(logits.log_softmax(-1), targets, log_target=True, reduction="sum") / 10
+    expected.backward()
+    value, gradient = divergence(logits.detach(), wanted)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(gradient, logits.grad)
 
 
 def test_the_same_seed_gives_the_same_scales():
