@@ -181,11 +181,11 @@ def safe_name(name: str, source: Path) -> str:
 
 
 def _file_digest(path: Path) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**24):
-            found.update(piece)
-    return found.hexdigest()
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def digest(content: bytes | memoryview) -> str:

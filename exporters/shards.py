@@ -51,9 +51,9 @@ def write_tensors(
     return digests
 
 
-def _checked(name: str, spec: tuple[tuple[int, ...], torch.dtype], found: str, tensor: Tensor) -> Tensor:
-    if (name, *spec) != (found, tuple(tensor.shape), tensor.dtype):
-        raise AssertionError(f"{name} {spec} was planned, {found} {tuple(tensor.shape)} {tensor.dtype} came")
+def _checked(name: str, spec: tuple[tuple[int, ...], torch.dtype], actual: str, tensor: Tensor) -> Tensor:
+    if (name, *spec) != (actual, tuple(tensor.shape), tensor.dtype):
+        raise AssertionError(f"{name} {spec} was planned, {actual} {tuple(tensor.shape)} {tensor.dtype} came")
     return tensor.detach().cpu().contiguous()
 
 
@@ -119,11 +119,11 @@ class Shards:
             opened = self._stack.enter_context(safe_open(path, framework="pt"))
         except (OSError, SafetensorError) as error:
             raise MpqError(f"{path} is missing, cut or damaged ({error}): export again") from error
-        found = set(opened.keys())
+        stored = set(opened.keys())
         for name in noted:
-            if name not in found:
+            if name not in stored:
                 raise MpqError(f"{path} lacks the tensor {name}: it is not the file that was exported")
-        for name in found - noted.keys():
+        for name in stored - noted.keys():
             raise MpqError(f"{path} holds the tensor {name}, which was not exported: it was altered")
         self._files[file] = opened
         self._file_of.update(dict.fromkeys(noted, file))
@@ -160,5 +160,5 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def has_digest(tensor: Tensor, noted: str | None) -> bool:
     """Whether this is a tensor's digest; one without a type is of an earlier version."""
-    found = tensor_digest(tensor)
-    return noted in (found, found.partition(" ")[0])
+    digest = tensor_digest(tensor)
+    return noted in (digest, digest.partition(" ")[0])

@@ -51,18 +51,18 @@ def noting(layers: Iterable[tuple[Layer, Scheme, Quantized]], digests: Digests) 
         yield layer, scheme, quantized
 
 
-def same_numbers(name: str, found: Tensor, expected: Tensor, relative: float = 0.0) -> None:
+def same_numbers(name: str, actual: Tensor, expected: Tensor, relative: float = 0.0) -> None:
     """MpqError when a layer's numbers, as a reader has them, are not those that were rounded."""
-    numbers = expected.float().to(found.device)
-    if found.shape != expected.shape or bool(
-        ((found.float() - numbers).abs() > relative * (numbers.abs() + 1e-30)).any()
+    numbers = expected.float().to(actual.device)
+    if actual.shape != expected.shape or bool(
+        ((actual.float() - numbers).abs() > relative * (numbers.abs() + 1e-30)).any()
     ):
         raise MpqError(f"layer {name} reads back other numbers than were rounded: nothing was written")
 
 
-def same_tensor(name: str, found: Tensor, expected: Tensor) -> None:
+def same_tensor(name: str, actual: Tensor, expected: Tensor) -> None:
     """MpqError when a tensor is not the expected one bit by bit."""
-    if fingerprint([found]) != fingerprint([expected]):
+    if fingerprint([actual]) != fingerprint([expected]):
         raise MpqError(f"the tensor {name} reads back changed: nothing was written")
 
 
@@ -104,8 +104,8 @@ def verify(
 def verify_tensors(others: Mapping[str, Tensor], owner: Callable[[str], nn.Module], loaded: nn.Module) -> None:
     """MpqError naming the first tensor that a loaded model does not have bit by bit."""
     for name, tensor in others.items():
-        found = getattr(owner(name), name.rpartition(".")[2], None)
-        if not isinstance(found, Tensor) or fingerprint([found]) != fingerprint([tensor]):
+        actual = getattr(owner(name), name.rpartition(".")[2], None)
+        if not isinstance(actual, Tensor) or fingerprint([actual]) != fingerprint([tensor]):
             raise MpqError(f"the tensor {name} of {type(loaded).__name__} reads back changed: nothing was written")
 
 
@@ -136,10 +136,10 @@ def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, 
         return kept.output[0].clone() if name else None
 
     with _hooked(loaded, names, compare):
-        found = _result(run, loaded)
+        actual = _result(run, loaded)
     if (left := next(coming, None)) is not None:
         raise _differs(f"it never calls layer {left.name}")
-    _compare("what the model gives", expected, found)
+    _compare("what the model gives", expected, actual)
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,13 @@ def _kept(name: str, module: nn.Module, call: tuple[Any, Any, Any]) -> Call:
     return Call(name, given, outputs, allowed)
 
 
-def _tensors(found: Any) -> list[Tensor]:
+def _tensors(output: Any) -> list[Tensor]:
     """Those of a model's arguments or outputs; caches and other objects of its own are passed over."""
-    if isinstance(found, Mapping):
-        found = tuple(found.values())
-    if isinstance(found, (tuple, list)):
-        return [tensor for part in found for tensor in _tensors(part)]
-    return [found] if isinstance(found, Tensor) else []
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
+        return [tensor for part in output for tensor in _tensors(part)]
+    return [output] if isinstance(output, Tensor) else []
 
 
 @contextmanager
@@ -204,12 +204,12 @@ def _result(run: Run, model: nn.Module) -> list[Tensor]:
     """Tensors of what a run gives; random numbers are the same for every model."""
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(0)
-        found = run(model)
-    return _tensors(torch.tensor(found) if isinstance(found, float) else found)
+        output = run(model)
+    return _tensors(torch.tensor(output) if isinstance(output, float) else output)
 
 
-def _compare(what: str, expected: list[Tensor], found: list[Tensor], allowed: list[Tensor] | None = None) -> None:
-    for index, (one, other) in enumerate(zip_longest(expected, found)):
+def _compare(what: str, expected: list[Tensor], actual: list[Tensor], allowed: list[Tensor] | None = None) -> None:
+    for index, (one, other) in enumerate(zip_longest(expected, actual)):
         if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
             raise _differs(f"{what} has another shape or type")
         if torch.equal(one, other):

@@ -197,8 +197,8 @@ def _polished(
         return []  # nothing to choose
     measured = [float(measure(choices).mean()) for _, choices in begun]
     best = begun[int(np.argmin(measured))][1]
-    found = polish(frontier.problem, best, size, measure, rounds=rounds, seed=seed)
-    return [] if np.array_equal(found.choices, best) else [("polished", found.choices)]
+    polished = polish(frontier.problem, best, size, measure, rounds=rounds, seed=seed)
+    return [] if np.array_equal(polished.choices, best) else [("polished", polished.choices)]
 
 
 def _is_uniform(choices: Choices) -> bool:

@@ -96,14 +96,14 @@ def _uniform(frontier: Frontier, acceptance: Acceptance, kind: str) -> list[tupl
     """The best and nearest uniform candidates, and the usual formats, which need not be candidates; large first."""
     chosen, best = acceptance.chosen.allocation, acceptance.uniform
     candidates = sorted(frontier.uniform(), key=lambda item: abs(item[1].bits - chosen.bits))[:NEAREST]
-    found = {f"all {name}": allocation for name, allocation in candidates}
+    allocations = {f"all {name}": allocation for name, allocation in candidates}
     if best is not None:
-        found[best.name] = best.allocation
+        allocations[best.name] = best.allocation
     for name in USUAL.get(kind, ()):
         allocation = Allocation(chosen.layers, (name,) * len(chosen.layers), overhead=chosen.overhead)
-        if f"all {name}" not in found and 1 / RANGE < allocation.bits / chosen.bits < RANGE:
-            found[f"all {name}"] = dict(frontier.uniform()).get(name, allocation)
-    return sorted(found.items(), key=lambda item: -item[1].bits)
+        if f"all {name}" not in allocations and 1 / RANGE < allocation.bits / chosen.bits < RANGE:
+            allocations[f"all {name}"] = dict(frontier.uniform()).get(name, allocation)
+    return sorted(allocations.items(), key=lambda item: -item[1].bits)
 
 
 def along(frontier: Frontier, chosen: Allocation, measurer: Measurer) -> dict[int, Candidate]:
@@ -111,8 +111,8 @@ def along(frontier: Frontier, chosen: Allocation, measurer: Measurer) -> dict[in
     sizes = sorted((one.size for _, one in frontier.uniform()), key=lambda size: abs(size - chosen.size))
     near = [size for size in sizes if 1 / RANGE < size / chosen.size < RANGE][:ALONG]
     indices = sorted({frontier.index_at(cost=min(size, float(frontier.costs[-1]))) for size in near})
-    found = {index: candidate_of(f"point {index}", frontier.allocation(index), measurer) for index in indices}
-    return {index: candidate for index, candidate in found.items() if candidate is not None}
+    candidates = {index: candidate_of(f"point {index}", frontier.allocation(index), measurer) for index in indices}
+    return {index: candidate for index, candidate in candidates.items() if candidate is not None}
 
 
 def sentences(measured: Sequence[Measured], acceptance: Acceptance) -> tuple[str, ...]:

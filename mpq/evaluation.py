@@ -163,16 +163,16 @@ def _evaluate(
                 losses = torch.stack(
                     [check_loss(loss_fn(model, sample), index).reshape(()) for sample in split_batch(batch)]
                 )
-                found = [_Part(losses, torch.ones_like(losses))]
+                batch_parts = [_Part(losses, torch.ones_like(losses))]
             elif kind == "distance":
                 losses, outputs = relative_distance(model, batch)
-                found = [_Part(losses, torch.ones_like(losses), relative=losses / outputs)]
+                batch_parts = [_Part(losses, torch.ones_like(losses), relative=losses / outputs)]
             else:
-                found = []
+                batch_parts = []
                 for logits, targets in _predictions(model, batch, kind):
-                    found.append(_measure(logits, targets, known, len(parts) + len(found)))
-            check_loss(torch.cat([part.losses for part in found]).mean(), index)
-            parts += found
+                    batch_parts.append(_measure(logits, targets, known, len(parts) + len(batch_parts)))
+            check_loss(torch.cat([part.losses for part in batch_parts]).mean(), index)
+            parts += batch_parts
     return _quality(kind, parts)
 
 
@@ -233,8 +233,8 @@ def _measure(logits: Tensor, targets: Tensor, known: Known | None, number: int) 
 
 def _quality(kind: str, parts: Sequence[_Part]) -> Quality:
     def joined(name: str) -> NDArray[Any]:
-        found: NDArray[Any] = torch.cat([getattr(part, name) for part in parts]).cpu().numpy()
-        return found
+        values: NDArray[Any] = torch.cat([getattr(part, name) for part in parts]).cpu().numpy()
+        return values
 
     losses, weights = joined("losses").astype(np.float64), joined("weights").astype(np.float64)
     divergence = None

@@ -120,11 +120,11 @@ def judge(
     with evaluating(model):
         measure = _measurer(model, check_batches(batches), loss_fn, first, method, progress)
         measured = measure(choices)
-        chosen = {name: measure(found) for name, found in own.items()}
+        chosen = {name: measure(choice) for name, choice in own.items()}
     stratum = np.repeat(np.arange(len(budgets)), count)
-    every_bits = np.array([_bits(first, found) for found in choices])
+    every_bits = np.array([_bits(first, choice) for choice in choices])
     predicted = {
-        name: np.array([problem.allocation(found).loss for found in choices]) for name, problem in problems.items()
+        name: np.array([problem.allocation(choice).loss for choice in choices]) for name, problem in problems.items()
     }
     best = np.array([
         min([*measured[every_bits <= bits], *(losses[k] for losses in chosen.values())])
@@ -220,8 +220,8 @@ def _verdict(
     draws = [np.concatenate([generator.choice(group, len(group)) for group in members]) for _ in range(BOOTSTRAPS)]
 
     def interval(statistic: Callable[[Array, Array, NDArray[np.intp]], float], draws: Sequence[Any]) -> Interval:
-        found = np.array([statistic(predicted[draw], measured[draw], stratum[draw]) for draw in draws])
-        low, high = np.nanquantile(found, [0.025, 0.975])
+        resampled = np.array([statistic(predicted[draw], measured[draw], stratum[draw]) for draw in draws])
+        low, high = np.nanquantile(resampled, [0.025, 0.975])
         return Interval(statistic(predicted, measured, stratum), float(low), float(high))
 
     return Verdict(

@@ -54,7 +54,9 @@ def simulate(
     model = prepared(model)
     if not trainable:
         rounded = quantized_layers(model, allocation, method, second_moments)
-        return simulate_rounded(model, ((layer, scheme, dequantize(found)) for layer, scheme, found in rounded), ranges)
+        return simulate_rounded(
+            model, ((layer, scheme, dequantize(matrix)) for layer, scheme, matrix in rounded), ranges
+        )
     simulated = copy.deepcopy(model)
     for layer, scheme, quantized in quantized_layers(simulated, allocation, method, second_moments):
         modules = [simulated.get_submodule(name) for name in layer.names]

@@ -129,10 +129,10 @@ def _layer_table(allocation: Allocation) -> str:
 def _coverage(table: SensitivityTable) -> str:
     if "coverage" not in table.provenance:
         return "<p>Not recorded in this table.</p>"
-    found = Coverage.of_facts(table.provenance["coverage"])
-    lines = "".join(f"<tr>{_cells(row)}</tr>" for row in found.rows())
+    coverage = Coverage.of_facts(table.provenance["coverage"])
+    lines = "".join(f"<tr>{_cells(row)}</tr>" for row in coverage.rows())
     head = "<tr><th>what</th><th>share of the parameters</th><th>such as</th></tr>"
-    return f"<p>{escape(str(found))}</p><table>{head}{lines}</table>"
+    return f"<p>{escape(str(coverage))}</p><table>{head}{lines}</table>"
 
 
 def _settings(facts: Mapping[str, object]) -> str:

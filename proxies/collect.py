@@ -107,9 +107,9 @@ def collect(task: Task, wanted: Sequence[str], samples: int, facts: Mapping[str,
         if not set(names) & set(wanted):
             continue
         start = time.perf_counter()
-        found = gather(task, keep)
+        features = gather(task, keep)
         for name in names:
-            numbers[name] = found[name]
+            numbers[name] = features[name]
             seconds[name] = time.perf_counter() - start
     names = tuple(scheme.name for scheme in task.schemes)
     return Statistics(task.layers, names, keep.spaces, numbers, seconds, facts)
@@ -173,8 +173,8 @@ def _gradients(task: Task, keep: _Keeper) -> dict[str, Numbers]:
     with only_gradients_of(task.model, weights):
         for batch, share in zip(task.batches, _shares(task), strict=True):
             loss = task.loss_fn(task.model, batch)
-            found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-            for total, gradient in zip(sums, found, strict=True):
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+            for total, gradient in zip(sums, gradients, strict=True):
                 total += share * gradient
     return {"grad": keep.gather(_matrices(task, sums))}
 
@@ -187,8 +187,8 @@ def _virtual(task: Task, keep: _Keeper) -> dict[str, Numbers]:
         task.loss_fn(task.model, ones)
         if not outputs:
             raise MpqError("the virtual gradient wants a loss function that calls the model: this one does not")
-        found = torch.autograd.grad(outputs[-1].sum(), weights, allow_unused=True, materialize_grads=True)
-    return {"virtual": keep.gather(_matrices(task, found))}
+        gradients = torch.autograd.grad(outputs[-1].sum(), weights, allow_unused=True, materialize_grads=True)
+    return {"virtual": keep.gather(_matrices(task, gradients))}
 
 
 def _ones(batch: Any) -> Any:
@@ -264,8 +264,8 @@ def _trace(task: Task, keep: _Keeper) -> dict[str, Numbers]:
 
 
 def _eigenvalue(task: Task, keep: _Keeper) -> dict[str, Numbers]:
-    found = top_eigenvalues(task)
-    return {"eigenvalue": np.maximum(found.values, found.residuals)[None]}
+    eigenvalues = top_eigenvalues(task)
+    return {"eigenvalue": np.maximum(eigenvalues.values, eigenvalues.residuals)[None]}
 
 
 def _costs(task: Task, keep: _Keeper) -> dict[str, Numbers]:

@@ -71,10 +71,10 @@ class Evaluator:
             return Value(LAYER, np.full((1, len(self.statistics.layers)), program.value))
         if isinstance(program, Input):
             return Value(INPUTS[program.name][0].space, self.statistics.get(program.name))
-        found = self.known.get(program)
-        if found is not None:
+        known = self.known.get(program)
+        if known is not None:
             self.known.move_to_end(program)
-            return found
+            return known
         value = self._apply(program)
         if value.numbers.nbytes * 20 < self.memory:
             self.known[program] = value

@@ -164,9 +164,9 @@ class _State:
         """Generation 0: random genomes."""
         random = np.random.default_rng([self.settings.seed, 0])
         for _ in range(self.settings.population):
-            found = self.fresh(random, tries=200)
-            if found is not None:
-                self.population.append(found)
+            genome = self.fresh(random, tries=200)
+            if genome is not None:
+                self.population.append(genome)
         if len(self.population) < 2:
             raise MpqError("random programs of these inputs and shapes are hardly ever valid: allow more")
         self.note(0)
@@ -178,9 +178,9 @@ class _State:
             rivals = [self.child(random)]
             if self.settings.diversity:
                 rivals.append(self.fresh(random))
-            found = [rival for rival in rivals if rival is not None]
-            if found:
-                self.population.append(max(found, key=lambda individual: individual.fitness))
+            alive = [rival for rival in rivals if rival is not None]
+            if alive:
+                self.population.append(max(alive, key=lambda individual: individual.fitness))
                 if len(self.population) > self.settings.population:
                     self.remove()
         self.note(generation)
@@ -251,14 +251,14 @@ class _State:
         """Take up the state that `save` wrote."""
         with reading(path, "state of an evolution", "delete it to start anew"):
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            found = dict(content["settings"])
+            saved = dict(content["settings"])
             self.population = [_individual(one) for one in content["population"]]
             self.best = _individual(content["best"])
             self.history = [Generation(*line) for line in content["history"]]
             self.judge.fates, self.judge.seen = Counter(content["fates"]), set(content["seen"])
         wanted = self.settings_for_file()
-        if found != wanted:
-            differing = ", ".join(key for key in wanted if found.get(key) != wanted[key])
+        if saved != wanted:
+            differing = ", ".join(key for key in wanted if saved.get(key) != wanted[key])
             raise MpqError(
                 f"{os.fspath(path)} was left by an evolution with other settings ({differing}): "
                 "use the same ones to resume, or delete it to start anew"

@@ -58,9 +58,9 @@ class _Reader:
 
     def whole(self) -> Program:
         program = self.sum()
-        kind, found, position = self.tokens[self.next]
+        kind, token, position = self.tokens[self.next]
         if kind != "end":
-            raise self.mistake(position, f"expected an operator or the end, not {found!r}")
+            raise self.mistake(position, f"expected an operator or the end, not {token!r}")
         return program
 
     def sum(self) -> Program:
@@ -81,35 +81,35 @@ class _Reader:
 
     def signed(self) -> Program:
         self.depth += 1
-        kind, found, position = self.take()
+        kind, token, position = self.take()
         if self.depth > DEPTH:
             raise self.mistake(position, f"nested deeper than {DEPTH}")
-        program = self.atom(kind, found, position)
+        program = self.atom(kind, token, position)
         self.depth -= 1
         return program
 
-    def atom(self, kind: str, found: str, position: int) -> Program:
-        if found == "-":
+    def atom(self, kind: str, token: str, position: int) -> Program:
+        if token == "-":
             return Apply("neg", (self.signed(),))
-        if found == "(":
+        if token == "(":
             program = self.sum()
             self.expect(")")
             return program
         if kind == "number":
-            value = float(found)
+            value = float(token)
             if not math.isfinite(value):
                 raise self.mistake(position, "this number is too large")
             return Number(value)
-        if kind == "name" and found in UNARY:
+        if kind == "name" and token in UNARY:
             self.expect("(")
             argument = self.sum()
             self.expect(")")
-            return self.typed(Apply(found, (argument,)), position)
+            return self.typed(Apply(token, (argument,)), position)
         if kind == "name":
-            if found not in INPUTS:
-                raise self.mistake(position, f"unknown name {found!r}, {nearest_names(found, [*INPUTS, *UNARY])}")
-            return Input(found)
-        raise self.mistake(position, f"expected a statistic, a function or a number, not {found or 'the end'!r}")
+            if token not in INPUTS:
+                raise self.mistake(position, f"unknown name {token!r}, {nearest_names(token, [*INPUTS, *UNARY])}")
+            return Input(token)
+        raise self.mistake(position, f"expected a statistic, a function or a number, not {token or 'the end'!r}")
 
     def take(self) -> tuple[str, str, int]:
         token = self.tokens[self.next]
@@ -117,9 +117,9 @@ class _Reader:
         return token
 
     def expect(self, symbol: str) -> None:
-        _, found, position = self.take()
-        if found != symbol:
-            raise self.mistake(position, f"expected {symbol!r}, not {found or 'the end'!r}")
+        _, token, position = self.take()
+        if token != symbol:
+            raise self.mistake(position, f"expected {symbol!r}, not {token or 'the end'!r}")
 
     def typed(self, program: Program, position: int) -> Program:
         try:

@@ -50,13 +50,13 @@ def draw_configurations(
         possible = min(possible * len(indices), 10**12)
     if rows > possible:
         raise MpqError(f"{rows} different configurations are wanted and there are {possible}: ask for fewer")
-    found: dict[tuple[int, ...], None] = {}
+    unique: dict[tuple[int, ...], None] = {}
     for attempt in count():
         random = np.random.default_rng([seed, attempt])
         drawn = {group: int(random.choice(allowed[group])) for group in groups}
-        found[tuple(drawn[layer.tie or layer.name] for layer in layers)] = None
-        if len(found) == rows:
-            return np.array(list(found), dtype=np.int64)
+        unique[tuple(drawn[layer.tie or layer.name] for layer in layers)] = None
+        if len(unique) == rows:
+            return np.array(list(unique), dtype=np.int64)
     raise AssertionError("unreachable")
 
 
@@ -112,15 +112,15 @@ def build_benchmark(
     cache = _rounded(network, layers, names, options, method)
     measured = []
     for choice in tqdm(choices, desc="configurations", disable=None if progress else True, dynamic_ncols=True):
-        found = journal.recall(spell(choice))
-        if found is None:
+        values = journal.recall(spell(choice))
+        if values is None:
             with torch.no_grad():
                 for layer, index in zip(layers, choice, strict=True):
                     weight: Tensor = network.get_submodule(layer.name).weight  # type: ignore[assignment]
                     weight.copy_(cache[layer.name, int(index)])
-            found = list(measure(network, batches, loss_fn))
-            journal.note(spell(choice), found)
-        measured.append(found)
+            values = list(measure(network, batches, loss_fn))
+            journal.note(spell(choice), values)
+        measured.append(values)
     losses, accuracies = np.array(measured, dtype=np.float64).T
     facts |= {"reference_loss": loss, "reference_accuracy": None if np.isnan(accuracy) else accuracy}
     table = Benchmark(layers, names, choices, losses, accuracies, {**(provenance or {}), **facts})

@@ -42,13 +42,13 @@ def partial_spearman(left: Array, right: Array, given: Array) -> Array:
 def rankings(losses: Array, quality: Array, sizes: Array) -> Array:
     """The four MEASURES of predicted losses against measured quality, (..., rows) -> (..., 4); 1 is perfect."""
     losses, quality, sizes = np.broadcast_arrays(losses, quality, sizes)
-    found = []
+    columns = []
     order = np.argsort(losses, axis=-1, kind="stable")
     for ratio in RATIOS:
         count = max(2, round(ratio * losses.shape[-1]))
         top = order[..., :count]
-        found.append(spearman(-np.take_along_axis(losses, top, -1), np.take_along_axis(quality, top, -1)))
-    return np.stack([*found, partial_spearman(-losses, quality, sizes)], axis=-1)
+        columns.append(spearman(-np.take_along_axis(losses, top, -1), np.take_along_axis(quality, top, -1)))
+    return np.stack([*columns, partial_spearman(-losses, quality, sizes)], axis=-1)
 
 
 def fitness(losses: Array, benchmark: Benchmark) -> float:

@@ -153,7 +153,7 @@ def run_show(
 
 def standings(rows: Benchmark, evaluator: Evaluator, texts: Mapping[str, str], skip: bool = False) -> list[Standing]:
     """The standing of each formula, by name, best first; one that is not finite is refused, or skipped."""
-    found = []
+    ranked = []
     for name, text in texts.items():
         try:
             losses = rows.totals(evaluator.finite_table(parse(text)))
@@ -162,15 +162,15 @@ def standings(rows: Benchmark, evaluator: Evaluator, texts: Mapping[str, str], s
                 continue
             raise
         values = rankings(losses, rows.quality, rows.sizes.astype(np.float64))
-        found.append(Standing(name, text, values, *interval(bootstrap(losses, rows))))
-    return sorted(found, key=lambda standing: -float(standing.values.mean()))
+        ranked.append(Standing(name, text, values, *interval(bootstrap(losses, rows))))
+    return sorted(ranked, key=lambda standing: -float(standing.values.mean()))
 
 
-def table_of(found: Sequence[Standing]) -> str:
+def table_of(standings: Sequence[Standing]) -> str:
     """The standings as text, a line each."""
-    width = max([len(standing.name) for standing in found] + [5])
+    width = max([len(standing.name) for standing in standings] + [5])
     lines = [" " * width + "  " + "  ".join(f"{measure:>21}" for measure in MEASURES)]
-    for standing in found:
+    for standing in standings:
         triples = zip(standing.values, standing.low, standing.high, strict=True)
         cells = "  ".join(f"{value:6.3f} [{low:5.2f}, {high:5.2f}]" for value, low, high in triples)
         lines.append(f"{standing.name:{width}}  {cells}")

@@ -104,9 +104,9 @@ class MeasuredFrontier(Frontier):
 
     def allocation(self, index: int) -> Allocation:
         """The allocation of a point."""
-        found = super().allocation(index)
-        facts = {**found.provenance, "search": "evolution", "measured_loss": float(self.losses[index])}
-        return replace(found, provenance=facts)
+        allocation = super().allocation(index)
+        facts = {**allocation.provenance, "search": "evolution", "measured_loss": float(self.losses[index])}
+        return replace(allocation, provenance=facts)
 
 
 def evolution(
@@ -170,13 +170,13 @@ def evolution(
     points = _starts(problem, cost, starts)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings = _settings(problem, sampler, shares, starts, seed)
-    found = open_study(storage, study, settings, objectives=1 if problem.budgets else 2, resume=resume)
-    found.pruner = NopPruner() if len(shares) == 1 else PercentilePruner(SURVIVORS, n_startup_trials=STARTUP)
-    worker = _Worker(found, space, evaluate, tuple(shares), sampler, seed, heartbeat)
+    opened = open_study(storage, study, settings, objectives=1 if problem.budgets else 2, resume=resume)
+    opened.pruner = NopPruner() if len(shares) == 1 else PercentilePruner(SURVIVORS, n_startup_trials=STARTUP)
+    worker = _Worker(opened, space, evaluate, tuple(shares), sampler, seed, heartbeat)
     if resume:
-        Watch(found, heartbeat).wait_for_signs()
+        Watch(opened, heartbeat).wait_for_signs()
     worker.run(trials, [space.levels(choices) for choices in points])
-    return _frontier(found, space, cost)
+    return _frontier(opened, space, cost)
 
 
 class _Worker:

@@ -163,12 +163,12 @@ def _solve(costs: Array, losses: Array, hull: _Hull, moves: slice, max_states: i
     gap = core.gap(known_costs[:-1], known_losses[:-1])
     regret = FIRST_PASS * gap
     while True:
-        found = core.merge(min(regret, gap), max_states)
-        gap = core.gap(np.append(known_costs[:-1], found.costs), np.append(known_losses[:-1], found.losses))
-        if gap <= found.regret:
-            return found
-        if found.regret < regret:  # more would not be affordable
-            return replace(found, core=core)
+        merged = core.merge(min(regret, gap), max_states)
+        gap = core.gap(np.append(known_costs[:-1], merged.costs), np.append(known_losses[:-1], merged.losses))
+        if gap <= merged.regret:
+            return merged
+        if merged.regret < regret:  # more would not be affordable
+            return replace(merged, core=core)
         regret *= WIDER
 
 

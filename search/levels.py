@@ -94,18 +94,18 @@ class LevelSpace:
 
         Where the parents' neighbourhood is spent, anything new within the budgets; None when none is found.
         """
-        found: list[Levels] = []
+        children: list[Levels] = []
         for _ in range(ATTEMPTS):
             child = self.switched(parents[int(random.integers(len(parents)))], random)
             if child is not None and is_new(child):
-                found.append(child)
-                if len(found) == brood:
+                children.append(child)
+                if len(children) == brood:
                     break
-        for _ in range(0 if found else ATTEMPTS):
+        for _ in range(0 if children else ATTEMPTS):
             child = self.repaired(random.integers(self.sizes))
             if is_new(child):
                 return child
-        return min(found, key=self.loss) if found else None
+        return min(children, key=self.loss) if children else None
 
 
 def level_space(problem: Problem, cost: str) -> LevelSpace:

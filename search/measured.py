@@ -37,11 +37,11 @@ def starts(frontier: Frontier, size: float) -> tuple[tuple[str, Choices], ...]:
     The frontier's own, every uniform format just below the size, and the exact optima without the smallest widths.
     """
     problem = frontier.problem
-    found = [("searched", np.asarray(frontier.choices[frontier.index_at(cost=size)], dtype=np.intp))]
+    candidates = [("searched", np.asarray(frontier.choices[frontier.index_at(cost=size)], dtype=np.intp))]
     for j in np.flatnonzero(np.isfinite(problem.losses).all(0)).tolist():
         uniform = np.full(len(problem.groups), j, dtype=np.intp)
         if NEAR * size <= problem.totals(uniform)["size"] <= size:
-            found.append((f"all {problem.schemes[j]}", uniform))
+            candidates.append((f"all {problem.schemes[j]}", uniform))
     widths = sorted({parse_scheme(name).weight.grid.bits for name in problem.schemes})
     for smallest in widths[1 : FEWER + 1]:
         kept = [name for name in problem.schemes if parse_scheme(name).weight.grid.bits >= smallest]
@@ -52,9 +52,9 @@ def starts(frontier: Frontier, size: float) -> tuple[tuple[str, Choices], ...]:
         except MpqError:  # the budget, or a pinned layer, needs the smallest widths
             break
         mapped = np.array([problem.schemes.index(wider.schemes[choice]) for choice in choices.tolist()], dtype=np.intp)
-        found.append((f"searched from {smallest} bits", mapped))
+        candidates.append((f"searched from {smallest} bits", mapped))
     seen: dict[tuple[int, ...], tuple[str, Choices]] = {}
-    for name, choices in found:
+    for name, choices in candidates:
         seen.setdefault(tuple(choices.tolist()), (name, choices))
     return tuple(seen.values())
 

@@ -67,14 +67,14 @@ def _extend(ends: list[_Partial | None], costs: Array, losses: Array) -> list[_P
     """The solutions with one group more, whose precision is at most that of the last one."""
     extended: list[_Partial | None] = []
     for level in range(len(ends)):
-        found = None
+        prefix = None
         if np.isfinite(losses[level]):
-            found = _joined([end for end in ends[: level + 1] if end is not None])
-        if found is not None:
-            counts = found.counts.copy()
+            prefix = _joined([end for end in ends[: level + 1] if end is not None])
+        if prefix is not None:
+            counts = prefix.counts.copy()
             counts[:, level] += 1
-            found = _Partial(found.costs + costs[level], found.losses + losses[level], counts)
-        extended.append(found)
+            prefix = _Partial(prefix.costs + costs[level], prefix.losses + losses[level], counts)
+        extended.append(prefix)
     if sum(len(end.costs) for end in extended if end is not None) > MAX_STATES:
         raise MpqError(f"more than {MAX_STATES} monotone allocations are in play: take fewer schemes")
     return extended

@@ -53,17 +53,17 @@ def surface(problem: Problem, costs: tuple[str, str] = ("size", "bitops"), *, st
     if problem.budgets:
         check_budgets(problem)
     grids = [_budgets(problem, name, steps) for name in costs]
-    found: dict[tuple[int, ...], NDArray[np.intp]] = {}
+    points: dict[tuple[int, ...], NDArray[np.intp]] = {}
     for budget in grids[0]:
         for other in grids[1]:
             try:
                 point = integer(replace(problem, budgets={**problem.budgets, first: budget, second: other}), cost=first)
             except MpqError:  # both can be met, but not together
                 continue
-            found[tuple(int(choice) for choice in point.choices[0])] = np.asarray(point.choices[0], np.intp)
-    if not found:
+            points[tuple(int(choice) for choice in point.choices[0])] = np.asarray(point.choices[0], np.intp)
+    if not points:
         integer(problem, cost=first)  # says which budget cannot be met
-    choices = list(found.values())
+    choices = list(points.values())
     totals = np.array([[problem.totals(one)[name] for name in costs] for one in choices])
     losses = np.array([problem.losses[np.arange(len(one)), one].sum() for one in choices])
     kept = _non_dominated(np.column_stack([totals, losses]))

@@ -164,10 +164,10 @@ def open_study(
     study = optuna.create_study(
         storage=open_storage(storage), study_name=name, load_if_exists=True, directions=["minimize"] * objectives
     )
-    found = study.user_attrs.get("settings")
-    if found is None:
+    recorded = study.user_attrs.get("settings")
+    if recorded is None:
         study.set_user_attr("settings", settings)
-    elif found != settings:
+    elif recorded != settings:
         raise MpqError(
             f"the study {name!r} in {storage} is of another problem, seed or fidelity: use the same ones to go on with "
             "it, or give the new one a name of its own"

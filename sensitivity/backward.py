@@ -129,7 +129,7 @@ def stream_uses(task: Task, piece: Piece, see: See, labels: Labels, *, apart: bo
     else:
         top = [logits_of(output) for output in outputs]
         loss = loss.detach()
-        weights = [found.weights for found in predictions(task.model, piece.batch, task.loss_fn, outputs)]
+        weights = [prediction.weights for prediction in predictions(task.model, piece.batch, task.loss_fn, outputs)]
     outputs.clear()
     for draw in range(labels.draws):
         slopes = [torch.full_like(loss, 0 if task.flat else piece.samples)]

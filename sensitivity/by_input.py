@@ -36,10 +36,10 @@ class InputCurvature:
     def add(self, uses: list[Use], piece: Piece) -> None:
         """Take the calls of the layer on some samples. Calls on the same sample add up before they are squared."""
         if all(isinstance(use.module, nn.Embedding) for use in uses):
-            found = torch.stack([self._of_tokens(uses, sample, piece.samples) for sample in range(piece.samples)])
+            curvatures = torch.stack([self._of_tokens(uses, sample, piece.samples) for sample in range(piece.samples)])
         else:
-            found = torch.cat(list(self._of_gradients(uses, piece.samples)))
-        costs = [found, *(self._of_inputs(uses, format, piece.samples) for format in self.formats)]
+            curvatures = torch.cat(list(self._of_gradients(uses, piece.samples)))
+        costs = [curvatures, *(self._of_inputs(uses, format, piece.samples) for format in self.formats)]
         key, numbers = (piece.index, piece.start), torch.cat(costs, 1).double().cpu()
         self.by_sample[key] = self.by_sample[key] + numbers if key in self.by_sample else numbers
 
@@ -77,17 +77,17 @@ def input_scores(task: Task, labels: Labels) -> RowScores:
     scores: dict[str, tuple[Tensor, Tensor]] = {}
     for layers in _portions(task.layers, len(weights)):
         part = replace(task, layers=tuple(layers))
-        found = {
+        statistics = {
             layer.name: InputCurvature(layer, _weight_errors(task, layer, weights), activations)
             for layer in task.track(layers, "rounding")
         }
 
-        def see(name: str, piece: Piece, uses: list[Use], found: dict[str, InputCurvature] = found) -> None:
-            found[name].add(uses, piece)
+        def see(name: str, piece: Piece, uses: list[Use], statistics: dict[str, InputCurvature] = statistics) -> None:
+            statistics[name].add(uses, piece)
 
         for piece in pieces(part, "per-input gradients"):
             stream_uses(part, piece, see, labels, apart=True)
-        for name, each in found.items():
+        for name, each in statistics.items():
             scores[name] = _mean_scores(task, each, weights, activations, labels.draws)
     return lambda layer: scores[layer.name]
 
@@ -116,11 +116,11 @@ def _mean_scores(
     columns = [weights.index(scheme.weight) for scheme in task.schemes]
     rows = curvature.squares[:, columns]
     parts = list(curvature.by_sample.values())
-    found = torch.cat(parts) if parts else torch.zeros(0, len(weights) + len(activations), dtype=torch.float64)
-    numbers = found[:, columns]
+    scores = torch.cat(parts) if parts else torch.zeros(0, len(weights) + len(activations), dtype=torch.float64)
+    numbers = scores[:, columns]
     for place, scheme in enumerate(task.schemes):
         if scheme.activation is not None:
-            costs = found[:, len(weights) + activations.index(scheme.activation)]
+            costs = scores[:, len(weights) + activations.index(scheme.activation)]
             numbers[:, place] += costs
             rows[:, place] += costs.sum() / len(rows)
     sums = total({"rows": rows, "sum": numbers.sum(0), "squares": numbers.square().sum(0)})

@@ -64,23 +64,23 @@ class PositionCurvature:
 
     def _keep_outliers(self, inputs: Tensor, slopes: Tensor, squares: Tensor) -> Tensor:
         """Keep positions of more than OUTLIER of all squares as they are; the other positions' slopes, zero there."""
-        found = squares > OUTLIER * squares.sum()
-        self.outliers.append((inputs[found].cpu(), slopes[found].square().cpu()))
-        return slopes.masked_fill(found.unsqueeze(-1), 0.0)
+        outliers = squares > OUTLIER * squares.sum()
+        self.outliers.append((inputs[outliers].cpu(), slopes[outliers].square().cpu()))
+        return slopes.masked_fill(outliers.unsqueeze(-1), 0.0)
 
     def rows(self, difference: Tensor) -> Tensor:
         """dw_r H dw_r^T s_r of every row of a weight error (rows, cols), summed over the samples: (rows,) float64."""
-        found = torch.zeros(self.layer.rows, dtype=torch.float64)
+        sums = torch.zeros(self.layer.rows, dtype=torch.float64)
         for moment, shares in (("moment", "rows"), ("lookups", "tokens")):
             if moment in self.sums:
                 squares = self.sums[shares].double()
                 share = squares / squares.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
                 blocks = difference.reshape(len(squares), -1, self.layer.cols)
                 errors = ((blocks @ whole_gram(self.sums[moment], self.layer.cols)) * blocks).sum(-1)
-                found += (errors.double() * share).flatten()
+                sums += (errors.double() * share).flatten()
         for inputs, squares in self.outliers:
-            found += ((difference @ inputs.mT).square() * squares.mT).sum(1, dtype=torch.float64)
-        return found.clamp(min=0)
+            sums += ((difference @ inputs.mT).square() * squares.mT).sum(1, dtype=torch.float64)
+        return sums.clamp(min=0)
 
     def inputs(self, format: Format | None) -> float:
         """What rounding the inputs to an activation format costs, summed over the samples."""
@@ -94,22 +94,22 @@ class PositionCurvature:
 def position_scores(task: Task, labels: Labels) -> RowScores:
     """Every layer's scores, from a pass over the data; each layer is rounded when it is asked for."""
     formats = tuple(dict.fromkeys(scheme.activation for scheme in task.schemes if scheme.activation is not None))
-    found = {layer.name: PositionCurvature(layer, formats) for layer in task.layers}
+    statistics = {layer.name: PositionCurvature(layer, formats) for layer in task.layers}
 
     def see(name: str, piece: Piece, uses: list[Use]) -> None:
-        found[name].add(uses, piece.samples)
+        statistics[name].add(uses, piece.samples)
 
     for piece in pieces(task, "output gradients"):
         stream_uses(task, piece, see, labels)
     rank, processes = place()
-    for name, each in found.items():
+    for name, each in statistics.items():
         each.sums = total(each.sums)
         everywhere = gathered({(name, rank): each.outliers})
         each.outliers = [part for other in range(processes) for part in everywhere[name, other]]
     count = labels.draws * sum(samples_in(batch) for batch in task.batches)
 
     def rows(layer: Layer) -> tuple[Tensor, Tensor]:
-        curvature, columns = found[layer.name], dict[Format, Tensor]()
+        curvature, columns = statistics[layer.name], dict[Format, Tensor]()
         for scheme in task.schemes:
             if scheme.weight not in columns:
                 columns[scheme.weight] = curvature.rows(task.weight_error(layer, scheme).cpu())

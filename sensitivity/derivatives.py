@@ -84,14 +84,14 @@ def _convolution_gradients(module: nn.Conv1d | nn.Conv2d, inputs: Tensor, gradie
     padded = functional.pad(inputs.float(), module._reversed_padding_repeated_twice, mode=mode)
     slopes, none = gradient.float(), [0] * len(module.kernel_size)
     weight = slopes.new_empty(module.weight.shape)  # its numbers play no part
-    found = [
+    gradients = [
         torch.ops.aten.convolution_backward(
             slope, sample, weight, None, module.stride, none, module.dilation, False, none, module.groups,
             [False, True, False],
         )[1]
         for sample, slope in zip(torch.split(padded, 1), torch.split(slopes, 1), strict=True)
     ]  # fmt: skip
-    return torch.stack(found).flatten(2)
+    return torch.stack(gradients).flatten(2)
 
 
 Uses: TypeAlias = dict[str, list[Use]]  # by layer name, in the order of the calls
@@ -186,7 +186,7 @@ def what_is_asked(task: Task, batch: Batch) -> list[Predictions] | None:
 
 def keep_samples(uses: Uses, samples: int) -> bool:
     """Whether every call has the samples as its first dimension."""
-    return all(keeps_samples(use, samples) for found in uses.values() for use in found)
+    return all(keeps_samples(use, samples) for calls in uses.values() for use in calls)
 
 
 def keeps_samples(use: Use, samples: int) -> bool:
@@ -225,7 +225,7 @@ def _run(
         if draw is None or asked is None:
             top, slopes = [check_gradient(loss)], [torch.full_like(loss, 0 if task.flat else samples)]
         else:
-            top, slopes = logits, slopes_of(task, draw, logits, [found.weights * samples for found in asked])
+            top, slopes = logits, slopes_of(task, draw, logits, [prediction.weights * samples for prediction in asked])
         gradients = torch.autograd.grad(
             top, outputs, slopes, retain_graph=number < len(draws), allow_unused=True, materialize_grads=True
         )

@@ -38,16 +38,16 @@ def eigenvalue(
         operator, samples, max_steps, tolerance: see `top_eigenvalues`.
         backend: "own", or "pyhessian": its power iteration, one layer at a time, on the same samples.
     """
-    found = top_eigenvalues(
+    eigenvalues = top_eigenvalues(
         task, operator=operator, samples=samples, max_steps=max_steps, tolerance=tolerance, backend=backend
     )
-    values = np.maximum(found.values, found.residuals)
+    values = np.maximum(eigenvalues.values, eigenvalues.residuals)
     index = {layer.name: i for i, layer in enumerate(task.layers)}
 
     def score(layer: Layer, difference: Tensor) -> tuple[float, float]:
         i = index[layer.name]
         factor = 0.5 * difference.square().sum(dtype=torch.float64).item() / layer.params
-        return factor * float(values[i]), factor * float(found.residuals[i])
+        return factor * float(values[i]), factor * float(eigenvalues.residuals[i])
 
     return score_weight_errors(task, score)
 
@@ -122,8 +122,8 @@ def top_eigenvalues(
             return pyhessian_eigenvalues(own, max_steps=max_steps, tolerance=tolerance)
         return _lanczos(own, operator, max_steps, tolerance)
 
-    found = task.numbers({f"top eigenvalue of {layer.name}": layer for layer in task.layers}, work)
-    values, residuals, products = np.array(found).T
+    eigenvalues = task.numbers({f"top eigenvalue of {layer.name}": layer for layer in task.layers}, work)
+    values, residuals, products = np.array(eigenvalues).T
     return Eigenvalues(values, residuals, int(products.sum()))
 
 

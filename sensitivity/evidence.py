@@ -88,9 +88,9 @@ def _slope(model: nn.Module, batch: Batch, loss_fn: LossFn, outputs: Sequence[An
     logits: list[Tensor] = []
     given: list[Any] = []
     for number, output in enumerate(outputs):
-        found = logits_of(output).detach()
-        noise = torch.randn(found.shape, generator=seeded(0, "shift", number)).to(found.device)
-        logits.append((found + shift * found.float().square().mean().sqrt() * noise).requires_grad_())
+        detached = logits_of(output).detach()
+        noise = torch.randn(detached.shape, generator=seeded(0, "shift", number)).to(detached.device)
+        logits.append((detached + shift * detached.float().square().mean().sqrt() * noise).requires_grad_())
         given.append(logits[-1] if isinstance(output, Tensor) else copy.copy(output))
         if not isinstance(output, Tensor):
             given[-1].logits = logits[-1]

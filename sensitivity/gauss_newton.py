@@ -32,17 +32,17 @@ def gauss_newton_draws(task: Task, order: int | None, index: int, draws: Sequenc
     for start in range(0, len(draws), TOGETHER):
         some = draws[start : start + TOGETHER]
         sums = torch.zeros(len(some), len(task.layers), dtype=torch.float64)
-        for samples, found in designed_uses(task, index, some, order):
+        for samples, uses in designed_uses(task, index, some, order):
             for i, layer in enumerate(task.layers):
-                sums[:, i] += _squares(layer, found, samples)
+                sums[:, i] += _squares(layer, uses, samples)
         yield from (sums / samples_in(task.batches[index])).tolist()
 
 
-def _squares(layer: Layer, found: Sequence[Uses], samples: int) -> Tensor:
+def _squares(layer: Layer, draws: Sequence[Uses], samples: int) -> Tensor:
     """Sum over samples of the squared norm of the layer's gradient, of each draw (draws,)."""
-    calls = [uses[layer.name] for uses in found]  # of the same inputs
+    calls = [uses[layer.name] for uses in draws]  # of the same inputs
     if not calls[0]:
-        return torch.zeros(len(found))
+        return torch.zeros(len(draws))
     if any(isinstance(use.module, nn.Embedding) for use in calls[0]):
         return torch.stack([_looked_up(layer, uses, samples) for uses in calls])
     inputs = torch.cat([use.rows(samples)[0] for use in calls[0]], 2)  # (samples, groups, positions, cols)

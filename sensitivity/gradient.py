@@ -72,8 +72,8 @@ def _meeting(task: Task, meet: Meet, labels: str, draws: int) -> Scores:
     items = {
         f"draw {draw} of batch {index}": (index, draw) for index in range(len(task.batches)) for draw in range(draws)
     }
-    found = np.array(task.numbers(items, work))
-    sums = found.sum(0).reshape(2, len(task.layers), len(task.schemes))
+    gradients = np.array(task.numbers(items, work))
+    sums = gradients.sum(0).reshape(2, len(task.layers), len(task.schemes))
     count = draws * sum(samples_in(batch) for batch in task.batches)
     means = sums[0] / count
     variances = np.maximum(sums[1] / count - means**2, 0) * count / max(count - 1, 1)
@@ -87,8 +87,8 @@ def _portions(task: Task, passes: Sequence[tuple[int, int]], labels: str) -> Ite
     held = 0
     for index, draw in task.track(passes, "output gradients"):
         portion.append(list(layer_uses(task, index, labels, draw)))
-        found = [use for _, uses in portion[-1] for calls in uses.values() for use in calls]
-        held += sum(use.inputs.numel() + use.gradient.numel() for use in found)
+        recorded_uses = [use for _, uses in portion[-1] for calls in uses.values() for use in calls]
+        held += sum(use.inputs.numel() + use.gradient.numel() for use in recorded_uses)
         if held >= HELD:
             yield portion
             portion, held = [], 0

@@ -146,18 +146,18 @@ def hessian_traces(
     straight = np.full(len(task.layers), known)
     if known and operator == "hessian":
         straight = np.array(straight_layers(task))
-    found: dict[bool, Traces] = {}
+    by_order: dict[bool, Traces] = {}
     for simple in set(straight.tolist()):
         part = replace(task, layers=tuple(np.array(task.layers, dtype=object)[straight == simple]))
         if simple:
-            found[simple] = _until_enough(part, rule, partial(_slope_draws, part, order), order)
+            by_order[simple] = _until_enough(part, rule, partial(_slope_draws, part, order), order)
         else:
             scales = slope_scales(part) if known else [1.0] * len(part.layers)
-            found[simple] = _until_enough(part, rule, partial(_draws, part, operator, of, scales))
+            by_order[simple] = _until_enough(part, rule, partial(_draws, part, operator, of, scales))
     columns = np.zeros((3, len(straight)))
-    for simple, traces in found.items():
+    for simple, traces in by_order.items():
         columns[:, straight == simple] = traces.means, traces.errors, traces.probe_errors
-    return Traces(columns[0], columns[1], columns[2], max(traces.probes for traces in found.values()))
+    return Traces(columns[0], columns[1], columns[2], max(traces.probes for traces in by_order.values()))
 
 
 def _slopes_of(task: Task) -> tuple[bool, int | None]:
@@ -227,11 +227,11 @@ def _by_batch(
 
     def draw(missing: Sequence[tuple[int, int]]) -> Iterator[list[float]]:
         told = task.track(missing, f"Hessian probes {rounds[0] + 1} to {rounds[-1] + 1}")
-        for batch, found in groupby(told, key=lambda item: item[0]):
-            yield from work(batch, [index for _, index in found])
+        for batch, values in groupby(told, key=lambda item: item[0]):
+            yield from work(batch, [index for _, index in values])
 
-    found = task.numbers(items, draw, adjacent=True)
-    return np.array(found).reshape(len(task.batches), len(rounds), len(task.layers)).swapaxes(0, 1)
+    values = task.numbers(items, draw, adjacent=True)
+    return np.array(values).reshape(len(task.batches), len(rounds), len(task.layers)).swapaxes(0, 1)
 
 
 def _draw(

@@ -101,8 +101,8 @@ def _from_outputs(task: Task) -> Arrays:
         changes = []
         for i, a in np.ndindex(shape):
             with in_scheme(task, task.layers[i], task.schemes[a]):
-                found, after = _run(task, index)
-            losses[i, a] += shares[index] * (found - reference)
+                quantized_loss, after = _run(task, index)
+            losses[i, a] += shares[index] * (quantized_loss - reference)
             parts = [_rooted(new - old, old, part.weights) for new, old, part in zip(after, before, asked, strict=True)]
             changes.append(torch.cat(parts))
         stacked = torch.stack(changes)

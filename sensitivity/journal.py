@@ -68,8 +68,8 @@ class Journal:
     def _parts(self) -> list[Path]:
         if self.whole is None:
             return []
-        found = self.whole.parent.glob(f"{glob.escape(self.whole.name)}*")
-        return sorted(path for path in found if path == self.whole or path.name[len(self.whole.name) + 1 :].isdigit())
+        parts = self.whole.parent.glob(f"{glob.escape(self.whole.name)}*")
+        return sorted(path for path in parts if path == self.whole or path.name[len(self.whole.name) + 1 :].isdigit())
 
     def _append(self, line: Any) -> None:
         assert self.path is not None
@@ -83,14 +83,16 @@ class Journal:
             content = path.read_bytes()
             whole = content.rfind(b"\n") + 1
             lines = [_checked(line) for line in content[:whole].split(b"\n")[:-1]]
-            found = lines[0] if lines else settings
+            recorded = lines[0] if lines else settings
             if not lines and not _line(settings).startswith(content):
                 raise ValueError("its first line is of another file")
             if whole != len(content):
                 os.truncate(path, whole)  # the line that was being written when the run was killed
             self.entries.update({str(name): [float(number) for number in numbers] for name, *numbers in lines[1:]})
-        if found != settings:
-            differing = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
+        if recorded != settings:
+            differing = [
+                key for key in settings if not isinstance(recorded, dict) or recorded.get(key) != settings[key]
+            ]
             raise MpqError(
                 f"{path} was left by a profile with other settings ({', '.join(differing) or 'of another version'}): "
                 "use the same ones to resume, or delete it to start anew"

@@ -40,15 +40,15 @@ def kronecker(task: Task, *, labels: str = "auto") -> Scores:
         for samples, uses in layer_uses(task, index, labels):
             for layer in task.layers:
                 statistics[layer.name].add(uses[layer.name], samples)
-    for found in statistics.values():
-        found.sums = total(found.sums)
+    for statistic in statistics.values():
+        statistic.sums = total(statistic.sums)
     samples = sum(samples_in(batch) for batch in task.batches)
 
     def score(layer: Layer, scheme: Scheme, difference: Tensor) -> tuple[float, float]:
-        found = statistics[layer.name]
+        statistic = statistics[layer.name]
         error = joint_error(task, layer, scheme, difference.cpu())
-        value = 0.5 * found.error(error, scheme.activation) / samples
-        return value, value * relative_error(found.sums["spread"])
+        value = 0.5 * statistic.error(error, scheme.activation) / samples
+        return value, value * relative_error(statistic.sums["spread"])
 
     return score_errors(task, score)
 

@@ -28,11 +28,11 @@ def linearity(task: Task, *, noise: float = 0.1, draws: int = 1) -> Scores:
     if noise <= 0 or draws < 1:
         raise MpqError(f"linearity wants noise above 0 and at least one draw, not {noise} and {draws}")
     reference, shares = batch_losses(task), batch_shares(task)
-    found = task.numbers(
+    numbers = task.numbers(
         {f"slope of {layer.name}": layer for layer in task.layers},
         lambda layers: (_slope(task, layer, reference, shares, noise, draws) for layer in task.track(layers, "noise")),
     )
-    slopes = {layer.name: (slope, error) for layer, (slope, error) in zip(task.layers, found, strict=True)}
+    slopes = {layer.name: (slope, error) for layer, (slope, error) in zip(task.layers, numbers, strict=True)}
 
     def score(layer: Layer, difference: Tensor) -> tuple[float, float]:
         norm = weight_matrix(task.module(layer)).detach().float().square().sum(dtype=torch.float64).item()

@@ -43,10 +43,10 @@ def output(task: Task, *, weighted: bool = True, labels: str = "data") -> Scores
     half = 0.5 if weighted else 1.0
 
     def score(layer: Layer, scheme: Scheme, difference: Tensor) -> tuple[float, float]:
-        found = statistics[layer.name]
+        statistic = statistics[layer.name]
         error = joint_error(task, layer, scheme, difference.cpu())
-        value = half * found.error(error, scheme.activation) / samples
-        return value, value * relative_error(found.sums["spread"])
+        value = half * statistic.error(error, scheme.activation) / samples
+        return value, value * relative_error(statistic.sums["spread"])
 
     return score_errors(task, score)
 
@@ -63,8 +63,8 @@ def output_statistics(task: Task, weighted: bool, labels: str = "data") -> "dict
         for samples, uses in layer_uses(task, index, labels):
             for layer in task.layers:
                 statistics[layer.name].add(uses[layer.name], samples, weighted)
-    for found in statistics.values():
-        found.sums = total(found.sums)
+    for statistic in statistics.values():
+        statistic.sums = total(statistic.sums)
     return statistics
 
 
@@ -110,9 +110,11 @@ class OutputStatistics:
         for use in uses:
             if isinstance(use.module, nn.Embedding):
                 slopes = use.gradient.float()
-                found = use.by_token(slopes.square() if weighted else _reached(slopes), samples, self.layer.rows).cpu()
-                add(self.sums, "looked up", found.sum(0))
-                sizes += found.sum((1, 2))
+                squares = use.by_token(
+                    slopes.square() if weighted else _reached(slopes), samples, self.layer.rows
+                ).cpu()
+                add(self.sums, "looked up", squares.sum(0))
+                sizes += squares.sum((1, 2))
             else:
                 inputs, slopes = use.rows(samples)
                 weights = slopes.square() if weighted else _reached(slopes)

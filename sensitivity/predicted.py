@@ -53,13 +53,13 @@ def _measured(
 
     def by_batch() -> ByBatch:
         means = []
-        for index, found in enumerate(asked):
+        for index, prediction in enumerate(asked):
             logits = _logits(task, index)
             total = sum(
                 (part.weights * measure(index, call, logits[call]).double()).sum().item()
-                for call, part in enumerate(found)
+                for call, part in enumerate(prediction)
             )
-            means.append(total / sum(part.weights.sum().item() for part in found))
+            means.append(total / sum(part.weights.sum().item() for part in prediction))
             if not np.isfinite(means[-1]):
                 raise MpqError(f"the predictions of calibration batch {index} are not finite")
         return np.array(means)

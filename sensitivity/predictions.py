@@ -93,11 +93,11 @@ def _predictions(loss: Tensor, logits: Tensor) -> Predictions:
         whole += curve.double().square().sum().item()
         weights.append(weight)
         targets.append((weight.unsqueeze(-1) * chances - slope).argmax(-1))
-    found = torch.cat(weights).reshape(logits.shape[:-1])
+    joined = torch.cat(weights).reshape(logits.shape[:-1])
     fits = missed <= TOLERANCE**2 * whole
-    if not fits or bool((found < 0).any()) or not bool((found > 0).any()):
+    if not fits or bool((joined < 0).any()) or not bool((joined > 0).any()):
         raise MpqError("this wants a loss that is cross-entropy of the model's logits: take labels 'data', or 'loss'")
-    return Predictions(found, torch.cat(targets).reshape(logits.shape[:-1]))
+    return Predictions(joined, torch.cat(targets).reshape(logits.shape[:-1]))
 
 
 def _step(logits: Tensor) -> int:

@@ -92,11 +92,11 @@ def _gradients(
     create_graph: bool = False,
 ) -> list[Tensor]:
     """Derivatives, zeros where there is no path."""
-    found = torch.autograd.grad(
+    gradients = torch.autograd.grad(
         outputs, list(variables), vectors,
         create_graph=create_graph, retain_graph=True, allow_unused=True, materialize_grads=True,
     )  # fmt: skip
-    return list(found)
+    return list(gradients)
 
 
 def _pull(outputs: Sequence[Tensor], variables: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:

@@ -104,9 +104,9 @@ def profile(
         task = Task(
             model, batches, loss_fn, layers, scheme_tuple, rounding.load(), seed, journal, progress, moments, flat
         )
-        found = partial(scorer.load(), **(options or {}))(task)
-        _check_finite(layers, scheme_tuple, metric, found)
-        (scores, errors), reasons = without_evidence(task, found, reached, scorer.compares_losses)
+        result = partial(scorer.load(), **(options or {}))(task)
+        _check_finite(layers, scheme_tuple, metric, result)
+        (scores, errors), reasons = without_evidence(task, result, reached, scorer.compares_losses)
     facts: dict[str, Any] = {
         "metric": metric, "options": dict(options or {}), "method": method, "seed": seed,
         "nsamples": sum(samples_in(batch) for batch in batches), "reference_loss": reference,

@@ -94,15 +94,15 @@ def spectrum(
         layers = find_layers(model, include, exclude)
         task = Task(model, check_batches(batches), loss_fn, layers, (), METHODS["nearest"], seed, progress=progress)
         size = sum(layer.params for layer in layers)
-        found = [_run(task, operator, min(steps, size), run, size) for run in range(runs)]
-    longest = max(len(nodes) for nodes, _, _ in found)
+        spectra = [_run(task, operator, min(steps, size), run, size) for run in range(runs)]
+    longest = max(len(nodes) for nodes, _, _ in spectra)
     padded = [
         (
             np.pad(nodes, (0, longest - len(nodes)), mode="edge"),
             np.pad(weights, (0, longest - len(weights))),
             np.pad(residuals, (0, longest - len(residuals))),
         )
-        for nodes, weights, residuals in found
+        for nodes, weights, residuals in spectra
     ]
     nodes, weights, residuals = (np.stack(rows) for rows in zip(*padded, strict=True))
     return Spectrum(nodes, weights, residuals, size)

@@ -57,12 +57,12 @@ def read_configuration(tool: str, text: str, layers: Sequence[Layer]) -> Allocat
     """
     target = tool_named(tool)
     try:
-        found = target.read(text, [layer.name for layer in layers])
+        spellings = target.read(text, [layer.name for layer in layers])
     except (ValueError, TypeError, KeyError, AttributeError, re.error, yaml.YAMLError) as error:
         raise MpqError(f"this is no {target.file} of {target.name} ({error}): give the file that it takes") from error
-    if not any(found.values()):
+    if not any(spellings.values()):
         raise MpqError(f"the {target.file} quantizes none of the layers {layers[0].name}, ...: is it for this model?")
-    return Allocation(tuple(layers), tuple(_scheme(target, layer.name, found.get(layer.name)) for layer in layers))
+    return Allocation(tuple(layers), tuple(_scheme(target, layer.name, spellings.get(layer.name)) for layer in layers))
 
 
 def forbidden_by(tool: str, layers: Sequence[Layer], schemes: Iterable[str]) -> dict[str, tuple[str, ...]]:

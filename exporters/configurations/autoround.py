@@ -20,15 +20,18 @@ def _spell(format: Format) -> Spelling | None:
 
 def _write(spellings: Mapping[str, Spelling | None]) -> str:
     left = {"bits": 16, "data_type": "float"}
-    return json.dumps({name: left if found is None else found for name, found in spellings.items()}, indent=1) + "\n"
+    return (
+        json.dumps({name: left if spelling is None else spelling for name, spelling in spellings.items()}, indent=1)
+        + "\n"
+    )
 
 
 def _read(text: str, layers: Sequence[str]) -> Mapping[str, Spelling | None]:
-    found = {}
+    spellings = {}
     for name, spelling in json.loads(text).items():
         full = {"group_size": 128, "sym": True, "data_type": "int", **spelling}
-        found[name] = None if full["bits"] >= 16 else full
-    return {layer: found.get(layer) for layer in layers}
+        spellings[name] = None if full["bits"] >= 16 else full
+    return {layer: spellings.get(layer) for layer in layers}
 
 
 AUTOROUND = Tool("autoround", "layer_config", _spell, _write, _read)

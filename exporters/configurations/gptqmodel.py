@@ -30,15 +30,15 @@ def _write(spellings: Mapping[str, Spelling | None]) -> str:
 def _read(text: str, layers: Sequence[str]) -> Mapping[str, Spelling | None]:
     config = json.loads(text)
     usual = {"bits": config["bits"], "group_size": config.get("group_size", 128), "sym": config.get("sym", True)}
-    found: dict[str, Spelling | None] = {}
+    spellings: dict[str, Spelling | None] = {}
     for layer in layers:
-        found[layer] = usual
+        spellings[layer] = usual
         for pattern, changes in (config.get("dynamic") or {}).items():
             sign, _, expression = pattern.rpartition(":") if pattern[:2] in ("+:", "-:") else ("+", "", pattern)
             if re.match(expression, layer):
-                found[layer] = None if sign == "-" else {**usual, **{k: changes[k] for k in usual if k in changes}}
+                spellings[layer] = None if sign == "-" else {**usual, **{k: changes[k] for k in usual if k in changes}}
                 break
-    return found
+    return spellings
 
 
 GPTQMODEL = Tool("gptqmodel", "quantization config", _spell, _write, _read)

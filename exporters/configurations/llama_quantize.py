@@ -42,13 +42,13 @@ def _write(spellings: Mapping[str, Spelling | None]) -> str:
 
 def _read(text: str, layers: Sequence[str]) -> Mapping[str, Spelling | None]:
     rules = [line.strip().rpartition("=") for line in text.splitlines() if line.strip()]
-    found: dict[str, Spelling | None] = {}
+    spellings: dict[str, Spelling | None] = {}
     for layer in layers:
         name = f"{tensor_name(layer)}.weight"
         kinds = [kind.lower() for expression, _, kind in rules if re.search(expression, name)]
         floats = not kinds or kinds[-1] in ("bf16", "f16", "f32")
-        found[layer] = None if floats else {"type": kinds[-1]}
-    return found
+        spellings[layer] = None if floats else {"type": kinds[-1]}
+    return spellings
 
 
 LLAMA_QUANTIZE = Tool("llama-quantize", "tensor-type file", _spell, _write, _read, ("linear", "embedding"))

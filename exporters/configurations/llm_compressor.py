@@ -42,16 +42,16 @@ def _write(spellings: Mapping[str, Spelling | None]) -> str:
 
 
 def _read(text: str, layers: Sequence[str]) -> Mapping[str, Spelling | None]:
-    found: dict[str, Spelling | None] = dict.fromkeys(layers)
+    spellings: dict[str, Spelling | None] = dict.fromkeys(layers)
     for modifier in _modifiers(yaml.safe_load(text)):
         for group in modifier.get("config_groups", {}).values():
             for layer in layers:
                 if any(_targets(target, layer) for target in group["targets"]):
-                    found[layer] = {name: value for name, value in group["weights"].items() if value is not None}
+                    spellings[layer] = {name: value for name, value in group["weights"].items() if value is not None}
         for layer in layers:
             if any(_targets(target, layer) for target in modifier.get("ignore") or ()):
-                found[layer] = None
-    return found
+                spellings[layer] = None
+    return spellings
 
 
 def _modifiers(recipe: Any) -> Iterable[Mapping[str, Any]]:

@@ -19,7 +19,9 @@ def _spell(format: Format) -> Spelling | None:
 
 def _write(spellings: Mapping[str, Spelling | None]) -> str:
     usual = usual_spelling(spellings)
-    layers = {name: False if found is None else found for name, found in spellings.items() if found != usual}
+    layers = {
+        name: False if spelling is None else spelling for name, spelling in spellings.items() if spelling != usual
+    }
     return json.dumps({"quantization": {**usual, **layers}}, indent=1) + "\n"
 
 
@@ -27,11 +29,11 @@ def _read(text: str, layers: Sequence[str]) -> Mapping[str, Spelling | None]:
     config = json.loads(text)
     entries = config.get("quantization", config)
     usual = {name: entries.get(name, "affine") for name in ("group_size", "bits", "mode")}
-    found: dict[str, Spelling | None] = {}
+    spellings: dict[str, Spelling | None] = {}
     for layer in layers:
         changes = entries.get(layer, {})
-        found[layer] = None if changes is False else {**usual, **(changes if isinstance(changes, Mapping) else {})}
-    return found
+        spellings[layer] = None if changes is False else {**usual, **(changes if isinstance(changes, Mapping) else {})}
+    return spellings
 
 
 MLX = Tool("mlx", "quantization dictionary", _spell, _write, _read, ("linear", "embedding"))

@@ -38,13 +38,13 @@ def _write(spellings: Mapping[str, Spelling | None]) -> str:
 
 
 def _read(text: str, layers: Sequence[str]) -> Mapping[str, Spelling | None]:
-    found: dict[str, Spelling | None] = dict.fromkeys(layers)
+    spellings: dict[str, Spelling | None] = dict.fromkeys(layers)
     for entry in yaml.safe_load(text)["quant_cfg"]:
         for layer in layers:
             if fnmatchcase(f"{layer}.weight_quantizer", entry["quantizer_name"]):
-                spelling = entry.get("cfg", found[layer])
-                found[layer] = spelling if entry.get("enable", True) else None
-    return found
+                spelling = entry.get("cfg", spellings[layer])
+                spellings[layer] = spelling if entry.get("enable", True) else None
+    return spellings
 
 
 MODELOPT = Tool("modelopt", "quant_cfg", _spell, _write, _read)

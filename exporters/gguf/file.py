@@ -136,13 +136,13 @@ def _contents(
 
 def _read_back(draft: Path, plan: list[Entry], numbers: dict[str, Tensor | Quantized]) -> None:
     """MpqError when the file holds other tensors than were planned, or gguf's dequantizer finds other numbers."""
-    found = set()
+    names_read = set()
     for name, tensor in read_tensors(draft):
         kept = numbers.pop(name)
         same_numbers(name, tensor, dequantize(kept) if isinstance(kept, Quantized) else kept)
-        found.add(name)
-    if found != {entry.name for entry in plan}:
-        raise MpqError(f"the GGUF file holds {len(found)} tensors of {len(plan)}: nothing was written")
+        names_read.add(name)
+    if names_read != {entry.name for entry in plan}:
+        raise MpqError(f"the GGUF file holds {len(names_read)} tensors of {len(plan)}: nothing was written")
 
 
 def _stored_type(tensor: Tensor) -> torch.dtype:
@@ -151,10 +151,10 @@ def _stored_type(tensor: Tensor) -> torch.dtype:
 
 
 def _translated(names: Any, name: str) -> str:
-    found = names.get_name(name)
-    if found is None:
+    ggml_name = names.get_name(name)
+    if ggml_name is None:
         raise MpqError(f"llama.cpp's Llama has no place for the tensor {name}")
-    return str(found)
+    return str(ggml_name)
 
 
 def _rows_of(quantized: Quantized, rows: Tensor) -> Quantized:

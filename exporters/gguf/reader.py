@@ -33,11 +33,11 @@ def read_tensors(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]
         raise MpqError(f"{path} holds no GGUF export: write one with mpq export --to gguf")
     for file, digests in noted.items():
         assert isinstance(digests, dict)
-        found = _open(path / file, gguf)
-        for name in digests.keys() ^ found.keys():
+        reader = _open(path / file, gguf)
+        for name in digests.keys() ^ reader.keys():
             what = "lacks" if name in digests else "holds"
             raise MpqError(f"{path / file} {what} the tensor {name}, unlike what was exported: export again")
-        for name, tensor in found.items():
+        for name, tensor in reader.items():
             if digest(tensor.data.tobytes()) != digests[name]:
                 raise MpqError(f"{path / file}: the tensor {name} is not what was exported (its checksum differs)")
             yield name, torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()

@@ -212,8 +212,8 @@ def layers_of(quantization: Mapping[str, Any]) -> tuple[Allocation, dict[str, to
 def _checked(shards: Shards, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
     tensor = shards.read(name)
     if tuple(tensor.shape) != shape or tensor.dtype != (dtype or tensor.dtype):
-        found = f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise MpqError(f"{shards.folder}: the tensor {name} is {found}, not {dtype or 'of shape'} {shape}")
+        actual = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise MpqError(f"{shards.folder}: the tensor {name} is {actual}, not {dtype or 'of shape'} {shape}")
     return tensor
 
 

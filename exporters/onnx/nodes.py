@@ -127,7 +127,7 @@ def products_with(graph: Graph, weight: str, transposed: bool) -> list[tuple[Any
 
     `transposed` says that the weight is stored as (in, out).
     """
-    found: list[tuple[Any, bool]] = []
+    products: list[tuple[Any, bool]] = []
     for node in graph.graph.node:
         if weight not in node.input:
             continue
@@ -135,16 +135,16 @@ def products_with(graph: Graph, weight: str, transposed: bool) -> list[tuple[Any
             turned = products_with(graph, node.output[0], True)
             if not turned or any(product.op_type != "MatMul" for product, _ in turned):
                 return []
-            found += turned
+            products += turned
         elif list(node.input).index(weight) != 1:
             return []
         elif node.op_type == "MatMul" and transposed:
-            found.append((node, False))
+            products.append((node, False))
         elif node.op_type == "Gemm" and _is_plain(node, transposed):
-            found.append((node, len(node.input) == 3))
+            products.append((node, len(node.input) == 3))
         else:
             return []
-    return [] if any(weight == output.name for output in graph.graph.output) else found
+    return [] if any(weight == output.name for output in graph.graph.output) else products
 
 
 def _is_plain(gemm: Any, transposed: bool) -> bool:

@@ -40,11 +40,11 @@ def run(options: argparse.Namespace) -> None:
         raise MpqError(f"{options.folder} has no tokenizer: only language models can continue a prompt")
     encode = encoder_of(tokenizer) if callable(tokenizer) else tokenizer.encode
     prompt = torch.tensor(encode(options.prompt))
-    found = generate(
+    generation = generate(
         model, prompt, max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
     )
-    print(options.prompt + tokenizer.decode(list(found.tokens)))
-    print(f"\n{found.tokens_per_second:.1f} tokens per second")
+    print(options.prompt + tokenizer.decode(list(generation.tokens)))
+    print(f"\n{generation.tokens_per_second:.1f} tokens per second")
     if options.compare and network is not None:
         speeds = compare_speeds({"packed": model, "bfloat16": network.model.to(torch.bfloat16)}, prompt)
         print(", ".join(f"{which} {speed:.1f}" for which, speed in speeds.items()))

@@ -35,11 +35,11 @@ def run(options: argparse.Namespace) -> None:
         path = Path(run)
         name = str(path) if len(options.runs) > 1 else "searched frontier"
         saved = path / "frontier.csv" if path.is_dir() else path
-        found = SavedFrontier.load(saved) if is_frontier(saved) else None
-        if found is None or (path.is_dir() and found.measured is None):  # the table knows the uniform formats too
+        measured = SavedFrontier.load(saved) if is_frontier(saved) else None
+        if measured is None or (path.is_dir() and measured.measured is None):  # the table knows the uniform formats too
             frontiers[name] = frontier_of(SensitivityTable.load(path / "table.csv" if path.is_dir() else path))
         else:
-            frontiers[name] = found
+            frontiers[name] = measured
         if (path / ALLOCATION).is_file():
             chosen[f"chosen, {path}" if len(options.runs) > 1 else "chosen"] = read_allocation(path)
     with write_atomically(options.output) as draft:

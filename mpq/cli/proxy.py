@@ -37,12 +37,12 @@ def _proxy_bench(options: argparse.Namespace) -> None:
     from mpq.proxies.runs import run_bench
 
     source = source_of(options)
-    found = run_bench(
+    benchmark = run_bench(
         source.model, source.evaluation, source.loss_fn, options.output, rows=options.rows,
         pin=pairs_of(options.pin, "pin"), seed=options.seed,
         provenance={"model": source.name, "dataset": source.data},
     )  # fmt: skip
-    print(f"{options.output}: {len(found.quality)} configurations measured")
+    print(f"{options.output}: {len(benchmark.quality)} configurations measured")
 
 
 def _proxy_evolve(options: argparse.Namespace) -> None:

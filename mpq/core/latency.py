@@ -42,17 +42,17 @@ class LatencyTable:
             MpqError: nothing was measured for the scheme and the batch.
         """
         name = str(parse_scheme(scheme) if isinstance(scheme, str) else scheme)
-        found = [entry for entry in self.entries if entry.scheme == name and entry.batch == batch]
-        if not found:
+        entries = [entry for entry in self.entries if entry.scheme == name and entry.batch == batch]
+        if not entries:
             known = sorted({f"{entry.scheme} at batch {entry.batch}" for entry in self.entries})
             raise MpqError(
                 f"no latency was measured for {name} at batch {batch}: "
                 f"{nearest_names(f'{name} at batch {batch}', known)}; 'mpq bench' measures it"
             )
-        for entry in found:
+        for entry in entries:
             if (entry.rows, entry.cols) == (rows, cols):
                 return entry.seconds
-        points = sorted((entry.rows * entry.cols, entry.seconds) for entry in found)
+        points = sorted((entry.rows * entry.cols, entry.seconds) for entry in entries)
         sizes, times = np.array(points, dtype=float).T
         size = float(rows * cols)
         if size <= sizes[0]:

@@ -25,12 +25,12 @@ def match_names(patterns: str | Iterable[str], names: Iterable[str], what: str =
     picked: set[str] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         matches = _matcher(pattern)
-        found = [name for name in names if matches(name)]
-        if not found:
+        matched = [name for name in names if matches(name)]
+        if not matched:
             raise MpqError(
                 f"the {what} pattern {pattern!r} matches nothing: {nearest_names(pattern.removeprefix('re:'), names)}"
             )
-        picked.update(found)
+        picked.update(matched)
     return [name for name in names if name in picked]
 
 

@@ -117,11 +117,11 @@ def compare_speeds(
     models: Mapping[str, nn.Module], prompt: Tensor, *, max_new_tokens: int = 64, rounds: int = 3
 ) -> dict[str, float]:
     """Median tokens per second of each model, greedy, taking turns."""
-    found: dict[str, list[float]] = {name: [] for name in models}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
-            found[name].append(generate(model, prompt, max_new_tokens=max_new_tokens).tokens_per_second)
-    return {name: sorted(speeds)[len(speeds) // 2] for name, speeds in found.items()}
+            seconds[name].append(generate(model, prompt, max_new_tokens=max_new_tokens).tokens_per_second)
+    return {name: sorted(speeds)[len(speeds) // 2] for name, speeds in seconds.items()}
 
 
 def _follower(model: nn.Module, decoder: Decoder | None) -> Callable[[Tensor], Tensor]:

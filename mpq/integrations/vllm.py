@@ -107,8 +107,8 @@ class ServedWeight(nn.Module):
         part = self.parts[index]
         spec = _specs(part).get(name)
         if spec is None or (tuple(loaded_weight.shape), loaded_weight.dtype) != spec:
-            found = f"{loaded_weight.dtype} {tuple(loaded_weight.shape)}"
-            raise MpqError(f"the tensor {part.name}.weight.{name} is {found}, which is no part of {part.scheme.name}")
+            actual = f"{loaded_weight.dtype} {tuple(loaded_weight.shape)}"
+            raise MpqError(f"the tensor {part.name}.weight.{name} is {actual}, which is no part of {part.scheme.name}")
         self.arrived[index][name] = loaded_weight
 
     def settle(self, device: torch.device | str, digests: Mapping[str, str] | None = None) -> None:
@@ -159,8 +159,8 @@ class ServedWeight(nn.Module):
     def rows(self, indices: Tensor) -> Tensor:
         """(...) -> (..., cols): rows of a vocabulary's table."""
         (weight,) = self._weights()
-        found: Tensor = torch.ops.mpq.embedding.default(indices, weight.tensors, *weight.facts, self.dtype)
-        return found
+        picked: Tensor = torch.ops.mpq.embedding.default(indices, weight.tensors, *weight.facts, self.dtype)
+        return picked
 
 
 def _specs(part: Part) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

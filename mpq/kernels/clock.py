@@ -45,15 +45,15 @@ def interleaved(contestants: Sequence[Contestant], repeats: int, device: torch.d
         return _in_turns([cycle(one.calls) for one in contestants], repeats, _seconds)
     with torch.cuda.device(device):
         times = _in_turns([_replays(one) for one in contestants], repeats, _seconds_on_device)
-    return [[second / _calls(one) for second in found] for one, found in zip(contestants, times, strict=True)]
+    return [[second / _calls(one) for second in seconds] for one, seconds in zip(contestants, times, strict=True)]
 
 
 def _in_turns(timed: Sequence[Timed], repeats: int, clock: Callable[[Timed], float]) -> list[list[float]]:
     times: list[list[float]] = [[] for _ in timed]
     for _ in range(repeats + 1):
-        for one, found in zip(timed, times, strict=True):
-            found.append(clock(one))
-    return [found[1:] for found in times]  # the first turn warms up
+        for one, seconds in zip(timed, times, strict=True):
+            seconds.append(clock(one))
+    return [seconds[1:] for seconds in times]  # the first turn warms up
 
 
 def _seconds(calls: Iterator[Callable[[], object]]) -> float:

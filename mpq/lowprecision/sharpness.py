@@ -38,8 +38,8 @@ def sharpness(logits: Tensor, targets: Tensor, epsilon: float = EPSILON) -> Tens
 
 def sharpness_by_search(logits: Tensor, targets: Tensor, epsilon: float = EPSILON) -> Tensor:
     """The same by L-BFGS-B from the box's centre, one sample after the other, as the paper does it: slow, local."""
-    found = [_search(row.double().numpy(), int(target), epsilon) for row, target in zip(logits, targets, strict=True)]
-    return torch.tensor(found, dtype=torch.float64)
+    maxima = [_search(row.double().numpy(), int(target), epsilon) for row, target in zip(logits, targets, strict=True)]
+    return torch.tensor(maxima, dtype=torch.float64)
 
 
 def _search(logits: np.ndarray, target: int, epsilon: float) -> float:

@@ -94,7 +94,7 @@ def counted_positions(batch: Batch) -> tuple[Tensor, ...]:
     An attention mask (a mapping's entry so called, "decoder_attention_mask" too) hides positions, and so does -100 in a
     tensor of labels, as in `torch.nn.functional.cross_entropy`. Masks of one shape hide together.
     """
-    found: dict[tuple[int, ...], Tensor] = {}
+    counted: dict[tuple[int, ...], Tensor] = {}
     masks = [part != IGNORED for part in tensors_in(batch) if part.dtype == torch.int64 and part.ndim == 2]
     if isinstance(batch, Mapping):
         given = [part for name, part in batch.items() if str(name).endswith("attention_mask")]
@@ -102,8 +102,8 @@ def counted_positions(batch: Batch) -> tuple[Tensor, ...]:
     for mask in masks:
         if not bool(mask.all()):
             shape = tuple(mask.shape)
-            found[shape] = found[shape] & mask if shape in found else mask
-    return tuple(found.values())
+            counted[shape] = counted[shape] & mask if shape in counted else mask
+    return tuple(counted.values())
 
 
 def split_batch(batch: Batch) -> list[Batch]:

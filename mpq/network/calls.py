@@ -8,8 +8,8 @@ from torch import Tensor
 
 def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The first argument, or without any by position the first tensor given by name."""
-    found: Tensor = args[0] if args else kwargs[_name(kwargs)]
-    return found
+    inputs: Tensor = args[0] if args else kwargs[_name(kwargs)]
+    return inputs
 
 
 def with_call_input(

@@ -79,9 +79,9 @@ def coverage(model: nn.Module, layers: Sequence[Layer], macs: int = 0) -> Covera
     quantized = sum(layer.params for layer in layers)
     groups = [
         Left(
-            reason, sum(size for _, size in found), tuple(name for name, _ in sorted(found, key=lambda each: -each[1]))
+            reason, sum(size for _, size in names), tuple(name for name, _ in sorted(names, key=lambda each: -each[1]))
         )
-        for reason, found in left.items()
+        for reason, names in left.items()
     ]
     groups.sort(key=lambda each: -each.params)
     return Coverage(quantized + total, quantized, macs, min(macs, sum(layer.macs for layer in layers)), tuple(groups))

@@ -55,7 +55,7 @@ def with_targets(
     Raises:
         MpqError: a model whose output holds no floating-point tensor.
     """
-    found = []
+    targeted = []
     with evaluating(model):
         for index, batch in enumerate(batches):
             parts = output_parts(model(**batch))
@@ -67,8 +67,8 @@ def with_targets(
                 drawn = torch.randn(part.shape, generator=seeded(seed, "targets", index, name)).to(part.device)
                 extra[TARGET + name] = part.float() + (drawn * (unit / 2).sqrt() if noise else 0)
                 extra[UNIT + name] = unit.expand(len(part)).clone()
-            found.append({**batch, **extra})
-    return tuple(found)
+            targeted.append({**batch, **extra})
+    return tuple(targeted)
 
 
 def distance_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -82,8 +82,8 @@ def distance_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def relative_distance(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """`distance_loss` of each sample, and how many outputs of each were compared: (samples,) both."""
-    found = _squares(model, batch)
-    sums, counts = ([pair[index].sum(1) for pair in found] for index in (0, 1))
+    squares = _squares(model, batch)
+    sums, counts = ([pair[index].sum(1) for pair in squares] for index in (0, 1))
     return torch.stack(sums).sum(0), torch.stack(counts).sum(0)
 
 
@@ -92,12 +92,12 @@ def _squares(model: nn.Module, batch: Mapping[str, Any]) -> list[tuple[Tensor, T
     inputs = {name: part for name, part in batch.items() if not name.startswith((TARGET, UNIT))}
     parts = output_parts(model(**inputs))
     mask = inputs.get("attention_mask")
-    found = []
+    squares = []
     for name, part in parts.items():
         target = batch[TARGET + name]
         unit = batch[UNIT + name].reshape(-1, *[1] * (part.ndim - 1))
         counts = torch.ones_like(target)
         if mask is not None and mask.ndim == 2 and part.ndim == 3 and mask.shape == part.shape[:2]:
             counts = counts * (mask != 0).unsqueeze(-1)
-        found.append((((part.float() - target).square() / unit * counts).flatten(1), counts.flatten(1)))
-    return found
+        squares.append((((part.float() - target).square() / unit * counts).flatten(1), counts.flatten(1)))
+    return squares

@@ -35,8 +35,8 @@ class Experts(nn.ModuleList):
         for index, expert in enumerate(self):
             token, place = torch.where(chosen == index)
             if len(token):
-                found = expert(hidden[token]) * weights[token, place, None]
-                out.index_add_(0, token, found.to(out.dtype))
+                output = expert(hidden[token]) * weights[token, place, None]
+                out.index_add_(0, token, output.to(out.dtype))
         return out
 
 

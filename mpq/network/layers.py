@@ -90,15 +90,15 @@ def find_layers(
         if layer_kind(module) is not None:
             holders.setdefault(id(module._parameters.get("weight", module)), []).append((name, module))
     say_stacked(model)
-    names = [name for found in holders.values() for name, _ in found]
+    names = [name for modules in holders.values() for name, _ in modules]
     if not names:
         raise MpqError(f"{type(model).__name__} has no layer to quantize: no Linear, convolution or Embedding")
     wanted = set(match_names(include, names)) if include else set()
     unwanted = set(match_names(exclude, names))
     layers = [
-        _layer(found)
-        for found in holders.values()
-        if any(name in wanted for name, _ in found) and not any(name in unwanted for name, _ in found)
+        _layer(modules)
+        for modules in holders.values()
+        if any(name in wanted for name, _ in modules) and not any(name in unwanted for name, _ in modules)
     ]
     if not layers:
         raise MpqError(f"no layer is left of {', '.join(names[:4])}, ...: include more or exclude less")
@@ -129,8 +129,8 @@ def _tied(layers: Sequence[Layer]) -> tuple[Layer, ...]:
                 if len(members) > 1 and len({(member.kind, member.cols) for member in members}) == 1:
                     ties.update((member.name, f"{parent}.{fused}".lstrip(".")) for member in members)
     for layer in layers:
-        if found := EXPERT.fullmatch(layer.name):
-            ties[layer.name] = f"{found[1]}.{'down' if found[2] in ('down_proj', 'w2') else 'gate_up'}"
+        if expert := EXPERT.fullmatch(layer.name):
+            ties[layer.name] = f"{expert[1]}.{'down' if expert[2] in ('down_proj', 'w2') else 'gate_up'}"
     return tuple(replace(layer, tie=ties.get(layer.name, "")) for layer in layers)
 
 

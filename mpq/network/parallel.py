@@ -76,12 +76,12 @@ def share(items: Sequence[Item], adjacent: bool = False) -> Sequence[Item]:
     return items[rank::count]
 
 
-def gathered(found: Mapping[Key, Any]) -> dict[Key, Any]:
+def gathered(values: Mapping[Key, Any]) -> dict[Key, Any]:
     """What all processes found, by name, from the first process to the last."""
     if place()[1] == 1:
-        return dict(found)
+        return dict(values)
     parts: list[Any] = [None] * place()[1]
-    distributed.all_gather_object(parts, dict(found))
+    distributed.all_gather_object(parts, dict(values))
     return {name: value for part in parts for name, value in part.items()}
 
 
@@ -90,10 +90,10 @@ def total(sums: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
     if place()[1] == 1:
         return dict(sums)
     wire = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    found: dict[Key, Tensor] = {}
+    totals: dict[Key, Tensor] = {}
     for key, (shape, dtype) in gathered({key: (part.shape, part.dtype) for key, part in sums.items()}).items():
         own = sums[key] if key in sums else torch.zeros(shape, dtype=dtype)
         moved = own.to(wire, copy=True).contiguous()
         distributed.all_reduce(moved)
-        found[key] = moved.to(own.device)
-    return found
+        totals[key] = moved.to(own.device)
+    return totals

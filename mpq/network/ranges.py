@@ -19,7 +19,7 @@ def input_ranges(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Ba
     Positions that a batch's masks or labels hide do not count. `forward(model, batch)` runs the model;
     its result is not used.
     """
-    found: dict[str, tuple[float, float]] = {}
+    ranges: dict[str, tuple[float, float]] = {}
     masks: tuple[Tensor, ...] = ()
 
     def see(name: str, module: nn.Module, inputs: Tensor) -> None:
@@ -27,14 +27,14 @@ def input_ranges(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Ba
             inputs = counted_rows(inputs.reshape(-1, inputs.shape[-1]), inputs, masks)
         if inputs.numel() == 0:
             return
-        low, high = found.get(name, (torch.inf, -torch.inf))
-        found[name] = min(low, inputs.min().item()), max(high, inputs.max().item())
+        low, high = ranges.get(name, (torch.inf, -torch.inf))
+        ranges[name] = min(low, inputs.min().item()), max(high, inputs.max().item())
 
     with torch.no_grad(), evaluating(model), watching(model, layers, see):
         for batch in batches:
             masks = counted_positions(batch)
             forward(model, batch)
-    return found
+    return ranges
 
 
 def static_scale(format: Format, span: tuple[float, float]) -> float:

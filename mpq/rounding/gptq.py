@@ -87,18 +87,18 @@ class _Last:
 def _factor(second_moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Order of the columns (blocks, cols) and upper factor of the inverse second moment (blocks, cols, cols)."""
     last = _Last.moment() if _Last.moment is not None else None
-    found = _Last.factor
-    if last is second_moment and found and (_Last.version, _Last.damping) == (second_moment._version, damping):
-        return found
+    cached = _Last.factor
+    if last is second_moment and cached and (_Last.version, _Last.damping) == (second_moment._version, damping):
+        return cached
     hessian = second_moment.detach().float().reshape(-1, second_moment.shape[-1], second_moment.shape[-1])
     hessian = _damped(hessian, damping)
     order = hessian.diagonal(dim1=1, dim2=2).argsort(-1, descending=True)
     picked = torch.gather(hessian, 1, order.unsqueeze(-1).expand_as(hessian))
     picked = torch.gather(picked, 2, order.unsqueeze(1).expand_as(hessian))
-    found = order, _inverse_factor(picked)
+    cached = order, _inverse_factor(picked)
     _Last.moment, _Last.version, _Last.damping = weakref.ref(second_moment), second_moment._version, damping
-    _Last.factor = found
-    return found
+    _Last.factor = cached
+    return cached
 
 
 def _compensate(weight: Tensor, start: Quantized, order: Tensor, inverse: Tensor) -> Tensor:

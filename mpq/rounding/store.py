@@ -51,10 +51,10 @@ class RoundingStore:
         key = (layer.name, scheme.weight.name)
         if key not in self._rounded:
             try:
-                found = self._choose(weight.detach(), scheme.weight, self.second_moments.get(layer.name))
+                quantized = self._choose(weight.detach(), scheme.weight, self.second_moments.get(layer.name))
             except MpqError as error:
                 raise MpqError(f"layer {layer.name} in {scheme.name}: {error}") from error
-            kept = replace(found, codes=self._shelf.keep(found.codes))
+            kept = replace(quantized, codes=self._shelf.keep(quantized.codes))
             self._rounded[key] = kept.map_tables(lambda _, table: self._shelf.keep(table))
         return self._rounded[key]
 

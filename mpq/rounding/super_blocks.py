@@ -43,10 +43,10 @@ def settle(
         state.move_integers()
         state.refit_units()
     best = state.best
-    found = replace(start, scales=best.scales, super_scales=best.scale_units)
+    settled = replace(start, scales=best.scales, super_scales=best.scale_units)
     if format.minimum:
-        found = replace(found, minima=best.minima, super_minima=best.minimum_units)
-    return recode(weight, found)
+        settled = replace(settled, minima=best.minima, super_minima=best.minimum_units)
+    return recode(weight, settled)
 
 
 class _State:
@@ -159,5 +159,5 @@ class _State:
 
 def _quotient(above: Tensor, below: Tensor, otherwise: Tensor) -> Tensor:
     """Units above / below as float16 stores them, or the others where there is nothing to divide by."""
-    found = torch.where(below > 0, above / below.clamp(min=TINY), otherwise.double()).float()
-    return round_scales(torch.where(found == 0, otherwise, found), "fp16")
+    quotient = torch.where(below > 0, above / below.clamp(min=TINY), otherwise.double()).float()
+    return round_scales(torch.where(quotient == 0, otherwise, quotient), "fp16")

@@ -58,8 +58,8 @@ def open_network(name: str, untrusted: Collection[str] = ()) -> Network:
         return _gguf(Path(name))
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            if found := sorted(Path(name).glob("*.gguf")):
-                return _gguf(found[0])
+            if files := sorted(Path(name).glob("*.gguf")):
+                return _gguf(files[0])
             raise MpqError(f"the folder {name} has no config.json: expected a Hugging Face model or a GGUF file")
         return _transformers(name)
     if ":" in name:

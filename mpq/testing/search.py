@@ -29,12 +29,12 @@ def small_problem(seed: int = 0, layers: int = 5, *, share: float | None = 0.5) 
         share: where its budget of size lies between the smallest and the largest allocation; None for no budget.
     """
     random = np.random.default_rng(seed)
-    found = tuple(
+    drawn = tuple(
         Layer(f"layer{i}", "linear", int(random.integers(1, 9)) * 16, 64, macs=1000, tie="pair" if i < 2 else "")
         for i in range(layers)
     )
     scores = 4.0 ** -np.arange(len(SCHEMES)) * random.lognormal(0, 1, (layers, len(SCHEMES)))
-    table = SensitivityTable(found, SCHEMES, scores, 0.1 * scores, "made", {"overhead": 64})
+    table = SensitivityTable(drawn, SCHEMES, scores, 0.1 * scores, "made", {"overhead": 64})
     problem = build_problem(table, pin={"layer2": "int8-channel"}, forbid={"layer3": "bf16"})
     if share is None:
         return problem

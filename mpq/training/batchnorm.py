@@ -57,12 +57,12 @@ def _pairs(model: nn.Module, batch: Batch, forward: LossFn) -> dict[str, str]:
 
     def consumed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = call_input(args, kwargs)
-        found = [name for output, name in producers if output is inputs]
-        if not found:
+        producer_names = [name for output, name in producers if output is inputs]
+        if not producer_names:
             raise MpqError(f"batch normalization {names[module]} takes no layer's output: it cannot be folded")
-        if pairs.get(found[0], names[module]) != names[module]:
-            raise MpqError(f"layer {found[0]} feeds two batch normalizations: they cannot be folded into it")
-        pairs[found[0]] = names[module]
+        if pairs.get(producer_names[0], names[module]) != names[module]:
+            raise MpqError(f"layer {producer_names[0]} feeds two batch normalizations: they cannot be folded into it")
+        pairs[producer_names[0]] = names[module]
 
     handles = []
     for module in names:

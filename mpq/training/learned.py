@@ -44,9 +44,9 @@ class LearnedScales(nn.Module):
                 f"scales of {format.name} cannot be learned: only symmetric formats with one level of scales"
             )
         self.format = format
-        found = method_named("mse")(matrix.detach(), format, None).scales
-        assert found is not None
-        self.scales = nn.Parameter(found.clone())
+        scales = method_named("mse")(matrix.detach(), format, None).scales
+        assert scales is not None
+        self.scales = nn.Parameter(scales.clone())
 
     def forward(self, matrix: Tensor) -> Tensor:
         """The matrix on the grid."""

@@ -63,21 +63,21 @@ def native() -> Native | None:
     wanted = os.environ.get("MPQ_CPU_LEVEL", LEVELS[-1])
     if wanted not in LEVELS:
         raise MpqError(f"MPQ_CPU_LEVEL is {wanted!r}: expected one of {', '.join(LEVELS)}")
-    found = Native(library, library.mpq_best_level(LEVELS.index(wanted)), _torch_parallel())
-    dispatch.serve(library, found.level, found.parallel)
-    return found
+    loaded = Native(library, library.mpq_best_level(LEVELS.index(wanted)), _torch_parallel())
+    dispatch.serve(library, loaded.level, loaded.parallel)
+    return loaded
 
 
 def levels() -> list[int]:
     """The levels that run here: indices in LEVELS, none without the library."""
-    found = native()
-    return [level for level in range(len(LEVELS)) if found and found.library.mpq_best_level(level) == level]
+    library = native()
+    return [level for level in range(len(LEVELS)) if library and library.library.mpq_best_level(level) == level]
 
 
 def level_name() -> str:
     """The instructions in use: one of LEVELS, or "none"."""
-    found = native()
-    return LEVELS[found.level] if found else "none"
+    library = native()
+    return LEVELS[library.level] if library else "none"
 
 
 def _torch_parallel() -> int:
@@ -117,8 +117,8 @@ def _plan(format_name: str, rows: int, cols: int) -> Plan:
         cut.row_scales, format.zero_point, panels.bf16_terms(format), levels.factor, _table(levels.low),
         _table(levels.high), bits.low_matrix, bits.high_matrix, bits.high_flip, bits.normal_mask,
     )  # fmt: skip
-    if found := native():
-        found.library.mpq_know(format_name.encode(), weight)
+    if library := native():
+        library.library.mpq_know(format_name.encode(), weight)
     return Plan(weight, levels.kind)
 
 
@@ -133,8 +133,8 @@ def linear(
     activation: str,
 ) -> Tensor:
     """torch.ops.mpq.linear for the panels layout, where `dispatch` does not serve it; as `reference.linear`."""
-    found = native()
-    if found is None or not cols or not rows:
+    library = native()
+    if library is None or not cols or not rows:
         return reference.linear(input, weight, bias, format, rows, cols, layout, activation)
     plan, planes = _plan(format, rows, cols), 2
     if activation == "int8-channel" and plan.kind != panels.TABLE_BF16:
@@ -153,19 +153,19 @@ def linear(
         bias = bias.float().contiguous()
     tokens = input.numel() // cols
     out = torch.empty((*input.shape[:-1], rows), dtype=x.dtype, device="cpu")
-    status = found.library.mpq_linear(plan.weight, _call(found, weight, x, tokens, stride, bias, out, planes))
+    status = library.library.mpq_linear(plan.weight, _call(library, weight, x, tokens, stride, bias, out, planes))
     if status < 0:
         raise MemoryError("out of memory for the CPU kernel's scratch buffers")
     if status:
         which = torch.empty(tokens, dtype=torch.int8)
-        found.library.mpq_linear(plan.weight, _call(found, weight, x, tokens, stride, bias, out, planes, which))
+        library.library.mpq_linear(plan.weight, _call(library, weight, x, tokens, stride, bias, out, planes, which))
         rest = (weight, bias, format, rows, cols, layout, activation if planes == 1 else "")
         _redo(out.view(-1, rows), x.reshape(-1, cols), which.bool(), *rest)
     return out if out.dtype == input.dtype else out.to(input.dtype)
 
 
 def _call(
-    found: Native, weight: Sequence[Tensor], x: Tensor, tokens: int, stride: int, bias: Tensor | None, out: Tensor,
+    library: Native, weight: Sequence[Tensor], x: Tensor, tokens: int, stride: int, bias: Tensor | None, out: Tensor,
     planes: int = 2, skipped: Tensor | None = None,
 ) -> abi.Call:  # fmt: skip
     is_bf16 = x.dtype == torch.bfloat16
@@ -173,7 +173,7 @@ def _call(
         weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0, x.data_ptr(), tokens, stride,
         0 if bias is None else bias.data_ptr(), out.data_ptr(), out.shape[-1],
         is_bf16, bias is not None and bias.dtype == torch.bfloat16, is_bf16,
-        planes, torch.get_num_threads(), found.level, 0 if skipped is None else skipped.data_ptr(), found.parallel,
+        planes, torch.get_num_threads(), library.level, 0 if skipped is None else skipped.data_ptr(), library.parallel,
     )  # fmt: skip
 
 
@@ -183,12 +183,12 @@ def prepared(input: Tensor, weight: Sequence[Tensor], out: Tensor, format: str) 
     Python's share is done beforehand, so that only the kernel is timed. Keep the tensors alive. MpqError without
     compiled kernels.
     """
-    found = native()
-    if found is None:
+    library = native()
+    if library is None:
         raise MpqError("mpq was installed without its compiled kernels: pip install it where a C compiler is")
     plan = _plan(format, out.shape[-1], input.shape[-1])
-    call = _call(found, weight, input, len(input), input.stride(0), None, out)
-    return partial(found.library.mpq_linear, plan.weight, call)
+    call = _call(library, weight, input, len(input), input.stride(0), None, out)
+    return partial(library.library.mpq_linear, plan.weight, call)
 
 
 def conv(
@@ -208,9 +208,9 @@ def patches(
     kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """A convolution of one group whose patches are gathered and multiplied by packed weights, 256 at a time."""
-    found, size = native(), reference.conv_size(input.shape[2:], kernel, stride, padding, dilation)
+    library, size = native(), reference.conv_size(input.shape[2:], kernel, stride, padding, dilation)
     arguments = (format, rows, cols, layout, kernel, stride, padding, dilation, 1)
-    if found is None or min(*input.shape, *size, rows) < 1:
+    if library is None or min(*input.shape, *size, rows) < 1:
         return reference.conv(input, weight, bias, *arguments)
     x = input if input.dtype in (torch.float32, torch.bfloat16) else input.float()
     if bias is not None and (bias.dtype not in (torch.float32, torch.bfloat16) or bias.stride(0) != 1):
@@ -223,8 +223,8 @@ def patches(
         (x.shape[2:], kernel, size, stride, padding, dilation), (1, 1, 1, 1, 0, 1), strict=True
     )]  # fmt: skip
     images = abi.Images(x.shape[1], *pairs, (x.stride(0), x.stride(1), line, x.stride(-1)))
-    call = _call(found, weight, x, tokens, 0, bias, out, skipped=skipped)
-    status = found.library.mpq_conv(_plan(format, rows, cols).weight, call, images)
+    call = _call(library, weight, x, tokens, 0, bias, out, skipped=skipped)
+    status = library.library.mpq_conv(_plan(format, rows, cols).weight, call, images)
     if status < 0:
         raise MemoryError("out of memory for the CPU kernel's scratch buffers")
     if status:
@@ -235,21 +235,21 @@ def patches(
 
 def unpacked(weight: Sequence[Tensor], format: str, rows: int, cols: int, layout: str) -> Tensor:
     """torch.ops.mpq.dequantize for the panels layout."""
-    found = native()
-    if found is None or not rows * cols:
+    library = native()
+    if library is None or not rows * cols:
         return reference.dequantize(weight, format, rows, cols, layout)
     out, values = weight[0].new_empty((rows, cols), dtype=torch.float32), decode_table(parse_format(format).grid)
-    found.library.mpq_dequantize(
+    library.library.mpq_dequantize(
         _plan(format, rows, cols).weight, weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0,
-        values.data_ptr(), out.data_ptr(), torch.get_num_threads(), found.parallel,
+        values.data_ptr(), out.data_ptr(), torch.get_num_threads(), library.parallel,
     )  # fmt: skip
     return out
 
 
 def _patches_pay(positions: int, rows: int) -> bool:
     """Whether gathering patches is faster than unpacking the weight for PyTorch's own convolution."""
-    found = native()
-    share, most = _PATCH_LIMITS[found.level if found else 0]
+    library = native()
+    share, most = _PATCH_LIMITS[library.level if library else 0]
     return positions <= min(share * rows, most)
 
 
@@ -276,14 +276,14 @@ def embedding(
     dtype: torch.dtype,
 ) -> Tensor:
     """torch.ops.mpq.embedding for the panels layout: only the rows looked up are unpacked."""
-    found = native()
+    library = native()
     if not indices.numel():
         return indices.new_empty((*indices.shape, cols), dtype=dtype)
-    if found is None or not cols:
+    if library is None or not cols:
         return reference.embedding(indices, weight, format, rows, cols, layout, dtype)
     out = weight[0].new_empty((*indices.shape, cols), dtype=torch.float32)
     chosen, values = indices.long().contiguous(), decode_table(parse_format(format).grid)
-    status = found.library.mpq_embedding(
+    status = library.library.mpq_embedding(
         _plan(format, rows, cols).weight, weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0,
         values.data_ptr(), chosen.data_ptr(), chosen.numel(), out.data_ptr(),
     )  # fmt: skip
@@ -294,11 +294,11 @@ def embedding(
 
 def read(data: Tensor) -> None:
     """Read a contiguous tensor's whole megabytes with PyTorch's threads, at the machine's bandwidth."""
-    found = native()
-    if found is None:
+    library = native()
+    if library is None:
         data.sum()
     else:
-        found.library.mpq_read(data.data_ptr(), data.nbytes, torch.get_num_threads(), found.parallel)
+        library.library.mpq_read(data.data_ptr(), data.nbytes, torch.get_num_threads(), library.parallel)
 
 
 @lru_cache(maxsize=256)

@@ -68,9 +68,9 @@ def cache_folder() -> Path:
 def find_library() -> str | None:
     """Path or name of NVRTC: in the package nvidia-cuda-nvrtc, else where the system's loader looks; None without."""
     for folder in map(Path, sys.path):
-        found = sorted(folder.glob("nvidia/*/lib/libnvrtc.so.*[0-9]"))
-        if found:
-            return str(found[-1])
+        libraries = sorted(folder.glob("nvidia/*/lib/libnvrtc.so.*[0-9]"))
+        if libraries:
+            return str(libraries[-1])
     for name in ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"):
         try:
             ctypes.CDLL(name)

@@ -118,6 +118,6 @@ def _verdicts() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    found = complaint_about(BACKENDS[sys.argv[1]].product, torch.device(sys.argv[2]))
-    if found:
-        sys.exit(found)
+    failure = complaint_about(BACKENDS[sys.argv[1]].product, torch.device(sys.argv[2]))
+    if failure:
+        sys.exit(failure)

@@ -30,19 +30,19 @@ def candidates(format: Format, tokens: int, rows: int, cols: int, processors: in
     """Blocks worth timing, the safe choice first; group scales stay on the accumulators."""
     spec = spec_of(format)
     base = default_config(spec, tokens, rows, cols, processors)
-    found = [base]
+    configs = [base]
     for block_k in sorted({step_cols(spec), min(64, step_cols(spec))}):
         for block_n, split, stages in ((64, 1, 4), (64, 2, 4), (64, 4, 4), (64, 8, 5), (128, 1, 3), (128, 4, 4)):
             warps = 4 if block_n == 64 else 8
-            found.append(replace(base, block_n=block_n, block_k=block_k, split=split, stages=stages, warps=warps))
+            configs.append(replace(base, block_n=block_n, block_k=block_k, split=split, stages=stages, warps=warps))
         if tokens > 16:
-            found += [
-                replace(found[-1], block_n=block_n, split=1, warps=warps, stages=stages, programs=times * processors)
+            configs += [
+                replace(configs[-1], block_n=block_n, split=1, warps=warps, stages=stages, programs=times * processors)
                 for block_n, warps, stages, times in ((64, 4, 4, 1), (64, 4, 4, 2), (128, 8, 3, 1), (128, 8, 4, 1))
             ]
     backends = ("cuda", "hopper") if tokens >= 16 else ("cuda",)
-    found += [Config(split=split, backend=backend) for backend in backends for split in (1, 2, 4, 8)]
-    return list(dict.fromkeys(found))
+    configs += [Config(split=split, backend=backend) for backend in backends for split in (1, 2, 4, 8)]
+    return list(dict.fromkeys(configs))
 
 
 def tune(
