@@ -96,7 +96,7 @@ def _previous(folder: Path) -> Mapping[str, Any]:
     known: dict[str, Any] = {}
     for note in (WRITING, CHECKSUMS):
         if (folder / note).is_file():
-            known |= {CHECKSUMS: "", **_names_noted(folder / note)}
+            known |= {CHECKSUMS: "", **_names_recorded(folder / note)}
     return known
 
 
@@ -121,14 +121,14 @@ def read_checksums(folder: Path) -> Checksums:
     """
     if not (folder / CHECKSUMS).exists() and (folder / WRITING).is_file():
         raise MpqError(f"an export into {folder} was interrupted: run the same command again to complete it")
-    return _names_noted(folder / CHECKSUMS)
+    return _names_recorded(folder / CHECKSUMS)
 
 
-def _names_noted(path: Path) -> Checksums:
-    noted: Checksums = read_json(path)
-    for name in noted:
+def _names_recorded(path: Path) -> Checksums:
+    recorded: Checksums = read_json(path)
+    for name in recorded:
         safe_name(name, path)
-    return noted
+    return recorded
 
 
 def read_json(path: Path) -> Any:
@@ -167,9 +167,9 @@ def check_texts(folder: Path, checksums: Checksums) -> None:
     """
     for name in ("config.json", ALLOCATION):
         read_checked_json(folder / name, checksums)
-    for name, noted in checksums.items():
+    for name, recorded in checksums.items():
         path = folder / name
-        if noted and isinstance(noted, str) and not (path.is_file() and _file_digest(path) == noted):
+        if recorded and isinstance(recorded, str) and not (path.is_file() and _file_digest(path) == recorded):
             log.warning("%s was %s after the export", path, "edited" if path.is_file() else "removed")
 
 

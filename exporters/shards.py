@@ -37,13 +37,13 @@ def write_tensors(
     coming = iter(tensors)
     digests: dict[str, dict[str, str]] = {}
     for file, names in zip(files, plan, strict=True):
-        held = {name: _checked(name, specs[name], *next(coming)) for name in names}
+        shard_tensors = {name: _checked(name, specs[name], *next(coming)) for name in names}
         try:
-            save_file(held, folder / file, metadata={"format": "pt"})
+            save_file(shard_tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise MpqError(f"cannot write {folder / file}: {error}") from error
-        digests[file] = {name: tensor_digest(tensor) for name, tensor in held.items()}
-        del held  # before the next shard's tensors come
+        digests[file] = {name: tensor_digest(tensor) for name, tensor in shard_tensors.items()}
+        del shard_tensors  # before the next shard's tensors come
     if len(files) > 1:
         weight_map = {name: file for file, names in digests.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -112,21 +112,21 @@ class Shards:
 
     def _open(self, file: str) -> None:
         path = self.folder / file
-        noted = self.checksums.get(file)
-        if not isinstance(noted, dict):
+        recorded = self.checksums.get(file)
+        if not isinstance(recorded, dict):
             raise MpqError(f"{self.folder} has no checksums of {file}: export again")
         try:
             opened = self._stack.enter_context(safe_open(path, framework="pt"))
         except (OSError, SafetensorError) as error:
             raise MpqError(f"{path} is missing, cut or damaged ({error}): export again") from error
         stored = set(opened.keys())
-        for name in noted:
+        for name in recorded:
             if name not in stored:
                 raise MpqError(f"{path} lacks the tensor {name}: it is not the file that was exported")
-        for name in stored - noted.keys():
+        for name in stored - recorded.keys():
             raise MpqError(f"{path} holds the tensor {name}, which was not exported: it was altered")
         self._files[file] = opened
-        self._file_of.update(dict.fromkeys(noted, file))
+        self._file_of.update(dict.fromkeys(recorded, file))
 
     def __enter__(self) -> "Shards":
         return self
@@ -146,9 +146,9 @@ class Shards:
         if file is None:
             raise MpqError(f"{self.folder} has no tensor {name}: it was exported from another model")
         tensor: Tensor = self._files[file].get_tensor(name)  # type: ignore[no-untyped-call]
-        noted = self.checksums[file]
-        assert isinstance(noted, dict)
-        if not has_digest(tensor, noted[name]):
+        recorded = self.checksums[file]
+        assert isinstance(recorded, dict)
+        if not has_digest(tensor, recorded[name]):
             raise MpqError(f"{self.folder / file}: the tensor {name} is not what was exported (its checksum differs)")
         return tensor
 
@@ -158,7 +158,7 @@ def tensor_digest(tensor: Tensor) -> str:
     return f"{digest(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)} {tensor.dtype}"
 
 
-def has_digest(tensor: Tensor, noted: str | None) -> bool:
+def has_digest(tensor: Tensor, recorded: str | None) -> bool:
     """Whether this is a tensor's digest; one without a type is of an earlier version."""
     digest = tensor_digest(tensor)
-    return noted in (digest, digest.partition(" ")[0])
+    return recorded in (digest, digest.partition(" ")[0])

@@ -125,20 +125,20 @@ def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, 
     coming = iter(calls)
 
     def compare(name: str, module: nn.Module, call: tuple[Any, Any, Any]) -> Any:
-        kept = next(coming, None)
-        if kept is None or kept.name != name:
-            wanted = "no layer" if kept is None else kept.name or "the whole model"
-            raise _differs(f"it calls layer {name} where the model calls {wanted}")
-        _, given, output = call
-        _compare(f"what reaches layer {name}" if name else "what the model is called with", kept.inputs, given)
+        reference = next(coming, None)
+        if reference is None or reference.name != name:
+            described = "no layer" if reference is None else reference.name or "the whole model"
+            raise _differs(f"it calls layer {name} where the model calls {described}")
+        _, inputs, output = call
+        _compare(f"what reaches layer {name}" if name else "what the model is called with", reference.inputs, inputs)
         what = f"what layer {name} gives" if name else "the model's output"
-        _compare(what, kept.output, _tensors(output), kept.allowed)
-        return kept.output[0].clone() if name else None
+        _compare(what, reference.output, _tensors(output), reference.allowed)
+        return reference.output[0].clone() if name else None
 
     with _hooked(loaded, names, compare):
         actual = _result(run, loaded)
-    if (left := next(coming, None)) is not None:
-        raise _differs(f"it never calls layer {left.name}")
+    if (missing := next(coming, None)) is not None:
+        raise _differs(f"it never calls layer {missing.name}")
     _compare("what the model gives", expected, actual)
 
 
@@ -153,10 +153,10 @@ class Call:
 
 
 def _kept(name: str, module: nn.Module, call: tuple[Any, Any, Any]) -> Call:
-    used, given, output = call
+    used, inputs, output = call
     outputs = [tensor.clone() for tensor in _tensors(output)]
     allowed = [kernel_error(module, used, output)] if name and isinstance(output, Tensor) else None
-    return Call(name, given, outputs, allowed)
+    return Call(name, inputs, outputs, allowed)
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -169,19 +169,19 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _hooked(model: nn.Module, names: Iterable[str], told: Callable[..., Any]) -> Iterator[None]:
+def _hooked(model: nn.Module, names: Iterable[str], report: Callable[..., Any]) -> Iterator[None]:
     """`told(name, module, (input as used, inputs as given, output))` at each call; what it returns is handed on."""
     handles = []
-    given: dict[str, list[list[Tensor]]] = {}
+    original_inputs: dict[str, list[list[Tensor]]] = {}
 
     def hook(name: str, module: nn.Module) -> None:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             tensors = [tensor.clone() for tensor in _tensors((args, kwargs))]
-            given.setdefault(name, []).append(tensors)
+            original_inputs.setdefault(name, []).append(tensors)
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             used = next(iter(_tensors((args, kwargs))), None)
-            return told(name, module, (used, given[name].pop(), output))
+            return report(name, module, (used, original_inputs[name].pop(), output))
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))

@@ -40,7 +40,7 @@ class Measured:
         divergence = self.quality.divergence
         return (self.increase, self.error) if divergence is None else divergence.mean()
 
-    def facts(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Size, measured quality and harm as JSON values."""
         divergence = self.quality.divergence
         return {
@@ -124,11 +124,11 @@ def sentences(measured: Sequence[Measured], acceptance: Acceptance) -> tuple[str
     said = [f"On unseen data the {what} is {_with_error(harm, error)}."]
     if uniform is not None and uniform is not acceptance.chosen:
         best = next(one for one in measured if one.name == uniform.name)
-        difference, spread = chosen.quality.harm_above(best.quality)
+        difference, difference_error = chosen.quality.harm_above(best.quality)
         share = f", {100 * -difference / best.harm[0]:.0f} % less" if difference < 0 < best.harm[0] else ""
         said.append(
             f"{best.name[:1].upper()}{best.name[1:]}, the best uniform format within the budget, has {best.harm[0]:.4g}"
-            f"{share} (paired difference {difference:.3g} +- {spread:.1g})."
+            f"{share} (paired difference {difference:.3g} +- {difference_error:.1g})."
         )
     predicted = chosen.allocation.loss
     if predicted > 0 and harm > 0:

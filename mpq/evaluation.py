@@ -219,8 +219,8 @@ def _measure(logits: Tensor, targets: Tensor, known: Known | None, number: int) 
     counted = targets != IGNORED
     weights = counted.sum(1)
     each = weights.clamp(min=1)
-    wanted = log_probs.gather(-1, targets.masked_fill(~counted, 0).unsqueeze(-1)).squeeze(-1)
-    losses = -(wanted.double() * counted).sum(1) / each
+    target_log_probs = log_probs.gather(-1, targets.masked_fill(~counted, 0).unsqueeze(-1)).squeeze(-1)
+    losses = -(target_log_probs.double() * counted).sum(1) / each
     hits = ((log_probs.argmax(-1) == targets) & counted).sum(1) == weights
     if known is None:
         return _Part(losses, weights, hits)
@@ -260,5 +260,5 @@ def mean_and_error(values: NDArray[np.float64], weights: NDArray[np.float64]) ->
     mean = float((values * weights).sum() / total)
     if len(values) < 2:
         return mean, math.nan
-    spread = float(((weights * (values - mean)) ** 2).sum())
-    return mean, math.sqrt(spread * len(values) / (len(values) - 1)) / float(total)
+    squares = float(((weights * (values - mean)) ** 2).sum())
+    return mean, math.sqrt(squares * len(values) / (len(values) - 1)) / float(total)

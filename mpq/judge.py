@@ -48,7 +48,7 @@ class Verdict:
     at_fixed_size: Interval  # Spearman within each budget, averaged over budgets
     regrets: Array  # (budgets,), measured loss of the allocation it leads to, above the best known at that budget
 
-    def facts(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The verdict as JSON values."""
         return {
             "metric": self.metric, "spearman": self.spearman.value, "kendall": self.kendall.value,
@@ -135,9 +135,9 @@ def judge(
         for name in problems
     ]
     verdicts.sort(key=lambda verdict: float(verdict.regrets.sum()))
-    facts = {"count": count, "method": method, "seed": seed}
+    settings = {"count": count, "method": method, "seed": seed}
     return Judgement(
-        tuple(budgets), stratum, every_bits, measured, predicted, chosen, best, tuple(verdicts), facts
+        tuple(budgets), stratum, every_bits, measured, predicted, chosen, best, tuple(verdicts), settings
     )  # fmt: skip
 
 

@@ -70,8 +70,8 @@ class Measurer:
 
     def _searched(self) -> tuple[Batch, ...]:
         sizes = np.cumsum([samples_in(batch) for batch in self.source.calibration])
-        wanted = max(SEARCHED_LEAST.get(self.source.kind, 64), SEARCHED * sizes[-1])
-        return self.source.calibration[: int(np.searchsorted(sizes, wanted)) + 1]
+        count = max(SEARCHED_LEAST.get(self.source.kind, 64), SEARCHED * sizes[-1])
+        return self.source.calibration[: int(np.searchsorted(sizes, count)) + 1]
 
     def means(self, allocation: Allocation, searching: bool = False) -> dict[str, Tensor]:
         """Running means estimated anew in the rounded network, on few samples while searching.

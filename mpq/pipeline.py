@@ -279,7 +279,7 @@ def _write_artefacts(outcome: Outcome, source: Source) -> None:
         outcome.folder / "report.html", title=f"{source.name} at {outcome.allocation.bits:.2f} bits per weight",
         table=outcome.table, frontier=outcome.frontier, allocation=outcome.allocation, rows=outcome.rows(),
         predictions=predictions, words=outcome.words(), points=points,
-        facts=_circumstances(source.model, outcome.seconds),
+        settings=_circumstances(source.model, outcome.seconds),
     )  # fmt: skip
 
 

@@ -85,9 +85,9 @@ def _curve(name: str, frontier: Frontier | SavedFrontier) -> Curve:
             return Curve(name, frontier.bits, frontier.losses, band)
         return Curve(name, frontier.bits, frontier.measured, band, frontier.losses)
     shown = np.unique(np.linspace(0, len(frontier) - 1, min(POINTS, len(frontier))).round().astype(int))
-    facts = [frontier.facts(index) for index in shown.tolist()]
-    band = 2 * np.nan_to_num([fact["error"] for fact in facts])
-    predicted = np.array([fact["loss"] for fact in facts]) if MEASURED_COLUMN in facts[0] else None
+    columns = [frontier.extra_columns(index) for index in shown.tolist()]
+    band = 2 * np.nan_to_num([fact["error"] for fact in columns])
+    predicted = np.array([fact["loss"] for fact in columns]) if MEASURED_COLUMN in columns[0] else None
     return Curve(name, frontier.bits[shown], frontier.losses[shown], band, predicted)
 
 

@@ -215,9 +215,9 @@ class WeightRounding(nn.Module):
             self.register_buffer(name, table)
         self.tables = replace(quantized, codes=quantized.codes[:0])
         weight: Tensor = owner.weight  # type: ignore[assignment]
-        wanted = matrix_to_weight(dequantize(quantized), owner).to(weight.dtype)
+        rounded = matrix_to_weight(dequantize(quantized), owner).to(weight.dtype)
         with torch.no_grad():  # where a method chose another code than the nearest, the weight starts on that code
-            weight.copy_(torch.where(self._round(weight) == wanted, weight, wanted))
+            weight.copy_(torch.where(self._round(weight) == rounded, weight, rounded))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rounded weight."""

@@ -64,7 +64,7 @@ def write_report(
     predictions: Sequence[Prediction],
     words: Sequence[str] = (),
     points: Sequence[Point] = (),
-    facts: Mapping[str, object] | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> None:
     """Write the report, whole or not at all."""
     shown = frontier_facts({"searched frontier": frontier}, {"chosen": allocation}, points)
@@ -77,7 +77,7 @@ def write_report(
         "<h2>Predicted and measured</h2>", _svg(draw_predictions(predictions)),
         "<h2>Sensitivity of each layer in each format</h2>", _svg(draw_table(table)),
         "<h2>Coverage</h2>", _coverage(table),
-        "<h2>Settings</h2>", _settings({**table.provenance, **(facts or {})}),
+        "<h2>Settings</h2>", _settings({**table.provenance, **(settings or {})}),
     ]  # fmt: skip
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
     with write_atomically(path) as draft:
@@ -116,8 +116,8 @@ def _cells(values: Iterable[object]) -> str:
 
 
 def _layer_table(allocation: Allocation) -> str:
-    facts = layer_facts(allocation)
-    rows = zip(allocation.layers, facts.schemes, facts.bits, strict=True)
+    strip = layer_facts(allocation)
+    rows = zip(allocation.layers, strip.schemes, strip.bits, strict=True)
     lines = (
         f"<tr>{_cells((layer.name, layer.kind, f'{layer.rows} x {layer.cols}', scheme, f'{bits:.3f}', layer.tie))}</tr>"
         for layer, scheme, bits in rows
@@ -129,16 +129,16 @@ def _layer_table(allocation: Allocation) -> str:
 def _coverage(table: SensitivityTable) -> str:
     if "coverage" not in table.provenance:
         return "<p>Not recorded in this table.</p>"
-    coverage = Coverage.of_facts(table.provenance["coverage"])
+    coverage = Coverage.from_json(table.provenance["coverage"])
     lines = "".join(f"<tr>{_cells(row)}</tr>" for row in coverage.rows())
     head = "<tr><th>what</th><th>share of the parameters</th><th>such as</th></tr>"
     return f"<p>{escape(str(coverage))}</p><table>{head}{lines}</table>"
 
 
-def _settings(facts: Mapping[str, object]) -> str:
+def _settings(settings: Mapping[str, object]) -> str:
     lines = (
         f"<tr><td>{escape(str(key))}</td><td>{escape(str(value))}</td></tr>"
-        for key, value in facts.items()
+        for key, value in settings.items()
         if key != "coverage"
     )
     return f"<table>{''.join(lines)}</table>"

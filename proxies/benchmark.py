@@ -100,7 +100,7 @@ class Benchmark:
         """The text of the file."""
         header = {
             **self.provenance,
-            "layers": [facts_of(layer) for layer in self.layers],
+            "layers": [record_of(layer) for layer in self.layers],
             "schemes": list(self.schemes),
             "rows": len(self),
         }
@@ -128,7 +128,7 @@ def _parse(text: str) -> Benchmark:
     if not first.startswith("# ") or not text.endswith("\n"):
         raise ValueError("the first line is no JSON, or the last line is cut")
     header = json.loads(first[2:])
-    layers = tuple(layer_of(facts) for facts in header.pop("layers"))
+    layers = tuple(layer_of(layer_record) for layer_record in header.pop("layers"))
     schemes = tuple(parse_scheme(name).name for name in header.pop("schemes"))
     records = list(csv.DictReader(io.StringIO(rest), strict=True))
     if len(records) != header.pop("rows"):
@@ -146,12 +146,12 @@ def spell(choice: Iterable[int]) -> str:
     return "".join(DIGITS[index] for index in choice)
 
 
-def layer_of(facts: Sequence[Any]) -> Layer:
-    """The inverse of `facts_of`."""
-    name, kind, rows, cols, macs, tie, aliases = facts
+def layer_of(record: Sequence[Any]) -> Layer:
+    """The inverse of `record_of`."""
+    name, kind, rows, cols, macs, tie, aliases = record
     return Layer(name, kind, rows, cols, macs, tie, tuple(aliases))
 
 
-def facts_of(layer: Layer) -> list[Any]:
+def record_of(layer: Layer) -> list[Any]:
     """A layer as JSON values."""
     return [layer.name, layer.kind, layer.rows, layer.cols, layer.macs, layer.tie, list(layer.aliases)]

@@ -80,25 +80,25 @@ def collect_statistics(
             raise MpqError(f"unknown statistic {name!r}: {nearest_names(name, INPUTS)}")
     batches = check_batches(batches)
     parsed = tuple(parse_scheme(name) for name in schemes)
-    facts = {
+    settings = {
         "weights": model_fingerprint(model), "data": fingerprint(t for batch in batches for t in tensors_in(batch)),
         "schemes": [scheme.name for scheme in parsed], "method": method, "samples": samples, "seed": seed,
     }  # fmt: skip
     if cache is not None and Path(cache).exists():
         known = Statistics.load(cache)
-        known.check(facts)
+        known.check(settings)
         if set(wanted) <= set(known.numbers):
             return known
     with evaluating(model):
         layers = count_macs(model, find_layers(model), batches[0], loss_fn)
         task = Task(model, batches, loss_fn, layers, parsed, method_named(method), seed, progress=progress)
-        statistics = collect(task, wanted, samples, facts)
+        statistics = collect(task, wanted, samples, settings)
     if cache is not None:
         statistics.save(cache)
     return statistics
 
 
-def collect(task: Task, wanted: Sequence[str], samples: int, facts: Mapping[str, Any]) -> Statistics:
+def collect(task: Task, wanted: Sequence[str], samples: int, settings: Mapping[str, Any]) -> Statistics:
     """The wanted statistics of a task's layers; its model is in evaluation mode."""
     keep = _Keeper(task, samples)
     numbers: dict[str, Numbers] = {}
@@ -112,7 +112,7 @@ def collect(task: Task, wanted: Sequence[str], samples: int, facts: Mapping[str,
             numbers[name] = features[name]
             seconds[name] = time.perf_counter() - start
     names = tuple(scheme.name for scheme in task.schemes)
-    return Statistics(task.layers, names, keep.spaces, numbers, seconds, facts)
+    return Statistics(task.layers, names, keep.spaces, numbers, seconds, settings)
 
 
 class _Keeper:

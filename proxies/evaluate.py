@@ -95,8 +95,8 @@ class Evaluator:
             space = self.statistics.space(first.space)
             return Value(first.space + "'", _matmul(first.numbers, values[1].numbers, space))
         space_name = first.space if first.space != LAYER else values[1].space
-        left, right = (self._spread(value, space_name) for value in values)
-        return Value(space_name, COMBINATIONS[name](left, right))
+        left, second = (self._spread(value, space_name) for value in values)
+        return Value(space_name, COMBINATIONS[name](left, second))
 
     def _spread(self, value: Value, space: str) -> Array:
         if value.space == space:

@@ -256,9 +256,9 @@ class _State:
             self.best = _individual(content["best"])
             self.history = [Generation(*line) for line in content["history"]]
             self.judge.fates, self.judge.seen = Counter(content["fates"]), set(content["seen"])
-        wanted = self.settings_for_file()
-        if saved != wanted:
-            differing = ", ".join(key for key in wanted if saved.get(key) != wanted[key])
+        expected = self.settings_for_file()
+        if saved != expected:
+            differing = ", ".join(key for key in expected if saved.get(key) != expected[key])
             raise MpqError(
                 f"{os.fspath(path)} was left by an evolution with other settings ({differing}): "
                 "use the same ones to resume, or delete it to start anew"

@@ -80,14 +80,14 @@ def plot_history(history: History, title: str = "") -> "Figure":
     """Best and median fitness against the proxies judged, the last formula named."""
     from matplotlib.figure import Figure
 
-    facts = curves(history)
+    shown = curves(history)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.step(facts.judged, facts.best, where="post", label="best")
-    axes.plot(facts.judged, facts.median, label="median of the population", alpha=0.7)
-    axes.plot([step[0] for step in facts.steps], [step[1] for step in facts.steps], "k.", markersize=4)
+    axes.step(shown.judged, shown.best, where="post", label="best")
+    axes.plot(shown.judged, shown.median, label="median of the population", alpha=0.7)
+    axes.plot([step[0] for step in shown.steps], [step[1] for step in shown.steps], "k.", markersize=4)
     axes.set_xlabel("distinct valid proxies judged")
     axes.set_ylabel("fitness (mean rank correlation)")
-    axes.set_title(title or (facts.steps[-1][2] if facts.steps else ""), fontsize=8)
+    axes.set_title(title or (shown.steps[-1][2] if shown.steps else ""), fontsize=8)
     axes.legend()
     return figure

@@ -102,12 +102,12 @@ def build_benchmark(
     layers = count_macs(network, find_layers(network), batches[0], loss_fn)
     names, options = _options(layers, schemes, fixed or {})
     choices = draw_configurations(layers, options, rows, seed)
-    facts = {
+    settings = {
         "weights": model_fingerprint(network), "data": fingerprint(t for batch in batches for t in tensors_in(batch)),
         "method": method, "seed": seed, "fixed": dict(fixed or {}),
         "nsamples": sum(samples_in(batch) for batch in batches),
     }  # fmt: skip
-    journal = Journal(resume, {**facts, "schemes": names})
+    journal = Journal(resume, {**settings, "schemes": names})
     loss, accuracy = measure(network, batches, loss_fn)
     cache = _rounded(network, layers, names, options, method)
     measured = []
@@ -122,8 +122,8 @@ def build_benchmark(
             journal.note(spell(choice), values)
         measured.append(values)
     losses, accuracies = np.array(measured, dtype=np.float64).T
-    facts |= {"reference_loss": loss, "reference_accuracy": None if np.isnan(accuracy) else accuracy}
-    table = Benchmark(layers, names, choices, losses, accuracies, {**(provenance or {}), **facts})
+    settings |= {"reference_loss": loss, "reference_accuracy": None if np.isnan(accuracy) else accuracy}
+    table = Benchmark(layers, names, choices, losses, accuracies, {**(provenance or {}), **settings})
     journal.close()
     return table
 

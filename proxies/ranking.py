@@ -27,12 +27,12 @@ def _correlation(left: Array, right: Array) -> Array:
     return np.asarray(np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0))
 
 
-def partial_spearman(left: Array, right: Array, given: Array) -> Array:
-    """Rank correlation of what is left of `left` and `right` once the ranks of `given` are taken out, last axis.
+def partial_spearman(left: Array, right: Array, control: Array) -> Array:
+    """Rank correlation of what is left of `left` and `right` once the ranks of `control` are taken out, last axis.
 
-    0 where `left` or `right` is nothing but a function of `given`.
+    0 where `left` or `right` is nothing but a function of `control`.
     """
-    ranks = [rankdata(values, axis=-1) for values in np.broadcast_arrays(left, right, given)]
+    ranks = [rankdata(values, axis=-1) for values in np.broadcast_arrays(left, right, control)]
     ab, ac, bc = (_correlation(ranks[i], ranks[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     rest = (1 - ac**2) * (1 - bc**2)
     known = rest > 1e-12

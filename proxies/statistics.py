@@ -15,7 +15,7 @@ from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.layer import Layer
 from mpq.core.reading import reading
-from mpq.proxies.benchmark import facts_of, layer_of
+from mpq.proxies.benchmark import layer_of, record_of
 from mpq.proxies.programs import INPUTS, LAYER
 
 Numbers = NDArray[Any]  # float32 elements, float64 numbers of layers
@@ -87,7 +87,7 @@ class Statistics:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .npz file, whole or not at all."""
         header = {
-            "layers": [facts_of(layer) for layer in self.layers],
+            "layers": [record_of(layer) for layer in self.layers],
             "schemes": self.schemes, "seconds": dict(self.seconds), "provenance": dict(self.provenance),
         }  # fmt: skip
         arrays: dict[str, Any] = {f"numbers/{name}": value for name, value in self.numbers.items()}
@@ -107,7 +107,7 @@ class Statistics:
             with np.load(Path(path), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             header = json.loads(arrays.pop("header").tobytes())
-            layers = tuple(layer_of(facts) for facts in header["layers"])
+            layers = tuple(layer_of(record) for record in header["layers"])
             spaces = {name[6:]: Space(*value) for name, value in arrays.items() if name.startswith("space/")}
             numbers = {name[8:]: value for name, value in arrays.items() if name.startswith("numbers/")}
             return cls(layers, tuple(header["schemes"]), spaces, numbers, header["seconds"], header["provenance"])

@@ -71,8 +71,8 @@ def frontier_of(
     problem = build_problem(table, pin=pin, forbid=forbid, ties=ties, costs=costs, budgets=budgets)
     function = search_named(search)
     known = signature(function).parameters.values()
-    wanted = [one.name for one in known if one.kind is one.KEYWORD_ONLY and one.default is one.empty]
-    missing = [name for name in wanted if name not in options]
+    required = [one.name for one in known if one.kind is one.KEYWORD_ONLY and one.default is one.empty]
+    missing = [name for name in required if name not in options]
     if missing:
         raise MpqError(f"the search {search} also needs {' and '.join(missing)}: {NEEDED.get(missing[0], 'give it')}")
     return function(problem, **options)

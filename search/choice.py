@@ -65,17 +65,17 @@ def allocate(
     check_choice(search, loss is not None, bool(budgets), whole_frontier)
     costs = {"latency": latency_cost(table, latencies, batch)} if latencies is not None else {}
     limits: dict[str, float | str] = dict(budgets or {})
-    asked: dict[str, Any] = {"search": search, "pin": pin, "ties": ties, "costs": costs, "budgets": limits, **options}
+    request: dict[str, Any] = {"search": search, "pin": pin, "ties": ties, "costs": costs, "budgets": limits, **options}
     if search == "cheapest":
-        frontier = frontier_of(table, **asked, loss=loss)
+        frontier = frontier_of(table, **request, loss=loss)
         return Choice(frontier, frontier.allocation(0))
     nbytes = parse_size(size) if size is not None else None
     if search == "exact" or whole_frontier:
-        frontier = frontier_of(table, **asked)
+        frontier = frontier_of(table, **request)
         return Choice(frontier, frontier.at(bits=bits, size=nbytes))
     weights = sum(layer.params for layer in table.layers)
     limits["size"] = bits * weights / 8 if bits is not None else (nbytes or 0) - table.provenance.get("overhead", 0)
-    frontier = frontier_of(table, **asked)
+    frontier = frontier_of(table, **request)
     return Choice(frontier, frontier.allocation(len(frontier) - 1))
 
 

@@ -95,18 +95,18 @@ class MeasuredFrontier(Frontier):
     dropped: int = 0  # allocations that did badly on a part of the data
     errors: tuple[float, ...] = ()  # (points,), standard errors of the measured losses
 
-    def facts(self, index: int) -> dict[str, float]:
+    def extra_columns(self, index: int) -> dict[str, float]:
         """What is told of a point beside its costs: predicted loss, measured loss and the latter's standard error."""
         return {
-            "loss": super().facts(index)["loss"], MEASURED_COLUMN: float(self.losses[index]),
+            "loss": super().extra_columns(index)["loss"], MEASURED_COLUMN: float(self.losses[index]),
             "error": self.errors[index] if self.errors else math.nan,
         }  # fmt: skip
 
     def allocation(self, index: int) -> Allocation:
         """The allocation of a point."""
         allocation = super().allocation(index)
-        facts = {**allocation.provenance, "search": "evolution", "measured_loss": float(self.losses[index])}
-        return replace(allocation, provenance=facts)
+        provenance = {**allocation.provenance, "search": "evolution", "measured_loss": float(self.losses[index])}
+        return replace(allocation, provenance=provenance)
 
 
 def evolution(
@@ -222,12 +222,12 @@ class _Worker:
         if any(trial.state is TrialState.WAITING for trial in known):
             return
         begun = {trial.user_attrs.get(KEY) for trial in known if trial.user_attrs.get(OUTCOME) != LOST}
-        left = [levels for levels in starts if _key(levels) not in begun]
-        if left:
+        remaining = [levels for levels in starts if _key(levels) not in begun]
+        if remaining:
             # The first generation of a genetic sampler: without this mark it would never be among the parents.
             genetic = isinstance(self.study.sampler, (NSGAIISampler, NSGAIIISampler))
             marks = {f"{type(self.study.sampler).__name__}:generation": 0} if genetic else {}
-            enqueue(self.study, {_name(g): int(level) for g, level in enumerate(left[0])}, {START: True}, marks)
+            enqueue(self.study, {_name(g): int(level) for g, level in enumerate(remaining[0])}, {START: True}, marks)
 
     def _measure(self, trial: Trial) -> bool:
         """Measure and end a trial; whether it was a new one."""
@@ -334,8 +334,8 @@ def _settings(problem: Problem, sampler: str, shares: Sequence[float], starts: i
     for name in sorted(problem.costs):
         digest.update(problem.costs[name].tobytes())
     names = [layer.name for layer in problem.layers]
-    facts = [names, problem.schemes, dict(problem.budgets), sampler, list(shares), starts, seed, digest.hexdigest()]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    settings = [names, problem.schemes, dict(problem.budgets), sampler, list(shares), starts, seed, digest.hexdigest()]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _measured(trial: FrozenTrial) -> bool:

@@ -33,8 +33,8 @@ def integer(problem: Problem, *, cost: str = "size", time_limit: float | None = 
     check_budgets(problem)
     rows, columns = np.nonzero(np.isfinite(problem.losses))
     losses = problem.losses[rows, columns]
-    spread = float(np.ptp(losses))
-    objective = (losses - losses.min()) / (spread or 1.0) * OBJECTIVE_RANGE
+    loss_range = float(np.ptp(losses))
+    objective = (losses - losses.min()) / (loss_range or 1.0) * OBJECTIVE_RANGE
     one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
     limits = dict(problem.budgets)
     for _ in range(TIGHTENINGS):

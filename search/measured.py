@@ -77,8 +77,8 @@ class Belief:
         scores = np.where(possible, np.maximum(problem.losses, 0.0), 0.0)
         predicted = float(scores[np.arange(len(origin)), origin].sum())
         scale = measured / predicted if measured > 0 and predicted > 0 else 1.0
-        spread = np.sqrt((DEVIATION * scores) ** 2 + np.where(possible, problem.variances, 0.0))
-        return cls(scale * scores, scale * spread, origin)
+        deviations = np.sqrt((DEVIATION * scores) ** 2 + np.where(possible, problem.variances, 0.0))
+        return cls(scale * scores, scale * deviations, origin)
 
     def learn(self, choices: Choices, difference: float, error: float) -> None:
         """Take in the measured loss of choices above the origin's."""
@@ -103,13 +103,13 @@ class Belief:
         if not self.rows:
             return table
         rows, noise = np.stack(self.rows), np.array(self.noise)
-        spread = rows * self.deviation.ravel() ** 2
-        told = np.array(self.seen)
+        covariances = rows * self.deviation.ravel() ** 2
+        differences = np.array(self.seen)
         if generator is not None:
-            told = told + np.sqrt(noise) * generator.standard_normal(len(noise))
-        covariance = spread @ rows.T + np.diag(noise)
-        gain = np.linalg.lstsq(covariance, told - rows @ table.ravel(), rcond=None)[0]
-        return table + (gain @ spread).reshape(table.shape)
+            differences = differences + np.sqrt(noise) * generator.standard_normal(len(noise))
+        covariance = covariances @ rows.T + np.diag(noise)
+        gain = np.linalg.lstsq(covariance, differences - rows @ table.ravel(), rcond=None)[0]
+        return table + (gain @ covariances).reshape(table.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,15 +131,15 @@ def polish(
     generator = np.random.default_rng(seed)
     best = np.asarray(start, dtype=np.intp)
     losses = origin = measure(best)
-    told = [(best, float(losses.mean()))]
+    history = [(best, float(losses.mean()))]
     fixed = bool((np.isfinite(problem.losses).sum(1) == 1).all())
     if not np.isfinite(losses).all() or rounds < 1 or fixed:
-        return Polished(best, tuple(told))
+        return Polished(best, tuple(history))
     belief = Belief.of(problem, best, float(losses.mean()))
     known = {tuple(best.tolist())}
     radius = max(SMALLEST_RADIUS, len(best) // 3)
     idle = 0
-    while len(told) <= rounds and idle < PATIENCE:
+    while len(history) <= rounds and idle < PATIENCE:
         table = belief.draw(generator) if idle < PATIENCE - 1 else belief.expected()
         proposal = nearby(problem, table, best, radius, size)
         if tuple(proposal.tolist()) in known:
@@ -148,7 +148,7 @@ def polish(
         idle = 0
         known.add(tuple(proposal.tolist()))
         new = measure(proposal)
-        told.append((proposal, float(new.mean())))
+        history.append((proposal, float(new.mean())))
         if not np.isfinite(new).all():
             radius = max(SMALLEST_RADIUS, radius // 2)
             continue
@@ -158,7 +158,7 @@ def polish(
             best, losses, radius = proposal, new, min(2 * radius, len(best))
         else:
             radius = max(SMALLEST_RADIUS, 2 * radius // 3)
-    return Polished(best, tuple(told))
+    return Polished(best, tuple(history))
 
 
 def nearby(problem: Problem, table: Array, center: Choices, radius: int, size: float) -> Choices:

@@ -88,9 +88,9 @@ def _joined(parts: list[_Partial]) -> _Partial | None:
     return _Partial(costs[kept], losses[kept], np.concatenate([part.counts for part in parts])[kept])
 
 
-def _sensitivities(problem: Problem, levels: NDArray[np.intp], given: ArrayLike | None) -> Array:
-    if given is not None:
-        sensitivities = np.asarray(given, dtype=np.float64)
+def _sensitivities(problem: Problem, levels: NDArray[np.intp], override: ArrayLike | None) -> Array:
+    if override is not None:
+        sensitivities = np.asarray(override, dtype=np.float64)
         if sensitivities.shape != (len(problem.groups),) or np.isnan(sensitivities).any():
             raise MpqError(f"sensitivities want one number for each of {len(problem.groups)} groups, none NaN")
         return sensitivities

@@ -135,12 +135,12 @@ class OneShot:
     def allocation(self) -> Allocation:
         """The likeliest scheme of every layer; its `loss` is unknown, its provenance says cost and certainty."""
         best = self.controller.best()
-        facts = {
+        provenance = {
             "search": "one-shot", "seed": self.controller.seed, "steps": self.controller.step, "target": self.target,
             "cost_over_target": self.cost_of(best), "entropy": self.controller.entropy,
         }  # fmt: skip
         schemes = tuple(scheme.name for scheme in self._schemes(best))
-        return Allocation(self.layers, schemes, metric="one-shot", provenance=facts)
+        return Allocation(self.layers, schemes, metric="one-shot", provenance=provenance)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint of the training needs of the search, beside the model's and the optimizer's own."""

@@ -78,11 +78,11 @@ def group_interactions(problem: Problem, interactions: Interactions) -> tuple[Ar
 
     What the layers of one group cost each other counts as the group's own loss. The pairs' diagonal blocks are zero.
     """
-    for what, wanted, known in (
+    for what, expected, known in (
         ("layer", [layer.name for layer in problem.layers], interactions.layers),
         ("scheme", problem.schemes, interactions.schemes),
     ):
-        for name in wanted:
+        for name in expected:
             if name not in known:
                 raise MpqError(f"the interactions know no {what} {name}: measure them for this problem's {what}s")
     layers = [interactions.layers.index(layer.name) for layer in problem.layers]

@@ -111,10 +111,10 @@ class CheckedJournal(JournalFileBackend):
         """The lines from this one on; MpqError at one that is not as it was written."""
         start = log_number_from if log_number_from in self._before else 0
         for number, entry in enumerate(self._parsed(start), start):
-            noted = entry.pop(CHECKSUM, None)
-            if noted != _checksum(entry, self._before[number]):
+            recorded = entry.pop(CHECKSUM, None)
+            if recorded != _checksum(entry, self._before[number]):
                 raise self._altered("a line's checksum differs")
-            self._before[number + 1] = noted
+            self._before[number + 1] = recorded
             if number >= log_number_from:
                 yield entry
 

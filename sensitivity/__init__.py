@@ -67,7 +67,7 @@ METRICS: Registry[Metric] = Registry(
         Metric(
             "curvature",
             "mpq.sensitivity.curvature:curvature",
-            "Hessian trace spread as the layer's inputs are",
+            "Hessian trace distributed as the layer's inputs are",
             second_order=True,
         ),
         Metric(

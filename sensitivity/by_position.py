@@ -14,7 +14,7 @@ from mpq.sensitivity.activation_errors import input_error_slopes
 from mpq.sensitivity.backward import Labels, Piece, pieces, stream_uses
 from mpq.sensitivity.derivatives import Use, keeps_samples
 from mpq.sensitivity.output import Sums, add
-from mpq.sensitivity.spread import relative_error, spread
+from mpq.sensitivity.standard_error import power_sums, relative_error
 from mpq.sensitivity.task import RowScores, Task
 
 OUTLIER = 1 / 32  # of a piece's sum of |g_t|^2 |x_t|^2: what makes a position an outlier
@@ -34,7 +34,7 @@ class PositionCurvature:
     formats: tuple[Format, ...] = ()  # of activations
     # "moment": (groups, half of cols x cols); "rows": (groups, rows / groups), sums of g_tr^2. An embedding's
     # "lookups": (1, half of cols x cols); "tokens": (1, rows), sums of |g_t|^2. An activation format: (), sum of the
-    # squares of `input_error_slopes`. "spread": of the samples' sums of |g_t|^2 |x_t|^2.
+    # squares of `input_error_slopes`. "power sums": of the samples' sums of |g_t|^2 |x_t|^2.
     sums: Sums = field(default_factory=dict)
     outliers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # x_t (found, cols) and g_tr^2 (found, rows)
 
@@ -60,7 +60,7 @@ class PositionCurvature:
                     add(self.sums, format, input_error_slopes(use, format).square().sum(dtype=torch.float64).cpu())
             apart = keeps_samples(use, samples)
             sizes += squares.reshape(samples, -1).sum(1).cpu() if apart else squares.sum().cpu() / samples
-        add(self.sums, "spread", spread(sizes))
+        add(self.sums, "power sums", power_sums(sizes))
 
     def _keep_outliers(self, inputs: Tensor, slopes: Tensor, squares: Tensor) -> Tensor:
         """Keep positions of more than OUTLIER of all squares as they are; the other positions' slopes, zero there."""
@@ -88,7 +88,7 @@ class PositionCurvature:
 
     def relative_error(self) -> float:
         """Of the sum over all rows; 0 where no gradient came."""
-        return relative_error(self.sums["spread"]) if "spread" in self.sums else 0.0
+        return relative_error(self.sums["power sums"]) if "power sums" in self.sums else 0.0
 
 
 def position_scores(task: Task, labels: Labels) -> RowScores:

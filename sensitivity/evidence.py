@@ -86,14 +86,14 @@ def flat_loss(model: nn.Module, batch: Batch, loss_fn: LossFn) -> bool:
 def _slope(model: nn.Module, batch: Batch, loss_fn: LossFn, outputs: Sequence[Any], shift: float) -> float:
     """Norm of the loss's gradient in the logits of all calls, shifted at random by so much of their size."""
     logits: list[Tensor] = []
-    given: list[Any] = []
+    shifted: list[Any] = []
     for number, output in enumerate(outputs):
         detached = logits_of(output).detach()
         noise = torch.randn(detached.shape, generator=seeded(0, "shift", number)).to(detached.device)
         logits.append((detached + shift * detached.float().square().mean().sqrt() * noise).requires_grad_())
-        given.append(logits[-1] if isinstance(output, Tensor) else copy.copy(output))
+        shifted.append(logits[-1] if isinstance(output, Tensor) else copy.copy(output))
         if not isinstance(output, Tensor):
-            given[-1].logits = logits[-1]
-    with torch.enable_grad(), replaying(model, given):
+            shifted[-1].logits = logits[-1]
+    with torch.enable_grad(), replaying(model, shifted):
         slopes = torch.autograd.grad(loss_fn(model, batch), logits, materialize_grads=True, allow_unused=True)
     return math.sqrt(sum(slope.double().square().sum().item() for slope in slopes))

@@ -7,7 +7,7 @@ from mpq.core.layer import Layer
 from mpq.network.calibration import samples_in
 from mpq.network.parallel import total
 from mpq.sensitivity.derivatives import Use, layer_uses
-from mpq.sensitivity.spread import relative_error, spread
+from mpq.sensitivity.standard_error import power_sums, relative_error
 from mpq.sensitivity.task import Scores, Task, score_weight_errors
 
 CHUNK = 2**22  # numbers of per-sample gradients held at a time
@@ -29,27 +29,27 @@ def fisher(task: Task, *, labels: str = "data") -> Scores:
         labels: "model" takes gradients for random labels of the model's own, without the two defects above: the Fisher
             information proper, Gauss-Newton's diagonal. Cross-entropy only.
     """
-    diagonals, spreads = fisher_diagonals(task, labels)
+    diagonals, sums = fisher_diagonals(task, labels)
 
     def score(layer: Layer, difference: Tensor) -> tuple[float, float]:
         weighted = diagonals[layer.name] * difference.cpu().square()
         value = 0.5 * weighted.sum(dtype=torch.float64).item()
-        return value, value * relative_error(spreads[layer.name])
+        return value, value * relative_error(sums[layer.name])
 
     return score_weight_errors(task, score)
 
 
 def fisher_diagonals(task: Task, labels: str = "data") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Every layer's E_n[g_nj^2], (rows, cols), and the `spread` over samples of its sum, by layer name."""
+    """Every layer's E_n[g_nj^2], (rows, cols), and the `power_sums` over samples of its sum, by layer name."""
     diagonals = {layer.name: torch.zeros(layer.rows, layer.cols) for layer in task.layers}
-    spreads = {layer.name: torch.zeros(3, dtype=torch.float64) for layer in task.layers}
+    sums = {layer.name: torch.zeros(3, dtype=torch.float64) for layer in task.layers}
     for index in task.own_batches("per-sample gradients"):
         for samples, uses in layer_uses(task, index, labels):
             for layer in task.layers:
                 squares = _add_squares(diagonals[layer.name], uses[layer.name], samples, layer)
-                spreads[layer.name] += spread(squares)
+                sums[layer.name] += power_sums(squares)
     samples = sum(samples_in(batch) for batch in task.batches)
-    return {name: squares / samples for name, squares in total(diagonals).items()}, total(spreads)
+    return {name: squares / samples for name, squares in total(diagonals).items()}, total(sums)
 
 
 def _add_squares(diagonal: Tensor, uses: list[Use], samples: int, layer: Layer) -> Tensor:

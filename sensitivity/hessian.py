@@ -199,8 +199,10 @@ def _summary(
     if order is not None:
         probe_variances *= 1 - probes / order
     # The spread between batches holds the probes' noise as well; few batches estimate it badly, so the larger counts.
-    spread = shares**2 @ (by_batch - means) ** 2 * (batches / (batches - 1)) if batches > 1 else probe_variances
-    return Traces(means, np.sqrt(np.maximum(spread, probe_variances)), np.sqrt(probe_variances), probes)
+    between_batches = (
+        shares**2 @ (by_batch - means) ** 2 * (batches / (batches - 1)) if batches > 1 else probe_variances
+    )
+    return Traces(means, np.sqrt(np.maximum(between_batches, probe_variances)), np.sqrt(probe_variances), probes)
 
 
 def _draws(task: Task, operator: str, of: str, scales: Sequence[float], rounds: Sequence[int]) -> NDArray[np.float64]:
@@ -226,8 +228,8 @@ def _by_batch(
     items = {name.format(index, batch): (batch, index) for batch in range(len(task.batches)) for index in rounds}
 
     def draw(missing: Sequence[tuple[int, int]]) -> Iterator[list[float]]:
-        told = task.track(missing, f"Hessian probes {rounds[0] + 1} to {rounds[-1] + 1}")
-        for batch, values in groupby(told, key=lambda item: item[0]):
+        tracked = task.track(missing, f"Hessian probes {rounds[0] + 1} to {rounds[-1] + 1}")
+        for batch, values in groupby(tracked, key=lambda item: item[0]):
             yield from work(batch, [index for _, index in values])
 
     values = task.numbers(items, draw, adjacent=True)

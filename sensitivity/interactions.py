@@ -63,12 +63,12 @@ def interactions(
             model, batches, loss_fn, layers, parsed, method_named(method), progress=progress, second_moments=moments
         )
         losses, pairs = (_from_outputs if way == "outputs" else _measured)(task)
-    facts: dict[str, Any] = {
+    provenance: dict[str, Any] = {
         "way": way, "method": method, "reference_loss": reference,
         "nsamples": sum(samples_in(batch) for batch in batches),
     }  # fmt: skip
     names = tuple(scheme.name for scheme in parsed)
-    return Interactions(tuple(layer.name for layer in layers), names, losses, pairs, facts)
+    return Interactions(tuple(layer.name for layer in layers), names, losses, pairs, provenance)
 
 
 Arrays = tuple[NDArray[np.float64], NDArray[np.float64]]

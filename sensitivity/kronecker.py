@@ -13,7 +13,7 @@ from mpq.network.moments import half_gram, whole_gram
 from mpq.network.parallel import total
 from mpq.sensitivity.derivatives import Use, layer_uses
 from mpq.sensitivity.output import Sums, activation_formats, add, joint_error, joint_inputs, stacked
-from mpq.sensitivity.spread import relative_error, spread
+from mpq.sensitivity.standard_error import power_sums, relative_error
 from mpq.sensitivity.task import Scores, Task, score_errors
 
 WIDEST = 4096  # output channels whose gradients' moment is kept whole; of more, its diagonal
@@ -48,7 +48,7 @@ def kronecker(task: Task, *, labels: str = "auto") -> Scores:
         statistic = statistics[layer.name]
         error = joint_error(task, layer, scheme, difference.cpu())
         value = 0.5 * statistic.error(error, scheme.activation) / samples
-        return value, value * relative_error(statistic.sums["spread"])
+        return value, value * relative_error(statistic.sums["power sums"])
 
     return score_errors(task, score)
 
@@ -62,7 +62,7 @@ class KroneckerStatistics:
         # An activation format, or None: moment of the inputs, each weighted by |d_t|^2, (groups, half of cols x cols).
         # "gradients": theirs, (groups, half of rows / groups squared), or "diagonal" of it; "trace": (groups, 1, 1).
         # "tokens", an embedding's: (rows, 1), each one's sum of |d_t|^2; "token gradients": (cols, cols).
-        # "spread": of the samples' sums of |x_t|^2 |d_t|^2.
+        # "power sums": of the samples' sums of |x_t|^2 |d_t|^2.
         self.sums: Sums = {}
 
     def add(self, uses: list[Use], samples: int) -> None:
@@ -89,7 +89,7 @@ class KroneckerStatistics:
                 add(self.sums, "diagonal", flat.square().sum(1).cpu())
             add(self.sums, "trace", flat.square().sum((1, 2), keepdim=True).cpu())
             sizes += (lengths * inputs).square().sum((1, 2, 3)).cpu()
-        add(self.sums, "spread", spread(sizes))
+        add(self.sums, "power sums", power_sums(sizes))
 
     def error(self, difference: Tensor, format: Format | None = None) -> float:
         """tr(G dW A dW^T) / tr(G), summed over the samples, of a `joint_error` (rows, cols or 2 cols)."""

@@ -14,7 +14,7 @@ from mpq.network.layers import weight_matrix
 from mpq.network.parallel import total
 from mpq.rounding.activations import fake_quantize_inputs
 from mpq.sensitivity.derivatives import Use, layer_uses
-from mpq.sensitivity.spread import relative_error, spread
+from mpq.sensitivity.standard_error import power_sums, relative_error
 from mpq.sensitivity.task import Scores, Task, score_errors
 
 Sums: TypeAlias = dict[str | Format | None, Tensor]  # over samples, by what they are of
@@ -46,7 +46,7 @@ def output(task: Task, *, weighted: bool = True, labels: str = "data") -> Scores
         statistic = statistics[layer.name]
         error = joint_error(task, layer, scheme, difference.cpu())
         value = half * statistic.error(error, scheme.activation) / samples
-        return value, value * relative_error(statistic.sums["spread"])
+        return value, value * relative_error(statistic.sums["power sums"])
 
     return score_errors(task, score)
 
@@ -101,7 +101,7 @@ class OutputStatistics:
         # An activation format, or None: (groups, cols, cols), sum of a_t x_t x_t^T, a_t the mean of d_tr^2 over r.
         # "channels": (groups, rows / groups), sum of d_tr^2 over t.
         # "looked up", an embedding's: (rows, cols), sum of d_tc^2 over the token's positions.
-        # "spread": of the samples' sums of d_tr^2 x_t^2.
+        # "power sums": of the samples' sums of d_tr^2 x_t^2.
         self.sums: Sums = {}
 
     def add(self, uses: list[Use], samples: int, weighted: bool) -> None:
@@ -124,7 +124,7 @@ class OutputStatistics:
                     add(self.sums, format, (stacked(rows * shares).mT @ stacked(rows)).cpu())
                 add(self.sums, "channels", weights.sum((0, 2)).cpu())
                 sizes += (inputs.square() * shares).sum((1, 2, 3)).cpu()
-        add(self.sums, "spread", spread(sizes))
+        add(self.sums, "power sums", power_sums(sizes))
 
     def error(self, difference: Tensor, format: Format | None = None) -> float:
         """Weighted squared output error, summed over the samples, of a `joint_error` (rows, cols or 2 cols)."""

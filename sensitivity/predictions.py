@@ -130,9 +130,9 @@ def random_slopes(
         flips = flips.to(signs.device).expand(logits.shape).reshape(-1, logits.shape[-1])
     for number, (logit, sign, into, share) in enumerate(zip(*parts, shares, strict=True)):
         roots = logit.double().softmax(-1).sqrt()
-        spread = roots * (sign * 2.0 - 1)
+        signed_roots = roots * (sign * 2.0 - 1)
         if flips is not None:
-            spread = spread * torch.split(flips, step)[number]
-        slopes = spread - roots.square() * spread.sum(-1, keepdim=True)
+            signed_roots = signed_roots * torch.split(flips, step)[number]
+        slopes = signed_roots - roots.square() * signed_roots.sum(-1, keepdim=True)
         into.copy_(share.sqrt().unsqueeze(-1) * slopes)
     return drawn

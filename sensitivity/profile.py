@@ -107,12 +107,12 @@ def profile(
         result = partial(scorer.load(), **(options or {}))(task)
         _check_finite(layers, scheme_tuple, metric, result)
         (scores, errors), reasons = without_evidence(task, result, reached, scorer.compares_losses)
-    facts: dict[str, Any] = {
+    recorded: dict[str, Any] = {
         "metric": metric, "options": dict(options or {}), "method": method, "seed": seed,
         "nsamples": sum(samples_in(batch) for batch in batches), "reference_loss": reference,
-        "overhead": other_bytes(model, layers), "coverage": covered.facts(), **(provenance or {}),
+        "overhead": other_bytes(model, layers), "coverage": covered.to_json(), **(provenance or {}),
     }  # fmt: skip
-    table = SensitivityTable(layers, names, scores, errors, metric, facts, reasons)
+    table = SensitivityTable(layers, names, scores, errors, metric, recorded, reasons)
     journal.close()
     return table
 

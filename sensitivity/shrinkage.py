@@ -46,9 +46,9 @@ def _drawn(values: NDArray[np.float64], noise: NDArray[np.float64]) -> tuple[NDA
     apart = np.arange(count)[None, :] - np.arange(count)[:, None]
     weights = np.where(np.abs(apart) <= REACH, WEIGHTS[np.clip(apart + REACH, 0, 2 * REACH)], 0.0)
     weights /= weights.sum(1, keepdims=True)
-    means, spread = weights @ logs, weights**2 @ variances
-    tau = max(float(np.mean((logs - means) ** 2 - variances - spread)), 0.0)
-    prior = np.maximum(tau + spread, np.finfo(float).tiny)
+    means, mean_variances = weights @ logs, weights**2 @ variances
+    tau = max(float(np.mean((logs - means) ** 2 - variances - mean_variances)), 0.0)
+    prior = np.maximum(tau + mean_variances, np.finfo(float).tiny)
     share = prior / (prior + variances)  # of the score itself
     drawn = np.exp(share * logs + (1 - share) * means)
     return drawn, drawn * np.sqrt(share * variances)

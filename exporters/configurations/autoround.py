@@ -19,9 +19,11 @@ def _spell(format: Format) -> Spelling | None:
 
 
 def _write(spellings: Mapping[str, Spelling | None]) -> str:
-    left = {"bits": 16, "data_type": "float"}
+    unquantized = {"bits": 16, "data_type": "float"}
     return (
-        json.dumps({name: left if spelling is None else spelling for name, spelling in spellings.items()}, indent=1)
+        json.dumps(
+            {name: unquantized if spelling is None else spelling for name, spelling in spellings.items()}, indent=1
+        )
         + "\n"
     )
 

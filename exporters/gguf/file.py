@@ -78,7 +78,7 @@ def export(
             for entry in plan:
                 writer.add_tensor_info(entry.name, entry.shape, entry.dtype, entry.nbytes, entry.kind)
             files = [path.name for path in writer.format_shard_names(draft / FILE)]
-            holders = [file for file, held in zip(files, writer.tensors, strict=True) for _ in held]
+            holders = [file for file, written in zip(files, writer.tensors, strict=True) for _ in written]
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -138,8 +138,8 @@ def _read_back(draft: Path, plan: list[Entry], numbers: dict[str, Tensor | Quant
     """MpqError when the file holds other tensors than were planned, or gguf's dequantizer finds other numbers."""
     names_read = set()
     for name, tensor in read_tensors(draft):
-        kept = numbers.pop(name)
-        same_numbers(name, tensor, dequantize(kept) if isinstance(kept, Quantized) else kept)
+        expected = numbers.pop(name)
+        same_numbers(name, tensor, dequantize(expected) if isinstance(expected, Quantized) else expected)
         names_read.add(name)
     if names_read != {entry.name for entry in plan}:
         raise MpqError(f"the GGUF file holds {len(names_read)} tensors of {len(plan)}: nothing was written")

@@ -28,10 +28,10 @@ def read_tensors(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]
     """
     gguf = gguf_package()
     path = Path(folder)
-    noted = {file: tensors for file, tensors in read_checksums(path).items() if file.endswith(".gguf")}
-    if not noted:
+    recorded = {file: tensors for file, tensors in read_checksums(path).items() if file.endswith(".gguf")}
+    if not recorded:
         raise MpqError(f"{path} holds no GGUF export: write one with mpq export --to gguf")
-    for file, digests in noted.items():
+    for file, digests in recorded.items():
         assert isinstance(digests, dict)
         reader = _open(path / file, gguf)
         for name in digests.keys() ^ reader.keys():

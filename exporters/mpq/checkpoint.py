@@ -83,7 +83,7 @@ def export(
         "quant_method": METHOD,
         "version": VERSION,
         "rounding": method if isinstance(method, str) else method.name,
-        "layers": {layer.name: _facts(model, layer, allocation) for layer in allocation.layers},
+        "layers": {layer.name: _layer_record(model, layer, allocation) for layer in allocation.layers},
         "tied": tied,
     }
 
@@ -136,15 +136,15 @@ def tensor_plan(model: nn.Module, allocation: Allocation) -> Specs:
     return specs
 
 
-def _facts(model: nn.Module, layer: Layer, allocation: Allocation) -> dict[str, Any]:
+def _layer_record(model: nn.Module, layer: Layer, allocation: Allocation) -> dict[str, Any]:
     weight: Tensor = model.get_submodule(layer.name).weight  # type: ignore[assignment]
-    facts = {
+    record = {
         "scheme": allocation.scheme_of[layer.name].name,
         "kind": layer.kind,
         "rows": layer.rows,
         "cols": layer.cols,
     }
-    return {**facts, "dtype": str(weight.dtype).removeprefix("torch."), "aliases": list(layer.aliases)}
+    return {**record, "dtype": str(weight.dtype).removeprefix("torch."), "aliases": list(layer.aliases)}
 
 
 def load(
@@ -202,10 +202,10 @@ def load(
 def layers_of(quantization: Mapping[str, Any]) -> tuple[Allocation, dict[str, torch.dtype]]:
     """Layers with their schemes, and the types of their numbers, from a quantization_config."""
     layers, schemes, dtypes = [], [], {}
-    for name, facts in quantization["layers"].items():
-        layers.append(Layer(name, facts["kind"], facts["rows"], facts["cols"], aliases=tuple(facts["aliases"])))
-        schemes.append(facts["scheme"])
-        dtypes[name] = getattr(torch, facts["dtype"])
+    for name, record in quantization["layers"].items():
+        layers.append(Layer(name, record["kind"], record["rows"], record["cols"], aliases=tuple(record["aliases"])))
+        schemes.append(record["scheme"])
+        dtypes[name] = getattr(torch, record["dtype"])
     return Allocation(tuple(layers), tuple(schemes)), dtypes
 
 

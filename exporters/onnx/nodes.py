@@ -148,9 +148,9 @@ def products_with(graph: Graph, weight: str, transposed: bool) -> list[tuple[Any
 
 
 def _is_plain(gemm: Any, transposed: bool) -> bool:
-    facts = {attribute.name: attribute.i or attribute.f for attribute in gemm.attribute}
-    plain = (facts.get("alpha", 1.0), facts.get("beta", 1.0), facts.get("transA", 0)) == (1.0, 1.0, 0)
-    return plain and bool(facts.get("transB", 0)) != transposed
+    attributes = {attribute.name: attribute.i or attribute.f for attribute in gemm.attribute}
+    plain = (attributes.get("alpha", 1.0), attributes.get("beta", 1.0), attributes.get("transA", 0)) == (1.0, 1.0, 0)
+    return plain and bool(attributes.get("transB", 0)) != transposed
 
 
 def drop_unused(graph: Graph, weight: str) -> None:
@@ -165,9 +165,9 @@ def round_inputs(graph: Graph, weight: str, format: Format, span: tuple[float, f
     from onnx import TensorProto, helper
 
     reached, rounded = {weight}, dict[str, str]()
-    facts, options = [f"{weight}.input.scale"], dict[str, Any]()
+    parameters, options = [f"{weight}.input.scale"], dict[str, Any]()
     if format.grid.family == "int":
-        facts.append(graph.store(f"{weight}.input.zero", TensorProto.INT8, [], torch.zeros(1, dtype=torch.uint8)))
+        parameters.append(graph.store(f"{weight}.input.zero", TensorProto.INT8, [], torch.zeros(1, dtype=torch.uint8)))
     else:  # ONNX Runtime takes a zero point in fp8 for the smallest code, and drops a Relu before it
         options["output_dtype"] = TensorProto.FLOAT8E4M3FN
     for node in list(graph.graph.node):
@@ -180,8 +180,8 @@ def round_inputs(graph: Graph, weight: str, format: Format, span: tuple[float, f
             if source not in rounded:
                 base = rounded[source] = f"{weight}.input.{len(rounded)}"
                 pair = [
-                    helper.make_node("QuantizeLinear", [source, *facts], [f"{base}.codes"], **options),
-                    helper.make_node("DequantizeLinear", [f"{base}.codes", *facts], [base]),
+                    helper.make_node("QuantizeLinear", [source, *parameters], [f"{base}.codes"], **options),
+                    helper.make_node("DequantizeLinear", [f"{base}.codes", *parameters], [base]),
                 ]
                 index = list(graph.graph.node).index(node)
                 for offset, extra in enumerate(pair):
@@ -189,7 +189,7 @@ def round_inputs(graph: Graph, weight: str, format: Format, span: tuple[float, f
             node.input[0] = rounded[source]
     if not rounded:
         raise MpqError(f"no product with {weight} was found in the graph: leave its activations in floating point")
-    graph.store(facts[0], TensorProto.FLOAT, [], torch.tensor([static_scale(format, span)]))
+    graph.store(parameters[0], TensorProto.FLOAT, [], torch.tensor([static_scale(format, span)]))
 
 
 def _scale(graph: Graph, name: str, quantized: Quantized, whole: bool = False) -> str:

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
         method=options.method, seed=options.seed,
     )  # fmt: skip
     if options.json:
-        say_json({"budgets": judgement.budgets, "metrics": [verdict.facts() for verdict in judgement.verdicts]})
+        say_json({"budgets": judgement.budgets, "metrics": [verdict.to_json() for verdict in judgement.verdicts]})
     say(options, judgement)
     with write_atomically(options.output) as draft:
         plot_judgement(judgement).savefig(draft, dpi=150)

@@ -24,8 +24,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        told = default in (None, False, argparse.SUPPRESS) or default == [] or "(default" in text
-        return text if told or not action.option_strings else f"{text} (default: %(default)s)"
+        no_default = default in (None, False, argparse.SUPPRESS) or default == [] or "(default" in text
+        return text if no_default or not action.option_strings else f"{text} (default: %(default)s)"
 
 
 def adding_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> AddCommand:

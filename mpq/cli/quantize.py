@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     )  # fmt: skip
     recipe.finish(options.output)
     if options.json:
-        measured = [row.facts() for row in outcome.measured]
+        measured = [row.to_json() for row in outcome.measured]
         say_json(
             {
                 **allocation_facts(outcome.frontier, outcome.allocation),

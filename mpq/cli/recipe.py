@@ -83,8 +83,8 @@ def check_output(folder: str, recipe: Mapping[str, Any], force: bool) -> None:
         raise MpqError(f"{path} holds a result without a recipe: {advice}")
     changed = [name for name in {**earlier, **recipe} if earlier.get(name) != recipe.get(name)]
     if changed:
-        told = ", ".join(f"{name} was {earlier.get(name, 'the default')}" for name in changed)
-        raise MpqError(f"{path} holds a result of other settings ({told}): {advice}")
+        differences = ", ".join(f"{name} was {earlier.get(name, 'the default')}" for name in changed)
+        raise MpqError(f"{path} holds a result of other settings ({differences}): {advice}")
 
 
 def begin(folder: str, recipe: Mapping[str, Any]) -> None:

@@ -29,9 +29,9 @@ def say(options: argparse.Namespace, text: object) -> None:
         print(text)
 
 
-def say_json(facts: Mapping[str, Any]) -> None:
+def say_json(values: Mapping[str, Any]) -> None:
     """Print one JSON object; what is not finite becomes null."""
-    print(json.dumps(_plain(facts)))
+    print(json.dumps(_plain(values)))
 
 
 def _plain(value: Any) -> Any:
@@ -55,5 +55,5 @@ def coverage_line(table: "SensitivityTable") -> str:
     """One line on what is quantized and what stays as it is."""
     from mpq.network.coverage import Coverage
 
-    facts = table.provenance.get("coverage")
-    return "coverage is not recorded in this table" if facts is None else str(Coverage.of_facts(facts))
+    recorded = table.provenance.get("coverage")
+    return "coverage is not recorded in this table" if recorded is None else str(Coverage.from_json(recorded))

@@ -1,4 +1,4 @@
-"""One scheme per layer: what a search chose, what it costs and what it was predicted to lose; a JSON file."""
+"""An allocation: one scheme for each layer, with its cost and predicted loss; a JSON file."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from mpq.core.layer import Layer
 from mpq.core.reading import reading
 from mpq.core.scheme import Scheme, parse_scheme
 
-KIND = "mpq-allocation"  # how a file says what it is
+KIND = "mpq-allocation"  # value of a file's "kind"
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,16 +34,17 @@ class Allocation:
 
     layers: tuple[Layer, ...]
     schemes: tuple[str, ...]  # canonical names, one for each layer
-    loss: float = math.nan  # predicted loss increase; NaN when nobody predicted
+    loss: float = math.nan  # predicted loss increase; NaN where unknown
     error: float = math.nan  # its standard error
-    metric: str = ""  # who predicted
+    metric: str = ""  # that predicted the loss
     overhead: int = 0  # bytes of tensors that no scheme changes: norms, biases, layers left out
     provenance: Mapping[str, Any] = field(default_factory=dict)  # JSON values
 
     def __post_init__(self) -> None:
         if len(self.layers) != len(self.schemes):
             raise MpqError(
-                f"an allocation wants one scheme for each of {len(self.layers)} layers, not {len(self.schemes)}"
+                f"invalid allocation of {len(self.schemes)} schemes: expected one scheme for each of "
+                f"{len(self.layers)} layers"
             )
         object.__setattr__(self, "schemes", tuple(parse_scheme(name).name for name in self.schemes))
 
@@ -51,8 +52,8 @@ class Allocation:
         loss = "" if math.isnan(self.loss) else f", predicted loss +{self.loss:.4g}"
         counts = Counter(self.schemes).most_common()
         more = f", and {len(counts) - 4} more" if len(counts) > 4 else ""
-        told = ", ".join(f"{count} x {scheme}" for scheme, count in counts[:4]) + more
-        return f"Allocation({len(self.layers)} layers at {self.bits:.3f} bits{loss}: {told})"
+        summary = ", ".join(f"{count} x {scheme}" for scheme, count in counts[:4]) + more
+        return f"Allocation({len(self.layers)} layers at {self.bits:.3f} bits{loss}: {summary})"
 
     @property
     def scheme_of(self) -> dict[str, Scheme]:
@@ -62,7 +63,7 @@ class Allocation:
 
     @property
     def size(self) -> int:
-        """Stored bytes of the layers' weights, scales and padding counted; `overhead` comes on top in a file."""
+        """Stored bytes of the layers' weights, including scales and padding, without `overhead`."""
         pairs = zip(self.layers, self.schemes, strict=True)
         return sum(weight_bytes(parse_scheme(name), layer.rows, layer.cols) for layer, name in pairs)
 
@@ -82,26 +83,26 @@ class Allocation:
         return sum(bitops(self.scheme_of[layer.name], layer.macs) for layer in self.layers)
 
     def with_schemes(self, schemes: Mapping[str, str | Scheme]) -> "Allocation":
-        """The same with other schemes for some layers, by name; what was predicted no longer holds and is dropped.
+        """A copy with other schemes for some layers, by name; the predicted loss becomes NaN.
 
         Raises:
-            MpqError: a layer that is not there.
+            MpqError: an unknown layer.
         """
         unknown = schemes.keys() - {layer.name for layer in self.layers}
         if unknown:
-            raise MpqError(f"this allocation has no layer {sorted(unknown)[0]!r}: its names come from its table")
+            raise MpqError(f"unknown layer {sorted(unknown)[0]!r}: expected names of this allocation's layers")
         changed = (str(schemes.get(layer.name, old)) for layer, old in zip(self.layers, self.schemes, strict=True))
         return replace(self, schemes=tuple(changed), loss=math.nan, error=math.nan)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON with a checksum, whole or not at all; `load` gives the same allocation."""
+        """Write JSON with a checksum, atomically; `load` returns an equal allocation."""
         values = self.to_json()
         values[CHECKSUM] = checksum(values)
         with write_atomically(path) as draft:
             draft.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; totals are written for readers and computed anew on loading."""
+        """The allocation as JSON values; `bits` and `size` are for readers and recomputed on loading."""
         pairs = zip(self.layers, self.schemes, strict=True)
         return {
             "kind": KIND,
@@ -113,16 +114,16 @@ class Allocation:
             "loss": _json_number(self.loss),
             "error": _json_number(self.error),
             "provenance": dict(self.provenance),
-            "layers": {layer.name: {"scheme": name, **_facts(layer)} for layer, name in pairs},
+            "layers": {layer.name: {"scheme": name, **_record(layer)} for layer, name in pairs},
         }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Allocation":
-        """The inverse of `to_json`; KeyError, TypeError or ValueError when it is no allocation."""
+        """The inverse of `to_json`; KeyError, TypeError or ValueError for invalid values."""
         if values["kind"] != KIND or values["version"] != 1:
             raise ValueError(f"kind {values['kind']!r} version {values['version']}, not {KIND!r} version 1")
-        layers = tuple(_layer(name, facts) for name, facts in values["layers"].items())
-        schemes = tuple(facts["scheme"] for facts in values["layers"].values())
+        layers = tuple(_layer(name, record) for name, record in values["layers"].items())
+        schemes = tuple(record["scheme"] for record in values["layers"].values())
         allocation = cls(
             layers, schemes, _number(values["loss"]), _number(values["error"]),
             str(values["metric"]), int(values["overhead"]), dict(values["provenance"]),
@@ -133,37 +134,37 @@ class Allocation:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Allocation":
-        """Read what `save` wrote; edited since, it loads with a warning and `provenance["edited"]`.
+        """Read a file written by `save`; one edited since loads with a warning and sets `provenance["edited"]`.
 
         Raises:
-            MpqError: no such file, or one that is no allocation.
+            MpqError: a missing or invalid file.
         """
         with reading(path, "allocation", "allocate again"):
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             read = cls.from_json(values)
-            noted = values.pop(CHECKSUM, None)
-            return replace(read, provenance={**read.provenance, **check_edits(path, noted, values)})
+            recorded = values.pop(CHECKSUM, None)
+            return replace(read, provenance={**read.provenance, **check_edits(path, recorded, values)})
 
 
 def check_allocation(value: object) -> Allocation:
-    """The value itself; MpqError when it is something else, such as the name of a format."""
+    """Return the value if it is an Allocation; MpqError otherwise."""
     if not isinstance(value, Allocation):
         raise MpqError(
-            f"expected an Allocation, not {value!r:.80}: take a frontier's at(bits=4), or one of its uniform() for a "
+            f"expected an Allocation, not {value!r:.80}: use frontier.at(bits=4), or one of frontier.uniform() for a "
             "single format"
         )
     return value
 
 
-def _facts(layer: Layer) -> dict[str, Any]:
+def _record(layer: Layer) -> dict[str, Any]:
     return {item.name: getattr(layer, item.name) for item in fields(layer) if item.name != "name"}
 
 
-def _layer(name: str, facts: Mapping[str, Any]) -> Layer:
-    sizes = {field_name: int(facts[field_name]) for field_name in ("rows", "cols", "macs")}
+def _layer(name: str, record: Mapping[str, Any]) -> Layer:
+    sizes = {field_name: int(record[field_name]) for field_name in ("rows", "cols", "macs")}
     if sizes["rows"] < 1 or sizes["cols"] < 1 or sizes["macs"] < 0:
         raise ValueError(f"layer {name} of {sizes['rows']} x {sizes['cols']} weights")
-    return Layer(name, str(facts["kind"]), **sizes, tie=str(facts["tie"]), aliases=tuple(facts["aliases"]))
+    return Layer(name, str(record["kind"]), **sizes, tie=str(record["tie"]), aliases=tuple(record["aliases"]))
 
 
 def _json_number(value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""What a scheme costs a layer: stored bytes and bit operations."""
+"""Costs of a layer in a scheme: stored bytes and bit operations."""
 
 from mpq.core.scheme import Scheme
 
@@ -6,14 +6,14 @@ FLOAT_ACTIVATION_BITS = 16  # activations that are not quantized run in a 16-bit
 
 
 def weight_bytes(scheme: Scheme, rows: int, cols: int) -> int:
-    """Stored bytes of a (rows, cols) weight, scales and padding counted."""
+    """Stored bytes of a (rows, cols) weight, including scales and padding."""
     return scheme.weight.nbytes(rows, cols)
 
 
 def bitops(scheme: Scheme, macs: int) -> float:
     """Bit operations of one sample: multiply-accumulates x weight bits x activation bits (HAWQ-V3, section 3.3).
 
-    Floats cost by all their bits, as in FLIQS (arXiv 2308.03290): bf16 : e4m3 : e2m1 = 16 : 4 : 1.
+    Floats count with all their bits, as in FLIQS (arXiv 2308.03290): bf16 : e4m3 : e2m1 = 16 : 4 : 1.
     """
     activation = FLOAT_ACTIVATION_BITS if scheme.activation is None else scheme.activation.grid.bits
     return float(macs) * scheme.weight.grid.bits * activation

@@ -1,4 +1,4 @@
-"""Tables, frontiers and allocations carry their own checksum: a file edited by hand still loads, with a warning."""
+"""Checksums inside tables, frontiers and allocations: a file edited by hand loads with a warning."""
 
 import json
 import logging
@@ -10,30 +10,30 @@ from zlib import crc32
 log = logging.getLogger(__name__)
 
 CHECKSUM = "checksum"  # key of a file's header
-EDITED = "edited"  # key of the provenance: the file was changed after it was written
+EDITED = "edited"  # provenance key of a file that was changed after it was written
 
 
 def checksum(header: Mapping[str, Any], body: str = "") -> str:
-    """CRC-32 of JSON values, keys in their order, and of the text that follows them; 8 hexadecimal digits."""
-    values = json.loads(json.dumps(dict(header)))  # as they come back from a file
+    """CRC-32 of JSON values (key order matters) and of the text that follows them; 8 hexadecimal digits."""
+    values = json.loads(json.dumps(dict(header)))  # as read back from a file
     return f"{crc32((json.dumps(values) + body).encode()):08x}"
 
 
 def check_edits(
-    path: str | os.PathLike[str], noted: object, header: Mapping[str, Any], body: str = ""
+    path: str | os.PathLike[str], recorded: object, header: Mapping[str, Any], body: str = ""
 ) -> dict[str, Any]:
-    """Warn when a file is not as it was written, or when nothing says whether it is; what to add to its provenance.
+    """Warn when a file was edited or has no checksum; return what to add to its provenance.
 
     Args:
         path: the file.
-        noted: the checksum that it holds, None without one.
+        recorded: the checksum in the file, None where it has none.
         header: its JSON values without the checksum.
         body: the text that follows them.
     """
-    if noted is None:
-        log.warning("%s has no checksum, so nothing tells whether it was edited: save it again to add one", path)
+    if recorded is None:
+        log.warning("%s has no checksum, so edits cannot be detected: save it again to add one", path)
         return {}
-    if noted != checksum(header, body):
+    if recorded != checksum(header, body):
         log.warning("%s was edited after it was written (its checksum differs): its values are used as they are", path)
         return {EDITED: True}
     return {}

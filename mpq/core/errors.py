@@ -1,19 +1,19 @@
-"""The one exception that means "the request cannot be met as it stands", with a sentence that says what to do."""
+"""`MpqError`: the request cannot be met as it stands; its message says what to do."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class MpqError(ValueError):
-    """A mistake in what was asked for: what came, what was expected, what to do. The command line exits with 2."""
+    """Invalid input. The message says what came, what was expected and what to do; the command line exits with 2."""
 
 
 class NotFiniteError(MpqError):
-    """A loss that is NaN or infinite: of data, or of a model that did not survive what was done to it."""
+    """A loss that is NaN or infinite, because of the data or because quantization broke the model."""
 
 
 def nearest_names(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """Suffix for an error message: the known names closest to `name`, or all of them when there are few.
+    """Suffix of an error message: the known names closest to `name`, else the first 12 known names.
 
     >>> nearest_names("int4-g127", ["int4-g128", "int8-channel", "nvfp4"])
     'did you mean int4-g128?'

@@ -1,4 +1,4 @@
-"""What a search assumes of layers whose scores nothing supports: the median of their kind."""
+"""Scores assumed for layers without evidence: the median of their kind."""
 
 from collections.abc import Set
 from typing import Any
@@ -14,14 +14,14 @@ ASSUMED = "assumed"  # key of the provenance: layer name -> why its score is the
 
 
 def supported(table: SensitivityTable, pinned: Set[str] = frozenset()) -> tuple[Array, Array, dict[str, Any]]:
-    """Scores and standard errors (layers, schemes) with every layer's gaps filled, and a note for the provenance.
+    """Scores and standard errors (layers, schemes) with missing layers filled in, and what to add to the provenance.
 
-    A layer with a reason for having no scores is given, in each scheme, the median score per weight of the layers of
-    its kind that have one, times its own number of weights; the standard error is as large. A pinned layer that has
-    nothing of its kind beside it counts as 0, for it has no choice.
+    A layer without scores (listed in `table.reasons`) gets, in each scheme, the median score per weight of the layers
+    of its kind, times its number of weights; the standard error equals the score. A pinned layer that is the only one
+    of its kind gets 0, since it has no choice.
 
     Raises:
-        MpqError: a layer, not pinned, without evidence for any layer of its kind.
+        MpqError: a layer that is not pinned, when no layer of its kind has scores.
     """
     scores, errors = table.scores.copy(), table.errors.copy()
     known = [i for i, layer in enumerate(table.layers) if layer.name not in table.reasons]
@@ -31,8 +31,8 @@ def supported(table: SensitivityTable, pinned: Set[str] = frozenset()) -> tuple[
         peers = [j for j in known if table.layers[j].kind == layer.kind]
         if not peers and layer.name not in pinned:
             raise MpqError(
-                f"nothing is known of layer {layer.name} ({table.reasons[layer.name]}), nor of another layer of kind "
-                f"{layer.kind}: exclude or pin it, or profile with other data or another metric"
+                f"layer {layer.name} has no score ({table.reasons[layer.name]}), nor has any other layer of kind "
+                f"{layer.kind}: exclude it, pin it, or profile with other data or another metric"
             )
         per_weight = np.array([table.scores[j] / table.layers[j].params for j in peers])
         scores[i] = _medians(per_weight) * layer.params if peers else 0.0
@@ -41,6 +41,6 @@ def supported(table: SensitivityTable, pinned: Set[str] = frozenset()) -> tuple[
 
 
 def _medians(columns: Array) -> Array:
-    """The median of each column's numbers, NaN where it has none."""
+    """The median of each column without its NaNs; NaN for an empty column."""
     kept = [column[~np.isnan(column)] for column in columns.T]
     return np.array([np.median(column) if len(column) else np.nan for column in kept])

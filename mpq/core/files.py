@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whoever is killed when."""
+"""Atomic writing of files and folders, safe against processes that are killed."""
 
 import glob
 import os
@@ -13,18 +13,18 @@ from mpq.core.errors import MpqError
 
 try:
     import fcntl
-except ImportError:  # Windows, where drafts of dead writers stay
+except ImportError:  # Windows: drafts of killed writers are not removed
     fcntl = None  # type: ignore[assignment]
 
-DRAFT = ".mpq-draft-"  # in the names of drafts, behind the name of what they become
+DRAFT = ".mpq-draft-"  # suffix of the final name in a draft's name
 
 
 @contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the same folder; rename it to `path` when the block succeeds, delete it when it fails.
 
-    The folder is made when it is missing. The temporary name keeps the suffix, which matplotlib reads. A link is
-    followed: what it points to is written. Devices and pipes are written through. Drafts of killed writers are removed.
+    Missing folders are created. The temporary name keeps the suffix, which matplotlib reads. Links are followed.
+    Devices and pipes are written directly. Drafts of killed writers are removed.
 
     Raises:
         MpqError: the path is a folder, or the system refuses (no space, no permission).
@@ -55,10 +55,10 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def followed(path: str | os.PathLike[str]) -> Path:
-    """Where a path leads: links to files and folders are followed, those to devices and pipes stay.
+    """The path with links to files and folders resolved; links to devices and pipes are kept.
 
     Raises:
-        MpqError: links that lead nowhere but to themselves.
+        MpqError: a cycle of links.
     """
     try:
         mode = os.stat(path).st_mode
@@ -74,9 +74,9 @@ def followed(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def draft_in(folder: Path, name: str, suffix: str = "", *, directory: bool = False) -> Iterator[Path]:
-    """Yield a hidden file or directory in `folder` that nobody else takes; removed at the end if it is still there.
+    """Yield a new hidden file or directory in `folder`, locked by this process; it is removed at the end.
 
-    It is locked while its writer lives, so drafts of the same name without a living writer are removed first.
+    Unlocked drafts of the same name belong to killed writers and are removed first.
     """
     remove_dead_drafts(folder, name, suffix)
     draft, handle = _locked(folder, f".{name}{DRAFT}", suffix, directory)
@@ -89,14 +89,14 @@ def draft_in(folder: Path, name: str, suffix: str = "", *, directory: bool = Fal
 
 
 def remove_dead_drafts(folder: Path, name: str, suffix: str = "") -> None:
-    """Remove what killed writers left of drafts of this name."""
-    for left in folder.glob(f".{glob.escape(name)}{DRAFT}*{glob.escape(suffix)}"):
-        _remove_dead(left)
+    """Remove the drafts of this name that killed writers left."""
+    for draft in folder.glob(f".{glob.escape(name)}{DRAFT}*{glob.escape(suffix)}"):
+        _remove_dead(draft)
 
 
 @contextmanager
 def refusals(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Tell in one sentence what the system refuses while `path` is written."""
+    """Turn errors of the system while `path` is written into MpqError."""
     try:
         yield
     except BrokenPipeError:
@@ -106,7 +106,7 @@ def refusals(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def umask() -> int:
-    """The permissions that new files do not get."""
+    """The process's umask: permissions that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -128,9 +128,9 @@ def _locked(folder: Path, prefix: str, suffix: str, directory: bool) -> tuple[Pa
         assert handle is not None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: nobody else can take it for dead either
+        except OSError:  # a file system without locks: no other process can lock the draft either
             return draft, handle
-        if draft.exists():  # nobody took it for dead before it was locked
+        if draft.exists():  # not removed by another process before it was locked
             return draft, handle
         os.close(handle)
 
@@ -145,7 +145,7 @@ def _remove_dead(draft: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _remove(draft)
-    except OSError:  # its writer lives
+    except OSError:  # its writer is alive
         pass
     finally:
         os.close(handle)

@@ -23,13 +23,14 @@ from mpq.core.registry import load_plugin, plugins_of
 class Format:
     """How the numbers of one weight are stored.
 
-    A weight is seen as a matrix (rows, cols), one row for each output channel. `granularity` says how many elements
-    share a scale: "group" (`group_size` neighbours of a row; the last group of a row may be shorter), "channel" (a
+
+    The weight is a matrix (rows, cols), one row for each output channel. `granularity` says how many elements share a
+    scale: "group" (`group_size` neighbours of a row; the last group of a row may be shorter), "channel" (a
     row), "tensor" (all), or "none" (16- and 32-bit floats, stored as they are). `scale` is the scale's own number
-    format. `zero_point` adds an integer zero point for each scale. `tensor_scale` adds a float32 for the whole tensor
-    on top of the group scales (NVFP4's second level). `minimum` is the number format of a number that each group adds
-    to its own ("" for none). `super_group` neighbouring groups of a row share a float16 scale of their scales, and
-    another of their minima: both are integers then (ggml's K types).
+    format. `zero_point` adds an integer zero point for each scale. `tensor_scale` adds one float32 scale for the whole
+    tensor, by which group scales are multiplied (NVFP4). `minimum` is the number format of an offset that is added to
+    each group ("" for none). With `super_group`, that many neighbouring groups of a row form a super-block: their
+    scales and minima are integers times a float16 scale each (ggml's K types).
 
     >>> parse_format("int4-g128-asym").effective_bits(4096, 4096)
     4.15625
@@ -46,7 +47,7 @@ class Format:
 
     @classmethod
     def parse(cls, name: str) -> "Format":
-        """The format called `name`, as `parse_format`."""
+        """The format of this name; see `parse_format`."""
         return parse_format(name)
 
     @property
@@ -59,28 +60,28 @@ class Format:
 
     @property
     def is_float_copy(self) -> bool:
-        """Whether weights are stored as a plain 16- or 32-bit float, without codes and scales."""
+        """Whether weights are stored as 16- or 32-bit floats, without codes and scales."""
         return self.granularity == "none"
 
     @property
     def is_plain(self) -> bool:
-        """Whether a group has a scale and at most a zero point: no minimum, and no scale of scales but the tensor's."""
+        """Whether a group has a scale and at most a zero point: no minimum and no super-blocks."""
         return not self.minimum and not self.super_group
 
     def groups(self, cols: int) -> int:
-        """Scales in a row of `cols` weights; a format with one scale for the tensor counts 1, a float copy 0."""
+        """Scales in a row of `cols` weights; 1 where the tensor has one scale, 0 for a float copy."""
         if self.granularity == "group":
             return -(-cols // self.group_size)
         return 0 if self.is_float_copy else 1
 
     def super_groups(self, cols: int) -> int:
-        """Scales of scales in a row of `cols` weights."""
+        """Super-blocks in a row of `cols` weights."""
         return -(-self.groups(cols) // self.super_group) if self.super_group else 0
 
     def nbytes(self, rows: int, cols: int) -> int:
-        """Stored bytes of a (rows, cols) weight: codes, and whatever scales, zero points and minima it has.
+        """Stored bytes of a (rows, cols) weight: codes, scales, zero points and minima.
 
-        A row's codes fill whole bytes, and so do a row's zero points, scales and minima.
+        Each row's codes, zero points, scales and minima are padded to whole bytes.
         """
         codes = rows * _bytes(cols * self.grid.bits)
         if self.is_float_copy:
@@ -132,7 +133,7 @@ def _super_block(grid: Grid, group_size: int, scale: str, minimum: str = "") -> 
 
 
 # Standards that fix grid, group and scale together: OCP MX 1.0 section 5, NVIDIA's NVFP4, ggml's types of llama.cpp.
-# MXINT8's elements are k/64 in the specification; ours are k, with scales smaller by 2**6: the same numbers.
+# MXINT8's elements are k/64 in the specification; here they are k, with scales 2**6 times smaller.
 ALIASES: dict[str, Format] = {
     "mxfp4": _block(float_grid(2, 1), 32, "e8m0"),
     "mxfp6-e3m2": _block(float_grid(3, 2), 32, "e8m0"),
@@ -152,7 +153,7 @@ ALIASES: dict[str, Format] = {
     **{name: Format(grid, "none", scale="") for name, grid in FLOAT_COPIES.items()},
 }
 _ALIAS_OF = {format: name for name, format in ALIASES.items()}
-SYNONYMS = {"q4_0": "int4-g32", "q5_0": "int5-g32", "q8_0": "int8-g32", "f16": "fp16", "f32": "fp32"}  # ggml's names
+SYNONYMS = {"q4_0": "int4-g32", "q5_0": "int5-g32", "q8_0": "int8-g32", "f16": "fp16", "f32": "fp32"}  # ggml's
 SYNONYMS |= {name.upper(): SYNONYMS.get(name, name) for name in (*SYNONYMS, *ALIASES)}  # as llama.cpp shows them
 
 _NAME = re.compile(
@@ -175,8 +176,8 @@ def parse_format(name: str) -> Format:
     """The format called `name`.
 
     Grammar: GRID[-tensor|-channel|-gN][-asym][-sSCALE][-mMINIMUM][-bN][-ts] with GRID one of int2..int8, uint2..uint8,
-    nf4, iq4nl, fpB-eXmY; or a standard's own name (mxfp4, nvfp4, q4_k, bf16, ...). Without a granularity, one scale
-    serves the tensor; -bN makes super-blocks of N groups, whose scales and minima are integers.
+    nf4, iq4nl, fpB-eXmY; or the name of a standard format (mxfp4, nvfp4, q4_k, bf16, ...). Without a granularity the
+    tensor has one scale; -bN makes super-blocks of N groups, whose scales and minima are integers.
 
     Raises:
         MpqError: an unknown name, with the nearest known ones.
@@ -198,7 +199,7 @@ def parse_format(name: str) -> Format:
     granularity = "group" if granularity == "g" else granularity
     scale = match["scale"] or _default_scale(granularity)
     if scale not in SCALES:
-        raise MpqError(f"format {name!r} asks for scale type {scale!r}: expected one of {', '.join(SCALES)}")
+        raise MpqError(f"invalid scale type {scale!r} in format {name!r}: expected one of {', '.join(SCALES)}")
     format = Format(
         grid, granularity, int(match["group"] or 0), scale, tensor_scale=bool(match["ts"]),
         minimum=match["minimum"] or "", super_group=int(match["block"] or 0),
@@ -216,12 +217,14 @@ def parse_format(name: str) -> Format:
 
 
 def _check_tables(name: str, format: Format) -> None:
-    """Scales and minima are integers in super-blocks, and nowhere else."""
+    """Check that integer scales and minima occur in super-blocks only."""
     if format.super_group and (format.granularity != "group" or format.tensor_scale):
         raise MpqError(f"format {name!r} cannot have super-blocks: they are made of groups (-gN), without -ts")
     if (format.scale in INTEGER_SCALES) != bool(format.super_group):
         kinds = ", ".join(INTEGER_SCALES)
-        raise MpqError(f"format {name!r} pairs {format.scale} scales wrongly: {kinds} go with super-blocks (-bN) alone")
+        raise MpqError(
+            f"invalid scale type {format.scale!r} in format {name!r}: {kinds} go with super-blocks (-bN) alone"
+        )
     if not format.minimum:
         return
     expected = [kind for kind in INTEGER_SCALES if kind[0] == "u"] if format.super_group else [*FLOAT_COPIES]
@@ -239,7 +242,7 @@ def _grid(name: str, match: re.Match[str]) -> Grid:
     bits, exponent, mantissa = (int(match[field]) for field in ("bits", "exponent", "mantissa"))
     if 1 + exponent + mantissa != bits or exponent < 1:
         raise MpqError(
-            f"format {name!r}: sign, {exponent} exponent and {mantissa} mantissa bits do not make {bits} bits"
+            f"invalid format {name!r}: a sign, {exponent} exponent and {mantissa} mantissa bits are not {bits} bits"
         )
     return float_grid(exponent, mantissa)
 
@@ -249,10 +252,10 @@ def _plugins() -> Mapping[str, Format]:
     return {name: load_plugin(point) for name, point in plugins_of("mpq.formats").items()}
 
 
-# What a search chooses from unless told otherwise: integers that every backend runs, from 2 to 8 bits.
+# Default candidates of a search: integers of 2 to 8 bits that every backend runs.
 DEFAULT_FORMATS = (
     "int2-g32", "int2-g64", "int3-g32", "int3-g64", "int3-g128", "int4-g32", "int4-g64", "int4-g128", "int5-g64",
     "int5-g128", "int6-g128", "int8-channel",
 )  # fmt: skip
-FORMATS: dict[str, Format] = {}  # the well-known names; parse_format understands many more
+FORMATS: dict[str, Format] = {}  # well-known names; parse_format accepts many more
 FORMATS.update({name: parse_format(name) for name in _EXAMPLES})

@@ -1,4 +1,4 @@
-"""Allocations of which none is both smaller and better: dominance, budget query, knee, hypervolume, CSV."""
+"""Pareto frontiers of allocations: dominance, budget query, knee, hypervolume, CSV files."""
 
 import csv
 import io
@@ -24,15 +24,15 @@ from mpq.core.sizes import parse_size
 log = logging.getLogger(__name__)
 
 BITS_PER_BYTE = 8
-MEASURED_COLUMN = "measured"  # of a saved frontier whose losses were measured; `error` is then theirs
+MEASURED_COLUMN = "measured"  # column of measured losses; `error` then holds their standard errors
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Frontier:
     """Non-dominated solutions of a problem in one cost and the predicted loss, cheapest first.
 
-    `choices[i]` is one scheme index per group; searches may compute it when it is asked for. `gap` certifies: at no
-    budget is there an allocation whose loss is lower by more than this share of the frontier's.
+    `choices[i]` is one scheme index per group; searches may compute it lazily. `gap` is a certificate: at no budget is
+    there an allocation whose loss is below the frontier's by more than this share of it.
 
     Raises:
         MpqError: costs or losses out of order.
@@ -47,7 +47,9 @@ class Frontier:
 
     def __post_init__(self) -> None:
         if not (np.diff(self.costs) > 0).all() or not (np.diff(self.losses) < 0).all():
-            raise MpqError("a frontier wants costs that rise while losses fall: sort it with `non_dominated` first")
+            raise MpqError(
+                "invalid frontier: expected rising costs and falling losses; select points with `non_dominated` first"
+            )
 
     def __len__(self) -> int:
         return len(self.costs)
@@ -64,35 +66,36 @@ class Frontier:
         """The allocation of a point."""
         return self.problem.allocation(self.choices[index])
 
-    def facts(self, index: int) -> dict[str, float]:
-        """What is told of a point beside its costs: predicted loss and its standard error."""
+    def extra_columns(self, index: int) -> dict[str, float]:
+        """Extra CSV columns of a point: predicted loss and its standard error."""
         loss, error = self.problem.prediction(self.choices[index])
         return {"loss": loss, "error": error}
 
     @property
     def bits(self) -> Array:
-        """Average stored bits for each weight at every point (points,); of a frontier in size only."""
+        """Average stored bits per weight at every point, (points,); only for frontiers in size."""
         return BITS_PER_BYTE * self._sizes() / self.problem.weights
 
     def at(
         self, *, bits: float | None = None, size: float | str | None = None, cost: float | None = None
     ) -> Allocation:
-        """The best allocation within a budget.
+        """The allocation of least predicted loss within a budget.
 
         Args:
-            bits: largest average of stored bits per weight, scales and zero points counted.
-            size: largest number of bytes of the whole model, with the tensors that no scheme changes; "500MB" too.
-            cost: largest total of the frontier's own cost.
+            bits: largest average of stored bits per weight, including scales and zero points.
+            size: largest number of bytes of the whole model, including tensors that no scheme changes; or text as
+                "500MB".
+            cost: largest total of the frontier's cost.
 
         Raises:
-            MpqError: no or several budgets, or one out of reach, with the range that is reachable.
+            MpqError: no budget, several, or one out of reach (the message gives the reachable range).
         """
         return self.allocation(self.index_at(bits=bits, size=size, cost=cost))
 
     def index_at(self, *, bits: float | None = None, size: float | str | None = None, cost: float | None = None) -> int:
         """Index of the point that `at` returns."""
         if sum(budget is not None for budget in (bits, size, cost)) != 1:
-            raise MpqError("name one budget: bits, size or cost")
+            raise MpqError("expected exactly one budget: bits, size or cost")
         if bits is not None:
             self._sizes()
             return self._within("bits", bits, BITS_PER_BYTE / self.problem.weights, 0.0)
@@ -107,7 +110,7 @@ class Frontier:
         return self.problem.uniform()
 
     def knee(self) -> int:
-        """Index of the point farthest below the chord between the ends, losses on a logarithmic scale when positive."""
+        """Index of the point farthest below the chord between both ends; positive losses on a logarithmic scale."""
         if len(self) < 3:
             return len(self) - 1
         losses = np.log(self.losses) if self.losses[-1] > 0 else self.losses
@@ -128,41 +131,41 @@ class Frontier:
         points: int = 1000,
         divergences: Mapping[int, tuple[float, float]] | None = None,
     ) -> None:
-        """Write a CSV file: bits, every cost and the facts of at most so many points, evenly spread.
+        """Write a CSV file: bits, all costs and `extra_columns` of at most `points` evenly spaced points.
 
-        Its first line is `# ` and a checksum as JSON; `pandas.read_csv(path, comment="#")` reads it. One column a layer
-        holds its scheme. Measured `divergences` with their standard errors, by index of the point, have two columns of
-        their own, empty elsewhere; these points are always there.
+        Its first line is `# ` and a checksum as JSON; `pandas.read_csv(path, comment="#")` reads it. Each layer has a
+        column with its scheme. Measured `divergences` with their standard errors, by index of the point, fill two more
+        columns; these points are always included.
         """
-        told = divergences or {}
-        spread = np.linspace(0, len(self) - 1, min(points, len(self))).round().astype(int)
-        shown = np.union1d(spread, np.array(sorted(told), dtype=int))
-        extra = ["divergence", "divergence_error"] if told else []
+        measured = divergences or {}
+        regular = np.linspace(0, len(self) - 1, min(points, len(self))).round().astype(int)
+        shown = np.union1d(regular, np.array(sorted(measured), dtype=int))
+        extra = ["divergence", "divergence_error"] if measured else []
         names = [layer.name for layer in self.problem.layers]
         body = io.StringIO()
         writer = csv.writer(body, lineterminator="\n")
-        writer.writerow(["bits", *self.problem.costs, *self.facts(0), *extra, *names])
+        writer.writerow(["bits", *self.problem.costs, *self.extra_columns(0), *extra, *names])
         for index in shown.tolist():
             choices = self.choices[index]
             allocation = self.problem.allocation(choices)
             totals = [f"{total:.15g}" for total in self.problem.totals(choices).values()]
-            facts = [*self.facts(index).values(), *(told.get(index, ("", "")) if told else ())]
-            writer.writerow([repr(allocation.bits), *totals, *facts, *allocation.schemes])
+            cells = [*self.extra_columns(index).values(), *(measured.get(index, ("", "")) if measured else ())]
+            writer.writerow([repr(allocation.bits), *totals, *cells, *allocation.schemes])
         header = {CHECKSUM: checksum({}, body.getvalue())}
         with write_atomically(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
             stream.write(f"# {json.dumps(header)}\n{body.getvalue()}")
 
     def _sizes(self) -> Array:
         if self.cost != "size":
-            raise MpqError(f"this frontier is in {self.cost}, not in size: name its budget as cost=")
+            raise MpqError(f"this frontier is in {self.cost}, not in size: give the budget as cost=")
         return self.costs
 
     def _within(self, unit: str, budget: float, factor: float, offset: float) -> int:
-        """Last point whose cost, as factor * cost + offset, is within the budget."""
+        """Index of the last point whose factor * cost + offset is within the budget."""
         possible = np.isfinite(self.problem.losses)
         largest = np.where(possible, self.problem.costs[self.cost], -np.inf).max(1).sum() * factor + offset
         smallest = self.costs[0] * factor + offset
-        # Budgets are often computed from the very same totals: rounding must not push them out of reach.
+        # Budgets are often computed from the same totals: tolerate rounding errors.
         limit = budget * (1 + 1e-12)
         digits = 6 if unit == "bits" else 15
         reach = f"{smallest:.{digits}g} to {largest:.{digits}g} {unit} can be reached"
@@ -171,25 +174,25 @@ class Frontier:
         if smallest > limit:
             raise MpqError(f"a budget of {budget:.{digits}g} {unit} is below the smallest allocation: {reach}")
         if budget * (1 - 1e-12) > largest:
-            log.warning("a budget of %.*g %s is more than any allocation takes: %s", digits, budget, unit, reach)
+            log.warning("a budget of %.*g %s is larger than any allocation: %s", digits, budget, unit, reach)
         return int(np.searchsorted(self.costs, (limit - offset) / factor, side="right")) - 1
 
 
 @dataclass(frozen=True, eq=False)
 class SavedFrontier:
-    """The points of a file that `Frontier.save` wrote."""
+    """Points of a file written by `Frontier.save`."""
 
     bits: Array  # (points,)
     losses: Array  # (points,), predicted
-    measured: Array | None  # (points,), where losses were measured
-    errors: Array  # (points,), standard errors of the measured losses where there are any, else of the predicted ones
+    measured: Array | None  # (points,), None where losses were not measured
+    errors: Array  # (points,), standard errors of the measured losses, else of the predicted ones
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SavedFrontier":
-        """Read a frontier's file; edited since it was written, it loads with a warning.
+        """Read a frontier's file; one that was edited loads with a warning.
 
         Raises:
-            MpqError: no such file, or no whole frontier.
+            MpqError: a missing, incomplete or invalid file.
         """
         with reading(path, "frontier", "write it with --frontier again"):
             with open(path, newline="", encoding="utf-8") as stream:
@@ -210,7 +213,7 @@ class SavedFrontier:
 
 
 def is_frontier(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as `Frontier.save` begins it, not as a sensitivity table."""
+    """Whether a file's header is a frontier's, not a sensitivity table's."""
     try:
         with open(path, encoding="utf-8") as stream:
             first = stream.readline()
@@ -220,7 +223,7 @@ def is_frontier(path: str | os.PathLike[str]) -> bool:
 
 
 def non_dominated(costs: ArrayLike, losses: ArrayLike) -> NDArray[np.intp]:
-    """Indices of the points that no other beats or equals in both, by rising cost; of equal points the first.
+    """Indices of the non-dominated points by rising cost; of equal points the first.
 
     >>> non_dominated([3, 1, 2, 2], [1.0, 5.0, 6.0, 4.0]).tolist()
     [1, 3, 0]

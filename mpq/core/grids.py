@@ -1,7 +1,7 @@
-"""Element grids: what one code of a number format means, as data.
+"""Element grids: the values of a number format's codes, as data.
 
 A grid maps unsigned codes to values. Integers are offset-binary (int4: code 0 is -8, code 8 is 0), unsigned integers
-are the number itself, floats are the standard's bit pattern, codebooks are indices in ascending order of value.
+are the value itself, floats are the standard's bit pattern, codebooks are indices in ascending order of value.
 Sources: OCP 8-bit floating point (OFP8) 1.0 for e4m3 and e5m2; OCP Microscaling (MX) 1.0, section 5.3 for e3m2, e2m3,
 e2m1 and e8m0; QLoRA (arXiv 2305.14314, appendix E) for nf4; ggml's `kvalues_iq4nl` for iq4_nl.
 """
@@ -25,11 +25,11 @@ IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 
 @dataclass(frozen=True)
 class Grid:
-    """What one code means.
+    """The values of a number format's codes.
 
     family: "int", "float", "codebook", or "exponent" (e8m0: powers of two, no sign, no zero).
-    specials (floats): "ieee": the top exponent is infinities and NaN; "fn": only the all-ones code is NaN;
-    "none": every code is a number.
+    specials (floats): "ieee": the top exponent means infinity or NaN; "fn": only the all-ones code is NaN;
+    "none": every code is a finite number.
     """
 
     name: str
@@ -126,10 +126,10 @@ def int_grid(bits: int, signed: bool = True) -> Grid:
 
 
 def float_grid(exponent: int, mantissa: int, signed: bool = True) -> Grid:
-    """A small float by its field widths, with the special values that its standard gives it.
+    """A small float by its field widths, with the special values of its standard.
 
-    e5m2 and the 16-bit floats follow IEEE 754, e4m3 is "fn" (OFP8), floats of six bits and fewer have no special
-    values (MX); other widths have none either. ue5m3 follows IEEE: its largest value is 61440.
+    e5m2, ue5m3 and the 16-bit floats follow IEEE 754, e4m3 is "fn" (OFP8); floats of other widths have no special
+    values (as in MX).
 
     >>> float_grid(2, 1).values()[:8].tolist()
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -154,7 +154,7 @@ FLOAT_COPIES = {
     "fp16": Grid("fp16", 16, "float", True, 5, 10, 15, "ieee"),
     "bf16": Grid("bf16", 16, "float", True, 8, 7, 127, "ieee"),
 }
-# Scales and minima that are integers, in units of a scale of their own.
+# Integer types of the scales and minima in super-blocks.
 INTEGER_SCALES = {grid.name: grid for grid in (int_grid(4, False), int_grid(6, False), int_grid(6), int_grid(8))}
 # The number formats that a scale can be stored in.
 SCALES: dict[str, Grid] = {

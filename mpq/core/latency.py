@@ -1,4 +1,4 @@
-"""Measured seconds of layers on one machine, as a cost for searches; read without torch."""
+"""Measured seconds of layers on one machine, as a cost for searches. Needs no torch."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -28,15 +28,15 @@ class Latency:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Measurements of one machine. `provenance` says which: bandwidth in bytes per second, threads, instructions."""
+    """Measurements on one machine. `provenance` describes it: bandwidth in bytes per second, threads, instructions."""
 
     entries: tuple[Latency, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def seconds(self, scheme: Scheme | str, rows: int, cols: int, batch: int = 1) -> float:
-        """Seconds of a layer: as measured, or by its number of weights between the measured shapes.
+        """Seconds of a layer: as measured, or interpolated by its number of weights.
 
-        Beyond the largest shape time grows with the weights; below the smallest it falls with them.
+        Outside the range of measured shapes, seconds are proportional to the number of weights.
 
         Raises:
             MpqError: nothing was measured for the scheme and the batch.
@@ -46,7 +46,7 @@ class LatencyTable:
         if not entries:
             known = sorted({f"{entry.scheme} at batch {entry.batch}" for entry in self.entries})
             raise MpqError(
-                f"no latency was measured for {name} at batch {batch}: "
+                f"no measured latency for {name} at batch {batch}: "
                 f"{nearest_names(f'{name} at batch {batch}', known)}; 'mpq bench' measures it"
             )
         for entry in entries:
@@ -62,21 +62,21 @@ class LatencyTable:
         return float(np.interp(size, sizes, times))
 
     def cost(self, batch: int = 1) -> Callable[[Layer, Scheme], float]:
-        """Seconds of a layer in a scheme, as `mpq.core.problem` takes a cost."""
+        """Seconds of a layer in a scheme: a cost function."""
         return lambda layer, scheme: self.seconds(scheme, layer.rows, layer.cols, batch)
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all."""
+        """Write JSON, atomically."""
         content = {"provenance": dict(self.provenance), "entries": [asdict(entry) for entry in self.entries]}
         with write_atomically(path) as draft:
             draft.write_text(json.dumps(content, indent=1))
 
 
 def load_latencies(path: str | Path) -> LatencyTable:
-    """The table that `LatencyTable.save` wrote.
+    """Read a table written by `LatencyTable.save`.
 
     Raises:
-        MpqError: the file is missing or holds something else.
+        MpqError: a missing or invalid file.
     """
     with reading(path, "latency table", "write one with 'mpq bench'"):
         content = json.loads(Path(path).read_text(encoding="utf-8"))

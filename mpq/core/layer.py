@@ -1,4 +1,4 @@
-"""A quantizable layer as facts: what tables, costs and searches need to know of it, without its weights."""
+"""Metadata of a quantizable layer for tables, costs and searches, without its weights."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from mpq.core.errors import MpqError
 
 @dataclass(frozen=True)
 class Layer:
-    """One weight that takes one scheme.
+    """One weight, which takes one scheme.
 
-    The weight is seen as a matrix: one row per output channel (per token in an embedding), and
+    The weight is a matrix: one row per output channel (per token in an embedding), and
     cols = input channels / conv groups * kernel positions.
 
     Raises:
-        MpqError: a name with a carriage return, which no CSV file keeps.
+        MpqError: a name with a carriage return, which CSV files cannot hold.
     """
 
     name: str  # the module's qualified name, "model.layers.0.self_attn.q_proj"
@@ -21,13 +21,13 @@ class Layer:
     rows: int
     cols: int
     macs: int = 0  # multiply-accumulates of one sample; 0 until counted
-    tie: str = ""  # layers of one tie are fused by serving kernels and share a scheme; "" when alone
-    aliases: tuple[str, ...] = ()  # other modules that hold the very same Parameter (tied embeddings)
+    tie: str = ""  # layers with the same tie are fused by serving kernels and share a scheme; "" for none
+    aliases: tuple[str, ...] = ()  # other modules with the same Parameter (tied embeddings)
 
     def __post_init__(self) -> None:
         for name in self.names:
             if "\r" in name:
-                raise MpqError(f"the layer name {name!r} holds a carriage return: rename the module")
+                raise MpqError(f"invalid layer name {name!r} with a carriage return: rename the module")
 
     @property
     def params(self) -> int:

@@ -1,4 +1,4 @@
-"""Patterns that pick names: globs, or regular expressions after "re:". One that picks nothing is a mistake."""
+"""Patterns of names: globs, or regular expressions after "re:". A pattern without a match is an error."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -8,15 +8,15 @@ from mpq.core.errors import MpqError, nearest_names
 
 
 def match_names(patterns: str | Iterable[str], names: Iterable[str], what: str = "layer") -> list[str]:
-    """The names that at least one pattern matches whole, in the order of `names`.
+    """The names that a pattern matches in full, in the order of `names`.
 
     Args:
         patterns: names or globs ("*.q_proj"), or "re:" and a regular expression for the whole name.
-        names: what can be picked.
-        what: the noun of error messages.
+        names: to choose from.
+        what: the noun for error messages.
 
     Raises:
-        MpqError: a pattern that matches none of the names, or is no regular expression.
+        MpqError: a pattern without a match, or an invalid regular expression.
 
     >>> match_names(["*.fc", "re:conv[12]"], ["conv1", "conv2", "head.fc", "conv10"])
     ['conv1', 'conv2', 'head.fc']
@@ -40,5 +40,5 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
     try:
         expression = re.compile(pattern[3:])
     except re.error as error:
-        raise MpqError(f"the pattern {pattern!r} is no regular expression: {error}") from error
+        raise MpqError(f"invalid regular expression {pattern!r}: {error}") from error
     return lambda name: expression.fullmatch(name) is not None

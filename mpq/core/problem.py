@@ -1,4 +1,4 @@
-"""A table with costs, ties and restrictions as plain arrays: what every search solves."""
+"""The problem that every search solves: a table with costs, ties and restrictions as plain arrays."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,9 +23,9 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Pick one scheme for each group of layers; losses and costs add up.
+    """Choose one scheme for each group of layers; losses and costs are additive.
 
-    A group is a tie of layers that share a scheme, or a layer alone. A choice the group cannot take has loss inf.
+    A group is a tie of layers that share a scheme, or a single layer. Forbidden choices have loss inf.
 
     >>> layers = (Layer("a", "linear", 8, 8), Layer("b", "linear", 8, 8))
     >>> table = SensitivityTable(layers, ("int4-channel", "int8-channel"), [[2., 1.], [4., 1.]], np.zeros((2, 2)), "x")
@@ -55,7 +55,7 @@ class Problem:
         return sum(layer.params for layer in self.layers)
 
     def group_name(self, group: int) -> str:
-        """The tie's name, or the lone layer's."""
+        """The name of the tie or of the single layer."""
         first = self.layers[self.groups[group][0]]
         return first.tie if len(self.groups[group]) > 1 else first.name
 
@@ -68,11 +68,13 @@ class Problem:
         """The allocation of one scheme index per group.
 
         Raises:
-            MpqError: a choice that its group cannot take (named).
+            MpqError: a forbidden choice (group named).
         """
         choices = np.asarray(choices, dtype=np.intp)
         for group in np.flatnonzero(~np.isfinite(self.losses[np.arange(len(self.groups)), choices])).tolist():
-            raise MpqError(f"{self.group_name(group)} cannot take {self.schemes[choices[group]]}")
+            raise MpqError(
+                f"scheme {self.schemes[choices[group]]} is forbidden for {self.group_name(group)}: choose another"
+            )
         by_layer = {
             layer: self.schemes[choice] for group, choice in zip(self.groups, choices, strict=True) for layer in group
         }
@@ -91,7 +93,7 @@ class Problem:
         return float(self.losses[picked].sum()), float(np.sqrt(self.variances[picked].sum()))
 
     def uniform(self) -> tuple[tuple[str, Allocation], ...]:
-        """The allocations that give every group one and the same scheme, with its name, for schemes all can take."""
+        """Uniform allocations, (name, allocation), for the schemes that every group can take."""
         possible = np.flatnonzero(np.isfinite(self.losses).all(0))
         return tuple((self.schemes[j], self.allocation([j] * len(self.groups))) for j in possible.tolist())
 
@@ -105,31 +107,31 @@ def build_problem(
     costs: Mapping[str, Array] | None = None,
     budgets: Mapping[str, float | str] | None = None,
 ) -> Problem:
-    """The problem that a table poses.
+    """Build the problem of a table.
 
     Args:
-        table: losses of every layer and scheme; a NaN forbids the scheme. A layer without scores for a reason that the
-            table gives counts as the median of its kind (`mpq.core.evidence`), which the provenance then says.
-        pin: scheme by layer pattern; the matching layers take it and nothing else. The scheme must be in the table.
+        table: losses of every layer and scheme; a NaN forbids the scheme. Layers in the table's `reasons` get the
+            median score of their kind (`mpq.core.evidence`), which the provenance records.
+        pin: scheme by layer pattern; matching layers take no other. The scheme must be in the table.
         forbid: patterns of schemes that layers must not take, by layer pattern.
         ties: whether tied layers (q/k/v, gate/up) share a scheme.
-        costs: further costs, name -> (layers, schemes); "size" and "bitops" are there already.
-        budgets: largest totals, by cost name, that every allocation must meet; a "size" may read "500MB".
+        costs: further costs beside "size" and "bitops", name -> (layers, schemes).
+        budgets: largest totals by cost name, for every allocation; "size" may be text as "500MB".
 
     Raises:
-        MpqError: a pattern that matches nothing, an unknown cost, or a group with no scheme left (named), or
-            a layer of which nothing is known, nor of others of its kind.
+        MpqError: a pattern without a match, an unknown cost, a group with no scheme left (named), or a layer without
+            scores when no layer of its kind has any.
     """
     names = [layer.name for layer in table.layers]
     pinned = {name for pattern in pin or {} for name in match_names(pattern, names)}
     scores, errors, assumed = supported(table, pinned)
     losses = np.where(np.isnan(scores), np.inf, scores)
     for pattern, scheme in (pin or {}).items():
-        wanted = parse_scheme(scheme).name
-        if wanted not in table.schemes:
-            raise MpqError(f"{pattern} cannot be pinned to {wanted}: the table knows {', '.join(table.schemes)}")
+        pinned_scheme = parse_scheme(scheme).name
+        if pinned_scheme not in table.schemes:
+            raise MpqError(f"cannot pin {pattern} to {pinned_scheme}: the table has {', '.join(table.schemes)}")
         for name in match_names(pattern, names):
-            losses[names.index(name), [j for j, other in enumerate(table.schemes) if other != wanted]] = np.inf
+            losses[names.index(name), [j for j, other in enumerate(table.schemes) if other != pinned_scheme]] = np.inf
     for pattern, schemes in (forbid or {}).items():
         columns = [table.schemes.index(scheme) for scheme in match_names(schemes, table.schemes, "scheme")]
         for name in match_names(pattern, names):
@@ -143,11 +145,11 @@ def build_problem(
     }
     for name in budgets or {}:
         if name not in by_layer:
-            raise MpqError(f"there is no cost {name!r} to budget: the problem knows {', '.join(by_layer)}")
+            raise MpqError(f"unknown cost {name!r} of a budget: expected one of {', '.join(by_layer)}")
     most = {name: parse_size(limit) if name == "size" else float(limit) for name, limit in (budgets or {}).items()}
     for name, limit in most.items():
         if not math.isfinite(limit) or limit < 0:
-            raise MpqError(f"invalid budget {name}={limit}: expected a finite number that is not negative")
+            raise MpqError(f"invalid budget {name}={limit}: expected a finite number of at least 0")
     problem = Problem(
         table.layers, table.schemes, groups, _summed(losses, groups), _summed(errors**2, groups),
         {name: _summed(np.asarray(cost, dtype=np.float64), groups) for name, cost in by_layer.items()},
@@ -155,20 +157,19 @@ def build_problem(
     )  # fmt: skip
     for group in np.flatnonzero(~np.isfinite(problem.losses).any(1)).tolist():
         raise MpqError(
-            f"no scheme is left for {problem.group_name(group)}: its layers share one, so they must be pinned alike; "
-            "loosen what is pinned or forbidden"
+            f"no scheme is left for {problem.group_name(group)}: pin its layers alike, or pin and forbid less"
         )
     return problem
 
 
 def restricted(problem: Problem, schemes: Iterable[str]) -> Problem:
-    """The problem with some of its schemes alone, in the problem's order; MpqError when a group is left with none."""
-    wanted = match_names(schemes, problem.schemes, "scheme")
-    columns = [problem.schemes.index(scheme) for scheme in wanted]
+    """The problem with fewer schemes, in the problem's order; MpqError when a group has none left."""
+    kept = match_names(schemes, problem.schemes, "scheme")
+    columns = [problem.schemes.index(scheme) for scheme in kept]
     for group in np.flatnonzero(~np.isfinite(problem.losses[:, columns]).any(1)).tolist():
-        raise MpqError(f"{problem.group_name(group)} can take none of {', '.join(wanted)}")
+        raise MpqError(f"{problem.group_name(group)} can take none of {', '.join(kept)}: keep more schemes")
     return replace(
-        problem, schemes=tuple(wanted), losses=problem.losses[:, columns], variances=problem.variances[:, columns],
+        problem, schemes=tuple(kept), losses=problem.losses[:, columns], variances=problem.variances[:, columns],
         costs={name: cost[:, columns] for name, cost in problem.costs.items()},
     )  # fmt: skip
 

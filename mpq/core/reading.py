@@ -1,4 +1,4 @@
-"""Files that people bring: whatever is wrong with one is told in one sentence."""
+"""Reading of users' files: every error becomes one sentence."""
 
 import csv
 import os
@@ -9,7 +9,7 @@ from zipfile import BadZipFile
 
 from mpq.core.errors import MpqError
 
-# What parsers raise on content that they do not understand; RecursionError is JSON nested too deeply.
+# Exceptions of parsers on invalid content; RecursionError is JSON nested too deeply.
 DAMAGE = (
     ArithmeticError, AttributeError, BadZipFile, EOFError, LookupError, NotImplementedError, RecursionError, TypeError,
     ValueError, csv.Error, zlib.error,
@@ -18,15 +18,15 @@ DAMAGE = (
 
 @contextmanager
 def reading(path: str | os.PathLike[str], what: str, remedy: str) -> Iterator[None]:
-    """Make of everything that goes wrong while a file is read and parsed one MpqError.
+    """Turn every exception while a file is read and parsed into MpqError.
 
     Args:
         path: the file.
-        what: what it should be, as "sensitivity table".
-        remedy: what to do when it is damaged, as "profile again".
+        what: the expected content, as "sensitivity table".
+        remedy: what to do about a damaged file, as "profile again".
 
     Raises:
-        MpqError: the file is missing or cannot be read, or the block did not understand its content.
+        MpqError: a missing, unreadable or invalid file.
     """
     name = os.fspath(path)
     try:

@@ -1,7 +1,7 @@
-"""Names that users choose by: typed entries, each with a function that is imported when it is first asked for.
+"""Registries of named functions: typed entries whose functions are imported at first use.
 
-A registry holds the package's own entries. Plugins add more through the entry-point group of the registry: the entry
-point gives a function, or an `Entry` of the registry's kind where flags are to be set.
+A registry holds the package's entries. Plugins add more through the registry's entry-point group: the entry point
+names a function, or an `Entry` of the registry's kind to set flags.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +15,9 @@ from mpq.core.errors import MpqError, nearest_names
 
 @dataclass(frozen=True)
 class Entry:
-    """A name, what it does in one line, and its function ("module:function", or the function itself).
+    """A name, one line of documentation, and a function ("module:function", or the function itself).
 
-    A `family` makes functions: "proxy:FORMULA" is the function that `proxy`'s own gives for FORMULA.
+    A `family` makes functions: the metric "proxy:FORMULA" is what the function of "proxy" returns for FORMULA.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Entry:
     family: bool = False
 
     def load(self) -> Callable[..., Any]:
-        """The function, imported if need be."""
+        """Import and return the function."""
         if not isinstance(self.function, str):
             return self.function
         module, _, attribute = self.function.partition(":")
@@ -42,17 +42,17 @@ class Entry:
 class Metric(Entry):
     """A sensitivity metric: `function(task, **options)` gives scores and standard errors, (layers, schemes)."""
 
-    activations: bool = False  # scores formats of input activations too
+    activations: bool = False  # also scores formats of input activations
     second_order: bool = False  # differentiates twice, so the model must fit the device
     measured: bool = False  # a forward pass over the data for each layer and scheme
-    compares_losses: bool = False  # so that a score of 0 is found, not for want of a gradient
+    compares_losses: bool = False  # a score of 0 is then evidence, not a missing gradient
 
 
 @dataclass(frozen=True)
 class Search(Entry):
     """A search: `function(problem, **options)` gives a Frontier."""
 
-    measures: bool = False  # asks a model for losses
+    measures: bool = False  # measures losses on a model
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Exporter(Entry):
 class Rounding(Entry):
     """A rounding method: `function(weight, format, second_moment)` gives a Quantized."""
 
-    second_moment: bool = False  # needs sum(x x^T) of the layer's inputs
+    second_moment: bool = False  # needs the second moment sum(x x^T) of the layer's inputs
 
 
 E = TypeVar("E", bound=Entry)
 
 
 class Registry(Mapping[str, E], Generic[E]):
-    """Entries by name, in the order of their table. Iteration gives the package's own names; `named` knows plugins too.
+    """Entries by name, in order. Iteration yields the package's own names; `named` also finds plugins.
 
     >>> Registry(Search, "search", "mpq.searches", [Search("best", "builtins:max")]).named("best")([1, 2])
     2
@@ -111,18 +111,18 @@ class Registry(Mapping[str, E], Generic[E]):
         )
 
     def names(self, **flags: bool) -> tuple[str, ...]:
-        """The package's own names, those alone whose flags are as given: `names(measured=True)`."""
+        """The package's own names whose flags have these values: `names(measured=True)`."""
         return tuple(
             name for name in self if all(getattr(self.entries[name], flag) == value for flag, value in flags.items())
         )
 
     def markdown(self) -> str:
-        """The table of names, as README and documentation show it."""
+        """The table of names in Markdown, for README and documentation."""
         rows = [f"| `{entry.name}{':...' * entry.family}` | {entry.doc} |" for entry in self.entries.values()]
         return "\n".join(["| name | what it is |", "|---|---|", *rows])
 
     def help(self) -> str:
-        """The table of names, as `--help` shows it."""
+        """The table of names as text, for `--help`."""
         width = max(map(len, self.entries))
         return "\n".join(f"  {entry.name.ljust(width)}  {entry.doc}" for entry in self.entries.values())
 
@@ -133,7 +133,7 @@ def plugins_of(group: str) -> dict[str, EntryPoint]:
 
 
 def load_plugin(point: EntryPoint) -> Any:
-    """What an entry point names; MpqError when its import fails."""
+    """Import what an entry point names; MpqError when that fails."""
     try:
         return point.load()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Sizes as people write them: 500MB, 1.5GiB or a number of bytes."""
+"""Sizes as text: 500MB, 1.5GiB or a number of bytes."""
 
 import math
 import re
@@ -13,7 +13,7 @@ def parse_size(size: float | str) -> float:
     """Bytes of a size.
 
     Raises:
-        MpqError: no such size.
+        MpqError: an invalid size.
 
     >>> parse_size("500MB"), parse_size("1.5 KiB"), parse_size(4096)
     (500000000.0, 1536.0, 4096.0)

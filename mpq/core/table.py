@@ -1,4 +1,4 @@
-"""The sensitivity table: for every layer and scheme a predicted loss increase with its standard error; a CSV file."""
+"""Sensitivity tables: predicted loss increase and standard error of every layer and scheme; a CSV file."""
 
 import csv
 import io
@@ -25,17 +25,16 @@ if TYPE_CHECKING:
     import pandas
 
 COLUMNS = ("layer", "kind", "rows", "cols", "macs", "tie", "aliases", "metric", "format", "bytes", "score", "error")
-ROW_COUNT = "rows"  # key of the first line that says how many rows follow, so that a truncated file is noticed
-REASONS = "reasons"  # key of the first line that holds the reasons for missing scores
+ROW_COUNT = "rows"  # header key: number of rows, so that a truncated file is detected
+REASONS = "reasons"  # header key: reasons for missing scores
 
 
 @dataclass(frozen=True, eq=False)
 class SensitivityTable:
-    """Layers x schemes -> score.
+    """Scores of layers x schemes.
 
     Raises:
-        MpqError: shapes that do not fit, a name twice, an infinite score or error, or a reason for a layer that has
-            scores (named).
+        MpqError: wrong shapes, a repeated name, an infinite score or error, or a reason for a layer with scores.
     """
 
     layers: tuple[Layer, ...]
@@ -44,25 +43,27 @@ class SensitivityTable:
     errors: NDArray[np.float64]  # (layers, schemes), standard errors; 0 where the score is exact
     metric: str
     provenance: Mapping[str, Any] = field(default_factory=dict)  # JSON values: model, data, seed, method, ...
-    reasons: Mapping[str, str] = field(default_factory=dict)  # why a layer's scores are all NaN: nothing supports them
+    reasons: Mapping[str, str] = field(default_factory=dict)  # why a layer has no scores (all NaN), by layer name
 
     def __post_init__(self) -> None:
         shape = (len(self.layers), len(self.schemes))
         for what, names in (("layer", [layer.name for layer in self.layers]), ("scheme", list(self.schemes))):
             if len(set(names)) < len(names):
-                raise MpqError(f"a table wants each {what} once; twice came {_first_repeated(names)!r}")
+                raise MpqError(f"{what} {_first_repeated(names)!r} occurs twice in a table: expected each {what} once")
         for field_name in ("scores", "errors"):
             values = np.asarray(getattr(self, field_name), dtype=np.float64)
             if values.shape != shape:
-                raise MpqError(f"a table of {shape[0]} layers and {shape[1]} schemes has {field_name} {values.shape}")
+                raise MpqError(f"invalid {field_name} of shape {values.shape}: expected {shape}, (layers, schemes)")
             for row, column in np.argwhere(np.isinf(values)):
                 layer, scheme = self.layers[row].name, self.schemes[column]
-                raise MpqError(f"the {self.metric} {field_name} of layer {layer} in {scheme} are infinite")
+                raise MpqError(
+                    f"infinite {self.metric} {field_name} of layer {layer} in {scheme}: use NaN to forbid a scheme"
+                )
             object.__setattr__(self, field_name, values)
         without = {layer.name for layer, row in zip(self.layers, self.scores, strict=True) if np.isnan(row).all()}
         for name in self.reasons:
             if name not in without:
-                raise MpqError(f"a reason for having no scores came for {name}, which is no layer without scores")
+                raise MpqError(f"a reason for missing scores names {name}: expected a layer whose scores are all NaN")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SensitivityTable):
@@ -80,7 +81,7 @@ class SensitivityTable:
     def rows(self) -> Iterable[tuple[Any, ...]]:
         """One tuple per layer and scheme, in the order of COLUMNS."""
         for i, layer in enumerate(self.layers):
-            facts = (
+            leading = (
                 layer.name,
                 layer.kind,
                 layer.rows,
@@ -91,19 +92,19 @@ class SensitivityTable:
             )
             for j, scheme in enumerate(self.schemes):
                 stored = weight_bytes(parse_scheme(scheme), layer.rows, layer.cols)
-                yield (*facts, self.metric, scheme, stored, float(self.scores[i, j]), float(self.errors[i, j]))
+                yield (*leading, self.metric, scheme, stored, float(self.scores[i, j]), float(self.errors[i, j]))
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """The long form: a row per layer and scheme, columns COLUMNS."""
+        """A data frame in long form: a row per layer and scheme, columns COLUMNS."""
         import pandas
 
         return pandas.DataFrame.from_records(list(self.rows()), columns=list(COLUMNS))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a CSV file, whole or not at all; `pandas.read_csv(path, comment="#")` reads it.
+        """Write a CSV file, atomically; `pandas.read_csv(path, comment="#")` reads it.
 
-        Its first line is `# ` and the provenance as JSON, with a checksum. Numbers are written in full, so `load` gives
-        the same table.
+        Its first line is `# ` and the provenance as JSON, with a checksum. Numbers are written exactly, so `load`
+        returns an equal table.
         """
         reasons = {REASONS: dict(self.reasons)} if self.reasons else {}
         header = {**self.provenance, **reasons, ROW_COUNT: len(self.layers) * len(self.schemes)}
@@ -117,10 +118,10 @@ class SensitivityTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SensitivityTable":
-        """Read what `save` wrote; edited since, it loads with a warning and `provenance["edited"]`.
+        """Read a file written by `save`; one edited since loads with a warning and sets `provenance["edited"]`.
 
         Raises:
-            MpqError: no such file, or one that is truncated or no such table.
+            MpqError: a missing, truncated or invalid file.
         """
         with reading(path, "sensitivity table", "profile again"), open(path, newline="", encoding="utf-8") as stream:
             return _parse(path, stream.read())
@@ -133,7 +134,7 @@ def _parse(path: str | os.PathLike[str], text: str) -> SensitivityTable:
     if text.startswith("#"):
         first, text = text.split("\n", 1)
         provenance = dict(json.loads(first[1:]))
-    noted, header = provenance.pop(CHECKSUM, None), dict(provenance)
+    recorded, header = provenance.pop(CHECKSUM, None), dict(provenance)
     records = list(csv.DictReader(io.StringIO(text), strict=True))
     if not records:
         raise ValueError("no rows")
@@ -151,7 +152,7 @@ def _parse(path: str | os.PathLike[str], text: str) -> SensitivityTable:
         raise ValueError("not every layer has every format, in the same order")
     numbers = np.array([[float(record["score"]), float(record["error"])] for record in records])
     scores, errors = numbers.T.reshape(2, len(layers), len(schemes))
-    provenance |= check_edits(path, noted, header, text)
+    provenance |= check_edits(path, recorded, header, text)
     return SensitivityTable(layers, schemes, scores.copy(), errors.copy(), metrics.pop(), provenance, reasons)
 
 

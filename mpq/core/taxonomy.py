@@ -1,8 +1,8 @@
-"""What kind of mixed precision an allocation is, in the survey's terms (arXiv 2510.16805).
+"""Kinds of mixed precision, in the terms of a survey (arXiv 2510.16805).
 
-A model's weights are "mixed" when its quantized layers have several formats, "uniform" when they have one, "float" when
-none is quantized; its activations likewise. A float format between quantized ones counts as one more precision, since
-W-{int4, bf16} is a mix of two.
+Weights are "mixed" when the layers have several formats, "uniform" when they have one quantized format, "float" when
+none is quantized; activations likewise. A float format beside quantized ones counts as one more precision: W-{int4,
+bf16} is a mix of two.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ def classify(allocation: Allocation) -> Precision:
     activations have. "float" when nothing at all is quantized.
     """
     schemes = [*allocation.scheme_of.values()]
-    weights = _spread({s.weight.name for s in schemes}, {s.weight.name for s in schemes if s.weight.is_float_copy})
-    activations = _spread(
+    weights = _variety({s.weight.name for s in schemes}, {s.weight.name for s in schemes if s.weight.is_float_copy})
+    activations = _variety(
         {"float" if s.activation is None else s.activation.name for s in schemes},
         {"float" if s.activation is None else s.activation.name for s in schemes if s.activation is None}
         | {s.activation.name for s in schemes if s.activation is not None and s.activation.is_float_copy},
@@ -38,7 +38,7 @@ def classify(allocation: Allocation) -> Precision:
     return Precision(label, weights, activations)
 
 
-def _spread(names: set[str], floats: set[str]) -> str:
+def _variety(names: set[str], floats: set[str]) -> str:
     if names == floats:
         return "float"
     return "mixed" if len(names) > 1 else "uniform"

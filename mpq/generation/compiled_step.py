@@ -112,7 +112,7 @@ def _plain(module: Any) -> bool:
     weight, bias = module.weight, module.bias
     return (
         weight.layout == panels.NAME and weight.device.type == "cpu" and module.activation in ("", "int8-channel")
-        and (not module.activation or cpu._plan(*weight.facts[:3]).kind != panels.TABLE_BF16)
+        and (not module.activation or cpu._plan(*weight.signature[:3]).kind != panels.TABLE_BF16)
         and (bias is None or (bias.dtype in _TYPES and bias.is_contiguous()))
     )  # fmt: skip
 
@@ -136,20 +136,20 @@ def _stacked(members: Sequence[Any], kept: list[object]) -> list[abi.Layer]:
         return [_one(member, kept) for member in members]
     biases = [member.bias for member in members]
     bias = None if biases[0] is None else torch.cat(biases)
-    facts = (stack.facts[0], stack.facts[1], stack.facts[2])
-    first = _layer(stack.tensors, facts, bias, members[0].activation, kept)
+    signature = (stack.signature[0], stack.signature[1], stack.signature[2])
+    first = _layer(stack.tensors, signature, bias, members[0].activation, kept)
     return [first] + [abi.Layer()] * (len(members) - 1)
 
 
 def _one(module: Any, kept: list[object]) -> abi.Layer:
-    return _layer(module.weight.tensors, module.weight.facts[:3], module.bias, module.activation, kept)
+    return _layer(module.weight.tensors, module.weight.signature[:3], module.bias, module.activation, kept)
 
 
 def _layer(
-    tensors: Sequence[Tensor], facts: tuple[str, int, int], bias: Tensor | None, activation: str, kept: list[object]
+    tensors: Sequence[Tensor], signature: tuple[str, int, int], bias: Tensor | None, activation: str, kept: list[object]
 ) -> abi.Layer:
     kept += [*tensors, bias]
     scale = tensors[1].data_ptr() if len(tensors) > 1 else 0
-    given = (0, 0) if bias is None else (bias.data_ptr(), int(bias.dtype == torch.bfloat16))
-    weight = ctypes.pointer(cpu._plan(*facts).weight)
-    return abi.Layer(weight, tensors[0].data_ptr(), scale, *given, 1 if activation else 2)
+    bias_arguments = (0, 0) if bias is None else (bias.data_ptr(), int(bias.dtype == torch.bfloat16))
+    weight = ctypes.pointer(cpu._plan(*signature).weight)
+    return abi.Layer(weight, tensors[0].data_ptr(), scale, *bias_arguments, 1 if activation else 2)

@@ -74,16 +74,18 @@ def parts_of(prefix: str, layers: Mapping[str, Any], fused: Mapping[str, Sequenc
         raise MpqError(
             f"vLLM computes {', '.join(names)} as one, but {missing[0]} is not quantized: give it a format too"
         )
-    facts = [layers[name] for name in names]
+    records = [layers[name] for name in names]
     return tuple(
         Part(fact.get("stored", name), parse_scheme(fact["scheme"]), fact["rows"], fact["cols"])
-        for name, fact in zip(names, facts, strict=True)
+        for name, fact in zip(names, records, strict=True)
     )
 
 
 def named_layers(layers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The layers of a `quantization_config` by all of their names; "stored" is the one that their tensors go by."""
-    return {name: {**facts, "stored": layer} for layer, facts in layers.items() for name in (layer, *facts["aliases"])}
+    return {
+        name: {**record, "stored": layer} for layer, record in layers.items() for name in (layer, *record["aliases"])
+    }
 
 
 class ServedWeight(nn.Module):
@@ -148,7 +150,7 @@ class ServedWeight(nn.Module):
     def product(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., cols) -> (..., rows of this rank), padding rows give zeros."""
         outputs = [
-            torch.ops.mpq.linear.default(input, weight.tensors, None, *weight.facts, activation)
+            torch.ops.mpq.linear.default(input, weight.tensors, None, *weight.signature, activation)
             for weight, activation in zip(self._weights(), self.activations, strict=True)
         ]
         output: Tensor = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
@@ -159,7 +161,7 @@ class ServedWeight(nn.Module):
     def rows(self, indices: Tensor) -> Tensor:
         """(...) -> (..., cols): rows of a vocabulary's table."""
         (weight,) = self._weights()
-        picked: Tensor = torch.ops.mpq.embedding.default(indices, weight.tensors, *weight.facts, self.dtype)
+        picked: Tensor = torch.ops.mpq.embedding.default(indices, weight.tensors, *weight.signature, self.dtype)
         return picked
 
 

@@ -150,22 +150,22 @@ def _packed(dense: Tensor, scheme: Scheme, beyond: int) -> tuple[int, Callable[[
     packed = pack(quantize(dense, scheme.weight))
     arranged = to_layout(packed, best_layout(packed, dense.device))
     activation = "" if scheme.activation is None else scheme.activation.name
-    facts = (scheme.weight.name, *packed.shape, arranged.layout, activation)
+    arguments = (scheme.weight.name, *packed.shape, arranged.layout, activation)
     weights = copies(list(arranged.tensors.values()), beyond, on_large_pages)  # as `panels.arrange` allocates them
     linear = torch.ops.mpq.linear.default
-    return packed.nbytes, lambda x: Contestant([partial(linear, x, weight, None, *facts) for weight in weights])
+    return packed.nbytes, lambda x: Contestant([partial(linear, x, weight, None, *arguments) for weight in weights])
 
 
 def latency_table(timings: Sequence[Timing], device: torch.device = CPU) -> LatencyTable:
     """Timings as the table that searches take."""
     if device.type == "cuda":
-        facts: dict[str, object] = {
+        provenance: dict[str, object] = {
             "device": torch.cuda.get_device_name(device),
             "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
             "clock": "graph replay between device events",
         }
     else:
-        facts = {"threads": torch.get_num_threads(), "instructions": cpu.level_name()}
+        provenance = {"threads": torch.get_num_threads(), "instructions": cpu.level_name()}
     if timings:
-        facts["bandwidth"] = statistics.median(timing.bandwidth for timing in timings)
-    return LatencyTable(tuple(timing.latency for timing in timings), facts)
+        provenance["bandwidth"] = statistics.median(timing.bandwidth for timing in timings)
+    return LatencyTable(tuple(timing.latency for timing in timings), provenance)

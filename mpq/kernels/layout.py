@@ -211,9 +211,9 @@ def packed_of(weight: Sequence[Tensor], format: Format, shape: tuple[int, int], 
 
 def to_layout(packed: Packed, name: str) -> Packed:
     """The same matrix in the layout called `name`; MpqError when there is none."""
-    for wanted in (name, packed.layout):
-        if wanted not in LAYOUTS:
-            raise MpqError(f"unknown layout {wanted!r}: {nearest_names(wanted, LAYOUTS)}")
+    for needed in (name, packed.layout):
+        if needed not in LAYOUTS:
+            raise MpqError(f"unknown layout {needed!r}: {nearest_names(needed, LAYOUTS)}")
     if packed.layout == name:
         return packed
     return LAYOUTS[name].arrange(LAYOUTS[packed.layout].restore(packed))

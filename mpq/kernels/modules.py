@@ -30,7 +30,9 @@ class PackedLinear(nn.Module):
         if self.stack is not None and (part := self.stack.output(self, input)) is not None:
             return part
         weight = self.weight
-        output: Tensor = torch.ops.mpq.linear.default(input, weight.tensors, self.bias, *weight.facts, self.activation)
+        output: Tensor = torch.ops.mpq.linear.default(
+            input, weight.tensors, self.bias, *weight.signature, self.activation
+        )
         return output
 
     def extra_repr(self) -> str:
@@ -64,7 +66,7 @@ class PackedConv(nn.Module):
         if self.side_padding:
             input = functional.pad(input, self.side_padding, mode=self.padding_mode)
         weight, where = self.weight, (self.kernel, self.stride, self.padding, self.dilation, self.groups)
-        output: Tensor = torch.ops.mpq.conv.default(input, weight.tensors, self.bias, *weight.facts, *where)
+        output: Tensor = torch.ops.mpq.conv.default(input, weight.tensors, self.bias, *weight.signature, *where)
         return output
 
     def _round(self, input: Tensor, channels: int) -> Tensor:

@@ -92,7 +92,7 @@ def _conv(
 
 
 def _linear_shape(
-    input: Tensor, weight: Sequence[Tensor], bias: Tensor | None, format: str, rows: int, *facts: Any
+    input: Tensor, weight: Sequence[Tensor], bias: Tensor | None, format: str, rows: int, *rest: Any
 ) -> Tensor:
     return input.new_empty((*input.shape[:-1], rows))
 
@@ -116,16 +116,16 @@ def _embedding_shape(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, bias, *facts, _ = inputs
+    _, weight, bias, *signature, _ = inputs
     ctx.save_for_backward(*weight)
-    ctx.facts, ctx.bias_type = facts, None if bias is None else bias.dtype
+    ctx.signature, ctx.bias_type = signature, None if bias is None else bias.dtype
 
 
 def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     """Gradients of input and bias: packed weights are constants, and rounding the input counts as the identity."""
     by_input = by_bias = None
     if ctx.needs_input_grad[0]:
-        matrix = torch.ops.mpq.dequantize(list(ctx.saved_tensors), *ctx.facts)
+        matrix = torch.ops.mpq.dequantize(list(ctx.saved_tensors), *ctx.signature)
         by_input = (gradient.float() @ matrix).to(gradient.dtype)
     if ctx.needs_input_grad[2]:
         by_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_type)
@@ -135,7 +135,7 @@ def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 def _remember_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, format, rows, cols, layout, *spatial = inputs
     ctx.save_for_backward(*weight)
-    ctx.facts, ctx.spatial = (format, rows, cols, layout), spatial
+    ctx.signature, ctx.spatial = (format, rows, cols, layout), spatial
     ctx.shape, ctx.bias_type = input.shape, None if bias is None else bias.dtype
 
 
@@ -145,7 +145,7 @@ def _conv_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     kernel, stride, padding, dilation, groups = ctx.spatial
     if ctx.needs_input_grad[0]:
         kind = reference.type_of_sums(gradient)
-        matrix = torch.ops.mpq.dequantize(list(ctx.saved_tensors), *ctx.facts)
+        matrix = torch.ops.mpq.dequantize(list(ctx.saved_tensors), *ctx.signature)
         weight = matrix.reshape(len(matrix), -1, *kernel).to(kind)
         find: Callable[..., Tensor] = conv1d_input if len(kernel) == 1 else conv2d_input
         by_input = find(ctx.shape, weight, gradient.to(kind), stride, padding, dilation, groups).to(gradient.dtype)

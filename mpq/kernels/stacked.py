@@ -42,7 +42,7 @@ class Stack:
         self.members, self.tensors = list(members), [whole, *first.tensors[1:]]
         self.views = [weight.tensors[0] for weight in weights]
         self.sizes = [weight.rows for weight in weights]
-        self.facts = (first.format.name, sum(self.sizes), first.cols, NAME)
+        self.signature = (first.format.name, sum(self.sizes), first.cols, NAME)
         self.last: Pass | None = None
 
     def output(self, member: Any, input: Tensor) -> Tensor | None:
@@ -58,7 +58,7 @@ class Stack:
         last = self.last
         if last is None or last.input is not input or last.version != version or index in last.taken:
             bias = None if member.bias is None else torch.cat([one.bias for one in self.members])
-            whole = torch.ops.mpq.linear.default(input, self.tensors, bias, *self.facts, member.activation)
+            whole = torch.ops.mpq.linear.default(input, self.tensors, bias, *self.signature, member.activation)
             self.last = last = Pass(input, version, whole.split(self.sizes, -1))
         last.taken.add(index)
         if len(last.taken) == len(self.members):
@@ -80,13 +80,13 @@ def stackable(members: Sequence[Any]) -> bool:
     first = members[0]
     if len(members) < 2 or first.weight.layout != NAME or first.weight.format.granularity == "tensor":
         return False
-    facts = {
+    kinds = {
         (one.weight.format, one.weight.cols, one.weight.layout, one.weight.device, one.activation, one.bias is None)
         for one in members
     }
     rest = first.weight.tensors[1:]
     return (
-        len(facts) == 1
+        len(kinds) == 1
         and len({id(one.weight) for one in members}) == len(members)
         and all(one.weight.rows % ROWS == 0 for one in members[:-1])
         and all(torch.equal(*pair) for one in members for pair in zip(one.weight.tensors[1:], rest, strict=True))

@@ -50,7 +50,7 @@ class PackedWeight(nn.Module):
         self._buffers.update(packed.tensors)
         self.format, self.layout = packed.format, packed.layout
         self.rows, self.cols = packed.shape
-        self.facts = (packed.format.name, *packed.shape, packed.layout)  # as the ops take them
+        self.signature = (packed.format.name, *packed.shape, packed.layout)  # as the ops take them
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -73,7 +73,7 @@ class PackedWeight(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight matrix, float32 (rows, cols)."""
-        matrix: Tensor = torch.ops.mpq.dequantize.default(self.tensors, *self.facts)
+        matrix: Tensor = torch.ops.mpq.dequantize.default(self.tensors, *self.signature)
         return matrix
 
     def numbers(self) -> Tensor:
@@ -82,7 +82,7 @@ class PackedWeight(nn.Module):
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Rows of the matrix, in the weight's type: (...) -> (..., cols); only those are unpacked."""
-        rows: Tensor = torch.ops.mpq.embedding.default(indices, self.tensors, *self.facts, self.dtype)
+        rows: Tensor = torch.ops.mpq.embedding.default(indices, self.tensors, *self.signature, self.dtype)
         return rows
 
     @property

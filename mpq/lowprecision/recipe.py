@@ -9,7 +9,7 @@ from torch.nn import functional
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format, parse_format
 from mpq.core.grids import SCALES
-from mpq.rounding.reference import absmax_scales, decode, encode, real_scales, round_scales, spread, tensor_scale_of
+from mpq.rounding.reference import absmax_scales, decode, encode, real_scales, round_scales, tensor_scale_of, to_groups
 from mpq.rounding.stochastic import stochastic_round
 
 WHERE = ("none", "forward", "backward", "all")
@@ -98,7 +98,7 @@ def divisors(matrix: Tensor, format: Format, convention: str = "divide", square:
 
 
 def _reciprocals(matrix: Tensor, format: Format) -> Tensor:
-    absmax = spread(matrix, format).abs().amax(-1)
+    absmax = to_groups(matrix, format).abs().amax(-1)
     tensor_scale = absmax.max() / format.grid.max if format.tensor_scale else absmax.new_ones(())
     tensor_scale = torch.where(tensor_scale > 0, tensor_scale, torch.ones_like(tensor_scale))
     # A block without a single number but zero has no multiplier: any will do, and 1 is one that every type holds.

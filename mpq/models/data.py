@@ -25,11 +25,11 @@ def token_windows(tokens: Sequence[int] | Tensor, seqlen: int) -> Tensor:
     return tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
 
 
-def draw(samples: int, wanted: int, seed: int, skip: int = 0) -> Tensor:
+def draw(samples: int, count: int, seed: int, skip: int = 0) -> Tensor:
     """Indices of `wanted` of the samples, in order, or of all there are; draws that `skip` the first have others."""
-    if wanted < 1:
-        raise MpqError(f"at least one sample is needed, not {wanted}")
-    return torch.randperm(samples, generator=seeded(seed, "samples"))[skip : skip + wanted].sort().values
+    if count < 1:
+        raise MpqError(f"at least one sample is needed, not {count}")
+    return torch.randperm(samples, generator=seeded(seed, "samples"))[skip : skip + count].sort().values
 
 
 def text_batches(

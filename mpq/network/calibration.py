@@ -97,8 +97,8 @@ def counted_positions(batch: Batch) -> tuple[Tensor, ...]:
     counted: dict[tuple[int, ...], Tensor] = {}
     masks = [part != IGNORED for part in tensors_in(batch) if part.dtype == torch.int64 and part.ndim == 2]
     if isinstance(batch, Mapping):
-        given = [part for name, part in batch.items() if str(name).endswith("attention_mask")]
-        masks += [part != 0 for part in given if isinstance(part, Tensor) and part.ndim == 2]
+        attention_masks = [part for name, part in batch.items() if str(name).endswith("attention_mask")]
+        masks += [part != 0 for part in attention_masks if isinstance(part, Tensor) and part.ndim == 2]
     for mask in masks:
         if not bool(mask.all()):
             shape = tuple(mask.shape)

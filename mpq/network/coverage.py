@@ -37,15 +37,15 @@ class Coverage:
     quantized_macs: int
     left: tuple[Left, ...] = ()  # largest first
 
-    def facts(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As JSON holds it; names are cut to three for each reason."""
         return {**asdict(self), "left": [{**asdict(each), "names": list(each.names[:3])} for each in self.left]}
 
     @staticmethod
-    def of_facts(facts: Mapping[str, Any]) -> "Coverage":
-        """The inverse of `facts`."""
-        left = tuple(Left(each["reason"], each["params"], tuple(each["names"])) for each in facts["left"])
-        return Coverage(facts["params"], facts["quantized"], facts["macs"], facts["quantized_macs"], left)
+    def from_json(values: Mapping[str, Any]) -> "Coverage":
+        """The inverse of `to_json`."""
+        left = tuple(Left(each["reason"], each["params"], tuple(each["names"])) for each in values["left"])
+        return Coverage(values["params"], values["quantized"], values["macs"], values["quantized_macs"], left)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """What, share of the parameters, examples: a table for people."""

@@ -93,12 +93,12 @@ def find_layers(
     names = [name for modules in holders.values() for name, _ in modules]
     if not names:
         raise MpqError(f"{type(model).__name__} has no layer to quantize: no Linear, convolution or Embedding")
-    wanted = set(match_names(include, names)) if include else set()
-    unwanted = set(match_names(exclude, names))
+    included = set(match_names(include, names)) if include else set()
+    excluded = set(match_names(exclude, names))
     layers = [
         _layer(modules)
         for modules in holders.values()
-        if any(name in wanted for name, _ in modules) and not any(name in unwanted for name, _ in modules)
+        if any(name in included for name, _ in modules) and not any(name in excluded for name, _ in modules)
     ]
     if not layers:
         raise MpqError(f"no layer is left of {', '.join(names[:4])}, ...: include more or exclude less")
@@ -194,7 +194,7 @@ def _windows(padded: Tensor, module: nn.Conv1d | nn.Conv2d) -> Tensor:
     One strided copy for each place of the kernel: half the time of `unfold`, whose positions come last.
     """
     one = (1,) * (2 - len(module.kernel_size))
-    kernel, step, apart = ((*one, *given) for given in (module.kernel_size, module.stride, module.dilation))
+    kernel, step, apart = ((*one, *sizes) for sizes in (module.kernel_size, module.stride, module.dilation))
     high, wide = (
         (size - gap * (length - 1) - 1) // stride + 1
         for size, gap, length, stride in zip(padded.shape[2:], apart, kernel, step, strict=True)

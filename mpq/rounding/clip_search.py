@@ -21,11 +21,11 @@ from mpq.rounding.reference import (
     round_minima,
     round_scales,
     snap,
-    spread,
     stacked,
     storable_scales,
     store_tables,
     tensor_scale_of,
+    to_groups,
 )
 from mpq.rounding.super_blocks import settle
 
@@ -64,8 +64,8 @@ def clip_search(
 
 
 def _search_rows(weight: Tensor, format: Format, tensor_scale: Tensor | None, importance: Tensor | None) -> Quantized:
-    elements = spread(weight, format)
-    weights = spread(torch.ones_like(weight) if importance is None else importance.float(), format)
+    elements = to_groups(weight, format)
+    weights = to_groups(torch.ones_like(weight) if importance is None else importance.float(), format)
     search = _Search(elements, weights, format, tensor_scale)
     if format.minimum:
         _search_ranges(search, weight)

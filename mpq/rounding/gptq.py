@@ -16,11 +16,11 @@ from mpq.rounding.reference import (
     decode,
     dequantize,
     encode,
-    gather,
+    from_groups,
     group_minima,
     group_scales,
     quantize,
-    spread,
+    to_groups,
 )
 
 BLOCK = 128  # columns whose corrections are applied to the rest in one product (section 4, step 2)
@@ -139,10 +139,10 @@ def gptq_block(
     errors = torch.empty_like(pending)
     for column in range(pending.shape[1]):
         scale = scales[:, column]
-        wanted = pending[:, column] - lowest[:, column]
-        code = encode(wanted / torch.where(scale == 0, torch.ones_like(scale), scale), grid)
+        target = pending[:, column] - lowest[:, column]
+        code = encode(target / torch.where(scale == 0, torch.ones_like(scale), scale), grid)
         codes[:, column] = code
-        error = (wanted - decode(code, grid) * scale) / inverse[column, column]
+        error = (target - decode(code, grid) * scale) / inverse[column, column]
         pending[:, column + 1 :] -= error.unsqueeze(-1) * inverse[column, column + 1 :]
         errors[:, column] = error
     return errors
@@ -150,14 +150,14 @@ def gptq_block(
 
 def _elementwise(start: Quantized) -> tuple[Tensor, Tensor]:
     """Of each element, (rows, cols): what its code is multiplied by, and what is added then."""
-    template = spread(torch.ones(start.shape), start.format)
+    template = to_groups(torch.ones(start.shape), start.format)
     scales, minima = group_scales(start), group_minima(start)
     if start.zeros is not None:
         minima = -scales * start.zeros
     if minima is None:
         minima = torch.zeros_like(scales)
     factors, lowest = (
-        gather(table.unsqueeze(-1).expand_as(template), start.format, start.shape) for table in (scales, minima)
+        from_groups(table.unsqueeze(-1).expand_as(template), start.format, start.shape) for table in (scales, minima)
     )
     return factors, lowest
 

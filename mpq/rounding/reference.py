@@ -101,13 +101,13 @@ def stacked(parts: Sequence[Quantized]) -> Quantized:
 def recode(weight: Tensor, tables: Quantized) -> Quantized:  # (rows, cols), float
     """The nearest codes of the weight, ties to even, with the tables of another of its format and shape."""
     format, scales, minima = tables.format, group_scales(tables).unsqueeze(-1), group_minima(tables)
-    elements = spread(weight.float(), format)
+    elements = to_groups(weight.float(), format)
     if minima is not None:
         elements = elements - minima.unsqueeze(-1)
     elements = elements / torch.where(scales == 0, torch.ones_like(scales), scales)
     if tables.zeros is not None:
         elements = elements.round() + tables.zeros.unsqueeze(-1)
-    return replace(tables, codes=gather(encode(elements, format.grid), format, tables.shape))
+    return replace(tables, codes=from_groups(encode(elements, format.grid), format, tables.shape))
 
 
 def dequantize(quantized: Quantized) -> Tensor:
@@ -115,14 +115,14 @@ def dequantize(quantized: Quantized) -> Tensor:
     format = quantized.format
     if format.is_float_copy:
         return quantized.codes.float()
-    elements = spread(decode(quantized.codes, format.grid), format)
+    elements = to_groups(decode(quantized.codes, format.grid), format)
     if quantized.zeros is not None:
         elements = elements - quantized.zeros.unsqueeze(-1).float()
     elements = elements * group_scales(quantized).unsqueeze(-1)
     minima = group_minima(quantized)
     if minima is not None:
         elements = elements + minima.unsqueeze(-1)
-    return gather(elements, format, quantized.shape)
+    return from_groups(elements, format, quantized.shape)
 
 
 def group_scales(quantized: Quantized) -> Tensor:
@@ -156,7 +156,7 @@ def fake_quantize(matrix: Tensor, format: Format) -> Tensor:
     return dequantize(quantize(matrix, format))
 
 
-def spread(matrix: Tensor, format: Format) -> Tensor:
+def to_groups(matrix: Tensor, format: Format) -> Tensor:
     """(rows, cols) as (rows or 1, groups, elements that share a scale); a short last group is filled with zeros."""
     rows, cols = matrix.shape
     if format.granularity == "tensor":
@@ -167,8 +167,8 @@ def spread(matrix: Tensor, format: Format) -> Tensor:
     return functional.pad(matrix, (0, missing)).reshape(rows, format.groups(cols), format.group_size)
 
 
-def gather(elements: Tensor, format: Format, shape: tuple[int, int]) -> Tensor:
-    """The inverse of `spread`."""
+def from_groups(elements: Tensor, format: Format, shape: tuple[int, int]) -> Tensor:
+    """The inverse of `to_groups`."""
     if format.granularity == "group":
         return elements.flatten(1)[:, : shape[1]].contiguous()
     return elements.reshape(shape)
@@ -189,7 +189,7 @@ def absmax_scales(weight: Tensor, format: Format, tensor_scale: Tensor | None = 
     Power-of-two scales follow the MX specification, section 6.3: 2**(floor(log2(absmax)) - floor(log2(grid.max))).
     With zero points the range always holds zero, and zero is exact.
     """
-    elements = spread(weight, format)
+    elements = to_groups(weight, format)
     if format.zero_point:
         if elements.shape[-1] == 0:
             empty = elements.new_ones(elements.shape[:-1])
@@ -213,17 +213,17 @@ def range_tables(weight: Tensor, format: Format) -> tuple[Tensor, Tensor | None]
     Minima of super-blocks are never above zero: their units have one sign.
     """
     if not format.minimum:
-        return spread(weight, format).abs().amax(-1) / format.grid.max, None
+        return to_groups(weight, format).abs().amax(-1) / format.grid.max, None
     low, high = group_range(weight, format)
     return (high - low) / format.grid.max, low
 
 
 def group_range(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """Smallest and largest number of each group, (rows, groups); not above and not below zero in super-blocks."""
-    elements = spread(weight, format)
+    elements = to_groups(weight, format)
     if elements.shape[-1] == 0:
         return elements.new_zeros(elements.shape[:-1]), elements.new_zeros(elements.shape[:-1])
-    filling = spread(torch.ones_like(weight), format) == 0  # of a short last group
+    filling = to_groups(torch.ones_like(weight), format) == 0  # of a short last group
     low = torch.where(filling, torch.inf, elements).amin(-1)
     high = torch.where(filling, -torch.inf, elements).amax(-1)
     return (low.clamp(max=0), high.clamp(min=0)) if format.super_group else (low, high)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mpq.core.grids import INTEGER_SCALES
-from mpq.rounding.reference import Quantized, recode, round_in_units, round_scales, snap, spread
+from mpq.rounding.reference import Quantized, recode, round_in_units, round_scales, snap, to_groups
 
 LADDER = (0.97, 0.94, 0.9, 0.85, 1.04)  # further units, as ratios of the one that the largest scale asks for
 ROUNDS = 2
@@ -37,7 +37,7 @@ def settle(
     least-squares fit, as long as the error falls. It never exceeds that of `start`.
     """
     format = start.format
-    state = _State(spread(weight, format), weights, start)
+    state = _State(to_groups(weight, format), weights, start)
     state.offer_ladder(scales, minima)
     for _ in range(ROUNDS):
         state.move_integers()

@@ -104,9 +104,9 @@ def _bundled(name: str) -> Network:
 def _transformers(name: str, gguf: str | None = None) -> Network:
     """The model in a Hugging Face folder or of a hub id, in its own number type; `gguf` is a file in the folder."""
     transformers = need("transformers", "hf", f"Hugging Face models such as {name!r}")
-    given = {} if gguf is None else {"gguf_file": gguf}
+    gguf_options = {} if gguf is None else {"gguf_file": gguf}
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **given)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **gguf_options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         known = f"{nearest_names(name, BUNDLED)}; else a folder, a hub id, timm:NAME or package.module:factory"
         raise MpqError(f"unknown model {name!r}: {known} ({_first_line(error)})") from error
@@ -114,7 +114,7 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
     if gguf is not None and kind != "perplexity":
         raise MpqError(f"{name}/{gguf} is a {class_name}: of GGUF files language models are read alone")
     try:
-        loaded = getattr(transformers, class_name).from_pretrained(name, dtype="auto", **given)
+        loaded = getattr(transformers, class_name).from_pretrained(name, dtype="auto", **gguf_options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise MpqError(f"the weights of {name} cannot be loaded: {_first_line(error)}") from error
     model = unstack(loaded).eval()
@@ -143,7 +143,7 @@ def network_in(folder: Path, model: nn.Module) -> Network:
 def _described(network: Network, config: Any, gguf: str | None) -> Network:
     """The network with tokenizer, sizes and side files of its folder or hub id."""
     transformers = need("transformers", "hf", "Hugging Face models")
-    name, given = network.name, {} if gguf is None else {"gguf_file": gguf}
+    name, gguf_options = network.name, {} if gguf is None else {"gguf_file": gguf}
     network = replace(network, side_files=() if gguf else _side_files(name, transformers))
     if network.kind in ("accuracy", "distance") and _takes_images(network.model):
         about = _processing(name, transformers)
@@ -153,7 +153,7 @@ def _described(network: Network, config: Any, gguf: str | None) -> Network:
     if getattr(config, "model_type", "") in PADDED_POSITIONS and context:
         context -= config.pad_token_id + 1  # positions are counted from behind the padding's
     try:
-        tokens = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **given)
+        tokens = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **gguf_options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         log.warning("%s comes without a tokenizer (%s): give its data as tokens", name, _first_line(error))
         return replace(network, context=context)

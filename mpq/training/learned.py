@@ -7,7 +7,7 @@ from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.rounding import method_named
 from mpq.rounding.activations import straight_through
-from mpq.rounding.reference import Quantized, gather, quantize, round_scales, snap, spread
+from mpq.rounding.reference import Quantized, from_groups, quantize, round_scales, snap, to_groups
 
 
 def round_with_scales(
@@ -21,13 +21,13 @@ def round_with_scales(
     scale it sums, over its elements v = weight / scale, rounded(v) - v inside the range and the range's end outside
     (LSQ, equation 3); it is multiplied by 1 / sqrt(elements of a scale * largest grid value) (section 2.2).
     """
-    elements = spread(matrix, format)
+    elements = to_groups(matrix, format)
     gradient_scale = float(elements.shape[-1] * format.grid.max) ** -0.5
     slowed = scales * gradient_scale + (scales - scales * gradient_scale).detach()
     steps = straight_through(slowed, lambda values: round_scales(values, format.scale)).unsqueeze(-1)
     inside = (elements / steps).clamp(format.grid.min, format.grid.max)
     rounded = straight_through(inside, lambda values: snap(values, format.grid))
-    return gather(rounded * steps, format, (matrix.shape[0], matrix.shape[1]))
+    return from_groups(rounded * steps, format, (matrix.shape[0], matrix.shape[1]))
 
 
 class LearnedScales(nn.Module):

@@ -32,7 +32,7 @@ from mpq.network.calibration import (
 )
 from mpq.network.layers import layer_kind
 from mpq.quantized import checked_layers, round_inputs
-from mpq.rounding.reference import COPY_DTYPES, Quantized, dequantize, group_scales, spread, storable_scales
+from mpq.rounding.reference import COPY_DTYPES, Quantized, dequantize, group_scales, storable_scales, to_groups
 
 ELEMENTS = 2**24  # of logits that are worked on at once
 
@@ -213,4 +213,4 @@ class _Scaled(torch.autograd.Function):
         assert rounded.scales is not None
         minima = None if rounded.minima is None else torch.zeros_like(rounded.minima)
         numbers = dequantize(replace(rounded, scales=rounded.scales * shift.exp(), minima=minima))
-        return spread(gradient.float() * numbers, rounded.format).sum(-1), None
+        return to_groups(gradient.float() * numbers, rounded.format).sum(-1), None

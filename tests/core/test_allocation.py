@@ -73,5 +73,5 @@ def test_a_truncated_or_missing_file_is_refused(tmp_path):
 def test_wrong_names_and_counts_are_refused():
     with pytest.raises(MpqError, match="one scheme for each of 3 layers"):
         Allocation(LAYERS, ("bf16",))
-    with pytest.raises(MpqError, match="no layer 'nobody'"):
+    with pytest.raises(MpqError, match="unknown layer 'nobody'"):
         make().with_schemes({"nobody": "bf16"})

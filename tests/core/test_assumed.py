@@ -31,7 +31,7 @@ def test_reasons_come_back_from_a_file(tmp_path):
 
 
 def test_a_reason_is_of_a_layer_without_scores():
-    with pytest.raises(MpqError, match="l0, which is no layer without scores"):
+    with pytest.raises(MpqError, match="names l0: expected a layer whose scores are all NaN"):
         table([[4.0, 1.0], NAN], reasons={"l0": "why"})
 
 
@@ -48,7 +48,7 @@ def test_it_counts_as_the_median_of_its_kind_scaled_by_size():
 
 def test_it_is_refused_where_nothing_of_its_kind_is_known():
     alone = table([NAN, [2.0, 1.0]], ["embedding", "linear"], {"l0": "no sample reaches it"})
-    with pytest.raises(MpqError, match=r"nothing is known of layer l0 \(no sample reaches it\)"):
+    with pytest.raises(MpqError, match=r"layer l0 has no score \(no sample reaches it\)"):
         frontier_of(alone)
     pinned = frontier_of(alone, pin={"l0": "int4-channel"})
     assert pinned.allocation(0).schemes == ("int4-channel", "int2-channel")

@@ -87,7 +87,7 @@ def test_ggmls_names_are_understood():
     [
         ("int4-g12x", "int4-g128"),
         ("nvpf4", "nvfp4"),
-        ("fp8-e4m2", "4 exponent and 2 mantissa bits do not make 8"),
+        ("fp8-e4m2", "4 exponent and 2 mantissa bits are not 8 bits"),
         ("nf4-g64-asym", "only int2 to int8"),
         ("int4-g32-asym-se8m0", "use fp16"),
         ("int4-g32-sfp9", "expected one of fp32"),

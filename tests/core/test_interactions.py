@@ -50,10 +50,10 @@ def test_damaged_and_missing_files_are_told(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda losses, pairs: (losses[:2], pairs), "want losses"),
-        (lambda losses, pairs: (losses * np.nan, pairs), "finite losses"),
+        (lambda losses, pairs: (losses[:2], pairs), "losses of shape"),
+        (lambda losses, pairs: (losses * np.nan, pairs), "losses: 6 numbers are NaN"),
         (lambda losses, pairs: (losses, pairs * np.arange(3)[:, None, None, None]), "symmetric"),
-        (lambda losses, pairs: (losses, pairs + 1), "meets itself"),
+        (lambda losses, pairs: (losses, pairs + 1), "zeros on the diagonal blocks"),
     ],
 )
 def test_arrays_that_are_no_interactions_are_refused(change, message):

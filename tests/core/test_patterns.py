@@ -34,5 +34,5 @@ def test_a_pattern_without_match_names_its_neighbours():
 
 
 def test_a_broken_regex_is_told():
-    with pytest.raises(MpqError, match="no regular expression"):
+    with pytest.raises(MpqError, match="invalid regular expression"):
         match_names("re:blocks.(", NAMES)

@@ -97,7 +97,7 @@ def test_infinite_scores_name_the_layer():
 
 
 def test_shapes_and_names_must_fit():
-    with pytest.raises(MpqError, match="has scores"):
+    with pytest.raises(MpqError, match="scores of shape"):
         table(np.zeros((3, 2)))
     with pytest.raises(MpqError, match="each layer once"):
         SensitivityTable((LAYERS[0],) * 2, SCHEMES, np.zeros((2, 3)), np.zeros((2, 3)), "output")

@@ -42,7 +42,7 @@ def check(x, conv, name):
     module, packed = packed_conv(conv, name)
     padded = functional.pad(x, module.side_padding, mode=module.padding_mode) if module.side_padding else x
     weight, where = module.weight, (module.kernel, module.stride, module.padding, module.dilation)
-    found, chosen = cpu.patches(padded, weight.tensors, module.bias, *weight.facts, *where), module(x)
+    found, chosen = cpu.patches(padded, weight.tensors, module.bias, *weight.signature, *where), module(x)
     assert found.dtype == chosen.dtype == x.dtype
     rows = patches(x, conv)
     exact = rows @ dequantize(unpack(packed)).double().T
@@ -88,7 +88,7 @@ def test_many_positions_are_the_same_whatever_the_threads(level, channels):  # n
     check(x, conv, "int4-g32")
     module, _ = packed_conv(conv, "int4-g32")
     where = (module.kernel, module.stride, module.padding, module.dilation)
-    arguments = (module.weight.tensors, module.bias, *module.weight.facts, *where)
+    arguments = (module.weight.tensors, module.bias, *module.weight.signature, *where)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 8):
@@ -109,13 +109,13 @@ def test_nan_and_infinities_stay_where_they_are_and_zeros_are_zeros(level):  # n
     reference, _ = packed_conv(conv, "int8-channel", "rows")
     x = torch.randn((2, 5, 9, 9), generator=seeded(0))
     x[0, 2, 4, 4], x[1, 0, 0, 0], x[1, 1, 8, 8] = float("nan"), float("inf"), 1e-38
-    found = cpu.patches(x, module.weight.tensors, None, *module.weight.facts, *where)
+    found = cpu.patches(x, module.weight.tensors, None, *module.weight.signature, *where)
     wanted = reference(x)
     assert torch.equal(found.isfinite(), wanted.isfinite())
     assert torch.equal(found.isnan(), wanted.isnan())
     zeros = torch.zeros(1, 5, 4, 4)
-    assert not cpu.patches(zeros, module.weight.tensors, None, *module.weight.facts, *where).any()
-    assert cpu.patches(zeros[:0], module.weight.tensors, None, *module.weight.facts, *where).shape == (0, 9, 4, 4)
+    assert not cpu.patches(zeros, module.weight.tensors, None, *module.weight.signature, *where).any()
+    assert cpu.patches(zeros[:0], module.weight.tensors, None, *module.weight.signature, *where).shape == (0, 9, 4, 4)
     assert module(zeros[:0]).shape == (0, 9, 4, 4)
 
 
@@ -129,7 +129,7 @@ def test_the_op_is_sound_and_has_the_reference_gradient(layout, build, size, gro
     weight = dequantize(unpack(packed)).reshape(conv.weight.shape)
     x = torch.randn((2, 6, *size), generator=seeded(1)).requires_grad_()
     where = (module.kernel, module.stride, module.padding, module.dilation, groups)
-    arguments = (x, module.weight.tensors, module.bias, *module.weight.facts, *where)
+    arguments = (x, module.weight.tensors, module.bias, *module.weight.signature, *where)
     torch.library.opcheck(torch.ops.mpq.conv.default, arguments)
     plain = functional.conv2d if len(size) == 2 else functional.conv1d
     out = torch.randn_like(module(x))

@@ -45,7 +45,7 @@ def test_every_parameter_is_quantized_or_left_for_a_reason():
     }
     assert "Quantized: " in str(found)
     assert ATTENTION in str(found)
-    assert Coverage.of_facts(found.facts()).rows() == found.rows()
+    assert Coverage.from_json(found.to_json()).rows() == found.rows()
 
 
 def test_shared_parameters_count_once():
@@ -69,5 +69,5 @@ def test_tables_record_it():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     batches = [(torch.randn(4, 8, generator=seeded(0, "x")), torch.arange(4))]
     table = profile(model, batches, cross_entropy, ["int4-g8"], include="0", progress=False)
-    found = Coverage.of_facts(table.provenance["coverage"])
+    found = Coverage.from_json(table.provenance["coverage"])
     assert (found.quantized, found.macs, found.quantized_macs) == (128, 128 + 64, 128)

@@ -22,7 +22,7 @@ from mpq.rounding.reference import (
     recode,
     round_scales,
     snap,
-    spread,
+    to_groups,
 )
 
 GRIDS = [int_grid(2), int_grid(5), int_grid(8), int_grid(4, signed=False), NORMAL_FLOAT_4, SCALES["ue5m3"]]
@@ -87,9 +87,9 @@ def test_error_is_at_most_half_a_step_inside_the_range(name, shape, seed):
     quantized = quantize(weight, format)
     scales, minima = group_scales(quantized).unsqueeze(-1), group_minima(quantized)
     lowest = 0 if minima is None else minima.unsqueeze(-1)
-    inside = spread(torch.ones_like(weight), format).bool() & (scales != 0)  # a zero scale gives its minimum alone
-    elements = torch.where(inside, (spread(weight, format) - lowest) / scales, 0)
-    rounded = torch.where(inside, (spread(dequantize(quantized), format) - lowest) / scales, 0)
+    inside = to_groups(torch.ones_like(weight), format).bool() & (scales != 0)  # a zero scale gives its minimum alone
+    elements = torch.where(inside, (to_groups(weight, format) - lowest) / scales, 0)
+    rounded = torch.where(inside, (to_groups(dequantize(quantized), format) - lowest) / scales, 0)
     offsets = 0 if quantized.zeros is None else quantized.zeros.unsqueeze(-1).float()
     numbers = torch.tensor(sorted({value for value in format.grid.values() if np.isfinite(value)}))
     units = (elements + offsets).double().clamp(numbers[0], numbers[-1])

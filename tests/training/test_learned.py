@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
 from mpq.network.calibration import seeded
-from mpq.rounding.reference import dequantize, fake_quantize, quantize, spread
+from mpq.rounding.reference import dequantize, fake_quantize, quantize, to_groups
 from mpq.training.learned import LearnedScales, round_with_scales
 
 FORMATS = ("int2", "int3-channel", "int4-g8", "int8-g5", "fp4-e2m1-g8", "fp8-e4m3-channel", "mxfp4", "nf4-g8")
@@ -22,7 +22,7 @@ def by_hand(weight, scales, format, upstream):
     """LSQ's gradients element by element, in plain loops."""
     grid = format.grid
     values = torch.tensor([v for v in grid.values() if v == v], dtype=torch.float64)
-    elements, up = spread(weight, format).double(), spread(upstream, format).double()
+    elements, up = to_groups(weight, format).double(), to_groups(upstream, format).double()
     count = elements.shape[-1]
     d_weight, d_scales = torch.zeros_like(elements), torch.zeros(scales.shape, dtype=torch.float64)
     for r in range(elements.shape[0]):
@@ -52,7 +52,7 @@ def test_gradients_are_the_papers(name):
     torch.testing.assert_close(rounded.detach(), dequantize(stored), rtol=1e-6, atol=0)
     rounded.backward(upstream)
     d_weight, d_scales = by_hand(weight.detach(), stored.scales, format, upstream)
-    torch.testing.assert_close(spread(weight.grad, format).double(), d_weight, rtol=1e-6, atol=0)
+    torch.testing.assert_close(to_groups(weight.grad, format).double(), d_weight, rtol=1e-6, atol=0)
     torch.testing.assert_close(scales.grad.double(), d_scales, rtol=2e-4, atol=1e-5)
 
 

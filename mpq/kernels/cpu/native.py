@@ -60,10 +60,10 @@ def native() -> Native | None:
         return None
     library = ctypes.CDLL(path)
     abi.declare(library)
-    wanted = os.environ.get("MPQ_CPU_LEVEL", LEVELS[-1])
-    if wanted not in LEVELS:
-        raise MpqError(f"MPQ_CPU_LEVEL is {wanted!r}: expected one of {', '.join(LEVELS)}")
-    loaded = Native(library, library.mpq_best_level(LEVELS.index(wanted)), _torch_parallel())
+    cap = os.environ.get("MPQ_CPU_LEVEL", LEVELS[-1])
+    if cap not in LEVELS:
+        raise MpqError(f"MPQ_CPU_LEVEL is {cap!r}: expected one of {', '.join(LEVELS)}")
+    loaded = Native(library, library.mpq_best_level(LEVELS.index(cap)), _torch_parallel())
     dispatch.serve(library, loaded.level, loaded.parallel)
     return loaded
 

@@ -111,8 +111,8 @@ def arrange(packed: Packed) -> Packed:
 
 
 def _by_group(values: Tensor, rows: int) -> Tensor:
-    spread = values.expand(rows, -1) if values.shape[0] == 1 else values
-    return functional.pad(spread.T, (0, -rows % TILE_ROWS)).contiguous()
+    by_row = values.expand(rows, -1) if values.shape[0] == 1 else values
+    return functional.pad(by_row.T, (0, -rows % TILE_ROWS)).contiguous()
 
 
 def restore(packed: Packed) -> Packed:
@@ -133,8 +133,8 @@ def take_rows(packed: Packed, rows: Tensor) -> Quantized:  # rows: int64 (n,)
     format, arranged, chosen = packed.format, packed.tensors, rows.shape[0]
     tiles = {name: arranged[name][rows // TILE_ROWS] for name in names(format) if name.startswith("codes")}
     lanes = unpack_fields(tiles, format.grid.bits)
-    spread = from_lanes(lanes, chosen * TILE_ROWS, packed.shape[1])
-    codes = spread[torch.arange(chosen, device=rows.device) * TILE_ROWS + rows % TILE_ROWS]
+    rows_of_tiles = from_lanes(lanes, chosen * TILE_ROWS, packed.shape[1])
+    codes = rows_of_tiles[torch.arange(chosen, device=rows.device) * TILE_ROWS + rows % TILE_ROWS]
     picked = rows[:0].new_zeros(1) if format.granularity == "tensor" else rows
     scales = decode_scales(arranged["scale"][:, picked].T, format.scale)
     zeros = arranged["zeros"][:, picked].T if "zeros" in arranged else None

@@ -1,4 +1,4 @@
-"""How a product is cut into blocks: chosen by the device's table, else by a safe rule."""
+"""Block sizes of a product: from the device's table, else from a conservative rule."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,9 @@ class Config:
     """Output channels, tokens and columns of a program's step; programs that share a block; warps; pipeline stages.
 
     With `programs`, so many stay and share all steps evenly (see `stream`), and `split` is not used.
-    backend "cuda" or "hopper" is a CUDA C++ kernel (`mpq.kernels.gpu.cuda`), where it applies and is trusted: it takes
-    `split` alone from here.
+
+    backend "cuda" or "hopper" is a CUDA C++ kernel (`mpq.kernels.gpu.cuda`), used where it applies and has been
+    verified (`mpq.kernels.gpu.cuda.verification`); of these settings it reads `split` alone.
     """
 
     block_n: int = 64
@@ -32,7 +33,7 @@ def step_cols(spec: Spec) -> int:
 
 
 def default_config(spec: Spec, tokens: int, rows: int, cols: int, processors: int) -> Config:
-    """A safe choice, not a tuned one.
+    """Conservative block sizes, not tuned.
 
     Few tokens: enough programs to fill the device twice, `split` to a block where there are too few blocks. Above 32
     tokens the shares of split blocks would move more bytes than the weights: there the programs stay instead, which

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpq.core.formats import Format, parse_format
 from mpq.kernels import reference
-from mpq.kernels.gpu.cuda.trust import kernel_for
+from mpq.kernels.gpu.cuda.verification import kernel_for
 from mpq.kernels.gpu.fragments import BLOCK_COLS, TILE_ROWS, covers, fields, names
 from mpq.kernels.gpu.triton.config import Config, default_config, step_cols
 from mpq.kernels.gpu.triton.inputs import round_kernel
@@ -19,7 +19,7 @@ from mpq.kernels.gpu.triton.product import product_kernel, reduce_kernel
 from mpq.kernels.gpu.triton.spec import magic_of, spec_of
 from mpq.kernels.gpu.triton.stream import Stream, join_kernel, stream_kernel
 from mpq.kernels.gpu.triton.tables import config_for, device_facts
-from mpq.rounding.reference import absmax_scales, decode, decode_table, encode, gather, spread, to_float_copy
+from mpq.rounding.reference import absmax_scales, decode, decode_table, encode, from_groups, to_float_copy, to_groups
 
 TYPES = {
     torch.float16: tl.float16,
@@ -194,5 +194,5 @@ def rounded_inputs(tokens: Tensor, format: Format) -> Tensor:
     if format.is_float_copy:
         return to_float_copy(tokens, format.grid.name).to(tokens.dtype)
     scales = absmax_scales(tokens.float(), format)[0].unsqueeze(-1)
-    elements = decode(encode(spread(tokens.float(), format) / scales, format.grid), format.grid) * scales
-    return gather(elements, format, (tokens.shape[0], tokens.shape[1])).to(tokens.dtype)
+    elements = decode(encode(to_groups(tokens.float(), format) / scales, format.grid), format.grid) * scales
+    return from_groups(elements, format, (tokens.shape[0], tokens.shape[1])).to(tokens.dtype)

@@ -94,9 +94,9 @@ def block_sums(
             group = tl.minimum((start + col_tile * 16) // SPEC.group, (K - 1) // SPEC.group)
             group_at = group[None, :] * padded_n + row_n[:, None]
             mask = real_n[:, None] & (col_tile >= 0)[None, :]
-            spread_zeros = _spread(_zeros(zeros, group_at, mask, SPEC), BLOCK_N, BLOCK_K)
+            spread_zeros = _by_column(_zeros(zeros, group_at, mask, SPEC), BLOCK_N, BLOCK_K)
             numbers = to_numbers(codes, spread_zeros, table, SPEC, DTYPE, EMULATE).to(tl.float32)
-            scaled = numbers * _spread(load_scales(scale, group_at, mask, SPEC), BLOCK_N, BLOCK_K)
+            scaled = numbers * _by_column(load_scales(scale, group_at, mask, SPEC), BLOCK_N, BLOCK_K)
             acc += _dot(scaled.to(DTYPE), tl.trans(tokens), MODE, EMULATE)
     total = acc.to(tl.float32)
     if WHOLE_ROWS:
@@ -147,7 +147,7 @@ def product_kernel(
 
 
 @triton.jit
-def _spread(values, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _by_column(values, ROWS: tl.constexpr, COLS: tl.constexpr):
     """(rows, column tiles) as (rows, columns): each value for its tile's 16 columns."""
     return tl.reshape(tl.broadcast_to(values[:, :, None], (ROWS, COLS // 16, 16)), (ROWS, COLS))
 

@@ -13,7 +13,7 @@ from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.scheme import parse_scheme
 from mpq.kernels.clock import Contestant, copies, interleaved
-from mpq.kernels.gpu.cuda.trust import BACKENDS, check
+from mpq.kernels.gpu.cuda.verification import BACKENDS, check
 from mpq.kernels.gpu.fragments import FRAGMENTS, covers
 from mpq.kernels.gpu.triton.config import Config, default_config, step_cols
 from mpq.kernels.gpu.triton.linear import compute

@@ -39,14 +39,14 @@ _log = logging.getLogger(__name__)
 
 
 def kernel_for(backend: str, format: Format, tokens: Tensor) -> ModuleType | None:
-    """The kernel's module (with `product`) where it takes the format and the tokens and is trusted on their device."""
+    """The kernel's module (with `product`) where it takes the format and the tokens and has passed on their device."""
     kernel = BACKENDS[backend]
     fits = kernel.covers(format, tokens) and kernel.runs_on(tokens.device)
-    return kernel if fits and trusted(backend, tokens.device) else None
+    return kernel if fits and verified(backend, tokens.device) else None
 
 
 @lru_cache(maxsize=64)
-def trusted(backend: str, device: torch.device) -> bool:
+def verified(backend: str, device: torch.device) -> bool:
     """Whether the kernel has passed here. Says in the log, once, when it has not."""
     complaint = _verdicts().get(_key(backend, device), "it was never compared with the reference here")
     if complaint:
@@ -64,7 +64,7 @@ def check(backend: str, device: torch.device) -> str:
         known[key] = _try_elsewhere(backend, device)
         with write_atomically(_path()) as draft:
             draft.write_text(json.dumps(known, indent=1, sort_keys=True))
-        trusted.cache_clear()
+        verified.cache_clear()
     return known[key]
 
 
@@ -88,7 +88,7 @@ def complaint_about(product: Callable[..., Tensor], device: torch.device) -> str
 
 
 def _try_elsewhere(backend: str, device: torch.device) -> str:
-    command = [sys.executable, "-m", "mpq.kernels.gpu.cuda.trust", backend, str(device)]
+    command = [sys.executable, "-m", "mpq.kernels.gpu.cuda.verification", backend, str(device)]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     except subprocess.TimeoutExpired:
@@ -102,12 +102,12 @@ def _key(backend: str, device: torch.device) -> str:
     kernel = BACKENDS[backend]
     texts = "".join((folder / name).read_text(encoding="utf-8") for name in kernel.FILES)
     name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "no device"
-    facts = (texts, name, str(torch.version.cuda), str(find_library()))
-    return f"{backend}-{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:32]}"
+    parts = (texts, name, str(torch.version.cuda), str(find_library()))
+    return f"{backend}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}"
 
 
 def _path() -> Path:
-    return cache_folder() / "trusted.json"
+    return cache_folder() / "verified.json"
 
 
 def _verdicts() -> dict[str, str]:
