@@ -188,15 +188,16 @@ class _Worker:
     ) -> None:  # fmt: skip
         self.study, self.space, self.evaluate, self.shares = study, space, evaluate, shares
         self.sampler, self.seed, self.heartbeat = sampler, seed, heartbeat
+        self.watch = Watch(study, heartbeat)
         self.distributions: dict[str, BaseDistribution] = {
             _name(group): IntDistribution(0, int(size) - 1) for group, size in enumerate(space.sizes)
         }
 
     def run(self, trials: int, starts: Sequence[Levels]) -> None:
         """Work until so many evaluations are made, the starting points first, or nothing new is found."""
-        duplicates, watch = 0, Watch(self.study, self.heartbeat)
+        duplicates = 0
         while duplicates < GIVE_UP:
-            watch.retire_dead()
+            self.watch.retire_dead()
             known = trials_of(self.study)
             made = spent(known)
             if made >= trials:
@@ -209,7 +210,8 @@ class _Worker:
             self._queue_start(known, starts)
             trial = self.study.ask(self.distributions)
             try:
-                duplicates = 0 if self._measure(trial) else duplicates + 1
+                with alive(trial, self.heartbeat):
+                    duplicates = 0 if self._measure(trial) else duplicates + 1
             except UpdateFinishedTrialError:
                 log.warning(TAKEN_FOR_DEAD, trial.number)
             except BaseException:  # an interrupt above all: the evaluation is done again when the search goes on
@@ -232,23 +234,22 @@ class _Worker:
     def _measure(self, trial: Trial) -> bool:
         """Measure and end a trial; whether it was a new one."""
         levels = self.space.repaired(np.array([trial.params[name] for name in self.distributions], np.intp))
-        other = claim(self.study, trial, _key(levels))
+        other = claim(self.study, trial, _key(levels), self.watch)
         if other is not None:
             settle(self.study, trial, DUPLICATE, other.values if other.state is TrialState.COMPLETE else None)
             return False
         choices = self.space.choices(levels)
         allocation = self.space.problem.allocation(choices)
         loss, error = math.nan, math.nan
-        with alive(trial, self.heartbeat):
-            for rung, share in enumerate(self.shares):
-                answer = self.evaluate(allocation, share)
-                loss, error = map(float, answer if isinstance(answer, tuple) else (answer, math.nan))
-                if not math.isfinite(loss) or share == 1:
-                    break
-                trial.report(loss, rung)
-                if START not in trial.user_attrs and trial.should_prune():
-                    settle(self.study, trial, DROPPED)
-                    return True
+        for rung, share in enumerate(self.shares):
+            answer = self.evaluate(allocation, share)
+            loss, error = map(float, answer if isinstance(answer, tuple) else (answer, math.nan))
+            if not math.isfinite(loss) or share == 1:
+                break
+            trial.report(loss, rung)
+            if START not in trial.user_attrs and trial.should_prune():
+                settle(self.study, trial, DROPPED)
+                return True
         if math.isfinite(error):
             trial.set_user_attr(ERROR, error)
         if not math.isfinite(loss):

@@ -29,11 +29,13 @@ TAIL = 65536  # bytes read to find the last line of a journal file, unless it is
 FIRST = b'{"op_code"'  # how a journal file begins
 WAITS = (0.2, 1.0, 3.0)  # seconds between attempts to make the tables of a database
 MISSED_BEATS = 5  # a worker is suspected when it is silent for so many intervals
+CLAIM_WAIT = 0.05  # seconds until a worker looks again at what another one claims
 CONFIRMING_BEATS = 3  # and dead when it stays silent for so many more
 TAKEN_FOR_DEAD = "trial %d was taken for dead and given to another worker; its result is dropped"
 
 # What trials say of themselves (user attributes).
 KEY = "key"  # the allocation that is measured
+HELD = "held"  # it has claimed the allocation, and nobody else
 BEAT = "beat"  # seconds since 1970 of the last sign of life
 ERROR = "error"  # standard error of the measured loss, where it is known
 START = "start"  # a starting point, which is never dropped
@@ -207,20 +209,6 @@ def spent(trials: list[FrozenTrial]) -> int:
     return sum(trial.user_attrs[OUTCOME] != DUPLICATE for trial in settled(trials))
 
 
-def claim(study: optuna.Study, trial: Trial, key: str) -> FrozenTrial | None:
-    """Reserve an allocation for this trial; None when that worked, else the trial that has it.
-
-    Writing comes before reading, so that of two workers at least one sees the other, and gives way.
-    """
-    trial.set_user_attr(KEY, key)
-    trial.set_user_attr(BEAT, time.time())
-    for other in trials_of(study):
-        outcome = other.user_attrs.get(OUTCOME)
-        if other.number != trial.number and other.user_attrs.get(KEY) == key and outcome not in (DUPLICATE, LOST):
-            return other
-    return None
-
-
 def settle(study: optuna.Study, trial: Trial, outcome: str, values: Sequence[float] | None = None) -> None:
     """End a trial. One that was taken for lost meanwhile stays lost: its result is dropped, and said so."""
     states = {NO_NUMBER: TrialState.FAIL, LOST: TrialState.FAIL, DROPPED: TrialState.PRUNED}
@@ -298,6 +286,29 @@ def retry(study: optuna.Study, trial: FrozenTrial) -> None:
     log.warning("trial %d was lost with its worker: it is done again", trial.number)
     kept = {START: True} if START in trial.user_attrs else {}
     enqueue(study, trial.params, {"retry_of": trial.number, **kept}, trial.system_attrs)
+
+
+def claim(study: optuna.Study, trial: Trial, key: str, watch: Watch) -> FrozenTrial | None:
+    """Reserve an allocation for this trial; None when that worked, else the trial that has it.
+
+    Writing comes before reading, so that of two workers at least one sees the other. It gives way to a trial that holds
+    the allocation and to one of a lower number; of a higher number that still claims it waits what comes of it.
+    """
+    trial.set_user_attr(KEY, key)
+    trial.set_user_attr(BEAT, time.time())
+    while rivals := [other for other in trials_of(study) if other.number != trial.number and _has(other, key)]:
+        for other in rivals:
+            if other.number < trial.number or HELD in other.user_attrs or other.state.is_finished():
+                return other
+        time.sleep(CLAIM_WAIT)
+        watch.retire_dead()
+    trial.set_user_attr(HELD, True)
+    return None
+
+
+def _has(trial: FrozenTrial, key: str) -> bool:
+    """Whether the trial claims an allocation, holds it or has measured it."""
+    return trial.user_attrs.get(KEY) == key and trial.user_attrs.get(OUTCOME) not in (DUPLICATE, LOST)
 
 
 def enqueue(

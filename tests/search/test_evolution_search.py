@@ -15,6 +15,7 @@ import numpy as np
 import optuna
 import pytest
 from evolve import problem_within, true_loss
+from postgresql import postgresql
 from problems import every_choice, make_problem
 
 from mpq.core.errors import MpqError
@@ -225,8 +226,17 @@ def run(*arguments):
     return subprocess.Popen(command, env=environment)
 
 
-def test_three_workers_share_a_study_and_one_is_killed(tmp_path):
-    storage, log = tmp_path / "journal", tmp_path / "log"
+@pytest.fixture(params=["journal file", "PostgreSQL"])
+def shared_storage(request, tmp_path):
+    if request.param == "journal file":
+        yield tmp_path / "journal"
+    else:
+        with postgresql() as url:
+            yield url
+
+
+def test_three_workers_share_a_study_and_one_is_killed(shared_storage, tmp_path):
+    storage, log = shared_storage, tmp_path / "log"
     victim = run(storage, 24, log, 0.02, 3)  # hangs in its fourth evaluation
     others = []
     try:

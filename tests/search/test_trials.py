@@ -1,11 +1,26 @@
 """Who is taken for dead, and who is not."""
 
+import threading
 import time
 
 import pytest
 from optuna.trial import TrialState
 
-from mpq.search.trials import BEAT, CONFIRMING_BEATS, LOST, MISSED_BEATS, OUTCOME, Watch, open_study, trials_of
+from mpq.search.trials import (
+    BEAT,
+    CONFIRMING_BEATS,
+    DUPLICATE,
+    KEY,
+    LOST,
+    MISSED_BEATS,
+    OUTCOME,
+    Watch,
+    claim,
+    open_study,
+    retry,
+    settle,
+    trials_of,
+)
 
 INTERVAL = 0.05
 
@@ -48,3 +63,38 @@ def test_a_running_trial_without_a_sign_of_life_counts_from_its_start(study):
     study.ask()
     Watch(study, 60.0).retire_dead()
     assert trials_of(study)[0].state is TrialState.RUNNING
+
+
+def claim_both(study, ending):
+    """Two trials claim an allocation in the same moment, and the second ends so; what the first one's claim gives."""
+    first, second = study.ask(), study.ask()
+    first.set_user_attr(KEY, "1 2")
+    second.set_user_attr(KEY, "1 2")
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(claim(study, first, "1 2", Watch(study, INTERVAL))))
+    waiting.start()
+    ending(second)
+    waiting.join(60)
+    return found
+
+
+def test_of_two_claims_in_the_same_moment_one_is_granted(study):
+    def gives_way(trial):
+        other = claim(study, trial, "1 2", Watch(study, INTERVAL))
+        assert other is not None
+        assert other.number == 0
+        settle(study, trial, DUPLICATE)
+
+    assert claim_both(study, gives_way) == [None]
+
+
+def test_a_claim_outlives_a_rival_that_dies(study):
+    assert claim_both(study, lambda trial: retry(study, trials_of(study)[trial.number])) == [None]
+
+
+def test_what_is_held_is_not_granted_again(study):
+    first, second = study.ask(), study.ask()
+    assert claim(study, second, "1 2", Watch(study, INTERVAL)) is None
+    other = claim(study, first, "1 2", Watch(study, INTERVAL))
+    assert other is not None
+    assert other.number == second.number
