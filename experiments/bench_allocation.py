@@ -26,7 +26,7 @@ from mpq.core.frontier import Frontier
 from mpq.core.problem import Problem
 from mpq.evaluation import Quality
 from mpq.judge import random_choices
-from mpq.measuring import Measurer, moments_for
+from mpq.measuring import Measurer, store_for
 from mpq.network.calibration import Batch, cross_entropy, next_token_loss
 from mpq.search import frontier_of
 from mpq.search.measured import Choices
@@ -211,7 +211,7 @@ def run(name: str, options: argparse.Namespace) -> bool:
         flush=True,
     )
     frontier = frontier_of(table)
-    measurer = Measurer(source, posed.method, moments_for(posed.method, source, table.layers))
+    measurer = Measurer(source, store_for(posed.method, source, table.layers))
     uniform = {one: allocation.bits for one, allocation in frontier.uniform()}
     points = sorted([uniform[f"int{width}-{posed.sharing}"] for width in (2, 3, 4)] + list(BETWEEN))
     good = True

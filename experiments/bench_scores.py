@@ -30,10 +30,10 @@ from mpq.core.table import SensitivityTable
 from mpq.network.calibration import Batch, LossFn, cross_entropy, logits_of, next_token_loss
 from mpq.network.layers import find_layers, matrix_to_weight, weight_matrix
 from mpq.network.moments import second_moments
-from mpq.rounding import method_named
+from mpq.rounding.store import RoundingStore
 from mpq.search import frontier_of
 from mpq.sensitivity import metric_named
-from mpq.sensitivity.task import RememberingTask
+from mpq.sensitivity.task import Task
 from search_rows import result
 
 MODELS = ("llama5m", "smollm2", "resnet20", "resnet56", "efficientnet-lite0")
@@ -53,16 +53,14 @@ class Contest:
     formats: tuple[str, ...]
     method: str
 
-    def task(self) -> RememberingTask:
+    def task(self) -> Task:
         """What a metric is given, with a journal of its own."""
         layers, schemes = find_layers(self.model), tuple(map(parse_scheme, self.formats))
         moments = {}
         if self.method == "gptq":
             moments = second_moments(self.model, layers, self.calibration, self.loss_fn)
-        return RememberingTask(
-            self.model, self.calibration, self.loss_fn, layers, schemes, method_named(self.method),
-            second_moments=moments,
-        )  # fmt: skip
+        rounder = RoundingStore(self.method, moments)
+        return Task(self.model, self.calibration, self.loss_fn, layers, schemes, rounder)
 
 
 def language(name: str, model: nn.Module, calibration: Tensor, unseen: Tensor, size: int = 64) -> Contest:
@@ -141,7 +139,7 @@ def divergence(contest: Contest, reference: list[Tensor]) -> tuple[float, float]
 
 
 @contextmanager
-def rounded(task: RememberingTask, chosen: Mapping[Layer, Scheme]) -> Iterator[None]:
+def rounded(task: Task, chosen: Mapping[Layer, Scheme]) -> Iterator[None]:
     """Inside the block these layers have the numbers of their schemes."""
     before = {layer: weight_matrix(task.module(layer)).detach().clone() for layer in chosen}
 
@@ -178,7 +176,7 @@ def judge(contest: Contest, metrics: Sequence[str], count: int, options: Mapping
 Tables = Mapping[str, tuple[Any, Any]]  # by metric: scores and errors (layers, schemes)
 
 
-def uniform_formats(contest: Contest, task: RememberingTask, reference: list[Tensor], tables: Tables) -> list[str]:
+def uniform_formats(contest: Contest, task: Task, reference: list[Tensor], tables: Tables) -> list[str]:
     """Sums of scores beside the measured divergence of the whole model in one format."""
     lines = []
     for column, scheme in enumerate(task.schemes):
@@ -192,7 +190,7 @@ def uniform_formats(contest: Contest, task: RememberingTask, reference: list[Ten
     return lines
 
 
-def cells(contest: Contest, task: RememberingTask, reference: list[Tensor], tables: Tables, count: int) -> list[str]:
+def cells(contest: Contest, task: Task, reference: list[Tensor], tables: Tables, count: int) -> list[str]:
     """Single layers in single formats, measured alone: rank correlation, and the share predicted within a factor."""
     size = len(task.layers) * len(task.schemes)
     picked = np.random.default_rng(0).permutation(size)[:count]
@@ -225,7 +223,7 @@ def cells(contest: Contest, task: RememberingTask, reference: list[Tensor], tabl
     return lines
 
 
-def allocations(contest: Contest, task: RememberingTask, reference: list[Tensor], tables: Tables) -> list[str]:
+def allocations(contest: Contest, task: Task, reference: list[Tensor], tables: Tables) -> list[str]:
     """The exact search's allocation at the size of uniform int3, measured beside it."""
     lines = []
     names = tuple(scheme.name for scheme in task.schemes)

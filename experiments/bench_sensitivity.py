@@ -30,7 +30,7 @@ from mpq.network.calibration import Batch, LossFn, cross_entropy, mean_loss, nex
 from mpq.network.layers import find_layers
 from mpq.network.offload import offloaded
 from mpq.quantized import simulate
-from mpq.rounding import METHODS
+from mpq.rounding.store import MethodRounder
 from mpq.search.exact import exact
 from mpq.sensitivity import DEFAULT_METRIC, METRICS, metric_named
 from mpq.sensitivity.hessian import hessian_traces
@@ -89,7 +89,7 @@ def traces(batch: Batch, probes: int) -> list[str]:
     """
     model = resnet(20)
     layers = find_layers(model)
-    task = Task(model, (batch,), cross_entropy, layers, (parse_scheme("int4-channel"),), METHODS["mse"])
+    task = Task(model, (batch,), cross_entropy, layers, (parse_scheme("int4-channel"),), MethodRounder("mse"))
     start = time.perf_counter()
     ours = hessian_traces(task, min_probes=4, max_probes=256, target=ERROR, settle=0)
     our_time = time.perf_counter() - start
@@ -212,7 +212,7 @@ def offload() -> list[str]:
     layers, schemes = find_layers(model), (parse_scheme("int4-channel"),)
     seconds, scores, peak = [], [], 0
     for context in (nullcontext(), offloaded(model, "cpu")):
-        task = Task(model, batches, cross_entropy, layers, schemes, METHODS["nearest"])
+        task = Task(model, batches, cross_entropy, layers, schemes, MethodRounder("nearest"))
         start = time.perf_counter()
         with context as visitors:
             scores.append(metric_named(DEFAULT_METRIC)(task)[0])

@@ -16,12 +16,10 @@ from mpq.core.problem import Array, Problem, build_problem
 from mpq.core.scheme import parse_scheme
 from mpq.core.table import SensitivityTable
 from mpq.network.calibration import Batch, LossFn, check_batches, evaluating
-from mpq.network.moments import second_moments
-from mpq.rounding import METHODS, method_named
+from mpq.rounding.store import RoundingStore, moments_needed
 from mpq.search.exact import exact
-from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.loss import batch_losses, batch_shares, in_scheme
-from mpq.sensitivity.task import RememberingTask
+from mpq.sensitivity.task import Task
 
 BOOTSTRAPS = 1000
 
@@ -194,12 +192,10 @@ def _measurer(
     model: nn.Module, batches: tuple[Batch, ...], loss_fn: LossFn, problem: Problem, method: str, progress: bool
 ) -> Callable[[Sequence[NDArray[np.intp]]], Array]:
     """A function that measures loss increases of choices; each layer is rounded once for each scheme."""
-    moments = second_moments(model, problem.layers, batches, loss_fn) if METHODS.named(method).second_moment else {}
+    moments = moments_needed(method, model, problem.layers, batches, loss_fn)
     schemes = tuple(parse_scheme(name) for name in problem.schemes)
-    task = RememberingTask(
-        model, batches, loss_fn, problem.layers, schemes, method_named(method),
-        journal=Journal(None, {}), progress=progress, second_moments=moments,
-    )  # fmt: skip
+    rounder = RoundingStore(method, moments)
+    task = Task(model, batches, loss_fn, problem.layers, schemes, rounder, progress=progress)
     shares = batch_shares(task)
     reference = float(shares @ batch_losses(task))
 

@@ -1,22 +1,21 @@
 """Allocations measured on a model: each layer is rounded once in each format, so that one more costs a forward pass."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, NotFiniteError, nearest_names
+from mpq.core.layer import Layer
 from mpq.evaluation import Quality, Reference, evaluate
 from mpq.network.batchnorm import estimate_means, stored_means
 from mpq.network.calibration import Batch, samples_in
 from mpq.network.layers import find_layers
-from mpq.network.moments import second_moments
 from mpq.quantized import quantized_layers
 from mpq.rounding import METHODS
-from mpq.rounding.store import Finished, Rounder, RoundingStore
+from mpq.rounding.store import Finished, Rounder, RoundingStore, moments_needed
 from mpq.sources import Source
 from mpq.training.tuned_scales import Tuning, tune_scales
 from mpq.trial import Trial
@@ -25,11 +24,12 @@ SEARCHED = 0.25  # share of the calibration batches that a search measures on,
 SEARCHED_LEAST = {"perplexity": 4}  # but at least so many samples, or 64
 
 
-def moments_for(method: str, source: Source, layers: Any) -> Mapping[str, Tensor] | None:
-    """The second moments that a rounding method asks for, None where it asks for none."""
-    if not METHODS.named(method).second_moment:
-        return None
-    return second_moments(source.model, layers, source.calibration, source.loss_fn)
+def store_for(method: str, source: Source, layers: Sequence[Layer]) -> RoundingStore:
+    """A store of a method; what the method needs to know of the calibration data is gathered when it is first used."""
+    METHODS.named(method)  # exists
+    return RoundingStore(
+        method, lambda: moments_needed(method, source.model, layers, source.calibration, source.loss_fn)
+    )
 
 
 class Measurer:
@@ -39,11 +39,8 @@ class Measurer:
     the source has none) and "evaluation".
     """
 
-    def __init__(
-        self, source: Source, method: str, moments: Mapping[str, Tensor] | None = None, progress: bool = False
-    ) -> None:
-        self.source, self.progress = source, progress
-        self.store = RoundingStore(method, moments)
+    def __init__(self, source: Source, store: RoundingStore, progress: bool = False) -> None:
+        self.source, self.store, self.progress = source, store, progress
         self.trial = Trial(source.model, self.store)
         self.corrects = bool(stored_means(source.model))
         self._references: dict[str, Reference] = {}
@@ -109,8 +106,7 @@ def measuring(source: Source, method: str) -> Callable[[Allocation, float], tupl
 
     With its standard error, from the differences on single samples: the spread that the samples have anyway drops out.
     """
-    store = RoundingStore(method, moments_for(method, source, find_layers(source.model)))
-    trial = Trial(source.model, store)
+    trial = Trial(source.model, store_for(method, source, find_layers(source.model)))
     references: dict[int, Quality] = {}  # by number of batches
 
     def quality(model: nn.Module, number: int) -> Quality:

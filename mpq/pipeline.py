@@ -33,10 +33,11 @@ from mpq.exporters import exporter_named
 from mpq.exporters.folder import read_allocation, read_json, refuse_foreign
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.targets import check_model, consumer_named, forbidden
-from mpq.measuring import Measurer, moments_for
+from mpq.measuring import Measurer, store_for
 from mpq.network.batchnorm import with_means
 from mpq.network.calibration import take, tensors_in
 from mpq.network.experts import has_experts
+from mpq.network.layers import find_layers
 from mpq.network.prepare import prepared
 from mpq.network.ranges import Ranges, input_ranges
 from mpq.network.storage import state_bytes
@@ -82,7 +83,7 @@ def export_to(
     refuse_experts(name, source.model)
     settings: dict[str, Any] = {"method": method, "recipe": source.recipe or None}
     if isinstance(method, str):
-        settings["second_moments"] = moments_for(method, source, allocation.layers)
+        settings["method"] = store_for(method, source, allocation.layers)
     if "inputs" in inspect.signature(export).parameters:
         settings["inputs"] = _compared_on(source) if name == "mpq" else tensors_in(source.calibration[0])[0][:2]
     if "ranges" in inspect.signature(export).parameters:
@@ -199,9 +200,10 @@ def quantize_model(
     refuse_experts(consumer, source.model)
     if formats is None:
         formats = [name for name in reader.schemes if "+a:" not in name] or DEFAULT_FORMATS
+    store = store_for(method, source, table.layers if table else find_layers(source.model, include, exclude))
     if table is None:
         table = profile(
-            source.model, source.calibration, source.loss_fn, formats, metric=metric, method=method, include=include,
+            source.model, source.calibration, source.loss_fn, formats, metric=metric, method=store, include=include,
             exclude=exclude, seed=seed, progress=progress, resume=folder / "table.csv.unfinished",
             options=metric_options,
             provenance={"model": source.name, "dataset": source.data},
@@ -212,7 +214,7 @@ def quantize_model(
     size = None if size is None else parse_size(size)
     budget = _layer_budget(frontier, source.model, bits, size)
     table.save(folder / "table.csv")
-    measurer = Measurer(source, method, moments_for(method, source, table.layers), progress)
+    measurer = Measurer(source, store, progress)
 
     def fits(allocation: Allocation) -> bool:
         return size is None or checkpoint.file_size(source.model, allocation) <= size

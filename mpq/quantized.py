@@ -181,8 +181,8 @@ def quantized_layers(
     model: nn.Module, allocation: Allocation, method: str | Rounder, second_moments: Moments | None = None
 ) -> Iterator[tuple[Layer, Scheme, Quantized]]:
     """Every layer with its scheme and its rounded weight, one at a time."""
+    rounder = rounder_of(method, second_moments)
     for layer, scheme in checked_layers(model, allocation):
-        rounder = rounder_of(method, second_moments)  # of a name a new one each time: nothing piles up in memory
         yield layer, scheme, rounder.quantized(layer, weight_matrix(model.get_submodule(layer.name)), scheme)
 
 

@@ -31,7 +31,7 @@ from mpq.network.layers import find_layers, weight_matrix
 from mpq.network.macs import count_macs
 from mpq.proxies.programs import INPUTS
 from mpq.proxies.statistics import Numbers, Space, Statistics
-from mpq.rounding import method_named
+from mpq.rounding.store import MethodRounder
 from mpq.sensitivity.derivatives import layer_uses
 from mpq.sensitivity.eigenvalue import top_eigenvalues
 from mpq.sensitivity.fisher import fisher_diagonals
@@ -91,7 +91,7 @@ def collect_statistics(
             return known
     with evaluating(model):
         layers = count_macs(model, find_layers(model), batches[0], loss_fn)
-        task = Task(model, batches, loss_fn, layers, parsed, method_named(method), seed, progress=progress)
+        task = Task(model, batches, loss_fn, layers, parsed, MethodRounder(method), seed, progress=progress)
         statistics = collect(task, wanted, samples, settings)
     if cache is not None:
         statistics.save(cache)

@@ -14,12 +14,11 @@ from mpq.core.interactions import Interactions
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, outputs_of, samples_in
 from mpq.network.layers import find_layers
-from mpq.network.moments import second_moments
 from mpq.network.prepare import prepared
-from mpq.rounding import METHODS, method_named
+from mpq.rounding.store import RoundingStore, moments_needed
 from mpq.sensitivity.loss import batch_losses, batch_shares, in_scheme
 from mpq.sensitivity.predictions import predictions
-from mpq.sensitivity.task import RememberingTask, Task
+from mpq.sensitivity.task import Task
 
 WAYS = ("outputs", "measured")
 
@@ -58,10 +57,8 @@ def interactions(
     parsed = tuple(parse_scheme(scheme) if isinstance(scheme, str) else scheme for scheme in schemes)
     with evaluating(model):
         reference = mean_loss(model, batches, loss_fn)
-        moments = second_moments(model, layers, batches, loss_fn) if METHODS.named(method).second_moment else {}
-        task = RememberingTask(
-            model, batches, loss_fn, layers, parsed, method_named(method), progress=progress, second_moments=moments
-        )
+        moments = moments_needed(method, model, layers, batches, loss_fn)
+        task = Task(model, batches, loss_fn, layers, parsed, RoundingStore(method, moments), progress=progress)
         losses, pairs = (_from_outputs if way == "outputs" else _measured)(task)
     provenance: dict[str, Any] = {
         "way": way, "method": method, "reference_loss": reference,

@@ -21,11 +21,11 @@ from mpq.network.coverage import coverage
 from mpq.network.fingerprint import fingerprint, model_fingerprint
 from mpq.network.layers import find_layers
 from mpq.network.macs import count_all_macs
-from mpq.network.moments import second_moments
 from mpq.network.offload import offloaded
 from mpq.network.prepare import prepared
 from mpq.network.storage import other_bytes
 from mpq.rounding import METHODS
+from mpq.rounding.store import MethodRounder, Rounder, moments_needed
 from mpq.sensitivity import DEFAULT_METRIC, METRICS
 from mpq.sensitivity.evidence import flat_loss, reaching, without_evidence
 from mpq.sensitivity.journal import Journal
@@ -40,7 +40,7 @@ def profile(
     formats: Sequence[str | Scheme] = DEFAULT_FORMATS,
     *,
     metric: str = DEFAULT_METRIC,
-    method: str = "mse",
+    method: str | Rounder = "mse",
     include: str | Iterable[str] = ("*",),
     exclude: str | Iterable[str] = (),
     seed: int = 0,
@@ -62,7 +62,8 @@ def profile(
         loss_fn: `loss_fn(model, batch)`, the batch's mean loss per sample.
         formats: candidates, by name ("int4-g128", "int8-channel+a:int8-token") or as Scheme.
         metric: a name of `mpq.sensitivity.METRICS` or of a plugin.
-        method: the rounding method, a name of `mpq.rounding.METHODS`.
+        method: the rounding method, a name of `mpq.rounding.METHODS`, or a rounder, such as a store that keeps what it
+            rounded for later.
         include: patterns of the layers to score (globs, or "re:" and a regular expression).
         exclude: patterns of layers to leave out.
         seed: of all random numbers; the same seed gives the same table.
@@ -80,7 +81,7 @@ def profile(
     """
     model, batches = prepared(model), check_batches(batches)
     scheme_tuple = _distinct(formats)
-    scorer, rounding = METRICS.named(metric), METHODS.named(method)
+    scorer, rounding = METRICS.named(metric), _known(method)
     _check_options(scorer, options or {})
     layers = find_layers(model, include, exclude)
     if offload is not None and scorer.second_order:
@@ -93,28 +94,33 @@ def profile(
             reference = mean_loss(model, batches, loss_fn)
         names = tuple(scheme.name for scheme in scheme_tuple)
         settings = {
-            "metric": metric, "options": dict(options or {}), "method": method, "seed": seed,
+            "metric": metric, "options": dict(options or {}), "method": rounding, "seed": seed,
             "schemes": names, "layers": [layer.name for layer in layers],
             "weights": model_fingerprint(model), "loss": f"{_name_of(loss_fn)}: {reference:.4g}",
             "data": fingerprint(tensor for batch in batches for tensor in tensors_in(batch)),
         }  # fmt: skip
-        moments = second_moments(model, layers, batches, loss_fn) if rounding.second_moment else {}
+        rounder = method
+        if isinstance(rounder, str):
+            rounder = MethodRounder(rounder, moments_needed(rounder, model, layers, batches, loss_fn))
         journal = Journal(resume, settings)
         flat = not scorer.compares_losses and flat_loss(model, batches[0], loss_fn)
-        task = Task(
-            model, batches, loss_fn, layers, scheme_tuple, rounding.load(), seed, journal, progress, moments, flat
-        )
+        task = Task(model, batches, loss_fn, layers, scheme_tuple, rounder, seed, journal, progress, flat)
         result = partial(scorer.load(), **(options or {}))(task)
         _check_finite(layers, scheme_tuple, metric, result)
         (scores, errors), reasons = without_evidence(task, result, reached, scorer.compares_losses)
     recorded: dict[str, Any] = {
-        "metric": metric, "options": dict(options or {}), "method": method, "seed": seed,
+        "metric": metric, "options": dict(options or {}), "method": rounding, "seed": seed,
         "nsamples": sum(samples_in(batch) for batch in batches), "reference_loss": reference,
         "overhead": other_bytes(model, layers), "coverage": covered.to_json(), **(provenance or {}),
     }  # fmt: skip
     table = SensitivityTable(layers, names, scores, errors, metric, recorded, reasons)
     journal.close()
     return table
+
+
+def _known(method: str | Rounder) -> str:
+    """The method's name, which exists."""
+    return METHODS.named(method).name if isinstance(method, str) else method.name
 
 
 def _check_options(metric: Metric, options: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, sa
 from mpq.network.layers import find_layers
 from mpq.network.parallel import share, total
 from mpq.network.prepare import prepared
-from mpq.rounding import METHODS
+from mpq.rounding.store import MethodRounder
 from mpq.sensitivity.lanczos import Lanczos
 from mpq.sensitivity.products import operator_named, weight_curvature
 from mpq.sensitivity.task import Task
@@ -92,7 +92,9 @@ def spectrum(
     model = prepared(model)
     with evaluating(model):
         layers = find_layers(model, include, exclude)
-        task = Task(model, check_batches(batches), loss_fn, layers, (), METHODS["nearest"], seed, progress=progress)
+        task = Task(
+            model, check_batches(batches), loss_fn, layers, (), MethodRounder("nearest"), seed, progress=progress
+        )
         size = sum(layer.params for layer in layers)
         spectra = [_run(task, operator, min(steps, size), run, size) for run in range(runs)]
     longest = max(len(nodes) for nodes, _, _ in spectra)

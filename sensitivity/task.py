@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -18,9 +17,8 @@ from mpq.core.scheme import Scheme
 from mpq.network.calibration import Batch, LossFn
 from mpq.network.layers import weight_matrix
 from mpq.network.parallel import place, share
-from mpq.rounding import Method
 from mpq.rounding.reference import dequantize
-from mpq.rounding.store import RoundingStore
+from mpq.rounding.store import Rounder
 from mpq.sensitivity import METRICS
 from mpq.sensitivity.journal import Journal
 
@@ -37,11 +35,10 @@ class Task:
     loss_fn: LossFn
     layers: tuple[Layer, ...]
     schemes: tuple[Scheme, ...]
-    method: Method
+    rounder: Rounder
     seed: int = 0
     journal: Journal = field(default_factory=lambda: Journal(None, {}))
     progress: bool = False
-    second_moments: Mapping[str, Tensor] = field(default_factory=dict)  # of inputs, for methods that need them
     flat: bool = False  # the loss has no gradient at this model: the data's labels say nothing
 
     def module(self, layer: Layer) -> nn.Module:
@@ -50,11 +47,7 @@ class Task:
 
     def quantized(self, layer: Layer, scheme: Scheme) -> Tensor:
         """The layer's weight matrix as it will be in this scheme, float32 (rows, cols)."""
-        weight = weight_matrix(self.module(layer)).detach()
-        try:
-            return dequantize(self.method(weight, scheme.weight, self.second_moments.get(layer.name)))
-        except MpqError as error:
-            raise MpqError(f"layer {layer.name} in {scheme.name}: {error}") from error
+        return dequantize(self.rounder.quantized(layer, weight_matrix(self.module(layer)), scheme))
 
     def weight_error(self, layer: Layer, scheme: Scheme) -> Tensor:
         """Q(W) - W, float32 (rows, cols)."""
@@ -89,20 +82,6 @@ class Task:
             leave=False,
             dynamic_ncols=True,
         )
-
-
-@dataclass(frozen=True)
-class RememberingTask(Task):
-    """A task that rounds each layer once for each scheme and keeps the codes, a byte a weight each."""
-
-    @cached_property
-    def store(self) -> RoundingStore:
-        """What has been rounded."""
-        return RoundingStore(self.method, self.second_moments)
-
-    def quantized(self, layer: Layer, scheme: Scheme) -> Tensor:
-        """As `Task.quantized`, remembered."""
-        return dequantize(self.store.quantized(layer, weight_matrix(self.module(layer)), scheme))
 
 
 Metric: TypeAlias = Callable[..., Scores]  # metric(task, **options)

@@ -14,6 +14,7 @@ from mpq.core.table import SensitivityTable
 from mpq.measuring import Measurer
 from mpq.network.calibration import cross_entropy, seeded
 from mpq.network.layers import find_layers
+from mpq.rounding.store import RoundingStore
 from mpq.search.exact import exact
 from mpq.sources import Source, open_source
 from mpq.training.tuned_scales import Tuning
@@ -40,7 +41,7 @@ def test_no_uniform_format_within_the_size_is_better(source, effort):
     frontier = exact(build_problem(misled(source)))
     uniform = dict(frontier.uniform())
     size = uniform["int4-channel"].size
-    measurer = Measurer(source, "nearest")
+    measurer = Measurer(source, RoundingStore("nearest"))
     accepted = accept(frontier, size, measurer, effort=effort)
     assert accepted.established
     assert accepted.chosen.allocation.size <= size
@@ -54,11 +55,13 @@ def test_no_uniform_format_within_the_size_is_better(source, effort):
 
 def test_without_unseen_data_nothing_is_established(source):
     frontier = exact(build_problem(misled(source)))
-    accepted = accept(frontier, frontier.costs[-1], Measurer(replace(source, acceptance=()), "nearest"), effort="fast")
+    accepted = accept(
+        frontier, frontier.costs[-1], Measurer(replace(source, acceptance=()), RoundingStore("nearest")), effort="fast"
+    )
     assert not accepted.established
     assert accepted.verdict().endswith("Not established on unseen data: the source has none to spare.")
     with pytest.raises(MpqError, match="did you mean normal"):
-        accept(frontier, 1e6, Measurer(source, "nearest"), effort="normall")
+        accept(frontier, 1e6, Measurer(source, RoundingStore("nearest")), effort="normall")
 
 
 def shifted() -> Source:
@@ -80,19 +83,19 @@ def shifted() -> Source:
 
 def test_means_are_corrected_where_acceptance_data_say_so():
     source = shifted()
-    measurer = Measurer(source, "nearest")
+    measurer = Measurer(source, RoundingStore("nearest"))
     uniform = dict(exact(build_problem(misled(source))).uniform())
     coarse = candidate_of("coarse", uniform["int2-channel"], measurer)
     assert set(coarse.means) == {"1"}
     gain, error = coarse.quality.harm_above(measurer.quality(coarse.allocation, "acceptance"))
     assert gain < -3 * error
     misfit = replace(source, calibration=((source.calibration[0][0] - 8, source.calibration[0][1]),))
-    assert candidate_of("fine", uniform["int8-channel"], Measurer(misfit, "nearest")).means == {}
+    assert candidate_of("fine", uniform["int8-channel"], Measurer(misfit, RoundingStore("nearest"))).means == {}
 
 
 def test_tuned_scales_are_kept_where_acceptance_data_say_so(source):
     frontier = exact(build_problem(misled(source)))
-    measurer = Measurer(source, "nearest")
+    measurer = Measurer(source, RoundingStore("nearest"))
     size = dict(frontier.uniform())["int3-channel"].size
     accepted = accept(frontier, size, measurer, effort="fast")
     tuned = with_tuned_scales(accepted, measurer, Tuning(steps=20, samples=32, rate=1e-2))
@@ -108,7 +111,7 @@ def test_tuned_scales_are_kept_where_acceptance_data_say_so(source):
 
 def test_a_trial_goes_back_to_its_own_rounding_after_another_s(source):
     frontier = exact(build_problem(misled(source)))
-    measurer = Measurer(source, "nearest")
+    measurer = Measurer(source, RoundingStore("nearest"))
     allocation = dict(frontier.uniform())["int3-channel"]
     tuned = measurer.tuned(allocation, Tuning(steps=2, rate=1e-1), {})
     fresh = Trial(source.model, measurer.store)

@@ -1,20 +1,24 @@
-"""Who rounds a model's layers: a store that keeps what it rounded, or tables that were finished elsewhere.
+"""Who rounds a model's layers: a method, a store that keeps what it rounded, or tables that were finished elsewhere.
 
 Each layer is rounded once in each format: evaluating an allocation then costs a forward pass and nothing else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
+from mpq.network.calibration import Batch, LossFn
+from mpq.network.moments import second_moments
 from mpq.network.shelf import LIMIT, Shelf
-from mpq.rounding import Method, method_named
+from mpq.rounding import METHODS, Method, method_named
 from mpq.rounding.reference import Quantized
+
+Moments: TypeAlias = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None
 
 
 class Rounder(Protocol):
@@ -28,21 +32,40 @@ class Rounder(Protocol):
         """The layer's weight (rows, cols) in a scheme; MpqError (layer named) when it cannot be rounded."""
 
 
-class RoundingStore:
-    """Rounded weights of one model's layers by one method, about a byte for each weight and format.
+class MethodRounder:
+    """Rounds a layer whenever it is asked for, and keeps nothing.
 
     Args:
         method: rounding method, by name or itself.
-        second_moments: of the layers' inputs, by layer name, where the method uses them.
+        second_moments: of the layers' inputs, by layer name, where the method uses them, or what gives them when a
+            layer is rounded for the first time.
+    """
+
+    def __init__(self, method: "str | Method" = "mse", second_moments: Moments = None) -> None:
+        self._second_moments = second_moments or {}
+        self._choose = method_named(method) if isinstance(method, str) else method
+        self.name = method if isinstance(method, str) else getattr(method, "__name__", "custom")
+
+    def quantized(self, layer: Layer, weight: Tensor, scheme: Scheme) -> Quantized:
+        """The layer's weight (rows, cols) in a scheme; MpqError (layer named) when it cannot be rounded."""
+        if callable(self._second_moments):
+            self._second_moments = self._second_moments()
+        try:
+            return self._choose(weight.detach(), scheme.weight, self._second_moments.get(layer.name))
+        except MpqError as error:
+            raise MpqError(f"layer {layer.name} in {scheme.name}: {error}") from error
+
+
+class RoundingStore(MethodRounder):
+    """Rounds each layer of one model once in each format, and keeps about a byte for each weight and format.
+
+    Args:
+        method, second_moments: as of `MethodRounder`.
         limit: bytes in memory; what is beyond lies in memory-mapped files.
     """
 
-    def __init__(
-        self, method: "str | Method" = "mse", second_moments: Mapping[str, Tensor] | None = None, limit: int = LIMIT
-    ) -> None:
-        self.second_moments = second_moments or {}
-        self._choose = method_named(method) if isinstance(method, str) else method
-        self.name = method if isinstance(method, str) else getattr(method, "__name__", "custom")
+    def __init__(self, method: "str | Method" = "mse", second_moments: Moments = None, limit: int = LIMIT) -> None:
+        super().__init__(method, second_moments)
         self._shelf = Shelf(limit)
         self._rounded: dict[tuple[str, str], Quantized] = {}
 
@@ -50,10 +73,7 @@ class RoundingStore:
         """The layer's weight (rows, cols), always the same one, in a scheme; MpqError (layer named) when it cannot."""
         key = (layer.name, scheme.weight.name)
         if key not in self._rounded:
-            try:
-                quantized = self._choose(weight.detach(), scheme.weight, self.second_moments.get(layer.name))
-            except MpqError as error:
-                raise MpqError(f"layer {layer.name} in {scheme.name}: {error}") from error
+            quantized = super().quantized(layer, weight, scheme)
             kept = replace(quantized, codes=self._shelf.keep(quantized.codes))
             self._rounded[key] = kept.map_tables(lambda _, table: self._shelf.keep(table))
         return self._rounded[key]
@@ -75,6 +95,15 @@ class Finished:
         return self.others.quantized(layer, weight, scheme)
 
 
-def rounder_of(method: str | Rounder, second_moments: Mapping[str, Tensor] | None = None) -> Rounder:
-    """The rounder itself, or a new store of a method by name."""
-    return RoundingStore(method, second_moments) if isinstance(method, str) else method
+def rounder_of(method: str | Rounder, second_moments: Moments = None) -> Rounder:
+    """The rounder itself, or that of a method by name."""
+    return MethodRounder(method, second_moments) if isinstance(method, str) else method
+
+
+def moments_needed(
+    method: str, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], forward: LossFn
+) -> dict[str, Tensor]:
+    """The second moments of the layers' inputs where a rounding method asks for them, by layer name; else nothing."""
+    if not METHODS.named(method).second_moment:
+        return {}
+    return second_moments(model, layers, batches, forward)

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from mpq.core.scheme import parse_scheme
 from mpq.network.calibration import cross_entropy, next_token_loss, seeded
 from mpq.network.layers import find_layers
-from mpq.rounding import METHODS
+from mpq.rounding.store import MethodRounder
 from mpq.sensitivity.task import Task
 
 
@@ -107,7 +107,13 @@ def make_task(model, batches, loss_fn, schemes=("int3-channel", "int4-g32"), **o
     """What a metric is given, for a model in evaluation mode."""
     model.eval()
     return Task(
-        model, tuple(batches), loss_fn, find_layers(model), tuple(map(parse_scheme, schemes)), METHODS["mse"], **options
+        model,
+        tuple(batches),
+        loss_fn,
+        find_layers(model),
+        tuple(map(parse_scheme, schemes)),
+        MethodRounder("mse"),
+        **options,
     )
 
 

@@ -20,7 +20,7 @@ from small_models import (
 
 from mpq.network.calibration import cross_entropy, next_token_loss, split_batch
 from mpq.network.layers import weight_groups, weight_matrix
-from mpq.rounding import METHODS
+from mpq.rounding.store import MethodRounder
 from mpq.sensitivity import fisher as fisher_file
 from mpq.sensitivity.fisher import fisher
 
@@ -92,7 +92,7 @@ def test_groups_of_the_small_models_are_what_they_seem():
 @pytest.mark.parametrize("name", SMALL)
 def test_labels_of_the_model_give_gauss_newtons_diagonal(name):
     """Unbiased over seeds, also where a sample's loss averages over tokens."""
-    tasks = [replace(SMALL[name](seed=seed), method=METHODS["nearest"]) for seed in range(150)]
+    tasks = [replace(SMALL[name](seed=seed), rounder=MethodRounder("nearest")) for seed in range(150)]
     scores = np.stack([fisher(task, labels="model")[0] for task in tasks])
     diagonal = gauss_newton_matrix(tasks[0]).diagonal()
     for i in range(scores.shape[1]):
