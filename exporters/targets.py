@@ -21,7 +21,8 @@ class Consumer:
     `objection` says in half a sentence why a layer cannot have a scheme, "" when it can. `schemes` are the well-known
     ones, of which the nearest is named in a refusal; `fallbacks` is the consumer's own rule of what comes instead of
     what a layer cannot have. `fuses` says whether tied layers (q/k/v, gate/up) must share one. `takes` says whether it
-    knows a model, `models` in words which ones, and `packages` what writing its files needs.
+    knows a model, `models` in words which ones, and `packages` what writing its files needs. `mixes` says whether rows
+    of one layer may have formats of their own.
     """
 
     name: str
@@ -33,6 +34,13 @@ class Consumer:
     takes: Callable[[nn.Module], bool] = lambda model: True
     models: str = "any model"
     packages: tuple[str, ...] = ()
+    mixes: bool = False
+
+    def refusal(self, layer: Layer, scheme: Scheme) -> str:
+        """Why a layer cannot have a scheme, in half a sentence, mixes considered; "" when it can."""
+        if scheme.mix is not None and not self.mixes:
+            return "all rows of a layer have one format there"
+        return self.objection(layer, scheme)
 
 
 def check_model(consumer: Consumer, model: nn.Module) -> None:
@@ -55,7 +63,7 @@ def check(consumer: Consumer, allocation: Allocation) -> None:
     """MpqError when a layer has a scheme that the consumer cannot hold, with the nearest that it can."""
     for layer in check_allocation(allocation).layers:
         scheme = allocation.scheme_of[layer.name]
-        why = consumer.objection(layer, scheme)
+        why = consumer.refusal(layer, scheme)
         if why:
             near = nearest(consumer, layer, scheme)
             advice = f"the nearest it can hold is {near}" if near else "leave the layer out"
@@ -82,7 +90,7 @@ def nearest(consumer: Consumer, layer: Layer, scheme: Scheme) -> str | None:
     """
     instead = consumer.fallbacks.get(scheme.name)
     while instead is not None:
-        if not consumer.objection(layer, parse_scheme(instead)):
+        if not consumer.refusal(layer, parse_scheme(instead)):
             return instead
         instead = consumer.fallbacks.get(instead)
     bits = scheme.weight.effective_bits(layer.rows, layer.cols)
@@ -93,7 +101,7 @@ def nearest(consumer: Consumer, layer: Layer, scheme: Scheme) -> str | None:
         same = other.weight.grid.family == scheme.weight.grid.family
         return not same, round(gap, 2), (other.activation is None) != (scheme.activation is None)
 
-    possible = [name for name in consumer.schemes if not consumer.objection(layer, parse_scheme(name))]
+    possible = [name for name in consumer.schemes if not consumer.refusal(layer, parse_scheme(name))]
     return min(possible, key=distance, default=None)
 
 
@@ -106,10 +114,10 @@ def forbidden(consumer: Consumer, layers: Sequence[Layer], schemes: Iterable[str
     schemes = tuple(schemes)
     refused: dict[str, tuple[str, ...]] = {}
     for layer in layers:
-        bad = tuple(name for name in schemes if consumer.objection(layer, parse_scheme(name)))
+        bad = tuple(name for name in schemes if consumer.refusal(layer, parse_scheme(name)))
         if len(bad) == len(schemes):
             near = nearest(consumer, layer, parse_scheme(schemes[0]))
-            why = consumer.objection(layer, parse_scheme(schemes[0]))
+            why = consumer.refusal(layer, parse_scheme(schemes[0]))
             raise MpqError(
                 f"{consumer.name} can hold layer {layer.name} in none of {', '.join(schemes)} ({why}): add {near}"
             )
@@ -254,7 +262,7 @@ def _llama(model: nn.Module) -> bool:
 CONSUMERS: dict[str, Consumer] = {
     consumer.name: consumer
     for consumer in (
-        Consumer("mpq", "mpq's own loader", (), lambda layer, scheme: "", fuses=False),
+        Consumer("mpq", "mpq's own loader", (), lambda layer, scheme: "", fuses=False, mixes=True),
         Consumer(
             "compressed-tensors",
             "vLLM, SGLang and transformers",

@@ -10,6 +10,7 @@ from torch import Tensor
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, NotFiniteError, nearest_names
 from mpq.core.frontier import Frontier
+from mpq.core.problem import Problem
 from mpq.evaluation import Quality, mean_and_error
 from mpq.measuring import Measurer
 from mpq.rounding.store import Rounder
@@ -35,7 +36,7 @@ class Candidate:
     @property
     def is_uniform(self) -> bool:
         """Whether all layers have one format."""
-        return len(set(self.allocation.schemes)) == 1
+        return len(set(self.allocation.schemes)) == 1 and not self.allocation.assignments
 
     def harm(self) -> float:
         """Mean divergence from the original; the loss for models without logits."""
@@ -130,7 +131,7 @@ def accept(
     begun = list(starts(frontier, size))
     if ROUNDS[effort]:
         begun += _polished(frontier, begun, size, measurer, ROUNDS[effort], seed)
-    searched = {name: problem.allocation(choices) for name, choices in begun if not _is_uniform(choices)}
+    searched = {name: problem.allocation(choices) for name, choices in begun if not _is_uniform(problem, choices)}
     uniform = [(f"all {name}", one) for name, one in problem.uniform() if one.size <= size]
     uniform = sorted(uniform, key=lambda item: -item[1].size)[: max(FINALISTS - 1, 1)]
     both = [(name, one) for name, one in [*searched.items(), *uniform] if fits(one)]
@@ -201,5 +202,5 @@ def _polished(
     return [] if np.array_equal(polished.choices, best) else [("polished", polished.choices)]
 
 
-def _is_uniform(choices: Choices) -> bool:
-    return bool((choices == choices[0]).all())
+def _is_uniform(problem: Problem, choices: Choices) -> bool:
+    return bool((choices == choices[0]).all()) and not problem.is_mix(int(choices[0]))

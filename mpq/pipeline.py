@@ -155,6 +155,7 @@ def quantize_model(
     exclude: str | Iterable[str] = (),
     pin: Mapping[str, str] | None = None,
     ties: bool = True,
+    granularity: str = "layer",
     effort: str = "normal",
     tuning_steps: int | None = None,
     seed: int = 0,
@@ -179,6 +180,8 @@ def quantize_model(
         exclude: patterns of layers to leave as they are.
         pin: scheme by layer pattern.
         ties: whether fused layers share a scheme.
+        granularity: "layer", or "row" for mixes of formats within a layer (`mpq.sensitivity.profile.profile`); for
+            consumers that cannot hold them, layers stay whole.
         effort: how much is measured before choosing: "fast", "normal" or "best" (`mpq.acceptance.accept`).
         tuning_steps: of tuning the chosen allocation's scales against the original (`mpq.training.tuned_scales`); left
             out, 0, 60 or 200 by effort.
@@ -198,6 +201,9 @@ def quantize_model(
     source = replace(source, model=prepared(source.model))
     check_model(reader, source.model)
     refuse_experts(consumer, source.model)
+    if granularity == "row" and not reader.mixes:
+        log.warning("%s has one format a layer: layers stay whole", reader.name)
+        granularity = "layer"
     if formats is None:
         formats = [name for name in reader.schemes if "+a:" not in name] or DEFAULT_FORMATS
     store = store_for(method, source, table.layers if table else find_layers(source.model, include, exclude))
@@ -205,7 +211,7 @@ def quantize_model(
         table = profile(
             source.model, source.calibration, source.loss_fn, formats, metric=metric, method=store, include=include,
             exclude=exclude, seed=seed, progress=progress, resume=folder / "table.csv.unfinished",
-            options=metric_options,
+            options=metric_options, granularity=granularity,
             provenance={"model": source.name, "dataset": source.data},
         )  # fmt: skip
     banned = forbidden(reader, table.layers, table.schemes)

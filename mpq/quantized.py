@@ -15,15 +15,15 @@ from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 from mpq.kernels.layout import Packed, pack
+from mpq.kernels.mixed import packed_weight
 from mpq.kernels.modules import PackedLinear, packed_module
 from mpq.kernels.stacked import Stack, stackable
-from mpq.kernels.weight import PackedWeight
 from mpq.network.calls import call_input, with_call_input
 from mpq.network.layers import FUSED, is_transposed, layer_kind, matrix_to_weight, own_code, shaped, weight_matrix
 from mpq.network.prepare import prepared
 from mpq.network.ranges import Ranges, static_scale
 from mpq.rounding.activations import fake_quantize_inputs, straight_through
-from mpq.rounding.reference import Quantized, dequantize, quantize, recode
+from mpq.rounding.reference import Quantized, dequantize, recode
 from mpq.rounding.store import Rounder, rounder_of
 
 Moments = Mapping[str, Tensor]  # second moments of the layers' inputs, by layer name
@@ -125,7 +125,7 @@ def put_packed(
     """
     first = model.get_submodule(layer.name)
     original: Tensor = first.weight  # type: ignore[assignment]
-    weight = PackedWeight(packed, dtype or original.dtype, original.shape, is_transposed(layer.kind))
+    weight = packed_weight(packed, dtype or original.dtype, original.shape, is_transposed(layer.kind))
     weight.arrange()
     activation = None if scheme.activation is None else InputRounding(scheme.activation)
     for module in {model.get_submodule(name): None for name in layer.names}:
@@ -226,11 +226,8 @@ class WeightRounding(nn.Module):
     def _round(self, weight: Tensor) -> Tensor:
         transposed = is_transposed(self.kind)
         matrix = (weight.transpose(0, 1) if transposed else weight).flatten(1)
-        if self.tables.format.is_float_copy:
-            rounded = dequantize(quantize(matrix, self.tables.format))
-        else:
-            tables = self.tables.map_tables(lambda name, _: self.get_buffer(name))  # wherever the model has moved to
-            rounded = dequantize(recode(matrix.detach(), tables))
+        tables = self.tables.map_tables(lambda name, _: self.get_buffer(name))  # wherever the model has moved to
+        rounded = dequantize(recode(matrix.detach(), tables))
         return shaped(rounded, weight.shape, transposed).to(weight.dtype)
 
 

@@ -42,9 +42,11 @@ def starts(frontier: Frontier, size: float) -> tuple[tuple[str, Choices], ...]:
         uniform = np.full(len(problem.groups), j, dtype=np.intp)
         if NEAR * size <= problem.totals(uniform)["size"] <= size:
             candidates.append((f"all {problem.schemes[j]}", uniform))
-    widths = sorted({parse_scheme(name).weight.grid.bits for name in problem.schemes})
-    for smallest in widths[1 : FEWER + 1]:
-        kept = [name for name in problem.schemes if parse_scheme(name).weight.grid.bits >= smallest]
+    narrowest = {
+        name: min(format.grid.bits for format in parse_scheme(name).weight.members) for name in problem.schemes
+    }
+    for smallest in sorted(set(narrowest.values()))[1 : FEWER + 1]:
+        kept = [name for name, width in narrowest.items() if width >= smallest]
         try:
             wider = restricted(problem, kept)
             solved = exact(wider)

@@ -4,12 +4,14 @@ table. Plugins add metrics through the entry-point group "mpq.metrics".
 
 from typing import TYPE_CHECKING
 
+from mpq.core.errors import MpqError, nearest_names
 from mpq.core.registry import Metric, Registry
 
 if TYPE_CHECKING:
     from mpq.sensitivity.task import Metric as Function
 
 DEFAULT_METRIC = "kronecker"
+GRANULARITIES = ("layer", "row")  # what has one format: all of a layer, or each row
 
 # Functions take a Task and options, and give scores and standard errors.
 METRICS: Registry[Metric] = Registry(
@@ -51,6 +53,7 @@ METRICS: Registry[Metric] = Registry(
             "mpq.sensitivity.kl_curvature:kl_curvature",
             "curvature of the KL divergence, coherent over what shares a label",
             activations=True,
+            rows="mpq.sensitivity.kl_curvature:kl_curvature_by_rows",
         ),
         Metric(
             "gradient",
@@ -113,3 +116,12 @@ METRICS: Registry[Metric] = Registry(
 def metric_named(name: str) -> "Function":
     """The metric called `name`, ours or a plugin's; MpqError with the known names when there is none."""
     return METRICS.named(name).load()
+
+
+def check_granularity(granularity: str, metric: str) -> None:
+    """MpqError for a granularity other than those known, or one that the metric does not score."""
+    if granularity not in GRANULARITIES:
+        raise MpqError(f"unknown granularity {granularity!r}: {nearest_names(granularity, GRANULARITIES)}")
+    if granularity == "row" and not METRICS.named(metric).rows:
+        known = " or ".join(name for name in METRICS if METRICS[name].rows)
+        raise MpqError(f"the metric {metric} does not score rows: take {known}, or the granularity 'layer'")

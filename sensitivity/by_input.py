@@ -13,7 +13,7 @@ from mpq.network.parallel import total
 from mpq.sensitivity.activation_errors import input_error_slopes
 from mpq.sensitivity.backward import Labels, Piece, pieces, stream_uses
 from mpq.sensitivity.derivatives import Use
-from mpq.sensitivity.task import RowScores, Task
+from mpq.sensitivity.task import TEMPER, RowScores, Task, tempered
 
 CHUNK = 2**24  # numbers of per-input gradients held at a time
 HELD = 2**27  # numbers of weight errors held at a time; the data passes once for each such portion of the layers
@@ -74,7 +74,7 @@ def input_scores(task: Task, labels: Labels) -> RowScores:
     """Every layer's scores, from a pass over the data for each portion of the layers."""
     weights = tuple(dict.fromkeys(scheme.weight for scheme in task.schemes))
     activations = tuple(dict.fromkeys(each.activation for each in task.schemes if each.activation is not None))
-    scores: dict[str, tuple[Tensor, Tensor]] = {}
+    scores: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for layers in _portions(task.layers, len(weights)):
         part = replace(task, layers=tuple(layers))
         statistics = {
@@ -112,7 +112,7 @@ def _weight_errors(task: Task, layer: Layer, weights: Sequence[Format]) -> Tenso
 
 def _mean_scores(
     task: Task, curvature: InputCurvature, weights: Sequence[Format], activations: Sequence[Format], draws: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     columns = [weights.index(scheme.weight) for scheme in task.schemes]
     rows = curvature.squares[:, columns]
     parts = list(curvature.by_sample.values())
@@ -127,4 +127,7 @@ def _mean_scores(
     count = sum(samples_in(batch) for batch in task.batches)
     means = sums["sum"] / draws / count
     variances = (sums["squares"] / draws**2 / count - means.square()).clamp(min=0) / max(count - 1, 1)
-    return 0.5 * sums["rows"] / draws / count, 0.5 * (variances.sqrt() if count > 1 else means)
+    scores = 0.5 * sums["rows"] / draws / count
+    totals = scores.sum(1)  # of a row: what its gradients and its errors come to
+    factors = tempered(totals, TEMPER) / totals.clamp(min=torch.finfo(torch.float64).tiny)
+    return scores, scores * factors.unsqueeze(1), 0.5 * (variances.sqrt() if count > 1 else means)

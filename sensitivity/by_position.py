@@ -1,5 +1,6 @@
 """Curvature of the divergence where every position has a label of its own, as in language models."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from mpq.sensitivity.backward import Labels, Piece, pieces, stream_uses
 from mpq.sensitivity.derivatives import Use, keeps_samples
 from mpq.sensitivity.output import Sums, add
 from mpq.sensitivity.standard_error import power_sums, relative_error
-from mpq.sensitivity.task import RowScores, Task
+from mpq.sensitivity.task import TEMPER, RowScores, Task, tempered
 
 OUTLIER = 1 / 32  # of a piece's sum of |g_t|^2 |x_t|^2: what makes a position an outlier
 
@@ -68,18 +69,24 @@ class PositionCurvature:
         self.outliers.append((inputs[outliers].cpu(), slopes[outliers].square().cpu()))
         return slopes.masked_fill(outliers.unsqueeze(-1), 0.0)
 
-    def rows(self, difference: Tensor) -> Tensor:
-        """dw_r H dw_r^T s_r of every row of a weight error (rows, cols), summed over the samples: (rows,) float64."""
-        sums = torch.zeros(self.layer.rows, dtype=torch.float64)
+    def rows(self, difference: Tensor, exponents: Sequence[float] = (1.0,)) -> Tensor:
+        """dw_r H dw_r^T s_r of every row of a weight error (rows, cols), summed over the samples, float64.
+
+        Once for each exponent that the shares s_r are tempered by (`mpq.sensitivity.task.tempered`): (exponents, rows).
+        """
+        sums = torch.zeros(len(exponents), self.layer.rows, dtype=torch.float64)
         for moment, shares in (("moment", "rows"), ("lookups", "tokens")):
             if moment in self.sums:
                 squares = self.sums[shares].double()
                 share = squares / squares.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
                 blocks = difference.reshape(len(squares), -1, self.layer.cols)
                 errors = ((blocks @ whole_gram(self.sums[moment], self.layer.cols)) * blocks).sum(-1)
-                sums += (errors.double() * share).flatten()
+                for costs, exponent in zip(sums, exponents, strict=True):
+                    costs += (errors.double() * tempered(share, exponent)).flatten()
         for inputs, squares in self.outliers:
-            sums += ((difference @ inputs.mT).square() * squares.mT).sum(1, dtype=torch.float64)
+            errors = (difference @ inputs.mT).square()
+            for costs, exponent in zip(sums, exponents, strict=True):
+                costs += (errors * tempered(squares, exponent).mT).sum(1, dtype=torch.float64)
         return sums.clamp(min=0)
 
     def inputs(self, format: Format | None) -> float:
@@ -108,13 +115,13 @@ def position_scores(task: Task, labels: Labels) -> RowScores:
         each.outliers = [part for other in range(processes) for part in everywhere[name, other]]
     count = labels.draws * sum(samples_in(batch) for batch in task.batches)
 
-    def rows(layer: Layer) -> tuple[Tensor, Tensor]:
+    def rows(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         curvature, columns = statistics[layer.name], dict[Format, Tensor]()
         for scheme in task.schemes:
             if scheme.weight not in columns:
-                columns[scheme.weight] = curvature.rows(task.weight_error(layer, scheme).cpu())
+                columns[scheme.weight] = curvature.rows(task.weight_error(layer, scheme).cpu(), (1.0, TEMPER))
         costs = [columns[scheme.weight] + curvature.inputs(scheme.activation) / layer.rows for scheme in task.schemes]
-        scores = 0.5 / count * torch.stack(costs, 1)
-        return scores, scores.sum(0) * curvature.relative_error()
+        scores, tempered_scores = 0.5 / count * torch.stack(costs, 2)
+        return scores, tempered_scores, scores.sum(0) * curvature.relative_error()
 
     return rows

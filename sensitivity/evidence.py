@@ -51,7 +51,8 @@ def without_evidence(task: Task, scores: Scores, reached: set[str], measured: bo
     values, errors = (numbers.copy() for numbers in scores)
     reasons: dict[str, str] = {}
     for i, layer in enumerate(task.layers):
-        if values[i].any() or errors[i].any() or (measured and layer.name in reached):
+        own = slice(len(task.schemes))  # mixes behind them have no evidence of their own
+        if values[i, own].any() or errors[i, own].any() or (measured and layer.name in reached):
             continue
         if any(bool(task.weight_error(layer, scheme).any()) for scheme in task.schemes):
             unsupported = FLAT if task.flat else NO_GRADIENT

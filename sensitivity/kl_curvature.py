@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
+from mpq.core.scheme import Scheme
 from mpq.network.calibration import outputs_of
 from mpq.sensitivity.backward import Labels, Piece, asked_of
 from mpq.sensitivity.by_input import input_scores
 from mpq.sensitivity.by_position import position_scores
 from mpq.sensitivity.predictions import Predictions
+from mpq.sensitivity.rows import Mixed, with_mixes
 from mpq.sensitivity.shrinkage import shrunk
 from mpq.sensitivity.task import RowScores, Scores, Task, by_layer
 
@@ -69,7 +72,7 @@ def kl_curvature(
     rows = row_scores(task, estimate=estimate, labels=labels, draws=draws, temperature=temperature)
 
     def numbers(layer: Layer) -> Sequence[float]:
-        scores, errors = rows(layer)
+        scores, _, errors = rows(layer)
         pairs: list[float] = np.stack([scores.sum(0).numpy(), errors.numpy()], 1).flatten().tolist()
         return pairs
 
@@ -77,10 +80,15 @@ def kl_curvature(
     return shrunk(task.layers, *found) if shrink else found
 
 
+def kl_curvature_by_rows(task: Task, mixes: Sequence[Scheme], *, shrink: bool = True, **options: Any) -> Mixed:
+    """The scores of `kl_curvature`, with its options, and those of mixes of the task's schemes by rows."""
+    return with_mixes(task, row_scores(task, **options), mixes, shrink)
+
+
 def row_scores(
     task: Task, *, estimate: str = "auto", labels: str = "auto", draws: int = 2, temperature: float | None = None
 ) -> RowScores:
-    """The scores of `kl_curvature` row by row, not shrunk: a function of the layer."""
+    """The scores of `kl_curvature` row by row, as they are and tempered, not shrunk: a function of the layer."""
     if estimate not in ESTIMATES:
         raise MpqError(f"the estimate is one of {', '.join(ESTIMATES)}, not {estimate!r}")
     if labels not in ("auto", "data", "model"):

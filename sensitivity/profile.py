@@ -4,7 +4,6 @@ import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import nn
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import DEFAULT_FORMATS
 from mpq.core.layer import Layer
-from mpq.core.registry import Metric
+from mpq.core.registry import Entry, Metric
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.core.table import SensitivityTable
 from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in, tensors_in
@@ -26,9 +25,10 @@ from mpq.network.prepare import prepared
 from mpq.network.storage import other_bytes
 from mpq.rounding import METHODS
 from mpq.rounding.store import MethodRounder, Rounder, moments_needed
-from mpq.sensitivity import DEFAULT_METRIC, METRICS
+from mpq.sensitivity import DEFAULT_METRIC, METRICS, check_granularity
 from mpq.sensitivity.evidence import flat_loss, reaching, without_evidence
 from mpq.sensitivity.journal import Journal
+from mpq.sensitivity.rows import Mixed, ladder
 from mpq.sensitivity.samples import check_mean
 from mpq.sensitivity.task import Scores, Task
 
@@ -49,6 +49,7 @@ def profile(
     options: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
     offload: str | None = None,
+    granularity: str = "layer",
 ) -> SensitivityTable:
     """Predict the loss increase of every layer in every scheme.
 
@@ -74,6 +75,8 @@ def profile(
         provenance: facts to record in the table beside the settings ("model", "dataset", ...).
         offload: a device that the model does not fit: its weights stay where they are and visit it one module at a
             time, twice for each backward pass. Batches must be there. Not for metrics of second derivatives.
+        granularity: "layer", or "row": mixes of formats by rows are scored too (`mpq.sensitivity.rows`), at several
+            sizes for each family of formats that differ in width alone. The metric must score by row.
 
     Raises:
         MpqError: empty or NaN data (naming the batch), no layers, unknown names, a score that is NaN or infinite
@@ -83,6 +86,7 @@ def profile(
     scheme_tuple = _distinct(formats)
     scorer, rounding = METRICS.named(metric), _known(method)
     _check_options(scorer, options or {})
+    check_granularity(granularity, metric)
     layers = find_layers(model, include, exclude)
     if offload is not None and scorer.second_order:
         raise MpqError(f"{metric} differentiates twice, which does not go with offload: take {DEFAULT_METRIC}")
@@ -98,6 +102,7 @@ def profile(
             "schemes": names, "layers": [layer.name for layer in layers],
             "weights": model_fingerprint(model), "loss": f"{_name_of(loss_fn)}: {reference:.4g}",
             "data": fingerprint(tensor for batch in batches for tensor in tensors_in(batch)),
+            "granularity": granularity,
         }  # fmt: skip
         rounder = method
         if isinstance(rounder, str):
@@ -105,15 +110,18 @@ def profile(
         journal = Journal(resume, settings)
         flat = not scorer.compares_losses and flat_loss(model, batches[0], loss_fn)
         task = Task(model, batches, loss_fn, layers, scheme_tuple, rounder, seed, journal, progress, flat)
-        result = partial(scorer.load(), **(options or {}))(task)
-        _check_finite(layers, scheme_tuple, metric, result)
-        (scores, errors), reasons = without_evidence(task, result, reached, scorer.compares_losses)
+        mixed = _scored(task, scorer, granularity, options or {})
+        _check_finite(layers, scheme_tuple, metric, mixed.scores)
+        (scores, errors), reasons = without_evidence(task, mixed.scores, reached, scorer.compares_losses)
     recorded: dict[str, Any] = {
         "metric": metric, "options": dict(options or {}), "method": rounding, "seed": seed,
         "nsamples": sum(samples_in(batch) for batch in batches), "reference_loss": reference,
-        "overhead": other_bytes(model, layers), "coverage": covered.to_json(), **(provenance or {}),
+        "overhead": other_bytes(model, layers), "coverage": covered.to_json(),
+        **({"granularity": granularity} if mixed.assignments else {}), **(provenance or {}),
     }  # fmt: skip
-    table = SensitivityTable(layers, names, scores, errors, metric, recorded, reasons)
+    names = tuple(scheme.name for scheme in mixed.schemes)
+    assignments = {name: own for name, own in mixed.assignments.items() if own and name not in reasons}
+    table = SensitivityTable(layers, names, scores, errors, metric, recorded, reasons, assignments)
     journal.close()
     return table
 
@@ -121,6 +129,13 @@ def profile(
 def _known(method: str | Rounder) -> str:
     """The method's name, which exists."""
     return METHODS.named(method).name if isinstance(method, str) else method.name
+
+
+def _scored(task: Task, metric: Metric, granularity: str, options: Mapping[str, Any]) -> Mixed:
+    if granularity == "layer":
+        return Mixed(task.schemes, metric.load()(task, **options), {})
+    found: Mixed = Entry(metric.name, metric.rows).load()(task, ladder(task.schemes), **options)
+    return found
 
 
 def _check_options(metric: Metric, options: Mapping[str, Any]) -> None:
@@ -145,7 +160,7 @@ def _distinct(schemes: Sequence[str | Scheme]) -> tuple[Scheme, ...]:
 
 def _check_finite(layers: Sequence[Layer], schemes: Sequence[Scheme], metric: str, scores: Scores) -> None:
     for name, values in zip(("score", "standard error"), scores, strict=True):
-        for i, j in np.argwhere(~np.isfinite(values)):
+        for i, j in np.argwhere(~np.isfinite(values[:, : len(schemes)])):
             raise MpqError(f"the {metric} {name} of layer {layers[i].name} in {schemes[j].name} is {values[i, j]}")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -86,8 +87,25 @@ class Task:
 
 Metric: TypeAlias = Callable[..., Scores]  # metric(task, **options)
 
-# Of a layer: scores by row of its weight matrix, (rows, schemes), and standard errors of their sums, (schemes,).
-RowScores: TypeAlias = Callable[[Layer], tuple[Tensor, Tensor]]
+# Of a layer: scores by row of its weight matrix, the same tempered, both (rows, schemes), and standard errors of the
+# scores' sums, (schemes,).
+RowScores: TypeAlias = Callable[[Layer], tuple[Tensor, Tensor, Tensor]]
+
+TEMPER = 0.5  # exponent of rows' shares where rows of one layer are compared
+FLOOR = 0.01  # of the mean share: what a row without any gradient counts as, such as a token that never came
+
+
+def tempered(shares: Tensor, exponent: float) -> Tensor:
+    """Shares along the last dimension to a power, rescaled to the same sum.
+
+    Rows that matter little to the float model are not that harmless once all is rounded: the gradient at the float
+    point tells rows apart by more than the loss does.
+    """
+    if exponent == 1.0:
+        return shares
+    powers = (shares + FLOOR * shares.mean(-1, keepdim=True)) ** exponent
+    sums = powers.sum(-1, keepdim=True).clamp(min=torch.finfo(powers.dtype).tiny)
+    return powers * (shares.sum(-1, keepdim=True) / sums)
 
 
 def score_errors(task: Task, score: Callable[[Layer, Scheme, Tensor], tuple[float, float]]) -> Scores:

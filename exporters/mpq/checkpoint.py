@@ -10,6 +10,7 @@ import copy
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from mpq.exporters.mpq.skeleton import build_skeleton, describes_itself
 from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_config
 from mpq.exporters.shards import SHARD, WHOLE, Shards, Specs, header_bytes, tensor_bytes, write_tensors
 from mpq.exporters.verify import Digests, Inputs, noting, runner, verify
-from mpq.kernels.layout import Packed, pack, tensor_specs
+from mpq.kernels.layout import ASSIGNMENT, Packed, pack, read_assignment, tensor_specs
 from mpq.network.prepare import bake, prepared
 from mpq.quantized import Moments, checked_layers, put_packed, quantized_layers
 from mpq.rounding.store import Rounder
@@ -183,6 +184,10 @@ def load(
     with Shards(path, checksums) as shards:
         matrices = []
         for layer, scheme in checked_layers(skeleton, allocation):
+            if scheme.mix is not None:
+                name = f"{layer.name}.weight.{ASSIGNMENT}"
+                stored = _checked(shards, name, (scheme.mix.assignment_bytes(layer.rows),), torch.uint8)
+                scheme = replace(scheme, weight=read_assignment(scheme.mix, stored, layer.rows))
             specs = tensor_specs(scheme.weight, layer.rows, layer.cols)
             tensors = {name: _checked(shards, f"{layer.name}.weight.{name}", *specs[name]).to(device) for name in specs}
             matrices.append((layer, scheme, Packed(scheme.weight, (layer.rows, layer.cols), tensors=tensors)))
@@ -217,6 +222,12 @@ def _checked(shards: Shards, name: str, shape: tuple[int, ...], dtype: torch.dty
     return tensor
 
 
+def _is_part(name: str, weights: set[str]) -> bool:
+    """Whether a tensor is one of a packed weight's, or of a part of one."""
+    owner = name.rpartition(".")[0]
+    return owner in weights or owner.rpartition(".")[0] in weights
+
+
 def _others(
     model: nn.Module, allocation: Allocation, shards: Shards, tied: Mapping[str, str], device: str | torch.device
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -227,7 +238,7 @@ def _others(
     packed = {f"{name}.weight" for layer in allocation.layers for name in layer.names}
     put: dict[str, Tensor] = {}
     links: dict[str, str] = {}
-    for name in [*(name for name in shards if name.rpartition(".")[0] not in packed), *tied]:
+    for name in [*(name for name in shards if not _is_part(name, packed)), *tied]:
         parent, _, leaf = name.rpartition(".")
         if tied.get(name) in packed:
             if name not in packed and parent in modules:

@@ -10,7 +10,7 @@ from mpq.core.errors import MpqError
 from mpq.core.scheme import parse_scheme
 from mpq.core.sizes import parse_size
 from mpq.rounding import DEFAULT_METHOD, METHODS
-from mpq.sensitivity import DEFAULT_METRIC, METRICS
+from mpq.sensitivity import DEFAULT_METRIC, GRANULARITIES, METRICS, check_granularity
 
 if TYPE_CHECKING:
     from mpq.sources import Source
@@ -74,6 +74,10 @@ def profile_options(parser: argparse.ArgumentParser, *, metric: bool = True) -> 
         parser.add_argument(
             "--metric-option", action="append", default=[], metavar="KEY=VALUE",
             help="an option of the metric, as backend=pyhessian for hessian",
+        )  # fmt: skip
+        parser.add_argument(
+            "--granularity", choices=GRANULARITIES, default="layer",
+            help="what has one format: layer (default), or row, for mixes of formats within a layer",
         )  # fmt: skip
     parser.add_argument("--method", default=DEFAULT_METHOD, help=f"rounding method (default: {DEFAULT_METHOD})")
     parser.add_argument("--include", action="append", help="layer pattern: a glob, or re:REGEX (default: all)")
@@ -172,9 +176,10 @@ def profiling_of(options: argparse.Namespace) -> dict[str, Any]:
     if "metric" not in options:
         return settings
     METRICS.named(options.metric or DEFAULT_METRIC)
+    check_granularity(options.granularity, options.metric or DEFAULT_METRIC)
     pairs = pairs_of(options.metric_option, "metric option")
     return {
-        **settings, "metric": options.metric or DEFAULT_METRIC,
+        **settings, "metric": options.metric or DEFAULT_METRIC, "granularity": options.granularity,
         "options": {name: value_of(text) for name, text in pairs.items()},
     }  # fmt: skip
 

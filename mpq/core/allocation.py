@@ -25,7 +25,7 @@ class Allocation:
     """Layers with a scheme for each.
 
     Raises:
-        MpqError: not one scheme for each layer, or a scheme of unknown name.
+        MpqError: not one scheme for each layer, a scheme of unknown name, or an assignment that fits no mix.
 
     >>> allocation = Allocation((Layer("a", "linear", 64, 64), Layer("b", "linear", 64, 64)), ("int4-channel", "bf16"))
     >>> allocation.bits, allocation.scheme_of["b"].name
@@ -39,6 +39,7 @@ class Allocation:
     metric: str = ""  # that predicted the loss
     overhead: int = 0  # bytes of tensors that no scheme changes: norms, biases, layers left out
     provenance: Mapping[str, Any] = field(default_factory=dict)  # JSON values
+    assignments: Mapping[str, str] = field(default_factory=dict)  # of mixes, by layer name: `mpq.core.mix.Mix`
 
     def __post_init__(self) -> None:
         if len(self.layers) != len(self.schemes):
@@ -47,6 +48,7 @@ class Allocation:
                 f"{len(self.layers)} layers"
             )
         object.__setattr__(self, "schemes", tuple(parse_scheme(name).name for name in self.schemes))
+        _check_assignments(self)
 
     def __repr__(self) -> str:
         loss = "" if math.isnan(self.loss) else f", predicted loss +{self.loss:.4g}"
@@ -57,9 +59,10 @@ class Allocation:
 
     @property
     def scheme_of(self) -> dict[str, Scheme]:
-        """Scheme by layer name."""
+        """Scheme by layer name; a mix knows its assignment, where there is one."""
         pairs = zip(self.layers, self.schemes, strict=True)
-        return {layer.name: parse_scheme(name) for layer, name in pairs}
+        found = self.assignments
+        return {layer.name: parse_scheme(name).with_assignment(found.get(layer.name, "")) for layer, name in pairs}
 
     @property
     def size(self) -> int:
@@ -85,6 +88,8 @@ class Allocation:
     def with_schemes(self, schemes: Mapping[str, str | Scheme]) -> "Allocation":
         """A copy with other schemes for some layers, by name; the predicted loss becomes NaN.
 
+        A mix keeps the assignment that it comes with as a Scheme.
+
         Raises:
             MpqError: an unknown layer.
         """
@@ -92,7 +97,10 @@ class Allocation:
         if unknown:
             raise MpqError(f"unknown layer {sorted(unknown)[0]!r}: expected names of this allocation's layers")
         changed = (str(schemes.get(layer.name, old)) for layer, old in zip(self.layers, self.schemes, strict=True))
-        return replace(self, schemes=tuple(changed), loss=math.nan, error=math.nan)
+        given = {name: one.mix for name, one in schemes.items() if isinstance(one, Scheme) and one.mix is not None}
+        kept = {name: text for name, text in self.assignments.items() if name not in schemes}
+        kept |= {name: mix.assignment for name, mix in given.items() if mix.assignment}
+        return replace(self, schemes=tuple(changed), loss=math.nan, error=math.nan, assignments=kept)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON with a checksum, atomically; `load` returns an equal allocation."""
@@ -115,6 +123,7 @@ class Allocation:
             "error": _json_number(self.error),
             "provenance": dict(self.provenance),
             "layers": {layer.name: {"scheme": name, **_record(layer)} for layer, name in pairs},
+            **({"assignments": dict(self.assignments)} if self.assignments else {}),
         }
 
     @classmethod
@@ -127,6 +136,7 @@ class Allocation:
         allocation = cls(
             layers, schemes, _number(values["loss"]), _number(values["error"]),
             str(values["metric"]), int(values["overhead"]), dict(values["provenance"]),
+            dict(values.get("assignments", {})),
         )  # fmt: skip
         if allocation.size != values["size"]:
             raise ValueError(f"the schemes take {allocation.size} bytes, the file says {values['size']}")
@@ -154,6 +164,16 @@ def check_allocation(value: object) -> Allocation:
             "single format"
         )
     return value
+
+
+def _check_assignments(allocation: Allocation) -> None:
+    known = dict(zip((layer.name for layer in allocation.layers), allocation.layers, strict=True))
+    schemes = allocation.scheme_of if allocation.assignments else {}
+    for name in allocation.assignments:
+        mix = schemes[name].mix if name in known else None
+        if mix is None:
+            raise MpqError(f"unexpected assignment of rows for {name}: expected a layer with a mix")
+        mix.assigned(known[name].rows, known[name].cols)
 
 
 def _record(layer: Layer) -> dict[str, Any]:

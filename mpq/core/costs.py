@@ -16,7 +16,7 @@ def bitops(scheme: Scheme, macs: int) -> float:
     Floats count with all their bits, as in FLIQS (arXiv 2308.03290): bf16 : e4m3 : e2m1 = 16 : 4 : 1.
     """
     activation = FLOAT_ACTIVATION_BITS if scheme.activation is None else scheme.activation.grid.bits
-    return float(macs) * scheme.weight.grid.bits * activation
+    return float(macs) * scheme.weight.code_bits * activation
 
 
 def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, bits: int, parameter_bytes: int = 4) -> int:

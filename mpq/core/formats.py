@@ -68,6 +68,16 @@ class Format:
         """Whether a group has a scale and at most a zero point: no minimum and no super-blocks."""
         return not self.minimum and not self.super_group
 
+    @property
+    def members(self) -> tuple["Format", ...]:
+        """The formats that rows have: this one; several in a mix (`mpq.core.mix`)."""
+        return (self,)
+
+    @property
+    def code_bits(self) -> float:
+        """Bits of a code."""
+        return self.grid.bits
+
     def groups(self, cols: int) -> int:
         """Scales in a row of `cols` weights; 1 where the tensor has one scale, 0 for a float copy."""
         if self.granularity == "group":

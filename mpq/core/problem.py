@@ -43,6 +43,7 @@ class Problem:
     metric: str = ""
     overhead: int = 0  # bytes that no scheme changes
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    assignments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of the table
 
     @classmethod
     def from_table(cls, table: SensitivityTable, **restrictions: Any) -> "Problem":
@@ -78,14 +79,13 @@ class Problem:
         by_layer = {
             layer: self.schemes[choice] for group, choice in zip(self.groups, choices, strict=True) for layer in group
         }
+        schemes = tuple(by_layer[index] for index in range(len(self.layers)))
+        pairs = {layer.name: scheme for layer, scheme in zip(self.layers, schemes, strict=True)}
+        found = {name: self.assignments.get(name, {}).get(scheme, "") for name, scheme in pairs.items()}
         return Allocation(
-            self.layers,
-            tuple(by_layer[index] for index in range(len(self.layers))),
-            *self.prediction(choices),
-            self.metric,
-            self.overhead,
-            self.provenance,
-        )
+            self.layers, schemes, *self.prediction(choices), self.metric, self.overhead, self.provenance,
+            {name: assignment for name, assignment in found.items() if assignment},
+        )  # fmt: skip
 
     def prediction(self, choices: NDArray[np.integer[Any]]) -> tuple[float, float]:
         """Predicted loss increase of one scheme index per group, and its standard error."""
@@ -93,9 +93,13 @@ class Problem:
         return float(self.losses[picked].sum()), float(np.sqrt(self.variances[picked].sum()))
 
     def uniform(self) -> tuple[tuple[str, Allocation], ...]:
-        """Uniform allocations, (name, allocation), for the schemes that every group can take."""
-        possible = np.flatnonzero(np.isfinite(self.losses).all(0))
-        return tuple((self.schemes[j], self.allocation([j] * len(self.groups))) for j in possible.tolist())
+        """Uniform allocations, (name, allocation), for the formats that every group can take; mixes are none."""
+        possible = [j for j in np.flatnonzero(np.isfinite(self.losses).all(0)).tolist() if not self.is_mix(j)]
+        return tuple((self.schemes[j], self.allocation([j] * len(self.groups))) for j in possible)
+
+    def is_mix(self, scheme: int) -> bool:
+        """Whether the scheme of this index is a mix."""
+        return parse_scheme(self.schemes[scheme]).mix is not None
 
 
 def build_problem(
@@ -154,6 +158,7 @@ def build_problem(
         table.layers, table.schemes, groups, _summed(losses, groups), _summed(errors**2, groups),
         {name: _summed(np.asarray(cost, dtype=np.float64), groups) for name, cost in by_layer.items()},
         most, table.metric, int(table.provenance.get("overhead", 0)), {**table.provenance, **assumed},
+        table.assignments,
     )  # fmt: skip
     for group in np.flatnonzero(~np.isfinite(problem.losses).any(1)).tolist():
         raise MpqError(

@@ -1,15 +1,16 @@
 """What a layer is given: the format of its weight and, where it has one, of its input activations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format, parse_format
+from mpq.core.mix import Mix, is_mix, parse_mix
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Formats of one layer.
+    """Formats of one layer; the weight's may be a mix (`mpq.core.mix`).
 
     `activation` quantizes the layer's input while it runs, with scales found on the fly; its granularity "channel" is
     spelt "token", since the rows of an activation are tokens. None leaves activations in floating point.
@@ -36,20 +37,30 @@ class Scheme:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def mix(self) -> Mix | None:
+        """The weight's format where it is a mix, else None."""
+        return self.weight if isinstance(self.weight, Mix) else None
+
+    def with_assignment(self, assignment: str) -> "Scheme":
+        """The scheme with its mix's assignment; without one, itself."""
+        return self if self.mix is None else replace(self, weight=self.mix.with_assignment(assignment))
+
 
 @lru_cache(maxsize=1024)
 def parse_scheme(name: str) -> Scheme:
-    """The scheme called WEIGHT or WEIGHT+a:ACTIVATION, both formats' names.
+    """The scheme called WEIGHT or WEIGHT+a:ACTIVATION, both formats' names; WEIGHT may be a mix.
 
     Raises:
         MpqError: an unknown format, or an activation format with a zero point, a minimum or a second level of scales.
     """
     weight, plus, activation = name.partition("+a:")
+    stored = parse_mix(weight) if is_mix(weight) else parse_format(weight)
     if not plus:
-        return Scheme(parse_format(weight))
+        return Scheme(stored)
     format = parse_format(activation.replace("-token", "-channel"))
     if format.tensor_scale or format.zero_point or not format.is_plain:
         raise MpqError(
             f"scheme {name!r}: activations take symmetric formats with one level of scales, not {format.name}"
         )
-    return Scheme(parse_format(weight), format)
+    return Scheme(stored, format)

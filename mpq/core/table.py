@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("layer", "kind", "rows", "cols", "macs", "tie", "aliases", "metric", "format", "bytes", "score", "error")
 ROW_COUNT = "rows"  # header key: number of rows, so that a truncated file is detected
+ASSIGNMENTS = "assignments"  # header key: which row of a layer has which format, for mixes
 REASONS = "reasons"  # header key: reasons for missing scores
 
 
@@ -34,7 +35,8 @@ class SensitivityTable:
     """Scores of layers x schemes.
 
     Raises:
-        MpqError: wrong shapes, a repeated name, an infinite score or error, or a reason for a layer with scores.
+        MpqError: wrong shapes, a repeated name, an infinite score or error, a reason for a layer with scores, or an
+            assignment that does not fit its mix.
     """
 
     layers: tuple[Layer, ...]
@@ -44,6 +46,7 @@ class SensitivityTable:
     metric: str
     provenance: Mapping[str, Any] = field(default_factory=dict)  # JSON values: model, data, seed, method, ...
     reasons: Mapping[str, str] = field(default_factory=dict)  # why a layer has no scores (all NaN), by layer name
+    assignments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by layer and mix (`mpq.core.mix.Mix`)
 
     def __post_init__(self) -> None:
         shape = (len(self.layers), len(self.schemes))
@@ -64,6 +67,15 @@ class SensitivityTable:
         for name in self.reasons:
             if name not in without:
                 raise MpqError(f"a reason for missing scores names {name}: expected a layer whose scores are all NaN")
+        known = {layer.name: layer for layer in self.layers}
+        for name, mixes in self.assignments.items():
+            for scheme, assignment in mixes.items():
+                mix = parse_scheme(scheme).mix
+                if name not in known or scheme not in self.schemes or mix is None:
+                    raise MpqError(
+                        f"unexpected assignment of rows for {name} in {scheme}: expected a layer and a mix of the table"
+                    )
+                mix.with_assignment(assignment).assigned(known[name].rows, known[name].cols)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SensitivityTable):
@@ -74,6 +86,7 @@ class SensitivityTable:
             and np.array_equal(self.errors, other.errors, equal_nan=True)
             and dict(self.provenance) == dict(other.provenance)
             and dict(self.reasons) == dict(other.reasons)
+            and dict(self.assignments) == dict(other.assignments)
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -107,7 +120,9 @@ class SensitivityTable:
         returns an equal table.
         """
         reasons = {REASONS: dict(self.reasons)} if self.reasons else {}
-        header = {**self.provenance, **reasons, ROW_COUNT: len(self.layers) * len(self.schemes)}
+        found = {name: dict(mixes) for name, mixes in self.assignments.items()}
+        assigned = {ASSIGNMENTS: found} if found else {}
+        header = {**self.provenance, **reasons, **assigned, ROW_COUNT: len(self.layers) * len(self.schemes)}
         body = io.StringIO()
         writer = csv.writer(body, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -140,7 +155,7 @@ def _parse(path: str | os.PathLike[str], text: str) -> SensitivityTable:
         raise ValueError("no rows")
     if len(records) != provenance.pop(ROW_COUNT, len(records)):
         raise ValueError("rows are missing")
-    reasons = provenance.pop(REASONS, {})
+    reasons, assignments = provenance.pop(REASONS, {}), provenance.pop(ASSIGNMENTS, {})
     layers = tuple(dict.fromkeys(_layer(record) for record in records))
     schemes = tuple(dict.fromkeys(parse_scheme(record["format"]).name for record in records))
     metrics = {record["metric"] for record in records}
@@ -153,7 +168,9 @@ def _parse(path: str | os.PathLike[str], text: str) -> SensitivityTable:
     numbers = np.array([[float(record["score"]), float(record["error"])] for record in records])
     scores, errors = numbers.T.reshape(2, len(layers), len(schemes))
     provenance |= check_edits(path, recorded, header, text)
-    return SensitivityTable(layers, schemes, scores.copy(), errors.copy(), metrics.pop(), provenance, reasons)
+    return SensitivityTable(
+        layers, schemes, scores.copy(), errors.copy(), metrics.pop(), provenance, reasons, assignments
+    )
 
 
 def _layer(record: Mapping[str, str]) -> Layer:

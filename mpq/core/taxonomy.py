@@ -25,7 +25,8 @@ def classify(allocation: Allocation) -> Precision:
     activations have. "float" when nothing at all is quantized.
     """
     schemes = [*allocation.scheme_of.values()]
-    weights = _variety({s.weight.name for s in schemes}, {s.weight.name for s in schemes if s.weight.is_float_copy})
+    formats = [format for s in schemes for format in s.weight.members]
+    weights = _variety({one.name for one in formats}, {one.name for one in formats if one.is_float_copy})
     activations = _variety(
         {"float" if s.activation is None else s.activation.name for s in schemes},
         {"float" if s.activation is None else s.activation.name for s in schemes if s.activation is None}

@@ -10,15 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import Format
 from mpq.core.grids import INTEGER_SCALES
+from mpq.core.mix import Mix
 from mpq.rounding.reference import COPY_DTYPES, SCALE_DTYPES, Quantized, decode_scales, encode_scales
 
 ROWS = "rows"
+ASSIGNMENT = "assignment"  # tensor of a mix
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,9 @@ class Packed:
     In the canonical layout `tensors` holds, where the format has them and in this order:
     packed uint8 (rows, ceil(cols * bits / 8)), a float copy as it is (rows, cols); scale, in its stored type,
     (rows, groups) or (1, 1), or a bit stream of integers; zeros uint8 (rows or 1, ceil(groups * bits / 8)); minimum, as
-    scale; super_scale and super_minimum float16 (rows, super-blocks); tensor_scale float32 ().
+    scale; super_scale and super_minimum float16 (rows, super-blocks); tensor_scale float32 (). Of a mix it holds these
+    for the rows of each of its formats that has any, named by the format's place ("0.packed"), and `assignment` uint8
+    (bytes,), a bit stream of the places by row.
     """
 
     format: Format
@@ -92,8 +97,10 @@ def _block(bits: int) -> Block:
 
 
 def pack(quantized: Quantized) -> Packed:
-    """The matrix in the canonical layout."""
+    """The matrix in the canonical layout; of a mix that of each part, and the assignment of its rows."""
     format = quantized.format
+    if isinstance(format, Mix):
+        return of_parts(format, quantized.shape, [pack(part) for part in quantized.parts])
     if format.is_float_copy:
         return Packed(format, quantized.shape, tensors={"packed": quantized.codes.contiguous()})
     assert quantized.scales is not None
@@ -118,6 +125,9 @@ def unpack(packed: Packed) -> Quantized:
     """The inverse of `pack`, from any layout."""
     packed = to_layout(packed, ROWS)
     format, (rows, cols), tensors = packed.format, packed.shape, packed.tensors
+    if isinstance(format, Mix):
+        parts = tuple(map(unpack, parts_of(packed)))
+        return Quantized(format, packed.shape, parts[0].codes[:0], parts=parts)
     if format.is_float_copy:
         return Quantized(format, packed.shape, tensors["packed"])
     bits, groups = format.grid.bits, format.groups(cols)
@@ -149,7 +159,16 @@ def _read(stored: Tensor, kind: str, groups: int) -> Tensor:
 
 
 def tensor_specs(format: Format, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of every tensor of the canonical layout, in its fixed order."""
+    """Shape and type of every tensor of the canonical layout, in its fixed order; a mix must have its assignment."""
+    if isinstance(format, Mix):
+        counts = np.bincount(format.assigned(rows, cols), minlength=len(format.formats)).tolist()
+        parts = {
+            f"{place}.{name}": spec
+            for place, (part, count) in enumerate(zip(format.formats, counts, strict=True))
+            if count
+            for name, spec in tensor_specs(part, count, cols).items()
+        }
+        return {**parts, ASSIGNMENT: ((format.assignment_bytes(rows),), torch.uint8)}
     if format.is_float_copy:
         return {"packed": ((rows, cols), COPY_DTYPES[format.grid.name])}
     bits, groups = format.grid.bits, format.groups(cols)
@@ -174,6 +193,31 @@ def tensor_specs(format: Format, rows: int, cols: int) -> dict[str, tuple[tuple[
 def _width(groups: int, kind: str) -> int:
     """Entries of a row's stored scales or minima."""
     return -(-groups * INTEGER_SCALES[kind].bits // 8) if kind in INTEGER_SCALES else groups
+
+
+def of_parts(mix: Mix, shape: tuple[int, int], parts: Sequence[Packed]) -> Packed:
+    """A mix of matrices, each of the rows of one of its formats, canonical; the mix has its assignment."""
+    named = [(mix.formats.index(part.format), to_layout(part, ROWS).tensors) for part in parts]
+    tensors = {f"{place}.{name}": tensor for place, found in named for name, tensor in found.items()}
+    places = torch.from_numpy(mix.assigned(*shape)).unsqueeze(0)
+    tensors[ASSIGNMENT] = pack_bits(places, mix.assignment_bits)[0].to(next(iter(tensors.values())).device)
+    return Packed(mix, shape, tensors=tensors)
+
+
+def parts_of(packed: Packed) -> list[Packed]:
+    """The matrices of a mix, one for each format that has rows."""
+    assert isinstance(packed.format, Mix)
+    found = []
+    for place, format in enumerate(packed.format.formats):
+        own = {name.partition(".")[2]: one for name, one in packed.tensors.items() if name.startswith(f"{place}.")}
+        if own:
+            found.append(Packed(format, (len(own["packed"]), packed.shape[1]), tensors=own))
+    return found
+
+
+def read_assignment(mix: Mix, stored: Tensor, rows: int) -> Mix:
+    """The mix with the assignment of its rows as it is stored, uint8 (bytes,)."""
+    return mix.with_assignment(unpack_bits(stored.cpu().unsqueeze(0), mix.assignment_bits, rows)[0].numpy())
 
 
 def take_rows(packed: Packed, rows: Tensor) -> Packed:  # rows: int64 (n,)

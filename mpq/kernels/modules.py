@@ -1,6 +1,5 @@
 """Layers that hold packed weights and compute from them through torch.ops.mpq."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -29,11 +28,7 @@ class PackedLinear(nn.Module):
         check_floats(input)
         if self.stack is not None and (part := self.stack.output(self, input)) is not None:
             return part
-        weight = self.weight
-        output: Tensor = torch.ops.mpq.linear.default(
-            input, weight.tensors, self.bias, *weight.signature, self.activation
-        )
-        return output
+        return self.weight.linear(input, self.bias, self.activation)
 
     def extra_repr(self) -> str:
         """The activation's format, if any."""
@@ -65,9 +60,8 @@ class PackedConv(nn.Module):
             input = straight_through(input, lambda values: self._round(values, -(spatial + 1)))
         if self.side_padding:
             input = functional.pad(input, self.side_padding, mode=self.padding_mode)
-        weight, where = self.weight, (self.kernel, self.stride, self.padding, self.dilation, self.groups)
-        output: Tensor = torch.ops.mpq.conv.default(input, weight.tensors, self.bias, *weight.signature, *where)
-        return output
+        where = (self.kernel, self.stride, self.padding, self.dilation, self.groups)
+        return self.weight.conv(input, self.bias, where)
 
     def _round(self, input: Tensor, channels: int) -> Tensor:
         return quantize_activation(input.movedim(channels, -1), self.activation).movedim(-1, channels)

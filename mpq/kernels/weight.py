@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ ABOUT_SHAPE = frozenset({"ndim", "dim", "size", "numel", "nelement", "requires_g
 BINARY = ("add", "sub", "mul", "truediv", "matmul", "pow")
 COMPARISONS = ("lt", "le", "gt", "ge")
 INDICES = (torch.int32, torch.int64)
+
+
+# Kernel, stride, padding and dilation, each by direction, and conv groups.
+Spatial: TypeAlias = tuple[list[int], list[int], list[int], list[int], int]
 
 
 class PackedWeight(nn.Module):
@@ -79,6 +83,16 @@ class PackedWeight(nn.Module):
     def numbers(self) -> Tensor:
         """The dequantized weight in its own shape and type."""
         return shaped(self.dequantize().to(self.dtype), self.shape, self.transposed)
+
+    def linear(self, input: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
+        """The product with the matrix: (..., cols) -> (..., rows), the input rounded to an activation format first."""
+        output: Tensor = torch.ops.mpq.linear.default(input, self.tensors, bias, *self.signature, activation)
+        return output
+
+    def conv(self, input: Tensor, bias: Tensor | None, spatial: Spatial) -> Tensor:
+        """The convolution with the matrix: (n, channels, *size) -> (n, rows, *size)."""
+        output: Tensor = torch.ops.mpq.conv.default(input, self.tensors, bias, *self.signature, *spatial)
+        return output
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Rows of the matrix, in the weight's type: (...) -> (..., cols); only those are unpacked."""

@@ -13,6 +13,7 @@ from torch.nn import functional
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.grids import INTEGER_SCALES, SCALES, Grid
+from mpq.core.mix import Mix
 
 COPY_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXPONENT_BITS, FLOAT32_MANTISSA = 0x7F800000, 23
@@ -37,15 +38,30 @@ class Quantized:
     minima: Tensor | None = None  # float32, as scales; exact in the minimum's own type
     super_scales: Tensor | None = None  # float32 (rows, super-blocks), exact in float16
     super_minima: Tensor | None = None  # the same; what a minimum of 1 adds, negative as a rule
+    parts: tuple["Quantized", ...] = ()  # of a mix alone: the rows of each format that has any; codes are empty then
 
     def tables(self) -> dict[str, Tensor]:
-        """The tables that the format has, by field name."""
+        """The tables that the format has, by field name; those of a mix's parts by their place and that."""
+        if self.parts:
+            return {f"{i}_{name}": table for i, part in enumerate(self.parts) for name, table in part.tables().items()}
         return {name: table for name in TABLES if (table := getattr(self, name)) is not None}
 
     def map_tables(self, change: Callable[[str, Tensor], Tensor]) -> "Quantized":
         """The same codes with every table changed."""
+        if self.parts:
+            return replace(self, parts=tuple(_map_part(i, part, change) for i, part in enumerate(self.parts)))
         changed: dict[str, Any] = {name: change(name, table) for name, table in self.tables().items()}
         return replace(self, **changed)
+
+    def part_rows(self) -> list[Tensor]:
+        """Of a mix: the rows of each part, int64, on the parts' device."""
+        assert isinstance(self.format, Mix)
+        places = torch.from_numpy(self.format.assigned(*self.shape)).to(self.parts[0].codes.device)
+        return [(places == self.format.formats.index(part.format)).nonzero().flatten() for part in self.parts]
+
+
+def _map_part(place: int, part: Quantized, change: Callable[[str, Tensor], Tensor]) -> Quantized:
+    return part.map_tables(lambda name, table: change(f"{place}_{name}", table))
 
 
 def quantize(
@@ -100,6 +116,11 @@ def stacked(parts: Sequence[Quantized]) -> Quantized:
 
 def recode(weight: Tensor, tables: Quantized) -> Quantized:  # (rows, cols), float
     """The nearest codes of the weight, ties to even, with the tables of another of its format and shape."""
+    if tables.parts:
+        pairs = zip(tables.parts, tables.part_rows(), strict=True)
+        return replace(tables, parts=tuple(recode(weight[rows], part) for part, rows in pairs))
+    if tables.format.is_float_copy:
+        return replace(tables, codes=to_float_copy(weight, tables.format.grid.name))
     format, scales, minima = tables.format, group_scales(tables).unsqueeze(-1), group_minima(tables)
     elements = to_groups(weight.float(), format)
     if minima is not None:
@@ -113,6 +134,11 @@ def recode(weight: Tensor, tables: Quantized) -> Quantized:  # (rows, cols), flo
 def dequantize(quantized: Quantized) -> Tensor:
     """The numbers that the codes stand for, float32 (rows, cols)."""
     format = quantized.format
+    if quantized.parts:
+        whole = torch.empty(quantized.shape, device=quantized.codes.device)
+        for part, rows in zip(quantized.parts, quantized.part_rows(), strict=True):
+            whole[rows] = dequantize(part)
+        return whole
     if format.is_float_copy:
         return quantized.codes.float()
     elements = to_groups(decode(quantized.codes, format.grid), format)

@@ -16,6 +16,7 @@ from mpq.network.calibration import Batch, LossFn
 from mpq.network.moments import second_moments
 from mpq.network.shelf import LIMIT, Shelf
 from mpq.rounding import METHODS, Method, method_named
+from mpq.rounding.mixed import mixed
 from mpq.rounding.reference import Quantized
 
 Moments: TypeAlias = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None
@@ -47,7 +48,19 @@ class MethodRounder:
         self.name = method if isinstance(method, str) else getattr(method, "__name__", "custom")
 
     def quantized(self, layer: Layer, weight: Tensor, scheme: Scheme) -> Quantized:
-        """The layer's weight (rows, cols) in a scheme; MpqError (layer named) when it cannot be rounded."""
+        """The layer's weight (rows, cols) in a scheme; MpqError (layer named) when it cannot be rounded.
+
+        A mix takes its rows from the weight rounded in each of its formats.
+        """
+        if scheme.mix is None:
+            return self._in_one_format(layer, weight, scheme)
+        wholes = [self._in_one_format(layer, weight, Scheme(format)) for format in scheme.mix.formats]
+        try:
+            return mixed(scheme.mix, wholes)
+        except MpqError as error:
+            raise MpqError(f"layer {layer.name}: {error}") from error
+
+    def _in_one_format(self, layer: Layer, weight: Tensor, scheme: Scheme) -> Quantized:
         if callable(self._second_moments):
             self._second_moments = self._second_moments()
         try:
@@ -69,11 +82,10 @@ class RoundingStore(MethodRounder):
         self._shelf = Shelf(limit)
         self._rounded: dict[tuple[str, str], Quantized] = {}
 
-    def quantized(self, layer: Layer, weight: Tensor, scheme: Scheme) -> Quantized:
-        """The layer's weight (rows, cols), always the same one, in a scheme; MpqError (layer named) when it cannot."""
+    def _in_one_format(self, layer: Layer, weight: Tensor, scheme: Scheme) -> Quantized:
         key = (layer.name, scheme.weight.name)
         if key not in self._rounded:
-            quantized = super().quantized(layer, weight, scheme)
+            quantized = super()._in_one_format(layer, weight, scheme)
             kept = replace(quantized, codes=self._shelf.keep(quantized.codes))
             self._rounded[key] = kept.map_tables(lambda _, table: self._shelf.keep(table))
         return self._rounded[key]

@@ -72,7 +72,7 @@ def tune_scales(
     """
     student, scaled = _student(model, allocation, rounded)
     put_means(student, means or {})
-    shifts = [weight.shift.requires_grad_() for weight in scaled.values() if weight.shift is not None]
+    shifts = [shift.requires_grad_() for weight in scaled.values() for shift in weight.parameters()]
     if not shifts or tuning.steps < 1:
         return dict(rounded)
     optimizer = torch.optim.Adam(shifts, tuning.rate)
@@ -98,7 +98,8 @@ def _student(
     scaled: dict[str, ScaledWeight] = {}
     for layer, scheme in checked_layers(student, allocation):
         modules = [student.get_submodule(name) for name in layer.names]
-        scaled[layer.name] = ScaledWeight(rounded[layer.name], modules[0])
+        weight: Tensor = modules[0].weight  # type: ignore[assignment]
+        scaled[layer.name] = ScaledWeight(rounded[layer.name], _placing(modules[0]), weight.dtype)
         for module in dict.fromkeys(modules):
             parametrize.register_parametrization(module, "weight", scaled[layer.name], unsafe=True)
         round_inputs(modules, scheme)
@@ -157,18 +158,27 @@ def _logits(model: nn.Module, batch: Batch, loss_fn: LossFn) -> Tensor:
 
 
 class ScaledWeight(nn.Module):
-    """A parametrization that ignores its weight and gives the codes' numbers, with scales that can be learned."""
+    """A parametrization that ignores its weight and gives the codes' numbers, with scales that can be learned.
 
-    def __init__(self, quantized: Quantized, owner: nn.Module) -> None:
+    Args:
+        quantized: codes and tables, of one format or of a mix.
+        place: from the matrix (rows, cols) to the shape of the weight.
+        dtype: of the weight.
+    """
+
+    def __init__(self, quantized: Quantized, place: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         super().__init__()
-        weight: Tensor = owner.weight  # type: ignore[assignment]
-        self.rounded, self.dtype = quantized, weight.dtype
-        self.place: Callable[[Tensor], Tensor] = _placing(owner)
-        tunable = quantized.format.scale in COPY_DTYPES  # coarser types would round small steps away
-        self.shift = nn.Parameter(torch.zeros_like(group_scales(quantized))) if tunable else None
+        self.rounded, self.place, self.dtype = quantized, place, dtype
+        self.parts = nn.ModuleList(ScaledWeight(part, lambda matrix: matrix, dtype) for part in quantized.parts)
+        self.shift: nn.Parameter | None = None
+        if quantized.format.scale in COPY_DTYPES and not quantized.parts:  # coarser types would round small steps away
+            self.shift = nn.Parameter(torch.zeros_like(group_scales(quantized)))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight as the codes and the present scales make it."""
+        if self.parts:
+            order = torch.cat(self.rounded.part_rows()).argsort()
+            return self.place(torch.cat([part(weight) for part in self.parts])[order])
         if self.shift is None:
             return self.place(dequantize(self.rounded)).to(self.dtype)
         numbers: Tensor = _Scaled.apply(self.shift, self.rounded)  # type: ignore[no-untyped-call]
@@ -181,6 +191,8 @@ class ScaledWeight(nn.Module):
     @torch.no_grad()
     def quantized(self) -> Quantized:
         """The codes with the scales as they are stored."""
+        if self.parts:
+            return replace(self.rounded, parts=tuple(part.quantized() for part in self.parts))  # type: ignore[operator]
         if self.shift is None:
             return self.rounded
         assert self.rounded.scales is not None

@@ -336,3 +336,16 @@ def test_proxies_from_benchmark_to_formula(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "12 configurations" in said
     assert "fisher" in said
+
+
+def test_rows_in_formats_of_their_own_from_the_command_line(tmp_path, capsys):
+    few = ["--formats", "int2-channel,int4-channel,int8-channel", "--nsamples", "16", "--granularity", "row"]
+    job = ["quantize", "tiny-cnn", "--bits", "3", "--effort", "fast", "--metric", "kl-curvature", *few]
+    assert main([*job, "-o", str(tmp_path / "out")]) == 0
+    allocation = Allocation.load(tmp_path / "out" / "allocation.json")
+    assert allocation.assignments
+    assert allocation.bits <= 3
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "out")]) == 0
+    assert main(["profile", "tiny-cnn", "--metric", "fisher", *few, "-o", str(tmp_path / "table.csv")]) == 2
+    assert "take kl-curvature" in capsys.readouterr().err

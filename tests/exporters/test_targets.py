@@ -46,3 +46,13 @@ def test_searches_are_restricted_to_what_can_be_served():
     assert forbidden(CONSUMERS["mpq"], (LINEAR, CONV), schemes) == {}
     with pytest.raises(MpqError, match=r"can hold layer c in none of int4-g128 \(.*conv2d\): add (bf16|fp16)"):
         forbidden(CONSUMERS["gptq"], (CONV,), ("int4-g128",))
+
+
+def test_mixes_go_to_our_checkpoint_alone():
+    layer, names = Layer("l", "linear", 64, 256), ("int4-g64", "int2-g64/int4-g64@3")
+    assert forbidden(CONSUMERS["mpq"], [layer], names) == {}
+    for name in CONSUMERS.keys() - {"mpq", "gguf", "onnx"}:
+        assert forbidden(CONSUMERS[name], [layer], names) == {"l": names[1:]}
+    for name in CONSUMERS.keys() - {"mpq"}:
+        with pytest.raises(MpqError, match="one format"):
+            check(CONSUMERS[name], Allocation((layer,), names[1:]))

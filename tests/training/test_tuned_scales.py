@@ -12,6 +12,7 @@ from mpq.network.layers import find_layers
 from mpq.quantized import quantized_layers
 from mpq.rounding.reference import dequantize, quantize, round_scales
 from mpq.training.tuned_scales import ScaledWeight, Tuning, divergence, tune_scales
+from tests.mixes import mixed_allocation
 from tests.sensitivity.small_models import TiedLanguageModel, seed_weights
 
 TOKENS = [torch.randint(0, 7, (8, 12), generator=seeded(index)) for index in range(4)]
@@ -49,11 +50,23 @@ def mean_divergence(model, allocation, weights):
         return sum(divergence(student(batch), model(batch))[0].item() for batch in TOKENS)
 
 
+def test_rows_in_formats_of_their_own_are_tuned_too():
+    model = seed_weights(TiedLanguageModel()).eval()
+    allocation = mixed_allocation(model, ("int2-g4", "int3-g4", "mxfp4"))
+    start = {layer.name: found for layer, _, found in quantized_layers(model, allocation, "mse")}
+    tuned = tune_scales(model, allocation, start, TOKENS, next_token_loss, Tuning(steps=40, rate=1e-2))
+    assert mean_divergence(model, allocation, tuned) < 0.9 * mean_divergence(model, allocation, start)
+    for name, found in tuned.items():
+        for part, before in zip(found.parts, start[name].parts, strict=True):
+            assert torch.equal(part.codes, before.codes)
+            assert torch.equal(part.scales, before.scales) == (part.format.name == "mxfp4")
+
+
 @pytest.mark.parametrize("name", ["int4-g8", "int4-g5-asym", "int8", "fp4-e2m1-channel", "q4_1"])
 def test_gradients_are_those_of_the_numbers(name):
     format, owner = parse_format(name), torch.nn.Linear(12, 6)
     start = quantize(owner.weight, format)
-    weight = ScaledWeight(start, owner)
+    weight = ScaledWeight(start, lambda matrix: matrix, torch.float32)
     direction = torch.randn(6, 12, generator=seeded(1))
     (weight(owner.weight) * direction).sum().backward()
     step = 1e-3

@@ -18,6 +18,7 @@ from mpq.models import bundled_model
 from mpq.network.calibration import seeded
 from mpq.network.layers import find_layers
 from mpq.quantized import pack_model, simulate
+from tests.mixes import INTEGERS, mixed_allocation
 from tests.sensitivity.small_models import Convolutions, TiedLanguageModel, seed_weights
 
 CLOSE = 1e-3  # compiled kernels give activations about 15 bits of the largest
@@ -44,6 +45,28 @@ def allocate(model, *schemes) -> Allocation:
 
 def recipe(model):
     return {"kind": "factory", "path": FACTORY + type(model).__name__}
+
+
+@pytest.mark.parametrize("formats", [INTEGERS, ("int3-channel", "int4-g4-asym", "bf16")])
+@pytest.mark.parametrize(("build", "inputs"), [(convolutions, IMAGES), (language_model, TOKENS)])
+def test_mixes_of_formats_by_rows(build, inputs, formats, tmp_path):
+    model = build()
+    allocation = mixed_allocation(model, formats)
+    folder = export(model, allocation, tmp_path / "out", recipe=recipe(model), inputs=inputs)
+    loaded = load(folder, trust=True)
+    expected = simulate(model, allocation, trainable=False)(inputs)
+    torch.testing.assert_close(loaded(inputs), expected, rtol=1e-5, atol=CLOSE)
+    torch.testing.assert_close(simulate(model, allocation)(inputs), expected)
+    assert (folder / "model.safetensors").stat().st_size == file_size(model, allocation)
+    assert Allocation.load(folder / "allocation.json") == allocation
+
+
+def test_a_mix_without_its_assignment_is_refused(tmp_path):
+    model = language_model()
+    mixed = mixed_allocation(model)
+    with pytest.raises(MpqError, match="which row has which format"):
+        export(model, Allocation(mixed.layers, mixed.schemes), tmp_path / "out", recipe=recipe(model))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))

@@ -1,0 +1,107 @@
+"""A packed weight whose rows have formats of their own: a packed weight for each format, and the order of their rows.
+
+A product is each part's product, put in the rows' order.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpq.core.mix import Mix
+from mpq.kernels import reference
+from mpq.kernels.layout import ASSIGNMENT, Packed, of_parts, parts_of, read_assignment
+from mpq.kernels.weight import PackedWeight, Spatial
+
+LAYOUT = "parts"  # each in a layout of its own
+
+
+class MixedWeight(PackedWeight):
+    """A weight matrix of parts; behaves as a `PackedWeight`. Parts are children named by their format's place."""
+
+    order: Tensor  # int64 (rows,): where each row stands in the parts one below the other
+
+    def _put(self, packed: Packed) -> None:
+        assert isinstance(packed.format, Mix)
+        self.rows, self.cols = packed.shape
+        self.layout, self.signature = LAYOUT, (packed.format.name, *packed.shape, LAYOUT)
+        self.register_buffer(ASSIGNMENT, packed.tensors[ASSIGNMENT])
+        for part in parts_of(packed):
+            self.add_module(str(packed.format.formats.index(part.format)), PackedWeight(part, self.dtype))
+        self._arrange_rows(packed.format)
+
+    def _arrange_rows(self, mix: Mix) -> None:
+        stored: Tensor = self.get_buffer(ASSIGNMENT)
+        self.format = mix
+        order = torch.zeros(self.rows, dtype=torch.int64, device=stored.device)
+        if not stored.is_meta:
+            self.format = read_assignment(mix, stored, self.rows)
+            places = torch.from_numpy(self.format.assigned(self.rows, self.cols))
+            order[places.argsort(stable=True)] = torch.arange(self.rows)
+        self.register_buffer("order", order.to(stored.device), persistent=False)
+
+    @property
+    def parts(self) -> list[PackedWeight]:
+        """The rows of each format."""
+        return list(self.children())  # type: ignore[arg-type]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those of all parts."""
+        return [tensor for part in self.parts for tensor in part.tensors]
+
+    def matrix(self) -> Packed:
+        """Format, shape and tensors as one value, canonical."""
+        assert isinstance(self.format, Mix)
+        return of_parts(self.format, (self.rows, self.cols), [part.matrix() for part in self.parts])
+
+    def arrange(self, layout: str | None = None) -> None:
+        """Change the layout of every part."""
+        for part in self.parts:
+            part.arrange(layout)
+
+    def dequantize(self) -> Tensor:
+        """The weight matrix, float32 (rows, cols)."""
+        return torch.cat([part.dequantize() for part in self.parts])[self.order]
+
+    def linear(self, input: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
+        """As `PackedWeight.linear`."""
+        output = torch.cat([part.linear(input, None, activation) for part in self.parts], -1)
+        output = output.index_select(-1, self.order)
+        return output if bias is None else output + bias.to(output.dtype)
+
+    def conv(self, input: Tensor, bias: Tensor | None, spatial: Spatial) -> Tensor:
+        """As `PackedWeight.conv`; one with groups, whose rows do not all see the same input, by the unpacked weight."""
+        if spatial[-1] != 1:
+            return reference.convolve(input, self.dequantize(), bias, *spatial)
+        output = torch.cat([part.conv(input, None, spatial) for part in self.parts], 1)
+        output = output.movedim(1, -1).index_select(-1, self.order)
+        return (output if bias is None else output + bias.to(output.dtype)).movedim(-1, 1)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """As `PackedWeight.lookup`."""
+        places, start = self.order[indices], 0
+        rows = torch.zeros((*indices.shape, self.cols), dtype=self.dtype, device=indices.device)
+        for part in self.parts:
+            own = (places - start).clamp(0, part.rows - 1)
+            inside = (places >= start) & (places < start + part.rows)
+            rows = torch.where(inside.unsqueeze(-1), part.lookup(own), rows)
+            start += part.rows
+        return rows
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + ASSIGNMENT] = self.get_buffer(ASSIGNMENT)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        super(PackedWeight, self)._load_from_state_dict(state, prefix, *args)
+        assert isinstance(self.format, Mix)
+        self._arrange_rows(self.format)
+
+
+def packed_weight(
+    packed: Packed, dtype: torch.dtype = torch.float32, shape: Sequence[int] | None = None, transposed: bool = False
+) -> PackedWeight:
+    """The weight that holds a packed matrix, of one format or of several; arguments as for `PackedWeight`."""
+    kind = MixedWeight if isinstance(packed.format, Mix) else PackedWeight
+    return kind(packed, dtype, shape, transposed)

@@ -1,0 +1,30 @@
+"""Weights whose rows have formats of their own: rows are picked from the weight rounded in each format."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mpq.core.mix import Mix
+from mpq.rounding.reference import Quantized
+
+
+def mixed(mix: Mix, wholes: Sequence[Quantized]) -> Quantized:
+    """The rows that the mix's assignment takes from the same weight in each of its formats.
+
+    Raises:
+        MpqError: the mix has no assignment, or one of another shape.
+    """
+    shape = wholes[0].shape
+    places = torch.from_numpy(mix.assigned(*shape))
+    rows = [(places == place).nonzero().flatten() for place in range(len(wholes))]
+    parts = tuple(take_rows(whole, own) for whole, own in zip(wholes, rows, strict=True) if len(own))
+    return Quantized(mix, shape, wholes[0].codes[:0], parts=parts)
+
+
+def take_rows(quantized: Quantized, rows: Tensor) -> Quantized:  # rows: int64 (n,)
+    """Some rows of a matrix in a format in which rows stand alone."""
+    rows = rows.to(quantized.codes.device)
+    taken = replace(quantized, shape=(len(rows), quantized.shape[1]), codes=quantized.codes[rows])
+    return taken.map_tables(lambda _, table: table[rows])

@@ -1,0 +1,28 @@
+"""Mixes with assignments drawn at random, for tests."""
+
+import numpy as np
+
+from mpq.core.allocation import Allocation
+from mpq.core.formats import parse_format
+from mpq.core.mix import Mix, mix_of
+from mpq.network.layers import find_layers
+from mpq.sensitivity.rows import assign
+
+INTEGERS = ("int2-g4", "int3-g4", "int4-g4")
+
+
+def random_mix(formats, rows, cols, seed=0) -> Mix:
+    """A mix half-way between the smallest and the largest of its formats, rows dealt out at random."""
+    parsed = [parse_format(name) for name in formats]
+    bits = sum(8 * parsed[place].nbytes(rows, cols) / (rows * cols) for place in (0, -1)) / 2
+    mix = mix_of(parsed, bits + 1 / cols)
+    costs = np.random.default_rng(seed).random((rows, len(parsed)))
+    return mix.with_assignment(assign(costs, mix.row_bytes(cols), mix.nbytes(rows, cols) - mix.assignment_bytes(rows)))
+
+
+def mixed_allocation(model, formats=INTEGERS) -> Allocation:
+    """Every layer of a model in a mix of its own."""
+    layers = find_layers(model)
+    mixes = {layer.name: random_mix(formats, layer.rows, layer.cols) for layer in layers}
+    assignments = {name: mix.assignment for name, mix in mixes.items()}
+    return Allocation(layers, tuple(mix.name for mix in mixes.values()), assignments=assignments)
