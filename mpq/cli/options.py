@@ -195,7 +195,7 @@ def pins_of(options: argparse.Namespace) -> dict[str, str]:
 def check_data(name: str | None) -> None:
     """MpqError for a data file that is not there."""
     if name is not None and ":" not in name and Path(name).suffix and not Path(name).is_file():
-        raise MpqError(f"there is no file {name}")
+        raise MpqError(f"no such file: {name}")
 
 
 def value_of(text: str) -> Any:

@@ -1,8 +1,8 @@
-"""One token through a packed LLaMA-style decoder in one call of compiled code, on a CPU: `decoder.step` in C.
+"""A decoding step of a packed LLaMA-style model in one call of compiled code, on a CPU: `decoder.step` in C.
 
-In the light loop a small model's time goes into Python and thirty small operations a block; threads start and end at
-every product. src/decoder.c computes a whole token instead: float32 between the packed products, keys and values in the
-light loop's own memory, logits in the model's type.
+In the Python loop, small models spend their time in Python, in about thirty small operations a block, and in starting
+threads for every product. src/decoder.c computes a whole token instead: float32 between the packed products, keys and
+values in the loop's cache, logits in the model's type.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ _TYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """A decoder as the library takes it; `kept` is what its pointers point to."""
+    """A decoder as passed to the library; `kept` owns what its pointers refer to."""
 
     decoder: Decoder
     library: ctypes.CDLL
@@ -35,7 +35,7 @@ class CompiledStep:
     kept: Sequence[object]
 
     def __call__(self, token: Tensor, memory: Memory) -> Tensor | None:  # int (1, 1)
-        """As `decoder.step` for one token; None where that has to compute it, the memory being as it was."""
+        """As `decoder.step` for one token; None, with the cache unchanged, where `decoder.step` has to compute it."""
         x = self.decoder.embed(token)
         if memory.length == memory.capacity:
             grow(self.decoder, memory, 2 * memory.length + 2, x)
@@ -60,7 +60,7 @@ class CompiledStep:
 
 
 def compiled_step(decoder: Decoder) -> CompiledStep | None:
-    """The decoder's step in compiled code, of the weights as they are now.
+    """The decoder's step in compiled code, for the present weights.
 
     None unless all linear layers are packed in panels on a CPU, with plain or int8-token activations and no hooks, and
     the norms are of one type, float32 or bfloat16.
@@ -106,7 +106,7 @@ def _weight(norm: Any) -> Tensor:
 
 
 def _plain(module: Any) -> bool:
-    """Whether a module is a packed linear layer that the library computes as the module does."""
+    """Whether a module is a packed linear layer that the library computes identically."""
     if type(module) is not PackedLinear or "forward" in vars(module) or _hooked(module):
         return False
     weight, bias = module.weight, module.bias
@@ -123,7 +123,7 @@ def _hooked(module: Any) -> bool:
 
 
 def _layers(block: Block, kept: list[object]) -> list[abi.Layer]:
-    """The block's seven layers; a stack takes its first member's place."""
+    """The block's seven layers; a stack stands in its first member's place."""
     q, k, v, o, gate, up, down = _linear(block)
     return [*_stacked((q, k, v), kept), _one(o, kept), *_stacked((gate, up), kept), _one(down, kept)]
 

@@ -1,7 +1,7 @@
-"""One step of a LLaMA-style decoder over its own modules, packed or not: what generation runs instead of `forward`.
+"""Decoding steps of a LLaMA-style model over its own modules, packed or not, used instead of `forward`.
 
-At one token a step the arithmetic around the linear layers costs as much as they do. Here it is few operations: a cache
-that is written in place, query heads of a group as the rows of one attention product, logits of the last position only.
+At one token a step, the operations around the linear layers cost as much as the layers. Here they are few: a cache
+written in place, query heads of a group as rows of one attention product, logits of the last position only.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model's parts; `positions` gives the rotations of that many positions from the first, (time, head width)."""
+    """A model's parts; `positions(time)` gives the rotary angles of the first positions, (time, head width)."""
 
     embed: nn.Module
     blocks: tuple[Block, ...]
@@ -45,7 +45,7 @@ class Decoder:
 
 @dataclass
 class Memory:
-    """Keys and values of the tokens seen, (1, key heads, capacity, head width) for each block, and the rotations."""
+    """The key-value cache, (1, key heads, capacity, head width) for each block, and the rotations."""
 
     length: int = 0
     capacity: int = 0
@@ -55,7 +55,7 @@ class Memory:
 
 
 def decoder_of(model: nn.Module) -> Decoder | None:
-    """The parts of a bundled TinyLM or of transformers' Llama; None for any other model.
+    """The parts of the bundled TinyLM or a transformers Llama; None for other models.
 
     Rotations that change with the length of the text ("dynamic", "longrope") are left to the model's own code.
     """
@@ -92,9 +92,9 @@ def _blocks(layers: Any, attention: str, first: str, second: str) -> Iterator[Bl
 
 
 def step(decoder: Decoder, tokens: Tensor, memory: Memory) -> Tensor:  # int (1, time)
-    """Take tokens in: logits of the one after the last, (vocabulary,), in the model's own type.
+    """Process tokens: logits of the next token, (vocabulary,), in the model's type.
 
-    The memory, empty or as the tokens before left it, is changed in place.
+    The cache of the preceding tokens, or an empty one, is extended in place.
     """
     x = decoder.embed(tokens)
     time = tokens.shape[1]
@@ -137,7 +137,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Causal attention of the last queries, (1, heads, time, width), as (1, time, heads * width)."""
     _, heads, time, width = q.shape
-    if time == 1:  # the query heads of a key head stand in a row, as if they were tokens: nothing is repeated
+    if time == 1:  # the query heads of a key head are rows of one product, so keys are not repeated
         grouped = q.view(1, keys.shape[1], -1, width)
         return functional.scaled_dot_product_attention(grouped, keys, values).reshape(1, 1, heads * width)
     past = keys.shape[2]
@@ -149,7 +149,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def grow(decoder: Decoder, memory: Memory, capacity: int, like: Tensor) -> None:
-    """Make room in the memory for so many tokens in all; `like` has the model's type."""
+    """Grow the cache to this many tokens in all; `like` has the model's type."""
     cos, sin = decoder.positions(capacity, like)
     half = sin.shape[-1] // 2
     memory.rotations = (cos, torch.cat((-sin[:, :half], sin[:, half:]), -1))

@@ -1,4 +1,4 @@
-"""Text from a causal language model: a light loop over its key-value cache, packed or not, with tokens per second."""
+"""Text generation from causal language models, packed or not, with tokens per second."""
 
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -14,12 +14,12 @@ from mpq.generation.compiled_step import CompiledStep, compiled_step
 from mpq.generation.decoder import Decoder, Memory, decoder_of, step
 from mpq.network.calibration import evaluating, logits_of, seeded
 
-NO_TOKEN = -1  # where transformers is to stop at no token
+NO_TOKEN = -1  # passed to transformers for no stop token
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What came out, and how fast."""
+    """Generated tokens and speed."""
 
     tokens: tuple[int, ...]  # without the prompt
     prompt_seconds: float  # until the first token
@@ -27,7 +27,7 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoding speed, the prompt left out; NaN when fewer than two tokens came."""
+        """Decoding speed without the prompt; NaN for fewer than two tokens."""
         return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 else float("nan")
 
 
@@ -40,18 +40,18 @@ def generate(
     temperature: float = 0.0,  # 0: always the likeliest token
     top_k: int = 0,  # 0: all
     seed: int = 0,
-    stop: Collection[int] = (),  # tokens that end the text, themselves included
+    stop: Collection[int] = (),  # tokens after which generation stops
 ) -> Generation:
     """Continue a prompt with a causal language model, in evaluation mode, one sequence.
 
-    LLaMA-style models run in the light loop of `decoder`. Other transformers models run in their own `generate`, with
-    the cache that they keep; a model that takes tokens alone computes all positions anew each time.
+    LLaMA-style models run in `decoder`. Other transformers models run their own `generate` with their own cache; other
+    models recompute all positions for each token.
 
     Raises:
         MpqError: an empty prompt.
     """
     if prompt.ndim != 1 or not len(prompt):
-        raise MpqError(f"a prompt is one row of at least one token, not {tuple(prompt.shape)}")
+        raise MpqError(f"invalid prompt: expected one row of at least one token, not {tuple(prompt.shape)}")
     chosen = _Chosen(partial(_choose, temperature=temperature, top_k=top_k, random=seeded(seed, "generate")))
     decoder = decoder_of(model)
     started = time.perf_counter()
@@ -66,7 +66,7 @@ def generate(
 
 @dataclass
 class _Chosen:
-    """Tokens chosen so far, and when the first one was."""
+    """Tokens chosen so far, and the time of the first."""
 
     choose: Callable[[Tensor], int]  # logits (vocabulary,) -> token
     tokens: list[int] = field(default_factory=list)
@@ -92,7 +92,7 @@ def _loop(
 
 
 def _own_generation(model: Any, prompt: Tensor, chosen: _Chosen, max_new_tokens: int, stop: Collection[int]) -> None:
-    """transformers' generation, which knows each model's cache; tokens are chosen here."""
+    """Generation by transformers with the model's own cache; tokens are chosen here."""
     import transformers
 
     settings: Any = transformers.GenerationConfig
@@ -116,7 +116,7 @@ def _own_generation(model: Any, prompt: Tensor, chosen: _Chosen, max_new_tokens:
 def compare_speeds(
     models: Mapping[str, nn.Module], prompt: Tensor, *, max_new_tokens: int = 64, rounds: int = 3
 ) -> dict[str, float]:
-    """Median tokens per second of each model, greedy, taking turns."""
+    """Median tokens per second of each model, greedy, interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
@@ -125,7 +125,7 @@ def compare_speeds(
 
 
 def _follower(model: nn.Module, decoder: Decoder | None) -> Callable[[Tensor], Tensor]:
-    """A function that takes the next tokens in, (1, time), and gives the logits after them, (vocabulary,)."""
+    """A function from the next tokens (1, time) to the logits after them, (vocabulary,)."""
     if decoder is not None:
         return partial(_follow, decoder, compiled_step(decoder), Memory())
     seen: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""mpq as a quantization method of transformers: import this module, and `from_pretrained` reads our checkpoints.
+"""mpq as a quantization method of transformers: after importing this module, `from_pretrained` reads our checkpoints.
 
 The model computes from packed weights through torch.ops.mpq, and `save_pretrained` writes it again.
 """
@@ -39,7 +39,7 @@ class MpqConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class MpqQuantizer(HfQuantizer):
-    """Puts packed modules in the layers' places before the weights come, and arranges them for their device after."""
+    """Replaces layers by packed modules before loading, and arranges them for their device afterwards."""
 
     requires_calibration = True
 
@@ -69,7 +69,7 @@ class MpqQuantizer(HfQuantizer):
                 model.get_submodule(alias).weight = weight
 
     def get_new_dtype(self, converter: Any, param: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Every tensor keeps the type of the file: a scale cast to the model's type would be another number."""
+        """Every tensor keeps the type of the file: casting a scale to the model's type would change it."""
         return None
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

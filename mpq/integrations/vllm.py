@@ -1,8 +1,8 @@
-"""vLLM serves our checkpoints on our kernels: what its linear method needs, none of which needs vLLM.
+"""Serving checkpoints in vLLM on our kernels: the parts of its linear method that do not need vLLM.
 
 vLLM finds `register` through the entry-point group "vllm.general_plugins". Its models fuse q, k, v and gate, up into
-one layer and hand over the stored tensors of each in turn; rows are then cut by tensor-parallel rank (columns where a
-layer shares its inputs out). Matrices of one scheme are joined and computed at once, others side by side.
+one layer and load the stored tensors of each in turn; rows are then cut by tensor-parallel rank (columns in
+row-parallel layers). Matrices of one scheme are joined and computed in one product, others separately.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ QKV = {"q": 0, "k": 1, "v": 2}  # vLLM's names for the parts of an attention's i
 
 
 def register() -> None:
-    """Make vLLM know checkpoints whose quant_method is "mpq"; safe to call again."""
+    """Register checkpoints with quant_method "mpq" in vLLM; may be called repeatedly."""
     import mpq.integrations.vllm_adapter  # noqa: F401
 
 
@@ -43,8 +43,8 @@ class Part:
 class Cut:
     """The share of a served layer that one tensor-parallel rank holds.
 
-    `rows` of each part and `cols` are what the rank computes; a `padded` table of a vocabulary has more rows than were
-    stored. Ranks in a row hold the same rows where there are more of them than shares (key and value heads).
+    The rank computes `rows` of each part and `cols`; a `padded` vocabulary table has more rows than are stored. With
+    more ranks than shares (key and value heads), neighbouring ranks hold the same rows.
     """
 
     rows: tuple[int, ...]
@@ -55,11 +55,11 @@ class Cut:
 
 
 def parts_of(prefix: str, layers: Mapping[str, Any], fused: Mapping[str, Sequence[str]]) -> tuple[Part, ...]:
-    """The stored matrices of the served layer called `prefix`, in vLLM's order; none when it is not quantized.
+    """The stored matrices of the served layer `prefix`, in vLLM's order; empty when it is not quantized.
 
     Args:
         prefix: the layer's name in vLLM.
-        layers: "layers" of the `quantization_config` that our checkpoint holds, by their names in vLLM.
+        layers: "layers" of our checkpoint's `quantization_config`, by their names in vLLM.
         fused: vLLM's `packed_modules_mapping`, {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}.
 
     Raises:
@@ -82,14 +82,14 @@ def parts_of(prefix: str, layers: Mapping[str, Any], fused: Mapping[str, Sequenc
 
 
 def named_layers(layers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The layers of a `quantization_config` by all of their names; "stored" is the one that their tensors go by."""
+    """The layers of a `quantization_config` by all of their names; "stored" is the name of their tensors."""
     return {
         name: {**record, "stored": layer} for layer, record in layers.items() for name in (layer, *record["aliases"])
     }
 
 
 class ServedWeight(nn.Module):
-    """Stands where vLLM keeps a layer's weight: takes stored tensors as they come, then holds the packed matrices."""
+    """The parameter that vLLM loads a layer's weight into: collects stored tensors, then holds the packed matrices."""
 
     def __init__(self, parts: Sequence[Part], cut: Cut, dtype: torch.dtype) -> None:
         super().__init__()
@@ -104,20 +104,20 @@ class ServedWeight(nn.Module):
             self.register_parameter(name, place)
 
     def _take(self, name: str, place: Tensor, loaded_weight: Tensor, loaded_shard_id: int | str | None = None) -> None:
-        """vLLM's weight loader: keep a stored tensor of one part until all are there."""
+        """vLLM's weight loader: keep a stored tensor of one part until all are loaded."""
         index = QKV[loaded_shard_id] if isinstance(loaded_shard_id, str) else loaded_shard_id or 0
         part = self.parts[index]
         spec = _specs(part).get(name)
         if spec is None or (tuple(loaded_weight.shape), loaded_weight.dtype) != spec:
             actual = f"{loaded_weight.dtype} {tuple(loaded_weight.shape)}"
-            raise MpqError(f"the tensor {part.name}.weight.{name} is {actual}, which is no part of {part.scheme.name}")
+            raise MpqError(f"the tensor {part.name}.weight.{name} is {actual}: expected a tensor of {part.scheme.name}")
         self.arrived[index][name] = loaded_weight
 
     def settle(self, device: torch.device | str, digests: Mapping[str, str] | None = None) -> None:
-        """Check, cut, join and arrange what has come; safe to call again.
+        """Check, cut, join and arrange the loaded tensors; may be called repeatedly.
 
         Raises:
-            MpqError: a tensor is missing or not the one that was exported (named), or the cut goes through a group.
+            MpqError: a tensor is missing or was altered (named), or the cut divides a group.
         """
         if len(self.matrices):
             return
@@ -170,7 +170,7 @@ def _specs(part: Part) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 
 def _share(matrix: Packed, part: Part, rows: int, cut: Cut) -> Packed:
-    """What a rank holds of a whole matrix."""
+    """A rank's share of a whole matrix."""
     if cut.padded:
         first = min(cut.rank * rows, part.rows)
         last = min(first + rows, part.rows)
@@ -204,7 +204,7 @@ def _block(quantized: Quantized, rows: slice, cols: slice, name: str) -> Quantiz
 
 
 def _joined(shares: Sequence[Packed], activations: Sequence[Any]) -> list[tuple[Packed, Any]]:
-    """Neighbours of one scheme whose rows have scales of their own as one matrix."""
+    """Join neighbours of one scheme whose rows have separate scales."""
     joined: list[tuple[Packed, Any]] = []
     for packed, activation in zip(shares, activations, strict=True):
         format = packed.format

@@ -1,6 +1,6 @@
-"""The classes that vLLM (read at 0.33) wants of a quantization method, around `mpq.integrations.vllm`.
+"""The classes of a vLLM quantization method (vLLM 0.33), around `mpq.integrations.vllm`.
 
-They stand in a module, not in a function, because vLLM sends its configuration to other processes by name.
+They are module-level classes because vLLM sends its configuration to other processes by name.
 """
 
 from pathlib import Path
@@ -31,34 +31,34 @@ class MpqConfig(QuantizationConfig):  # type: ignore[misc]
         self.digests: dict[str, str] = {}
 
     def get_name(self) -> str:
-        """The name in config.json."""
+        """Name in config.json."""
         return METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Every type that the kernels compute in."""
+        """Types that the kernels compute in."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """The reference runs anywhere."""
+        """Any device: the reference runs everywhere."""
         return 0
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None: config.json says it all."""
+        """None: config.json suffices."""
         return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "MpqConfig":
-        """Of config.json's `quantization_config`."""
+        """Build from config.json's `quantization_config`."""
         return cls(config["layers"], config["version"])
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Call the layers by vLLM's names."""
+        """Rename the layers to vLLM's names."""
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
 
     def maybe_update_config(self, model_name: str, *_: Any, **__: Any) -> None:
-        """Know the tensors' checksums when the checkpoint is a folder here."""
+        """Read the tensors' checksums when the checkpoint is a local folder."""
         folder = Path(model_name)
         if (folder / CHECKSUMS).is_file():
             checksums = read_checksums(folder)
@@ -67,7 +67,7 @@ class MpqConfig(QuantizationConfig):  # type: ignore[misc]
                 self.digests.update(noted if isinstance(noted, dict) else {})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """Ours for the layers of the allocation, vLLM's own for all others."""
+        """Our method for the allocation's layers, vLLM's for others."""
         parts = parts_of(prefix, self.layers, self.packed_modules_mapping)
         if parts and isinstance(layer, (LinearBase, VocabParallelEmbedding)):
             return MpqLinearMethod(parts, self.digests)
@@ -93,9 +93,9 @@ class MpqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **_: Any,
     ) -> None:
-        """Make room for the stored tensors, as `layer.weight.packed` and so on."""
+        """Create parameters for the stored tensors, `layer.weight.packed` and so on."""
         sizes = tuple(output_partition_sizes)
-        if len(self.parts) == 1:  # fused on disk already, or not at all
+        if len(self.parts) == 1:  # fused on disk, or not fused at all
             sizes = (sum(sizes),)
         rank, ranks = (int(getattr(layer, name, default)) for name, default in (("tp_rank", 0), ("tp_size", 1)))
         padded = isinstance(layer, VocabParallelEmbedding)
@@ -103,7 +103,7 @@ class MpqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         layer.weight = ServedWeight(self.parts, cut, params_dtype)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Arrange what was loaded for the device."""
+        """Arrange the loaded tensors for the device."""
         weight: Any = layer.weight
         place = next(weight.parameters(), None)
         weight.settle("cpu" if place is None else place.device, self.digests)

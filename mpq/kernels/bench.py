@@ -1,4 +1,4 @@
-"""What this machine takes for each scheme, shape and batch: its own bandwidth, microseconds, the latency table."""
+"""Benchmarks of packed layers on this machine: seconds for each scheme, shape and batch, relative to its bandwidth."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +58,7 @@ def device_of(name: str) -> torch.device:
     """
     kind, _, index = name.partition(":")
     if kind not in PAGE or (index and not index.isdecimal()) or (kind == "cpu" and index):
-        raise MpqError(f"{name!r} is no device to time kernels on: expected cpu, cuda or cuda:N")
+        raise MpqError(f"{name!r} is not a device that kernels are timed on: expected cpu, cuda or cuda:N")
     if kind == "cpu":
         return CPU
     if not torch.cuda.is_available():
@@ -68,7 +68,7 @@ def device_of(name: str) -> torch.device:
         )
     number = int(index) if index else torch.cuda.current_device()
     if number >= torch.cuda.device_count():
-        raise MpqError(f"there is no {name}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0")
+        raise MpqError(f"no device {name}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0")
     return torch.device("cuda", number)
 
 
@@ -130,7 +130,7 @@ def _moved(device: torch.device) -> int:
 
 
 def streaming(device: torch.device, beyond: int) -> Contestant:
-    """Reading `PAGE` bytes of memory, or copying them on a GPU: what no kernel can be faster than."""
+    """Reading `PAGE` bytes of memory, or copying them on a GPU: the bound of every kernel."""
     # Read in pieces as short as a layer: a longer read is more likely to be preempted.
     page = torch.ones(PAGE[device.type] // 4, device=device)
     if device.type == "cuda":
@@ -146,7 +146,7 @@ def _dense(x: Tensor, weights: Sequence[Sequence[Tensor]]) -> Contestant:
 
 
 def _packed(dense: Tensor, scheme: Scheme, beyond: int) -> tuple[int, Callable[[Tensor], Contestant]]:
-    """The weight's stored bytes, and the contestant that multiplies an input by it."""
+    """The weight's stored bytes, and a function from inputs to the contestant of the product."""
     packed = pack(quantize(dense, scheme.weight))
     arranged = to_layout(packed, best_layout(packed, dense.device))
     activation = "" if scheme.activation is None else scheme.activation.name
@@ -157,7 +157,7 @@ def _packed(dense: Tensor, scheme: Scheme, beyond: int) -> tuple[int, Callable[[
 
 
 def latency_table(timings: Sequence[Timing], device: torch.device = CPU) -> LatencyTable:
-    """Timings as the table that searches take."""
+    """The latency table of timings, for searches."""
     if device.type == "cuda":
         provenance: dict[str, object] = {
             "device": torch.cuda.get_device_name(device),

@@ -1,4 +1,4 @@
-"""Timing contestants that take turns within one run, on a CPU or on a CUDA device."""
+"""Interleaved timing of contestants within one run, on a CPU or a CUDA device."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Timed = TypeVar("Timed")
-CALLS = 20  # calls between two device events at least, to amortize the events' cost and the graph launch
+CALLS = 20  # least calls between two device events, to amortize the events and the graph launch
 
 
 def copies(
@@ -18,7 +18,7 @@ def copies(
 ) -> list[list[Tensor]]:
     """Copies of some tensors that fill `beyond` bytes: cycling through the copies defeats the cache.
 
-    `copy` allocates them on the kind of memory that the real ones use.
+    `copy` allocates them as the real tensors are allocated.
     """
     count = max(2, beyond // max(1, sum(tensor.nbytes for tensor in tensors)))
     return [[copy(tensor) for tensor in tensors] for _ in range(count)]
@@ -26,10 +26,10 @@ def copies(
 
 @dataclass(frozen=True)
 class Contestant:
-    """What to time: calls made in turn, one for each copy of what it reads.
+    """Calls to time in turn, one for each copy of the data they read.
 
-    Keep Python out of the calls, since it is slow after weights have evicted it from the caches: functools.partial adds
-    nothing.
+    Use functools.partial rather than Python functions, whose code is slow to run after weights evicted it from the
+    caches.
     """
 
     calls: Sequence[Callable[[], object]]
@@ -57,7 +57,7 @@ def _in_turns(timed: Sequence[Timed], repeats: int, clock: Callable[[Timed], flo
 
 
 def _seconds(calls: Iterator[Callable[[], object]]) -> float:
-    next(calls)()  # wakes the threads, as the preceding layer of a model does
+    next(calls)()  # wake the threads, as a model's preceding layer does
     call = next(calls)
     start = time.perf_counter()
     call()
@@ -78,7 +78,7 @@ def _calls(contestant: Contestant) -> int:
 
 
 def _replays(contestant: Contestant) -> Callable[[], None]:
-    """A graph of the calls, so that nothing of the host is timed."""
+    """A CUDA graph of the calls, so that host time is excluded."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compile before the capture

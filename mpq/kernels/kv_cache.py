@@ -41,7 +41,7 @@ def quantize_heads(vectors: Tensor, bits: int) -> Heads:  # float (batch, heads,
     """
     if not 1 <= bits <= 8 or vectors.ndim != 4:
         raise MpqError(
-            f"a cache takes (batch, heads, tokens, width) and 1 to 8 bits, not {tuple(vectors.shape)} and {bits} bits"
+            f"invalid cache: expected 4 dimensions and 1 to 8 bits, not {tuple(vectors.shape)} and {bits} bits"
         )
     values = vectors.detach().float()
     low, high = values.amin(-1), values.amax(-1)
@@ -63,7 +63,7 @@ def dequantize_heads(heads: Heads) -> Tensor:
 def concatenate(parts: Sequence[Heads]) -> Heads:
     """Caches of the same heads one after the other along the tokens."""
     if len({(part.bits, part.width) for part in parts}) != 1:
-        raise MpqError("only caches of the same bits and width can be joined")
+        raise MpqError("cannot join caches of different bits or widths")
     codes, scale, zero = (torch.cat([getattr(part, name) for part in parts], 2) for name in ("codes", "scale", "zero"))
     return Heads(parts[0].bits, parts[0].width, codes, scale, zero)
 
@@ -80,7 +80,7 @@ def attention(
     """
     q, k, v = (dequantize_heads(part) if isinstance(part, Heads) else part.float() for part in (query, keys, values))
     if q.shape[1] % k.shape[1]:
-        raise MpqError(f"{k.shape[1]} key heads cannot serve {q.shape[1]} query heads evenly")
+        raise MpqError(f"{k.shape[1]} key heads do not divide {q.shape[1]} query heads")
     repeats = q.shape[1] // k.shape[1]
     tokens, past = q.shape[2], k.shape[2]
     mask = torch.ones(tokens, past, dtype=torch.bool, device=q.device).tril(past - tokens) if causal else None

@@ -1,7 +1,7 @@
-"""Bit layouts of quantized matrices: one canonical layout on disk, others arranged once at load, exactly invertible.
+"""Bit layouts of quantized matrices: one canonical layout on disk, others arranged losslessly after loading.
 
 The canonical layout is called "rows". Each row's codes are a little-endian bit stream (the first code in the lowest
-bits) filled up to whole bytes; so are each row's zero points, and scales and minima that are integers. Other scales are
+bits) padded to whole bytes; so are each row's zero points, integer scales and integer minima. Other scales are
 stored in their own type.
 """
 
@@ -78,7 +78,7 @@ def unpack_bits(stream: Tensor, bits: int, cols: int) -> Tensor:  # stream: uint
 
 @dataclass(frozen=True)
 class Block:
-    """The fewest codes that fill whole bytes, and the smallest word that they fit: most of a load's time goes here."""
+    """The fewest codes that fill whole bytes, and the smallest word that holds them."""
 
     codes: int
     bytes: int
@@ -191,7 +191,7 @@ def tensor_specs(format: Format, rows: int, cols: int) -> dict[str, tuple[tuple[
 
 
 def _width(groups: int, kind: str) -> int:
-    """Entries of a row's stored scales or minima."""
+    """Number of entries of a row's stored scales or minima."""
     return -(-groups * INTEGER_SCALES[kind].bits // 8) if kind in INTEGER_SCALES else groups
 
 
@@ -221,7 +221,7 @@ def read_assignment(mix: Mix, stored: Tensor, rows: int) -> Mix:
 
 
 def take_rows(packed: Packed, rows: Tensor) -> Packed:  # rows: int64 (n,)
-    """The matrix of the chosen rows, canonical; nothing else is unpacked where the layout is canonical already."""
+    """The chosen rows in the canonical layout; from the canonical layout nothing is unpacked."""
     packed = to_layout(packed, ROWS)
     whole = {"tensor_scale"} | ({"scale", "zeros", "minimum"} if packed.format.granularity == "tensor" else set())
     tensors = {name: tensor if name in whole else tensor[rows] for name, tensor in packed.tensors.items()}
@@ -230,11 +230,11 @@ def take_rows(packed: Packed, rows: Tensor) -> Packed:  # rows: int64 (n,)
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to arrange the same bits, lossless.
+    """A lossless arrangement of a packed matrix.
 
     `arrange` takes the canonical layout, `restore` gives it back; `names` are those of its tensors for a format, in
-    their fixed order. `suits` says whether the layout is the one to use for a matrix on a device; the layouts
-    registered last are tried first, and "rows" is the fallback.
+    their fixed order. `suits` says whether to use the layout for a matrix on a device; the layouts registered
+    last are tried first, and "rows" is the fallback.
     """
 
     arrange: Callable[[Packed], Packed]
@@ -249,7 +249,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def packed_of(weight: Sequence[Tensor], format: Format, shape: tuple[int, int], layout: str) -> Packed:
-    """The bare tensors of a layout, in their fixed order, as what they are."""
+    """The tensors of a layout, in their fixed order, as a Packed."""
     return Packed(format, shape, layout, dict(zip(LAYOUTS[layout].names(format), weight, strict=True)))
 
 

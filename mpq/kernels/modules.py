@@ -21,7 +21,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.rows, weight.cols
         self.weight, self.activation = weight, activation
         self.bias = bias
-        self.stack: Stack | None = None  # of layers that share their inputs
+        self.stack: Stack | None = None  # shared with layers of the same input
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
@@ -68,7 +68,7 @@ class PackedConv(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """Rows of a packed table; only those looked up are unpacked."""
+    """An embedding with packed rows; only rows looked up are unpacked."""
 
     def __init__(self, weight: PackedWeight, padding_idx: int | None = None) -> None:
         super().__init__()
@@ -81,11 +81,13 @@ class PackedEmbedding(nn.Module):
 
 
 def packed_module(origin: nn.Module, weight: PackedWeight, scheme: Scheme) -> nn.Module:
-    """The packed module that takes the place of `origin`."""
+    """The packed replacement of `origin`."""
     activation = "" if scheme.activation is None else scheme.activation.name
     if isinstance(origin, nn.Embedding):
         if origin.max_norm is not None:
-            raise MpqError("an embedding with max_norm changes its weight while it runs and cannot be packed")
+            raise MpqError(
+                "an embedding with max_norm changes its weight in forward passes and cannot be packed: exclude it"
+            )
         packed: nn.Module = PackedEmbedding(weight, origin.padding_idx)
     elif isinstance(origin, (nn.Conv1d, nn.Conv2d)):
         packed = PackedConv(weight, origin, activation)

@@ -44,7 +44,7 @@ KERNELS: dict[tuple[str, str, str], Callable[..., Tensor]] = {
 
 
 def check_floats(input: Tensor) -> None:
-    """MpqError for an input of another type than the usual floats."""
+    """MpqError for inputs that are not float16, bfloat16, float32 or float64."""
     if input.dtype not in FLOATS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
         raise MpqError(

@@ -1,4 +1,4 @@
-"""Plain PyTorch: what every kernel must equal. Unpack, dequantize, multiply in float32."""
+"""The reference in plain PyTorch, which every kernel must equal: unpack, dequantize, multiply in float32."""
 
 from collections.abc import Callable, Sequence
 
@@ -61,9 +61,9 @@ def convolve(
 ) -> Tensor:
     """`conv` by an unpacked weight; 16-bit types are computed in float32 on a CPU.
 
-    PyTorch 2.13 computes bfloat16 convolutions with oneDNN, whose product on AMX (brg_conv_fwd) reads what nobody wrote
-    where the width alone has a stride and the output is narrow: conv2d of ones (1, 2, 8, 3) and (1, 2, 3, 3), stride
-    (1, 2), is not 18 everywhere. It never errs in float32.
+    PyTorch 2.13 computes bfloat16 convolutions with oneDNN, whose AMX kernel (brg_conv_fwd) reads uninitialized memory
+    when only the width has a stride and the output is narrow: conv2d of ones (1, 2, 8, 3) and (1, 2, 3, 3), stride
+    (1, 2), is not 18 everywhere. float32 is correct.
     """
     kind = type_of_sums(input)
     whole = matrix.reshape(len(matrix), -1, *kernel).to(kind)
@@ -81,7 +81,7 @@ def type_of_sums(input: Tensor) -> torch.dtype:
 def conv_size(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
-    """Positions of a convolution's output in each direction."""
+    """Output positions of a convolution in each dimension."""
     sides = zip(size, kernel, stride, padding, dilation, strict=True)
     return [(length + 2 * around - apart * (taps - 1) - 1) // step + 1 for length, taps, step, around, apart in sides]
 
@@ -89,7 +89,7 @@ def conv_size(
 def quantize_activation(input: Tensor, activation: str) -> Tensor:
     """The input (..., cols) as the activation format holds it, in its own type; rows are tokens.
 
-    A token with NaN or infinities has no finite scale: all of it is NaN.
+    A token with NaN or infinities has no finite scale and becomes NaN.
     """
     tokens = input.reshape(-1, input.shape[-1])
     fit = tokens.isfinite().all(-1, keepdim=True)

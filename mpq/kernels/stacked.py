@@ -1,4 +1,4 @@
-"""Layers that read the same input computed in one pass: q, k and v, or gate and up.
+"""One product for layers that read the same input: q, k and v, or gate and up.
 
 Their panels share one buffer, of which each layer's weight is a view; nothing else about the layers changes. The first
 layer called with an input computes all outputs; the others return their slices.
@@ -17,7 +17,7 @@ from mpq.kernels.cpu.panels import NAME, ROWS
 
 @dataclass
 class Pass:
-    """The last input, whole outputs split by member, and which members have taken theirs."""
+    """The last input, outputs split by member, and the members that have taken theirs."""
 
     input: Tensor
     version: int

@@ -1,4 +1,4 @@
-"""How far a packed layer may be from the same layer in floating point, derived from the kernels' arithmetic."""
+"""Error bounds of packed layers against floating point, derived from the kernels' arithmetic."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ ACTIVATION_STEP = 1 / 65278  # half a step of 1/32639 of a token's largest: acti
 CODEBOOK_STEP = 1 / 65534  # half a step of 1/32767 of a codebook's largest value
 TILE_SUMS = 9 * 8 * 2**-24  # float32 sums of at most nine tiles, eight operations each
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
-OWN_CODE = 1e-3  # of the largest output, for a layer whose own code runs around the weights
+OWN_CODE = 1e-3  # relative to the largest output, for a layer with code of its own
 
 
 def kernel_error(module: nn.Module, inputs: Tensor | None, output: Tensor) -> Tensor:
-    """How far the outputs of a packed layer may be from those of `module`, which holds the same numbers unpacked.
+    """Bound of the difference between a packed layer's outputs and those of `module`, which holds the same values.
 
-    Elementwise, to first order. Of floating-point sums on both sides, of activations and codebooks that become
-    integers, and of both models' number types: the weights of a 16-bit model are rounded where packed ones are not.
+    Elementwise, to first order. Accounts for floating-point sums on both sides, activations and codebooks rounded to
+    integers, and both models' types: a 16-bit model's weights are rounded, packed ones are not.
     """
     size = output.double().abs()
     unit = torch.finfo(output.dtype).eps / 2 if output.is_floating_point() else 0.0
@@ -46,7 +46,7 @@ def kernel_error(module: nn.Module, inputs: Tensor | None, output: Tensor) -> Te
 
 
 def same_code_error(expected: Tensor) -> Tensor:
-    """How far equal operations on equal numbers may be apart, where sums run in another order."""
+    """Bound of the difference between equal operations whose sums run in another order."""
     if not expected.is_floating_point():
         return torch.zeros(expected.shape, dtype=torch.float64, device=expected.device)
     room = 64 * torch.finfo(expected.dtype).eps * _largest(expected.double().abs())

@@ -1,4 +1,4 @@
-"""A packed weight: tensors of a layout for the kernels, and a tensor of numbers for any other code that reads it."""
+"""Packed weights: tensors of a layout for kernels, which behave as a dequantized tensor for other code."""
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,18 +23,17 @@ Spatial: TypeAlias = tuple[list[int], list[int], list[int], list[int], int]
 
 
 class PackedWeight(nn.Module):
-    """A weight matrix in some layout; modules that share a weight share this module.
+    """A packed weight matrix; modules that share a weight share this object.
 
-    Its buffers are the layout's tensors. They keep their types whatever the model is cast to. A state dict always holds
-    the canonical layout. To code that expects a tensor it is one: functions of torch, methods, operators and indexing
-    see the dequantized numbers in the shape and type of the weight that was packed, and look-ups unpack the rows that
-    they ask for. Writing to those numbers changes nothing.
+    Its buffers are the layout's tensors; casts of the model do not change their types. A state dict holds the canonical
+    layout. Torch functions, methods, operators and indexing see the dequantized values in the shape and type of the
+    original weight; look-ups unpack only the rows they need. Writing to those values has no effect.
 
     Args:
         packed: the matrix (rows, cols).
-        dtype: of the numbers it gives to a model.
-        shape: of the weight that was packed; the matrix's by default.
-        transposed: whether that weight has the input channels first, as in transformers' Conv1D.
+        dtype: of the dequantized values.
+        shape: of the original weight; the matrix's by default.
+        transposed: whether the original weight has the input channels first, as in transformers' Conv1D.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class PackedWeight(nn.Module):
         self._buffers.update(packed.tensors)
         self.format, self.layout = packed.format, packed.layout
         self.rows, self.cols = packed.shape
-        self.signature = (packed.format.name, *packed.shape, packed.layout)  # as the ops take them
+        self.signature = (packed.format.name, *packed.shape, packed.layout)  # arguments of the ops
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -71,7 +70,7 @@ class PackedWeight(nn.Module):
         return self.tensors[0].device
 
     def arrange(self, layout: str | None = None) -> None:
-        """Change the layout: to the one named, or to the best for the device; MpqError for an unknown name."""
+        """Change the layout to the one named, or to the best for the device; MpqError for an unknown name."""
         packed = to_layout(self.matrix(), ROWS)
         self._put(to_layout(packed, layout or best_layout(packed, self.device)))
 
@@ -169,7 +168,7 @@ def empty_weight(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
 ) -> PackedWeight:
-    """A weight to load a state dict into: its tensors have shapes and types, and zeros for content."""
+    """A weight of zeros to load a state dict into."""
     specs = tensor_specs(format, rows, cols)
     tensors = {name: torch.zeros(shape, dtype=kind, device=device) for name, (shape, kind) in specs.items()}
     return PackedWeight(Packed(format, (rows, cols), ROWS, tensors), dtype)
@@ -192,7 +191,7 @@ def _lookup(input: Tensor, weight: PackedWeight, *_: Any, **__: Any) -> Tensor:
 
 
 def _behave_as_tensor() -> None:
-    """Operators, which Python looks up in the class alone, and the casts that modules would do in place."""
+    """Define operators, which Python looks up in the class, and the casts that modules do in place."""
 
     def forward(name: str) -> Callable[..., Any]:
         function = getattr(operator, name)

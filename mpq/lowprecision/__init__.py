@@ -1,1 +1,1 @@
-"""Training and inference in few bits, simulated: what the numerics alone do to a model."""
+"""Simulated training and inference in few bits."""

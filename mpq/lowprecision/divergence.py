@@ -1,4 +1,4 @@
-"""How far runs of one model under different runtime configurations drift apart (arXiv 2506.09501, section 3)."""
+"""Divergence of runs of one model under different runtime configurations (arXiv 2506.09501, section 3)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from mpq.network.calibration import evaluating, logits_of
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """Greedy continuations of prompts under one configuration."""
+    """Greedy continuations of prompts in one configuration."""
 
     tokens: NDArray[np.int64]  # (prompts, steps)
-    probabilities: NDArray[np.float64]  # (prompts, steps), of the token taken, the likeliest
+    probabilities: NDArray[np.float64]  # (prompts, steps), probability of the chosen (likeliest) token
 
 
 def generate(model: nn.Module, prompts: Tensor, steps: int) -> Generation:
-    """The likeliest token, `steps` times over; prompts (prompts, time) are of one length."""
+    """Generate `steps` greedy tokens; prompts (prompts, time) have one length."""
     tokens, taken, probabilities = prompts, [], []
     with torch.no_grad(), evaluating(model):
         for _ in range(steps):
@@ -43,8 +43,8 @@ def average_std_of_lengths(lengths: ArrayLike) -> float:
 
 
 def divergence_index(outputs: Sequence[Sequence[int]]) -> int | None:
-    """Div_Index: the first position at which the runs of one prompt do not all have the same token; None where they
-    agree to the end. A run that is over while others go on differs there.
+    """Div_Index: the first position at which the runs of one prompt have different tokens; None where they agree. A run
+    that ends before others differs at its end.
 
     >>> divergence_index([[5, 6, 7], [5, 6, 8]]), divergence_index([[5], [5]]), divergence_index([[5, 6], [5]])
     (2, None, 1)

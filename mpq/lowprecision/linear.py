@@ -1,6 +1,6 @@
-"""Linear layers whose three products - forward, input gradient, weight gradient - run in few bits.
+"""Linear layers whose three products (forward, input gradient, weight gradient) run in few bits.
 
-The weight itself stays in full precision (the master copy) and takes its gradient as if rounding were the identity.
+The weight stays in full precision (the master copy); its gradient passes rounding as if it were the identity.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ from mpq.rounding.hadamard import random_rotation
 
 
 class LowPrecisionLinear(nn.Module):
-    """A linear layer that trains as a recipe says, in simulation; (..., in) to (..., out)."""
+    """A linear layer that simulates training with a recipe; (..., in) to (..., out)."""
 
     def __init__(self, linear: nn.Linear, recipe: Recipe | Mask, generator: torch.Generator) -> None:
         super().__init__()
@@ -64,8 +64,8 @@ def product(
 ) -> Tensor:
     """left @ right.T with both operands rounded along k, or masked; float32 (m, n).
 
-    In a backward product `left` is the gradient, and it alone is rounded stochastically. A rotated operand has no
-    square tiles: rotation mixes along k only, and its two products need two different ones.
+    In a backward product `left` is the gradient, and only it is rounded stochastically. A rotated operand has no square
+    tiles, since rotation mixes along k, which differs between its two products.
     """
     if isinstance(recipe, Mask):
         return functional.linear(masked(left.float(), recipe), masked(right.float(), recipe))
@@ -94,10 +94,10 @@ def train_in(
     exclude: str | Iterable[str] = (),
     seed: int = 0,
 ) -> nn.Module:
-    """The model itself, its linear layers replaced by ones of the recipe that hold the same parameters.
+    """Replace the model's linear layers, in place, by layers of the recipe with the same parameters; return the model.
 
     Args:
-        model: changed in place. Its output layer is usually left out: exclude=("head",).
+        model: changed in place. Usually without the output layer: exclude=("head",).
         recipe: of all replaced layers.
         include: patterns of the layers' names.
         exclude: patterns of layers to leave alone.
@@ -120,7 +120,7 @@ def train_in(
 
 @contextmanager
 def computing_in(model: nn.Module, recipe: Recipe | Mask, **options: Any) -> Iterator[nn.Module]:
-    """The model with `train_in` inside the block, forward and backward; its own layers are put back after."""
+    """Inside the block the model computes as after `train_in`, forward and backward; its layers are restored after."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name}
     try:
         yield train_in(model, recipe, **options)

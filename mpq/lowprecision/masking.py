@@ -1,4 +1,4 @@
-"""Bfloat16 with fewer mantissa or exponent bits, by masking: how much precision training needs (arXiv 2405.18710)."""
+"""bfloat16 with fewer mantissa or exponent bits, by masking (arXiv 2405.18710)."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ EXPONENT_BITS, NAN = 0x7F80, 0x7FC0
 
 @dataclass(frozen=True)
 class Mask:
-    """The numbers of E{exponent}M{mantissa} among bfloat16's, without scaling (section 3.2).
+    """The values of E{exponent}M{mantissa} within bfloat16, without scaling (section 3.2).
 
     mantissa: bits kept, 0 to 7. The paper cuts the others off ("truncate"), which pulls every number towards zero;
         "nearest" rounds to the nearest, ties to even.
@@ -32,14 +32,14 @@ class Mask:
     def __post_init__(self) -> None:
         if not 0 <= self.mantissa <= MANTISSA or not 2 <= self.exponent <= EXPONENT:
             raise MpqError(
-                f"a mask keeps 0 to 7 mantissa and 2 to 8 exponent bits, not {self.mantissa}, {self.exponent}"
+                f"invalid mask: expected 0 to 7 mantissa and 2 to 8 exponent bits, not {self.mantissa}, {self.exponent}"
             )
         if self.rounding not in ROUNDINGS:
             raise MpqError(f"rounding is one of {', '.join(ROUNDINGS)}, not {self.rounding!r}")
 
     @property
     def name(self) -> str:
-        """E8M3, and what rounds it when it is not cut off."""
+        """Name such as E8M3, with the rounding unless it truncates."""
         return f"E{self.exponent}M{self.mantissa}" + (" nearest" if self.rounding == "nearest" else "")
 
     @property
@@ -54,9 +54,9 @@ class Mask:
 
 
 def masked(values: Tensor, mask: Mask) -> Tensor:
-    """The values as bfloat16 (rounded to nearest) and then as the mask leaves them, in their own type and shape.
+    """The values rounded to bfloat16 (nearest) and then masked, in their own type and shape.
 
-    Rounding to nearest may carry beyond the largest number, which gives infinity; NaN stays NaN.
+    Rounding to nearest may carry beyond the largest value, to infinity; NaN stays NaN.
     """
     bits = mask_mantissa(values.to(torch.bfloat16).contiguous().view(torch.int16), mask.mantissa, mask.rounding)
     numbers = bits.view(torch.bfloat16)
@@ -74,7 +74,7 @@ def mask_mantissa(bits: Tensor, kept: int, rounding: str = "truncate") -> Tensor
     special = (pattern & EXPONENT_BITS) == EXPONENT_BITS
     nan = special & ((pattern & 0x7F) != 0)
     if rounding == "nearest":
-        # Half a unit less the odd bit: ties go to even. A carry runs into the exponent, which is the next number.
+        # Half a unit minus the odd bit: ties go to even. A carry into the exponent gives the next value.
         half = (1 << (dropped - 1)) - 1 + ((pattern >> dropped) & 1)
         pattern = torch.where(special, pattern, pattern + half)
     pattern = torch.where(nan, (pattern & 0x8000) | NAN, pattern & (-1 << dropped))
@@ -82,7 +82,7 @@ def mask_mantissa(bits: Tensor, kept: int, rounding: str = "truncate") -> Tensor
 
 
 def clip_exponent(numbers: Tensor, mask: Mask) -> Tensor:
-    """bfloat16 numbers within the range of the mask's exponent; infinities count as large numbers, NaN stays."""
+    """Clip bfloat16 values to the range of the mask's exponent; infinities are clipped, NaN stays NaN."""
     if mask.outer:
         numbers = numbers.clamp(-mask.largest, mask.largest)
     if mask.inner:

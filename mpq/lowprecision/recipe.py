@@ -1,4 +1,4 @@
-"""What a training run in few bits does to the operands of its matrix products, as data."""
+"""Recipes of training in few bits: how operands of matrix products are rounded."""
 
 from dataclasses import dataclass, replace
 
@@ -18,14 +18,14 @@ CONVENTIONS = ("divide", "reciprocal")
 
 @dataclass(frozen=True)
 class Recipe:
-    """The knobs of FP4 training (arXiv 2509.17791, section 3).
+    """The options of FP4 training (arXiv 2509.17791, section 3).
 
     format: of both operands, groups along the summed dimension ("mxfp4", "nvfp4", "fp4-e2m1-g16-sue5m3-ts").
     stochastic: products whose gradient (backward) or both operands (forward) are rounded stochastically.
     hadamard: products whose operands are rotated first.
-    square_weights: one scale for square tiles of a weight, so that it is the same number in both its products.
+    square_weights: scales of square tiles of a weight, so that both its products see the same values.
     convention: "divide" stores absmax / largest element and divides by it, as NVFP4 and MX do; "reciprocal" stores
-        largest element / absmax and multiplies, as the paper's own code does.
+        largest element / absmax and multiplies, as the paper's code does.
     """
 
     format: str
@@ -43,16 +43,16 @@ class Recipe:
             raise MpqError(f"convention is one of {', '.join(CONVENTIONS)}, not {self.convention!r}")
         format = parse_format(self.format)
         if format.zero_point or format.grid.bits > 8:
-            raise MpqError(f"a training format is symmetric and of up to 8 bits, not {self.format}")
+            raise MpqError(f"invalid training format: expected a symmetric one of up to 8 bits, not {self.format}")
         if self.square_weights and format.granularity != "group":
-            raise MpqError(f"square tiles want a format with groups, not {self.format}")
+            raise MpqError(f"square tiles need a format with groups, not {self.format}")
 
     def rounds_stochastically(self, backward: bool) -> bool:
-        """Whether the products of this direction do."""
+        """Whether operands of this direction's products are rounded stochastically."""
         return self.stochastic in ("all", "backward" if backward else "forward")
 
     def rotates(self, backward: bool) -> bool:
-        """Whether the products of this direction do."""
+        """Whether operands of this direction's products are rotated."""
         return self.hadamard in ("all", "backward" if backward else "forward")
 
 
@@ -64,7 +64,7 @@ def round_operand(
     square: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The matrix as a product of this format sees it, float32; rounded stochastically where a generator comes."""
+    """The matrix rounded for a product, float32; stochastically when a generator is given."""
     scales = divisors(matrix, format, convention, square)
     elements = matrix.float() / scales
     if generator is None:
@@ -73,10 +73,10 @@ def round_operand(
 
 
 def divisors(matrix: Tensor, format: Format, convention: str = "divide", square: bool = False) -> Tensor:
-    """What each element is divided by before rounding, (rows, cols): scales as they are stored, spread out.
+    """The divisor of each element before rounding, (rows, cols): the stored scales, expanded.
 
-    The reciprocal convention's tensor scale maps the tensor's largest element to the grid's end, since its multipliers
-    grow from there as blocks get smaller.
+    In the reciprocal convention the tensor scale maps the tensor's largest element to the grid's end: multipliers of
+    blocks with smaller elements are larger.
     """
     rows, cols = matrix.shape
     if square:
@@ -101,6 +101,6 @@ def _reciprocals(matrix: Tensor, format: Format) -> Tensor:
     absmax = to_groups(matrix, format).abs().amax(-1)
     tensor_scale = absmax.max() / format.grid.max if format.tensor_scale else absmax.new_ones(())
     tensor_scale = torch.where(tensor_scale > 0, tensor_scale, torch.ones_like(tensor_scale))
-    # A block without a single number but zero has no multiplier: any will do, and 1 is one that every type holds.
+    # A block of zeros may have any multiplier; every type holds 1.
     multiplier = torch.where(absmax > 0, format.grid.max * tensor_scale / absmax, torch.ones_like(absmax))
     return tensor_scale / round_scales(multiplier.clamp(max=SCALES[format.scale].max), format.scale)

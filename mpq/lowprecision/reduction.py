@@ -1,7 +1,7 @@
-"""Sums taken in another order, as other batch sizes, devices and tensor-parallel widths take them.
+"""Sums in other orders, as with other batch sizes, devices and tensor-parallel widths.
 
-A product of k summands is split into chunks whose partial sums are rounded to the type and added one after the other,
-which is what split-K kernels and all-reduces do; mathematically it is the same product.
+A product of k summands is split into chunks whose partial sums are rounded to the type and added sequentially, as in
+split-K kernels and all-reduces; mathematically the product is the same.
 """
 
 import copy
@@ -15,14 +15,14 @@ from mpq.lowprecision.layercast import LayerCast
 
 
 def chunked_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, chunks: int) -> Tensor:
-    """`linear` with the summed dimension in so many chunks: products and sums in float32 within a chunk (float64 for
+    """`linear` with the summed dimension split into chunks: products and sums in float32 within a chunk (float64 for
     float64), every partial sum and every addition rounded to the inputs' type.
 
     Raises:
         MpqError: less than one chunk.
     """
     if chunks < 1:
-        raise MpqError(f"a sum has at least one chunk, not {chunks}")
+        raise MpqError(f"invalid number of chunks: expected at least 1, not {chunks}")
     wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     total: Tensor | None = None
     size = -(-inputs.shape[-1] // chunks)
@@ -48,7 +48,7 @@ class ChunkedLinear(nn.Module):
 
 
 def in_chunks(model: nn.Module, chunks: int) -> nn.Module:
-    """A copy of the model whose linear and LayerCast layers sum in so many chunks.
+    """A copy of the model whose linear and LayerCast layers sum in chunks.
 
     Raises:
         MpqError: no such layer.

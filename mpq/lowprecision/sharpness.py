@@ -1,7 +1,7 @@
-"""Sharpness of the loss in the logits of the last token, a sign of training about to fail (arXiv 2405.18710, Eq. 2).
+"""Sharpness of the loss in the last token's logits, an early sign of failing training (arXiv 2405.18710, Eq. 2).
 
-Keskar et al. 2017 (arXiv 1609.04836, metric 2.1) with logits in the place of weights: the worst loss within a box
-around the logits, above the loss itself, over one plus it, in per cent.
+Keskar et al. 2017 (arXiv 1609.04836, metric 2.1) with logits instead of weights: (largest loss within a box around the
+logits - loss) / (1 + loss), in per cent.
 """
 
 import numpy as np
@@ -37,7 +37,7 @@ def sharpness(logits: Tensor, targets: Tensor, epsilon: float = EPSILON) -> Tens
 
 
 def sharpness_by_search(logits: Tensor, targets: Tensor, epsilon: float = EPSILON) -> Tensor:
-    """The same by L-BFGS-B from the box's centre, one sample after the other, as the paper does it: slow, local."""
+    """The same by L-BFGS-B from the box's centre, one sample at a time, as in the paper: slow, a local maximum."""
     maxima = [_search(row.double().numpy(), int(target), epsilon) for row, target in zip(logits, targets, strict=True)]
     return torch.tensor(maxima, dtype=torch.float64)
 

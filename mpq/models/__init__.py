@@ -1,4 +1,4 @@
-"""Two small trained models that come with the package, and the data to calibrate and evaluate them on."""
+"""Two small trained models shipped with the package, with calibration and evaluation data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from mpq.models.tiny_lm import TinyLM
 from mpq.models.tokenizer import PieceTokenizer
 from mpq.network.calibration import Batch, LossFn, cross_entropy, next_token_loss
 
-EVERYTHING = 1_000_000  # more samples than any bundled data set has
-TRAINED_DIGITS = 1297  # the digits after these were not trained on
+EVERYTHING = 1_000_000  # larger than any bundled data set
+TRAINED_DIGITS = 1297  # digits from here on were not in the training set
 
 
 @dataclass(frozen=True)
 class BundledModel:
-    """A model as it is shipped: how to build it, its weights' file and what it is measured by."""
+    """A shipped model: how to build it, its weights' file and its measure of quality."""
 
     build: Callable[[], nn.Module]
     weights: str
@@ -54,7 +54,7 @@ class BundledTask:
 
 
 def bundled(name: str, *, nsamples: int = 128, seqlen: int = 256, batch_size: int = 16, seed: int = 0) -> BundledTask:
-    """The model called `name` with `nsamples` calibration samples drawn by the seed, and all its evaluation data.
+    """The model of this name with `nsamples` calibration samples drawn from the seed, and all its evaluation data.
 
     Raises:
         MpqError: an unknown name, with the nearest known ones.
@@ -108,7 +108,7 @@ def novel_batches(
 def digit_batches(
     samples: int, *, batch_size: int, seed: int, skip: int = 0
 ) -> tuple[tuple[tuple[Tensor, Tensor], ...], tuple[tuple[Tensor, Tensor], ...]]:
-    """Calibration batches (from the digits that were trained on) and the 500 others for evaluation, (n, 1, 8, 8)."""
+    """Calibration batches (from the training set) and the 500 other digits for evaluation, (n, 1, 8, 8)."""
     with as_file(files(__name__) / "tiny_cnn_digits.npz") as path, np.load(path) as data:
         images, labels = torch.from_numpy(data["images"]).float().unsqueeze(1) / 16, torch.from_numpy(data["labels"])
     seen, unseen = slice(0, TRAINED_DIGITS), slice(TRAINED_DIGITS, None)

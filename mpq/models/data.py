@@ -1,4 +1,4 @@
-"""Texts and images as batches: windows of tokens, halves that never meet, samples drawn from a seed."""
+"""Texts and images as batches: windows of tokens, and samples drawn from a seed."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,14 +19,14 @@ def token_windows(tokens: Sequence[int] | Tensor, seqlen: int) -> Tensor:
     """
     tokens = torch.as_tensor(tokens, dtype=torch.long)
     if seqlen < 2:
-        raise MpqError(f"a window of {seqlen} tokens predicts nothing: seqlen must be at least 2")
+        raise MpqError(f"a window of {seqlen} tokens predict nothing: expected a seqlen of at least 2")
     if len(tokens) < seqlen:
         raise MpqError(f"the text has {len(tokens)} tokens, less than one window of {seqlen}: take a smaller seqlen")
     return tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
 
 
 def draw(samples: int, count: int, seed: int, skip: int = 0) -> Tensor:
-    """Indices of `wanted` of the samples, in order, or of all there are; draws that `skip` the first have others."""
+    """Sorted indices of `count` random samples, or of all; `skip` leaves out the first draws."""
     if count < 1:
         raise MpqError(f"at least one sample is needed, not {count}")
     return torch.randperm(samples, generator=seeded(seed, "samples"))[skip : skip + count].sort().values
@@ -41,7 +41,7 @@ def text_batches(
 
 
 def window_batches(windows: Tensor, *, batch_size: int, samples: int, seed: int, skip: int = 0) -> tuple[Tensor, ...]:
-    """Batches (batch, seqlen) of some of the windows."""
+    """Batches (batch, seqlen) of chosen windows."""
     chosen = draw(len(windows), samples, seed, skip)
     return torch.split(windows[chosen], batch_size) if len(chosen) else ()
 
@@ -49,7 +49,7 @@ def window_batches(windows: Tensor, *, batch_size: int, samples: int, seed: int,
 def image_batches(
     inputs: Tensor, labels: Tensor, *, batch_size: int, samples: int, seed: int, skip: int = 0
 ) -> tuple[tuple[Tensor, Tensor], ...]:
-    """(inputs, labels) batches of some of the images."""
+    """(inputs, labels) batches of chosen images."""
     chosen = draw(len(inputs), samples, seed, skip)
     if not len(chosen):
         return ()

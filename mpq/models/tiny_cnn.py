@@ -15,7 +15,7 @@ class Residual(nn.Module):
         self.norm2 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x plus what the convolutions find in it, rectified."""
+        """relu(x + convolutions(x))."""
         out = functional.relu(self.norm1(self.conv1(x)))
         return functional.relu(x + self.norm2(self.conv2(out)))
 
@@ -31,7 +31,7 @@ class Separable(nn.Module):
         self.norm2 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Half the resolution."""
+        """(batch, n, h, w) to (batch, m, h / 2, w / 2)."""
         x = functional.relu(self.norm1(self.depthwise(x)))
         return functional.relu(self.norm2(self.pointwise(x)))
 

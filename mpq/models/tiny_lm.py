@@ -33,7 +33,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.heads * head, config.width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Mix positions; cos and sin are the rotations, (time, head width)."""
+        """Attention; cos and sin are the rotary angles', (time, head width)."""
         q = rotate(self._split(self.q_proj(x), self.heads), cos, sin)
         k = rotate(self._split(self.k_proj(x), self.kv_heads), cos, sin)
         v = self._split(self.v_proj(x), self.kv_heads)
@@ -57,13 +57,13 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Each position by itself."""
+        """(batch, time, width) to the same."""
         out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on normalized inputs and added to the stream."""
+    """Attention and feed-forward, each on normalized inputs and with a residual connection."""
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Text as tokens: the longest piece of the vocabulary that fits, byte by byte where none does. Lossless."""
+"""A lossless tokenizer: the longest matching piece of the vocabulary, else single bytes."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 class PieceTokenizer:
     """Greedy longest-match tokenizer over byte strings.
 
-    The vocabulary is every single byte, in order, then longer pieces; so any text has tokens, and tokens have a text.
+    The vocabulary is all single bytes, in order, then longer pieces, so every text can be encoded.
 
     >>> tokenizer = PieceTokenizer(["the", " sea"])
     >>> tokenizer.encode("the sea!"), tokenizer.decode([256, 257, 33])

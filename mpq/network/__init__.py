@@ -1,1 +1,1 @@
-"""What is done to a torch model: its layers found, its data, moments and ranges gathered, work shared out."""
+"""Operations on torch models: finding layers, calibration data, moments and ranges, offloading, several processes."""

@@ -1,8 +1,7 @@
-"""Running means of batch normalizations, estimated anew in a network whose weights were rounded.
+"""Re-estimation of batch normalization's running means after the weights were rounded.
 
-Rounding shifts the means of the layers' outputs, which no score that adds up over layers sees. One pass over a few
-hundred images with batch statistics finds the new means; the variances stay, since new ones cost more than they bring
-above two and a half bits.
+Rounding shifts the means of the layers' outputs, which additive scores do not model. One pass over a few hundred images
+with batch statistics estimates the new means. Variances are kept: re-estimating them harms above about 2.5 bits.
 """
 
 import copy
@@ -31,10 +30,10 @@ def stored_means(model: nn.Module) -> dict[str, Tensor]:
 def estimate_means(
     model: nn.Module, batches: Sequence[Batch], forward: LossFn, samples: int = SAMPLES
 ) -> dict[str, Tensor]:
-    """Means of the inputs of every batch normalization, (channels,) by module name; the model is left as it came.
+    """Means of the inputs of every batch normalization, (channels,) by module name; the model is left unchanged.
 
-    Each normalization uses its batch's statistics while the first `samples` samples pass, so that the means that come
-    later in the network are those of a network whose earlier means are right. Batches of one sample are left out.
+    The first `samples` samples pass with batch statistics, so that each mean is measured after corrected earlier
+    means. Batches of one sample are skipped.
     """
     norms = {name: model.get_submodule(name) for name in stored_means(model)}
     used, left = [], samples
@@ -68,14 +67,14 @@ def estimate_means(
 
 @torch.no_grad()
 def put_means(model: nn.Module, means: Mapping[str, Tensor]) -> None:
-    """Write running means into a model, in place."""
+    """Set running means of a model in place."""
     for name, mean in means.items():
         stored: Tensor = model.get_submodule(name).running_mean  # type: ignore[assignment]
         stored.copy_(mean)
 
 
 def with_means(model: nn.Module, means: Mapping[str, Tensor]) -> nn.Module:
-    """A model with these running means: a copy that shares all parameters, or the model itself where there are none."""
+    """A copy of the model with these running means, sharing all parameters; the model itself when `means` is empty."""
     if not means:
         return model
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}

@@ -1,4 +1,4 @@
-"""Calibration batches: what a loss needs, checks on what comes in, and generators derived from a seed by name."""
+"""Calibration batches: losses, input checks, and random generators derived from a seed by name."""
 
 import copy
 import hashlib
@@ -50,7 +50,7 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def logits_of(output: Any) -> Tensor:
-    """What a model's output predicts with: its `logits` when it has some, else the output itself."""
+    """The output's `logits` where it has them, else the output itself."""
     logits: Tensor = getattr(output, "logits", output)
     return logits
 
@@ -89,10 +89,10 @@ def samples_in(batch: Batch) -> int:
 
 
 def counted_positions(batch: Batch) -> tuple[Tensor, ...]:
-    """Which positions of a batch count, a bool tensor (samples, positions) of each length that some do not.
+    """Masks of counted positions, bool (samples, positions), one for each length with hidden positions.
 
-    An attention mask (a mapping's entry so called, "decoder_attention_mask" too) hides positions, and so does -100 in a
-    tensor of labels, as in `torch.nn.functional.cross_entropy`. Masks of one shape hide together.
+    An attention mask (an entry "attention_mask" of a mapping, "decoder_attention_mask" too) hides positions, and so
+    does -100 in a tensor of labels, as in `torch.nn.functional.cross_entropy`. Masks of one shape are combined.
     """
     counted: dict[tuple[int, ...], Tensor] = {}
     masks = [part != IGNORED for part in tensors_in(batch) if part.dtype == torch.int64 and part.ndim == 2]
@@ -112,7 +112,7 @@ def split_batch(batch: Batch) -> list[Batch]:
 
 
 def take(batch: Batch, samples: slice | list[int]) -> Batch:
-    """Some samples of a batch, in the same containers; tensors of another length than the samples stay whole."""
+    """Some samples of a batch, in the same containers; tensors whose length is not the number of samples stay whole."""
     return _take(batch, samples, samples_in(batch))
 
 
@@ -141,14 +141,14 @@ def check_batches(batches: Iterable[Batch]) -> tuple[Batch, ...]:
     """
     checked = tuple(batches)
     if not checked:
-        raise MpqError("no calibration batches came: at least one is needed")
+        raise MpqError("no calibration batches: expected at least one")
     for index, batch in enumerate(checked):
         tensors = tensors_in(batch)
         if not tensors or any(tensor.numel() == 0 for tensor in tensors) or tensors[0].ndim == 0:
-            raise MpqError(f"calibration batch {index} is empty: each needs at least one sample")
+            raise MpqError(f"calibration batch {index} is empty: expected at least one sample")
         for tensor in tensors:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise MpqError(f"calibration batch {index} holds NaN or infinite numbers: clean the data first")
+                raise MpqError(f"calibration batch {index} holds NaN or infinite values: clean the data first")
     return checked
 
 
@@ -158,7 +158,7 @@ def check_loss(loss: object, batch_index: int) -> Tensor:
         loss = torch.tensor(float(loss))
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         came = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise MpqError(f"the loss function must return one number, the batch's mean loss, but returned {came}")
+        raise MpqError(f"invalid loss: expected one number, the batch's mean loss, not {came}")
     if not math.isfinite(loss.item()):
         problem = f"the loss of calibration batch {batch_index} is {loss.item()}"
         raise NotFiniteError(f"{problem}: check the model and this batch")
@@ -169,7 +169,7 @@ def check_gradient(loss: object) -> Tensor:
     """The loss itself; MpqError when it cannot be differentiated."""
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         raise MpqError(
-            "the loss carries no gradient: return it as the model's outputs give it, without .item(), .detach() or "
+            "the loss has no gradient: compute it from the model's outputs without .item(), .detach() or "
             "no_grad, or take a metric that only measures, such as 'loss'"
         )
     return loss
@@ -185,21 +185,21 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn) -> fl
 
 
 def seeded(seed: int, *names: object) -> torch.Generator:
-    """A generator on the CPU that depends on the seed and the names alone, whatever else draws random numbers."""
+    """A generator on the CPU that depends on the seed and the names only."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block (no dropout, stored batch statistics); every module's mode is put back after.
+    """Evaluation mode inside the block (no dropout, stored batch statistics); each module's mode is restored after.
 
-    Modules compiled in place (`module.compile()`) run as they are written, for compiled code ignores new hooks.
+    Modules compiled in place (`module.compile()`) run uncompiled, since compiled code ignores new hooks.
     """
     compiled = [(module, vars(module)["_compiled_call_impl"]) for module in model.modules() if _is_compiled(module)]
     training = [module for module in model.modules() if module.training]
     if training:
-        log.info("the model is in training mode: it is set to evaluation mode while it is measured, then set back")
+        log.info("the model is in training mode: it is measured in evaluation mode, then set back")
     model.eval()
     for module, _ in compiled:
         module._compiled_call_impl = None

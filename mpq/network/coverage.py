@@ -1,4 +1,4 @@
-"""Which share of a model is quantized, and what stays in floating point and why."""
+"""Coverage: the share of a model that is quantized, and what stays in floating point and why."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,12 +10,12 @@ from mpq.core.layer import Layer
 from mpq.network.experts import STACKS
 from mpq.network.layers import BASES, layer_kind
 
-EXCLUDED = "layers that include or exclude leave out"
+EXCLUDED = "layers left out by include or exclude"
 VECTORS = "biases, norms and other vectors"
 ATTENTION = "fused weights of nn.MultiheadAttention"
 RECURRENT = "weights of LSTM, GRU and other recurrent modules"
 EXPERTS = "stacked experts (mpq.network.experts.unstack makes layers of them)"
-FOREIGN = "weights that hold other than plain floating-point numbers, or are computed in an unknown way"
+FOREIGN = "weights that are not plain floating-point numbers, or are computed in an unknown way"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Shares of a model that are quantized; shared parameters count once."""
+    """Quantized share of a model; shared parameters count once."""
 
     params: int  # of the whole model
     quantized: int  # of them
@@ -38,7 +38,7 @@ class Coverage:
     left: tuple[Left, ...] = ()  # largest first
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON holds it; names are cut to three for each reason."""
+        """JSON values; at most three names for each reason."""
         return {**asdict(self), "left": [{**asdict(each), "names": list(each.names[:3])} for each in self.left]}
 
     @staticmethod
@@ -48,7 +48,7 @@ class Coverage:
         return Coverage(values["params"], values["quantized"], values["macs"], values["quantized_macs"], left)
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """What, share of the parameters, examples: a table for people."""
+        """Rows of a table for readers: what, share of the parameters, examples."""
         lines = [("quantized", self._share(self.quantized), "")]
         return lines + [(each.reason, self._share(each.params), ", ".join(each.names[:3])) for each in self.left]
 
@@ -64,7 +64,7 @@ class Coverage:
 
 
 def coverage(model: nn.Module, layers: Sequence[Layer], macs: int = 0) -> Coverage:
-    """The coverage of a model by these layers, whose own `macs` are known where `macs`, of the whole model, are."""
+    """The coverage of a model by these layers; `macs` of the whole model needs layers with counted macs."""
     covered = {id(model.get_submodule(layer.name)._parameters.get("weight")) for layer in layers}
     left: dict[str, list[tuple[str, int]]] = {}
     total = 0
@@ -105,7 +105,7 @@ def _reason(module: nn.Module, leaf: str) -> str:
 
 
 def _percent(share: float) -> str:
-    """A share as people read it.
+    """A share as a percentage.
 
     >>> _percent(0.98765), _percent(0.0004), _percent(1.0)
     ('98.8 %', '0.04 %', '100 %')

@@ -1,9 +1,8 @@
-"""Distance to the float model's own output: the objective of models that predict nothing by themselves, as encoders.
+"""Distance to the float model's output: the objective of models without predictions, such as encoders.
 
-The gradient of a distance vanishes at the float model, so calibration targets are drawn as labels are from a model's
-own predictions: a normal distribution around each output, whose negative log-likelihood is the squared distance. Then
-squares of gradients are on average Gauss-Newton's curvature, for every metric that is made of them; evaluation targets
-are the outputs themselves.
+The gradient of a distance vanishes at the float model, so calibration targets are drawn from a normal distribution
+around each output, whose negative log-likelihood is the squared distance. Squared gradients then estimate
+Gauss-Newton's curvature, as metrics need. Evaluation targets are the outputs themselves.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,13 +15,13 @@ from torch import Tensor, nn
 from mpq.core.errors import MpqError
 from mpq.network.calibration import Batch, evaluating, seeded
 
-TARGET, UNIT = "target:", "unit:"  # before the names of outputs: what they should be, and their mean square by sample
+TARGET, UNIT = "target:", "unit:"  # prefixes of outputs' names in a batch: targets, and mean squares by sample
 
 
 def output_parts(output: Any) -> dict[str, Tensor]:
-    """The outputs that a distance is taken of: floating-point tensors whose first dimension counts samples, by name.
+    """Outputs that are compared, by name: floating-point tensors whose first dimension is the samples.
 
-    Similarities between all samples of a batch are no sample's own output, and left out.
+    Similarities between the samples of a batch are left out.
     """
     if isinstance(output, Tensor):
         return {"output": output}
@@ -44,23 +43,23 @@ def output_parts(output: Any) -> dict[str, Tensor]:
 def with_targets(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], *, noise: bool, seed: int = 0
 ) -> tuple[Batch, ...]:
-    """The batches, mappings of keyword arguments, with the model's outputs as targets of `distance_loss`.
+    """The batches (mappings of keyword arguments) with the model's outputs added as targets of `distance_loss`.
 
     Args:
         model: the float model.
-        batches: with samples as the first dimension of every tensor.
+        batches: the first dimension of every tensor is the samples.
         noise: draw targets around the outputs, for calibration; without it they are the outputs, for evaluation.
         seed: of the draws.
 
     Raises:
-        MpqError: a model whose output holds no floating-point tensor.
+        MpqError: a model without floating-point outputs.
     """
     targeted = []
     with evaluating(model):
         for index, batch in enumerate(batches):
             parts = output_parts(model(**batch))
             if not parts:
-                raise MpqError(f"{type(model).__name__} gives no floating-point output to keep near to")
+                raise MpqError(f"{type(model).__name__} has no floating-point output to compare: give a loss function")
             extra: dict[str, Tensor] = {}
             for name, part in parts.items():
                 unit = part.float().square().mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -72,7 +71,7 @@ def with_targets(
 
 
 def distance_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Squared distance to the targets, summed over a sample's outputs in units of their mean square; mean of samples.
+    """Squared distance to the targets over their mean square, summed over a sample's outputs; mean over samples.
 
     Positions that an "attention_mask" (samples, positions) hides do not count.
     """
@@ -81,14 +80,14 @@ def distance_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def relative_distance(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """`distance_loss` of each sample, and how many outputs of each were compared: (samples,) both."""
+    """`distance_loss` of each sample, and the number of outputs compared; both (samples,)."""
     squares = _squares(model, batch)
     sums, counts = ([pair[index].sum(1) for pair in squares] for index in (0, 1))
     return torch.stack(sums).sum(0), torch.stack(counts).sum(0)
 
 
 def _squares(model: nn.Module, batch: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """Of each output the squared differences, in units, and what counts of them, (samples, elements)."""
+    """For each output, squared differences in units of its mean square, and weights; both (samples, elements)."""
     inputs = {name: part for name, part in batch.items() if not name.startswith((TARGET, UNIT))}
     parts = output_parts(model(**inputs))
     mask = inputs.get("attention_mask")

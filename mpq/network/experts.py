@@ -1,4 +1,4 @@
-"""Mixtures of experts whose weights are stacked in one tensor, taken apart into linear layers that take schemes."""
+"""Unstacking of mixtures of experts: weights stacked in one tensor become linear layers that take schemes."""
 
 import logging
 from collections.abc import Iterator
@@ -27,10 +27,10 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """All experts of a block: each runs on the tokens that chose it, those of no token do not run."""
+    """All experts of a block; each runs on the tokens routed to it."""
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Sum over a token's experts (tokens, k) of their outputs times their weights (tokens, k): (tokens, width)."""
+        """Weighted sum of each token's experts (tokens, width); `chosen` and `weights` are (tokens, k)."""
         out = torch.zeros_like(hidden)
         for index, expert in enumerate(self):
             token, place = torch.where(chosen == index)
@@ -41,12 +41,13 @@ class Experts(nn.ModuleList):
 
 
 def unstack(model: nn.Module) -> nn.Module:
-    """The same model, its stacked experts replaced, in place, by `Experts` that share their memory.
+    """Replace the model's stacked experts, in place, by `Experts` that share their memory; return the model.
 
-    Stacks are those of transformers since 5.0: gate_up_proj (experts, 2 * inner, width), gate above up, and down_proj
+
+    Supported stacks are those of transformers 5: gate_up_proj (experts, 2 * inner, width), gate above up, and down_proj
     (experts, width, inner), without biases. Each expert's three matrices become layers, "...experts.3.gate_proj".
 
-    Stacks of another layout stay as they are, which is said in the log.
+    Other stacks are kept, with a warning in the log.
     """
     for name, module in list(_stacked(model)):
         gate_up, down = (getattr(module, stack) for stack in STACKS)
@@ -54,7 +55,9 @@ def unstack(model: nn.Module) -> nn.Module:
         plain = set(dict(module.named_parameters())) == set(STACKS) and not getattr(module, "is_transposed", False)
         if not plain or gate_up.shape != (count, 2 * inner, width) or not getattr(module, "is_concatenated", True):
             kind = type(module).__name__
-            log.warning("the experts %s of class %s are stacked in a layout that is not known and stay", name, kind)
+            log.warning(
+                "the experts %s of class %s are stacked in an unknown layout: they are not quantized", name, kind
+            )
             continue
         act: nn.Module = module.act_fn  # type: ignore[assignment]
         pairs = zip(gate_up.unbind(), down.unbind(), strict=True)
@@ -63,17 +66,17 @@ def unstack(model: nn.Module) -> nn.Module:
 
 
 def say_stacked(model: nn.Module) -> None:
-    """Say in the log which experts stay as they are because they are stacked."""
+    """Warn in the log about stacked experts, which are not quantized."""
     names = [name for name, _ in _stacked(model)]
     if names:
         log.warning(
-            "the experts %s are stacked and stay as they are: mpq.network.experts.unstack(model) makes layers of them",
+            "the experts %s are stacked and not quantized: mpq.network.experts.unstack(model) makes layers of them",
             ", ".join(names),
         )
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether experts were taken apart in this model."""
+    """Whether this model holds unstacked experts."""
     return any(isinstance(module, Experts) for module in model.modules())
 
 

@@ -1,4 +1,4 @@
-"""A short name for the exact contents of tensors: whether a file belongs to this model and this data."""
+"""Fingerprints of tensors, which tell whether a file belongs to this model and data."""
 
 import hashlib
 from collections.abc import Iterable
@@ -17,5 +17,5 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """That of all parameters, then of all buffers such as batch statistics, in the model's own order."""
+    """Fingerprint of all parameters, then all buffers such as batch statistics, in the model's order."""
     return fingerprint(tensor.detach() for tensor in (*model.parameters(), *model.buffers()))

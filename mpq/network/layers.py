@@ -1,4 +1,4 @@
-"""The quantizable layers of a model: found, tied, and seen as matrices."""
+"""The quantizable layers of a model: finding them, their ties, and their weights as matrices."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -29,7 +29,7 @@ BASES: dict[str, type[nn.Module]] = {
     "transposed-conv2d": nn.ConvTranspose2d,
     "transposed-conv3d": nn.ConvTranspose3d,
 }
-PACKED_KINDS = ("linear", "conv1d", "conv2d", "embedding", "transformers-conv1d")  # with a packed module of their own
+PACKED_KINDS = ("linear", "conv1d", "conv2d", "embedding", "transformers-conv1d")  # kinds with a packed module
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)")  # one product for all experts
 
@@ -53,10 +53,9 @@ def layer_kind(module: nn.Module) -> str | None:
 
 
 def own_code(module: nn.Module) -> bool:
-    """Whether a layer's own code has to run on its packed weight.
+    """Whether a layer's own code must run on its packed weight.
 
-    That is where it computes something else than its kind says, in a `forward` of its own, and for kinds without a
-    packed module.
+    True for kinds without a packed module, and for layers whose `forward` differs from their kind's.
     """
     base = next((cls for kind, cls in BASES.items() if isinstance(module, cls) and kind in PACKED_KINDS), None)
     if base is None:
@@ -72,19 +71,19 @@ def _is_transformers_conv1d(module: nn.Module) -> bool:
 def find_layers(
     model: nn.Module, include: str | Iterable[str] = ("*",), exclude: str | Iterable[str] = ()
 ) -> tuple[Layer, ...]:
-    """The quantizable layers in the model's own order, those of shared weights once, with the ties between them.
+    """The quantizable layers in the model's order, each shared weight once, with their ties.
 
     Args:
-        model: any module that holds layers; a bare layer has no name and is refused.
-        include: patterns (globs, or "re:" and a regular expression) of the names wanted.
-        exclude: patterns of the names not wanted; wins over `include`. A weight shared by several modules is found
-            when one of its names is included, and left out when one is excluded.
+        model: a module that holds layers; a bare layer is refused since it has no name.
+        include: patterns (globs, or "re:" and a regular expression) of the layers to take.
+        exclude: patterns of layers to leave out; wins over `include`. A weight shared by several modules is taken when
+            one of its names is included, and left out when one is excluded.
 
     Raises:
         MpqError: no layers, or a pattern that matches none of them.
     """
     if layer_kind(model) is not None:
-        raise MpqError("the model is itself one layer, which has no name: wrap it in torch.nn.Sequential")
+        raise MpqError("the model is a single layer and has no name: wrap it in torch.nn.Sequential")
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if layer_kind(module) is not None:
@@ -92,7 +91,7 @@ def find_layers(
     say_stacked(model)
     names = [name for modules in holders.values() for name, _ in modules]
     if not names:
-        raise MpqError(f"{type(model).__name__} has no layer to quantize: no Linear, convolution or Embedding")
+        raise MpqError(f"{type(model).__name__} has no layer to quantize: expected a Linear, convolution or Embedding")
     included = set(match_names(include, names)) if include else set()
     excluded = set(match_names(exclude, names))
     layers = [
@@ -114,7 +113,7 @@ def _layer(holders: Sequence[tuple[str, nn.Module]]) -> Layer:
 
 
 def _tied(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """The layers, with the fused siblings named: "<parent>.qkv", "<parent>.gate_up", and those of all experts together:
+    """The layers with ties set for fused siblings: "<parent>.qkv", "<parent>.gate_up", and for all experts of a block:
     "<parent>.experts.gate_up", "<parent>.experts.down".
     """
     siblings: dict[str, dict[str, Layer]] = {}
@@ -155,19 +154,19 @@ def matrix_to_weight(matrix: Tensor, module: nn.Module) -> Tensor:
 
 
 def shaped(matrix: Tensor, shape: Sequence[int], transposed: bool) -> Tensor:
-    """The matrix (rows, cols) of a weight in the weight's shape."""
+    """A matrix (rows, cols) in the shape of the weight."""
     if not transposed:
         return matrix.reshape(tuple(shape))
     return matrix.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1)
 
 
 def weight_groups(module: nn.Module) -> int:
-    """Conv groups: row blocks of the weight matrix that see inputs of their own; 1 for all other layers."""
+    """Convolution groups: row blocks of the weight matrix with separate inputs; 1 for other layers."""
     return module.groups if isinstance(module, (nn.Conv1d, nn.Conv2d)) else 1
 
 
 def input_matrix(module: nn.Module, inputs: Tensor) -> Tensor:
-    """What multiplies the weight matrix: (groups, samples * positions, cols), without the first dimension for 1 group.
+    """Left operand of the weight matrix: (groups, samples * positions, cols), without the first dimension for 1 group.
 
     A convolution's inputs are unfolded: its outputs are `input_matrix @ weight_matrix.T`, positions in row-major order.
 
@@ -175,7 +174,7 @@ def input_matrix(module: nn.Module, inputs: Tensor) -> Tensor:
         MpqError: an embedding, whose inputs are indices.
     """
     if isinstance(module, nn.Embedding):
-        raise MpqError("an embedding picks rows of its weight: its inputs are indices and form no matrix")
+        raise MpqError("an embedding has no input matrix: its inputs are indices")
     if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return inputs.reshape(-1, inputs.shape[-1])
     spatial = len(module.kernel_size)
@@ -189,7 +188,7 @@ def input_matrix(module: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def _windows(padded: Tensor, module: nn.Conv1d | nn.Conv2d) -> Tensor:
-    """What the kernel sees from every position: (samples, height, width, in * kernel).
+    """Input windows of a convolution at every position: (samples, height, width, in * kernel).
 
     One strided copy for each place of the kernel: half the time of `unfold`, whose positions come last.
     """
@@ -212,7 +211,7 @@ def _windows(padded: Tensor, module: nn.Conv1d | nn.Conv2d) -> Tensor:
 
 
 def output_matrix(module: nn.Module, outputs: Tensor) -> Tensor:
-    """Outputs, or their gradients, as rows that answer to `input_matrix`: (groups, samples * positions, rows / groups),
+    """Outputs or their gradients as rows in the order of `input_matrix`: (groups, samples * positions, rows / groups),
     without the first dimension for 1 group.
     """
     if not isinstance(module, (nn.Conv1d, nn.Conv2d)):

@@ -19,8 +19,7 @@ from mpq.network.uses import seeing_uses
 def count_macs(model: nn.Module, layers: Sequence[Layer], batch: Batch, forward: LossFn) -> tuple[Layer, ...]:
     """The layers with multiply-accumulates per sample (per sequence in a language model), from one forward pass.
 
-    All uses of a shared weight count; looking up an embedding is free. A module with code of its own counts as its
-    kind computes.
+    All uses of a shared weight count; embedding look-ups are free. A module with code of its own counts as its kind.
     """
     return count_all_macs(model, layers, batch, forward)[0]
 
@@ -28,8 +27,8 @@ def count_macs(model: nn.Module, layers: Sequence[Layer], batch: Batch, forward:
 def count_all_macs(
     model: nn.Module, layers: Sequence[Layer], batch: Batch, forward: LossFn
 ) -> tuple[tuple[Layer, ...], int]:
-    """The layers as of `count_macs`, and what the whole model does: every matrix product, convolution and attention
-    that torch's counter knows.
+    """The layers with `count_macs`, and the whole model's multiply-accumulates: all matrix products, convolutions and
+    attention that torch's FLOP counter covers.
     """
     counts = dict.fromkeys((layer.name for layer in layers), 0)
 
@@ -46,7 +45,7 @@ def count_all_macs(
 
 
 class _WholeModel(ModuleTracker):
-    """Tells the counter that all happens in the model as a whole: following modules would hook into gradients."""
+    """A module tracker that attributes everything to the whole model; tracking modules would hook into gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,6 +59,6 @@ class _WholeModel(ModuleTracker):
 
 
 def _macs(module: nn.Module, inputs: Tensor, output: Tensor) -> int:
-    if isinstance(module, _ConvTransposeNd):  # every input meets the whole kernel
+    if isinstance(module, _ConvTransposeNd):  # every input is multiplied by the whole kernel
         return prod(inputs.shape) * module.weight[0].numel()
     return prod(output.shape) * weight_matrix(module).shape[1]

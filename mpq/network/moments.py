@@ -1,4 +1,4 @@
-"""Second moments of the layers' inputs, E[x x^T]: what output errors and GPTQ need to know of the data."""
+"""Second moments of the layers' inputs, E[x x^T], for output errors and GPTQ."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +20,9 @@ def second_moments(
 ) -> dict[str, Tensor]:
     """Mean of x x^T over samples and positions, by layer name: float32 (cols, cols), or (conv groups, cols, cols).
 
-    Positions that a batch's masks or labels hide are left out (`counted_positions`), in layers whose rows are the
-    batch's positions.
-    `forward(model, batch)` runs the model; its result is not used. A weight shared by an embedding and a linear layer
-    gets the linear layer's inputs; an embedding alone, and a layer that no batch reaches, is left out.
+    Hidden positions (`counted_positions`) are left out in layers whose rows are the batch's positions.
+    `forward(model, batch)` runs the model; its result is ignored. A weight shared by an embedding and a linear layer
+    gets the linear layer's inputs; other embeddings and layers without inputs are left out.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -50,9 +49,9 @@ def second_moments(
 
 
 def counted_rows(matrix: Tensor, inputs: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """The rows of a layer's (..., rows, cols) at positions that count; all where no mask (samples, positions) fits.
+    """The counted rows of a layer's (..., rows, cols); all rows where no mask (samples, positions) fits.
 
-    A mask fits when the rows are its positions: `inputs` begin with its samples, positions follow or are flattened.
+    A mask fits when `inputs` begin with its samples, followed by or flattened with its positions.
     """
     for mask in masks:
         for shown in (mask, mask.T):  # samples first, or time first
@@ -62,13 +61,13 @@ def counted_rows(matrix: Tensor, inputs: Tensor, masks: Sequence[Tensor]) -> Ten
 
 
 def half_gram(matrix: Tensor) -> Tensor:
-    """x^T x of (..., rows, cols), of which only the strips up to the diagonal are computed and kept: (..., kept)."""
+    """x^T x of (..., rows, cols), only the strips up to the diagonal: (..., stored elements)."""
     ends = range(STRIP, matrix.shape[-1] + STRIP, STRIP)
     return torch.cat([(matrix[..., end - STRIP : end].mT @ matrix[..., :end]).flatten(-2) for end in ends], -1)
 
 
 def whole_gram(half: Tensor, cols: int) -> Tensor:
-    """(..., cols, cols) of what `half_gram` keeps, or of a sum of such."""
+    """The full (..., cols, cols) of a result, or sum of results, of `half_gram`."""
     whole = half.new_empty((*half.shape[:-1], cols, cols))
     read = 0
     for start in range(0, cols, STRIP):
@@ -84,7 +83,7 @@ def whole_gram(half: Tensor, cols: int) -> Tensor:
 def watching(
     model: nn.Module, layers: Sequence[Layer], see: Callable[[str, nn.Module, Tensor], None]
 ) -> Iterator[None]:
-    """Call `see(layer name, module, inputs)` whenever a layer's weight is used inside the block, look-ups aside."""
+    """Call `see(layer name, module, inputs)` at each use of a layer's weight inside the block, except look-ups."""
 
     def product(name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         if not isinstance(module, nn.Embedding):

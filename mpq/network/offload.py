@@ -1,8 +1,8 @@
-"""Models larger than the device: weights stay where they are and visit it one module at a time.
+"""Models larger than the device: weights are copied to it one module at a time.
 
-A module's parameters are copied to the device when it runs and dropped when it is done. What autograd keeps of them
-for the way back is a note of which they are, and each is fetched again when its turn comes: no more than a module's
-weights are ever there at once, on either way, at the price of moving them twice.
+A module's parameters are copied to the device when it runs and freed afterwards. Autograd saves only a reference, and
+the backward pass copies the parameters again. At most one module's weights are on the device at a time; each is copied
+twice.
 """
 
 import weakref
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Visitors:
-    """Copies of parameters on the device: bytes now, and the most there ever were."""
+    """Copies of parameters on the device: current and peak bytes."""
 
     device: torch.device
     resident: int = 0
@@ -25,7 +25,7 @@ class Visitors:
     owners: dict[int, nn.Parameter] = field(default_factory=dict)  # by the address of a copy on the device
 
     def fetch(self, parameter: nn.Parameter, origin: Tensor) -> Tensor:
-        """A copy of `origin`, the parameter's numbers, on the device."""
+        """Copy `origin`, the parameter's values, to the device."""
         copy = origin.to(self.device, copy=True)
         size, address = copy.numel() * copy.element_size(), copy.untyped_storage().data_ptr()
         self.resident += size
@@ -43,23 +43,23 @@ class Visitors:
 def offloaded(model: nn.Module, device: str | torch.device) -> Iterator[Visitors]:
     """Inside the block the model computes on `device`, forward and backward, while its parameters stay where they are.
 
-    Buffers move for the whole block. Weights themselves get no gradients: only layers' outputs and inputs do.
+    Buffers stay on the device for the whole block. Weights get no gradients; layers' outputs and inputs do.
     """
     visitors = Visitors(torch.device(device))
     origins = {parameter: parameter.data for parameter in model.parameters()}
     buffers = [(buffer, buffer.data) for buffer in model.buffers()]
-    users: dict[nn.Parameter, int] = dict.fromkeys(origins, 0)  # how many running modules hold the copy
+    users: dict[nn.Parameter, int] = dict.fromkeys(origins, 0)  # running modules that use the copy
 
     def enter(module: nn.Module, args: Any) -> None:
-        for parameter in _held(module):
-            if parameter not in users:  # one that functional_call has put in its place
+        for parameter in _used_parameters(module):
+            if parameter not in users:  # a parameter substituted by functional_call
                 continue
             if users[parameter] == 0:
                 parameter.data = visitors.fetch(parameter, origins[parameter])
             users[parameter] += 1
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        for parameter in _held(module):
+        for parameter in _used_parameters(module):
             if parameter not in users:
                 continue
             users[parameter] -= 1
@@ -80,7 +80,7 @@ def offloaded(model: nn.Module, device: str | torch.device) -> Iterator[Visitors
 
     handles = []
     for module in model.modules():
-        if next(iter(_held(module)), None) is not None:
+        if next(iter(_used_parameters(module)), None) is not None:
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave, always_call=True))
     try:
@@ -97,6 +97,6 @@ def offloaded(model: nn.Module, device: str | torch.device) -> Iterator[Visitors
             buffer.data = origin
 
 
-def _held(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters that the module uses when it runs: its own, and those of parts that it uses without running them."""
+def _used_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters that the module uses: its own, and those of submodules that it does not call."""
     yield from module.parameters(recurse=isinstance(module, nn.MultiheadAttention))

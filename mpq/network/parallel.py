@@ -1,6 +1,6 @@
-"""Many processes, one result: each works on its share, sums are taken over all, and every process knows them.
+"""Distributed work: each process handles its share; sums are taken over all processes and known to each.
 
-Nothing here communicates outside of a `processes()` block, so one process of many may profile alone.
+Nothing communicates outside of a `processes()` block, so one process of several may profile alone.
 """
 
 import os
@@ -21,24 +21,24 @@ _place: ContextVar[tuple[int, int]] = ContextVar("place", default=(0, 1))
 
 
 def launched() -> int:
-    """How many processes `torchrun` has started, this one included; 1 without it."""
+    """Number of processes started by `torchrun`; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def own_device(device: str) -> str:
-    """The device of this process: under `torchrun`, "cuda" is the GPU of its local rank."""
+    """The device of this process; under `torchrun`, "cuda" means the GPU of its local rank."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launched() > 1 else device
 
 
 @contextmanager
 def processes(device: str = "cpu") -> Iterator[None]:
-    """Inside the block the processes that `torchrun` started, or of the group that is there, work together.
+    """Inside the block, the processes of `torchrun` or of an existing process group work together.
 
-    They meet over nccl when the device is a GPU, else over gloo. All must enter the block with the same model, data and
-    settings. An error in one of them ends that one; `torchrun` then ends the others.
+    Uses nccl on GPUs, else gloo. Collective: all processes enter with the same model, data and settings. An error ends
+    its process; `torchrun` then ends the others.
 
     Raises:
-        MpqError: a torch built without distributed.
+        MpqError: torch was built without distributed.
     """
     if launched() == 1 and not (distributed.is_available() and distributed.is_initialized()):
         yield
@@ -60,12 +60,12 @@ def processes(device: str = "cpu") -> Iterator[None]:
 
 
 def place() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
+    """This process's rank, and the number of processes."""
     return _place.get()
 
 
 def share(items: Sequence[Item], adjacent: bool = False) -> Sequence[Item]:
-    """The items that this process works on: every n-th one, or neighbours when they should stay together.
+    """The items of this process: every n-th one, or a contiguous run when `adjacent`.
 
     >>> share([1, 2, 3])
     [1, 2, 3]
@@ -77,7 +77,7 @@ def share(items: Sequence[Item], adjacent: bool = False) -> Sequence[Item]:
 
 
 def gathered(values: Mapping[Key, Any]) -> dict[Key, Any]:
-    """What all processes found, by name, from the first process to the last."""
+    """Collective: the values of all processes by name, in the order of ranks."""
     if place()[1] == 1:
         return dict(values)
     parts: list[Any] = [None] * place()[1]
@@ -86,7 +86,7 @@ def gathered(values: Mapping[Key, Any]) -> dict[Key, Any]:
 
 
 def total(sums: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-    """Each tensor's sum over all processes, by name; a process that lacks one adds nothing to it."""
+    """Collective: each tensor's sum over all processes, by name; missing tensors count as zero."""
     if place()[1] == 1:
         return dict(sums)
     wire = "cuda" if distributed.get_backend() == "nccl" else "cpu"

@@ -1,4 +1,4 @@
-"""A model as every verb wants it: weights that are stored and not computed, and no compiled wrapper around modules."""
+"""Preparing a model: computed weights are stored, compiled wrappers around modules are removed."""
 
 import copy
 from typing import Any
@@ -14,14 +14,13 @@ COMPUTING = (WeightNorm, SpectralNorm, prune.BasePruningMethod)  # hooks that co
 
 
 def prepared(model: nn.Module) -> nn.Module:
-    """The model itself, or a copy of it where a weight is computed or a module inside is compiled.
+    """The model itself, or a prepared copy where a weight is computed or a submodule is compiled.
 
-    In the copy, weights that a parametrization, weight or spectral normalization or a pruning mask computes are stored
-    as they are in evaluation mode, and what computed them is gone. A model compiled as a whole stands for the one
-    inside.
+    In the copy, weights computed by a parametrization, weight or spectral normalization or a pruning mask are stored
+    with their values in evaluation mode, and the computation is removed. A model compiled as a whole is unwrapped.
 
     Raises:
-        MpqError: a parameter without content (on the device "meta"), named.
+        MpqError: a parameter on the device "meta" (named).
     """
     model = getattr(model, "_orig_mod", model)
     for name, parameter in model.named_parameters():
@@ -30,7 +29,7 @@ def prepared(model: nn.Module) -> nn.Module:
     if not any(_is_compiled(module) or computes_weight(module) for module in model.modules()):
         return model
     for module in model.modules():
-        if isinstance(vars(module).get("weight"), Tensor):  # of a hook; what autograd made cannot be copied
+        if isinstance(vars(module).get("weight"), Tensor):  # computed by a hook: non-leaf tensors cannot be copied
             vars(module)["weight"] = vars(module)["weight"].detach()
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -41,9 +40,9 @@ def prepared(model: nn.Module) -> nn.Module:
 
 
 def bake(model: nn.Module) -> nn.Module:
-    """The same model, its computed weights stored in place."""
+    """Store computed weights in place; return the model."""
     for module in list(model.modules()):
-        training, module.training = module.training, False  # spectral normalization iterates while it trains
+        training, module.training = module.training, False  # spectral normalization would iterate in training mode
         if parametrize.is_parametrized(module, "weight"):
             _own_class(module)
             parametrize.remove_parametrizations(module, "weight")
@@ -59,14 +58,14 @@ def bake(model: nn.Module) -> nn.Module:
 
 
 def _own_class(module: nn.Module) -> None:
-    """Give the module a copy of its class: what parametrizes it stands in there, and is shared with its copies."""
+    """Give the module its own copy of its class, which holds the parametrization and is shared with deep copies."""
     cls = type(module)
     content = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     module.__class__ = type(cls.__name__, cls.__bases__, content)
 
 
 def computes_weight(module: nn.Module) -> bool:
-    """Whether the module's weight is the result of a computation that is known."""
+    """Whether the module's weight is computed in a known way."""
     return parametrize.is_parametrized(module, "weight") or bool(_hooks(module))
 
 

@@ -1,4 +1,4 @@
-"""Ranges of the layers' inputs over calibration data: what runtimes with static activation scales want to know."""
+"""Ranges of the layers' inputs over calibration data, for static activation scales."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,10 +14,9 @@ Ranges = Mapping[str, tuple[float, float]]  # smallest and largest input, by lay
 
 
 def input_ranges(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], forward: LossFn) -> Ranges:
-    """Smallest and largest input of every layer that a batch reaches, by layer name; embeddings have none.
+    """Smallest and largest input of every layer with inputs, by layer name; embeddings are left out.
 
-    Positions that a batch's masks or labels hide do not count. `forward(model, batch)` runs the model;
-    its result is not used.
+    Hidden positions (`counted_positions`) do not count. `forward(model, batch)` runs the model; its result is ignored.
     """
     ranges: dict[str, tuple[float, float]] = {}
     masks: tuple[Tensor, ...] = ()
@@ -38,5 +37,5 @@ def input_ranges(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Ba
 
 
 def static_scale(format: Format, span: tuple[float, float]) -> float:
-    """The one scale of an activation format, without a zero point, that holds a range; 1 when there is only zero."""
+    """The scale of a symmetric activation format that covers a range; 1 for a range of zeros only."""
     return max(map(abs, span)) / format.grid.max or 1.0

@@ -1,4 +1,4 @@
-"""Tensors that are needed again and again: in memory up to a limit, in memory-mapped files beyond it."""
+"""A store of tensors: in memory up to a limit, in memory-mapped files beyond it."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,14 +10,14 @@ LIMIT = 2**30  # bytes in memory
 
 
 class Shelf:
-    """Keeps tensors; its folder of files, if it comes to need one, goes when the shelf goes."""
+    """Keeps tensors; its temporary folder is removed with the object."""
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit, self.held, self.written = limit, 0, 0
         self._folder: TemporaryDirectory[str] | None = None
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """The tensor itself, or its equal in a file when memory is used up."""
+        """The tensor itself, or an equal one in a file when the limit is reached."""
         size = tensor.numel() * tensor.element_size()
         if size == 0 or self.held + size <= self.limit:
             self.held += size

@@ -1,4 +1,4 @@
-"""What a model's tensors take: each counted once, however many names or modules share it."""
+"""Bytes of a model's tensors; shared tensors count once."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +9,7 @@ from mpq.core.layer import Layer
 
 
 def state_bytes(model: nn.Module, without: Iterable[Tensor] = ()) -> int:
-    """Bytes of the tensors in a model's state, but for those of `without`; shared ones count once."""
+    """Bytes of the tensors in a model's state except those of `without`; shared ones count once."""
     left_out = {_place(tensor) for tensor in without}
     state = (tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor))
     tensors = {_place(tensor): tensor for tensor in state}
@@ -17,13 +17,13 @@ def state_bytes(model: nn.Module, without: Iterable[Tensor] = ()) -> int:
 
 
 def other_bytes(model: nn.Module, layers: Iterable[Layer]) -> int:
-    """Bytes of the tensors in a model's state that are not the layers' weights: what no scheme changes."""
+    """Bytes of the tensors in a model's state other than the layers' weights; no scheme changes them."""
     weights: list[Tensor] = [model.get_submodule(layer.name).weight for layer in layers]  # type: ignore[misc]
     return state_bytes(model, weights)
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are one in memory, or, of tensors without memory (meta), one object."""
+    """A key equal for tensors that share memory, or, on "meta", are the same object."""
     address = tensor.untyped_storage().data_ptr()
     if not address:
         return (id(tensor),)

@@ -1,5 +1,5 @@
-"""Every use of the layers' weights in a forward pass: calls of their modules, products inside modules with code of
-their own or anywhere else, and other reads of the numbers."""
+"""All uses of the layers' weights in a forward pass: calls of their modules, products computed elsewhere, and other
+reads of the values."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ from mpq.core.layer import Layer
 from mpq.network.calls import call_input
 from mpq.network.layers import matrix_to_weight, own_code, weight_matrix
 
-# see(layer name, module, inputs, outputs) gives what stands for the outputs from then on, None for themselves.
+# see(layer name, module, inputs, outputs) returns replacements of the outputs, or None to keep them.
 See: TypeAlias = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
 
 CONVOLUTIONS: dict[Any, type[nn.Conv1d | nn.Conv2d]] = {functional.conv1d: nn.Conv1d, functional.conv2d: nn.Conv2d}
-VIEWS = ("T", "mT", "H", "mH", "data", "real")  # properties of a tensor that hold its numbers
+VIEWS = ("T", "mT", "H", "mH", "data", "real")  # properties of a tensor that give its values
 ABOUT = frozenset(
     {"size", "dim", "numel", "nelement", "ndimension", "stride", "is_contiguous", "is_floating_point", "is_complex"}
     | {"element_size", "data_ptr", "storage_offset", "get_device", "__len__", "__hash__", "__repr__", "requires_grad_"}
@@ -31,16 +31,16 @@ def seeing_uses(
 ) -> Iterator[None]:
     """Call `see` at every use of a layer's weight inside the block.
 
-    A plain module's call is a use with that module. A product or look-up with the whole weight that code of a module's
-    own, or of another module, computes is a use with a stand-in: an nn.Linear, convolution or embedding with the same
-    weight and the call's own stride and padding, without bias. Any other read of the numbers is a use of an embedding
-    in which all rows are looked up once; its outputs are the weight matrix itself.
+    The call of a plain module is a use with that module. A product or look-up with the whole weight anywhere else is a
+    use with a stand-in: an nn.Linear, convolution or embedding with the same weight and the call's stride and padding,
+    without bias. Any other read of the values is a use of an embedding in which every row is looked up once; its
+    outputs are the weight matrix.
 
     Args:
-        model: computes its weights nowhere, see `mpq.network.prepare`.
+        model: without computed weights, see `mpq.network.prepare`.
         layers: whose uses are seen.
-        see: told of each use.
-        inside: the modules that are looked into; the others' calls are seen from outside.
+        see: called at each use.
+        inside: the modules whose code is traced; others count as one call.
     """
     modules = {model.get_submodule(name): layer.name for layer in layers for name in layer.names}
     watch = _Watch(modules, see)
@@ -68,13 +68,13 @@ def seeing_uses(
 
 
 class _Watch(TorchFunctionMode):
-    """Looks at the arguments of every function of torch for a layer's weight, outside of plain modules."""
+    """Checks the arguments of every torch function outside of plain modules for a layer's weight."""
 
     def __init__(self, modules: Mapping[nn.Module, str], see: See) -> None:
         super().__init__()
         self.modules = {id(module.weight): (module, name) for module, name in modules.items()}
         self.see, self.depth = see, 0
-        self.read: dict[int, Tensor] = {}  # what stands for a weight that was read
+        self.read: dict[int, Tensor] = {}  # replacements of weights that were read
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,7 +105,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _is_about(func: Any) -> bool:
-    """Whether a function tells of a tensor without its numbers."""
+    """Whether a function reads metadata of a tensor and not its values."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(func.__self__, "__name__", "") not in VIEWS
@@ -113,7 +113,7 @@ def _is_about(func: Any) -> bool:
 
 
 def _stand_in(func: Any, input: Any = None, weight: Any = None, *args: Any, **kwargs: Any) -> nn.Module | None:
-    """The plain module that computes a product or look-up with a whole weight; None for any other function."""
+    """The plain module equivalent to a product or look-up with a whole weight; None for other functions."""
     if func is functional.embedding:
         return _embedding(weight, weight)
     if func is functional.linear and weight.ndim == 2:

@@ -1,4 +1,4 @@
-"""How codes are chosen: one method, one file. A method takes a weight (rows, cols), a format and, where the layer's
+"""Rounding methods, one a file. A method takes a weight (rows, cols), a format and, where the layer's
 inputs are known, their second moment sum(x x^T), (cols, cols) or (conv groups, cols, cols). Plugins add methods through
 the entry-point group "mpq.roundings".
 """
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 Method: TypeAlias = "Callable[[Tensor, Format, Tensor | None], Quantized]"
 
-DEFAULT_METHOD = "gptq"  # of whole jobs; what rounds without calibration data takes "mse"
+DEFAULT_METHOD = "gptq"  # default of whole jobs; rounding without calibration data takes "mse"
 METHODS: Registry[Rounding] = Registry(
     Rounding,
     "rounding method",
     "mpq.roundings",
     [
-        Rounding("nearest", "mpq.rounding.nearest:nearest", "to the nearest code, scales from the largest magnitude"),
-        Rounding("mse", "mpq.rounding.clip_search:clip_search", "to nearest, scales of least squared error"),
+        Rounding("nearest", "mpq.rounding.nearest:nearest", "nearest code, scales from the largest magnitude"),
+        Rounding("mse", "mpq.rounding.clip_search:clip_search", "nearest code, scales of least squared error"),
         Rounding(
             "gptq",
             "mpq.rounding.gptq:gptq",
@@ -35,5 +35,5 @@ METHODS: Registry[Rounding] = Registry(
 
 
 def method_named(name: str) -> Method:
-    """The rounding method called `name`, ours or a plugin's; MpqError with the known names when there is none."""
+    """The rounding method of this name, built in or a plugin's; MpqError with the known names otherwise."""
     return METHODS.named(name).load()

@@ -1,4 +1,4 @@
-"""A layer's inputs in an activation format: quantized on the fly, with dynamic scales."""
+"""Inputs of a layer in an activation format, with dynamic or static scales."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +12,10 @@ from mpq.rounding.reference import dequantize, quantize
 
 
 def fake_quantize_inputs(module: nn.Module, inputs: Tensor, format: Format, scale: float | None = None) -> Tensor:
-    """The inputs as the format holds them, in their own shape and type.
+    """The inputs rounded to the format, in their own shape and type.
 
     Rows are tokens: the features of one position, channels for a convolution. Groups run along a row. `scale` is a
-    static one for the whole tensor, where the format has one; larger inputs are clipped.
+    static scale for formats with one scale for the tensor; larger inputs are clipped.
     """
     channels = inputs.ndim - len(module.kernel_size) - 1 if isinstance(module, _ConvNd) else -1
     tokens = inputs.movedim(channels, -1)
@@ -26,7 +26,7 @@ def fake_quantize_inputs(module: nn.Module, inputs: Tensor, format: Format, scal
 
 
 def straight_through(values: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
-    """`rounding(values)`, with the identity for a gradient (straight-through, arXiv 1308.3432)."""
+    """`rounding(values)` with the identity as its gradient (straight-through, arXiv 1308.3432)."""
     rounded: Tensor = _StraightThrough.apply(values, rounding)  # type: ignore[no-untyped-call]
     return rounded
 

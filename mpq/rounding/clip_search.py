@@ -1,4 +1,4 @@
-"""Scales by mean squared error: clipping a few large weights lets the many small ones be finer."""
+"""Scales of least squared error: clipping a few large weights gives the many small ones a finer step."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -31,9 +31,9 @@ from mpq.rounding.super_blocks import settle
 
 RATIOS = tuple(1.0 - 0.035 * step for step in range(20))  # of the absmax scale, 1 down to 0.335
 RANGES = tuple(1.1 - 0.06 * step for step in range(10))  # of a group's range where it has a minimum, 1.1 to 0.56
-ANCHORS = (0.0, 0.5, 1.0)  # where a range is held when it widens or narrows: its low end, middle and high end
+ANCHORS = (0.0, 0.5, 1.0)  # fixed point of a range that widens or narrows: low end, middle, high end
 REFITS = 3
-BLOCK = 2**18  # elements searched at once: the copies that a search makes stay in the cache
+BLOCK = 2**18  # elements searched at once, so that temporaries stay in the cache
 
 
 def clip_search(
@@ -43,12 +43,12 @@ def clip_search(
     *,
     importance: Tensor | None = None,  # (rows, cols) weights of the squared errors
 ) -> Quantized:
-    """Nearest codes, with the scale (and minimum) of each group that leaves the least (weighted) squared error.
+    """Nearest codes, with scales (and minima) of least (weighted) squared error for each group.
 
-    Tries a ladder of clipping ratios, then refits each scale to its codes by least squares, alternately (as in
-    LSQ-style initialisations; the error never rises). Grids that reach further below zero than above are tried with
-    scales of both signs, where the scale's type has a sign. In super-blocks, scales and minima are free numbers at
-    first and then settle on their integers. The second moment is not used.
+    Tries a ladder of clipping ratios, then alternates between least-squares scales and nearest codes, as LSQ-style
+    initializations do; the error never rises. Asymmetric grids are tried with scales of both signs, where the scale's
+    type has a sign. In super-blocks, scales and minima are real numbers first and then rounded to their integers. The
+    second moment is not used.
     """
     if format.is_float_copy or weight.numel() == 0:
         return quantize(weight, format)
@@ -83,7 +83,7 @@ def _search_rows(weight: Tensor, format: Format, tensor_scale: Tensor | None, im
 
 
 class _Search:
-    """The best scale, and zero point or minimum, of every group so far."""
+    """The best scale, zero point and minimum of every group so far."""
 
     def __init__(self, elements: Tensor, weights: Tensor, format: Format, tensor_scale: Tensor | None) -> None:
         self.elements, self.weights, self.format, self.tensor_scale = elements, weights, format, tensor_scale
@@ -93,7 +93,7 @@ class _Search:
         self.errors = torch.full(elements.shape[:-1], torch.inf)
 
     def offer(self, scales: Tensor, zeros: Tensor | None = None, minima: Tensor | None = None) -> None:
-        """Keep the offered scales where they leave a smaller error."""
+        """Keep the offered scales where they have a smaller error."""
         scales, minima = self._storable(scales, minima)
         factor = real_scales(scales, self.tensor_scale).unsqueeze(-1)
         numbers = self._units(factor, zeros, minima).mul_(factor)
@@ -109,7 +109,7 @@ class _Search:
             self.minima = minima if self.minima is None else torch.where(better, minima, self.minima)
 
     def offer_all(self, candidates: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        """Offer scales with their zero points, all in one pass over the elements where compiled code runs."""
+        """Offer several scales with their zero points; compiled code takes one pass over the elements."""
         grid = self.format.grid
         if not compiled.serves(grid, self.elements, self.weights) or self.elements.shape[-1] == 0:
             for scales, zeros in candidates:
@@ -126,7 +126,7 @@ class _Search:
         self.offer(chosen(stored), chosen(torch.stack(offsets)) if offsets else None)
 
     def refit(self, scales: Tensor | None = None, minima: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The least-squares scales (and minima) for the codes that these, or the best so far, give."""
+        """Offer least-squares scales (and minima) for the codes of these tables, or of the best so far."""
         scales, minima = (self.scales, self.minima) if scales is None else self._storable(scales, minima)
         units = self._units(real_scales(scales, self.tensor_scale).unsqueeze(-1), self.zeros, minima)
         if minima is not None:
@@ -138,7 +138,7 @@ class _Search:
         return torch.where((power > 0) & (fit != 0), fit, scales), None
 
     def _refit_line(self, units: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """Slope and height of the line through (code, number); the line through zero where its height is too high."""
+        """Slope and intercept of the line through (code, weight); through zero where the intercept is positive."""
         total = self.weights.sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         middle, height = ((x * self.weights).sum(-1) / total for x in (units, self.elements))
         centred = (units - middle.unsqueeze(-1)).mul_(self.weights)
@@ -152,7 +152,7 @@ class _Search:
         return slope, minima
 
     def _storable(self, scales: Tensor, minima: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Rounded to what the format stores; in super-blocks, only what no rounding could store is changed."""
+        """Rounded to the format's types; in super-blocks, only clamped to values that can be stored."""
         if self.format.super_group:
             free = torch.where(scales == 0, torch.ones_like(scales), scales)
             return free, None if minima is None else minima.clamp(max=0)
@@ -186,7 +186,7 @@ def _candidates(elements: Tensor, widest: Tensor, format: Format) -> list[tuple[
 
 
 def _search_ranges(search: _Search, weight: Tensor) -> None:
-    """Offer each group's range, and the lines fitted to the codes of wider and narrower ones, held at several ends."""
+    """Offer each group's range, and lines fitted to the codes of wider and narrower ranges."""
     low, high = group_range(weight, search.format)
     search.offer((high - low) / search.format.grid.max, None, low)
     for anchor, ratio in product(ANCHORS, RANGES):

@@ -1,4 +1,4 @@
-"""The compiled inner loops of rounding (`src/rounding.c`); without them PyTorch computes the same, slower."""
+"""The compiled inner loops of rounding (`src/rounding.c`); without them PyTorch computes the same results, slower."""
 
 import ctypes
 import importlib
@@ -13,7 +13,7 @@ from torch import Tensor
 from mpq.core.grids import Grid
 
 KINDS = {"int": 0, "float": 1, "codebook": 2}
-ROWS_OF_A_THREAD = 32  # at least: less work does not pay for starting a thread
+ROWS_OF_A_THREAD = 32  # least work for which starting a thread pays
 _log = logging.getLogger(__name__)
 
 
@@ -37,17 +37,17 @@ class GridStruct(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The library, or None where the package was installed without a compiler (said once, in the log)."""
+    """The library, or None where the package was installed without a compiler (logged once)."""
     try:
         path = importlib.import_module("mpq.rounding._native").__file__
     except ImportError:
-        _log.warning("mpq was installed without its compiled rounding; PyTorch computes it several times slower")
+        _log.warning("mpq was installed without its compiled rounding: PyTorch computes it, several times slower")
         return None
     return ctypes.CDLL(path)
 
 
 def serves(grid: Grid, *tensors: Tensor) -> bool:
-    """Whether the compiled loops can take a grid and these tensors."""
+    """Whether the compiled loops support a grid and these tensors."""
     on_cpu = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
     return on_cpu and grid.family in KINDS and grid.bits <= 8 and library() is not None
 
@@ -60,9 +60,9 @@ def gptq_block(
     codes: Tensor,  # uint8 (rows, width), written
     grid: Grid,
 ) -> Tensor:
-    """Round a block of columns one by one, the later ones making up for each error: the errors (rows, width)."""
+    """Round a block of columns one by one, compensating each error in later columns: the errors (rows, width)."""
     rows, width = pending.shape
-    inverse = inverse.contiguous()  # factorizations come column by column
+    inverse = inverse.contiguous()  # factorizations are column-major
     errors = torch.empty(rows, width)
     described = _described(grid)
     function = _function("mpq_gptq_block")
@@ -82,11 +82,11 @@ def gptq_block(
 def best_scales(
     elements: Tensor,  # (rows or 1, groups, size)
     weights: Tensor,  # the same
-    factors: Sequence[Tensor],  # candidates (rows or 1, groups)
-    zeros: Sequence[Tensor] | None,  # zero points of the candidates
+    factors: Sequence[Tensor],  # of each candidate (rows or 1, groups)
+    zeros: Sequence[Tensor] | None,  # zero points of each candidate
     grid: Grid,
 ) -> tuple[Tensor, Tensor]:
-    """For each group the candidate of least weighted squared error, int64, and that error, float32."""
+    """For each group, the index of the candidate of least weighted squared error, int64, and that error, float32."""
     shape, size = elements.shape[:-1], elements.shape[-1]
     flat, shares = elements.contiguous(), weights.contiguous()
     groups = flat.numel() // size
@@ -104,10 +104,10 @@ def best_scales(
 
 
 class _Described:
-    """A grid as the library takes it, with the tables that it points into."""
+    """A grid as passed to the library, with the tables that it points to."""
 
     def __init__(self, grid: Grid) -> None:
-        from mpq.rounding.reference import decode, encode  # the reference uses nothing of this module
+        from mpq.rounding.reference import decode, encode  # the reference does not use this module
 
         values = torch.tensor(sorted({value for value in grid.values().tolist() if value == value}))
         doubled = values.double()
@@ -134,7 +134,7 @@ def _function(name: str) -> Callable[..., None]:
 
 
 def _by_rows(work: Callable[[int, int], None], rows: int) -> None:
-    """Call `work(first, last)` for shares of the rows, each in a thread of its own."""
+    """Call `work(first, last)` for shares of the rows, each in its own thread."""
     count = max(1, min(torch.get_num_threads(), rows // ROWS_OF_A_THREAD))
     ends = [rows * share // count for share in range(count + 1)]
     if count == 1:

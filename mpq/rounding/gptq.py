@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, the columns to come making up for each error."""
+"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, compensating each error in later columns."""
 
 import weakref
 from dataclasses import replace
@@ -23,7 +23,7 @@ from mpq.rounding.reference import (
     to_groups,
 )
 
-BLOCK = 128  # columns whose corrections are applied to the rest in one product (section 4, step 2)
+BLOCK = 128  # columns whose corrections are applied to the rest in one product (section 3.3, step 2)
 
 
 def gptq(
@@ -34,15 +34,14 @@ def gptq(
     *,
     damping: float = 0.01,
 ) -> Quantized:
-    """Codes that keep the layer's output, sum over rows of dw H dw^T with H the inputs' second moment.
+    """Codes of small output error: sum over rows of dw H dw^T, with H the inputs' second moment.
 
-    Scales are found first, by clip search with each column's error weighted by H's diagonal, so columns may be taken
-    in order of falling diagonal while groups stay where they are. Every row ends with the best of GPTQ's, clip
-    search's and plain nearest codes, so its output error is never above theirs. Without a second moment this is clip
-    search.
+    Scales come first, from a clip search with column errors weighted by H's diagonal, so that columns can be taken in
+    order of falling diagonal without changing groups. Every row gets the best of GPTQ's, clip search's and nearest
+    codes, so its output error is never above theirs. Without a second moment this is clip search.
 
     Raises:
-        MpqError: the second moment does not fit the weight, or is not finite.
+        MpqError: a second moment of another shape, or not finite.
     """
     if second_moment is None or format.is_float_copy or weight.numel() == 0:
         return clip_search(weight, format)
@@ -50,7 +49,7 @@ def gptq(
     hessian = second_moment.detach().float().reshape(-1, second_moment.shape[-1], second_moment.shape[-1])
     if hessian.shape[-1] != cols or rows % hessian.shape[0] or not bool(torch.isfinite(hessian).all()):
         raise MpqError(
-            f"GPTQ wants a finite second moment ({cols}, {cols}) for a weight {(rows, cols)}, "
+            f"invalid second moment for GPTQ: expected finite ({cols}, {cols}) for a weight {(rows, cols)}, "
             f"not one of shape {tuple(second_moment.shape)}"
         )
     weight = weight.detach().float()
@@ -77,7 +76,7 @@ def _damped(hessian: Tensor, damping: float) -> Tensor:
 
 
 class _Last:
-    """The factor of the second moment seen last: a layer is rounded in one format after another."""
+    """Cache of the last second moment's factor, since a layer is rounded in one format after another."""
 
     moment: "weakref.ref[Tensor] | None" = None
     version, damping = -1, 0.0
@@ -149,7 +148,7 @@ def gptq_block(
 
 
 def _elementwise(start: Quantized) -> tuple[Tensor, Tensor]:
-    """Of each element, (rows, cols): what its code is multiplied by, and what is added then."""
+    """Factor and offset of each element's code, both (rows, cols)."""
     template = to_groups(torch.ones(start.shape), start.format)
     scales, minima = group_scales(start), group_minima(start)
     if start.zeros is not None:
@@ -172,18 +171,20 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
             if not bool(failed.any()):
                 return inverse
         hessian = _damped(hessian, 0.1)
-    raise MpqError("GPTQ's second moment is not positive definite even with heavy damping: use more calibration data")
+    raise MpqError(
+        "the second moment for GPTQ is not positive definite even with heavy damping: use more calibration data"
+    )
 
 
 def _best_rows(weight: Tensor, hessian: Tensor, candidates: list[Quantized]) -> Quantized:
-    """Row by row the candidate of least output error; as a whole where all rows share one scale."""
+    """The candidate of least output error for each row, or for the whole matrix where all rows share one scale."""
     errors = torch.stack([row_errors(weight, candidate, hessian) for candidate in candidates])
     if candidates[0].format.granularity == "tensor":
         return candidates[int(errors.sum(1).argmin())]
     choice = errors.argmin(0)
 
     def pick(tables: list[Tensor]) -> Tensor:
-        if tables[0].ndim == 0:  # one for the tensor, the same for all
+        if tables[0].ndim == 0:  # one scale for the tensor, the same in all candidates
             return tables[0]
         return torch.stack(tables)[choice, torch.arange(len(choice))]
 

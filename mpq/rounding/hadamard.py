@@ -1,4 +1,4 @@
-"""Random Hadamard rotations: outliers spread over a block, and products of two rotated matrices unchanged."""
+"""Random Hadamard rotations: they distribute outliers over a block and keep the product of two rotated matrices."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +19,7 @@ class Rotation:
 
     @property
     def block(self) -> int:
-        """Neighbours that are mixed."""
+        """Size of a block: neighbours that are mixed."""
         return len(self.signs)
 
     def rotate(self, matrix: Tensor) -> Tensor:
@@ -38,10 +38,10 @@ def random_rotation(block: int, generator: torch.Generator) -> Rotation:
     """A rotation with random signs.
 
     Raises:
-        MpqError: a block that is no power of two.
+        MpqError: a block size that is not a power of two.
     """
     if block < 1 or block & (block - 1):
-        raise MpqError(f"a Hadamard rotation mixes a power of two of neighbours, not {block}")
+        raise MpqError(f"invalid block size of a Hadamard rotation: expected a power of two, not {block}")
     signs = torch.randint(0, 2, (block,), generator=generator, device=generator.device) * 2 - 1
     return Rotation(signs.float())
 

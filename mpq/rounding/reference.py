@@ -1,4 +1,4 @@
-"""Quantize and dequantize a matrix in a format: the plain reference that every kernel must equal."""
+"""The reference of quantizing and dequantizing a matrix; every kernel must equal it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,10 +23,10 @@ TABLES = ("scales", "zeros", "tensor_scale", "minima", "super_scales", "super_mi
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix in a format: codes, and the tables that say what they mean.
+    """A quantized matrix: codes, and tables of scales, zero points and minima.
 
-    Its numbers are (value of the code - zero point) * scale + minimum. A group's scale is the one in `scales`, times
-    the tensor's or the super-block's own where there is one; its minimum likewise.
+    Its values are (value of the code - zero point) * scale + minimum. A group's scale is its entry of `scales`, times
+    the scale of the tensor or super-block where there is one; minima likewise.
     """
 
     format: Format
@@ -37,17 +37,17 @@ class Quantized:
     tensor_scale: Tensor | None = None  # float32 ()
     minima: Tensor | None = None  # float32, as scales; exact in the minimum's own type
     super_scales: Tensor | None = None  # float32 (rows, super-blocks), exact in float16
-    super_minima: Tensor | None = None  # the same; what a minimum of 1 adds, negative as a rule
-    parts: tuple["Quantized", ...] = ()  # of a mix alone: the rows of each format that has any; codes are empty then
+    super_minima: Tensor | None = None  # the same for minima; usually negative
+    parts: tuple["Quantized", ...] = ()  # of a mix only: the rows of each format that has any; `codes` is then empty
 
     def tables(self) -> dict[str, Tensor]:
-        """The tables that the format has, by field name; those of a mix's parts by their place and that."""
+        """The tables of the format, by field name; those of a mix's parts by index and field name."""
         if self.parts:
             return {f"{i}_{name}": table for i, part in enumerate(self.parts) for name, table in part.tables().items()}
         return {name: table for name in TABLES if (table := getattr(self, name)) is not None}
 
     def map_tables(self, change: Callable[[str, Tensor], Tensor]) -> "Quantized":
-        """The same codes with every table changed."""
+        """The same codes with `change` applied to every table."""
         if self.parts:
             return replace(self, parts=tuple(_map_part(i, part, change) for i, part in enumerate(self.parts)))
         changed: dict[str, Any] = {name: change(name, table) for name, table in self.tables().items()}
@@ -98,13 +98,15 @@ def quantize(
 def check_weight(weight: Tensor) -> None:
     """MpqError when a weight is not a matrix of finite numbers."""
     if weight.ndim != 2 or not weight.is_floating_point():
-        raise MpqError(f"quantize wants a float matrix (rows, cols), not {weight.dtype} {tuple(weight.shape)}")
+        raise MpqError(
+            f"invalid weight: expected a float matrix (rows, cols), not {weight.dtype} {tuple(weight.shape)}"
+        )
     if not bool(torch.isfinite(weight).all()):
-        raise MpqError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinite numbers and cannot be quantized")
+        raise MpqError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values and cannot be quantized")
 
 
 def stacked(parts: Sequence[Quantized]) -> Quantized:
-    """Matrices of one format, tensor scale and number of columns, one below the other."""
+    """Concatenate rows of matrices with one format, tensor scale and number of columns."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -115,7 +117,7 @@ def stacked(parts: Sequence[Quantized]) -> Quantized:
 
 
 def recode(weight: Tensor, tables: Quantized) -> Quantized:  # (rows, cols), float
-    """The nearest codes of the weight, ties to even, with the tables of another of its format and shape."""
+    """The nearest codes of the weight, ties to even, under the tables of another quantized matrix of its shape."""
     if tables.parts:
         pairs = zip(tables.parts, tables.part_rows(), strict=True)
         return replace(tables, parts=tuple(recode(weight[rows], part) for part, rows in pairs))
@@ -132,7 +134,7 @@ def recode(weight: Tensor, tables: Quantized) -> Quantized:  # (rows, cols), flo
 
 
 def dequantize(quantized: Quantized) -> Tensor:
-    """The numbers that the codes stand for, float32 (rows, cols)."""
+    """The values of the codes, float32 (rows, cols)."""
     format = quantized.format
     if quantized.parts:
         whole = torch.empty(quantized.shape, device=quantized.codes.device)
@@ -152,33 +154,33 @@ def dequantize(quantized: Quantized) -> Tensor:
 
 
 def group_scales(quantized: Quantized) -> Tensor:
-    """What the codes of each group are multiplied by, float32 (rows, groups), or (1, 1) for the tensor."""
+    """Factors of each group's codes, float32 (rows, groups), or (1, 1) for the tensor."""
     assert quantized.scales is not None
     scales = real_scales(quantized.scales, quantized.tensor_scale)
     return _in_units(scales, quantized.super_scales, quantized.format)
 
 
 def group_minima(quantized: Quantized) -> Tensor | None:
-    """What each group adds to its numbers, float32, as `group_scales`; None in formats without minima."""
+    """Offsets of each group's values, float32, in the shape of `group_scales`; None in formats without minima."""
     if quantized.minima is None:
         return None
     return _in_units(quantized.minima, quantized.super_minima, quantized.format)
 
 
 def _in_units(table: Tensor, units: Tensor | None, format: Format) -> Tensor:
-    """(rows, groups) times the units of their super-blocks, if any."""
+    """(rows, groups) times the units of their super-blocks, where there are any."""
     if units is None:
         return table
     return table * units.repeat_interleave(format.super_group, 1)[:, : table.shape[1]]
 
 
 def real_scales(scales: Tensor, tensor_scale: Tensor | None) -> Tensor:
-    """Group scales times the tensor's own."""
+    """Group scales times the tensor's scale."""
     return scales if tensor_scale is None else scales * tensor_scale
 
 
 def fake_quantize(matrix: Tensor, format: Format) -> Tensor:
-    """Quantize and dequantize at once: float32 (rows, cols)."""
+    """Quantize and dequantize: float32 (rows, cols)."""
     return dequantize(quantize(matrix, format))
 
 
@@ -201,7 +203,7 @@ def from_groups(elements: Tensor, format: Format, shape: tuple[int, int]) -> Ten
 
 
 def tensor_scale_of(weight: Tensor, format: Format) -> Tensor | None:
-    """NVFP4's second level, () or None: absmax / (largest scale * largest element); no group scale overflows."""
+    """NVFP4's tensor scale, () or None: absmax / (largest scale * largest element): no group scale overflows."""
     if not format.tensor_scale:
         return None
     largest = weight.abs().max() if weight.numel() else weight.new_zeros(())
@@ -210,10 +212,10 @@ def tensor_scale_of(weight: Tensor, format: Format) -> Tensor | None:
 
 
 def absmax_scales(weight: Tensor, format: Format, tensor_scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Scales, rounded to their type, that map each group's largest magnitude to the grid's end; zero points if any.
+    """Scales, rounded to their type, that map each group's largest magnitude to the grid's end; zero points or None.
 
     Power-of-two scales follow the MX specification, section 6.3: 2**(floor(log2(absmax)) - floor(log2(grid.max))).
-    With zero points the range always holds zero, and zero is exact.
+    With zero points the range always includes zero, which is exact.
     """
     elements = to_groups(weight, format)
     if format.zero_point:
@@ -234,9 +236,9 @@ def absmax_scales(weight: Tensor, format: Format, tensor_scale: Tensor | None = 
 
 
 def range_tables(weight: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-    """Scales and minima, not yet rounded, that map each group's range to the grid's; for formats that are not plain.
+    """Unrounded scales and minima that map each group's range to the grid's; for formats that are not plain.
 
-    Minima of super-blocks are never above zero: their units have one sign.
+    Minima of super-blocks are at most zero, since their units have one sign.
     """
     if not format.minimum:
         return to_groups(weight, format).abs().amax(-1) / format.grid.max, None
@@ -245,18 +247,18 @@ def range_tables(weight: Tensor, format: Format) -> tuple[Tensor, Tensor | None]
 
 
 def group_range(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """Smallest and largest number of each group, (rows, groups); not above and not below zero in super-blocks."""
+    """Smallest and largest value of each group, (rows, groups); in super-blocks the range includes zero."""
     elements = to_groups(weight, format)
     if elements.shape[-1] == 0:
         return elements.new_zeros(elements.shape[:-1]), elements.new_zeros(elements.shape[:-1])
-    filling = to_groups(torch.ones_like(weight), format) == 0  # of a short last group
+    filling = to_groups(torch.ones_like(weight), format) == 0  # padding of a short last group
     low = torch.where(filling, torch.inf, elements).amin(-1)
     high = torch.where(filling, -torch.inf, elements).amax(-1)
     return (low.clamp(max=0), high.clamp(min=0)) if format.super_group else (low, high)
 
 
 def store_tables(scales: Tensor, minima: Tensor | None, format: Format, weight: Tensor) -> Quantized:
-    """Scales and minima (rows, groups) rounded to the types that the format stores them in; codes are still missing."""
+    """Scales and minima (rows, groups) rounded to the format's types, as a Quantized without codes."""
     shape = (weight.shape[0], weight.shape[1])
     if format.super_group:
         scales, super_scales = round_in_units(scales, format.scale, format.super_group)
@@ -273,9 +275,9 @@ def round_in_units(
     kind: str,
     size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Integers of a type, (rows, groups), and for `size` neighbours the float16 unit, that are nearest to a table.
+    """The integers (rows, groups), and a float16 unit for each `size` neighbours, nearest to a table.
 
-    The number of largest magnitude becomes the type's integer of largest magnitude.
+    The entry of largest magnitude becomes the type's integer of largest magnitude.
     """
     grid = INTEGER_SCALES[kind]
     rows, groups = table.shape
@@ -287,7 +289,7 @@ def round_in_units(
 
 
 def storable_scales(scales: Tensor, format: Format) -> Tensor:
-    """Scales rounded to the format's type; zero only in grids without a zero, whose zero weights need such a scale."""
+    """Scales rounded to the format's type; zero only for all-zero groups of grids without a zero."""
     rounded = round_scales(scales, format.scale)
     if format.grid.has_zero:
         return rounded
@@ -295,13 +297,13 @@ def storable_scales(scales: Tensor, format: Format) -> Tensor:
 
 
 def round_minima(minima: Tensor, format: Format) -> Tensor:
-    """Minima in the float type that the format stores them in, float32."""
+    """Minima rounded to the format's float type, float32."""
     return to_float_copy(minima, format.minimum).float()
 
 
 def round_scales(scales: Tensor, kind: str) -> Tensor:
-    """Nearest scale that its type can hold, float32; never zero, infinite or NaN: zero becomes 1, an underflow the
-    smallest positive scale. Signs survive in types that have one.
+    """Scales rounded to their type, float32; never zero, infinite or NaN: zero becomes 1, an underflow the smallest
+    positive scale. Signed types keep the sign.
     """
     grid = SCALES[kind]
     magnitude = scales.abs()
@@ -333,7 +335,7 @@ def _encode_float(values: Tensor, grid: Grid) -> Tensor:
     magnitude = values.abs().clamp(max=grid.max)
     lowest = 1 - grid.bias  # exponent of the smallest normal number, and of all subnormals
     exponent = torch.where(magnitude > 0, torch.frexp(magnitude).exponent - 1, lowest).clamp(min=lowest)
-    # In units of the last place; rounding up to the next power of two simply carries into the exponent field below.
+    # In units of the last place; rounding up to the next power of two carries into the exponent field below.
     units = torch.ldexp(magnitude, grid.mantissa - exponent).round().int()
     code = units + ((exponent - lowest) << grid.mantissa)
     sign = (values < 0) & (code > 0) if grid.signed else torch.zeros_like(values, dtype=torch.bool)
@@ -341,7 +343,7 @@ def _encode_float(values: Tensor, grid: Grid) -> Tensor:
 
 
 def encode_by_search(values: Tensor, grid: Grid) -> Tensor:
-    """`encode` by comparing with every value of the grid: slow, and obviously right."""
+    """`encode` by comparison with every value of the grid: slow and simple, for tests."""
     table = torch.tensor(grid.values(), dtype=torch.float64)
     distance = (values.double().unsqueeze(-1) - table).abs().nan_to_num(nan=math.inf)
     nearest = distance == distance.amin(-1, keepdim=True)
@@ -350,14 +352,14 @@ def encode_by_search(values: Tensor, grid: Grid) -> Tensor:
 
 
 def snap(values: Tensor, grid: Grid) -> Tensor:
-    """`decode(encode(values, grid), grid)` of finite numbers, several times faster: float32, same shape."""
+    """`decode(encode(values, grid), grid)` of finite values, several times faster: float32, same shape."""
     if grid.family == "int":
         return values.float().round().clamp(grid.min, grid.max)
     if grid.family != "float":
         return decode(encode(values, grid), grid)
     inside = values.float().clamp(grid.min, grid.max)
-    # The power of two below each value, and a number so much larger that adding it leaves float32 no finer digit than
-    # the grid's last one: its own rounding, ties to even, does the work.
+    # Adding a number so large that float32 has no finer digit than the grid's last one rounds to the grid, ties to
+    # even.
     power = (inside.view(torch.int32) & EXPONENT_BITS).view(torch.float32).clamp(min=2.0 ** (1 - grid.bias))
     large = power * (1.5 * 2.0 ** (FLOAT32_MANTISSA - grid.mantissa))
     return inside + large - large
@@ -375,7 +377,7 @@ def decode_table(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
 
 
 def to_float_copy(weight: Tensor, name: str) -> Tensor:
-    """The weight in a 16- or 32-bit float; numbers beyond its range become its largest."""
+    """The weight as a 16- or 32-bit float; values beyond its range become its largest."""
     dtype = COPY_DTYPES[name]
     limit = torch.finfo(dtype).max
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -383,7 +385,7 @@ def to_float_copy(weight: Tensor, name: str) -> Tensor:
 
 
 def encode_scales(scales: Tensor, kind: str) -> Tensor:
-    """Scales as they are stored: a float tensor, or the codes of a smaller type as uint8. Exact."""
+    """Scales in their stored form: a float tensor, or codes of a smaller type as uint8. Exact."""
     if kind in COPY_DTYPES:
         return scales.to(COPY_DTYPES[kind])
     return encode(scales, SCALES[kind])

@@ -1,4 +1,4 @@
-"""Stochastic rounding: up or down with the odds that keep the mean."""
+"""Stochastic rounding: up or down with probabilities that keep the mean."""
 
 from functools import lru_cache
 
@@ -11,23 +11,23 @@ from mpq.core.grids import Grid
 
 
 def stochastic_round(values: Tensor, grid: Grid, generator: torch.Generator, random_bits: int | None = None) -> Tensor:
-    """One of the grid's two values around each number, float32 of the same shape; the mean is the number itself.
+    """One of the two grid values around each value, float32 of the same shape; its mean is the value itself.
 
-    A number `d` of the way to the upper neighbour goes up when d + r >= 1, r uniform in (0, 1). Numbers beyond the
-    grid's ends become the ends, which is the only bias.
+    A value at fraction `d` of the step to its upper neighbour is rounded up when d + r >= 1, r uniform in (0, 1).
+    Values beyond the grid's ends are clipped, which is the only bias.
 
     Args:
-        values: numbers in units of the scale, on the generator's device.
+        values: in units of the scale, on the generator's device.
         grid: of up to 8 bits.
         generator: the source of r.
-        random_bits: draw r from the 2**random_bits centres of as many equal parts, as hardware does; the bias is then
-            at most a 2**-(random_bits + 1) of the step.
+        random_bits: draw r from the centres of 2**random_bits equal intervals, as hardware does; the bias is then at
+            most 2**-(random_bits + 1) steps.
 
     Raises:
         MpqError: a grid of more than 8 bits.
     """
     if grid.bits > 8:
-        raise MpqError(f"stochastic rounding wants a grid of up to 8 bits, not {grid.name}")
+        raise MpqError(f"invalid grid for stochastic rounding: expected up to 8 bits, not {grid.name}")
     table = _ascending(grid).to(values.device)
     numbers = values.float().clamp(grid.min, grid.max).contiguous()
     upper = torch.searchsorted(table, numbers, right=True).clamp(1, len(table) - 1)
@@ -38,7 +38,7 @@ def stochastic_round(values: Tensor, grid: Grid, generator: torch.Generator, ran
     else:
         parts = torch.randint(0, 2**random_bits, numbers.shape, generator=generator, device=values.device)
         draws = (2 * parts + 1) / 2 ** (random_bits + 1)
-    # A draw of exactly 1 must not lift a number that lies on the grid.
+    # A draw of exactly 1 must not round up a value that lies on the grid.
     return torch.where((fraction + draws >= 1) & (fraction > 0), high, low)
 
 

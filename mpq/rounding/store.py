@@ -34,12 +34,12 @@ class Rounder(Protocol):
 
 
 class MethodRounder:
-    """Rounds a layer whenever it is asked for, and keeps nothing.
+    """Rounds a layer at each call, without a cache.
 
     Args:
         method: rounding method, by name or itself.
-        second_moments: of the layers' inputs, by layer name, where the method uses them, or what gives them when a
-            layer is rounded for the first time.
+        second_moments: of the layers' inputs, by layer name, where the method uses them, or a function that returns
+            them, called when the first layer is rounded.
     """
 
     def __init__(self, method: "str | Method" = "mse", second_moments: Moments = None) -> None:
@@ -70,11 +70,11 @@ class MethodRounder:
 
 
 class RoundingStore(MethodRounder):
-    """Rounds each layer of one model once in each format, and keeps about a byte for each weight and format.
+    """Rounds each layer of one model once in each format; keeps about a byte per weight and format.
 
     Args:
         method, second_moments: as of `MethodRounder`.
-        limit: bytes in memory; what is beyond lies in memory-mapped files.
+        limit: bytes in memory; the rest is kept in memory-mapped files.
     """
 
     def __init__(self, method: "str | Method" = "mse", second_moments: Moments = None, limit: int = LIMIT) -> None:

@@ -1,4 +1,4 @@
-"""Integer scales and minima of super-blocks: free numbers settle on the integers that leave the least squared error."""
+"""Integer scales and minima of super-blocks: real tables are rounded to the integers of least squared error."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from torch.nn import functional
 from mpq.core.grids import INTEGER_SCALES
 from mpq.rounding.reference import Quantized, recode, round_in_units, round_scales, snap, to_groups
 
-LADDER = (0.97, 0.94, 0.9, 0.85, 1.04)  # further units, as ratios of the one that the largest scale asks for
+LADDER = (0.97, 0.94, 0.9, 0.85, 1.04)  # further units to try, relative to the one derived from the largest scale
 ROUNDS = 2
 TINY = 1e-30
 
@@ -27,14 +27,14 @@ class Tables:
 def settle(
     weight: Tensor,  # (rows, cols)
     weights: Tensor,  # (rows, groups, elements of a group) of the squared errors
-    scales: Tensor,  # (rows, groups), free numbers
-    minima: Tensor | None,  # the same, not above zero
-    start: Quantized,  # what to fall back on
+    scales: Tensor,  # (rows, groups), real numbers
+    minima: Tensor | None,  # the same, at most zero
+    start: Quantized,  # the fallback
 ) -> Quantized:
-    """The weight in start's format, a format of super-blocks, near the given scales and minima.
+    """Quantize the weight in the super-block format of `start`, near the given scales and minima.
 
-    Integers and units come from a ladder of units; then groups move to neighbouring integers, and units to their
-    least-squares fit, as long as the error falls. It never exceeds that of `start`.
+    Tries a ladder of units; then moves groups to neighbouring integers, and units to their least-squares fit, as long
+    as the error falls. The error is never above that of `start`.
     """
     format = start.format
     state = _State(to_groups(weight, format), weights, start)
@@ -50,7 +50,7 @@ def settle(
 
 
 class _State:
-    """The best tables so far, and the error that each group is left with."""
+    """The best tables so far and the error of each group."""
 
     def __init__(self, elements: Tensor, weights: Tensor, start: Quantized) -> None:
         assert start.scales is not None
@@ -62,7 +62,7 @@ class _State:
         self.errors, _ = self.measure(self.best)
 
     def measure(self, tables: Tables) -> tuple[Tensor, Tensor]:
-        """Squared error of every group (rows, groups), and the values of its codes."""
+        """Squared error of every group (rows, groups), and the values of the codes."""
         scales = (tables.scales * self.of_groups(tables.scale_units)).unsqueeze(-1)
         heights = self.elements
         if self.format.minimum:
@@ -80,13 +80,13 @@ class _State:
         return functional.pad(table, (0, -table.shape[1] % size)).reshape(len(table), -1, size).sum(-1)
 
     def offer(self, tables: Tables) -> None:
-        """Keep the tables of the super-blocks in which they leave a smaller error."""
+        """Keep the tables in the super-blocks where they have a smaller error."""
         errors, _ = self.measure(tables)
         better = self.sums(errors) < self.sums(self.errors)
         self.keep(tables, errors, self.of_groups(better), better)
 
     def keep(self, tables: Tables, errors: Tensor, groups: Tensor, blocks: Tensor) -> None:
-        """Take over what is better, in groups and in super-blocks."""
+        """Replace the tables where they are better, by group and by super-block."""
         old = self.best
         self.best = Tables(
             torch.where(groups, tables.scales, old.scales),
@@ -97,7 +97,7 @@ class _State:
         self.errors = torch.where(groups, errors, self.errors)
 
     def offer_ladder(self, scales: Tensor, minima: Tensor | None) -> None:
-        """Offer the integers nearest to free scales and minima, for several units of the scales, then of the minima."""
+        """Offer the integers nearest to real scales and minima, for several units of the scales, then of the minima."""
         whole, units = round_in_units(scales, self.format.scale, self.format.super_group)
         first = replace(self.best, scales=whole, scale_units=units)
         if minima is not None:
@@ -119,7 +119,7 @@ class _State:
         return (free / self.of_groups(units)).round().clamp(grid.min, grid.max)
 
     def move_integers(self) -> None:
-        """Let every group take a neighbouring scale, and with it the minimum that suits it best."""
+        """Offer every group its neighbouring scales, each with its best minimum."""
         grid, centre = INTEGER_SCALES[self.format.scale], self.best.scales
         for step in (0, -1, 1):
             moved = replace(self.best, scales=(centre + step).clamp(grid.min, grid.max))
@@ -131,7 +131,7 @@ class _State:
                 self._offer_groups(replace(moved, minima=fitting))
 
     def _offer_groups(self, tables: Tables) -> Tensor:
-        """Keep the integers of the groups in which they leave a smaller error; the values of all codes."""
+        """Keep the integers in the groups where they have a smaller error; return the values of all codes."""
         errors, units = self.measure(tables)
         self.keep(tables, errors, errors < self.errors, torch.zeros_like(tables.scale_units, dtype=torch.bool))
         return units
@@ -158,6 +158,6 @@ class _State:
 
 
 def _quotient(above: Tensor, below: Tensor, otherwise: Tensor) -> Tensor:
-    """Units above / below as float16 stores them, or the others where there is nothing to divide by."""
+    """above / below rounded to float16, or `otherwise` where `below` is not positive."""
     quotient = torch.where(below > 0, above / below.clamp(min=TINY), otherwise.double()).float()
     return round_scales(torch.where(quotient == 0, otherwise, quotient), "fp16")

@@ -1,4 +1,4 @@
-"""Where models and data come from: a name in, a model with calibration and evaluation batches out."""
+"""Sources of models and data: from a name to a model with calibration and evaluation batches."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -39,14 +39,14 @@ class Source:
     name: str
     model: nn.Module
     calibration: tuple[Batch, ...]
-    evaluation: tuple[Batch, ...]  # samples that are not in `calibration`, for the report alone
+    evaluation: tuple[Batch, ...]  # samples that are not in `calibration`, for the report only
     loss_fn: LossFn
     kind: str = "loss"  # one of `mpq.evaluation.KINDS`
-    recipe: Mapping[str, Any] = field(default_factory=dict)  # JSON values from which `skeleton` builds the model again
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # JSON values from which `skeleton` rebuilds the model
     data: str = "own"  # name of the data
     tokenizer: Any = None
-    acceptance: tuple[Batch, ...] = ()  # samples in neither, on which finished candidates are compared
-    side_files: tuple[Path, ...] = ()  # tokenizer, processor and the like: copied beside every export
+    acceptance: tuple[Batch, ...] = ()  # samples in neither, for comparing finished candidates
+    side_files: tuple[Path, ...] = ()  # tokenizer, processor and the like: copied into every export
 
 
 def open_source(
@@ -63,24 +63,24 @@ def open_source(
     untrusted: Collection[str] = (),
     network: Network | None = None,
 ) -> Source:
-    """Find a model and data for it.
+    """Open a model and data by name.
 
     Args:
         model_name: a bundled model (`tiny-lm`, `tiny-cnn`), a Hugging Face folder or hub id, a GGUF file or a folder
             with one, `timm:NAME`, or `package.module:factory`, called without arguments (the current folder is
             searched too).
         data_name: `novels` or `digits` (bundled), a .txt, .jsonl, .npz or .parquet file, `datasets:ID[:CONFIG]`, or
-            `package.module:loader`. Left out, bundled models take their own data and language models the novels.
-        nsamples: calibration samples (windows of text, images), drawn by the seed.
-        seqlen: tokens in a window; left out, 256 or the model's context where that is shorter.
+            `package.module:loader`. By default bundled models take their own data and language models the novels.
+        nsamples: calibration samples (windows of text, images), drawn from the seed.
+        seqlen: tokens in a window; by default 256, or the model's context where shorter.
         batch_size: samples in a batch.
         seed: of the draw.
         device: where model and batches go.
-        evaluation_samples: at most so many; left out, a quarter of `nsamples` windows of text or four times as many
+        evaluation_samples: at most this many; by default a quarter of `nsamples` windows of text, or four times as many
             images, and at least 32.
-        model_device: where the model goes, when that is another device than the batches'.
-        untrusted: names that a file gave, not the user: none of them is imported.
-        network: the model, where it is open already.
+        model_device: device of the model, where it differs from the batches'.
+        untrusted: names read from a file and not given by the user; they are never imported.
+        network: the model, if already open.
 
     Raises:
         MpqError: an unknown or untrusted name, a missing extra (with its command), data that does not fit.
@@ -92,7 +92,7 @@ def open_source(
     )  # fmt: skip
     data = with_objective(network, data, seed)
     if data.loss_fn is None and data.kind not in LOSSES:
-        raise MpqError(f"{data.name} does not say what the loss is: let its loader return a 'loss_fn'")
+        raise MpqError(f"{data.name} has no loss: let its loader return a 'loss_fn'")
     return Source(
         name=model_name,
         model=network.model.to(device if model_device is None else model_device),
@@ -109,10 +109,10 @@ def open_source(
 
 
 def names_in(provenance: Mapping[str, Any], trust: bool) -> tuple[str | None, str | None, frozenset[str]]:
-    """Model and data that a file's provenance names, None where it does not, and those names that are untrusted.
+    """Model and data named by a file's provenance (None where missing), and the untrusted ones of these names.
 
     Raises:
-        MpqError: one that is no name.
+        MpqError: a value that is not a name.
     """
     names = provenance.get("model"), provenance.get("dataset")
     for name in names:

@@ -20,9 +20,9 @@ from mpq.sources.extras import import_object, need
 from mpq.sources.networks import Network
 
 BUNDLED_DATA = {"novels": "perplexity", "digits": "accuracy"}
-HELD_OUT = 0.2  # the last part of a file is for evaluation only
+HELD_OUT = 0.2  # share of a file's end that is for evaluation only
 SEQLEN = 256
-# Samples by kind, as shares of the calibration's: of texts a window is hundreds of predictions, an image is one.
+# Evaluation samples by kind, relative to calibration: a window of text has hundreds of predictions, an image one.
 ACCEPTANCE = {"perplexity": 0.25, "accuracy": 1.0}
 EVALUATION = {"perplexity": 0.25, "accuracy": 4.0}
 EVALUATION_LEAST = 32
@@ -37,12 +37,12 @@ class Data:
     evaluation: tuple[Batch, ...]
     kind: str  # "accuracy", "perplexity" or "loss"
     loss_fn: LossFn | None = None
-    acceptance: tuple[Batch, ...] = ()  # none where there were not samples enough
+    acceptance: tuple[Batch, ...] = ()  # empty where there are too few samples
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """How many samples of which size."""
+    """Requested number and size of samples."""
 
     nsamples: int
     seqlen: int
@@ -51,11 +51,11 @@ class Wanted:
     evaluation_samples: int | None
 
     def calibration(self, there: int = EVERYTHING) -> dict[str, int]:
-        """Keyword arguments of the functions that make batches; a fifth of what is there is left for acceptance."""
+        """Keyword arguments of the functions that make batches; a fifth of the samples is kept for acceptance."""
         return {**self._common(), "samples": min(self.nsamples, there - there // 5)}
 
     def acceptance(self, kind: str, there: int = EVERYTHING) -> dict[str, int]:
-        """The same for samples that calibration does not draw."""
+        """The same for acceptance: samples that calibration does not draw."""
         samples = max(1, round(ACCEPTANCE[kind] * self.nsamples))
         return {**self._common(), "samples": samples, "skip": self.calibration(there)["samples"]}
 
@@ -79,12 +79,12 @@ def open_data(
     evaluation_samples: int | None = None,
     untrusted: Collection[str] = (),
 ) -> Data:
-    """The data called `name` (None: what fits the network) as batches for it; see `mpq.sources.open_source` for both.
+    """Open data by name (None: the network's default) as batches; see `mpq.sources.open_source`.
 
     A file's last fifth is for evaluation and the rest for calibration.
 
     Raises:
-        MpqError: no such data, with the nearest names; data of another kind than the network takes.
+        MpqError: unknown data, with the nearest names; data of another kind than the network's.
     """
     if network.context is not None and (seqlen or 0) > network.context:
         raise MpqError(f"seqlen {seqlen} is more than {network.name} takes: at most {network.context}")
@@ -100,7 +100,7 @@ def open_data(
     path = Path(name)
     if path.suffix in _READERS:
         if not path.is_file():
-            raise MpqError(f"there is no file {name}")
+            raise MpqError(f"no such file: {name}")
         with reading(path, f"{path.suffix} data file", "make it again"):
             return _READERS[path.suffix](path, network, wanted)
     if ":" in name:
@@ -162,7 +162,7 @@ def _from_parquet(path: Path, network: Network, wanted: Wanted) -> Data:
     parquet = need("pyarrow.parquet", "data", ".parquet files")
     columns = parquet.read_schema(path).names
     if "text" not in columns:
-        raise MpqError(f"{path} has the columns {', '.join(columns)}: expected one called text")
+        raise MpqError(f"{path} has the columns {', '.join(columns)}: expected a column called text")
     return _texts(str(path), parquet.read_table(path, columns=["text"])["text"].to_pylist(), network, wanted)
 
 
@@ -176,7 +176,7 @@ def _from_hub(name: str, network: Network, wanted: Wanted) -> Data:
     held_out = next((split for split in ("test", "validation") if split in splits), None)
     seen = "train" if "train" in splits else next(iter(splits))
     if "text" not in splits[seen].column_names:
-        raise MpqError(f"{name} has the columns {', '.join(splits[seen].column_names)}: expected one called text")
+        raise MpqError(f"{name} has the columns {', '.join(splits[seen].column_names)}: expected a column called text")
     if held_out is None or held_out == seen:
         return _texts(name, splits[seen]["text"], network, wanted)
     windows = [_windows(splits[split]["text"], network, wanted) for split in (seen, held_out)]
@@ -195,7 +195,7 @@ def _windows(texts: Iterable[str], network: Network, wanted: Wanted) -> Tensor:
 def _split_windows(name: str, windows: Tensor, wanted: Wanted) -> Data:
     border = len(windows) - max(1, round(HELD_OUT * len(windows)))
     if border < 1:
-        raise MpqError(f"{name} gives {len(windows)} sample(s): at least two are needed, one of them for evaluation")
+        raise MpqError(f"{name} gives {len(windows)} sample(s): expected at least two, one of them for evaluation")
     return _data_of_windows(name, windows[:border], windows[border:], wanted)
 
 
@@ -218,7 +218,7 @@ def _from_arrays(path: Path, network: Network, wanted: Wanted) -> Data:
         return _split_windows(str(path), torch.from_numpy(arrays["input_ids"].astype(np.int64)), wanted)
     key = next((name for name in ("images", "inputs") if name in arrays), None)
     if key is not None and network.kind == "distance":
-        arrays.setdefault("labels", np.zeros(len(arrays[key]), np.int64))  # which nobody asks for
+        arrays.setdefault("labels", np.zeros(len(arrays[key]), np.int64))  # not used
     if key is None or "labels" not in arrays or len(arrays[key]) != len(arrays["labels"]):
         raise MpqError(f"{path} holds {', '.join(arrays)}: expected images (or inputs) and labels, or input_ids")
     _check_kind(str(path), "accuracy", network)
@@ -226,7 +226,7 @@ def _from_arrays(path: Path, network: Network, wanted: Wanted) -> Data:
     labels = torch.from_numpy(arrays["labels"].astype(np.int64))
     border = len(inputs) - max(1, round(HELD_OUT * len(inputs)))
     if border < 1:
-        raise MpqError(f"{path} gives {len(inputs)} sample(s): at least two are needed, one of them for evaluation")
+        raise MpqError(f"{path} gives {len(inputs)} sample(s): expected at least two, one of them for evaluation")
     return Data(
         str(path),
         image_batches(inputs[:border], labels[:border], **wanted.calibration(border)),
@@ -240,7 +240,7 @@ def _image_tensor(images: Any, network: Network) -> Tensor:
     """uint8 (n, height, width[, channels]) as float (n, channels, height, width) in [0, 1], normalized."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise MpqError(
-            f"images are uint8 (n, height, width[, channels]), not {images.dtype} {images.shape}: use inputs"
+            f"invalid images: expected uint8 of 3 or 4 dimensions, not {images.dtype} {images.shape}: use inputs"
         )
     tensor = torch.from_numpy(images).float() / 255
     tensor = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
@@ -253,9 +253,9 @@ def _image_tensor(images: Any, network: Network) -> Tensor:
 
 
 def _from_loader(name: str, network: Network, wanted: Wanted, untrusted: Collection[str]) -> Data:
-    """What the loader returns: batches, or a mapping with "calibration", "acceptance", "evaluation" and "loss_fn".
+    """Data from a loader that returns batches or a mapping with "calibration", "acceptance", "evaluation", "loss_fn".
 
-    All but the first may be missing; of four or more calibration batches, the last fifth is then for acceptance.
+    All but "calibration" are optional; of four or more calibration batches, the last fifth is then for acceptance.
     """
     loaded = import_object(name, untrusted)()
     acceptance: tuple[Batch, ...] = ()
@@ -270,7 +270,7 @@ def _from_loader(name: str, network: Network, wanted: Wanted, untrusted: Collect
         calibration, evaluation = check_batches(loaded), ()
     if not evaluation:
         if len(calibration) < 2:
-            raise MpqError(f"{name} gave one batch: at least two are needed, the last is for evaluation")
+            raise MpqError(f"{name} returned one batch: expected at least two, of which the last is for evaluation")
         border = len(calibration) - max(1, round(HELD_OUT * len(calibration)))
         calibration, evaluation = calibration[:border], calibration[border:]
     if not acceptance and len(calibration) >= 4:
@@ -293,15 +293,13 @@ def _kind_of(name: str, batch: Batch, network: Network) -> str:
 
 def _encoder(network: Network) -> Callable[[str], list[int]]:
     if network.encode is None:
-        raise MpqError(
-            f"{network.name} has no tokenizer for text: give token windows, as package.module:loader or .npz"
-        )
+        raise MpqError(f"{network.name} has no tokenizer for text: give token windows by package.module:loader or .npz")
     return network.encode
 
 
 def _check_kind(name: str, kind: str, network: Network) -> None:
     wanted = network.kind
-    if wanted in ("distance", "seq2seq"):  # of whatever the model takes in
+    if wanted in ("distance", "seq2seq"):  # any inputs of the model
         wanted = "perplexity" if network.encode is not None else "accuracy"
     if wanted is not None and wanted != kind:
         needed = "text" if wanted == "perplexity" else "labelled images"

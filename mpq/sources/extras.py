@@ -1,4 +1,4 @@
-"""Optional packages and users' own modules, imported when they are needed."""
+"""Imports of optional packages and users' modules."""
 
 import importlib
 import os
@@ -11,7 +11,7 @@ from mpq.core.errors import MpqError, nearest_names
 
 
 def need(module: str, extra: str, what: str) -> ModuleType:
-    """An optional package; MpqError with the command that installs it when it is missing."""
+    """Import an optional package; MpqError with the command that installs it when it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -19,14 +19,14 @@ def need(module: str, extra: str, what: str) -> ModuleType:
 
 
 def import_object(path: str, untrusted: Collection[str] = ()) -> Any:
-    """What `package.module:name` names; modules of the current folder can be imported.
+    """Import `package.module:name`; modules in the current folder can be imported.
 
     Args:
         path: module and name.
-        untrusted: names that were read from files: they are never imported.
+        untrusted: names read from files, which are never imported.
 
     Raises:
-        MpqError: the name is untrusted, there is no such module, or no such name in it (with the nearest ones).
+        MpqError: an untrusted name, a missing module, or a missing name in it (with the nearest ones).
     """
     if path in untrusted:
         raise MpqError(

@@ -1,4 +1,4 @@
-"""Models by name, and the recipe from which each can be built again without its weights."""
+"""Models by name, and recipes from which they are rebuilt without weights."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from mpq.sources.extras import import_object, need
 
 log = logging.getLogger(__name__)
 
-# Of a source folder, what else than weights its users need: tokenizers, chat templates, processors, generation.
+# Files of a source folder needed beside the weights: tokenizers, chat templates, processors, generation.
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "sentencepiece.bpe.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
@@ -29,11 +29,11 @@ PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A model in evaluation mode, and what its data must be like."""
+    """A model in evaluation mode, and the properties of its data."""
 
     name: str
     model: nn.Module
-    kind: str | None  # "accuracy", "perplexity", "distance", "seq2seq", or None: the data tells
+    kind: str | None  # "accuracy", "perplexity", "distance", "seq2seq", or None: decided by the data
     recipe: Mapping[str, Any]
     tokenizer: Any = None
     encode: Callable[[str], list[int]] | None = None  # text to tokens
@@ -45,10 +45,10 @@ class Network:
 
 
 def open_network(name: str, untrusted: Collection[str] = ()) -> Network:
-    """The model called `name`; see `mpq.sources.open_source` for the names and `untrusted`.
+    """Open the model of this name; see `mpq.sources.open_source` for the names and `untrusted`.
 
     Raises:
-        MpqError: no such model, with the nearest names; a missing extra; a factory that gives no model.
+        MpqError: an unknown model, with the nearest names; a missing extra; a factory that does not return a model.
     """
     if name in BUNDLED:
         return _bundled(name)
@@ -70,7 +70,7 @@ def open_network(name: str, untrusted: Collection[str] = ()) -> Network:
 
 
 def skeleton(recipe: Mapping[str, Any]) -> nn.Module:
-    """The model of a recipe with weights still to be loaded, float32, in evaluation mode.
+    """Build the model of a recipe without its weights, float32, in evaluation mode.
 
     Raises:
         MpqError: an unknown kind of recipe, or a missing extra.
@@ -112,7 +112,7 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
         raise MpqError(f"unknown model {name!r}: {known} ({_first_line(error)})") from error
     kind, class_name = _kind_of(config, transformers)
     if gguf is not None and kind != "perplexity":
-        raise MpqError(f"{name}/{gguf} is a {class_name}: of GGUF files language models are read alone")
+        raise MpqError(f"{name}/{gguf} is a {class_name}: only language models are read from GGUF files")
     try:
         loaded = getattr(transformers, class_name).from_pretrained(name, dtype="auto", **gguf_options)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -151,17 +151,17 @@ def _described(network: Network, config: Any, gguf: str | None) -> Network:
         return replace(network, mean=mean, std=std, size=_image_size(about, config))
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if getattr(config, "model_type", "") in PADDED_POSITIONS and context:
-        context -= config.pad_token_id + 1  # positions are counted from behind the padding's
+        context -= config.pad_token_id + 1  # positions start after the padding's
     try:
         tokens = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **gguf_options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        log.warning("%s comes without a tokenizer (%s): give its data as tokens", name, _first_line(error))
+        log.warning("%s has no tokenizer (%s): give its data as tokens", name, _first_line(error))
         return replace(network, context=context)
     return replace(network, tokenizer=tokens, encode=encoder_of(tokens), context=context)
 
 
 def encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Text to tokens, nothing added."""
+    """A function from text to tokens, without special tokens."""
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -171,7 +171,7 @@ def encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:
 
 
 def tokenizer_in(folder: Path) -> Any:
-    """The tokenizer whose files stand in a folder, None where there are none."""
+    """The tokenizer in a folder, None where there is none."""
     if not any((folder / name).is_file() for name in SIDE_FILES[:1] + SIDE_FILES[4:9]):
         return None
     transformers = need("transformers", "hf", "tokenizers")
@@ -182,17 +182,17 @@ def tokenizer_in(folder: Path) -> Any:
 
 
 def _gguf(path: Path) -> Network:
-    """A language model out of a GGUF file, dequantized."""
+    """The dequantized language model of a GGUF file."""
     need("gguf", "gguf", "GGUF files")
     if not path.is_file():
-        raise MpqError(f"there is no file {path}")
-    log.warning("%s was quantized before: its dequantized numbers are taken for the original model", path)
+        raise MpqError(f"no such file: {path}")
+    log.warning("%s is already quantized: its dequantized weights are taken as the original model", path)
     network = _transformers(str(path.parent), path.name)
     return replace(network, name=str(path))
 
 
 def _kind_of(config: Any, transformers: Any) -> tuple[str, str]:
-    """What a model is measured by, and the class of transformers that it is."""
+    """The measure of a model's quality, and its class in transformers."""
     auto = transformers.models.auto.modeling_auto
     class_name = (config.architectures or [""])[0]
     if class_name == "" and config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -215,13 +215,13 @@ def _takes_images(model: nn.Module) -> bool:
 
 
 def _side_files(name: str, transformers: Any) -> tuple[Path, ...]:
-    """Those of `SIDE_FILES` that stand beside the model's config."""
+    """The `SIDE_FILES` beside the model's config."""
     folder = Path(name) if Path(name).is_dir() else Path(transformers.utils.cached_file(name, "config.json")).parent
     return tuple(folder / file for file in SIDE_FILES if (folder / file).is_file())
 
 
 def _processing(name: str, transformers: Any) -> Mapping[str, Any]:
-    """What an image model's processor does; nothing where it does not say."""
+    """Mean and deviation of an image model's processor; empty where it gives none."""
     try:
         about, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
     except OSError:
@@ -230,7 +230,7 @@ def _processing(name: str, transformers: Any) -> Mapping[str, Any]:
 
 
 def _image_size(about: Mapping[str, Any], config: Any) -> tuple[int, int] | None:
-    """Height and width of the images that a model takes, None where any will do."""
+    """Height and width of a model's images, None where any size is accepted."""
     size: Any = about.get("crop_size") if about.get("do_center_crop") else about.get("size")
     size = size or getattr(config, "image_size", None)
     if isinstance(size, Mapping):

@@ -1,4 +1,4 @@
-"""What a model is calibrated and measured by, and its batches in the shape that this asks for."""
+"""Objectives of models without a loss of their data, and batches in their form."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,16 +15,16 @@ from mpq.sources.networks import Network
 
 
 def own_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss that a model computes itself of "labels" among its keyword arguments."""
+    """The loss that a model computes from "labels" among its keyword arguments."""
     loss: Tensor = model(**batch).loss
     return loss
 
 
 def with_objective(network: Network, data: Data, seed: int = 0) -> Data:
-    """The data as batches of the network's own objective, where that is none that the data brings.
+    """The data as batches of the network's objective, where the data has no loss.
 
-    Encoders keep near to their own output ("distance"). Encoder-decoders predict "labels" ("loss"): of a window of text
-    the second half, from the first.
+    Encoders are compared with their original output ("distance"). Encoder-decoders predict "labels" ("loss"): the
+    second half of a window of text from the first.
     """
     if data.loss_fn is not None or network.kind not in ("distance", "seq2seq"):
         return data
@@ -53,7 +53,7 @@ def _translated(batch: Batch) -> Mapping[str, Any]:
 
 
 def _named(network: Network, batch: Batch) -> Mapping[str, Any]:
-    """Keyword arguments; windows of text begin and end as the tokenizer's sentences do."""
+    """Batches as keyword arguments; windows of text get the tokenizer's first and last special tokens."""
     if isinstance(batch, Mapping):
         return batch
     if isinstance(batch, (tuple, list)):

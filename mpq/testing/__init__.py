@@ -1,1 +1,1 @@
-"""Conformance suites that the authors of plugins inherit."""
+"""Conformance test suites for authors of plugins."""

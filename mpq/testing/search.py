@@ -1,4 +1,4 @@
-"""What every search must do: inherit `SearchConformance` in a test class, and set `search`.
+"""Conformance tests of searches: inherit `SearchConformance` in a test class, and set `search`.
 
 class TestMine(SearchConformance):
     search = staticmethod(my_search)
@@ -21,12 +21,12 @@ SCHEMES = ("int2-g64", "int4-g64", "int8-channel", "bf16")
 
 
 def small_problem(seed: int = 0, layers: int = 5, *, share: float | None = 0.5) -> Problem:
-    """A problem that can be enumerated: the first two layers tied, one pinned, one scheme forbidden.
+    """A problem small enough to enumerate: the first two layers tied, one pinned, one scheme forbidden.
 
     Args:
         seed: of the shapes and losses.
         layers: at least four.
-        share: where its budget of size lies between the smallest and the largest allocation; None for no budget.
+        share: position of the size budget between the smallest and the largest allocation; None for no budget.
     """
     random = np.random.default_rng(seed)
     drawn = tuple(
@@ -44,14 +44,14 @@ def small_problem(seed: int = 0, layers: int = 5, *, share: float | None = 0.5) 
 
 
 class SearchConformance:
-    """The contract between a search and those who call it; every test is named by what it demands."""
+    """The contract of a search; each test is named after a requirement."""
 
     search: ClassVar[Callable[..., Frontier]]
-    options: ClassVar[Mapping[str, Any]] = {}  # what the search needs beside the problem
-    optimal: ClassVar[bool] = False  # whether its last point claims the least predicted loss within the budget
+    options: ClassVar[Mapping[str, Any]] = {}  # options that the search needs
+    optimal: ClassVar[bool] = False  # whether the last point must have the least predicted loss within the budget
 
     def found(self, problem: Problem) -> Frontier:
-        """The search's answer."""
+        """The search's frontier."""
         return type(self).search(problem, **self.options)
 
     def test_budgets_are_kept(self) -> None:
@@ -92,7 +92,7 @@ class SearchConformance:
             self.found(replace(small_problem(), budgets={"size": 1.0}))
         except MpqError as error:
             message = str(error)
-        assert "smallest" in message, "a budget that nothing meets must be refused, with what can be reached"
+        assert "smallest" in message, "expected MpqError with the reachable range for a budget that no allocation meets"
 
     def test_a_claimed_optimum_is_one(self) -> None:
         if not self.optimal:

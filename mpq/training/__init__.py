@@ -1,1 +1,1 @@
-"""Training with quantized weights and activations: for one-shot searches, and for fine-tuning an allocation."""
+"""Training with quantized weights and activations, for one-shot searches and fine-tuning."""

@@ -14,9 +14,9 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def freeze_batchnorm(model: nn.Module) -> tuple["torch.utils.hooks.RemovableHandle", ...]:
-    """Let batch normalizations use their stored statistics from now on, whatever mode the model is set to.
+    """Let batch normalizations use their stored statistics in every mode.
 
-    Their weights and biases go on training. Removing the returned handles undoes it.
+    Their weights and biases still train. Remove the returned handles to undo it.
     """
 
     def evaluate(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -28,16 +28,16 @@ def freeze_batchnorm(model: nn.Module) -> tuple["torch.utils.hooks.RemovableHand
 
 @torch.no_grad()
 def fold_batchnorm(model: nn.Module, batch: Batch, forward: LossFn) -> tuple[str, ...]:
-    """Fold each batch normalization into the convolution or linear layer whose output it takes, in place.
+    """Fold each batch normalization into the preceding convolution or linear layer, in place.
 
-    In evaluation mode the outputs stay the same. The pairs are seen in one forward pass over the batch. The layer
-    gets a bias, the normalization becomes an identity.
+    Outputs in evaluation mode do not change. Pairs are found by one forward pass over the batch. The layer gets a bias,
+    the normalization becomes an identity.
 
     Returns:
-        The names of the layers that were folded into.
+        Names of the changed layers.
 
     Raises:
-        MpqError: a normalization that takes no layer's output, has no statistics, or a layer that is used twice.
+        MpqError: a normalization not preceded by a layer or without statistics, or a layer that is used twice.
     """
     pairs = _pairs(model, batch, forward)
     for name, norm_name in pairs.items():
@@ -48,7 +48,7 @@ def fold_batchnorm(model: nn.Module, batch: Batch, forward: LossFn) -> tuple[str
 
 
 def _pairs(model: nn.Module, batch: Batch, forward: LossFn) -> dict[str, str]:
-    producers: list[tuple[Tensor, str]] = []  # kept alive, so that no two outputs share an identity
+    producers: list[tuple[Tensor, str]] = []  # kept alive, so that ids of outputs are unique
     pairs: dict[str, str] = {}
     names = {module: name for name, module in model.named_modules()}
 
@@ -59,7 +59,7 @@ def _pairs(model: nn.Module, batch: Batch, forward: LossFn) -> dict[str, str]:
         inputs = call_input(args, kwargs)
         producer_names = [name for output, name in producers if output is inputs]
         if not producer_names:
-            raise MpqError(f"batch normalization {names[module]} takes no layer's output: it cannot be folded")
+            raise MpqError(f"batch normalization {names[module]} does not follow a layer: it cannot be folded")
         if pairs.get(producer_names[0], names[module]) != names[module]:
             raise MpqError(f"layer {producer_names[0]} feeds two batch normalizations: they cannot be folded into it")
         pairs[producer_names[0]] = names[module]

@@ -1,4 +1,4 @@
-"""Layers that compute in a scheme, which can change at any step, while their weights stay full and trainable."""
+"""Fake quantization: layers compute in a scheme that can change at any step, on trainable float weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,26 +19,26 @@ from mpq.training.learned import LearnedScales
 
 
 class FakeQuantization(nn.Module):
-    """Quantizes the layers of a model in place, on their way through the forward pass.
+    """Quantizes the layers of a model during the forward pass, by hooks.
 
-    At first every layer computes as ever; `use` gives schemes. The model's parameters and state are untouched, so its
-    optimizer and checkpoints go on working; this module holds what quantization adds: learned scales (its parameters)
-    and ranges of activations (its buffers).
+    Layers are not quantized until `use` sets schemes. The model's parameters and state do not change, so its optimizer
+    and checkpoints still work; this module holds learned scales (its parameters) and ranges of activations (its
+    buffers).
 
     An activation format with one scale for the tensor clips to a moving average of the largest magnitude, which only
-    layers in training mode update; one with scales per token or group finds them on the fly.
+    layers in training mode update; scales per token or group are dynamic.
 
     Args:
         model: the model that holds the layers.
         layers: the layers that may be quantized.
-        method: how the scales of weights are found, anew at every step: a name of `mpq.rounding.METHODS` that
-            needs no inputs.
+        method: of weight scales, recomputed at every step: a name of `mpq.rounding.METHODS` that needs no second
+            moments.
         learned: formats whose scales are parameters instead, for every layer.
         decay: of the moving average, per forward pass.
 
     Raises:
-        MpqError: a layer whose weight is computed by somebody else (a parametrization), or a format in `learned`
-            whose scales cannot be.
+        MpqError: a layer with a computed weight (a parametrization), or a format in `learned` whose scales cannot be
+            learned.
     """
 
     ranges: Tensor
@@ -55,7 +55,7 @@ class FakeQuantization(nn.Module):
         super().__init__()
         if METHODS.named(method).second_moment:
             raise MpqError(
-                f"the method {method} needs the layers' inputs, which change in training: take nearest or mse"
+                f"the method {method} needs the layers' inputs, which change in training: use nearest or mse"
             )
         self.layers, self.decay, self.method = tuple(layers), decay, method_named(method)
         self.schemes: dict[str, Scheme] = {}  # by layer name; a layer without one is not quantized
@@ -66,7 +66,9 @@ class FakeQuantization(nn.Module):
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for index, modules in enumerate(self._modules_of):
             if any("weight" not in module._parameters for module in modules):
-                raise MpqError(f"the weight of {self.layers[index].name} is no plain parameter: undo what computes it")
+                raise MpqError(
+                    f"the weight of {self.layers[index].name} is computed (a parametrization): remove what computes it"
+                )
             scales = {format.name: LearnedScales(weight_matrix(modules[0]), format) for format in formats}
             self.learned.append(nn.ModuleDict(scales))
         for index, modules in enumerate(self._modules_of):
@@ -74,25 +76,25 @@ class FakeQuantization(nn.Module):
                 self._handles += self._attach(index, module)
 
     def use(self, schemes: Mapping[str, Scheme]) -> None:
-        """Let these layers, by name, compute in these schemes, and all others as without quantization.
+        """Set the schemes of these layers, by name; all others are not quantized.
 
         Raises:
-            MpqError: a name that is none of the layers'.
+            MpqError: an unknown layer.
         """
         names = {layer.name for layer in self.layers}
         for name in schemes.keys() - names:
-            raise MpqError(f"there is no layer {name!r} to quantize: {nearest_names(name, names)}")
+            raise MpqError(f"unknown layer {name!r}: {nearest_names(name, names)}")
         self.schemes = dict(schemes)
 
     def remove(self) -> None:
-        """Take the hooks off the model, which computes as without quantization from now on."""
+        """Remove the hooks: the model computes without quantization again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     @torch.no_grad()
     def bake(self) -> None:
-        """Write the weights as they are rounded now into the model, and take the hooks off."""
+        """Write the rounded weights into the model, and remove the hooks."""
         for index, (layer, modules) in enumerate(zip(self.layers, self._modules_of, strict=True)):
             if layer.name in self.schemes:
                 module = modules[0]
@@ -109,7 +111,7 @@ class FakeQuantization(nn.Module):
             scheme = self.schemes.get(name)
             if scheme is None:
                 return None
-            # An entry of the instance's dictionary hides the parameter of the same name for this forward pass.
+            # An entry of the instance's dictionary shadows the parameter of the same name during this forward pass.
             module.__dict__["weight"] = self._weight(index, module, scheme.weight)
             if scheme.activation is None or isinstance(module, nn.Embedding):
                 return None

@@ -31,7 +31,7 @@ def round_with_scales(
 
 
 class LearnedScales(nn.Module):
-    """The scales of one weight in one format, from the ones that a clip search by squared error finds.
+    """Learned scales of one weight in one format, initialized by clip search.
 
     Raises:
         MpqError: a format with zero points, minima, a second level of scales, or no scales at all.
@@ -54,5 +54,5 @@ class LearnedScales(nn.Module):
 
     @torch.no_grad()
     def quantized(self, matrix: Tensor) -> Quantized:
-        """The codes and scales that `forward` stands for, to be packed."""
+        """The codes and scales of `forward`, for packing."""
         return quantize(matrix, self.format, scales=self.scales)

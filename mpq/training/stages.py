@@ -1,4 +1,4 @@
-"""HAWQ's staged fine-tuning (arXiv 1905.03696): quantize the layers that hurt most first, train, then the next ones."""
+"""HAWQ's staged fine-tuning (arXiv 1905.03696): quantize the most sensitive layers first, train, then the next."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -10,12 +10,12 @@ from mpq.training.fake import FakeQuantization
 
 
 def fine_tuning_order(table: SensitivityTable, allocation: Allocation) -> tuple[str, ...]:
-    """The layers by falling loss increase in their own schemes.
+    """The layers by descending predicted loss increase in their schemes.
 
     With scores lambda_i * ||Q(W_i) - W_i||^2, of top eigenvalues, that is HAWQ's order.
 
     Raises:
-        MpqError: a layer or scheme that the table lacks.
+        MpqError: a layer or scheme that is not in the table.
     """
     rows = {layer.name: row for row, layer in enumerate(table.layers)}
     scores = {}
@@ -27,7 +27,7 @@ def fine_tuning_order(table: SensitivityTable, allocation: Allocation) -> tuple[
 
 
 def stages(order: Sequence[str], count: int) -> tuple[tuple[str, ...], ...]:
-    """The layers in `count` runs of nearly equal length.
+    """Split the layers into `count` runs of nearly equal length.
 
     >>> stages(("a", "b", "c", "d", "e"), 2)
     (('a', 'b', 'c'), ('d', 'e'))
@@ -41,10 +41,10 @@ def stages(order: Sequence[str], count: int) -> tuple[tuple[str, ...], ...]:
 def quantize_in_stages(
     quantization: FakeQuantization, allocation: Allocation, runs: Sequence[Sequence[str]]
 ) -> Iterator[Mapping[str, str]]:
-    """Quantize one run of layers more before each step of the loop; train inside it.
+    """Iterate over stages: each quantizes one more run of layers; train in the loop's body.
 
     Yields:
-        Scheme by name of the layers that are quantized so far.
+        The schemes, by layer name, of the layers quantized so far.
     """
     schemes = allocation.scheme_of
     done: list[str] = []

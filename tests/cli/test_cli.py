@@ -208,7 +208,7 @@ def test_formats_lists_and_tells(capsys):
         (["profile", "tiny-cnn", "-o", "x.csv", "--method", "gptqq"], "did you mean gptq"),
         (["allocate", "none.csv", "--bits", "4"], "cannot read the sensitivity table"),
         (["eval", "none"], "no folder"),
-        (["quantize", "hub/model", "--bits", "4", "-o", "x", "--dataset", "none.txt"], "there is no file none.txt"),
+        (["quantize", "hub/model", "--bits", "4", "-o", "x", "--dataset", "none.txt"], "no such file: none.txt"),
         (["quantize", "hub/model", "--bits", "4", "-o", "x", "--for", "vlm"], "vllm"),
         (["quantize", "hub/model", "--bits", "4", "-o", "x", "--metric", "hesian"], "did you mean hessian"),
         (["quantize", "hub/model", "--bits", "4", "-o", "x", "--pin", "a"], "expected LAYERS=FORMAT"),

@@ -104,7 +104,7 @@ def test_experts_are_profiled_allocated_simulated_packed_and_loaded(tmp_path):
 def test_what_cannot_be_taken_apart_or_written_is_told(caplog):
     config = GptOssConfig(**{**SMALL, "num_hidden_layers": 1}, num_local_experts=2)
     assert not has_experts(unstack(AutoModelForCausalLM.from_config(config)))
-    assert "GptOssExperts are stacked in a layout that is not known" in caplog.text
+    assert "GptOssExperts are stacked in an unknown layout" in caplog.text
     with pytest.raises(MpqError, match="for mpq alone"):
         refuse_experts("gguf", unstack(moe("mixtral")))
     refuse_experts("mpq", unstack(moe("mixtral")))

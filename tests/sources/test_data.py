@@ -122,7 +122,7 @@ def test_data_that_does_not_fit_or_is_not_there(tmp_path):
         open_source("tiny-cnn", "novels")
     with pytest.raises(MpqError, match="did you mean novels"):
         open_source("tiny-lm", "novel")
-    with pytest.raises(MpqError, match="there is no file"):
+    with pytest.raises(MpqError, match="no such file"):
         open_source("tiny-lm", str(tmp_path / "none.txt"))
     with pytest.raises(MpqError, match="say which data"):
         open_source(f"{HERE}:classifier")

@@ -70,7 +70,7 @@ def test_frozen_norms_train_as_the_folded_model_would():
 
 def test_what_cannot_be_folded_is_told():
     images = torch.ones(2, 4)
-    with pytest.raises(MpqError, match="batch normalization 1 takes no layer's output"):
+    with pytest.raises(MpqError, match="batch normalization 1 does not follow a layer"):
         fold_batchnorm(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)), images, forward)
     line = nn.Linear(4, 4)
     with pytest.raises(MpqError, match="layer 0 is used 2 times"):

@@ -149,7 +149,7 @@ def test_the_method_finds_the_scales():
 def test_mistakes_are_told():
     model = nn.Sequential(nn.Linear(4, 4))
     layers = find_layers(model)
-    with pytest.raises(MpqError, match="no layer '1' to quantize"):
+    with pytest.raises(MpqError, match="unknown layer '1'"):
         FakeQuantization(model, layers).use({"1": parse_scheme("int8")})
     with pytest.raises(MpqError, match="gptq needs the layers' inputs"):
         FakeQuantization(model, layers, method="gptq")

@@ -2,9 +2,9 @@
 
 `MPQ_CPU_LEVEL` (portable, avx2, avxvnni, avx512, amx; on Arm portable, neon) caps the instructions used. Two activation
 modes: by default activations become two planes of int8, about 15 bits with a scale for each tile of 128 columns
-(bfloat16 or float32 as they are for 8-bit floats; with AMX, from 8 bfloat16 tokens on, weights may be rounded to
-bfloat16); under the activation format int8-channel (a scheme's "+a:int8-token"), one plane and a scale for each token,
-which is the reference's arithmetic.
+(unquantized bfloat16 or float32 for 8-bit floats; with AMX, from 8 bfloat16 tokens on, weights may be rounded to
+bfloat16). Under the activation format int8-channel (a scheme's "+a:int8-token") they have one plane and a scale for
+each token, as in the reference.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ LEVELS = (  # in the order of src/levels.c
     if platform.machine() in ("aarch64", "arm64")
     else ("portable", "avx2", "avxvnni", "avx512", "amx")
 )
-_SCALE_KINDS = ("fp32", "fp16", "bf16", "e8m0", "e4m3", "ue5m3")  # as src/abi.h numbers them
+_SCALE_KINDS = ("fp32", "fp16", "bf16", "e8m0", "e4m3", "ue5m3")  # numbered as in src/abi.h
 # By level: gather patches up to this many output positions for each row of the weight, and in all; measured, except for
 # neon, which takes avx2's
 _PATCH_LIMITS = ((0.06, 4.0), (0.12, 10.0), (0.16, 16.0), (0.4, 160.0), (1.5, math.inf))
@@ -56,28 +56,28 @@ def native() -> Native | None:
     try:
         path = importlib.import_module("mpq.kernels.cpu._native").__file__
     except ImportError:
-        _log.warning("mpq was installed without its compiled kernels; packed layers run in plain PyTorch")
+        _log.warning("mpq was installed without its compiled kernels: packed layers run in plain PyTorch")
         return None
     library = ctypes.CDLL(path)
     abi.declare(library)
     cap = os.environ.get("MPQ_CPU_LEVEL", LEVELS[-1])
     if cap not in LEVELS:
-        raise MpqError(f"MPQ_CPU_LEVEL is {cap!r}: expected one of {', '.join(LEVELS)}")
+        raise MpqError(f"invalid MPQ_CPU_LEVEL {cap!r}: expected one of {', '.join(LEVELS)}")
     loaded = Native(library, library.mpq_best_level(LEVELS.index(cap)), _torch_parallel())
     dispatch.serve(library, loaded.level, loaded.parallel)
     return loaded
 
 
 def levels() -> list[int]:
-    """The levels that run here: indices in LEVELS, none without the library."""
-    library = native()
-    return [level for level in range(len(LEVELS)) if library and library.library.mpq_best_level(level) == level]
+    """The instruction-set levels that run here, as indices in LEVELS; empty without the library."""
+    loaded = native()
+    return [level for level in range(len(LEVELS)) if loaded and loaded.library.mpq_best_level(level) == level]
 
 
 def level_name() -> str:
-    """The instructions in use: one of LEVELS, or "none"."""
-    library = native()
-    return LEVELS[library.level] if library else "none"
+    """The instruction-set level in use: one of LEVELS, or "none"."""
+    loaded = native()
+    return LEVELS[loaded.level] if loaded else "none"
 
 
 def _torch_parallel() -> int:
@@ -117,8 +117,8 @@ def _plan(format_name: str, rows: int, cols: int) -> Plan:
         cut.row_scales, format.zero_point, panels.bf16_terms(format), levels.factor, _table(levels.low),
         _table(levels.high), bits.low_matrix, bits.high_matrix, bits.high_flip, bits.normal_mask,
     )  # fmt: skip
-    if library := native():
-        library.library.mpq_know(format_name.encode(), weight)
+    if loaded := native():
+        loaded.library.mpq_know(format_name.encode(), weight)
     return Plan(weight, levels.kind)
 
 
@@ -133,8 +133,8 @@ def linear(
     activation: str,
 ) -> Tensor:
     """torch.ops.mpq.linear for the panels layout, where `dispatch` does not serve it; as `reference.linear`."""
-    library = native()
-    if library is None or not cols or not rows:
+    loaded = native()
+    if loaded is None or not cols or not rows:
         return reference.linear(input, weight, bias, format, rows, cols, layout, activation)
     plan, planes = _plan(format, rows, cols), 2
     if activation == "int8-channel" and plan.kind != panels.TABLE_BF16:
@@ -153,19 +153,19 @@ def linear(
         bias = bias.float().contiguous()
     tokens = input.numel() // cols
     out = torch.empty((*input.shape[:-1], rows), dtype=x.dtype, device="cpu")
-    status = library.library.mpq_linear(plan.weight, _call(library, weight, x, tokens, stride, bias, out, planes))
+    status = loaded.library.mpq_linear(plan.weight, _call(loaded, weight, x, tokens, stride, bias, out, planes))
     if status < 0:
         raise MemoryError("out of memory for the CPU kernel's scratch buffers")
     if status:
         which = torch.empty(tokens, dtype=torch.int8)
-        library.library.mpq_linear(plan.weight, _call(library, weight, x, tokens, stride, bias, out, planes, which))
+        loaded.library.mpq_linear(plan.weight, _call(loaded, weight, x, tokens, stride, bias, out, planes, which))
         rest = (weight, bias, format, rows, cols, layout, activation if planes == 1 else "")
         _redo(out.view(-1, rows), x.reshape(-1, cols), which.bool(), *rest)
     return out if out.dtype == input.dtype else out.to(input.dtype)
 
 
 def _call(
-    library: Native, weight: Sequence[Tensor], x: Tensor, tokens: int, stride: int, bias: Tensor | None, out: Tensor,
+    loaded: Native, weight: Sequence[Tensor], x: Tensor, tokens: int, stride: int, bias: Tensor | None, out: Tensor,
     planes: int = 2, skipped: Tensor | None = None,
 ) -> abi.Call:  # fmt: skip
     is_bf16 = x.dtype == torch.bfloat16
@@ -173,22 +173,22 @@ def _call(
         weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0, x.data_ptr(), tokens, stride,
         0 if bias is None else bias.data_ptr(), out.data_ptr(), out.shape[-1],
         is_bf16, bias is not None and bias.dtype == torch.bfloat16, is_bf16,
-        planes, torch.get_num_threads(), library.level, 0 if skipped is None else skipped.data_ptr(), library.parallel,
+        planes, torch.get_num_threads(), loaded.level, 0 if skipped is None else skipped.data_ptr(), loaded.parallel,
     )  # fmt: skip
 
 
 def prepared(input: Tensor, weight: Sequence[Tensor], out: Tensor, format: str) -> Callable[[], int]:
     """A function that computes the product, (tokens, cols) into (tokens, rows) of one dtype, at each call.
 
-    Python's share is done beforehand, so that only the kernel is timed. Keep the tensors alive. MpqError without
-    compiled kernels.
+    Python's work is done beforehand, so that only the kernel is timed. The caller keeps the tensors alive. MpqError
+    without compiled kernels.
     """
-    library = native()
-    if library is None:
-        raise MpqError("mpq was installed without its compiled kernels: pip install it where a C compiler is")
+    loaded = native()
+    if loaded is None:
+        raise MpqError("mpq was installed without its compiled kernels: reinstall it with a C compiler")
     plan = _plan(format, out.shape[-1], input.shape[-1])
-    call = _call(library, weight, input, len(input), input.stride(0), None, out)
-    return partial(library.library.mpq_linear, plan.weight, call)
+    call = _call(loaded, weight, input, len(input), input.stride(0), None, out)
+    return partial(loaded.library.mpq_linear, plan.weight, call)
 
 
 def conv(
@@ -208,9 +208,9 @@ def patches(
     kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """A convolution of one group whose patches are gathered and multiplied by packed weights, 256 at a time."""
-    library, size = native(), reference.conv_size(input.shape[2:], kernel, stride, padding, dilation)
+    loaded, size = native(), reference.conv_size(input.shape[2:], kernel, stride, padding, dilation)
     arguments = (format, rows, cols, layout, kernel, stride, padding, dilation, 1)
-    if library is None or min(*input.shape, *size, rows) < 1:
+    if loaded is None or min(*input.shape, *size, rows) < 1:
         return reference.conv(input, weight, bias, *arguments)
     x = input if input.dtype in (torch.float32, torch.bfloat16) else input.float()
     if bias is not None and (bias.dtype not in (torch.float32, torch.bfloat16) or bias.stride(0) != 1):
@@ -223,8 +223,8 @@ def patches(
         (x.shape[2:], kernel, size, stride, padding, dilation), (1, 1, 1, 1, 0, 1), strict=True
     )]  # fmt: skip
     images = abi.Images(x.shape[1], *pairs, (x.stride(0), x.stride(1), line, x.stride(-1)))
-    call = _call(library, weight, x, tokens, 0, bias, out, skipped=skipped)
-    status = library.library.mpq_conv(_plan(format, rows, cols).weight, call, images)
+    call = _call(loaded, weight, x, tokens, 0, bias, out, skipped=skipped)
+    status = loaded.library.mpq_conv(_plan(format, rows, cols).weight, call, images)
     if status < 0:
         raise MemoryError("out of memory for the CPU kernel's scratch buffers")
     if status:
@@ -235,21 +235,21 @@ def patches(
 
 def unpacked(weight: Sequence[Tensor], format: str, rows: int, cols: int, layout: str) -> Tensor:
     """torch.ops.mpq.dequantize for the panels layout."""
-    library = native()
-    if library is None or not rows * cols:
+    loaded = native()
+    if loaded is None or not rows * cols:
         return reference.dequantize(weight, format, rows, cols, layout)
     out, values = weight[0].new_empty((rows, cols), dtype=torch.float32), decode_table(parse_format(format).grid)
-    library.library.mpq_dequantize(
+    loaded.library.mpq_dequantize(
         _plan(format, rows, cols).weight, weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0,
-        values.data_ptr(), out.data_ptr(), torch.get_num_threads(), library.parallel,
+        values.data_ptr(), out.data_ptr(), torch.get_num_threads(), loaded.parallel,
     )  # fmt: skip
     return out
 
 
 def _patches_pay(positions: int, rows: int) -> bool:
     """Whether gathering patches is faster than unpacking the weight for PyTorch's own convolution."""
-    library = native()
-    share, most = _PATCH_LIMITS[library.level if library else 0]
+    loaded = native()
+    share, most = _PATCH_LIMITS[loaded.level if loaded else 0]
     return positions <= min(share * rows, most)
 
 
@@ -262,7 +262,7 @@ def _redo(
     out: Tensor, x: Tensor, unfit: Tensor, weight: Sequence[Tensor], bias: Tensor | None,
     format: str, rows: int, cols: int, layout: str, activation: str,
 ) -> None:  # fmt: skip
-    """Tokens with NaN, infinities or vanishing numbers, by the reference."""
+    """Compute tokens with NaN, infinities or underflowing numbers by the reference."""
     out[unfit] = reference.linear(x[unfit], weight, bias, format, rows, cols, layout, activation)
 
 
@@ -276,14 +276,14 @@ def embedding(
     dtype: torch.dtype,
 ) -> Tensor:
     """torch.ops.mpq.embedding for the panels layout: only the rows looked up are unpacked."""
-    library = native()
+    loaded = native()
     if not indices.numel():
         return indices.new_empty((*indices.shape, cols), dtype=dtype)
-    if library is None or not cols:
+    if loaded is None or not cols:
         return reference.embedding(indices, weight, format, rows, cols, layout, dtype)
     out = weight[0].new_empty((*indices.shape, cols), dtype=torch.float32)
     chosen, values = indices.long().contiguous(), decode_table(parse_format(format).grid)
-    status = library.library.mpq_embedding(
+    status = loaded.library.mpq_embedding(
         _plan(format, rows, cols).weight, weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0,
         values.data_ptr(), chosen.data_ptr(), chosen.numel(), out.data_ptr(),
     )  # fmt: skip
@@ -294,17 +294,17 @@ def embedding(
 
 def read(data: Tensor) -> None:
     """Read a contiguous tensor's whole megabytes with PyTorch's threads, at the machine's bandwidth."""
-    library = native()
-    if library is None:
+    loaded = native()
+    if loaded is None:
         data.sum()
     else:
-        library.library.mpq_read(data.data_ptr(), data.nbytes, torch.get_num_threads(), library.parallel)
+        loaded.library.mpq_read(data.data_ptr(), data.nbytes, torch.get_num_threads(), loaded.parallel)
 
 
 @lru_cache(maxsize=256)
 def _say_uncompiled(name: str) -> None:
-    """Once for each format."""
-    _log.warning("layers in %s have no compiled kernel and run in plain PyTorch: slow, and the same numbers", name)
+    """Warn once for each format."""
+    _log.warning("layers in %s have no compiled kernel and run in plain PyTorch: slower, with equal results", name)
 
 
 def _suits(packed: Packed, device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""Weights on huge pages: a third more read bandwidth than on 4 KB pages, at whose ends hardware prefetching stops."""
+"""Weights on huge pages: a third more read bandwidth than 4 KB pages, at whose ends hardware prefetching stops."""
 
 import math
 import mmap
@@ -12,7 +12,7 @@ LARGE = 2**21  # bytes of a huge page
 
 
 def on_large_pages(tensor: Tensor) -> Tensor:
-    """A contiguous copy of a tensor, on huge pages where a CPU tensor is large enough."""
+    """A contiguous copy of a tensor; large CPU tensors are on huge pages."""
     if tensor.device.type != "cpu":
         return tensor.clone(memory_format=torch.contiguous_format)
     return empty_on_large_pages(tensor.shape, tensor.dtype).copy_(tensor)
@@ -21,7 +21,8 @@ def on_large_pages(tensor: Tensor) -> Tensor:
 def empty_on_large_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialized contiguous CPU tensor on huge pages, where the system has them.
 
-    Small tensors are allocated as usual. The tail that fills no huge page stays on small ones, so no memory is wasted.
+    Small tensors are allocated as usual. The tail that does not fill a huge page is on small ones, which wastes no
+    memory.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):

@@ -1,8 +1,8 @@
-"""The "panels" layout: what the CPU kernels stream, one thread one panel of 64 rows front to back.
+"""The "panels" layout of the CPU kernels: each thread streams a panel of 64 rows from front to back.
 
-src/abi.h describes the bytes, docs/kernels.md draws them. A panel is a row of tiles; a tile is its scales and zero
-points, 64 for each segment (columns that share a scale), then its codes in steps of 64 (4 columns of 16 rows): in
-the order of use. One scale for a row, or for the tensor, stands once at the panel's end.
+src/abi.h specifies the bytes, docs/kernels.md draws them. A panel is a row of tiles; a tile is its scales and zero
+points, 64 for each segment (columns that share a scale), then its codes in steps of 64 (4 columns of 16 rows), in
+the order of use. Scales of rows, or of the tensor, are stored once at the panel's end.
 """
 
 from dataclasses import dataclass
@@ -22,17 +22,17 @@ from mpq.rounding.reference import SCALE_DTYPES
 
 NAME = "panels"
 ROWS = 64
-END = 64  # bytes after a panel's last codes, which are loaded as whole vectors
+END = 64  # padding bytes at a panel's end, since codes are loaded as whole vectors
 TILE = 128  # columns of a tile, where groups allow
 MAX_TILE = 256
-LARGEST = 127 * 257  # level of two bytes, each with a sign
+LARGEST = 127 * 257  # largest level of two signed bytes
 CODES_AT_A_TIME = 2**20  # codes arranged at a time, so that temporaries stay in the cache
 INTEGER, TABLE8, TABLE16, TABLE_BF16 = range(4)
 
 
 @dataclass(frozen=True)
 class Levels:
-    """The integers or bf16 that kernels multiply, by code: value = factor * (level - offset).
+    """The integers or bf16 that kernels multiply, for each code: value = factor * (level - offset).
 
     A level is the code itself (INTEGER), a byte from a table (TABLE8), 256 * (high - 128) + low from two tables
     (TABLE16), or a bf16 whose bytes come from two tables (TABLE_BF16, offset 0).
@@ -47,7 +47,7 @@ class Levels:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a (rows, cols) matrix is cut; sizes in columns unless stated otherwise."""
+    """Partition of a (rows, cols) matrix; sizes in columns unless stated otherwise."""
 
     group: int  # columns that share a scale
     segment: int  # the same, padded to a multiple of 4
@@ -55,7 +55,7 @@ class Cut:
     tiles: int  # tiles in a panel
     panels: int
     row_scales: bool  # scales stand at the panel's end
-    repeats: int  # segments that one of the format's scales serves
+    repeats: int  # segments for each of the format's scales
 
     @property
     def tile(self) -> int:
@@ -64,7 +64,7 @@ class Cut:
 
 
 def supports(format: Format) -> bool:
-    """Whether the layout can hold a format."""
+    """Whether the layout supports a format."""
     if format.is_float_copy or not format.is_plain or format.grid.bits > 8 or format.grid.family == "exponent":
         return False
     if format.granularity == "group" and format.group_size > MAX_TILE and format.group_size % TILE:
@@ -73,7 +73,7 @@ def supports(format: Format) -> bool:
 
 
 def cut_of(format: Format, rows: int, cols: int) -> Cut:
-    """How the format's matrix is cut."""
+    """The partition of a matrix in a format."""
     panels = -(-rows // ROWS)
     if format.granularity != "group":
         width = TILE if cols > TILE // 2 else TILE // 2
@@ -123,7 +123,7 @@ class BitMap:
     low_matrix: int = 0
     high_matrix: int = 0
     high_flip: int = 0
-    normal_mask: int = 0  # 0: there is no such map
+    normal_mask: int = 0  # 0: no such map exists
 
 
 @lru_cache(maxsize=64)
@@ -163,18 +163,18 @@ def bf16_terms(format: Format) -> int:
     levels = levels_of(format.grid)
     assert levels is not None
     whole = format.grid.values() / levels.factor
-    if format.zero_point:  # a code less any zero point
+    if format.zero_point:  # a code minus its zero point
         whole = np.arange(2.0**format.grid.bits)
     level_bits = max(_significant(float(value)) for value in whole if np.isfinite(value))
     scale_bits = 1
     if format.granularity == "group":
         scale_bits = {"e8m0": 1, "e4m3": 4, "ue5m3": 4, "bf16": 8, "fp16": 11, "fp32": 24}[format.scale]
-    powers = min(level_bits, scale_bits) <= 1  # which shift the other factor only
+    powers = min(level_bits, scale_bits) <= 1  # powers of two: they shift the other factor only
     return 1 if max(level_bits, scale_bits) + (0 if powers else min(level_bits, scale_bits)) <= 8 else 2
 
 
 def _significant(value: float) -> int:
-    """Bits from the first to the last that is set.
+    """Bits from the first to the last set bit.
 
     >>> _significant(12.0), _significant(0.0), _significant(-0.75)
     (2, 0, 2)
@@ -259,7 +259,7 @@ def names(format: Format) -> tuple[str, ...]:
 
 
 def is_finite(packed: Packed) -> bool:
-    """Whether no scale and no 8-bit float is NaN or infinite: kernels read their bits alone."""
+    """Whether no scale and no 8-bit float is NaN or infinite; kernels do not handle those."""
     scale, infinite = packed.tensors["scale"], np.flatnonzero(~np.isfinite(packed.format.grid.values()))
     floats = packed.tensors["packed"].view(torch.uint8) if len(infinite) and packed.format.grid.bits == 8 else None
     if floats is not None and bool((floats & 127).max() >= infinite[0]):

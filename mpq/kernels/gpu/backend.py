@@ -1,4 +1,4 @@
-"""The CUDA backend of torch.ops.mpq: fused kernels over the layout "fragments". Speeds are not yet measured."""
+"""The CUDA backend of torch.ops.mpq: fused kernels over the layout "fragments"."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -39,7 +39,7 @@ def embedding(
 
 
 def suits(packed: Packed, device: torch.device) -> bool:
-    """Whether fragments are the layout to compute in: a CUDA device, a covered format, and Triton installed."""
+    """Whether to compute in fragments: a CUDA device, a supported format, and Triton installed."""
     return device.type == "cuda" and fragments.covers(packed.format) and find_spec("triton") is not None
 
 

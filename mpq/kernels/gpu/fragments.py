@@ -129,7 +129,7 @@ def restore(packed: Packed) -> Packed:
 
 
 def take_rows(packed: Packed, rows: Tensor) -> Quantized:  # rows: int64 (n,)
-    """The chosen rows, unpacking no more than the 16-row tiles that hold them."""
+    """The chosen rows; only the 16-row tiles that hold them are unpacked."""
     format, arranged, chosen = packed.format, packed.tensors, rows.shape[0]
     tiles = {name: arranged[name][rows // TILE_ROWS] for name in names(format) if name.startswith("codes")}
     lanes = unpack_fields(tiles, format.grid.bits)
@@ -148,5 +148,5 @@ def names(format: Format) -> tuple[str, ...]:
 
 
 def covers(format: Format) -> bool:
-    """Whether the GPU kernels compute from the format: groups of a multiple of 16, rows, or the whole tensor."""
+    """Whether the GPU kernels support the format: groups of a multiple of 16, rows, or the whole tensor."""
     return not format.is_float_copy and format.is_plain and format.grid.bits <= 8 and format.group_size % TILE_ROWS == 0

@@ -19,7 +19,7 @@ _ROW_SCALE_ORDER = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24
 
 @lru_cache(maxsize=1)
 def _order() -> Tensor:
-    """Where each of 1,024 consecutive codes (four tiles) comes from."""
+    """The source position of each of 1,024 consecutive codes (four tiles)."""
     order = []
     for lane in range(32):
         col, q = divmod(lane, 4)
@@ -33,7 +33,7 @@ def pack(codes: Tensor) -> Tensor:  # uint8 (rows, cols), below 16
     """int32 (cols / 16, 2 rows).
 
     Raises:
-        MpqError: rows are not a multiple of 64 or cols not of 16 (the kernel itself wants 256 and 128).
+        MpqError: rows are not a multiple of 64 or cols not of 16 (the kernel itself needs 256 and 128).
     """
     rows, cols = codes.shape
     if rows % 64 or cols % 16:

@@ -20,14 +20,14 @@ def _driver() -> ctypes.CDLL:
 
 
 class TensorMap(ctypes.Structure):
-    """What the hardware knows of a matrix that it copies boxes of; filled by the driver."""
+    """A CUtensorMap: describes a matrix to the hardware that copies boxes of it; filled by the driver."""
 
     _fields_ = (("opaque", ctypes.c_uint64 * 16),)
 
 
 def tensor_map(matrix: Tensor, box: tuple[int, int]) -> TensorMap:
-    """A map of a matrix of 16-bit numbers whose columns lie together: boxes of (rows, 64 columns), 128-byte swizzle."""
-    room = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + 64)  # the driver wants 64-byte alignment
+    """A map of a row-major matrix of 16-bit numbers: boxes of (rows, 64 columns), 128-byte swizzle."""
+    room = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + 64)  # the driver requires 64-byte alignment
     start = ctypes.addressof(room) + -ctypes.addressof(room) % 64
     rows, columns = matrix.shape
     arguments = (
@@ -47,7 +47,7 @@ def function_of(cubin: bytes, name: str, device: int, shared: int = 0) -> ctypes
     """
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
-        torch.cuda.current_stream()  # makes the context
+        torch.cuda.current_stream()  # creates the context
         _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), "load")
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"find {name} in")
         if shared:
@@ -63,7 +63,7 @@ def launch(
     device: torch.device,
     shared: int = 0,
 ) -> None:
-    """Put a kernel on the current stream: tensors and None go as pointers, numbers as int32; waits for nothing."""
+    """Launch a kernel on the current stream, asynchronously: tensors and None are pointers, numbers int32."""
     values = [_value(argument) for argument in arguments]
     pointers = (ctypes.c_void_p * len(values))(
         *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)

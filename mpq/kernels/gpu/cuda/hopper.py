@@ -19,22 +19,22 @@ BLOCKS = (16, 32, 64, 128)  # tokens of a block
 
 
 def covers(format: Format, tokens: Tensor) -> bool:
-    """Whether the kernel takes a weight format and tokens (tokens, cols): what `int4` takes."""
+    """Whether the kernel supports a weight format and tokens (tokens, cols); the same as `int4`."""
     return int4.covers(format, tokens)
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the device has these instructions, which no later generation kept."""
+    """Whether the device has these instructions: compute capability 9.0 only."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def plan(format: Format, tokens: Tensor, rows: int, shares: int, stages: int = 8) -> Plan:
-    """How a product with `shares` programs for each block of rows is cut."""
+    """The launch plan of a product with `shares` programs for each block of rows."""
     return plan_in_blocks(format, tokens, rows, shares, stages, (ROWS, BLOCKS))
 
 
 def shared_bytes(macros: tuple[tuple[str, int], ...]) -> int:
-    """Dynamic shared memory: stages of tokens and codes, and what aligning them may skip."""
+    """Bytes of dynamic shared memory: stages of tokens and codes, and alignment."""
     values = dict(macros)
     return values["STAGES"] * (values["TOKENS"] * 2 * BLOCK_COLS + ROWS * BLOCK_COLS // 2) + 1024
 
@@ -74,7 +74,7 @@ def product(
     rows: int,
     shares: int = 1,
 ) -> Tensor:
-    """tokens @ weight.T + bias, (tokens, rows) in the tokens' type. Compiles at first use; waits for nothing after."""
+    """tokens @ weight.T + bias, (tokens, rows) in the tokens' type. Asynchronous; compiles at first use."""
     parts, device = dict(zip(names(format), weight, strict=True)), tokens.device
     cut = plan(format, tokens, rows, shares)
     cubin, shared = compiled("hopper", source(cut.macros), ARCHITECTURE, cut.macros), shared_bytes(cut.macros)

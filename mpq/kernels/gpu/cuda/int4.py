@@ -18,7 +18,7 @@ BLOCKS = (8, 16, 32, 64)  # tokens of a block
 
 @dataclass(frozen=True)
 class Plan:
-    """What is fixed when compiling, the grid, and the kernel's numbers in their order."""
+    """A launch plan: compile-time constants, grid, and kernel arguments in order."""
 
     macros: tuple[tuple[str, int], ...]
     grid: tuple[int, int, int]
@@ -26,7 +26,7 @@ class Plan:
 
 
 def covers(format: Format, tokens: Tensor) -> bool:
-    """Whether the kernel takes a weight format and tokens (tokens, cols)."""
+    """Whether the kernel supports a weight format and tokens (tokens, cols)."""
     fits = format.grid.family == "int" and format.grid.bits == 4 and format.scale == "fp16" and not format.tensor_scale
     return (
         fits
@@ -45,14 +45,14 @@ def runs_on(device: torch.device) -> bool:
 
 
 def plan(format: Format, tokens: Tensor, rows: int, shares: int, stages: int = 4) -> Plan:
-    """How a product with `shares` programs for each block of rows is cut."""
+    """The launch plan of a product with `shares` programs for each block of rows."""
     return plan_in_blocks(format, tokens, rows, shares, stages, (ROWS, BLOCKS), tokens.stride(0))
 
 
 def plan_in_blocks(
     format: Format, tokens: Tensor, rows: int, shares: int, stages: int, sizes: tuple[int, Sequence[int]], *strides: int
 ) -> Plan:
-    """The plan for blocks of `sizes`: so many rows, and the first of several numbers of tokens that holds all."""
+    """The plan for blocks of `sizes`: the rows, and the first number of tokens that holds all."""
     block_rows, blocks_of_tokens = sizes
     count, cols = tokens.shape
     block = next((size for size in blocks_of_tokens if count <= size), blocks_of_tokens[-1])
@@ -75,7 +75,7 @@ def product(
     rows: int,
     shares: int = 1,
 ) -> Tensor:
-    """tokens @ weight.T + bias, (tokens, rows) in the tokens' type. Compiles at first use; waits for nothing after."""
+    """tokens @ weight.T + bias, (tokens, rows) in the tokens' type. Asynchronous; compiles at first use."""
     parts, device = dict(zip(names(format), weight, strict=True)), tokens.device
     cut = plan(format, tokens, rows, shares)
     major, minor = torch.cuda.get_device_capability(device)
@@ -92,7 +92,7 @@ def product(
 def with_shares(
     run: Callable[[Tensor, Tensor | None], None], out: Tensor, bias: Tensor | None, number: int, cubin: bytes
 ) -> Tensor:
-    """`run(out, shares)`, with a buffer where there are several shares of the sums, and their sum with the bias."""
+    """Call `run(out, shares)`; with several shares, into a buffer whose sum plus bias is the output."""
     if number == 1:
         run(out, None)
         return out

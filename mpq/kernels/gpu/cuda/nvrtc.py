@@ -1,4 +1,4 @@
-"""Compiling CUDA C++ at first use by NVRTC, through ctypes: the user needs no compiler and no headers."""
+"""Compiling CUDA C++ at first use by NVRTC, through ctypes, without an installed compiler or headers."""
 
 import ctypes
 import hashlib
@@ -14,14 +14,14 @@ from mpq.core.files import write_atomically
 
 
 def source_of(names: Sequence[str]) -> str:
-    """The text of a kernel's files, one after the other."""
+    """The concatenated source files of a kernel."""
     folder = files("mpq.kernels.gpu.cuda")
     return "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
 @lru_cache(maxsize=64)
 def compiled(name: str, source: str, architecture: str, definitions: tuple[tuple[str, int], ...]) -> bytes:
-    """The cubin of a kernel's text for an architecture ("sm_90"); kept in the user's cache folder by its hash.
+    """The cubin of a kernel's source for an architecture ("sm_90"), cached in the user's cache folder by hash.
 
     Raises:
         MpqError: NVRTC is not installed, or rejects the source.
@@ -38,7 +38,7 @@ def compiled(name: str, source: str, architecture: str, definitions: tuple[tuple
 
 
 def compile_source(source: str, options: tuple[str, ...]) -> bytes:
-    """Source text to cubin; MpqError with the compiler's own words."""
+    """Compile source to a cubin; MpqError with the compiler's message."""
     library = _library()
     program = ctypes.c_void_p()
     _check(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"mpq.cu", 0, None, None))
@@ -66,7 +66,7 @@ def cache_folder() -> Path:
 
 @lru_cache(maxsize=1)
 def find_library() -> str | None:
-    """Path or name of NVRTC: in the package nvidia-cuda-nvrtc, else where the system's loader looks; None without."""
+    """Path or name of NVRTC: in the package nvidia-cuda-nvrtc, else from the system's loader; None if missing."""
     for folder in map(Path, sys.path):
         libraries = sorted(folder.glob("nvidia/*/lib/libnvrtc.so.*[0-9]"))
         if libraries:

@@ -1,8 +1,8 @@
-"""Whether a CUDA C++ kernel may run on a device: verified against the reference there, once, in a separate process.
+"""Verification of the CUDA C++ kernels: each is compared with the reference once on a device, in another process.
 
-A wrong kernel may give wrong numbers, hang, or leave its process without a usable device. So none runs that has not
-passed: `check` (which tuning calls) tries it elsewhere and keeps the verdict by the sources' hash, the device's name
-and the compiler; `kernel_for` only reads verdicts, and without a good one Triton computes, which is logged once.
+A faulty kernel may give wrong results, hang, or break its process's CUDA context, so kernels run only after they have
+passed. `check` (called by tuning) runs the comparison and stores the verdict by the sources' hash, the device's name
+and the compiler; `kernel_for` reads verdicts. Without a good one Triton computes, which is logged once.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from mpq.rounding.reference import dequantize, quantize
 
 BACKENDS: dict[str, ModuleType] = {"cuda": int4, "hopper": hopper}
 PATIENCE = 180  # seconds before a hanging kernel is killed
-# format, type, tokens, rows, columns, shares: tiles, groups and stages that end within others
+# format, type, tokens, rows, columns, shares: sizes that are no multiples of tiles, groups and stages
 CASES = [
     ("int4-g128", torch.bfloat16, 1, 256, 1024, 1), ("int4-g128", torch.float16, 16, 200, 1096, 3),
     ("int4-g64-asym", torch.bfloat16, 40, 144, 456, 2), ("int4-g32-asym", torch.float16, 64, 130, 2048, 1),
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 def kernel_for(backend: str, format: Format, tokens: Tensor) -> ModuleType | None:
-    """The kernel's module (with `product`) where it takes the format and the tokens and has passed on their device."""
+    """The kernel's module (with `product`) if it supports format and tokens and was verified on their device."""
     kernel = BACKENDS[backend]
     fits = kernel.covers(format, tokens) and kernel.runs_on(tokens.device)
     return kernel if fits and verified(backend, tokens.device) else None
@@ -47,7 +47,7 @@ def kernel_for(backend: str, format: Format, tokens: Tensor) -> ModuleType | Non
 
 @lru_cache(maxsize=64)
 def verified(backend: str, device: torch.device) -> bool:
-    """Whether the kernel has passed here. Says in the log, once, when it has not."""
+    """Whether the kernel has passed on this device; logged once if not."""
     complaint = _verdicts().get(_key(backend, device), "it was never compared with the reference here")
     if complaint:
         _log.warning(
@@ -58,7 +58,7 @@ def verified(backend: str, device: torch.device) -> bool:
 
 
 def check(backend: str, device: torch.device) -> str:
-    """Compare the kernel with the reference in another process unless that was done; "" or what is wrong with it."""
+    """Compare the kernel with the reference in another process, at most once; "" or what is wrong with it."""
     key, known = _key(backend, device), _verdicts()
     if key not in known:
         known[key] = _try_elsewhere(backend, device)
@@ -69,7 +69,7 @@ def check(backend: str, device: torch.device) -> str:
 
 
 def complaint_about(product: Callable[..., Tensor], device: torch.device) -> str:
-    """What is wrong with a product over fragments: "", or the first case in which it differs from the reference."""
+    """What is wrong with a product over fragments: "" or the first case that differs from the reference."""
     for name, dtype, count, rows, cols, shares in CASES:
         random = torch.Generator().manual_seed(rows)
         quantized = quantize(torch.randn(rows, cols, generator=random), parse_format(name))
@@ -80,7 +80,7 @@ def complaint_about(product: Callable[..., Tensor], device: torch.device) -> str
         truth = tokens.double() @ dequantize(quantized).to(device).double().T + bias.double()
         case = f"{name}, {count} x {rows} x {cols} in {dtype}"
         error = float((outputs[0].double() - truth).norm() / truth.norm())
-        if not error < torch.finfo(dtype).eps:  # half of it is the rounding of the output; NaN is not below anything
+        if not error < torch.finfo(dtype).eps:  # half of it is the rounding of the output; written so that NaN fails
             return f"its result for {case} is off by {error:.2g}"
         if not torch.equal(outputs[0], outputs[1]):
             return f"its result for {case} changes from run to run"

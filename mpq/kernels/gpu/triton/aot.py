@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation without a device: what the compiler makes of a product, before anyone runs it."""
+"""Ahead-of-time compilation of a product, without a device."""
 
 from typing import Any
 

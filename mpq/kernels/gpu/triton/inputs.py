@@ -1,4 +1,4 @@
-"""Inputs rounded to 8 bits in the order that 8-bit matrix instructions meet the weights' fragments."""
+"""Rounding of inputs to 8 bits, in the order in which 8-bit matrix instructions read the weights' fragments."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""torch.ops.mpq.linear on Triton: what it covers, choosing blocks, launching."""
+"""torch.ops.mpq.linear on Triton: supported formats, choice of blocks, launches."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,7 +42,7 @@ def linear(
     activation: str,
 ) -> Tensor:
     """input @ weight.T + bias in the input's type, accumulated in float32 or int32; the reference where no kernel
-    applies. Never waits for the device.
+    applies. Asynchronous.
     """
     packed = parse_format(format)
     tokens = input.reshape(-1, cols)
@@ -61,7 +61,7 @@ def compute(
     config: Config,
     activation: str = "",
 ) -> Tensor:
-    """The product by the blocks of `config`, tokens rounded to `activation` first: (tokens, rows) in their type."""
+    """The product with the blocks of `config`, tokens first rounded to `activation`: (tokens, rows) in their type."""
     if not activation:
         if config.backend != "triton":
             kernel = kernel_for(config.backend, format, tokens)
@@ -139,7 +139,7 @@ def _share(
 def _stream(
     operands: tuple[Tensor, ...], out: Tensor, sizes: tuple[int, ...], fixed: dict[str, Any], cut: Stream
 ) -> None:
-    """Programs that stay, and a second launch for the blocks that they share."""
+    """Persistent programs, and a second launch for the blocks that they share."""
     block_n, block_m = fixed["BLOCK_N"], fixed["BLOCK_M"]
     parts = out.new_empty((cut.programs, 2, block_n, block_m) if cut.shared else 1, dtype=torch.float32)
     stream_kernel[(cut.programs,)](*operands, out, parts, *sizes, cut.steps, cut.waves, cut.quota, cut.shared, **fixed)
@@ -151,7 +151,7 @@ def _stream(
 
 
 def computes(format: Format, dtype: torch.dtype) -> bool:
-    """Whether the kernel takes a format and inputs of a type: 16-bit floats whose range holds the format's numbers."""
+    """Whether the kernel supports a format and an input type: 16-bit floats whose range holds the format's values."""
     if dtype not in (torch.float16, torch.bfloat16) or not covers(format):
         return False
     return dtype == torch.bfloat16 or format.grid.max <= torch.finfo(torch.float16).max
@@ -190,7 +190,7 @@ def eight_bit_inputs(tokens: Tensor, format: Format, dtype: torch.dtype) -> tupl
 
 
 def rounded_inputs(tokens: Tensor, format: Format) -> Tensor:
-    """What `reference.quantize_activation` gives, without its look at the numbers, which would wait for the device."""
+    """`reference.quantize_activation` without its checks, which would wait for the device."""
     if format.is_float_copy:
         return to_float_copy(tokens, format.grid.name).to(tokens.dtype)
     scales = absmax_scales(tokens.float(), format)[0].unsqueeze(-1)

@@ -27,7 +27,7 @@ def _dot(weights, inputs, MODE: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def _zeros(zeros, at, mask, SPEC: tl.constexpr):
-    """What the code of zero is: int16 of the shape of `at`, or of one element."""
+    """The code of zero: int16 of the shape of `at`, or of one element."""
     if SPEC.zero_point:
         values = tl.load(zeros + at, mask=mask, other=0).to(tl.int16)
     else:

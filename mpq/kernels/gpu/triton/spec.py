@@ -1,4 +1,4 @@
-"""What the kernels need to know of a format, as compile-time data."""
+"""Compile-time constants of a format for the kernels."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -31,13 +31,13 @@ class Spec(NamedTuple):
 
 
 def _fits_fp16(grid: Grid) -> bool:
-    """Whether the bits of each number can be put in place in a float16: its top exponent means infinity there."""
+    """Whether every value's bits fit a float16, whose top exponent means infinity."""
     return grid.exponent < 5 or (grid.exponent == 5 and grid.specials == "ieee")
 
 
 @lru_cache(maxsize=1024)
 def spec_of(format: Format) -> Spec:
-    """The facts of a format with codes."""
+    """The constants of a format with codes."""
     grid = format.grid
     simple_float = grid.family == "float" and grid.exponent < 8 and grid.signed
     kind = "int" if grid.family == "int" else "float" if simple_float else "table"
@@ -51,7 +51,7 @@ MAGIC = {torch.float16: 0x64006400, torch.bfloat16: 0x43004300}  # two halves of
 
 
 def magic_of(spec: Spec, dtype: torch.dtype) -> int:
-    """The bits that make an integer code a 16-bit float; 0 where codes are decoded otherwise."""
+    """The bits that turn an integer code into a 16-bit float; 0 where codes are decoded otherwise."""
     if spec.kind != "int" or (dtype == torch.bfloat16 and spec.bits == 8):
         return 0
     return MAGIC.get(dtype, 0)

@@ -82,11 +82,11 @@ def join_kernel(
     parts, bias, out, M, N, out_row, steps, quota, before,
     HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The sums of shared blocks, ROWS of their channels a program; `before` blocks are whole already."""
+    """Add the sums of shared blocks, ROWS channels for each program; the first `before` blocks are complete."""
     begin = tl.program_id(0) * steps
     first_program = begin // quota
     last_program = (begin + steps - 1) // quota
-    if first_program < last_program:  # a single one has written the block itself
+    if first_program < last_program:  # a single part was written to the block directly
         strip = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         token = tl.arange(0, BLOCK_M)
         spot = strip[:, None] * BLOCK_M + token[None, :]

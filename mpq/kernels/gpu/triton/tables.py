@@ -1,4 +1,4 @@
-"""Block choices by device: the user's tuned table first, then the one that ships, then the safe rule."""
+"""Block sizes by device: the user's tuned table first, then the shipped one, then a conservative rule."""
 
 import json
 from collections.abc import Mapping
@@ -32,14 +32,14 @@ def key_of(format: str, activation: str, tokens: int, rows: int, cols: int) -> s
 
 @lru_cache(maxsize=4096)
 def config_for(format: str, activation: str, tokens: int, rows: int, cols: int, device: torch.device) -> Config:
-    """The blocks for a product on a device."""
+    """Block sizes of a product on a device."""
     name, processors = device_facts(device)
     tuned = table_of(name).get(key_of(format, activation, tokens, rows, cols))
     return tuned or default_config(spec_of(parse_format(format)), tokens, rows, cols, processors)
 
 
 def device_facts(device: torch.device) -> tuple[str, int]:
-    """Name and multiprocessors; the interpreter counts as one."""
+    """Name and number of multiprocessors; 1 for the interpreter."""
     if device.type != "cuda":
         return "interpreter", 1
     properties = torch.cuda.get_device_properties(device)
@@ -59,7 +59,7 @@ def table_of(device_name: str) -> dict[str, Config]:
 
 
 def provenance_of(device_name: str) -> str:
-    """Where a device's choices come from, and whether any of them was measured."""
+    """Where a device's block sizes come from, and whether any was measured."""
     if tuned_path(device_name).is_file():
         return f"tuned here ({tuned_path(device_name)}), defaults where not"
     return "the defaults, never measured: 'mpq bench --device cuda --tune' measures"

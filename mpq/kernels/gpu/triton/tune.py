@@ -1,4 +1,4 @@
-"""Choosing blocks by timing: candidates for a product, the fastest kept in the user's table."""
+"""Tuning of block sizes: times candidates of a product and stores the fastest in the user's table."""
 
 import statistics
 from collections.abc import Iterable
@@ -22,12 +22,12 @@ from mpq.kernels.gpu.triton.tables import device_facts, key_of, remember
 from mpq.kernels.layout import pack, to_layout
 from mpq.rounding.reference import quantize
 
-BEYOND = 128 << 20  # bytes of weights to cycle through: more than any L2 holds
+BEYOND = 128 << 20  # bytes of weights to cycle through: larger than any L2 cache
 REPEATS = 5
 
 
 def candidates(format: Format, tokens: int, rows: int, cols: int, processors: int) -> list[Config]:
-    """Blocks worth timing, the safe choice first; group scales stay on the accumulators."""
+    """Candidate block sizes, the default first; all keep group scales on the accumulators."""
     spec = spec_of(format)
     base = default_config(spec, tokens, rows, cols, processors)
     configs = [base]
@@ -56,7 +56,7 @@ def tune(
     scheme = parse_scheme(name)
     format, activation = scheme.weight, "" if scheme.activation is None else scheme.activation.name
     if not covers(format):
-        raise MpqError(f"the GPU kernels do not compute from {format.name}, so there is nothing to tune")
+        raise MpqError(f"the GPU kernels do not support {format.name}: there is nothing to tune")
     device_name, processors = device_facts(device)
     matrix = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0)).to(device)
     arranged = to_layout(pack(quantize(matrix, format)), FRAGMENTS)
