@@ -113,7 +113,7 @@ def test_more_bits_never_hurt() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(MpqError, match="1 to 8 bits"):
         quantize_heads(vectors(1, 1, 1, 4), 9)
-    with pytest.raises(MpqError, match="evenly"):
+    with pytest.raises(MpqError, match="do not divide"):
         attention(vectors(1, 3, 2, 4), vectors(1, 2, 2, 4), vectors(1, 2, 2, 4))
     with pytest.raises(MpqError, match="same bits"):
         concatenate([quantize_heads(vectors(1, 1, 1, 4), 4), quantize_heads(vectors(1, 1, 1, 4), 8)])

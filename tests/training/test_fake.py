@@ -154,5 +154,5 @@ def test_mistakes_are_told():
     with pytest.raises(MpqError, match="gptq needs the layers' inputs"):
         FakeQuantization(model, layers, method="gptq")
     parametrize.register_parametrization(model[0], "weight", nn.Identity())
-    with pytest.raises(MpqError, match="the weight of 0 is no plain parameter"):
+    with pytest.raises(MpqError, match="the weight of 0 is computed"):
         FakeQuantization(model, layers)
