@@ -115,5 +115,5 @@ def test_mistakes_are_named() -> None:
         quantize_heads(vectors(1, 1, 1, 4), 9)
     with pytest.raises(MpqError, match="do not divide"):
         attention(vectors(1, 3, 2, 4), vectors(1, 2, 2, 4), vectors(1, 2, 2, 4))
-    with pytest.raises(MpqError, match="same bits"):
+    with pytest.raises(MpqError, match="different bits"):
         concatenate([quantize_heads(vectors(1, 1, 1, 4), 4), quantize_heads(vectors(1, 1, 1, 4), 8)])

@@ -69,7 +69,7 @@ def test_parquet_text_is_the_same_text(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
     ours, lines = (open_data(str(tmp_path / name), words(), seqlen=10) for name in ("a.parquet", "a.jsonl"))
     assert windows(ours.calibration) == windows(lines.calibration)
-    with pytest.raises(MpqError, match="expected one called text"):
+    with pytest.raises(MpqError, match="expected a column called text"):
         open_data(str(tmp_path / "b.parquet"), words())
 
 
