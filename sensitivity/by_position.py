@@ -16,7 +16,7 @@ from mpq.sensitivity.backward import Labels, Piece, pieces, stream_uses
 from mpq.sensitivity.derivatives import Use, keeps_samples
 from mpq.sensitivity.output import Sums, add
 from mpq.sensitivity.standard_error import power_sums, relative_error
-from mpq.sensitivity.task import TEMPER, RowScores, Task, tempered
+from mpq.sensitivity.task import FLOOR, TEMPER, TOKENS_FLOOR, RowScores, Task, tempered
 
 OUTLIER = 1 / 32  # of a piece's sum of |g_t|^2 |x_t|^2: what makes a position an outlier
 
@@ -75,14 +75,14 @@ class PositionCurvature:
         Once for each exponent that the shares s_r are tempered by (`mpq.sensitivity.task.tempered`): (exponents, rows).
         """
         sums = torch.zeros(len(exponents), self.layer.rows, dtype=torch.float64)
-        for moment, shares in (("moment", "rows"), ("lookups", "tokens")):
+        for moment, shares, floor in (("moment", "rows", FLOOR), ("lookups", "tokens", TOKENS_FLOOR)):
             if moment in self.sums:
                 squares = self.sums[shares].double()
                 share = squares / squares.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
                 blocks = difference.reshape(len(squares), -1, self.layer.cols)
                 errors = ((blocks @ whole_gram(self.sums[moment], self.layer.cols)) * blocks).sum(-1)
                 for costs, exponent in zip(sums, exponents, strict=True):
-                    costs += (errors.double() * tempered(share, exponent)).flatten()
+                    costs += (errors.double() * tempered(share, exponent, floor)).flatten()
         for inputs, squares in self.outliers:
             errors = (difference @ inputs.mT).square()
             for costs, exponent in zip(sums, exponents, strict=True):

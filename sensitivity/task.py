@@ -92,18 +92,19 @@ Metric: TypeAlias = Callable[..., Scores]  # metric(task, **options)
 RowScores: TypeAlias = Callable[[Layer], tuple[Tensor, Tensor, Tensor]]
 
 TEMPER = 0.5  # exponent of rows' shares where rows of one layer are compared
-FLOOR = 0.01  # of the mean share: what a row without any gradient counts as, such as a token that never came
+FLOOR = 0.01  # of the mean share, added to each before that
+TOKENS_FLOOR = 1.0  # the same of an embedding's tokens: few of them come often enough in some samples to be told apart
 
 
-def tempered(shares: Tensor, exponent: float) -> Tensor:
-    """Shares along the last dimension to a power, rescaled to the same sum.
+def tempered(shares: Tensor, exponent: float, floor: float = FLOOR) -> Tensor:
+    """Shares along the last dimension, lifted by a floor in units of their mean, to a power, rescaled to the same sum.
 
     Rows that matter little to the float model are not that harmless once all is rounded: the gradient at the float
-    point tells rows apart by more than the loss does.
+    point tells rows apart by more than the loss does. An exponent of 1 leaves the shares as they are.
     """
     if exponent == 1.0:
         return shares
-    powers = (shares + FLOOR * shares.mean(-1, keepdim=True)) ** exponent
+    powers = (shares + floor * shares.mean(-1, keepdim=True)) ** exponent
     sums = powers.sum(-1, keepdim=True).clamp(min=torch.finfo(powers.dtype).tiny)
     return powers * (shares.sum(-1, keepdim=True) / sums)
 
