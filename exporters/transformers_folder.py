@@ -22,8 +22,7 @@ from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_c
 from mpq.exporters.shards import WHOLE, Shards, write_tensors
 from mpq.exporters.targets import CONSUMERS, check, check_model
 from mpq.exporters.verify import same_numbers, same_tensor
-from mpq.kernels.layout import Packed, pack
-from mpq.kernels.weight import empty_weight
+from mpq.kernels.layout import Packed, empty, pack
 from mpq.network.layers import own_code
 from mpq.quantized import Moments, checked_layers, quantized_layers
 from mpq.rounding.reference import Quantized, dequantize
@@ -75,8 +74,7 @@ def export_transformers(
                 f"layer {layer.name} is a {type(module).__name__} with code of its own, which {consumer} would "
                 "replace: exclude it, or export to mpq"
             )
-        empty = empty_weight(scheme.weight, layer.rows, layer.cols, device="meta").matrix()
-        own = specs_of(named(layer.name, empty, scheme))
+        own = specs_of(named(layer.name, empty(scheme.weight, layer.rows, layer.cols, "meta"), scheme))
         names[layer.name] = list(own)
         specs.update(own)
 

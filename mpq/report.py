@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from mpq.core.allocation import Allocation
 from mpq.core.files import write_atomically
 from mpq.core.frontier import Frontier
+from mpq.core.layer import Layer
+from mpq.core.scheme import Scheme
 from mpq.core.table import SensitivityTable
 from mpq.network.coverage import Coverage
 from mpq.plots import (
@@ -117,13 +119,24 @@ def _cells(values: Iterable[object]) -> str:
 
 def _layer_table(allocation: Allocation) -> str:
     strip = layer_facts(allocation)
-    rows = zip(allocation.layers, strip.schemes, strip.bits, strict=True)
     lines = (
-        f"<tr>{_cells((layer.name, layer.kind, f'{layer.rows} x {layer.cols}', scheme, f'{bits:.3f}', layer.tie))}</tr>"
-        for layer, scheme, bits in rows
+        "<tr>"
+        + _cells((layer.name, layer.kind, f"{layer.rows} x {layer.cols}", format_words(layer, scheme)))
+        + _cells((f"{bits:.3f}", layer.tie))
+        + "</tr>"
+        for layer, scheme, bits in zip(allocation.layers, allocation.scheme_of.values(), strip.bits, strict=True)
     )
     head = "<tr><th>layer</th><th>kind</th><th>weights</th><th>format</th><th>bits</th><th>tie</th></tr>"
     return f"<details><summary>All layers</summary><table>{head}{''.join(lines)}</table></details>"
+
+
+def format_words(layer: Layer, scheme: Scheme) -> str:
+    """A scheme's name, and of a mix which share of the rows has which format."""
+    if scheme.mix is None or not scheme.mix.assignment:
+        return scheme.name
+    counts = zip(scheme.mix.counts(layer.rows, layer.cols), scheme.mix.formats, strict=True)
+    shares = (f"{100 * count / layer.rows:.2g} % {format.name}" for count, format in counts if count)
+    return f"{scheme.name}: {', '.join(shares)} of the rows"
 
 
 def _coverage(table: SensitivityTable) -> str:

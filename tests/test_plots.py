@@ -7,7 +7,9 @@ from problems import make_problem, make_table
 
 from mpq.core.errors import MpqError
 from mpq.core.frontier import SavedFrontier
+from mpq.core.layer import Layer
 from mpq.core.problem import build_problem
+from mpq.core.scheme import parse_scheme
 from mpq.plots import (
     Prediction,
     draw_frontier,
@@ -18,7 +20,7 @@ from mpq.plots import (
     layer_facts,
     scheme_colors,
 )
-from mpq.report import Row, write_report
+from mpq.report import Row, format_words, write_report
 from mpq.search.evolution import evolution
 from mpq.search.exact import exact
 
@@ -148,3 +150,11 @@ def test_names_with_dollars_are_no_formulas(tmp_path):
     assert text.count("a$b$&lt;i&gt;</text>") == 2
     assert "<i>" not in re.sub("<!--.*?-->", "", text)
     draw_frontier(frontier_facts({odd[0]: frontier}, {odd[0]: frontier.at(bits=5)}), odd[0]).draw_without_rendering()
+
+
+def test_the_report_tells_which_share_of_the_rows_has_which_format():
+    layer = Layer("l", "linear", 8, 256)
+    scheme = parse_scheme("int2-g64/int3-g64@2.8")
+    assert format_words(layer, scheme) == scheme.name
+    told = format_words(layer, scheme.with_assignment("00110011"))
+    assert told == "int2-g64/int3-g64@2.8: 50 % int2-g64, 50 % int3-g64 of the rows"

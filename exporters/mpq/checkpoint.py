@@ -10,7 +10,6 @@ import copy
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
+from mpq.core.scheme import parse_scheme
 from mpq.exporters.folder import (
     check_texts,
     copy_side_files,
@@ -34,7 +34,7 @@ from mpq.exporters.mpq.skeleton import build_skeleton, describes_itself
 from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_config
 from mpq.exporters.shards import SHARD, WHOLE, Shards, Specs, header_bytes, tensor_bytes, write_tensors
 from mpq.exporters.verify import Digests, Inputs, noting, runner, verify
-from mpq.kernels.layout import ASSIGNMENT, Packed, pack, read_assignment, tensor_specs
+from mpq.kernels.layout import Packed, pack, tensor_specs
 from mpq.network.prepare import bake, prepared
 from mpq.quantized import Moments, checked_layers, put_packed, quantized_layers
 from mpq.rounding.store import Rounder
@@ -139,8 +139,10 @@ def tensor_plan(model: nn.Module, allocation: Allocation) -> Specs:
 
 def _layer_record(model: nn.Module, layer: Layer, allocation: Allocation) -> dict[str, Any]:
     weight: Tensor = model.get_submodule(layer.name).weight  # type: ignore[assignment]
+    scheme = allocation.scheme_of[layer.name]
     record = {
-        "scheme": allocation.scheme_of[layer.name].name,
+        "scheme": scheme.name,
+        **({} if scheme.mix is None else {"counts": scheme.mix.counts(layer.rows, layer.cols)}),
         "kind": layer.kind,
         "rows": layer.rows,
         "cols": layer.cols,
@@ -184,10 +186,6 @@ def load(
     with Shards(path, checksums) as shards:
         matrices = []
         for layer, scheme in checked_layers(skeleton, allocation):
-            if scheme.mix is not None:
-                name = f"{layer.name}.weight.{ASSIGNMENT}"
-                stored = _checked(shards, name, (scheme.mix.assignment_bytes(layer.rows),), torch.uint8)
-                scheme = replace(scheme, weight=read_assignment(scheme.mix, stored, layer.rows))
             specs = tensor_specs(scheme.weight, layer.rows, layer.cols)
             tensors = {name: _checked(shards, f"{layer.name}.weight.{name}", *specs[name]).to(device) for name in specs}
             matrices.append((layer, scheme, Packed(scheme.weight, (layer.rows, layer.cols), tensors=tensors)))
@@ -205,13 +203,19 @@ def load(
 
 
 def layers_of(quantization: Mapping[str, Any]) -> tuple[Allocation, dict[str, torch.dtype]]:
-    """Layers with their schemes, and the types of their numbers, from a quantization_config."""
+    """Layers with their schemes, and the types of their numbers, from a quantization_config.
+
+    Of mixes it says how many rows have each format; which ones, the weight's own tensor says.
+    """
     layers, schemes, dtypes = [], [], {}
+    assignments: dict[str, str] = {}
     for name, record in quantization["layers"].items():
         layers.append(Layer(name, record["kind"], record["rows"], record["cols"], aliases=tuple(record["aliases"])))
         schemes.append(record["scheme"])
+        if (mix := parse_scheme(record["scheme"]).mix) is not None:
+            assignments[name] = mix.with_counts(record["counts"]).assignment
         dtypes[name] = getattr(torch, record["dtype"])
-    return Allocation(tuple(layers), tuple(schemes)), dtypes
+    return Allocation(tuple(layers), tuple(schemes), assignments=assignments), dtypes
 
 
 def _checked(shards: Shards, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:

@@ -21,8 +21,7 @@ from mpq.exporters.folder import copy_side_files, names_of, refuse_foreign, writ
 from mpq.exporters.onnx.nodes import Graph, drop_unused, products_with, put_products, put_weight, round_inputs
 from mpq.exporters.onnx.operators import OPSET, OPSET_INT2, nbits_block, needs_int2
 from mpq.exporters.targets import CONSUMERS, check, check_packages
-from mpq.kernels.layout import unpack
-from mpq.kernels.weight import empty_weight
+from mpq.kernels.layout import empty, unpack
 from mpq.network.calibration import evaluating
 from mpq.network.ranges import Ranges
 from mpq.quantized import Moments, checked_layers, quantized_layers
@@ -83,7 +82,7 @@ def file_size(model: nn.Module, allocation: Allocation, inputs: Tensor | tuple[A
     traced, names = _trace(model, allocation, inputs)
     ranges = {layer.name: (0.0, 1.0) for layer in allocation.layers}
     blank = (
-        (layer, scheme, unpack(empty_weight(scheme.weight, layer.rows, layer.cols).matrix()))
+        (layer, scheme, unpack(empty(scheme.weight, layer.rows, layer.cols)))
         for layer, scheme in checked_layers(model, allocation)
     )
     with open(os.devnull, "wb") as nowhere:

@@ -15,12 +15,13 @@ def add(command: AddCommand) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    from mpq.core.formats import FORMATS, parse_format
+    from mpq.core.formats import FORMATS
+    from mpq.core.scheme import parse_scheme
 
     for name in options.names:
-        format = parse_format(name)
+        format = parse_scheme(name).weight
         print(f"{format.name}: {format.effective_bits():.4f} bits per weight of a 4096 x 4096 matrix")
-        if format.grid.bits <= 8:
+        if format.grid.bits <= 8 and len(format.members) == 1:
             numbers = sorted({value for value in format.grid.values().tolist() if math.isfinite(value)})
             print("  " + " ".join(f"{value:g}" for value in numbers))
     if options.names:
@@ -37,3 +38,4 @@ def run(options: argparse.Namespace) -> None:
     print_table(rows)
     grammar = "GRID[-tensor|-channel|-gN][-asym][-sSCALE][-mMINIMUM][-bN][-ts]"
     print(f"\n{grammar}; bits are those of a 4096 x 4096 matrix, scales counted")
+    print("FORMAT/FORMAT/...@BITS: each row in one of these formats, so many stored bits a weight on average")

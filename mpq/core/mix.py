@@ -108,6 +108,15 @@ class Mix(Format):
             )
         return places
 
+    def counts(self, rows: int, cols: int) -> list[int]:
+        """How many rows have each of the formats; MpqError as `assigned`."""
+        counted: list[int] = np.bincount(self.assigned(rows, cols), minlength=len(self.formats)).tolist()
+        return counted
+
+    def with_counts(self, counts: Sequence[int]) -> "Mix":
+        """The mix with so many rows in each format, in the formats' order: as good as another until it is known."""
+        return self.with_assignment("".join(str(place) * count for place, count in enumerate(counts)))
+
     def with_assignment(self, places: "NDArray[np.integer[Any]] | str") -> "Mix":
         """The mix with each row's place in `formats`, (rows,) or as digits."""
         return replace(self, assignment=places if isinstance(places, str) else digits(places))

@@ -16,7 +16,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpq.exporters.folder import CHECKSUMS, check_texts, read_checksums
 from mpq.exporters.mpq.checkpoint import METHOD, VERSION, layers_of
-from mpq.kernels.weight import PackedWeight, empty_weight
+from mpq.kernels.layout import empty
+from mpq.kernels.weight import PackedWeight
 from mpq.network.prepare import bake
 from mpq.quantized import checked_layers, put_packed
 
@@ -52,8 +53,7 @@ class MpqQuantizer(HfQuantizer):
         allocation, dtypes = layers_of(vars(self.quantization_config))
         ties = dict(getattr(model, "all_tied_weights_keys", {}))
         for layer, scheme in checked_layers(bake(model), allocation):
-            weight = empty_weight(scheme.weight, layer.rows, layer.cols, device="meta")
-            put_packed(model, layer, scheme, weight.matrix(), dtypes[layer.name])
+            put_packed(model, layer, scheme, empty(scheme.weight, layer.rows, layer.cols, "meta"), dtypes[layer.name])
             for alias in layer.aliases:  # transformers ties parameters only: the module is shared again after loading
                 del model.get_submodule(alias).weight
                 ties.pop(f"{alias}.weight", None)

@@ -63,7 +63,7 @@ def parts_of(prefix: str, layers: Mapping[str, Any], fused: Mapping[str, Sequenc
         fused: vLLM's `packed_modules_mapping`, {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}.
 
     Raises:
-        MpqError: some of the layers that vLLM fuses are quantized and others are not.
+        MpqError: some of the layers that vLLM fuses are quantized and others are not, or one mixes formats by rows.
     """
     parent, dot, leaf = prefix.rpartition(".")
     names = [prefix] if prefix in layers else [f"{parent}{dot}{name}" for name in fused.get(leaf, ())]
@@ -75,6 +75,9 @@ def parts_of(prefix: str, layers: Mapping[str, Any], fused: Mapping[str, Sequenc
             f"vLLM computes {', '.join(names)} as one, but {missing[0]} is not quantized: give it a format too"
         )
     records = [layers[name] for name in names]
+    for name, fact in zip(names, records, strict=True):
+        if parse_scheme(fact["scheme"]).mix is not None:
+            raise MpqError(f"{name} mixes formats by rows, which vLLM does not compute yet: profile with layers whole")
     return tuple(
         Part(fact.get("stored", name), parse_scheme(fact["scheme"]), fact["rows"], fact["cols"])
         for name, fact in zip(names, records, strict=True)

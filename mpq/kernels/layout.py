@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,10 +160,9 @@ def _read(stored: Tensor, kind: str, groups: int) -> Tensor:
 def tensor_specs(format: Format, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of every tensor of the canonical layout, in its fixed order; a mix must have its assignment."""
     if isinstance(format, Mix):
-        counts = np.bincount(format.assigned(rows, cols), minlength=len(format.formats)).tolist()
         parts = {
             f"{place}.{name}": spec
-            for place, (part, count) in enumerate(zip(format.formats, counts, strict=True))
+            for place, (part, count) in enumerate(zip(format.formats, format.counts(rows, cols), strict=True))
             if count
             for name, spec in tensor_specs(part, count, cols).items()
         }
@@ -188,6 +186,13 @@ def tensor_specs(format: Format, rows: int, cols: int) -> dict[str, tuple[tuple[
     if format.tensor_scale:
         specs["tensor_scale"] = ((), torch.float32)
     return specs
+
+
+def empty(format: Format, rows: int, cols: int, device: str | torch.device | None = None) -> Packed:
+    """A matrix whose tensors have shapes and types, and zeros for content."""
+    specs = tensor_specs(format, rows, cols)
+    tensors = {name: torch.zeros(shape, dtype=kind, device=device) for name, (shape, kind) in specs.items()}
+    return Packed(format, (rows, cols), ROWS, tensors)
 
 
 def _width(groups: int, kind: str) -> int:

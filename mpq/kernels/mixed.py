@@ -57,9 +57,11 @@ class MixedWeight(PackedWeight):
         return of_parts(self.format, (self.rows, self.cols), [part.matrix() for part in self.parts])
 
     def arrange(self, layout: str | None = None) -> None:
-        """Change the layout of every part."""
+        """Change the layout of every part; whatever assignment has been loaded meanwhile is taken."""
+        assert isinstance(self.format, Mix)
         for part in self.parts:
             part.arrange(layout)
+        self._arrange_rows(self.format)
 
     def dequantize(self) -> Tensor:
         """The weight matrix, float32 (rows, cols)."""

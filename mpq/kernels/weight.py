@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mpq.core.formats import Format
-from mpq.kernels.layout import ROWS, Packed, best_layout, packed_of, tensor_specs, to_layout
+from mpq.kernels.layout import ROWS, Packed, best_layout, packed_of, to_layout
 from mpq.network.layers import shaped
 
 ABOUT_SHAPE = frozenset({"ndim", "dim", "size", "numel", "nelement", "requires_grad", "is_leaf", "is_floating_point"})
@@ -159,19 +158,6 @@ class PackedWeight(nn.Module):
         self._put(to_layout(self.matrix(), ROWS))
         super()._load_from_state_dict(state, prefix, *args)
         self.arrange(layout)
-
-
-def empty_weight(
-    format: Format,
-    rows: int,
-    cols: int,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device | None = None,
-) -> PackedWeight:
-    """A weight of zeros to load a state dict into."""
-    specs = tensor_specs(format, rows, cols)
-    tensors = {name: torch.zeros(shape, dtype=kind, device=device) for name, (shape, kind) in specs.items()}
-    return PackedWeight(Packed(format, (rows, cols), ROWS, tensors), dtype)
 
 
 def _numbers(value: Any) -> Any:

@@ -164,3 +164,9 @@ def test_the_entry_point_names_the_function():
 
     points = [point for point in entry_points(group="vllm.general_plugins") if point.name == "mpq"]
     assert all(point.value == "mpq.integrations.vllm:register" for point in points)
+
+
+def test_mixes_of_formats_are_refused_at_once():
+    record = {"scheme": "int2-g64/int4-g64@3", "counts": [8, 8], "rows": 16, "cols": 64, "aliases": []}
+    with pytest.raises(MpqError, match="mixes formats by rows"):
+        parts_of("layers.0.o_proj", named_layers({"layers.0.o_proj": record}), FUSED)
