@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from experiments.fuzz import KINDS, fuzz, read_allocation, read_frontier, read_study, read_table
+from experiments.benchmarks.fuzz import KINDS, fuzz, read_allocation, read_frontier, read_study, read_table
 from mpq.core.allocation import Allocation
 from mpq.core.edits import CHECKSUM, EDITED
 from mpq.core.errors import MpqError

@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.model_cases import CASES, SAMPLED
-from experiments.model_matrix import run_case
+from experiments.benchmarks.model_matrix import run_case
+from experiments.models.model_cases import CASES, SAMPLED
 
 pytest.importorskip("transformers")
 

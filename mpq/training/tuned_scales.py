@@ -2,7 +2,7 @@
 
 All layers are tuned at once with the original model as the teacher, which corrects what rounding each layer alone
 cannot see: how errors of different layers add up. On a language model at 3 bits this takes a quarter of what GPTQ's
-rounding loses (experiments/bench_tuned_scales.py).
+rounding loses (experiments/benchmarks/bench_tuned_scales.py).
 """
 
 import copy

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from experiments.model_cases import CASES
+from experiments.models.model_cases import CASES
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.generation.generate import _choose, compare_speeds, generate

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.hawq_v3 import hawq_v3_problem, published_choices, read_published
+from experiments.papers.hawq_v3 import hawq_v3_problem, published_choices, read_published
 from mpq.search.exact import exact
 from mpq.search.integer import integer
 

@@ -29,7 +29,6 @@ from mpq.sensitivity.gauss_newton import slope_scales, straight_layers
 from mpq.sensitivity.hessian import hessian, hessian_traces
 from mpq.sensitivity.journal import Journal
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 RESNET = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "cifar10_resnet20.safetensors"
 
 
@@ -149,9 +148,8 @@ def test_traces_agree_with_pyhessian_on_a_small_net():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not RESNET.exists(), reason="needs the pretrained ResNet-20 in ../shared/data")
-def test_traces_agree_with_pyhessian_on_resnet20(monkeypatch):
-    monkeypatch.syspath_prepend(EXPERIMENTS)
-    from reference_models import cifar10_calibration, resnet
+def test_traces_agree_with_pyhessian_on_resnet20():
+    from experiments.models.reference_models import cifar10_calibration, resnet
 
     model, (batch,) = resnet(20), cifar10_calibration(32, 32)
     task = make_task(model, [batch], cross_entropy)

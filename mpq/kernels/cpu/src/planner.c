@@ -2,7 +2,7 @@
 #include "planner.h"
 
 /* Thresholds were measured with two threads on 4096 x 4096 weights, on a Xeon with AMX and AVX-512 VNNI
- * (experiments/bench_cpu_kernels.py). A row is one int8 plane of one token. */
+ * (experiments/benchmarks/bench_cpu_kernels.py). A row is one int8 plane of one token. */
 #define FUSED_MAX_TOKENS 4       /* sums that fit registers, with at most one more pass over the tile */
 #define FUSED_MAX_ROWS 6         /* in one pass; for the shortest codes AMX is faster than a second one */
 #define FUSED_MAX_ROWS_INT16 4   /* 16-bit levels need two sums for each row */

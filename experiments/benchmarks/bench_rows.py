@@ -1,0 +1,169 @@
+"""Rows in formats of their own against whole layers and uniform formats, at equal bytes and by equal rounding.
+
+    python -m experiments.benchmarks.bench_rows [--quick] [--models llama5m ...] [--bits 3.25 4.25] [--draws 3]
+
+Scores and second moments come from calibration data, of which every draw takes others. The figure is the mean KL
+divergence from the original on data that nothing was tuned on, beside what the table predicts. RESULT lines hold rows
+against whole layers and against the best uniform format that fits, with the standard error of the paired difference.
+"""
+
+import argparse
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from experiments.models import reference_models
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
+from mpq.core.frontier import Frontier
+from mpq.core.problem import restricted
+from mpq.evaluation import Quality
+from mpq.measuring import Measurer, store_for
+from mpq.network.calibration import cross_entropy, next_token_loss
+from mpq.network.layers import find_layers
+from mpq.rounding.store import RoundingStore
+from mpq.search import frontier_of
+from mpq.search.exact import exact
+from mpq.sensitivity.profile import profile
+from mpq.sources import Source, open_source
+
+LANGUAGE = tuple(f"int{width}-g64" for width in (2, 3, 4, 5))
+IMAGES = tuple(f"int{width}-channel" for width in (2, 3, 4, 5, 6, 8))
+BITS = (2.5, 2.75, 3.0, 3.25, 3.75, 4.25)
+NEAR = 0.97  # of the budget, the least that a uniform format must take to be compared
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A model with its data, the formats to choose from and the rounding."""
+
+    source: Source
+    formats: tuple[str, ...]
+    method: str
+
+
+def language(name: str, model: torch.nn.Module, tokens: torch.Tensor, unseen: torch.Tensor) -> Contest:
+    """A language model on windows of tokens."""
+    return Contest(
+        Source(name, model, tokens.split(8), unseen.split(4), next_token_loss, "perplexity"), LANGUAGE, "gptq"
+    )
+
+
+def llama5m(draw: int) -> Contest:
+    """The small Llama."""
+    train = reference_models.wikitext_tokens("train", 32 * (draw + 1))[32 * draw :]
+    return language("llama5m", reference_models.wikitext_llama(), train, reference_models.wikitext_tokens("test", 32))
+
+
+def smollm2(draw: int) -> Contest:
+    """SmolLM2-135M off its 4-bit lattice."""
+    model, train = reference_models.smollm2()
+    return language("smollm2", model, train[32 * draw : 32 * (draw + 1)], train[-16:])
+
+
+def resnet20(draw: int) -> Contest:
+    """A CIFAR-10 ResNet, by channel."""
+    seen = reference_models.cifar10_calibration(256 * (draw + 1))
+    test = reference_models.cifar10_test()[:2]
+    count = len(seen) // (draw + 1)
+    source = Source("resnet20", reference_models.resnet(20), seen[-count:], test, cross_entropy, "accuracy")
+    return Contest(source, IMAGES, "mse")
+
+
+def tiny(draw: int) -> Contest:
+    """The language model that comes with mpq."""
+    source = open_source("tiny-lm", nsamples=32)
+    return Contest(source, ("int2-g64", "int3-g64", "int4-g64"), "gptq")
+
+
+MODELS: dict[str, Callable[[int], Contest]] = {
+    "llama5m": llama5m, "smollm2": smollm2, "resnet20": resnet20, "tiny-lm": tiny,
+}  # fmt: skip
+
+
+def frontiers(contest: Contest, store: RoundingStore) -> dict[str, Frontier]:
+    """By rows and by whole layers, from one table."""
+    source = contest.source
+    table = profile(
+        source.model, source.calibration, source.loss_fn, contest.formats, metric="kl-curvature", method=store,
+        progress=False, granularity="row",
+    )  # fmt: skip
+    by_rows = frontier_of(table)
+    return {"rows": by_rows, "layers": exact(restricted(by_rows.problem, contest.formats))}
+
+
+def compare(contest: Contest, bits: Sequence[float]) -> list[str]:
+    """Measure one draw of one model; its RESULT lines."""
+    start = time.process_time()
+    store = store_for(contest.method, contest.source, find_layers(contest.source.model))
+    found, measurer = frontiers(contest, store), Measurer(contest.source, store)
+    print(f"{contest.source.name}: {contest.method}, table and frontiers {time.process_time() - start:.0f} CPU s")
+    lines = []
+    for budget in bits:
+        chosen = {name: frontier.at(bits=budget) for name, frontier in found.items() if _reaches(frontier, budget)}
+        uniform = [one for _, one in found["layers"].uniform() if NEAR * budget <= one.bits <= budget]
+        if uniform:
+            chosen["uniform"] = max(uniform, key=lambda one: one.bits)
+        qualities = {}
+        for name, allocation in chosen.items():
+            qualities[name] = measured(measurer, allocation)
+            kl, error = _kl(qualities[name])
+            print(
+                f"  {budget:.2f} {name:8} {allocation.bits:.3f} bits  KL {kl:.4g} +- {error:.1g}, predicted "
+                f"{allocation.loss:.4g}  {qualities[name]}",
+                flush=True,
+            )
+        lines += [_result(contest, budget, qualities, other) for other in ("layers", "uniform") if other in qualities]
+    return lines
+
+
+def _reaches(frontier: Frontier, bits: float) -> bool:
+    return bool(frontier.bits[0] <= bits)
+
+
+def measured(measurer: Measurer, allocation: Allocation) -> Quality:
+    """The quality on unseen data, running means estimated anew where there are any."""
+    return measurer.quality(allocation, "evaluation", measurer.means(allocation))
+
+
+def _result(contest: Contest, bits: float, qualities: dict[str, Quality], other: str) -> str:
+    rows, against = qualities["rows"], qualities[other]
+    difference, error = rows.harm_above(against)
+    share = _kl(rows)[0] / _kl(against)[0] - 1
+    word = "behind" if difference > 2 * error else "at least as good as"
+    return (
+        f"RESULT {contest.source.name} {bits:.2f} bits: rows are {word} {other}: KL {100 * share:+.0f} % "
+        f"(difference {difference:.3g} +- {error:.1g})"
+    )
+
+
+def _kl(quality: Quality) -> tuple[float, float]:
+    assert quality.divergence is not None
+    return quality.divergence.mean()
+
+
+def main() -> None:
+    """Run the contests that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the tiny language model, two budgets, one draw")
+    parser.add_argument("--models", nargs="+", choices=sorted(MODELS))
+    parser.add_argument("--bits", nargs="+", type=float)
+    parser.add_argument("--draws", type=int, default=1, help="of calibration data (default: 1)")
+    options = parser.parse_args()
+    lines: list[str] = []
+    bits = options.bits or ((3.0, 3.25) if options.quick else BITS)
+    for name in options.models or (["tiny-lm"] if options.quick else ["llama5m", "resnet20", "smollm2"]):
+        for draw in range(options.draws):
+            try:
+                lines += compare(MODELS[name](draw), bits)
+            except (MpqError, FileNotFoundError) as error:
+                print(f"{name} left out: {error}")
+    print("\n".join(lines))
+    print(f"RESULT peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Many architectures through the whole job: profile, search, simulate, export, load; equal outputs or a named reason.
+
+    python -m experiments.benchmarks.model_matrix [--quick] [NAME ...]
+
+Every model is built from its configuration with small random weights. A line each: status, seconds, layers, share of
+the parameters that is quantized, and the reason where one fails. The last lines begin with RESULT.
+"""
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import mpq
+from experiments.models.model_cases import CASES, QUICK, Case, import_timm
+from mpq.core.errors import MpqError
+from mpq.exporters.verify import verify_outputs
+
+FORMATS = ("int3-g32", "int4-g32", "int8-channel")
+BITS = 5.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one architecture."""
+
+    name: str
+    status: str  # "ok", "failed" or "skipped"
+    reason: str
+    seconds: float
+    layers: int = 0
+    coverage: float = 0.0  # share of the parameters
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name:38} {self.status:8} {self.seconds:6.1f} s  {self.layers:4} layers  "
+            f"{100 * self.coverage:5.1f} % of the parameters  {self.reason}"
+        )
+
+
+def run_case(case: Case, folder: Path) -> Row:
+    """The whole job on one model: a row, never an exception."""
+    started = time.perf_counter()
+    try:
+        if case.name.startswith("timm "):
+            import_timm()
+    except MpqError as error:
+        return Row(case.name, "skipped", str(error), time.perf_counter() - started)
+    try:
+        model = case.build()
+        return through(case, model, folder, started)
+    except Exception as error:  # what a user would see; its kind is part of the answer
+        text = str(error).strip().splitlines() or [""]
+        return Row(case.name, "failed", f"{type(error).__name__}: {text[0][:230]}", time.perf_counter() - started)
+
+
+def through(case: Case, model: torch.nn.Module, folder: Path, started: float) -> Row:
+    """Profile, search, simulate, export (compared layer by layer), load, and compare again."""
+    batches = case.batches(model)
+    table = mpq.profile(model, batches, case.loss_fn, formats=FORMATS, progress=False)
+    allocation = mpq.frontier(table).at(bits=BITS)
+
+    def run(model: torch.nn.Module) -> torch.Tensor:
+        return case.loss_fn(model, batches[0])
+
+    plain = not hasattr(model, "config")
+    mpq.export(model, allocation, folder, inputs=run)
+    loaded = mpq.load(folder, model=case.build() if plain else None)
+    verify_outputs(model, loaded, allocation, run)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    coverage = sum(layer.params for layer in allocation.layers) / whole
+    return Row(case.name, "ok", "", time.perf_counter() - started, len(allocation.layers), coverage)
+
+
+def main() -> int:
+    """Run the cases that were asked for; 0 when none failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="a few, in less than a minute")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    rows = []
+    for name in options.names or (QUICK if options.quick else CASES):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(run_case(CASES[name], Path(folder) / "out"))
+        print(rows[-1], flush=True)
+    counts = {status: sum(row.status == status for row in rows) for status in ("ok", "failed", "skipped")}
+    print(f"RESULT architectures={len(rows)} " + " ".join(f"{status}={count}" for status, count in counts.items()))
+    print(f"RESULT seconds={sum(row.seconds for row in rows):.0f}")
+    return 1 if counts["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

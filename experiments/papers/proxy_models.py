@@ -1,0 +1,38 @@
+"""The models of the proxy experiments: their benchmarks (experiments/results) and statistics (out/, collected once)."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from experiments.models import reference_models
+from experiments.papers.build_benchmarks import RESULTS, load
+from mpq.network.calibration import Batch
+from mpq.proxies.benchmark import Benchmark
+from mpq.proxies.collect import collect_statistics
+from mpq.proxies.statistics import Statistics
+
+OUT = Path(__file__).resolve().parents[2] / "out"
+NAMES = ("resnet20", "resnet56", "llama5m")
+
+
+def benchmark_of(name: str) -> Benchmark:
+    """The measured configurations; refused when the weights in the data folder are not those measured."""
+    benchmark = Benchmark.load(RESULTS / f"benchmark_{name}.csv")
+    benchmark.check_model(load(name)[0])
+    return benchmark
+
+
+def calibration_of(name: str) -> tuple[Batch, ...]:
+    """What statistics are collected on: training data, never what the benchmark measured."""
+    if name == "llama5m":
+        return tuple(reference_models.wikitext_tokens("train", 8).split(8))
+    return reference_models.cifar10_calibration({"resnet20": 256, "resnet56": 128}[name], 64)
+
+
+def statistics_of(name: str, wanted: Iterable[str], tag: str = "") -> Statistics:
+    """The statistics of a model, from out/ when they are there."""
+    model, _, loss_fn, _, _ = load(name)
+    schemes = benchmark_of(name).schemes
+    return collect_statistics(
+        model, calibration_of(name), loss_fn, schemes, wanted=wanted, progress=True,
+        cache=OUT / f"statistics_{name}{tag}.npz",
+    )  # fmt: skip
