@@ -5,6 +5,7 @@ Verbs: `profile`, `frontier`, `allocate`, `simulate`, `quantize`, `export`, `loa
 used.
 """
 
+import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,9 @@ _HOMES = {
     "simulate": "mpq.quantized:simulate",
 }
 __version__ = "0.1.0"
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    # PyTorch's threads else spin for milliseconds after each operation: beside a busy job that takes twice the time.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # turns before a waiting thread sleeps; read when torch is loaded
 sys.meta_path.insert(0, Moved())  # first: an old package would find its new files itself
 __all__ = [
     "Allocation", "Format", "Frontier", "MpqError", "Problem", "Scheme", "SensitivityTable", "Source", "allocate",
