@@ -73,6 +73,16 @@ def resnet20(draw: int) -> Contest:
     return Contest(source, IMAGES, "mse")
 
 
+def efficientnet(draw: int) -> Contest:
+    """EfficientNet-Lite0, by channel."""
+    sample = reference_models.imagenet_sample
+    source = Source(
+        "efficientnet-lite0", reference_models.efficientnet_lite0(), sample(160 * draw, 160), sample(500, 320),
+        cross_entropy, "accuracy",
+    )  # fmt: skip
+    return Contest(source, IMAGES, "mse")
+
+
 def tiny(draw: int) -> Contest:
     """The language model that comes with mpq."""
     source = open_source("tiny-lm", nsamples=32)
@@ -80,7 +90,7 @@ def tiny(draw: int) -> Contest:
 
 
 MODELS: dict[str, Callable[[int], Contest]] = {
-    "llama5m": llama5m, "smollm2": smollm2, "resnet20": resnet20, "tiny-lm": tiny,
+    "llama5m": llama5m, "smollm2": smollm2, "resnet20": resnet20, "efficientnet-lite0": efficientnet, "tiny-lm": tiny,
 }  # fmt: skip
 
 

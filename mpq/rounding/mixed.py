@@ -6,7 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mpq.core.formats import Format
 from mpq.core.mix import Mix
+from mpq.rounding import Method
 from mpq.rounding.reference import Quantized
 
 
@@ -21,6 +23,13 @@ def mixed(mix: Mix, wholes: Sequence[Quantized]) -> Quantized:
     rows = [(places == place).nonzero().flatten() for place in range(len(wholes))]
     parts = tuple(take_rows(whole, own) for whole, own in zip(wholes, rows, strict=True) if len(own))
     return Quantized(mix, shape, wholes[0].codes[:0], parts=parts)
+
+
+def in_format(method: Method, weight: Tensor, format: Format, second_moment: Tensor | None = None) -> Quantized:
+    """The weight (rows, cols) rounded by a method, in one format or in a mix."""
+    if isinstance(format, Mix):
+        return mixed(format, [method(weight, one, second_moment) for one in format.formats])
+    return method(weight, format, second_moment)
 
 
 def take_rows(quantized: Quantized, rows: Tensor) -> Quantized:  # rows: int64 (n,)

@@ -75,9 +75,11 @@ def quantize(
     """Round every element to the nearest code, ties to even; by default with scales from the largest magnitude.
 
     Raises:
-        MpqError: the weight is not a matrix of finite numbers.
+        MpqError: the weight is not a matrix of finite numbers, or the format is a mix.
     """
     check_weight(weight)
+    if isinstance(format, Mix):
+        raise MpqError(f"{format.name} is a mix: expected one format")
     weight = weight.detach()
     if format.is_float_copy:
         return Quantized(format, (weight.shape[0], weight.shape[1]), to_float_copy(weight, format.grid.name))

@@ -14,6 +14,7 @@ from mpq.network.calls import call_input, with_call_input
 from mpq.network.layers import matrix_to_weight, weight_matrix
 from mpq.rounding import METHODS, method_named
 from mpq.rounding.activations import fake_quantize_inputs, straight_through
+from mpq.rounding.mixed import in_format
 from mpq.rounding.reference import dequantize, round_scales, snap
 from mpq.training.learned import LearnedScales
 
@@ -136,7 +137,7 @@ class FakeQuantization(nn.Module):
         return matrix_to_weight(rounded, module)
 
     def _rounded(self, matrix: Tensor, format: Format) -> Tensor:
-        return dequantize(self.method(matrix.detach(), format, None)).to(matrix.dtype)
+        return dequantize(in_format(self.method, matrix.detach(), format)).to(matrix.dtype)
 
     def _inputs(self, index: int, module: nn.Module, inputs: Tensor, format: Format) -> Tensor:
         if format.granularity != "tensor":

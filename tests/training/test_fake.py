@@ -10,9 +10,11 @@ from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
 from mpq.core.scheme import parse_scheme
 from mpq.network.layers import find_layers, matrix_to_weight, weight_matrix
+from mpq.quantized import simulate
 from mpq.rounding.activations import fake_quantize_inputs
 from mpq.rounding.reference import dequantize, fake_quantize, quantize
 from mpq.training.fake import FakeQuantization
+from tests.mixes import mixed_allocation
 from tests.sensitivity.small_models import Convolutions, TiedLanguageModel, class_batches, seed_weights, token_batches
 
 
@@ -44,6 +46,17 @@ def test_outputs_and_gradients_are_those_at_the_rounded_weights(kind, scheme):
     expected.square().sum().backward()
     for (name, parameter), other in zip(model.named_parameters(), truth.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, msg=name)
+
+
+@pytest.mark.parametrize("kind", [Convolutions, TiedLanguageModel])
+def test_rows_compute_in_formats_of_their_own(kind):
+    model = seed_weights(kind()).eval()
+    allocation = mixed_allocation(model)
+    expected = simulate(model, allocation, "nearest", trainable=False)
+    quantization = FakeQuantization(model, allocation.layers, method="nearest")
+    quantization.use(allocation.scheme_of)
+    inputs = class_batches((4, 6, 6))[0][0] if kind is Convolutions else token_batches()[0]
+    torch.testing.assert_close(model(inputs), expected(inputs))
 
 
 def test_convolutions_have_a_scale_for_each_output_channel():
