@@ -6,7 +6,7 @@ allocation known (Thompson sampling), the proposal is measured, and the belief i
 update). Nothing here knows what is measured: `measure` gives the loss of every sample.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -34,7 +34,8 @@ SECONDS = 5.0  # of the integer program for one proposal
 def starts(frontier: Frontier, size: float) -> tuple[tuple[str, Choices], ...]:
     """Named choices within a size (of the layers, bytes) that a measured search begins with, each once.
 
-    The frontier's own, every uniform format just below the size, and the exact optima without the smallest widths.
+    The frontier's own, every uniform format just below the size, and the exact optima of whole layers, where there are
+    mixes too, and without the smallest widths.
     """
     problem = frontier.problem
     candidates = [("searched", np.asarray(frontier.choices[frontier.index_at(cost=size)], dtype=np.intp))]
@@ -42,23 +43,32 @@ def starts(frontier: Frontier, size: float) -> tuple[tuple[str, Choices], ...]:
         uniform = np.full(len(problem.groups), j, dtype=np.intp)
         if NEAR * size <= problem.totals(uniform)["size"] <= size:
             candidates.append((f"all {problem.schemes[j]}", uniform))
+    whole = [name for j, name in enumerate(problem.schemes) if not problem.is_mix(j)]
+    if len(whole) < len(problem.schemes) and (choices := _optimum(problem, whole, size)) is not None:
+        candidates.append(("searched by whole layers", choices))
     narrowest = {
         name: min(format.grid.bits for format in parse_scheme(name).weight.members) for name in problem.schemes
     }
     for smallest in sorted(set(narrowest.values()))[1 : FEWER + 1]:
-        kept = [name for name, width in narrowest.items() if width >= smallest]
-        try:
-            wider = restricted(problem, kept)
-            solved = exact(wider)
-            choices = solved.choices[solved.index_at(cost=min(size, solved.costs[-1]))]
-        except MpqError:  # the budget, or a pinned layer, needs the smallest widths
+        choices = _optimum(problem, [name for name, width in narrowest.items() if width >= smallest], size)
+        if choices is None:
             break
-        mapped = np.array([problem.schemes.index(wider.schemes[choice]) for choice in choices.tolist()], dtype=np.intp)
-        candidates.append((f"searched from {smallest} bits", mapped))
+        candidates.append((f"searched from {smallest} bits", choices))
     seen: dict[tuple[int, ...], tuple[str, Choices]] = {}
     for name, choices in candidates:
         seen.setdefault(tuple(choices.tolist()), (name, choices))
     return tuple(seen.values())
+
+
+def _optimum(problem: Problem, schemes: Sequence[str], size: float) -> Choices | None:
+    """The exact optimum among some of the schemes; None where the budget, or a pinned layer, needs others."""
+    try:
+        part = restricted(problem, schemes)
+        solved = exact(part)
+        choices = solved.choices[solved.index_at(cost=min(size, solved.costs[-1]))]
+    except MpqError:
+        return None
+    return np.array([problem.schemes.index(part.schemes[choice]) for choice in choices.tolist()], dtype=np.intp)
 
 
 @dataclass

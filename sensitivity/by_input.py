@@ -128,6 +128,18 @@ def _mean_scores(
     means = sums["sum"] / draws / count
     variances = (sums["squares"] / draws**2 / count - means.square()).clamp(min=0) / max(count - 1, 1)
     scores = 0.5 * sums["rows"] / draws / count
-    totals = scores.sum(1)  # of a row: what its gradients and its errors come to
-    factors = tempered(totals, TEMPER) / totals.clamp(min=torch.finfo(torch.float64).tiny)
-    return scores, scores * factors.unsqueeze(1), 0.5 * (variances.sqrt() if count > 1 else means)
+    return scores, _compared(scores, curvature.errors[..., columns]), 0.5 * (variances.sqrt() if count > 1 else means)
+
+
+def _compared(scores: Tensor, errors: Tensor) -> Tensor:
+    """Scores (rows, schemes) as rows of one layer are compared by them, of weight errors (rows, cols, schemes).
+
+    How well a row's error in one format escapes the gradients of a few inputs is partly luck, on which a choice among
+    formats must not count: the geometric mean of the score itself and of the one that the row's mean curvature over all
+    formats would give. Curvatures are tempered.
+    """
+    tiny = torch.finfo(torch.float64).tiny
+    sizes = errors.square().sum(1, dtype=torch.float64).clamp(min=tiny)
+    curvatures = (scores / sizes).mean(1)
+    factors = tempered(curvatures, TEMPER) / curvatures.clamp(min=tiny)
+    return (scores * sizes * curvatures.unsqueeze(1)).sqrt() * factors.unsqueeze(1)

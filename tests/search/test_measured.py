@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from problems import every_choice, make_problem, make_table
 
+from mpq.core.layer import Layer
 from mpq.core.problem import build_problem
+from mpq.core.table import SensitivityTable
 from mpq.search.exact import exact
 from mpq.search.measured import Belief, nearby, polish, starts
 
@@ -30,6 +32,20 @@ def test_starts_are_the_optimum_uniform_formats_and_optima_without_the_smallest_
         key=lambda choice: problem.prediction(choice)[0],
     )
     assert found["searched from 3 bits"].tolist() == best.tolist()
+
+
+def test_whole_layers_are_a_start_where_rows_may_differ():
+    layers = tuple(Layer(f"l{i}", "linear", 64, 256) for i in range(4))
+    schemes = ("int2-g64", "int2-g64/int4-g64@3.25", "int4-g64")
+    scores = np.array([[4.0, 1.0, 0.5]]) * np.array([[1.0], [2.0], [4.0], [8.0]])
+    problem = build_problem(SensitivityTable(layers, schemes, scores, 0 * scores, "made"))
+    size = sizes(problem, np.array([0, 0, 2, 2]))
+    found = dict(starts(exact(problem), size))
+    assert 1 not in found["searched by whole layers"]
+    assert found["searched by whole layers"].tolist() == [0, 0, 2, 2]
+    assert 1 in found["searched"]
+    plain = build_problem(SensitivityTable(layers, schemes[::2], scores[:, ::2], 0 * scores[:, ::2], "made"))
+    assert "searched by whole layers" not in dict(starts(exact(plain), size))
 
 
 def test_nearby_is_the_best_within_the_radius():
