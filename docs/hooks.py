@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from mpq.exporters import EXPORTERS
+from mpq.exporters.targets import TARGETS
 from mpq.rounding import METHODS
 from mpq.search import SEARCHES
 from mpq.sensitivity import METRICS
 
-TABLES = {"metrics": METRICS, "searches": SEARCHES, "exporters": EXPORTERS, "roundings": METHODS}
+TABLES = {"metrics": METRICS, "searches": SEARCHES, "targets": TARGETS, "roundings": METHODS}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

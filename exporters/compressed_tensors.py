@@ -16,8 +16,8 @@ from torch.nn import functional
 from mpq.core.allocation import Allocation
 from mpq.core.formats import Format
 from mpq.core.scheme import Scheme
+from mpq.exporters.rules import compressed_tensors_format
 from mpq.exporters.shards import SHARD
-from mpq.exporters.targets import compressed_tensors_format
 from mpq.exporters.transformers_folder import export_transformers
 from mpq.kernels.layout import Packed, pack_bits, unpack, unpack_bits
 from mpq.network.layers import layer_kind, matrix_to_weight

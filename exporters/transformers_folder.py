@@ -18,9 +18,10 @@ from mpq.exporters.folder import (
     write_checksums,
     write_folder,
 )
+from mpq.exporters.holding import check, check_model
 from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_config
 from mpq.exporters.shards import WHOLE, Shards, write_tensors
-from mpq.exporters.targets import CONSUMERS, check, check_model
+from mpq.exporters.targets import TARGETS
 from mpq.exporters.verify import same_numbers, same_tensor
 from mpq.kernels.layout import Packed, empty, pack
 from mpq.network.layers import own_code
@@ -49,7 +50,7 @@ def export_transformers(
     """Write the folder of a consumer that reads transformers models; the folder.
 
     Args:
-        consumer: a name of `CONSUMERS`, whose rules are checked first.
+        consumer: a name of `TARGETS`, whose rules are checked first.
         named: the tensors, by their names in the file, of a layer's packed weight; asked of weights without data too.
         config: the `quantization_config` of config.json, asked for when the allocation has passed the rules.
         read: what the consumer's own reader makes of those tensors; the folder is read back with it before it counts.
@@ -60,8 +61,8 @@ def export_transformers(
         MpqError: no transformers model, a scheme that cannot be held, fused layers in several schemes, foreign files,
             or numbers that read back changed.
     """
-    check_model(CONSUMERS[consumer], model)
-    check(CONSUMERS[consumer], allocation)
+    check_model(TARGETS[consumer], model)
+    check(TARGETS[consumer], allocation)
     refuse_foreign(folder, (WHOLE, "config.json", "allocation.json", *names_of(side_files)))
     others, _ = other_state(model, allocation)
     specs = specs_of(others)

@@ -71,11 +71,11 @@ def compare(
     measurer: Measurer,
     frontier: Frontier,
     acceptance: Acceptance,
-    packed: nn.Module,
+    packed: nn.Module | None,
     original_size: int,
     file_size: Callable[[Allocation], int],
 ) -> tuple[Measured, ...]:
-    """The original, uniform formats from large to small, and the packed model, on evaluation data."""
+    """The original, uniform formats from large to small, and the packed model (None: simulated), on evaluation data."""
     reference = measurer.reference("evaluation").quality
     chosen = acceptance.chosen.allocation
 
@@ -88,6 +88,9 @@ def compare(
         candidate = known.get(name) or candidate_of(name, allocation, measurer)
         if candidate is not None:
             rows.append(measured(name, allocation, measurer.quality(allocation, "evaluation", candidate.means)))
+    if packed is None:
+        quality = measurer.quality(chosen, "evaluation", acceptance.chosen.means, acceptance.chosen.rounder)
+        return (*rows, measured("mpq, simulated", chosen, quality))
     rows.append(measured("mpq, packed", chosen, measurer.quality_of(packed, "evaluation")))
     return tuple(rows)
 

@@ -1,7 +1,6 @@
 """The stages in a row: profile, search, export, reload, measure, report; every artefact a file in one folder."""
 
 import copy
-import glob
 import inspect
 import logging
 import math
@@ -26,13 +25,15 @@ from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.formats import DEFAULT_FORMATS, Format
 from mpq.core.frontier import BITS_PER_BYTE, Frontier
+from mpq.core.registry import Target
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 from mpq.evaluation import Quality, Reference, evaluate
 from mpq.exporters import exporter_named
 from mpq.exporters.folder import read_allocation, read_json, refuse_foreign
+from mpq.exporters.holding import check, check_model, restrict, unscored
 from mpq.exporters.mpq import checkpoint
-from mpq.exporters.targets import check_model, consumer_named, forbidden
+from mpq.exporters.targets import TARGETS
 from mpq.measuring import Measurer, store_for
 from mpq.network.batchnorm import with_means
 from mpq.network.calibration import take, tensors_in
@@ -40,7 +41,7 @@ from mpq.network.experts import has_experts
 from mpq.network.layers import find_layers
 from mpq.network.prepare import prepared
 from mpq.network.ranges import Ranges, input_ranges
-from mpq.network.storage import state_bytes
+from mpq.network.storage import other_bytes, state_bytes
 from mpq.plots import Point, Prediction, draw_frontier, frontier_facts
 from mpq.report import Row, write_report
 from mpq.rounding import DEFAULT_METHOD
@@ -79,6 +80,7 @@ def export_to(
     rounder that holds what was rounded already.
     """
     export = exporter_named(name)
+    check(TARGETS.named(name), allocation)
     source = replace(source, model=prepared(source.model))
     refuse_experts(name, source.model)
     settings: dict[str, Any] = {"method": method, "recipe": source.recipe or None}
@@ -146,7 +148,7 @@ def quantize_model(
     bits: float | None = None,
     size: float | str | None = None,
     formats: Sequence[str] | None = None,
-    consumer: str = "mpq",
+    target: str = "mpq",
     metric: str = DEFAULT_METRIC,
     metric_options: Mapping[str, Any] | None = None,
     method: str = DEFAULT_METHOD,
@@ -169,9 +171,9 @@ def quantize_model(
         folder: made when missing; an interrupted profile in it is resumed.
         bits: largest average of stored bits per weight, or
         size: largest number of bytes of the model, or text as "500MB".
-        formats: candidate schemes; left out, integers of 2 to 8 bits, or what the consumer holds.
-        consumer: who will run the model (`mpq.exporters.targets`): layers get only what it can hold, and its own
-            export stands in a folder of its name beside ours.
+        formats: candidate schemes; left out, integers of 2 to 8 bits, or what the target holds.
+        target: who will run the model (`mpq.exporters.targets`): layers get only what it can hold, and the folder is
+            the one that it opens.
         metric: sensitivity metric.
         metric_options: the metric's own keyword arguments.
         method: rounding method, for profile and export alike.
@@ -197,16 +199,19 @@ def quantize_model(
     if (bits is None) == (size is None):
         raise MpqError("name one budget: bits or size")
     refuse_foreign(folder, checkpoint.FILES)
-    reader = consumer_named(consumer)
+    reader = TARGETS.named(target)
     source = replace(source, model=prepared(source.model))
     check_model(reader, source.model)
-    refuse_experts(consumer, source.model)
+    refuse_experts(target, source.model)
     if granularity == "row" and not reader.mixes:
         log.warning("%s has one format a layer: layers stay whole", reader.name)
         granularity = "layer"
     if formats is None:
-        formats = [name for name in reader.schemes if "+a:" not in name] or DEFAULT_FORMATS
-    store = store_for(method, source, table.layers if table else find_layers(source.model, include, exclude))
+        formats = formats_of(reader)
+    layers = table.layers if table else find_layers(source.model, include, exclude)
+    asked = table or unscored(layers, formats, other_bytes(source.model, layers))
+    restrict(asked, reader).check_budget(bits=bits, size=size, pin=pin, ties=ties)
+    store = store_for(method, source, layers)
     if table is None:
         table = profile(
             source.model, source.calibration, source.loss_fn, formats, metric=metric, method=store, include=include,
@@ -214,9 +219,8 @@ def quantize_model(
             options=metric_options, granularity=granularity,
             provenance={"model": source.name, "dataset": source.data},
         )  # fmt: skip
-    banned = forbidden(reader, table.layers, table.schemes)
-    forbid = {glob.escape(name): schemes for name, schemes in banned.items() if schemes}
-    frontier = frontier_of(table, pin=pin, forbid=forbid, ties=ties or reader.fuses)
+    held = restrict(table, reader)
+    frontier = frontier_of(held.table, pin=pin, forbid=held.forbid, ties=ties or held.fuses)
     size = None if size is None else parse_size(size)
     budget = _layer_budget(frontier, source.model, bits, size)
     table.save(folder / "table.csv")
@@ -231,12 +235,8 @@ def quantize_model(
     accepted = with_tuned_scales(accepted, measurer, tuning)
     allocation, rounder = accepted.chosen.allocation, accepted.chosen.rounder or measurer.store
     corrected = replace(source, model=with_means(source.model, accepted.chosen.means))
-    export_to("mpq", corrected, allocation, folder, rounder)
-    if reader.name != "mpq":
-        export_to(reader.name, corrected, allocation, folder / reader.name, rounder)
-    device = next((parameter.device for parameter in source.model.parameters()), torch.device("cpu"))
-    own = None if source.recipe else copy.deepcopy(source.model)
-    packed = checkpoint.load(folder, model=own, device=device, trust=trust)
+    export_to(target, corrected, allocation, folder, rounder)
+    packed = _packed(source, folder, trust) if reader.name == "mpq" else None
     measured = compare(
         measurer, frontier, accepted, packed, state_bytes(source.model),
         lambda allocation: checkpoint.file_size(source.model, allocation),
@@ -245,6 +245,17 @@ def quantize_model(
     outcome = Outcome(folder, table, frontier, allocation, measured, accepted, points, time.monotonic() - started)
     _write_artefacts(outcome, source)
     return outcome
+
+
+def formats_of(target: Target) -> Sequence[str]:
+    """The weight formats that are tried for a target when the user names none."""
+    return [name for name in target.schemes if "+a:" not in name] or DEFAULT_FORMATS
+
+
+def _packed(source: Source, folder: Path, trust: bool) -> nn.Module:
+    device = next((parameter.device for parameter in source.model.parameters()), torch.device("cpu"))
+    own = None if source.recipe else copy.deepcopy(source.model)
+    return checkpoint.load(folder, model=own, device=device, trust=trust)
 
 
 def _layer_budget(frontier: Frontier, model: nn.Module, bits: float | None, size: float | None) -> float:

@@ -29,7 +29,7 @@ def quantize(
         source: a `Source` (model, data and loss) or a name that `open_source` knows, such as "tiny-lm".
         folder: where model, table, frontier, plot and report are written.
         arguments: none; see below.
-        options: those of `mpq.pipeline.quantize_model`: `bits` or `size`, `formats`, `consumer`, `metric`, ...
+        options: those of `mpq.pipeline.quantize_model`: `bits` or `size`, `formats`, `target`, `metric`, ...
 
     The old call `mpq.quantize(model, allocation)`, which gave a simulated copy, warns and calls `mpq.simulate`.
 

@@ -1,6 +1,6 @@
 """From a table and a budget to one allocation, by the search that fits what is asked: `mpq.allocate`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ def allocate(
     budgets: Mapping[str, float | str] | None = None,
     search: str | None = None,
     pin: Mapping[str, str] | None = None,
+    forbid: Mapping[str, str | Iterable[str]] | None = None,
     ties: bool = True,
     latencies: LatencyTable | None = None,
     batch: int = 1,
@@ -50,6 +51,7 @@ def allocate(
         budgets: further largest totals by cost ("bitops", "latency").
         search: a name of `mpq.search.SEARCHES`; left out, exact, integer with further budgets, cheapest with `loss`.
         pin: scheme by layer pattern.
+        forbid: scheme patterns by layer pattern.
         ties: whether layers that serving kernels fuse share a scheme.
         latencies: measured seconds of layers: adds the cost "latency".
         batch: tokens at a time, for `latencies`.
@@ -65,7 +67,9 @@ def allocate(
     check_choice(search, loss is not None, bool(budgets), whole_frontier)
     costs = {"latency": latency_cost(table, latencies, batch)} if latencies is not None else {}
     limits: dict[str, float | str] = dict(budgets or {})
-    request: dict[str, Any] = {"search": search, "pin": pin, "ties": ties, "costs": costs, "budgets": limits, **options}
+    request: dict[str, Any] = {
+        "search": search, "pin": pin, "forbid": forbid, "ties": ties, "costs": costs, "budgets": limits, **options,
+    }  # fmt: skip
     if search == "cheapest":
         frontier = frontier_of(table, **request, loss=loss)
         return Choice(frontier, frontier.allocation(0))

@@ -8,7 +8,7 @@ import pytest
 from small_cnn import images, small_cnn
 
 import mpq
-from mpq.exporters import EXPORTERS
+from mpq.exporters.targets import TARGETS
 from mpq.network.calibration import cross_entropy
 from mpq.rounding import METHODS
 from mpq.search import SEARCHES
@@ -25,7 +25,7 @@ def blocks(page: str) -> list[str]:
 
 @pytest.fixture
 def registries(monkeypatch):
-    for registry in (METRICS, SEARCHES, EXPORTERS):
+    for registry in (METRICS, SEARCHES, TARGETS):
         monkeypatch.setattr(registry, "entries", dict(registry.entries))
 
 
@@ -57,7 +57,7 @@ def test_pages_show_every_name():
     hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
     page = hooks["on_page_markdown"]((ROOT / "docs" / "concepts.md").read_text(encoding="utf-8"))
     assert "{{" not in page
-    for registry in (METRICS, SEARCHES, EXPORTERS, METHODS):
+    for registry in (METRICS, SEARCHES, TARGETS, METHODS):
         assert all(f"| `{name}` |" in page for name in registry)
 
 

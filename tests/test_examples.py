@@ -15,6 +15,7 @@ EXPECTED = {
     "cnn_finetune.py": "fine-tuned",
     "custom_metric.py": "12 layers at",
     "one_shot.py": "12 layers at",
+    "other_quantizers.py": "ours for gptqmodel",
     "frontier.ipynb": "Allocation(12 layers",
 }
 

@@ -186,28 +186,30 @@ def test_a_consumer_gets_its_own_export_of_formats_it_can_hold(tmp_path):
     pytest.importorskip("onnx")
     source, formats = open_source("tiny-cnn", nsamples=16), ("int4-channel", "int8-channel", "int3-channel")
     outcome = quantize_model(
-        source, tmp_path / "out", bits=5, formats=formats, consumer="onnxruntime", metric="fisher", progress=False
+        source, tmp_path / "out", bits=5, formats=formats, target="onnxruntime", metric="fisher", progress=False
     )
     assert "int3-channel" not in outcome.allocation.schemes
-    assert list((tmp_path / "out" / "onnx").glob("*.onnx"))
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "model.onnx").is_file()
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert outcome.measured[-1].name == "mpq, simulated"
 
 
 def test_calibrated_ranges_travel_into_the_graph(tmp_path):
     onnx = pytest.importorskip("onnx")
     source, formats = open_source("tiny-cnn", nsamples=16), ("int4-channel+a:int8", "int8-channel+a:int8")
     quantize_model(
-        source, tmp_path / "out", bits=6, formats=formats, consumer="onnxruntime", metric="output", progress=False
+        source, tmp_path / "out", bits=6, formats=formats, target="onnxruntime", metric="output", progress=False
     )
-    graph = onnx.load(tmp_path / "out" / "onnx" / "model.onnx").graph
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
     scales = [part.float_data or part.raw_data for part in graph.initializer if part.name.endswith(".input.scale")]
     assert len(scales) == len(set(map(bytes, scales))) == len(find_layers(source.model))
 
 
 def test_a_consumer_that_does_not_know_the_model_refuses_it_before_any_work(tmp_path):
     source = open_source("tiny-cnn", nsamples=4)
-    with pytest.raises(MpqError, match="gguf files hold transformers' Llama models, not TinyCNN: export to mpq"):
-        quantize_model(source, tmp_path / "out", bits=5, consumer="llama.cpp", progress=False)
+    with pytest.raises(MpqError, match=r"llama\.cpp files hold transformers' Llama models, not TinyCNN: export to mpq"):
+        quantize_model(source, tmp_path / "out", bits=5, target="llama.cpp", progress=False)
     assert not (tmp_path / "out").exists()
 
 

@@ -10,7 +10,6 @@ its Python), which is built in some minutes otherwise. `check_exports.py` runs t
 
 import argparse
 import ctypes
-import glob
 import json
 import math
 import os
@@ -29,8 +28,10 @@ from mpq.core.formats import parse_format
 from mpq.core.scheme import parse_scheme
 from mpq.exporters.gguf.blocks import type_of
 from mpq.exporters.gguf.file import export
+from mpq.exporters.holding import nearest, restrict
 from mpq.exporters.mpq.state import other_state
-from mpq.exporters.targets import CONSUMERS, GGUF_TYPES, forbidden, nearest
+from mpq.exporters.rules import GGUF_TYPES
+from mpq.exporters.targets import TARGETS
 from mpq.network.calibration import mean_loss, next_token_loss
 from mpq.network.layers import find_layers
 from mpq.quantized import simulate
@@ -39,7 +40,7 @@ from mpq.rounding.reference import dequantize
 from mpq.search import frontier_of
 from mpq.sensitivity.profile import profile
 
-CONSUMER = CONSUMERS["gguf"]
+TARGET = TARGETS["gguf"]
 # Without AVX-512 and AMX: not every virtual machine that announces AMX lets programs use it.
 BUILD = "-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DLLAMA_BUILD_TOOLS=OFF"
 CODED = tuple(name for name in GGUF_TYPES if not parse_format(name).is_float_copy)
@@ -73,7 +74,7 @@ def in_turn(model: nn.Module, *schemes: str) -> Allocation:
     layers = find_layers(model)
     wanted = [parse_scheme(schemes[index % len(schemes)]) for index in range(len(layers))]
     pairs = zip(layers, wanted, strict=True)
-    held = [nearest(CONSUMER, layer, scheme) if CONSUMER.objection(layer, scheme) else scheme.name
+    held = [nearest(TARGET, layer, scheme) if TARGET.objection(layer, scheme) else scheme.name
             for layer, scheme in pairs]  # fmt: skip
     return Allocation(layers, tuple(str(name) for name in held))
 
@@ -82,8 +83,8 @@ def searched(model: nn.Module, bits: float) -> Allocation:
     """The best mix of llama.cpp's types by the default metric, on windows of the training text."""
     batches = reference_models.wikitext_tokens("train", 32).split(8)
     table = profile(model, batches, next_token_loss, CODED, progress=False)
-    forbid = {glob.escape(name): names for name, names in forbidden(CONSUMER, table.layers, table.schemes).items()}
-    return frontier_of(table, forbid=forbid, ties=False).at(bits=bits)
+    held = restrict(table, TARGET)
+    return frontier_of(held.table, forbid=held.forbid, ties=False).at(bits=bits)
 
 
 def promised(model: nn.Module, allocation: Allocation) -> int:

@@ -8,25 +8,22 @@ ModelOpt's `quant_cfg` list, llm-compressor's recipes, AutoRound's `layer_config
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 
 import yaml
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.layer import Layer
-from mpq.core.scheme import Scheme, parse_scheme
 from mpq.exporters.configurations.autoround import AUTOROUND
 from mpq.exporters.configurations.gptqmodel import GPTQMODEL
 from mpq.exporters.configurations.llama_quantize import LLAMA_QUANTIZE
 from mpq.exporters.configurations.llm_compressor import LLM_COMPRESSOR
 from mpq.exporters.configurations.mlx import MLX
 from mpq.exporters.configurations.modelopt import MODELOPT
-from mpq.exporters.configurations.tool import Spelling, Tool, key_of
-from mpq.exporters.targets import GGUF_TYPES, gguf_block
+from mpq.exporters.configurations.tool import Spelling, Tool, key_of, known_formats
+from mpq.exporters.holding import FLOAT, check
 
-FLOAT = "bf16"  # a layer that a configuration leaves alone
 TOOLS: dict[str, Tool] = {
     tool.name: tool for tool in (MODELOPT, LLM_COMPRESSOR, AUTOROUND, GPTQMODEL, LLAMA_QUANTIZE, MLX)
 }
@@ -40,11 +37,9 @@ def write_configuration(tool: str, allocation: Allocation) -> str:
     """
     target = tool_named(tool)
     spellings: dict[str, Spelling | None] = {}
+    check(target, allocation)
     for layer in allocation.layers:
         scheme = allocation.scheme_of[layer.name]
-        why = objection(target, layer, scheme)
-        if why:
-            raise MpqError(f"{target.name} cannot quantize {layer.name} to {scheme.name} ({why}): forbid it there")
         spellings[layer.name] = None if scheme.weight.is_float_copy else target.spell(scheme.weight)
     return target.write(spellings)
 
@@ -65,39 +60,22 @@ def read_configuration(tool: str, text: str, layers: Sequence[Layer]) -> Allocat
     return Allocation(tuple(layers), tuple(_scheme(target, layer.name, spellings.get(layer.name)) for layer in layers))
 
 
-def forbidden_by(tool: str, layers: Sequence[Layer], schemes: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The schemes that a tool cannot give each layer, by layer name, as `mpq.core.problem.build_problem` takes them.
-
-    Raises:
-        MpqError: a layer that can have none of the schemes.
-    """
-    target, refused = tool_named(tool), {}
-    names = tuple(schemes)
-    for layer in layers:
-        reasons = {name: objection(target, layer, parse_scheme(name)) for name in names}
-        bad = tuple(name for name, why in reasons.items() if why)
-        if len(bad) == len(names):
-            raise MpqError(
-                f"{target.name} can give layer {layer.name} none of {', '.join(names)} ({reasons[names[0]]}): "
-                f"add {FLOAT} to the formats, or exclude the layer"
-            )
-        if bad:
-            refused[layer.name] = bad
-    return refused
-
-
-def objection(tool: Tool, layer: Layer, scheme: Scheme) -> str:
-    """Why a tool cannot give a layer a scheme, in half a sentence; "" where it can."""
-    if scheme.activation is not None:
-        return "configurations describe weights alone"
-    if scheme.weight.is_float_copy:
-        return ""
-    if layer.kind not in tool.kinds or (layer.aliases and tool.kinds == ("linear",)):
-        return f"it quantizes {' and '.join(tool.kinds)} layers of their own weights"
-    if tool.spell(scheme.weight) is None:
-        return "it has no such format"
-    block = gguf_block(scheme.weight) if tool.name == "llama-quantize" else scheme.weight.group_size
-    return f"rows of {layer.cols} weights do not divide into {block}" if block and layer.cols % block else ""
+def tool_of(text: str) -> str:
+    """The name of the tool that takes such a file; MpqError where none is recognized."""
+    try:
+        parsed = yaml.safe_load(text)  # JSON too
+    except yaml.YAMLError:
+        parsed = None
+    if isinstance(parsed, Mapping):
+        for keys in (set(parsed), {key for part in parsed.values() if isinstance(part, Mapping) for key in part}):
+            for tool in TOOLS.values():
+                if keys & set(tool.marks):
+                    return tool.name
+        if nested := [part for part in parsed.values() if isinstance(part, Mapping)]:
+            return tool_of(json.dumps(nested[0]))
+    elif text.strip() and all("=" in line for line in text.split()):
+        return LLAMA_QUANTIZE.name
+    raise MpqError(f"no configuration of {', '.join(TOOLS)} is recognized: name the quantizer, as gptqmodel=FILE")
 
 
 def tool_named(name: str) -> Tool:
@@ -111,20 +89,6 @@ def _scheme(tool: Tool, layer: str, spelling: Spelling | None) -> str:
     if spelling is None:
         return FLOAT
     key = key_of(spelling)
-    if key not in _known(tool):
+    if key not in known_formats(tool):
         raise MpqError(f"{tool.name} gives layer {layer} {json.dumps(spelling)}, a format that mpq does not have")
-    return _known(tool)[key]
-
-
-@lru_cache
-def _known(tool: Tool) -> dict[str, str]:
-    """Scheme by spelling, of every format that people use."""
-    groups = ("-channel", *(f"-g{size}" for size in (16, 32, 64, 128, 256)))
-    integers = [f"int{bits}{group}{asym}" for bits in range(2, 9) for group in groups for asym in ("", "-asym")]
-    others = ("mxfp4", "mxfp8-e4m3", "nvfp4", "fp8-e4m3", "fp8-e4m3-channel", *GGUF_TYPES)
-    known: dict[str, str] = {}
-    for name in (*integers, *others):
-        spelling = tool.spell(parse_scheme(name).weight)
-        if spelling is not None:
-            known.setdefault(key_of(spelling), name)
-    return known
+    return known_formats(tool)[key]

@@ -36,4 +36,4 @@ def _read(text: str, layers: Sequence[str]) -> Mapping[str, Spelling | None]:
     return {layer: spellings.get(layer) for layer in layers}
 
 
-AUTOROUND = Tool("autoround", "layer_config", _spell, _write, _read)
+AUTOROUND = Tool("autoround", "layer_config", _spell, _write, _read, marks=("data_type",))

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.exporters.configurations.tool import Spelling, Tool
-from mpq.exporters.targets import GGUF_TYPES
-
-# llama-quantize: lines of --tensor-type-file, a regular expression over ggml's tensor names and a type.
+from mpq.exporters.rules import GGUF_FALLBACKS, GGUF_TYPES, gguf_block
 
 LLAMA_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -51,4 +49,7 @@ def _read(text: str, layers: Sequence[str]) -> Mapping[str, Spelling | None]:
     return spellings
 
 
-LLAMA_QUANTIZE = Tool("llama-quantize", "tensor-type file", _spell, _write, _read, ("linear", "embedding"))
+LLAMA_QUANTIZE = Tool(
+    "llama-quantize", "tensor-type file", _spell, _write, _read, ("linear", "embedding"), block=gguf_block, fuses=False,
+    fallbacks=GGUF_FALLBACKS,
+)  # fmt: skip

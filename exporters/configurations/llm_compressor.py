@@ -47,11 +47,18 @@ def _read(text: str, layers: Sequence[str]) -> Mapping[str, Spelling | None]:
         for group in modifier.get("config_groups", {}).values():
             for layer in layers:
                 if any(_targets(target, layer) for target in group["targets"]):
-                    spellings[layer] = {name: value for name, value in group["weights"].items() if value is not None}
+                    spellings[layer] = _plain(group["weights"])
         for layer in layers:
             if any(_targets(target, layer) for target in modifier.get("ignore") or ()):
                 spellings[layer] = None
     return spellings
+
+
+def _plain(weights: Mapping[str, Any]) -> Spelling:
+    """Without what says how numbers are found, as a checkpoint's config.json adds it."""
+    known = ("num_bits", "type", "symmetric", "strategy", "group_size")
+    plain = {name: weights[name] for name in known if weights.get(name) is not None}
+    return {**plain, "scale_dtype": "torch.uint8"} if weights.get("scale_dtype") == "torch.uint8" else plain
 
 
 def _modifiers(recipe: Any) -> Iterable[Mapping[str, Any]]:
@@ -69,4 +76,4 @@ def _targets(target: str, layer: str) -> bool:
     return target in (layer, "Linear")
 
 
-LLM_COMPRESSOR = Tool("llm-compressor", "recipe", _spell, _write, _read)
+LLM_COMPRESSOR = Tool("llm-compressor", "recipe", _spell, _write, _read, marks=("config_groups",))

@@ -36,4 +36,13 @@ def _read(text: str, layers: Sequence[str]) -> Mapping[str, Spelling | None]:
     return spellings
 
 
-MLX = Tool("mlx", "quantization dictionary", _spell, _write, _read, ("linear", "embedding"))
+MLX = Tool(
+    "mlx",
+    "quantization dictionary",
+    _spell,
+    _write,
+    _read,
+    ("linear", "embedding"),
+    marks=("quantization",),
+    fuses=False,
+)

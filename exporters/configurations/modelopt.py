@@ -47,4 +47,4 @@ def _read(text: str, layers: Sequence[str]) -> Mapping[str, Spelling | None]:
     return spellings
 
 
-MODELOPT = Tool("modelopt", "quant_cfg", _spell, _write, _read)
+MODELOPT = Tool("modelopt", "quant_cfg", _spell, _write, _read, marks=("quant_cfg",))

@@ -3,16 +3,20 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
+from mpq.core.layer import Layer
+from mpq.core.scheme import Scheme, parse_scheme
+from mpq.exporters.rules import GGUF_TYPES
 
 Spelling: TypeAlias = Mapping[Any, Any]  # how a tool describes the format of one layer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tool:
     """Another quantizer and the file that configures it.
 
@@ -26,6 +30,44 @@ class Tool:
     write: Callable[[Mapping[str, Spelling | None]], str]
     read: Callable[[str, Sequence[str]], Mapping[str, Spelling | None]]
     kinds: tuple[str, ...] = ("linear",)  # layers that it quantizes
+    block: Callable[[Format], int] = lambda format: format.group_size  # what rows must divide into; 0: anything
+    marks: tuple[str, ...] = ()  # keys of which one stands at the top of its files, or below one there
+    fuses: bool = True  # its servers compute tied layers as one
+    fallbacks: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The formats that people use with it."""
+        return tuple(known_formats(self).values())
+
+    def refusal(self, layer: Layer, scheme: Scheme) -> str:
+        """Why it cannot give a layer a scheme, in half a sentence; "" where it can."""
+        if scheme.mix is not None:
+            return "all rows of a layer have one format there"
+        if scheme.activation is not None:
+            return "configurations describe weights alone"
+        if scheme.weight.is_float_copy:
+            return ""
+        if layer.kind not in self.kinds or (layer.aliases and self.kinds == ("linear",)):
+            return f"it quantizes {' and '.join(self.kinds)} layers with weights of their own"
+        if self.spell(scheme.weight) is None:
+            return "it has no such format"
+        block = self.block(scheme.weight)
+        return f"rows of {layer.cols} weights do not divide into {block}" if block and layer.cols % block else ""
+
+
+@lru_cache
+def known_formats(tool: Tool) -> dict[str, str]:
+    """Scheme by spelling, of every format that people use."""
+    groups = ("-channel", *(f"-g{size}" for size in (16, 32, 64, 128, 256)))
+    integers = [f"int{bits}{group}{asym}" for bits in range(2, 9) for group in groups for asym in ("", "-asym")]
+    others = ("mxfp4", "mxfp8-e4m3", "nvfp4", "fp8-e4m3", "fp8-e4m3-channel", *GGUF_TYPES)
+    known: dict[str, str] = {}
+    for name in (*integers, *others):
+        spelling = tool.spell(parse_scheme(name).weight)
+        if spelling is not None:
+            known.setdefault(key_of(spelling), name)
+    return known
 
 
 def key_of(spelling: Spelling) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
-from mpq.exporters.targets import GGUF_TYPES, gguf_block
+from mpq.exporters.rules import GGUF_TYPES, gguf_block
 from mpq.rounding.reference import COPY_DTYPES, Quantized, encode_scales
 
 Bytes = NDArray[Any]  # uint8

@@ -16,9 +16,10 @@ from mpq.exporters.folder import copy_side_files, digest, names_of, refuse_forei
 from mpq.exporters.gguf.blocks import encode_blocks, raw_copy, type_of
 from mpq.exporters.gguf.llama import describe, describe_tokenizer, row_order
 from mpq.exporters.gguf.reader import gguf_package, read_tensors
+from mpq.exporters.holding import check, check_model
 from mpq.exporters.mpq.state import other_state
 from mpq.exporters.shards import SHARD
-from mpq.exporters.targets import CONSUMERS, check, check_model
+from mpq.exporters.targets import TARGETS
 from mpq.exporters.verify import same_numbers
 from mpq.quantized import Moments, checked_layers, quantized_layers
 from mpq.rounding.reference import COPY_DTYPES, Quantized, dequantize
@@ -63,8 +64,8 @@ def export(
     Raises:
         MpqError: no Llama, a scheme without a tensor type, the package gguf is missing.
     """
-    check_model(CONSUMERS["gguf"], model)
-    check(CONSUMERS["gguf"], allocation)
+    check_model(TARGETS["gguf"], model)
+    check(TARGETS["gguf"], allocation)
     gguf = gguf_package()
     config: Any = model.config
     refuse_foreign(folder, (FILE, "allocation.json", *names_of(side_files)))

@@ -1,6 +1,8 @@
 """Reads GGUF exports back, whole or split, and trusts nothing: what is cut or altered is named."""
 
+import glob
 import os
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -11,12 +13,13 @@ from torch import Tensor
 
 from mpq.core.errors import MpqError
 from mpq.exporters.folder import digest, read_checksums
-from mpq.exporters.targets import CONSUMERS, check_packages
+from mpq.exporters.holding import check_packages
+from mpq.exporters.targets import TARGETS
 
 
 def gguf_package() -> Any:
     """The package gguf; MpqError with how to install it."""
-    check_packages(CONSUMERS["gguf"])
+    check_packages(TARGETS["gguf"])
     return import_module("gguf")
 
 
@@ -41,6 +44,18 @@ def read_tensors(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]
             if digest(tensor.data.tobytes()) != digests[name]:
                 raise MpqError(f"{path / file}: the tensor {name} is not what was exported (its checksum differs)")
             yield name, torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+
+
+def tensor_types(path: Path) -> dict[str, str]:
+    """ggml's type of every tensor of a GGUF file, and of the others that it is split into, by llama.cpp's names."""
+    gguf = gguf_package()
+    first = re.fullmatch(r"(.*-)\d{5}(-of-\d{5}\.gguf)", path.name)
+    files = sorted(path.parent.glob(f"{glob.escape(first[1])}*{glob.escape(first[2])}")) if first else [path]
+    return {
+        name: str(gguf.GGMLQuantizationType(tensor.tensor_type).name)
+        for file in files
+        for name, tensor in _open(file, gguf).items()
+    }
 
 
 def _open(path: Path, gguf: Any) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 from mpq.exporters.folder import copy_side_files, names_of, refuse_foreign, write_checksums, write_folder
+from mpq.exporters.holding import check, check_packages
 from mpq.exporters.onnx.nodes import Graph, drop_unused, products_with, put_products, put_weight, round_inputs
 from mpq.exporters.onnx.operators import OPSET, OPSET_INT2, nbits_block, needs_int2
-from mpq.exporters.targets import CONSUMERS, check, check_packages
+from mpq.exporters.targets import TARGETS
 from mpq.kernels.layout import empty, unpack
 from mpq.network.calibration import evaluating
 from mpq.network.ranges import Ranges
@@ -95,7 +96,7 @@ def _refuse(allocation: Allocation, inputs: Any, ranges: Ranges | None, sized: b
     """What can be told before any work."""
     if inputs is None:
         raise MpqError("ONNX export traces the model: pass the inputs it is called with (inputs=...)")
-    check(CONSUMERS["onnx"], allocation)
+    check(TARGETS["onnx"], allocation)
     for layer in allocation.layers:
         activation = allocation.scheme_of[layer.name].activation
         if not sized and activation is not None and layer.name not in (ranges or {}):
@@ -138,7 +139,7 @@ def _fill(graph: Graph, model: nn.Module, layers: Layers, names: set[str], range
 
 def _trace(model: nn.Module, allocation: Allocation, inputs: Any) -> tuple[Any, set[str]]:
     """The model's graph without the weights of the layers, and the names under which it uses them."""
-    check_packages(CONSUMERS["onnx"])
+    check_packages(TARGETS["onnx"])
     import onnx_ir
 
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)

@@ -1,10 +1,20 @@
 """`mpq allocate`: formats under a budget, from a table."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpq.cli.options import AddCommand, budget_options, choice_options, pairs_of, pins_of, print_table, search_options
+from mpq.cli.options import (
+    AddCommand,
+    budget_options,
+    choice_options,
+    pairs_of,
+    pins_of,
+    print_table,
+    search_options,
+    target_option,
+)
 from mpq.cli.say import allocation_facts, say, say_json, summary
 from mpq.core.errors import MpqError
 from mpq.search import SEARCHES
@@ -21,6 +31,12 @@ def add(command: AddCommand) -> None:
     budget_options(allocate, loss=True)
     choice_options(allocate)
     search_options(allocate)
+    target_option(allocate)
+    allocate.add_argument(
+        "--emit", metavar="TOOL[=FILE]",
+        help="write the allocation as another quantizer takes it, keeping to its formats: modelopt, llm-compressor, "
+        "autoround, gptqmodel, llama-quantize or mlx; printed where no file is named",
+    )  # fmt: skip
     allocate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     allocate.add_argument("-o", "--output", help="allocation to write, a .json file")
     allocate.add_argument("--frontier", help="also write the frontier, a .csv file")
@@ -28,9 +44,13 @@ def add(command: AddCommand) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
+    from mpq.core.files import write_atomically
     from mpq.core.interactions import Interactions
     from mpq.core.latency import load_latencies
     from mpq.core.table import SensitivityTable
+    from mpq.exporters.configurations import tool_named, write_configuration
+    from mpq.exporters.holding import Holder, restrict
+    from mpq.exporters.targets import TARGETS
     from mpq.search.choice import allocate, check_choice
 
     by_loss, budgets = options.loss is not None, pairs_of(options.budget, "budget")
@@ -38,9 +58,15 @@ def run(options: argparse.Namespace) -> None:
     check_choice(search, by_loss, bool(budgets), options.measure_frontier)
     pins = pins_of(options)
     table = SensitivityTable.load(options.table)
+    tool, _, file = (options.emit or "").partition("=")
+    holders: list[Holder] = [TARGETS.named(options.target)] if options.target else []
+    holders += [tool_named(tool)] if tool else []
+    held = restrict(table, *holders)
+    held.check_budget(bits=options.bits, size=options.size, pin=pins, ties=not options.no_ties)
+    table = held.table
     choice = allocate(
-        table, bits=options.bits, size=options.size, loss=options.loss, search=search, pin=pins,
-        ties=not options.no_ties, batch=options.batch, whole_frontier=options.measure_frontier,
+        table, forbid=held.forbid, bits=options.bits, size=options.size, loss=options.loss, search=search, pin=pins,
+        ties=not options.no_ties or held.fuses, batch=options.batch, whole_frontier=options.measure_frontier,
         budgets={name: number_of(name, value) for name, value in budgets.items()},
         latencies=load_latencies(options.latency) if options.latency else None,
         **({"interactions": Interactions.load(options.interactions)} if options.interactions else {}),
@@ -50,11 +76,22 @@ def run(options: argparse.Namespace) -> None:
         choice.frontier.save(options.frontier)
     if options.output:
         choice.allocation.save(options.output)
+    configuration = write_configuration(tool, choice.allocation) if tool else ""
+    if file:
+        with write_atomically(file) as draft:
+            draft.write_text(configuration, encoding="utf-8")
+    elif tool:
+        print(configuration, end="")
+        told = [] if options.quiet else [held.sentence, summary(choice.frontier, choice.allocation)]
+        print("\n".join(filter(None, told)), file=sys.stderr)
+        return
     if options.json:
         say_json(allocation_facts(choice.frontier, choice.allocation))
-    elif not options.output and not options.quiet:
+    elif not (options.output or file or options.quiet):
         _print_allocation(choice.allocation, table)
         print()
+    if held.sentence:
+        say(options, held.sentence)
     say(options, summary(choice.frontier, choice.allocation))
 
 

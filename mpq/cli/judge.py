@@ -1,8 +1,9 @@
 """`mpq judge`: metrics against measured loss."""
 
 import argparse
+from typing import Any
 
-from mpq.cli.options import AddCommand, model_options, profile_options, profiling_of, source_of
+from mpq.cli.options import AddCommand, model_options, print_table, profile_options, profiling_of, source_of
 from mpq.cli.say import say, say_json
 from mpq.core.errors import MpqError
 from mpq.sensitivity import METRICS
@@ -16,6 +17,14 @@ def add(command: AddCommand) -> None:
     judge.add_argument("--metrics", default="fisher,output,hessian", help="metrics to judge, separated by commas")
     judge.add_argument("--budgets", default="2.5,3,4", help="average bits, separated by commas")
     judge.add_argument("--count", type=int, default=40, help="random allocations at each budget (default: 40)")
+    judge.add_argument(
+        "--config", nargs="+", metavar="FILE",
+        help="instead, measure allocations that other tools made beside ours of the same size: configurations of "
+        "modelopt, llm-compressor, autoround, gptqmodel, llama-quantize or mlx (TOOL=FILE where it is not recognized), "
+        "config.json of a quantized checkpoint, .gguf files, or allocation.json",
+    )  # fmt: skip
+    judge.add_argument("--table", help="for --config: a table made before, instead of profiling")
+    judge.add_argument("--effort", default="fast", help="for --config: how much is measured to choose ours")
     judge.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     judge.add_argument("-o", "--output", default="judge.png", help="picture to write (default: judge.png)")
 
@@ -28,6 +37,8 @@ def run(options: argparse.Namespace) -> None:
     from mpq.sensitivity.profile import profile
 
     settings = profiling_of(options)
+    if options.config:
+        return _judge_files(options, settings)
     settings["formats"] = settings["formats"] or DEFAULT_FORMATS
     metrics = options.metrics.split(",")
     for name in metrics:
@@ -51,3 +62,17 @@ def run(options: argparse.Namespace) -> None:
     with write_atomically(options.output) as draft:
         plot_judgement(judgement).savefig(draft, dpi=150)
     say(options, f"\n{options.output}")
+
+
+def _judge_files(options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    from mpq.core.table import SensitivityTable
+    from mpq.judge_files import judge_files
+    from mpq.report import HEADINGS
+
+    table = SensitivityTable.load(options.table) if options.table else None
+    wanted = {name: settings[name] for name in ("formats", "method", "seed", "progress")}
+    rows = judge_files(source_of(options), options.config, table=table, effort=options.effort, **wanted)
+    if options.json:
+        say_json({"measured": [row.to_json() for row in rows]})
+    elif not options.quiet:
+        print_table([HEADINGS, *(row.row()[:-1] for row in rows)])

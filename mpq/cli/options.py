@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mpq.core.errors import MpqError
 from mpq.core.scheme import parse_scheme
 from mpq.core.sizes import parse_size
+from mpq.exporters.targets import TARGETS
 from mpq.rounding import DEFAULT_METHOD, METHODS
 from mpq.sensitivity import DEFAULT_METRIC, GRANULARITIES, METRICS, check_granularity
 
@@ -91,6 +92,13 @@ def budget_options(parser: argparse.ArgumentParser, *, loss: bool = False) -> No
     budget.add_argument("--size", type=size_of, help="largest size of the model, as 500MB")
     if loss:
         budget.add_argument("--loss", type=float, help="largest predicted loss increase: finds the smallest model")
+
+
+def target_option(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Who will run the model."""
+    told = "who will run it: vllm, llama.cpp, ...: layers get only what it can hold"
+    parser.add_argument("--for", "--target", dest="target", default=default, metavar="TARGET", help=told)
+    parser.epilog = f"{parser.epilog or ''}\n\ntargets:\n{TARGETS.help()}".strip()
 
 
 def search_options(parser: argparse.ArgumentParser) -> None:

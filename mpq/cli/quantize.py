@@ -13,6 +13,7 @@ from mpq.cli.options import (
     profile_options,
     profiling_of,
     source_of,
+    target_option,
 )
 from mpq.cli.say import allocation_facts, coverage_line, say, say_json, summary
 
@@ -24,7 +25,7 @@ def add(command: AddCommand) -> None:
     profile_options(quantize)
     budget_options(quantize)
     choice_options(quantize)
-    quantize.add_argument("--for", dest="consumer", default="mpq", help="who will run it: vllm, llama.cpp, ... or mpq")
+    target_option(quantize, "mpq")
     quantize.add_argument(
         "--effort", default="normal", help="how much is measured before choosing: fast, normal (default) or best"
     )
@@ -42,7 +43,8 @@ def add(command: AddCommand) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from mpq.core.table import SensitivityTable
-    from mpq.exporters.targets import check_packages, consumer_named
+    from mpq.exporters.holding import check_packages
+    from mpq.exporters.targets import TARGETS
     from mpq.pipeline import quantize_model
     from mpq.report import HEADINGS
 
@@ -51,12 +53,12 @@ def run(options: argparse.Namespace) -> None:
     recipe.check_output(options.output, steps, options.force)
     settings, pin = profiling_of(options), pins_of(options)
     table = SensitivityTable.load(options.table) if options.table else None
-    check_packages(consumer_named(options.consumer))
+    check_packages(TARGETS.named(options.target))
     source = source_of(options)
     recipe.begin(options.output, steps)
     outcome = quantize_model(
         source, options.output, bits=options.bits, size=options.size, table=table, pin=pin,
-        ties=not options.no_ties, trust=options.trust, consumer=options.consumer, effort=options.effort,
+        ties=not options.no_ties, trust=options.trust, target=options.target, effort=options.effort,
         tuning_steps=options.tuning_steps,
         metric_options=settings.pop("options"), **settings,
     )  # fmt: skip

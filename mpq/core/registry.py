@@ -5,12 +5,16 @@ names a function, or an `Entry` of the registry's kind to set flags.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mpq.core.errors import MpqError, nearest_names
+
+if TYPE_CHECKING:
+    from mpq.core.layer import Layer
+    from mpq.core.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,14 @@ class Entry:
         return self.load()(*arguments, **options)
 
 
+def _none(layer: "Layer", scheme: "Scheme") -> str:
+    return ""
+
+
+def _all(model: Any) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Metric(Entry):
     """A sensitivity metric: `function(task, **options)` gives scores and standard errors, (layers, schemes)."""
@@ -57,8 +69,31 @@ class Search(Entry):
 
 
 @dataclass(frozen=True)
-class Exporter(Entry):
-    """A writer of packed weights: `function(model, allocation, folder, *, method, second_moments, ...)`."""
+class Target(Entry):
+    """Who runs a model: `function(model, allocation, folder, *, method, second_moments, ...)` writes its files.
+
+    `objection` says in half a sentence why a layer cannot have a scheme, "" when it can. `schemes` are the well-known
+    ones, of which the nearest is named in a refusal; `fallbacks` is the target's own rule of what comes instead of what
+    a layer cannot have. `takes` says whether it knows a model, `models` in words which ones.
+    """
+
+    schemes: tuple[str, ...] = ()
+    objection: "Callable[[Layer, Scheme], str]" = _none
+    readers: str = ""  # who computes the layers, in words
+    mixes: bool = False  # rows of one layer may have formats of their own
+    fuses: bool = False  # tied layers (q/k/v, gate/up) must share a scheme
+    fallbacks: Mapping[str, str] = field(default_factory=dict)
+    takes: Callable[[Any], bool] = _all  # a torch module
+    models: str = "any model"
+    packages: tuple[str, ...] = ()  # that writing its files needs; the extra of mpq is called `extra`
+    extra: str = ""
+    command: str = ""  # what serves the folder, "{folder}" in it
+
+    def refusal(self, layer: "Layer", scheme: "Scheme") -> str:
+        """Why a layer cannot have a scheme, in half a sentence, mixes considered; "" when it can."""
+        if scheme.mix is not None and not self.mixes:
+            return "all rows of a layer have one format there"
+        return self.objection(layer, scheme)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import parse_scheme
 from mpq.exporters.compressed_tensors import compress, export, group_entry
-from mpq.exporters.targets import CONSUMERS, compressed_tensors_format
+from mpq.exporters.rules import compressed_tensors_format
+from mpq.exporters.targets import TARGETS
 from mpq.kernels.layout import pack
 from mpq.network.calibration import seeded
 from mpq.network.layers import find_layers
@@ -20,7 +21,7 @@ from mpq.rounding.reference import dequantize, quantize
 from tests.sensitivity.small_models import seed_weights
 
 pytest.importorskip("compressed_tensors")
-CONSUMER = CONSUMERS["compressed-tensors"]
+CONSUMER = TARGETS["compressed-tensors"]
 WEIGHTS = sorted({name for name in CONSUMER.schemes if not parse_scheme(name).weight.is_float_copy})
 
 
@@ -148,7 +149,7 @@ def test_the_file_takes_the_promised_bytes(tmp_path):
     ],
 )
 def test_what_cannot_be_held_is_refused_with_the_nearest(layer, scheme, message, tmp_path):
-    from mpq.exporters.targets import check
+    from mpq.exporters.holding import check
 
     with pytest.raises(MpqError, match=message):
         check(CONSUMER, Allocation((layer,), (scheme,)))

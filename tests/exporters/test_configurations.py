@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpq.core.allocation import Allocation
@@ -11,12 +11,11 @@ from mpq.core.layer import Layer
 from mpq.core.scheme import parse_scheme
 from mpq.exporters.configurations import (
     TOOLS,
-    forbidden_by,
-    objection,
     read_configuration,
     tool_named,
     write_configuration,
 )
+from mpq.exporters.holding import restrict, unscored
 
 NAMES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 LAYERS = tuple(Layer(f"model.layers.{i}.{name}", "linear", 64, 1024) for i in (0, 1, 10) for name in NAMES)
@@ -27,10 +26,11 @@ SCHEMES = (
 
 
 def held(tool):
-    return [name for name in SCHEMES if not objection(tool_named(tool), LAYERS[0], parse_scheme(name))]
+    return [name for name in SCHEMES if not tool_named(tool).refusal(LAYERS[0], parse_scheme(name))]
 
 
 @pytest.mark.parametrize("tool", TOOLS)
+@settings(deadline=None)
 @given(data=st.data())
 def test_what_is_written_is_read_back(tool, data):
     choices = st.sampled_from([name for name in held(tool) if tool != "mlx" or not name.endswith("-g32")])
@@ -92,11 +92,11 @@ def test_targets_of_llm_compressor_may_be_expressions():
 
 def test_what_a_tool_cannot_hold_is_said():
     allocation = Allocation(LAYERS[:1], ("nf4-g64",))
-    with pytest.raises(MpqError, match=r"gptqmodel cannot quantize model\.layers\.0\.self_attn\.q_proj to nf4-g64"):
+    with pytest.raises(MpqError, match=r"gptqmodel cannot hold layer model\.layers\.0\S* in nf4-g64 .* is int4-g"):
         write_configuration("gptqmodel", allocation)
-    assert forbidden_by("gptqmodel", LAYERS[:1], ["nf4-g64", "int4-g64"]) == {LAYERS[0].name: ("nf4-g64",)}
-    with pytest.raises(MpqError, match=r"none of nf4-g64 .*: add bf16"):
-        forbidden_by("gptqmodel", LAYERS[:1], ["nf4-g64"])
+    held = restrict(unscored(LAYERS[:1], ["nf4-g64", "int4-g64"]), TOOLS["gptqmodel"])
+    assert held.forbid == {LAYERS[0].name: ("nf4-g64",)}
+    assert "left in bf16" in restrict(unscored(LAYERS[:1], ["nf4-g64"]), TOOLS["gptqmodel"]).sentence
     with pytest.raises(MpqError, match=r"unknown quantizer 'model-opt'.*modelopt"):
         tool_named("model-opt")
 

@@ -12,7 +12,8 @@ from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
 from mpq.core.layer import Layer
 from mpq.exporters.gptq import export, gptq_tensors
-from mpq.exporters.targets import CONSUMERS, check
+from mpq.exporters.holding import check
+from mpq.exporters.targets import TARGETS
 from mpq.kernels.layout import pack
 from mpq.network.calibration import seeded
 from mpq.network.layers import find_layers
@@ -80,4 +81,4 @@ def test_dynamic_says_every_layers_own_numbers(tmp_path):
 )
 def test_what_the_layout_cannot_hold_is_refused(layer, scheme, message):
     with pytest.raises(MpqError, match=message):
-        check(CONSUMERS["gptq"], Allocation((layer,), (scheme,)))
+        check(TARGETS["gptq"], Allocation((layer,), (scheme,)))

@@ -1,30 +1,43 @@
+import numpy as np
 import pytest
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
+from mpq.core.problem import build_problem
+from mpq.core.registry import Target
 from mpq.core.scheme import parse_scheme
-from mpq.exporters import EXPORTERS, exporter_named
-from mpq.exporters.targets import CONSUMERS, READERS, check, consumer_named, forbidden, nearest
+from mpq.core.table import SensitivityTable
+from mpq.exporters import exporter_named
+from mpq.exporters.holding import check, nearest, restrict, unscored
+from mpq.exporters.targets import TARGETS
 
 LINEAR = Layer("a", "linear", 64, 256)
 CONV = Layer("c", "conv2d", 64, 72)
+EMBEDDING = Layer("embed", "embedding", 256, 64)
 
 
-def test_every_consumer_has_an_exporter_and_the_other_way_round():
-    assert CONSUMERS.keys() == EXPORTERS.keys()
-    assert all(callable(exporter_named(name)) for name in EXPORTERS)
-    assert {consumer_named(reader).name for reader in READERS} <= CONSUMERS.keys()
-    for ask in (consumer_named, exporter_named):
-        with pytest.raises(MpqError, match="unknown export target 'gguff': did you mean gguf"):
-            ask("gguff")
+def test_every_target_has_a_writer():
+    assert all(callable(exporter_named(name)) for name in TARGETS)
+    with pytest.raises(MpqError, match="unknown export target 'gguff': did you mean gguf"):
+        TARGETS.named("gguff")
+    assert TARGETS.named("vllm:cpu").command == "vllm serve {folder}"
 
 
-@pytest.mark.parametrize("consumer", [consumer for consumer in CONSUMERS.values() if consumer.schemes])
-def test_the_well_known_schemes_can_be_held(consumer):
-    assert not [name for name in consumer.schemes if consumer.objection(LINEAR, parse_scheme(name))]
-    assert all(parse_scheme(name).name == name for name in consumer.schemes)
-    check(consumer, Allocation((LINEAR,), (nearest(consumer, LINEAR, parse_scheme("int5-g99")),)))
+@pytest.mark.parametrize("target", [target for target in TARGETS.values() if target.schemes], ids=lambda it: it.name)
+def test_the_well_known_schemes_can_be_held(target):
+    assert not [name for name in target.schemes if target.objection(LINEAR, parse_scheme(name))]
+    assert all(parse_scheme(name).name == name for name in target.schemes)
+    check(target, Allocation((LINEAR,), (nearest(target, LINEAR, parse_scheme("int5-g99")),)))
+
+
+def test_a_program_on_a_device_may_hold_less_than_its_file():
+    three = Allocation((LINEAR,), ("int3-g64",))
+    check(TARGETS["vllm"], three)
+    with pytest.raises(MpqError, match=r"vllm:cpu cannot hold layer a in int3-g64 .*4-bit.* is int4"):
+        check(TARGETS["vllm:cpu"], three)
+    with pytest.raises(MpqError, match=r"openvino cannot hold layer a in int2-g32 .*no 2-bit"):
+        check(TARGETS["openvino"], Allocation((LINEAR,), ("int2-g32",)))
 
 
 @pytest.mark.parametrize(
@@ -35,24 +48,63 @@ def test_llama_cpps_own_fallback_is_named(scheme, cols, instead):
     """As its quantizer does: Q4_K becomes Q5_0, Q2_K IQ4_NL, Q6_K Q8_0, and F16 where rows do not divide by 32."""
     layer = Layer("down", "linear", 1, cols)
     with pytest.raises(MpqError, match=f"cannot hold layer down in {scheme} .*{cols} .*: .* is {instead}"):
-        check(CONSUMERS["gguf"], Allocation((layer,), (scheme,)))
-    assert forbidden(CONSUMERS["gguf"], (layer, LINEAR), (scheme, "fp16")) == {"down": (scheme,)}
+        check(TARGETS["gguf"], Allocation((layer,), (scheme,)))
+    assert restrict(unscored((layer, LINEAR), (scheme, "fp16")), TARGETS["gguf"]).forbid == {"down": (scheme,)}
 
 
 def test_searches_are_restricted_to_what_can_be_served():
-    schemes = ("int4-g128", "int3-g64", "nf4-g64", "bf16")
-    refused = forbidden(CONSUMERS["gptq"], (LINEAR, CONV), schemes)
-    assert refused == {"a": ("nf4-g64",), "c": ("int4-g128", "int3-g64", "nf4-g64")}
-    assert forbidden(CONSUMERS["mpq"], (LINEAR, CONV), schemes) == {}
-    with pytest.raises(MpqError, match=r"can hold layer c in none of int4-g128 \(.*conv2d\): add (bf16|fp16)"):
-        forbidden(CONSUMERS["gptq"], (CONV,), ("int4-g128",))
+    table = unscored((LINEAR, CONV), ("int4-g128", "int3-g64", "nf4-g64", "fp16"))
+    held = restrict(table, TARGETS["gptq"])
+    assert held.forbid == {"a": ("nf4-g64",), "c": ("int4-g128", "int3-g64", "nf4-g64")}
+    assert held.sentence == ""
+    assert restrict(table, TARGETS["mpq"]).forbid == {}
+
+
+def test_layers_that_hold_nothing_stay_in_bf16_and_that_is_said():
+    table = SensitivityTable((EMBEDDING, LINEAR), ("int4-g64",), [[1.0], [2.0]], [[0.1], [0.1]], "x")
+    held = restrict(table, TARGETS["vllm"])
+    assert held.sentence.startswith("vllm can hold embed in none of the formats (it quantizes linear layers")
+    problem = build_problem(held.table, forbid=held.forbid)
+    assert np.isfinite(problem.losses).tolist() == [[False, True], [True, False]]
+    assert problem.allocation([1, 0]).loss == 2.0
+    bits = problem.allocation([1, 0]).bits
+    held.check_budget(bits=bits)
+    with pytest.raises(MpqError, match=r"10 bits is below .* for vllm, 10\.125 bits .*: raise it, or leave embed out"):
+        held.check_budget(bits=10)
+    with pytest.raises(MpqError, match=r"40,000 bytes is below .* for vllm, 41,472 bytes"):
+        held.check_budget(size=40_000)
+
+
+def test_layers_tied_to_one_that_holds_nothing_stay_with_it():
+    layers = tuple(Layer(name, "linear", 64, cols, tie="qkv") for name, cols in (("q", 64), ("k", 60)))
+    held = restrict(unscored((*layers, LINEAR), ("int4-g64",)), TARGETS["vllm"])
+    problem = build_problem(held.table, forbid=held.forbid)
+    assert problem.uniform() == ()
+    assert problem.allocation([1, 0]).schemes == ("bf16", "bf16", "int4-g64")
+    check(TARGETS["vllm"], problem.allocation([1, 0]))
+
+
+def test_layers_without_evidence_are_kept_to_what_can_be_held():
+    layers = (EMBEDDING, LINEAR, Layer("b", "linear", 64, 256))
+    reasons = {"embed": "?", "b": "?"}
+    scores = [[np.nan, np.nan], [1.0, 0.5], [np.nan, np.nan]]
+    table = SensitivityTable(layers, ("int4-g64", "nf4-g64"), scores, np.zeros((3, 2)), "x", {}, reasons)
+    held = restrict(table, TARGETS["vllm"])
+    problem = build_problem(held.table, forbid=held.forbid)
+    assert np.isfinite(problem.losses).tolist() == [[False, False, True], [True, False, False], [True, False, False]]
+
+
+def test_a_plugin_may_be_a_function_without_rules():
+    plugin = Target("mine", lambda *_, **__: None)
+    check(plugin, Allocation((CONV,), ("nf4-g64",)))
+    assert restrict(unscored((CONV,), ("nf4-g64",)), plugin).forbid == {}
 
 
 def test_mixes_go_to_our_checkpoint_alone():
     layer, names = Layer("l", "linear", 64, 256), ("int4-g64", "int2-g64/int4-g64@3")
-    assert forbidden(CONSUMERS["mpq"], [layer], names) == {}
-    for name in CONSUMERS.keys() - {"mpq", "gguf", "onnx"}:
-        assert forbidden(CONSUMERS[name], [layer], names) == {"l": names[1:]}
-    for name in CONSUMERS.keys() - {"mpq"}:
-        with pytest.raises(MpqError, match="one format"):
-            check(CONSUMERS[name], Allocation((layer,), names[1:]))
+    for name, target in TARGETS.items():
+        held = restrict(unscored((layer,), names), target)
+        assert ("int2-g64/int4-g64@3" in held.forbid.get("l", ())) == (name != "mpq")
+        if name != "mpq":
+            with pytest.raises(MpqError, match="one format"):
+                check(target, Allocation((layer,), names[1:]))

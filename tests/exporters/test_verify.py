@@ -13,7 +13,7 @@ from mpq.exporters import verify as verifying
 from mpq.exporters.compressed_tensors import compress, uncompressed
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.mpq.checkpoint import export
-from mpq.exporters.targets import compressed_tensors_format
+from mpq.exporters.rules import compressed_tensors_format
 from mpq.kernels.layout import pack, unpack
 from mpq.kernels.tolerance import kernel_error
 from mpq.network.calibration import seeded

@@ -15,7 +15,7 @@ from mpq.exporters.gguf import file as gguf_file
 from mpq.exporters.gguf.blocks import encode_blocks, type_of
 from mpq.exporters.gguf.file import export
 from mpq.exporters.gguf.reader import read_tensors
-from mpq.exporters.targets import GGUF_TYPES
+from mpq.exporters.rules import GGUF_TYPES
 from mpq.network.calibration import seeded
 from mpq.network.layers import find_layers
 from mpq.quantized import simulate

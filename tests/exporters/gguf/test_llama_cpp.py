@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from mpq.core.allocation import Allocation
 from mpq.exporters.gguf.file import export
-from mpq.exporters.targets import GGUF_TYPES
+from mpq.exporters.rules import GGUF_TYPES
 from mpq.network.calibration import mean_loss, next_token_loss, seeded
 from mpq.network.layers import find_layers
 from mpq.quantized import simulate

@@ -12,9 +12,10 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import parse_scheme
+from mpq.exporters.holding import check
 from mpq.exporters.onnx.file import export, file_size
 from mpq.exporters.onnx.operators import nbits_block
-from mpq.exporters.targets import CONSUMERS, check
+from mpq.exporters.targets import TARGETS
 from mpq.network.calibration import seeded
 from mpq.network.layers import find_layers
 from mpq.network.ranges import input_ranges
@@ -26,7 +27,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 IMAGES = torch.randn(3, 4, 6, 6, generator=seeded(4))
 TOKENS = torch.randint(0, 7, (3, 5), generator=seeded(3))
-WEIGHTS = [name for name in CONSUMERS["onnx"].schemes if "+" not in name]
+WEIGHTS = [name for name in TARGETS["onnx"].schemes if "+" not in name]
 
 
 def allocate(model, schemes):
@@ -164,9 +165,9 @@ def test_every_modules_mode_is_left_as_it_was(tmp_path):
 )
 def test_what_onnx_cannot_hold_is_refused(scheme, message):
     layer = Layer("a", "linear", 64, 64)
-    assert CONSUMERS["onnx"].objection(layer, parse_scheme(scheme))
+    assert TARGETS["onnx"].objection(layer, parse_scheme(scheme))
     with pytest.raises(MpqError, match=message):
-        check(CONSUMERS["onnx"], Allocation((layer,), (scheme,)))
+        check(TARGETS["onnx"], Allocation((layer,), (scheme,)))
 
 
 def test_inputs_are_needed():

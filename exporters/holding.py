@@ -1,0 +1,193 @@
+"""Searches kept to what a target or another quantizer can hold, and refusals that name what it could hold instead."""
+
+import glob
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpq.core.allocation import Allocation, check_allocation
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.core.problem import build_problem
+from mpq.core.registry import Target
+from mpq.core.scheme import Scheme, parse_scheme
+from mpq.core.sizes import parse_size
+from mpq.core.table import SensitivityTable
+
+FLOAT = "bf16"  # of layers that are left as they are
+
+
+class Holder(Protocol):
+    """A target, or a quantizer that takes a configuration."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def schemes(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def fuses(self) -> bool: ...  # noqa: D102
+    @property
+    def fallbacks(self) -> Mapping[str, str]: ...  # noqa: D102
+    def refusal(self, layer: Layer, scheme: Scheme) -> str: ...  # noqa: D102
+
+
+def check_model(target: Target, model: Any) -> None:
+    """MpqError when the target does not know such a model, or a package that writes its files is missing."""
+    if not target.takes(model):
+        raise MpqError(f"{target.name} files hold {target.models}, not {type(model).__name__}: export to mpq instead")
+    check_packages(target)
+
+
+def check_packages(target: Target) -> None:
+    """MpqError when a package that writes the target's files is missing."""
+    if not all(find_spec(package) for package in target.packages):
+        needed = " and ".join(target.packages)
+        raise MpqError(f"{target.name} files are written with {needed}: pip install 'mpq[{target.extra}]'")
+
+
+def check(holder: Holder, allocation: Allocation) -> None:
+    """MpqError when a layer has a scheme that cannot be held, with the nearest that can."""
+    for layer in check_allocation(allocation).layers:
+        scheme = allocation.scheme_of[layer.name]
+        why = holder.refusal(layer, scheme)
+        if why:
+            near = nearest(holder, layer, scheme)
+            advice = f"the nearest it can hold is {near}" if near else "leave the layer out"
+            raise MpqError(f"{holder.name} cannot hold layer {layer.name} in {scheme.name} ({why}): {advice}")
+    if holder.fuses:
+        _check_ties(holder, allocation)
+
+
+def _check_ties(holder: Holder, allocation: Allocation) -> None:
+    first: dict[str, Layer] = {}
+    for layer in allocation.layers:
+        other = first.setdefault(layer.tie or layer.name, layer)
+        schemes = allocation.scheme_of[other.name].name, allocation.scheme_of[layer.name].name
+        if schemes[0] != schemes[1]:
+            readers = getattr(holder, "readers", "") or holder.name
+            raise MpqError(
+                f"{readers} compute {other.name} and {layer.name} as one, so they must share a scheme, "
+                f"not {schemes[0]} and {schemes[1]}: search with ties"
+            )
+
+
+def nearest(holder: Holder, layer: Layer, scheme: Scheme) -> str | None:
+    """What the holder itself would fall back on; else the well-known scheme that the layer can have, of the same kind
+    of grid where there is one, closest in bits.
+    """
+    instead = holder.fallbacks.get(scheme.name)
+    while instead is not None:
+        if not holder.refusal(layer, parse_scheme(instead)):
+            return instead
+        instead = holder.fallbacks.get(instead)
+    bits = scheme.weight.effective_bits(layer.rows, layer.cols)
+
+    def distance(name: str) -> tuple[bool, float, bool]:
+        other = parse_scheme(name)
+        gap = abs(other.weight.effective_bits(layer.rows, layer.cols) - bits)
+        same = other.weight.grid.family == scheme.weight.grid.family
+        return not same, round(gap, 2), (other.activation is None) != (scheme.activation is None)
+
+    possible = [name for name in holder.schemes if not holder.refusal(layer, parse_scheme(name))]
+    return min(possible, key=distance, default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A table kept to what somebody can hold.
+
+    Layers that can have none of its schemes, and those that are tied to them, are offered bf16, which loses nothing.
+    """
+
+    name: str  # of who holds it
+    fuses: bool  # ties must be kept
+    table: SensitivityTable
+    forbid: Mapping[str, tuple[str, ...]]  # schemes by layer pattern, as `build_problem` takes them
+    floats: Mapping[str, str]  # why a layer stays in bf16, by its name
+
+    @property
+    def sentence(self) -> str:
+        """What cannot be held, in one sentence; "" where all layers can have some scheme."""
+        if not self.floats:
+            return ""
+        name, why = next(iter(self.floats.items()))
+        more = f" and {len(self.floats) - 1} more" if len(self.floats) > 1 else ""
+        return f"{self.name} can hold {name}{more} in none of the formats ({why}): left in {FLOAT}"
+
+    def check_budget(
+        self, *, bits: float | None = None, size: float | str | None = None, ties: bool = True, **restrictions: Any
+    ) -> None:
+        """MpqError when no allocation is within the budget; `restrictions` are `build_problem`'s, such as `pin`."""
+        if not self.name:
+            return
+        problem = build_problem(self.table, forbid=self.forbid, ties=ties or self.fuses, **restrictions)
+        least = float(np.where(np.isfinite(problem.losses), problem.costs["size"], np.inf).min(1).sum())
+        if bits is not None and bits * problem.weights / 8 * (1 + 1e-9) < least:
+            told, needed = f"{bits:g} bits", f"{_up(8 * least / problem.weights):g} bits"
+        elif size is not None and parse_size(size) < least + problem.overhead:
+            told, needed = f"{parse_size(size):,.0f} bytes", f"{least + problem.overhead:,.0f} bytes"
+        else:
+            return
+        advice = "raise the budget or add smaller formats"
+        if self.floats and (others := len(problem.layers) - len(self.floats)):
+            left = " and ".join(list(self.floats)[:2]) if len(self.floats) < 3 else f"{len(self.floats)} layers"
+            advice = f"raise it, or leave {left} out (--exclude), so that it counts for the other {others} layers alone"
+        why = f" ({self.sentence})" if self.sentence else ""
+        raise MpqError(f"a budget of {told} is below the smallest allocation for {self.name}, {needed}{why}: {advice}")
+
+
+def _up(bits: float) -> float:
+    return float(np.ceil(bits * 1000) / 1000)
+
+
+def restrict(table: SensitivityTable, *holders: Holder) -> Held:
+    """What of a table a target, a quantizer, or several of them together can hold; all of it where none is named.
+
+    Raises:
+        MpqError: a layer that cannot even stay in bf16.
+    """
+
+    def refusal(layer: Layer, scheme: Scheme) -> str:
+        return next(filter(None, (holder.refusal(layer, scheme) for holder in holders)), "")
+
+    name, fuses = " and ".join(holder.name for holder in holders), any(holder.fuses for holder in holders)
+    schemes = [parse_scheme(name) for name in table.schemes]
+    reasons = {
+        layer.name: {scheme.name: why for scheme in schemes if (why := refusal(layer, scheme))}
+        for layer in table.layers
+    }
+    without = {name: next(iter(bad.values())) for name, bad in reasons.items() if len(bad) == len(schemes)}
+    ties = {layer.tie for layer in table.layers if layer.tie and layer.name in without and fuses}
+    offered = [layer.name in without or layer.tie in ties for layer in table.layers]
+    forbid = {glob.escape(name): tuple(bad) for name, bad in reasons.items() if bad}
+    if without:
+        for layer in table.layers:
+            if layer.name in without and (why := refusal(layer, parse_scheme(FLOAT))):
+                raise MpqError(f"{name} cannot hold layer {layer.name} at all ({why}): exclude it")
+        table = _with_floats(table, np.array(offered))
+        for layer in (layer for layer, one in zip(table.layers, offered, strict=True) if not one):
+            pattern = glob.escape(layer.name)
+            forbid[pattern] = (*forbid.get(pattern, ()), FLOAT)
+    return Held(name, fuses, table, forbid, without)
+
+
+def _with_floats(table: SensitivityTable, offered: NDArray[np.bool_]) -> SensitivityTable:
+    """The table with a column of bf16, without loss where it is offered."""
+    column = np.where(offered, 0.0, np.nan)[:, None]
+    names = {layer.name for layer, one in zip(table.layers, offered, strict=True) if one}
+    return replace(
+        table, schemes=(*table.schemes, FLOAT), scores=np.hstack([table.scores, column]),
+        errors=np.hstack([table.errors, np.zeros_like(column)]),
+        reasons={name: why for name, why in table.reasons.items() if name not in names},
+    )  # fmt: skip
+
+
+def unscored(layers: Sequence[Layer], schemes: Iterable[str], overhead: int = 0) -> SensitivityTable:
+    """A table of zeros, for questions that sizes alone answer."""
+    names = tuple(dict.fromkeys(parse_scheme(name).name for name in schemes))
+    zeros = np.zeros((len(layers), len(names)))
+    return SensitivityTable(tuple(layers), names, zeros, zeros, "", {"overhead": overhead})
