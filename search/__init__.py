@@ -1,4 +1,4 @@
-"""Searches: a problem in, a frontier of allocations out; one search, one file. Plugins add searches through the
+"""Searches, one a file: each turns a problem into a frontier of allocations. Plugins add searches through the
 entry-point group "mpq.searches".
 """
 
@@ -54,7 +54,7 @@ def frontier_of(
     budgets: Mapping[str, float | str] | None = None,
     **options: Any,
 ) -> Frontier:
-    """The allocations that a table makes best: `mpq.frontier`.
+    """Pareto frontier of predicted loss against cost: `mpq.frontier`.
 
     Args:
         table: predicted losses.
@@ -79,12 +79,12 @@ def frontier_of(
 
 
 def search_named(name: str) -> Callable[..., Frontier]:
-    """The search called `name`, ours or a plugin's; MpqError with the known names when there is none."""
+    """The search of this name, built in or a plugin's; MpqError with the known names otherwise."""
     return SEARCHES.named(name).load()
 
 
 def __getattr__(name: str) -> object:
-    """`OneShot` and `Schedule`, which need torch, are imported when they are asked for."""
+    """Import `OneShot` and `Schedule`, which need torch, at first use."""
     homes = {"OneShot": "mpq.search.one_shot", "Schedule": "mpq.search.controller"}
     if name in homes:
         return getattr(import_module(homes[name]), name)

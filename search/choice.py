@@ -1,4 +1,4 @@
-"""From a table and a budget to one allocation, by the search that fits what is asked: `mpq.allocate`."""
+"""Choice of an allocation from a table and a budget: `mpq.allocate`."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ def allocate(
         options: the search's own, such as evolution's `evaluate` and `trials`.
 
     Raises:
-        MpqError: budgets and search that do not go together, or what the search refuses.
+        MpqError: incompatible budgets and search, or what the search refuses.
     """
     if sum(budget is not None for budget in (bits, size, loss)) != 1:
         raise MpqError("name one budget: bits, size or loss")
@@ -84,7 +84,7 @@ def allocate(
 
 
 def check_choice(search: str, by_loss: bool, by_budgets: bool, whole_frontier: bool) -> None:
-    """MpqError when a search does not go with what is asked of it; needs no table."""
+    """MpqError when a search does not support the requested budgets; needs no table."""
     entry = SEARCHES.named(search)
     if search == "cheapest" and not by_loss:
         raise MpqError("search cheapest finds the smallest model of a loss: give loss instead of bits or size")

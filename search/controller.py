@@ -22,7 +22,7 @@ class Schedule:
         MpqError: a delay that leaves no step to learn in, or a number out of its range.
     """
 
-    steps: int = 2000  # updates until the policy is to be certain; those that follow keep the last entropy weight
+    steps: int = 2000  # updates until the policy should be deterministic; later ones keep the last entropy weight
     delay: float = 0.125  # share of the steps that sample uniformly while the weights adapt to quantization
     rate: float = 0.02  # Adam's learning rate of the logits
     cost_weight: float = 1.0  # reward = quality - cost_weight * |1 - cost / target|, the absolute reward of TuNAS
@@ -31,9 +31,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 <= self.delay < 1:
-            raise MpqError(f"a schedule wants at least one step and a delay in [0, 1), not {self.steps}, {self.delay}")
+            raise MpqError(
+                f"invalid schedule: expected at least one step and a delay in [0, 1), not {self.steps}, {self.delay}"
+            )
         if min(self.rate, self.cost_weight, self.entropy_weight) < 0 or not 0 <= self.decay < 1:
-            raise MpqError("a schedule wants rate and weights of at least 0, and a decay in [0, 1)")
+            raise MpqError("invalid schedule: expected rate and weights of at least 0, and a decay in [0, 1)")
 
     @property
     def uniform_steps(self) -> int:
@@ -48,7 +50,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Step:
-    """What one update knew."""
+    """Record of one update."""
 
     choices: tuple[int, ...]
     quality: float
@@ -58,10 +60,10 @@ class Step:
 
 
 class Controller:
-    """Samples one option for each decision and learns from the reward which are good.
+    """A policy that samples one option for each decision and learns from rewards.
 
-    Samples depend on the seed and the number of updates alone, so that all workers of a data-parallel training draw the
-    same ones, as long as they are told the same qualities.
+    Samples depend on the seed and the number of updates only, so that all workers of data-parallel training draw the
+    same ones if they pass the same qualities.
     """
 
     def __init__(self, decisions: int, options: int, schedule: Schedule, seed: int = 0) -> None:
@@ -93,10 +95,10 @@ class Controller:
         return self.logits.detach().argmax(1).numpy().astype(np.intp)
 
     def update(self, choices: Sequence[int] | NDArray[np.intp], quality: float, cost: float) -> Step:
-        """Learn from what the choices reached.
+        """Update the policy with the quality and cost of the sampled choices.
 
-        The advantage is taken over the average of the rewards before this one. A quality that is not finite counts for
-        nothing and teaches nothing.
+        The advantage is taken over the average of the rewards before this one. A quality that is not finite is
+        ignored.
 
         Args:
             choices: what was sampled, (decisions,).
@@ -130,10 +132,10 @@ class Controller:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Load a checkpoint.
 
         Raises:
-            MpqError: one of another search: other decisions, options, schedule or seed.
+            MpqError: a checkpoint of another search: other decisions, options, schedule or seed.
         """
         theirs, ours = tuple(state["logits"].shape), tuple(self.logits.shape)
         if theirs != ours:

@@ -55,11 +55,11 @@ log = logging.getLogger(__name__)
 
 # Measured loss of an allocation on this share of the data, alone or with its standard error.
 Evaluate = Callable[[Allocation, float], float | tuple[float, float]]
-PARENTS = 4  # children come from the best so many
-BROOD = 4  # of so many new children the one of least predicted loss is measured
-SURVIVORS = 50.0  # percentage of the trials that go on to the next share of the data
+PARENTS = 4  # parent-pool size
+BROOD = 4  # candidates per child; the one of least predicted loss is measured
+SURVIVORS = 50.0  # percentage of the trials promoted to the next share of the data
 STARTUP = 6  # trials measured in full before any is dropped
-GIVE_UP = 20  # duplicates in a row after which there is nothing new
+GIVE_UP = 20  # consecutive duplicates after which the search ends
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {  # besides "switch", the level-switch mutation; seed -> sampler
     "nsga2": lambda seed: NSGAIISampler(population_size=16, seed=seed),
@@ -70,7 +70,7 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {  # besides "switch", the l
 
 
 def _nsga3(seed: int) -> BaseSampler:
-    with warnings.catch_warnings():  # that Optuna calls it experimental
+    with warnings.catch_warnings():  # Optuna's warning that it is experimental
         warnings.simplefilter("ignore")
         return NSGAIIISampler(population_size=16, seed=seed)
 
@@ -90,13 +90,13 @@ class MeasuredFrontier(Frontier):
     """A frontier whose losses were measured; an allocation keeps its predicted loss and tells the measured one."""
 
     # `gap` is NaN: nothing is proven of what was not measured.
-    evaluations: tuple[Evaluation, ...] = ()  # all, in the order they began
-    failures: int = 0  # evaluations that gave no number
-    dropped: int = 0  # allocations that did badly on a part of the data
+    evaluations: tuple[Evaluation, ...] = ()  # all, in order of their start
+    failures: int = 0  # evaluations without a finite number
+    dropped: int = 0  # allocations dropped after a part of the data
     errors: tuple[float, ...] = ()  # (points,), standard errors of the measured losses
 
     def extra_columns(self, index: int) -> dict[str, float]:
-        """What is told of a point beside its costs: predicted loss, measured loss and the latter's standard error."""
+        """Extra CSV columns of a point: predicted loss, measured loss and its standard error."""
         return {
             "loss": super().extra_columns(index)["loss"], MEASURED_COLUMN: float(self.losses[index]),
             "error": self.errors[index] if self.errors else math.nan,
@@ -124,7 +124,7 @@ def evolution(
     heartbeat: float = 10.0,
     resume: bool = False,
 ) -> MeasuredFrontier:
-    """Look for allocations whose measured loss is lower than that of the predicted optima.
+    """Search for allocations of lower measured loss than the predicted optima.
 
     With budgets it lowers the loss within them, from the exact frontier's points below them, so it never ends with a
     worse one. Without any it lowers loss and cost together, from points all along the exact frontier, and ends with a
@@ -194,7 +194,7 @@ class _Worker:
         }
 
     def run(self, trials: int, starts: Sequence[Levels]) -> None:
-        """Work until so many evaluations are made, the starting points first, or nothing new is found."""
+        """Run until the number of evaluations is reached, starting points first, or nothing new is found."""
         duplicates = 0
         while duplicates < GIVE_UP:
             self.watch.retire_dead()
@@ -203,9 +203,9 @@ class _Worker:
             if made >= trials:
                 return
             if made + sum(trial.state is TrialState.RUNNING for trial in known) >= trials:
-                time.sleep(self.heartbeat / 2)  # others are at the last ones: one of them may die
+                time.sleep(self.heartbeat / 2)  # other workers run the last ones, and may die
                 continue
-            # A sampler of its own for each trial: it depends on what is known, not on how often a run was interrupted.
+            # A new sampler for each trial depends on the known trials, not on how often a run was interrupted.
             self.study.sampler = self._sampler(known)
             self._queue_start(known, starts)
             trial = self.study.ask(self.distributions)
@@ -220,7 +220,7 @@ class _Worker:
         log.warning("the search ended early: %d proposals in a row had been measured before", GIVE_UP)
 
     def _queue_start(self, known: list[FrozenTrial], starts: Sequence[Levels]) -> None:
-        """Let the next trial be a starting point that nobody has begun; a lost trial that waits goes first."""
+        """Queue a starting point that no worker has begun; lost trials in the queue go first."""
         if any(trial.state is TrialState.WAITING for trial in known):
             return
         begun = {trial.user_attrs.get(KEY) for trial in known if trial.user_attrs.get(OUTCOME) != LOST}
@@ -232,7 +232,7 @@ class _Worker:
             enqueue(self.study, {_name(g): int(level) for g, level in enumerate(remaining[0])}, {START: True}, marks)
 
     def _measure(self, trial: Trial) -> bool:
-        """Measure and end a trial; whether it was a new one."""
+        """Measure and end a trial; return whether it was new."""
         levels = self.space.repaired(np.array([trial.params[name] for name in self.distributions], np.intp))
         other = claim(self.study, trial, _key(levels), self.watch)
         if other is not None:

@@ -4,7 +4,7 @@ A multiplier that turns cost into loss gives every group a best choice, and ever
 whose regrets add up to more than the gap between the best known solution and the multiplier's bound is not on the
 frontier (reduced-cost fixing, as in Pisinger's "A minimal algorithm for the multiple-choice knapsack problem", EJOR
 1995). So the frontier is cut into stretches with a multiplier each, where few choices of few groups remain; those are
-merged with dominance pruning. Passes over a stretch look farther and farther, until the gap is closed.
+merged with dominance pruning. Passes over a stretch search wider and wider, until the gap is closed.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ ROUNDING = 1e-12  # relative slack of comparisons between sums
 
 
 def exact(problem: Problem, *, cost: str = "size", max_states: int = 200_000) -> Frontier:
-    """Every allocation that no other beats in cost and predicted loss.
+    """The exact Pareto frontier of cost and predicted loss.
 
     Args:
         problem: a budget on the cost itself cuts the frontier; budgets on others need the integer program.
@@ -39,7 +39,7 @@ def exact(problem: Problem, *, cost: str = "size", max_states: int = 200_000) ->
         MpqError: an unknown cost, budgets on other costs, or one that nothing meets.
     """
     if cost not in problem.costs:
-        raise MpqError(f"there is no cost {cost!r}: the problem knows {', '.join(problem.costs)}")
+        raise MpqError(f"unknown cost {cost!r}: expected one of {', '.join(problem.costs)}")
     others = sorted(problem.budgets.keys() - {cost})
     if others:
         raise MpqError(f"the exact frontier in {cost} keeps no budget of {', '.join(others)}: search by 'integer'")
@@ -55,7 +55,7 @@ def exact(problem: Problem, *, cost: str = "size", max_states: int = 200_000) ->
     all_costs = np.concatenate([stretch.costs for stretch in stretches])
     all_losses = np.concatenate([stretch.losses for stretch in stretches])
     kept = non_dominated(all_costs, all_losses)
-    same = np.diff(all_costs[kept]) <= ROUNDING * np.abs(all_costs[kept[1:]])  # twice found, summed in another order
+    same = np.diff(all_costs[kept]) <= ROUNDING * np.abs(all_costs[kept[1:]])  # duplicates, summed in another order
     kept = kept[~np.append(same, False)]
     gap = max(stretch.gap(all_costs[kept], all_losses[kept]) for stretch in stretches)
     kept = kept[all_costs[kept] <= problem.budgets.get(cost, np.inf)]

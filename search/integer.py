@@ -58,7 +58,7 @@ def integer(problem: Problem, *, cost: str = "size", time_limit: float | None = 
 def check_budgets(problem: Problem) -> None:
     """MpqError naming a budget that is below what the cheapest choices cost, or no budget at all."""
     if not problem.budgets:
-        raise MpqError("the integer program wants at least one budget, such as size")
+        raise MpqError("no budget: the integer program needs at least one, such as size")
     possible = np.isfinite(problem.losses)
     for name, budget in problem.budgets.items():
         smallest = float(np.where(possible, problem.costs[name], np.inf).min(1).sum())

@@ -115,7 +115,7 @@ def level_space(problem: Problem, cost: str) -> LevelSpace:
         MpqError: an unknown cost.
     """
     if cost not in problem.costs:
-        raise MpqError(f"there is no cost {cost!r}: the problem knows {', '.join(problem.costs)}")
+        raise MpqError(f"unknown cost {cost!r}: expected one of {', '.join(problem.costs)}")
     orders = [_by_cost(losses, costs) for losses, costs in zip(problem.losses, problem.costs[cost], strict=True)]
     width = max(map(len, orders))
     schemes = np.array([order + [order[-1]] * (width - len(order)) for order in orders], np.intp)

@@ -1,4 +1,4 @@
-"""Search on measured losses: sensible starts, then an additive table that is corrected by whole allocations.
+"""Search on measured losses: starting points, then an additive table corrected by measured allocations.
 
 A table of scores is right about most layers and wrong about some; measuring whole allocations tells which. The table is
 a Gaussian belief about each choice's loss. A draw from it is solved exactly within a radius of changes around the best
@@ -73,7 +73,7 @@ def _optimum(problem: Problem, schemes: Sequence[str], size: float) -> Choices |
 
 @dataclass
 class Belief:
-    """What is thought of the loss of every choice: independent normal priors and differences measured since."""
+    """Gaussian belief about each choice's loss: independent normal priors and measured differences."""
 
     mean: Array  # (groups, schemes)
     deviation: Array  # (groups, schemes)
@@ -93,7 +93,7 @@ class Belief:
         return cls(scale * scores, scale * deviations, origin)
 
     def learn(self, choices: Choices, difference: float, error: float) -> None:
-        """Take in the measured loss of choices above the origin's."""
+        """Condition on the measured loss of choices relative to the origin's."""
         row = np.zeros(self.mean.shape)
         groups = np.arange(len(choices))
         row[groups, choices] += 1
@@ -126,7 +126,7 @@ class Belief:
 
 @dataclass(frozen=True, eq=False)
 class Polished:
-    """What polishing came to."""
+    """Result of `polish`."""
 
     choices: Choices  # (groups,)
     measured: tuple[tuple[Choices, float], ...]  # everything that was measured, with its mean loss, in order

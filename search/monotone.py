@@ -13,7 +13,7 @@ MAX_STATES = 2_000_000  # solutions held at once, over all precisions
 
 
 def monotone(problem: Problem, *, cost: str = "size", sensitivities: ArrayLike | None = None) -> Frontier:
-    """Every allocation that no other monotone one beats in cost and predicted loss.
+    """The Pareto frontier of monotone allocations in cost and predicted loss.
 
     The groups are sorted by sensitivity; along that order precision, the schemes' order by their total cost, never
     rises. All C(groups + schemes - 1, schemes - 1) such allocations count; dominated starts of them are dropped early.
@@ -29,7 +29,7 @@ def monotone(problem: Problem, *, cost: str = "size", sensitivities: ArrayLike |
         MpqError: an unknown cost, budgets on others, sensitivities that do not fit, or no monotone allocation.
     """
     if cost not in problem.costs:
-        raise MpqError(f"there is no cost {cost!r}: the problem knows {', '.join(problem.costs)}")
+        raise MpqError(f"unknown cost {cost!r}: expected one of {', '.join(problem.costs)}")
     others = sorted(problem.budgets.keys() - {cost})
     if others:
         raise MpqError(f"the monotone frontier in {cost} keeps no budget of {', '.join(others)}: search by 'integer'")

@@ -69,7 +69,7 @@ class OneShot:
     ) -> None:
         self.space = tuple(dict.fromkeys(parse_scheme(str(scheme)) for scheme in space))
         if len(self.space) < 2:
-            raise MpqError(f"a one-shot search wants at least two schemes to choose from, not {len(self.space)}")
+            raise MpqError(f"invalid space: expected at least two schemes, not {len(self.space)}")
         if isinstance(cost, str) and cost not in COSTS:
             raise MpqError(f"unknown cost {cost!r}: take {' or '.join(COSTS)}, or a function of a layer and a scheme")
         self.layers = find_layers(model, include, exclude)
@@ -114,7 +114,7 @@ class OneShot:
             MpqError: nothing was sampled since the last update.
         """
         if self._choices is None:
-            raise MpqError("update wants a sample to judge: run the model inside `with search.sample():` first")
+            raise MpqError("no sample to update from: run the model inside `with search.sample():` first")
         step = self.controller.update(self._choices, quality, self.cost_of(self._choices))
         self._choices = None
         self.history.append(step)
@@ -197,7 +197,7 @@ def _groups(layers: Sequence[Layer], blocks: str | None) -> tuple[tuple[int, ...
     try:
         expression = None if blocks is None else re.compile(blocks)
     except re.error as error:
-        raise MpqError(f"blocks {blocks!r} is no regular expression: {error}") from error
+        raise MpqError(f"invalid regular expression for blocks {blocks!r}: {error}") from error
     keys = []
     block_of_tie: dict[str, str] = {}
     for layer in layers:

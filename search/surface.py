@@ -47,9 +47,11 @@ def surface(problem: Problem, costs: tuple[str, str] = ("size", "bitops"), *, st
     first, second = costs
     for name in costs:
         if name not in problem.costs:
-            raise MpqError(f"there is no cost {name!r}: the problem knows {', '.join(problem.costs)}")
+            raise MpqError(f"unknown cost {name!r}: expected one of {', '.join(problem.costs)}")
     if first == second or steps < 2:
-        raise MpqError(f"a surface wants two different costs and at least two steps, not {first}, {second}, {steps}")
+        raise MpqError(
+            f"invalid surface: expected two different costs and at least two steps, not {first}, {second}, {steps}"
+        )
     if problem.budgets:
         check_budgets(problem)
     grids = [_budgets(problem, name, steps) for name in costs]
@@ -80,7 +82,7 @@ def cheapest(problem: Problem, *, loss: float, cost: str = "size") -> Frontier:
             with it.
     """
     if cost not in problem.costs:
-        raise MpqError(f"there is no cost {cost!r}: the problem knows {', '.join(problem.costs)}")
+        raise MpqError(f"unknown cost {cost!r}: expected one of {', '.join(problem.costs)}")
     possible = np.isfinite(problem.losses)
     least = float(problem.losses.min(1).sum())
     if not loss >= least:

@@ -1,4 +1,4 @@
-"""Trials in a storage that many workers share: claimed once, kept alive by a heartbeat, retried when a worker dies."""
+"""Trials in a storage shared by workers: claimed once, kept alive by a heartbeat, retried when a worker dies."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ WAITS = (0.2, 1.0, 3.0)  # seconds between attempts to make the tables of a data
 MISSED_BEATS = 5  # a worker is suspected when it is silent for so many intervals
 CLAIM_WAIT = 0.05  # seconds until a worker looks again at what another one claims
 CONFIRMING_BEATS = 3  # and dead when it stays silent for so many more
-TAKEN_FOR_DEAD = "trial %d was taken for dead and given to another worker; its result is dropped"
+TAKEN_FOR_DEAD = "trial %d missed its heartbeat and was given to another worker: its result is dropped"
 
 # What trials say of themselves (user attributes).
 KEY = "key"  # the allocation that is measured
@@ -156,7 +156,7 @@ def _checksum(entry: Mapping[str, Any], before: int) -> int:
 def open_study(
     storage: str | os.PathLike[str] | None, name: str, settings: str, *, objectives: int = 1, resume: bool = False
 ) -> optuna.Study:
-    """The study of this name, made when it is not there and `resume` does not ask for one that is.
+    """The study of this name; a new one is created unless `resume` requires an existing one.
 
     Raises:
         MpqError: it was made with other settings, or is not there to be resumed.
@@ -200,7 +200,7 @@ def _running(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def settled(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Trials that ended for good, whatever their outcome; lost ones are done again and do not count."""
+    """Finished trials of any outcome, without lost ones, which are repeated."""
     return [trial for trial in trials if trial.user_attrs.get(OUTCOME, LOST) != LOST and trial.state.is_finished()]
 
 

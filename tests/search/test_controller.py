@@ -114,5 +114,5 @@ def test_a_quality_that_is_no_number_teaches_nothing():
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"delay": 1.0}, {"rate": -1.0}, {"decay": 1.0}])
 def test_schedules_that_cannot_be(wrong):
-    with pytest.raises(MpqError, match="a schedule wants"):
+    with pytest.raises(MpqError, match="invalid schedule"):
         Schedule(**wrong)

@@ -282,7 +282,7 @@ def test_mistakes_are_told(tmp_path):
     for wrong in ({"sampler": "switch"}, {"sampler": "nsga2", "shares": (0.5, 1.0)}):
         with pytest.raises(MpqError, match="want at least one budget"):
             evolution(free, evaluate=true_loss, **wrong)
-    with pytest.raises(MpqError, match="no cost 'time'"):
+    with pytest.raises(MpqError, match="unknown cost 'time'"):
         evolution(free, evaluate=true_loss, cost="time")
     with pytest.raises(MpqError, match="unknown sampler 'tp'"):
         evolution(problem, evaluate=true_loss, sampler="tp")

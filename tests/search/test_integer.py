@@ -85,5 +85,5 @@ def test_a_budget_out_of_reach_is_named():
     problem = replace(make_problem(1), budgets={"size": 1.0})
     with pytest.raises(MpqError, match="budget of 1 size is below the smallest"):
         integer(problem)
-    with pytest.raises(MpqError, match="at least one budget"):
+    with pytest.raises(MpqError, match="no budget"):
         integer(make_problem(1))

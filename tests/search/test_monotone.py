@@ -63,5 +63,5 @@ def test_fifty_layers_and_budgets():
         monotone(replace(problem, budgets={"bitops": 1.0}))
     with pytest.raises(MpqError, match="each of 50 groups"):
         monotone(problem, sensitivities=[1.0])
-    with pytest.raises(MpqError, match="no cost 'time'"):
+    with pytest.raises(MpqError, match="unknown cost 'time'"):
         monotone(problem, cost="time")

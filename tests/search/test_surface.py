@@ -83,11 +83,11 @@ def test_a_loss_out_of_reach_names_the_range():
 
 
 def test_mistakes_are_told():
-    with pytest.raises(MpqError, match="no cost 'time'"):
+    with pytest.raises(MpqError, match="unknown cost 'time'"):
         surface(make_problem(1), ("size", "time"))
     with pytest.raises(MpqError, match="two different costs"):
         surface(make_problem(1), ("size", "size"))
-    with pytest.raises(MpqError, match="no cost 'time'"):
+    with pytest.raises(MpqError, match="unknown cost 'time'"):
         cheapest(make_problem(1), loss=1.0, cost="time")
     with pytest.raises(MpqError, match="below the smallest"):
         surface(replace(make_problem(1), budgets={"bitops": 1.0}))
