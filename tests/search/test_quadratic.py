@@ -80,7 +80,7 @@ def test_stopped_early_it_says_how_far_it_can_be_off():
 def test_mistakes_are_told():
     problem = replace(make_problem(1), budgets={"size": 1e9})
     interactions = make_interactions(problem, 1)
-    with pytest.raises(MpqError, match="at least one budget"):
+    with pytest.raises(MpqError, match="needs at least one"):
         quadratic(replace(problem, budgets={}), interactions=interactions)
     with pytest.raises(MpqError, match="know no layer layer4"):
         quadratic(problem, interactions=make_interactions(make_problem(1, 4), 1))
