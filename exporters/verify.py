@@ -121,7 +121,7 @@ def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, 
     names = [name for layer in allocation.layers for name in layer.names]
     calls: list[Call] = []
     with _hooked(simulated, names, lambda name, module, call: calls.append(_kept(name, module, call))):
-        expected = _result(run, simulated)
+        expected = result_tensors(run, simulated)
     coming = iter(calls)
 
     def compare(name: str, module: nn.Module, call: tuple[Any, Any, Any]) -> Any:
@@ -136,7 +136,7 @@ def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, 
         return reference.output[0].clone() if name else None
 
     with _hooked(loaded, names, compare):
-        actual = _result(run, loaded)
+        actual = result_tensors(run, loaded)
     if (missing := next(coming, None)) is not None:
         raise _differs(f"it never calls layer {missing.name}")
     _compare("what the model gives", expected, actual)
@@ -200,7 +200,7 @@ def _hooked(model: nn.Module, names: Iterable[str], report: Callable[..., Any]) 
             handle.remove()
 
 
-def _result(run: Run, model: nn.Module) -> list[Tensor]:
+def result_tensors(run: Run, model: nn.Module) -> list[Tensor]:
     """Tensors of what a run gives; random numbers are the same for every model."""
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(0)

@@ -21,12 +21,13 @@ from mpq.exporters.folder import copy_side_files, names_of, refuse_foreign, writ
 from mpq.exporters.holding import check, check_packages
 from mpq.exporters.onnx.nodes import Graph, drop_unused, products_with, put_products, put_weight, round_inputs
 from mpq.exporters.onnx.operators import OPSET, OPSET_INT2, nbits_block, needs_int2
+from mpq.exporters.onnx.reader import read_back
 from mpq.exporters.targets import TARGETS
 from mpq.kernels.layout import empty, unpack
 from mpq.network.calibration import evaluating
 from mpq.network.ranges import Ranges
 from mpq.quantized import Moments, checked_layers, quantized_layers
-from mpq.rounding.reference import Quantized
+from mpq.rounding.reference import Quantized, dequantize
 from mpq.rounding.store import Rounder
 
 FILE, DATA = "model.onnx", "model.onnx.data"
@@ -58,12 +59,14 @@ def export(
         inside: tensors of more bytes than that in all are written to `model.onnx.data`, one layer in memory at a time.
 
     Raises:
-        MpqError: a scheme that ONNX cannot hold, no inputs, no range for a layer that needs one, a missing package.
+        MpqError: a scheme that ONNX cannot hold, no inputs, no range for a layer that needs one, a missing package;
+            the graph reads back other numbers, or ONNX Runtime computes something else than the simulated model.
     """
     _refuse(allocation, inputs, ranges)
     refuse_foreign(folder, (FILE, DATA, "allocation.json", *names_of(side_files)))
     traced, names = _trace(model, allocation, inputs)
-    rounded = quantized_layers(model, allocation, method, second_moments)
+    matrices: dict[str, Tensor] = {}
+    rounded = _kept(quantized_layers(model, allocation, method, second_moments), matrices)
     with write_folder(folder) as draft:
         if _tensor_bytes(traced, allocation) > inside:
             with (draft / DATA).open("wb") as data:
@@ -71,6 +74,8 @@ def export(
         else:
             graph = _fill(Graph(traced), model, rounded, names, ranges)
         (draft / FILE).write_bytes(graph.model.SerializeToString())
+        given = inputs if isinstance(inputs, tuple) else (inputs,)
+        read_back(draft / FILE, model, allocation, matrices, given, ranges)
         copy_side_files(draft, side_files)
         allocation.save(draft / "allocation.json")
         write_checksums(draft, {})
@@ -103,6 +108,13 @@ def _refuse(allocation: Allocation, inputs: Any, ranges: Ranges | None, sized: b
             raise MpqError(
                 f"layer {layer.name} has {activation.name} activations: pass the ranges of its inputs (ranges=...)"
             )
+
+
+def _kept(layers: Layers, matrices: dict[str, Tensor]) -> Layers:
+    """The layers as they come; their numbers are kept by name."""
+    for layer, scheme, quantized in layers:
+        matrices[layer.name] = dequantize(quantized)
+        yield layer, scheme, quantized
 
 
 def _tensor_bytes(traced: Any, allocation: Allocation) -> int:

@@ -15,11 +15,13 @@ from mpq.core.scheme import parse_scheme
 from mpq.exporters.holding import check
 from mpq.exporters.onnx.file import export, file_size
 from mpq.exporters.onnx.operators import nbits_block
+from mpq.exporters.onnx.reader import read_back
 from mpq.exporters.targets import TARGETS
 from mpq.network.calibration import seeded
 from mpq.network.layers import find_layers
 from mpq.network.ranges import input_ranges
-from mpq.quantized import simulate
+from mpq.quantized import quantized_layers, simulate
+from mpq.rounding.reference import dequantize
 from tests.sensitivity.small_models import Convolutions, TiedLanguageModel, seed_weights
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -173,3 +175,30 @@ def test_what_onnx_cannot_hold_is_refused(scheme, message):
 def test_inputs_are_needed():
     with pytest.raises(MpqError, match="pass the inputs"):
         export(nn.Sequential(nn.Linear(2, 2)), Allocation((), ()), "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("bare.weight.codes", "layer bare reads back other numbers"),  # MatMulNBits
+        ("mix.weight.codes", "layer mix reads back other numbers"),  # DequantizeLinear
+        ("head.weight.scale", "layer head reads back other numbers"),
+        ("head.bias", "ONNX Runtime computes something else than the simulated model"),
+    ],
+)
+def test_a_graph_that_differs_is_refused(tensor, message, tmp_path):
+    model = seed_weights(Linears(), 0.3).eval()
+    allocation = allocate(model, ("int8-channel", "int4-g32"))
+    folder = export(model, allocation, tmp_path / "out", inputs=SEQUENCES)
+    matrices = {
+        layer.name: dequantize(quantized) for layer, _, quantized in quantized_layers(model, allocation, "mse", None)
+    }
+    read_back(folder / "model.onnx", model, allocation, matrices, (SEQUENCES,), None)
+    graph = onnx.load(folder / "model.onnx")
+    changed = next(one for one in graph.graph.initializer if one.name == tensor)
+    changed.raw_data = bytes([changed.raw_data[0] ^ 0x21, changed.raw_data[1] ^ 0x21]) + changed.raw_data[2:]
+    if tensor == "head.bias":
+        changed.raw_data = bytes([0, 0, 0x80, 0x3F]) + changed.raw_data[4:]
+    onnx.save(graph, folder / "model.onnx")
+    with pytest.raises(MpqError, match=message):
+        read_back(folder / "model.onnx", model, allocation, matrices, (SEQUENCES,), None)
