@@ -3,8 +3,8 @@
     python -m experiments.benchmarks.bench_rows [--quick] [--models llama5m ...] [--bits 3.25 4.25] [--draws 3]
 
 Scores and second moments come from calibration data, of which every draw takes others. The figure is the mean KL
-divergence from the original on data that nothing was tuned on, beside what the table predicts. RESULT lines hold rows
-against whole layers and against the best uniform format that fits, with the standard error of the paired difference.
+divergence from the original on data that nothing was tuned on, beside what the table predicts. Rows are compared with
+whole layers and with the best uniform format that fits.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from experiments.benchmarks.search_rows import result
 from experiments.models import reference_models
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
@@ -33,6 +34,7 @@ from mpq.sources import Source, open_source
 LANGUAGE = tuple(f"int{width}-g64" for width in (2, 3, 4, 5))
 IMAGES = tuple(f"int{width}-channel" for width in (2, 3, 4, 5, 6, 8))
 BITS = (2.5, 2.75, 3.0, 3.25, 3.75, 4.25)
+GOALS = {"layers": 0.8, "uniform": 0.67}  # of a language model's KL divergence
 NEAR = 0.97  # of the budget, the least that a uniform format must take to be compared
 
 
@@ -126,7 +128,8 @@ def compare(contest: Contest, bits: Sequence[float]) -> list[str]:
                 f"{allocation.loss:.4g}  {qualities[name]}",
                 flush=True,
             )
-        lines += [_result(contest, budget, qualities, other) for other in ("layers", "uniform") if other in qualities]
+        for other in ("layers", "uniform"):
+            lines += _results(contest, budget, qualities, other) if other in qualities else []
     return lines
 
 
@@ -139,15 +142,16 @@ def measured(measurer: Measurer, allocation: Allocation) -> Quality:
     return measurer.quality(allocation, "evaluation", measurer.means(allocation))
 
 
-def _result(contest: Contest, bits: float, qualities: dict[str, Quality], other: str) -> str:
+def _results(contest: Contest, bits: float, qualities: dict[str, Quality], other: str) -> list[str]:
+    """Whether rows are not behind, by the paired difference in its standard errors, and how much less they have."""
     rows, against = qualities["rows"], qualities[other]
     difference, error = rows.harm_above(against)
-    share = _kl(rows)[0] / _kl(against)[0] - 1
-    word = "behind" if difference > 2 * error else "at least as good as"
-    return (
-        f"RESULT {contest.source.name} {bits:.2f} bits: rows are {word} {other}: KL {100 * share:+.0f} % "
-        f"(difference {difference:.3g} +- {error:.1g})"
-    )
+    share, goal = _kl(rows)[0] / _kl(against)[0], GOALS[other]
+    name = f"{contest.source.name} {bits:.2f} rows/{other}"
+    lines = [result(f"{name} difference in standard errors", difference / error, "<=2", difference <= 2 * error)]
+    if contest.formats == LANGUAGE:
+        lines.append(result(f"{name} KL", share, f"<={goal:.2f}", share <= goal))
+    return lines
 
 
 def _kl(quality: Quality) -> tuple[float, float]:

@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
-import mpq.kernels.cpu.native  # noqa: F401  (its kernels, and torch.ops.mpq)
 from mpq.core.errors import MpqError
 from mpq.core.scheme import Scheme
 from mpq.kernels.ops import check_floats

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import mpq.kernels.cpu.native  # noqa: F401  (its kernels, and torch.ops.mpq)
 from mpq.kernels.layout import ROWS, Packed, best_layout, packed_of, to_layout
 from mpq.network.layers import shaped
 
