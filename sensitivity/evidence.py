@@ -21,7 +21,10 @@ from mpq.sensitivity.task import Scores, Task
 log = logging.getLogger(__name__)
 
 UNREACHED = "no calibration sample reaches it: its module is never called, or with no rows"
-NO_GRADIENT = "no gradient of the loss reaches it: no_grad, detach, argmax or the like lies behind it"
+NO_GRADIENT = (
+    "no gradient of the loss reaches it: no_grad, detach, argmax or the like lies behind it, or the loss compares "
+    "samples with each other and is taken one by one"
+)
 FLAT = "the loss has no gradient at this model, as a distance to the model's own outputs has none"
 
 SHIFT = 1e-3  # of outputs, relative to their size

@@ -181,9 +181,12 @@ def load(
     checksums = read_checksums(path)
     check_texts(path, checksums)
     config = read_json(path / "config.json")
-    skeleton = bake(build_skeleton(config, path, trust) if model is None else getattr(model, "_orig_mod", model))
     allocation, dtypes = layers_of(config["quantization_config"])
     with Shards(path, checksums) as shards:
+        built = (
+            build_skeleton(config, path, trust, set(shards)) if model is None else getattr(model, "_orig_mod", model)
+        )
+        skeleton = bake(built)
         matrices = []
         for layer, scheme in checked_layers(skeleton, allocation):
             specs = tensor_specs(scheme.weight, layer.rows, layer.cols)

@@ -1,6 +1,6 @@
 """A model's structure without its weights, from what an exported folder says of it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,24 @@ from mpq.sources.extras import need
 from mpq.sources.networks import skeleton
 
 
-def build_skeleton(config: Mapping[str, Any], folder: Path, trust: bool) -> nn.Module:
+def build_skeleton(config: Mapping[str, Any], folder: Path, trust: bool, stored: Collection[str] = ()) -> nn.Module:
     """The model that `config` (a folder's config.json) describes; parameters may have no storage.
 
     A "recipe" is what `mpq.sources` gives with a model; one that names a factory of the user's own is followed only
-    when trusted. Without one, the first of "architectures" is a class of transformers.
+    when trusted. Without one, the first of "architectures" is a class of transformers; its experts stay stacked where
+    `stored`, the names of the folder's tensors, has them so.
 
     Raises:
         MpqError: nothing says how to build the model, or it needs trust or a package that is not installed.
     """
     try:
         with _EmptyOnMeta():
-            model = _build(config, folder, trust)
+            model = _build(config, folder, trust, stored)
     except (RuntimeError, NotImplementedError):  # its constructor computes with its weights
-        return _build(config, folder, trust)
-    stored = set(model.state_dict())
-    if any(buffer.is_meta and name not in stored for name, buffer in model.named_buffers()):
-        return _build(config, folder, trust)  # no file would ever fill that buffer: build it with its content
+        return _build(config, folder, trust, stored)
+    filled = set(model.state_dict())
+    if any(buffer.is_meta and name not in filled for name, buffer in model.named_buffers()):
+        return _build(config, folder, trust, stored)  # no file would ever fill that buffer: build it with its content
     return model
 
 
@@ -42,10 +43,10 @@ def describes_itself(config: Mapping[str, Any]) -> bool:
     return "model_type" in config and hasattr(need("transformers", "hf", f"a {names[0]}"), names[0])
 
 
-def _build(config: Mapping[str, Any], folder: Path, trust: bool) -> nn.Module:
+def _build(config: Mapping[str, Any], folder: Path, trust: bool, stored: Collection[str]) -> nn.Module:
     recipe = config.get("recipe")
     if recipe is None or recipe.get("kind") == "transformers":
-        return _transformers_model(config, folder)
+        return _transformers_model(config, folder, stored)
     if recipe.get("kind") == "factory" and not trust:
         raise MpqError(
             f"{folder} wants to import {recipe.get('path')} to build its model: "
@@ -54,7 +55,7 @@ def _build(config: Mapping[str, Any], folder: Path, trust: bool) -> nn.Module:
     return skeleton(recipe)
 
 
-def _transformers_model(config: Mapping[str, Any], folder: Path) -> nn.Module:
+def _transformers_model(config: Mapping[str, Any], folder: Path, stored: Collection[str]) -> nn.Module:
     names = config.get("architectures")
     if not names or "model_type" not in config:
         raise MpqError(
@@ -66,7 +67,7 @@ def _transformers_model(config: Mapping[str, Any], folder: Path) -> nn.Module:
         raise MpqError(f"{folder} wants the class {names[0]}, which transformers {transformers.__version__} lacks")
     described = {key: value for key, value in config.items() if key != "quantization_config"}
     model: nn.Module = cls._from_config(cls.config_class.from_dict(described))  # type: ignore[attr-defined]
-    return unstack(model)
+    return unstack(model, keep=stored)
 
 
 class _EmptyOnMeta(TorchFunctionMode):

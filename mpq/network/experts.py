@@ -1,7 +1,7 @@
 """Unstacking of mixtures of experts: weights stacked in one tensor become linear layers that take schemes."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +40,17 @@ class Experts(nn.ModuleList):
         return out
 
 
-def unstack(model: nn.Module) -> nn.Module:
+def unstack(model: nn.Module, keep: Collection[str] = ()) -> nn.Module:
     """Replace the model's stacked experts, in place, by `Experts` that share their memory; return the model.
-
 
     Supported stacks are those of transformers 5: gate_up_proj (experts, 2 * inner, width), gate above up, and down_proj
     (experts, width, inner), without biases. Each expert's three matrices become layers, "...experts.3.gate_proj".
 
-    Other stacks are kept, with a warning in the log.
+    Stacks whose parameters are named in `keep` stay as they are; others too, with a warning in the log.
     """
     for name, module in list(_stacked(model)):
+        if f"{name}.{STACKS[0]}" in keep:
+            continue
         gate_up, down = (getattr(module, stack) for stack in STACKS)
         count, width, inner = down.shape
         plain = set(dict(module.named_parameters())) == set(STACKS) and not getattr(module, "is_transposed", False)

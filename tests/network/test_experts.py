@@ -7,6 +7,7 @@ import torch
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen2MoeConfig
 
+from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.exporters.mpq import checkpoint
 from mpq.network.calibration import next_token_loss, seeded
@@ -108,3 +109,18 @@ def test_what_cannot_be_taken_apart_or_written_is_told(caplog):
     with pytest.raises(MpqError, match="for mpq alone"):
         refuse_experts("gguf", unstack(moe("mixtral")))
     refuse_experts("mpq", unstack(moe("mixtral")))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_stacks_that_were_not_taken_apart_are_written_and_loaded_as_they_are(name, tmp_path):
+    model = moe(name)
+    layers = find_layers(model)
+    allocation = Allocation(layers, ("int8-channel",) * len(layers))
+    tokens = torch.randint(0, 24, (2, 6), generator=seeded(1))
+    checkpoint.export(model, allocation, tmp_path / "out", inputs=tokens)
+    loaded = checkpoint.load(tmp_path / "out")
+    assert not has_experts(loaded)
+    assert torch.equal(
+        loaded.get_parameter("model.layers.1.mlp.experts.down_proj"),
+        model.get_parameter("model.layers.1.mlp.experts.down_proj"),
+    )
