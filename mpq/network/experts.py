@@ -1,7 +1,9 @@
 """Unstacking of mixtures of experts: weights stacked in one tensor become linear layers that take schemes."""
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +76,25 @@ def say_stacked(model: nn.Module) -> None:
             "the experts %s are stacked and not quantized: mpq.network.experts.unstack(model) makes layers of them",
             ", ".join(names),
         )
+
+
+@contextmanager
+def routing(model: nn.Module) -> Iterator[Mapping[nn.Module, tuple[int, Tensor]]]:
+    """While the block runs: for each expert's layer, the number of tokens and the places of those routed to it."""
+    routed: dict[nn.Module, tuple[int, Tensor]] = {}
+
+    def note(experts: Any, args: tuple[Any, ...]) -> None:
+        hidden, chosen, _ = args
+        for index, expert in enumerate(experts):
+            places = torch.where(chosen == index)[0]
+            routed.update((layer, (len(hidden), places)) for layer in expert.children())
+
+    handles = [module.register_forward_pre_hook(note) for module in model.modules() if isinstance(module, Experts)]
+    try:
+        yield routed
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def has_experts(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mpq.core.layer import Layer
 from mpq.network.calibration import Batch, LossFn, counted_positions, evaluating
+from mpq.network.experts import routing
 from mpq.network.layers import input_matrix
 from mpq.network.parallel import gathered, share, total
 from mpq.network.uses import seeing_uses
@@ -20,7 +21,8 @@ def second_moments(
 ) -> dict[str, Tensor]:
     """Mean of x x^T over samples and positions, by layer name: float32 (cols, cols), or (conv groups, cols, cols).
 
-    Hidden positions (`counted_positions`) are left out in layers whose rows are the batch's positions.
+    Hidden positions (`counted_positions`) are left out in layers whose rows are the batch's positions, or
+    are those routed to an expert.
     `forward(model, batch)` runs the model; its result is ignored. A weight shared by an embedding and a linear layer
     gets the linear layer's inputs; other embeddings and layers without inputs are left out.
     """
@@ -30,7 +32,7 @@ def second_moments(
     masks: tuple[Tensor, ...] = ()
 
     def collect(name: str, module: nn.Module, inputs: Tensor) -> None:
-        matrix = counted_rows(input_matrix(module, inputs.detach()), inputs, masks).float()
+        matrix = counted_rows(input_matrix(module, inputs.detach()), inputs, masks, routed.get(module)).float()
         if matrix.shape[-2] == 0:
             return
         product = half_gram(matrix)
@@ -38,7 +40,7 @@ def second_moments(
         counts[name] = counts.get(name, 0) + matrix.shape[-2]
         widths[name] = matrix.shape[-1]
 
-    with torch.no_grad(), evaluating(model), watching(model, layers, collect):
+    with torch.no_grad(), evaluating(model), routing(model) as routed, watching(model, layers, collect):
         for batch in share(batches):
             masks = counted_positions(batch)
             forward(model, batch)
@@ -48,12 +50,17 @@ def second_moments(
     return {name: whole_gram(sums.pop(name), widths[name]).div_(max(int(rows[name]), 1)) for name in list(sums)}
 
 
-def counted_rows(matrix: Tensor, inputs: Tensor, masks: Sequence[Tensor]) -> Tensor:
+def counted_rows(
+    matrix: Tensor, inputs: Tensor, masks: Sequence[Tensor], routed: tuple[int, Tensor] | None = None
+) -> Tensor:
     """The counted rows of a layer's (..., rows, cols); all rows where no mask (samples, positions) fits.
 
-    A mask fits when `inputs` begin with its samples, followed by or flattened with its positions.
+    A mask fits when `inputs` begin with its samples, followed by or flattened with its positions, or are some of
+    them: `routed` gives the number of all and the places of these (`mpq.network.experts.routing`).
     """
     for mask in masks:
+        if routed is not None and mask.numel() == routed[0]:
+            return matrix[..., mask.flatten().to(matrix.device)[routed[1].to(matrix.device)], :]
         for shown in (mask, mask.T):  # samples first, or time first
             if len(inputs) in (len(shown), shown.numel()) and matrix.shape[-2] == shown.numel():
                 return matrix[..., shown.flatten().to(matrix.device), :]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.network.calibration import Batch, LossFn, counted_positions, evaluating
+from mpq.network.experts import routing
 from mpq.network.moments import counted_rows, watching
 
 Ranges = Mapping[str, tuple[float, float]]  # smallest and largest input, by layer name
@@ -23,13 +24,13 @@ def input_ranges(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Ba
 
     def see(name: str, module: nn.Module, inputs: Tensor) -> None:
         if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            inputs = counted_rows(inputs.reshape(-1, inputs.shape[-1]), inputs, masks)
+            inputs = counted_rows(inputs.reshape(-1, inputs.shape[-1]), inputs, masks, routed.get(module))
         if inputs.numel() == 0:
             return
         low, high = ranges.get(name, (torch.inf, -torch.inf))
         ranges[name] = min(low, inputs.min().item()), max(high, inputs.max().item())
 
-    with torch.no_grad(), evaluating(model), watching(model, layers, see):
+    with torch.no_grad(), evaluating(model), routing(model) as routed, watching(model, layers, see):
         for batch in batches:
             masks = counted_positions(batch)
             forward(model, batch)

@@ -13,6 +13,8 @@ from mpq.exporters.mpq import checkpoint
 from mpq.network.calibration import next_token_loss, seeded
 from mpq.network.experts import has_experts, unstack
 from mpq.network.layers import find_layers
+from mpq.network.moments import second_moments
+from mpq.network.ranges import input_ranges
 from mpq.pipeline import refuse_experts
 from mpq.quantized import simulate
 from mpq.search import frontier_of
@@ -124,3 +126,26 @@ def test_stacks_that_were_not_taken_apart_are_written_and_loaded_as_they_are(nam
         loaded.get_parameter("model.layers.1.mlp.experts.down_proj"),
         model.get_parameter("model.layers.1.mlp.experts.down_proj"),
     )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_that_is_routed_to_experts_does_not_count(name):
+    model = unstack(moe(name))
+    layers = find_layers(model)
+    tokens = torch.randint(1, 24, (2, 5), generator=seeded(2))
+    padded = {
+        "input_ids": torch.nn.functional.pad(tokens, (0, 4)),
+        "attention_mask": torch.nn.functional.pad(torch.ones_like(tokens), (0, 4)),
+    }
+
+    def forward(model, batch):
+        return model(**batch)
+
+    for measure in (second_moments, input_ranges):
+        plain = measure(model, layers, [{"input_ids": tokens}], forward)
+        with_padding = measure(model, layers, [padded], forward)
+        experts = [name for name in plain if ".experts." in name]
+        assert len(experts) > 6
+        for layer in experts:
+            torch.testing.assert_close(torch.as_tensor(with_padding[layer]), torch.as_tensor(plain[layer]))
+        assert not [layer for layer in with_padding if layer not in plain]
