@@ -1,4 +1,4 @@
-"""Output folders: written whole or not at all, with checksums of every file, and nobody else's files touched."""
+"""Output folders: written atomically, with checksums of every file; other files are kept."""
 
 import hashlib
 import json

@@ -43,7 +43,7 @@ def write_tensors(
         except SafetensorError as error:
             raise MpqError(f"cannot write {folder / file}: {error}") from error
         digests[file] = {name: tensor_digest(tensor) for name, tensor in shard_tensors.items()}
-        del shard_tensors  # before the next shard's tensors come
+        del shard_tensors  # free memory before the next shard
     if len(files) > 1:
         weight_map = {name: file for file, names in digests.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

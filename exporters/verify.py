@@ -1,4 +1,4 @@
-"""What was written is read back: the loaded model has the numbers that were rounded, and computes what they give.
+"""Verification of exports: the model read back has the rounded weights and computes the same outputs.
 
 Outputs are compared layer by layer. The simulated model runs and its layers' inputs and outputs are kept; then the
 loaded one runs, and each packed layer hands on the simulated layer's output in place of its own. So both see the same
@@ -216,7 +216,7 @@ def _compare(what: str, expected: list[Tensor], actual: list[Tensor], allowed: l
             continue
         room = allowed[index] if allowed else same_code_error(one)
         error = (one.double() - other.double()).abs()
-        excess = error > room.double()  # where one of them is no number, the other has to be none
+        excess = error > room.double()  # NaN must match NaN
         if bool((excess | (one.isnan() != other.isnan())).any()):
             raise _differs(f"{what} is off by up to {error.max().item():.2g}, {_times(error, room)}")
 

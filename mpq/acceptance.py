@@ -1,4 +1,4 @@
-"""The choice among finished candidates, by measuring them on data that neither scores nor search have seen."""
+"""Measured acceptance: the choice among finished candidates on data that neither scores nor search have seen."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""Before and after: the original, uniform formats and the packed model on the same unseen data, as table and words."""
+"""Comparison of the original, uniform formats and the packed model on the same unseen data, as table and sentences."""
 
 import math
 from collections.abc import Callable, Sequence

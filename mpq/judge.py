@@ -1,4 +1,4 @@
-"""Which metric to trust on this model: random allocations are measured, and held against every metric's word."""
+"""Rank metrics by agreement with measured loss, on random allocations of this model."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -110,7 +110,9 @@ def judge(
     """
     problems = _problems(tables)
     if not budgets or count < 3:
-        raise MpqError(f"judging wants at least one budget and three allocations at each, not {len(budgets)}, {count}")
+        raise MpqError(
+            f"invalid options of judge: expected a budget and three allocations, not {len(budgets)}, {count}"
+        )
     first = next(iter(problems.values()))
     generator = np.random.default_rng(seed)
     choices = [random_choices(first, bits, generator) for bits in budgets for _ in range(count)]
@@ -171,7 +173,7 @@ def random_choices(problem: Problem, bits: float, generator: np.random.Generator
 
 def _problems(tables: Mapping[str, SensitivityTable]) -> dict[str, Problem]:
     if not tables:
-        raise MpqError("judging wants at least one sensitivity table")
+        raise MpqError("no tables to judge: expected at least one sensitivity table")
     first = next(iter(tables.values()))
     for name, table in tables.items():
         if (table.layers, table.schemes) != (first.layers, first.schemes):

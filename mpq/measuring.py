@@ -1,4 +1,4 @@
-"""Allocations measured on a model: each layer is rounded once in each format, so that one more costs a forward pass."""
+"""Measurement of allocations on a model: each layer is rounded once in each format."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Pictures: facts first (small named tuples that tests compare), then ink."""
+"""Plots: each draws a small tuple of facts that tests compare."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""One simulated model that takes on allocation after allocation: only what differs from the last one is written."""
+"""A simulated model that switches between allocations; only layers that differ are rewritten."""
 
 import copy
 from collections.abc import Mapping

@@ -186,7 +186,7 @@ def _virtual(task: Task, keep: _Keeper) -> dict[str, Numbers]:
     with only_gradients_of(task.model, weights), outputs_of(task.model) as outputs:
         task.loss_fn(task.model, ones)
         if not outputs:
-            raise MpqError("the virtual gradient wants a loss function that calls the model: this one does not")
+            raise MpqError("the virtual gradient needs a loss function that calls the model: this one does not")
         gradients = torch.autograd.grad(outputs[-1].sum(), weights, allow_unused=True, materialize_grads=True)
     return {"virtual": keep.gather(_matrices(task, gradients))}
 

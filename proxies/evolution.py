@@ -47,7 +47,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.population < 4 or self.generations < 0 or self.offspring < 1:
             raise MpqError(
-                f"evolution wants a population of 4 or more and 1 or more offspring, "
+                f"invalid settings of evolution: expected a population of at least 4 and at least 1 offspring, "
                 f"not {self.population} and {self.offspring}"
             )
         if self.removal not in ("worst", "oldest"):

@@ -103,14 +103,14 @@ def kind_after(operation: str, kinds: tuple[Kind, ...]) -> Kind:
     if operation in UNARY and len(kinds) == 1:
         (kind,) = kinds
         if operation not in ELEMENTWISE and kind.space == LAYER:
-            raise MpqError(f"{operation} wants a matrix per layer, and its argument is already one number per layer")
+            raise MpqError(f"{operation} needs a matrix per layer, but its argument is one number per layer")
         return Kind(LAYER, kind.by_scheme) if operation in REDUCTIONS else kind
     if operation in BINARY and len(kinds) == 2:
         left, right = kinds
         by_scheme = left.by_scheme or right.by_scheme
         if operation == "matmul":
             if left.space != right.space or left.space not in ("weight", "activation"):
-                raise MpqError(f"@ wants two weight or two activation matrices, not {left.space} and {right.space}")
+                raise MpqError(f"@ needs two weight or two activation matrices, not {left.space} and {right.space}")
             return Kind(left.space + "'", by_scheme)
         if left.space != right.space and LAYER not in (left.space, right.space):
             raise MpqError(

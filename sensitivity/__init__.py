@@ -114,7 +114,7 @@ METRICS: Registry[Metric] = Registry(
 
 
 def metric_named(name: str) -> "Function":
-    """The metric called `name`, ours or a plugin's; MpqError with the known names when there is none."""
+    """The metric of this name, built in or a plugin's; MpqError with the known names otherwise."""
     return METRICS.named(name).load()
 
 

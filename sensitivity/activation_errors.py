@@ -1,4 +1,4 @@
-"""What rounding a layer's inputs changes along the gradients of its outputs."""
+"""Change along the output gradients when a layer's inputs are rounded."""
 
 import torch
 from torch import Tensor

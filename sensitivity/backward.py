@@ -1,4 +1,4 @@
-"""Output gradients handed over layer by layer while the backward pass runs: those of one layer are there at a time.
+"""Output gradients passed on layer by layer during the backward pass, so that one layer's are in memory at a time.
 
 Batches are cut into pieces whose graphs fit a limit of memory.
 """
@@ -76,7 +76,7 @@ def _numbers_kept(task: Task, sample: Batch) -> int:
 
 
 def asked_of(task: Task, batch: Batch) -> list[Predictions] | None:
-    """What the loss asks of the model's logits; None, said in the log, where it is not cross-entropy of them."""
+    """Weights and targets of the loss's predictions; None, with a note in the log, where it is not cross-entropy."""
     try:
         with only_gradients_of(task.model):
             return predictions(task.model, batch, task.loss_fn)
@@ -87,7 +87,7 @@ def asked_of(task: Task, batch: Batch) -> list[Predictions] | None:
 
 @dataclass(frozen=True)
 class Labels:
-    """Where the labels of gradients come from."""
+    """Source of the labels for gradients."""
 
     kind: str = "model"  # "data", or "model": random slopes as if they were drawn from the model's own predictions
     draws: int = 1

@@ -1,4 +1,4 @@
-"""What goes into the layers and what comes back: inputs and loss gradients of outputs, from one pass each way."""
+"""Inputs of layers and loss gradients of their outputs, from one forward and one backward pass."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -175,7 +175,7 @@ def design_row(seed: int, row: int, order: int) -> Tensor:
 
 
 def what_is_asked(task: Task, batch: Batch) -> list[Predictions] | None:
-    """What the loss asks of its predictions, None where it is not cross-entropy."""
+    """Weights and targets of the loss's predictions, None where it is not cross-entropy."""
     try:
         with only_gradients_of(task.model):
             return predictions(task.model, batch, task.loss_fn)

@@ -63,7 +63,9 @@ def fine_tuning_order(table: SensitivityTable, schemes: Mapping[str, str]) -> tu
         MpqError: another metric's table, or a layer without a scheme of the table.
     """
     if table.metric != "eigenvalue":
-        raise MpqError(f"HAWQ's fine-tuning order wants a table of the metric 'eigenvalue', not of {table.metric!r}")
+        raise MpqError(
+            f"invalid table for HAWQ's fine-tuning order: expected the metric 'eigenvalue', not {table.metric!r}"
+        )
     scores, _, _ = supported(table)
     omegas: dict[str, float] = {}
     for i, layer in enumerate(table.layers):

@@ -1,4 +1,4 @@
-"""What supports a score: samples that reach a layer, and gradients that come back. Without them it is NaN, never 0."""
+"""Evidence for scores: samples that reach a layer, gradients that come back. Without it a score is NaN, not 0."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""The layers' inputs as something to quantize: their rounding errors, and the loss's curvature in them."""
+"""Quantization of layers' inputs: rounding errors, and the loss's curvature in the inputs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

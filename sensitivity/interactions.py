@@ -1,4 +1,4 @@
-"""What two layers lose together beyond the sum of their own losses (CLADO), for a quadratic program."""
+"""Pairwise interactions (CLADO): the loss of two layers beyond the sum of their own, for a quadratic program."""
 
 from collections.abc import Iterable, Sequence
 from itertools import combinations

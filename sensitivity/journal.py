@@ -1,4 +1,4 @@
-"""What a long measurement has found so far, on disk: an interrupted run goes on where it stopped."""
+"""A journal of a long measurement on disk, from which an interrupted run resumes."""
 
 import glob
 import json
@@ -44,7 +44,7 @@ class Journal:
             self._append(settings)
 
     def recall(self, name: str) -> list[float] | None:
-        """What was noted under this name, None when nothing was."""
+        """The numbers stored under this name, None if there are none."""
         return self.entries.get(name)
 
     def note(self, name: str, numbers: Sequence[float]) -> None:
@@ -55,7 +55,7 @@ class Journal:
             self._append([name, *numbers])
 
     def agree(self, names: Iterable[str]) -> list[list[float]]:
-        """What any process has noted under each of these names; all processes must ask."""
+        """Collective: the numbers that any process has stored under these names; call on every rank."""
         self.entries.update(gathered({name: self.entries[name] for name in self.untold}))
         self.untold = []
         return [self.entries[name] for name in names]

@@ -26,7 +26,9 @@ def linearity(task: Task, *, noise: float = 0.1, draws: int = 1) -> Scores:
         draws: noise matrices for each layer.
     """
     if noise <= 0 or draws < 1:
-        raise MpqError(f"linearity wants noise above 0 and at least one draw, not {noise} and {draws}")
+        raise MpqError(
+            f"invalid options of linearity: expected noise above 0 and at least one draw, not {noise} and {draws}"
+        )
     reference, shares = batch_losses(task), batch_shares(task)
     numbers = task.numbers(
         {f"slope of {layer.name}": layer for layer in task.layers},

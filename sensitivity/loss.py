@@ -1,4 +1,4 @@
-"""The oracles: what is measured when one layer at a time takes each scheme."""
+"""Oracle metrics: the measured change when one layer at a time takes each scheme."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

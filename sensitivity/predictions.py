@@ -1,4 +1,4 @@
-"""What a loss asks of a model's outputs: which predictions count how much, which classes are right."""
+"""Predictions of a loss: the weight and target class of each, inferred from the loss function."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ class Predictions:
     """Cross-entropy as seen from the logits (..., classes) of one call of the model."""
 
     weights: Tensor  # (...), float64: each prediction's share of the loss; 0 where it is not asked for (padding)
-    targets: Tensor  # (...), int64: the class the loss wants; without meaning where the weight is 0
+    targets: Tensor  # (...), int64: target class; undefined where the weight is 0
 
 
 def predictions(
@@ -96,7 +96,7 @@ def _predictions(loss: Tensor, logits: Tensor) -> Predictions:
     joined = torch.cat(weights).reshape(logits.shape[:-1])
     fits = missed <= TOLERANCE**2 * whole
     if not fits or bool((joined < 0).any()) or not bool((joined > 0).any()):
-        raise MpqError("this wants a loss that is cross-entropy of the model's logits: take labels 'data', or 'loss'")
+        raise MpqError("the loss is not cross-entropy of the model's logits: use labels 'data', or the metric 'loss'")
     return Predictions(joined, torch.cat(targets).reshape(logits.shape[:-1]))
 
 

@@ -38,7 +38,7 @@ class GaussNewton:
 
     def __init__(self, loss: Tensor, outputs: Sequence[Tensor], variables: Sequence[Tensor]) -> None:
         if not outputs:
-            raise MpqError("Gauss-Newton's curvature wants a loss function that calls the model and uses its logits")
+            raise MpqError("Gauss-Newton's curvature needs a loss function that calls the model and uses its logits")
         self.variables, self.outputs = list(variables), list(outputs)
         self.slopes = _gradients(loss, outputs, create_graph=True)
         self.seeds = [torch.zeros_like(output, requires_grad=True) for output in outputs]

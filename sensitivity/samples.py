@@ -1,4 +1,4 @@
-"""Whether a batch is what metrics take it for: independent samples along the first dimension, their loss a mean."""
+"""Checks of metrics' assumptions: independent samples along the first dimension, and a mean loss."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Scores drawn towards those of like layers nearby, by as much as their noise asks (empirical Bayes)."""
+"""Shrinkage of noisy scores towards those of similar layers nearby (empirical Bayes)."""
 
 import re
 from collections.abc import Sequence

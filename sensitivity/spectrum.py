@@ -88,7 +88,7 @@ def spectrum(
     """
     operator_named(operator)
     if steps < 1 or runs < 1:
-        raise MpqError(f"a spectrum wants at least one step and one run, not {steps} and {runs}")
+        raise MpqError(f"invalid spectrum: expected at least one step and one run, not {steps} and {runs}")
     model = prepared(model)
     with evaluating(model):
         layers = find_layers(model, include, exclude)

@@ -1,4 +1,4 @@
-"""What a metric is asked, and the walk over layers and schemes that most of them share."""
+"""The input of a metric, and the loop over layers and schemes that most metrics share."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -147,7 +147,7 @@ def _read_back(draft: Path, plan: list[Entry], numbers: dict[str, Tensor | Quant
 
 
 def _stored_type(tensor: Tensor) -> torch.dtype:
-    """What a tensor that is not quantized is stored in: vectors in float32, as llama.cpp wants them."""
+    """The type of a tensor that is not quantized: float32 for vectors, as llama.cpp requires."""
     return tensor.dtype if tensor.ndim > 1 and tensor.dtype in COPY_DTYPES.values() else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""What llama.cpp wants to know of a Llama: its hyperparameters, its tokenizer, and the order of some rows."""
+"""Metadata of a Llama for llama.cpp: hyperparameters, tokenizer, and the order of some rows."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Reads GGUF exports back, whole or split, and trusts nothing: what is cut or altered is named."""
+"""Reading of GGUF exports, whole or split, with checks: a truncated or altered tensor is named."""
 
 import glob
 import os

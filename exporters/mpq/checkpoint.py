@@ -171,7 +171,7 @@ def load(
     """
     path = Path(folder)
     if not path.is_dir():
-        raise MpqError(f"{path} is no folder: mpq.load wants what mpq.export wrote")
+        raise MpqError(f"{path} is no folder: expected one written by mpq.export")
     quantization = read_json(path / "config.json").get("quantization_config") or {}
     kind = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if kind != METHOD:

@@ -98,7 +98,7 @@ def file_size(model: nn.Module, allocation: Allocation, inputs: Tensor | tuple[A
 
 
 def _refuse(allocation: Allocation, inputs: Any, ranges: Ranges | None, sized: bool = False) -> None:
-    """What can be told before any work."""
+    """Checks before any work."""
     if inputs is None:
         raise MpqError("ONNX export traces the model: pass the inputs it is called with (inputs=...)")
     check(TARGETS["onnx"], allocation)

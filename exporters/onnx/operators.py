@@ -65,6 +65,6 @@ def has_int2() -> bool:
     options.log_severity_level = 4
     try:
         onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception:  # whatever the runtime says of a type that it does not know
+    except Exception:  # any error of the runtime about an unknown type
         return False
     return True

@@ -186,7 +186,7 @@ def test_what_does_not_belong_together_is_refused():
     partial = replace(STATISTICS, numbers={name: STATISTICS.get(name) for name in ("weight", "bits")})
     with pytest.raises(MpqError, match="hold no 'grad'"):
         evolve(BENCHMARK, partial, SMALL)
-    for options, message in (({"population": 2}, "population of 4"), ({"removal": "best"}, "unknown removal")):
+    for options, message in (({"population": 2}, "population of at least 4"), ({"removal": "best"}, "unknown removal")):
         with pytest.raises(MpqError, match=message):
             Settings(**options)
     with pytest.raises(MpqError, match="unknown gene 'wait'"):

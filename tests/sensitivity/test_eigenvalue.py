@@ -83,7 +83,7 @@ def test_the_order_of_tuning_is_by_descending_omega():
     assert fine_tuning_order(table, schemes) == tuple(sorted(omegas, key=lambda name: -omegas[name]))
     with pytest.raises(MpqError, match="no scheme of the table"):
         fine_tuning_order(table, {})
-    with pytest.raises(MpqError, match="not of 'loss'"):
+    with pytest.raises(MpqError, match="not 'loss'"):
         fine_tuning_order(SensitivityTable(task.layers, names, *eigenvalue(task), "loss"), schemes)
 
 
