@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mpq.core.allocation import Allocation
 from mpq.core.formats import Format
 from mpq.core.scheme import Scheme
+from mpq.exporters.rules import served_names
 from mpq.exporters.shards import SHARD
 from mpq.exporters.transformers_folder import export_transformers
 from mpq.kernels.layout import Packed, pack_bits, unpack_bits
@@ -87,13 +88,14 @@ def _config(model: nn.Module, allocation: Allocation) -> dict[str, Any]:
     coded = {name: _numbers(format) for name, format in formats.items() if not format.is_float_copy}
     usual = Counter(coded.values()).most_common(1)[0][0] if coded else (4, 128)
     dynamic: dict[str, dict[str, Any]] = {
-        f"+:^{re.escape(name)}$": {"bits": bits, "group_size": size}
+        f"+:^{re.escape(served)}$": {"bits": bits, "group_size": size}
         for name, (bits, size) in coded.items()
         if (bits, size) != usual
+        for served in served_names(name)
     }
     for name, module in model.named_modules():
         if layer_kind(module) == "linear" and name not in coded:
-            dynamic[f"-:^{re.escape(name)}$"] = {}
+            dynamic.update({f"-:^{re.escape(served)}$": {} for served in served_names(name)})
     return {
         "quant_method": "gptq",
         "bits": usual[0],

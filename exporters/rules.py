@@ -133,6 +133,22 @@ VLLM_CPU = (
 )
 
 
+FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}  # fmt: skip
+
+
+def served_names(layer: str) -> tuple[str, ...]:
+    """A layer's name, and that of the layer which vLLM computes it in, where it joins q/k/v or gate/up.
+
+    >>> served_names("layers.0.mlp.up_proj")
+    ('layers.0.mlp.up_proj', 'layers.0.mlp.gate_up_proj')
+    """
+    parent, dot, leaf = layer.rpartition(".")
+    return (layer, f"{parent}{dot}{FUSED[leaf]}") if leaf in FUSED else (layer,)
+
+
 def vllm_cpu(layer: Layer, scheme: Scheme) -> str:
     """What vLLM's kernels for CPUs leave out of compressed-tensors' schemes."""
     weight, activation = scheme.weight, scheme.activation

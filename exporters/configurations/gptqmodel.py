@@ -7,6 +7,7 @@ from typing import Any
 
 from mpq.core.formats import Format
 from mpq.exporters.configurations.tool import Spelling, Tool, integer_of, usual_spelling
+from mpq.exporters.rules import served_names
 
 
 def _spell(format: Format) -> Spelling | None:
@@ -20,10 +21,9 @@ def _write(spellings: Mapping[str, Spelling | None]) -> str:
     usual = usual_spelling(spellings)
     dynamic: dict[str, Any] = {}
     for name, spelling in spellings.items():
-        if spelling is None:
-            dynamic[f"-:^{re.escape(name)}$"] = {}
-        elif spelling != usual:
-            dynamic[f"+:^{re.escape(name)}$"] = spelling
+        sign, changes = ("-", {}) if spelling is None else ("+", spelling)
+        if spelling != usual:
+            dynamic.update({f"{sign}:^{re.escape(served)}$": changes for served in served_names(name)})
     return json.dumps({**usual, "desc_act": False, "dynamic": dynamic}, indent=1) + "\n"
 
 

@@ -91,6 +91,30 @@ def named_layers(layers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def embedding_named(prefix: str, layers: Mapping[str, Any], rows: int, cols: int) -> str:
+    """The name of an embedding of vLLM's, which most of its models build without one: that of the only stored embedding
+    of its size, "" where there is none.
+
+    Raises:
+        MpqError: several fit.
+    """
+    if prefix:
+        return prefix
+    fitting = {
+        facts["stored"]: name
+        for name, facts in reversed(
+            list(layers.items())
+        )  # of one weight under several names the first is the embedding's
+        if facts["kind"] == "embedding" and (facts["rows"], facts["cols"]) == (rows, cols)
+    }
+    if len(fitting) > 1:
+        raise MpqError(
+            f"vLLM does not say which embedding of {rows} x {cols} it builds, {' or '.join(sorted(fitting))}: "
+            "leave embeddings out of the allocation"
+        )
+    return next(iter(fitting.values()), "")
+
+
 class ServedWeight(nn.Module):
     """The parameter that vLLM loads a layer's weight into: collects stored tensors, then holds the packed matrices."""
 

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from mpq.core.errors import MpqError
 from mpq.exporters.folder import CHECKSUMS, check_texts, read_checksums
 from mpq.exporters.mpq.checkpoint import METHOD, VERSION
-from mpq.integrations.vllm import Cut, Part, ServedWeight, named_layers, parts_of
+from mpq.integrations.vllm import Cut, Part, ServedWeight, embedding_named, named_layers, parts_of
 
 
 @register_quantization_config(METHOD)
@@ -68,6 +68,8 @@ class MpqConfig(QuantizationConfig):  # type: ignore[misc]
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """Our method for the allocation's layers, vLLM's for others."""
+        if isinstance(layer, VocabParallelEmbedding):
+            prefix = embedding_named(prefix, self.layers, layer.org_vocab_size, layer.embedding_dim)
         parts = parts_of(prefix, self.layers, self.packed_modules_mapping)
         if parts and isinstance(layer, (LinearBase, VocabParallelEmbedding)):
             return MpqLinearMethod(parts, self.digests)

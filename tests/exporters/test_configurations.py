@@ -106,3 +106,10 @@ def test_what_a_tool_cannot_hold_is_said():
 def test_damaged_files_are_one_sentence(tool, text):
     with pytest.raises(MpqError):
         read_configuration(tool, text, LAYERS)
+
+
+def test_layers_that_servers_join_are_named_too():
+    layers = tuple(Layer(f"m.{name}_proj", "linear", 64, 128, tie="m.qkv") for name in ("q", "k", "v"))
+    others = (*LAYERS[1:4], *LAYERS[5:8])
+    text = write_configuration("gptqmodel", Allocation((*layers, *others), ("int8-g64",) * 3 + ("int4-g64",) * 6))
+    assert r"+:^m\.qkv_proj$" in yaml.safe_load(text)["dynamic"]

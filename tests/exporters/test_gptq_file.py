@@ -13,6 +13,7 @@ from mpq.core.formats import parse_format
 from mpq.core.layer import Layer
 from mpq.exporters.gptq import export, gptq_tensors
 from mpq.exporters.holding import check
+from mpq.exporters.rules import served_names
 from mpq.exporters.targets import TARGETS
 from mpq.kernels.layout import pack
 from mpq.network.calibration import seeded
@@ -67,6 +68,11 @@ def test_dynamic_says_every_layers_own_numbers(tmp_path):
         assert skipped == (layer.name == "lm_head")
         expected = {"int8-channel": [{"bits": 8, "group_size": -1}], "int4-g32": []}
         assert skipped or rules == expected.get(scheme, [])
+        served = [name for name in served_names(layer.name) if name != layer.name]
+        assert all(
+            [rule for key, rule in quantization["dynamic"].items() if re.match(key[2:], name)] == rules
+            for name in served
+        )
         assert (f"{layer.name}.qweight" in tensors) == (scheme != "bf16")
 
 

@@ -11,7 +11,7 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.scheme import parse_scheme
 from mpq.exporters.mpq.checkpoint import export
-from mpq.integrations.vllm import Cut, Part, ServedWeight, named_layers, parts_of
+from mpq.integrations.vllm import Cut, Part, ServedWeight, embedding_named, named_layers, parts_of
 from mpq.kernels.layout import pack
 from mpq.network.calibration import seeded
 from mpq.network.layers import find_layers
@@ -170,3 +170,15 @@ def test_mixes_of_formats_are_refused_at_once():
     record = {"scheme": "int2-g64/int4-g64@3", "counts": [8, 8], "rows": 16, "cols": 64, "aliases": []}
     with pytest.raises(MpqError, match="mixes formats by rows"):
         parts_of("layers.0.o_proj", named_layers({"layers.0.o_proj": record}), FUSED)
+
+
+def test_an_embedding_that_vllm_builds_without_a_name_is_found_by_its_size():
+    facts = {"scheme": "int4-g64", "kind": "embedding", "rows": 70, "cols": 64, "aliases": ["lm_head"]}
+    head = {**facts, "kind": "linear", "aliases": []}
+    layers = named_layers({"model.embed_tokens": facts, "other_head": head})
+    assert embedding_named("", layers, 70, 64) == "model.embed_tokens"
+    assert embedding_named("lm_head", layers, 70, 64) == "lm_head"
+    assert embedding_named("", layers, 71, 64) == ""
+    two = named_layers({"a": {**facts, "aliases": []}, "b": {**facts, "aliases": []}})
+    with pytest.raises(MpqError, match="which embedding of 70 x 64 it builds, a or b"):
+        embedding_named("", two, 70, 64)

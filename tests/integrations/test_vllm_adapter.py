@@ -66,9 +66,7 @@ def network(quant, tied):
     vocabulary, hidden = SIZES["vocabulary"], SIZES["hidden"]
     module, module.model = nn.Module(), nn.Module()
     module.quant_config = quant
-    module.model.embed_tokens = VocabParallelEmbedding(
-        vocabulary, hidden, quant_config=quant, prefix="model.embed_tokens"
-    )
+    module.model.embed_tokens = VocabParallelEmbedding(vocabulary, hidden, quant_config=quant)  # as vLLM's Llama does
     module.model.layers = nn.ModuleList([block(quant, "model.layers.0")])
     module.model.norm = Norm()
     module.lm_head = ParallelLMHead(vocabulary, hidden, quant_config=quant, prefix="lm_head")
