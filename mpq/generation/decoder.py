@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from mpq.models.tiny_lm import TinyLM, rotations
 
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
 
 @dataclass(frozen=True)
 class Block:
@@ -28,6 +30,8 @@ class Block:
     gate: nn.Module
     up: nn.Module
     down: nn.Module
+    q_norm: nn.Module | None = None  # of each head
+    k_norm: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,13 @@ def decoder_of(model: nn.Module) -> Decoder | None:
         return Decoder(
             model.embed, blocks, model.norm, model.head, width, 1e-5, lambda time, like: rotations(time, width, like)
         )
-    if type(model).__name__ != "LlamaForCausalLM" or not type(model).__module__.startswith("transformers."):
+    if type(model).__name__ not in ARCHITECTURES or not type(model).__module__.startswith("transformers."):
         return None
     body: Any = model.model
     config: Any = model.config
     if config.hidden_act != "silu" or body.rotary_emb.rope_type not in ("default", "linear", "llama3", "yarn"):
+        return None
+    if getattr(config, "sliding_window", None) is not None:
         return None
 
     def positions(time: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,6 +94,7 @@ def _blocks(layers: Any, attention: str, first: str, second: str) -> Iterator[Bl
         yield Block(
             getattr(layer, first), mix.q_proj, mix.k_proj, mix.v_proj, mix.o_proj,
             getattr(layer, second), mlp.gate_proj, mlp.up_proj, mlp.down_proj,
+            getattr(mix, "q_norm", None), getattr(mix, "k_norm", None),
         )  # fmt: skip
 
 
@@ -105,6 +112,8 @@ def step(decoder: Decoder, tokens: Tensor, memory: Memory) -> Tensor:  # int (1,
     for index, block in enumerate(decoder.blocks):
         h = _norm(block.attention_norm, x, decoder.epsilon)
         q, k, v = (_heads(part(h), decoder.head_width) for part in (block.q, block.k, block.v))
+        if block.q_norm is not None and block.k_norm is not None:
+            q, k = _norm(block.q_norm, q, decoder.epsilon), _norm(block.k_norm, k, decoder.epsilon)
         if index == len(memory.keys):
             shape = (1, k.shape[1], memory.capacity, decoder.head_width)
             memory.keys.append(k.new_empty(shape))

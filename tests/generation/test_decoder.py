@@ -1,6 +1,7 @@
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+import transformers
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from mpq.core.allocation import Allocation
 from mpq.generation.decoder import Memory, decoder_of, step
@@ -15,14 +16,15 @@ TOKENS = torch.randint(0, 50, (1, 150), generator=seeded(1))
 CLOSE = 1e-4
 
 
-def llama(**changes):
+def llama(kind="Llama", **changes):
     torch.manual_seed(0)
+    config, build = getattr(transformers, f"{kind}Config"), getattr(transformers, f"{kind}ForCausalLM")
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     rest = {"vocab_size": 50, "max_position_embeddings": 256, "num_key_value_heads": 2, **changes}
-    model = LlamaForCausalLM(LlamaConfig(**shape, **rest)).eval()
+    model = build(config(**shape, **rest)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith("bias"):
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.mul_(8)  # attention that looks somewhere, logits of order 1
@@ -46,6 +48,9 @@ MODELS = {
     "biases": lambda: llama(attention_bias=True, mlp_bias=True),
     "wide heads": lambda: llama(head_dim=32, tie_word_embeddings=True),
     "scaled rotations": lambda: llama(rope_parameters=SCALED),
+    "Mistral": lambda: llama("Mistral", sliding_window=None),
+    "Qwen2": lambda: llama("Qwen2"),
+    "Qwen3": lambda: llama("Qwen3", head_dim=16),
     "tiny-lm": tiny,
     "packed": packed,
 }
@@ -77,6 +82,7 @@ def test_half_precision_stays_close():
 
 
 def test_other_models_are_left_alone():
+    assert decoder_of(llama("Mistral", sliding_window=64)) is None
     assert decoder_of(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))) is None
     assert decoder_of(llama(hidden_act="gelu")) is None
     assert decoder_of(llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})) is None
