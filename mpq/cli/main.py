@@ -7,13 +7,26 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from mpq import __version__
-from mpq.cli import allocate, bench, evaluate, export, formats, generate, judge, plot, profile, proxy, quantize
+from mpq.cli import (
+    allocate,
+    bench,
+    completion,
+    evaluate,
+    export,
+    formats,
+    generate,
+    judge,
+    plot,
+    profile,
+    proxy,
+    quantize,
+)
 from mpq.cli import recipe as recipes
 from mpq.cli.options import adding_to
 from mpq.core.errors import MpqError
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
-COMMANDS = (quantize, profile, allocate, plot, export, evaluate, generate, bench, judge, proxy, formats)
+COMMANDS = (quantize, profile, allocate, plot, export, evaluate, generate, bench, judge, proxy, formats, completion)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
