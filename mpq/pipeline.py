@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from mpq.acceptance import SAMPLES, STEPS, Acceptance, Candidate, accept, with_tuned_scales
+from mpq.card import write_card
 from mpq.comparison import Measured, along, compare, sentences
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
@@ -243,7 +244,7 @@ def quantize_model(
     )  # fmt: skip
     points = along(frontier, allocation, measurer) if source.kind != "loss" and effort != "fast" else {}
     outcome = Outcome(folder, table, frontier, allocation, measured, accepted, points, time.monotonic() - started)
-    _write_artefacts(outcome, source)
+    _write_artefacts(outcome, source, reader)
     return outcome
 
 
@@ -274,7 +275,7 @@ def _layer_budget(frontier: Frontier, model: nn.Module, bits: float | None, size
     return budget - frontier.problem.overhead
 
 
-def _write_artefacts(outcome: Outcome, source: Source) -> None:
+def _write_artefacts(outcome: Outcome, source: Source, target: Target) -> None:
     told = {index: candidate.harm_with_error() for index, candidate in outcome.points.items()}
     outcome.frontier.save(outcome.folder / "frontier.csv", divergences=told)
     measured = [*outcome.points.values(), *outcome.accepted.candidates]
@@ -294,11 +295,16 @@ def _write_artefacts(outcome: Outcome, source: Source) -> None:
         for found in compared
         if found.allocation is not None and not math.isnan(found.allocation.loss)
     ]
+    title = f"{source.name} at {outcome.allocation.bits:.2f} bits per weight"
+    settings = _circumstances(source.model, outcome.seconds)
+    write_card(
+        outcome.folder, title=title, target=target, rows=outcome.rows(), words=outcome.words(), settings=settings
+    )
     write_report(
-        outcome.folder / "report.html", title=f"{source.name} at {outcome.allocation.bits:.2f} bits per weight",
+        outcome.folder / "report.html", title=title,
         table=outcome.table, frontier=outcome.frontier, allocation=outcome.allocation, rows=outcome.rows(),
         predictions=predictions, words=outcome.words(), points=points,
-        settings=_circumstances(source.model, outcome.seconds),
+        settings=settings,
     )  # fmt: skip
 
 

@@ -193,6 +193,9 @@ def test_a_consumer_gets_its_own_export_of_formats_it_can_hold(tmp_path):
     assert (tmp_path / "out" / "report.html").is_file()
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert outcome.measured[-1].name == "mpq, simulated"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "for ONNX Runtime" in card
+    assert "| mpq, simulated |" in card
 
 
 def test_calibrated_ranges_travel_into_the_graph(tmp_path):

@@ -102,9 +102,7 @@ def embedding_named(prefix: str, layers: Mapping[str, Any], rows: int, cols: int
         return prefix
     fitting = {
         facts["stored"]: name
-        for name, facts in reversed(
-            list(layers.items())
-        )  # of one weight under several names the first is the embedding's
+        for name, facts in reversed(list(layers.items()))  # its first name is the embedding's
         if facts["kind"] == "embedding" and (facts["rows"], facts["cols"]) == (rows, cols)
     }
     if len(fitting) > 1:
