@@ -10,7 +10,7 @@ from mpq.core.registry import Metric, Registry
 if TYPE_CHECKING:
     from mpq.sensitivity.task import Metric as Function
 
-DEFAULT_METRIC = "kronecker"
+DEFAULT_METRIC = "kl-curvature"
 GRANULARITIES = ("layer", "row")  # what has one format: all of a layer, or each row
 
 # Functions take a Task and options, and give scores and standard errors.

@@ -73,7 +73,7 @@ def test_tied_weights_and_attention_modules_are_there_when_used():
         assert visitors.peak < sum(parameter.numel() * 4 for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("metric", ["kronecker", "output", "fisher", "quadratic", "loss", "linearity"])
+@pytest.mark.parametrize("metric", ["kl-curvature", "kronecker", "output", "fisher", "quadratic", "loss", "linearity"])
 def test_tables_are_the_same(metric):
     plain, moved = (
         profile(deep(), BATCHES, cross_entropy, ("int3-channel",), metric=metric, progress=False, offload=offload)
