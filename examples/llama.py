@@ -12,9 +12,7 @@ import mpq
 folder = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
 name = sys.argv[2] if len(sys.argv) > 2 else "tiny-lm"
 source = mpq.open_source(name, nsamples=4, seqlen=64, evaluation_samples=4)
-outcome = mpq.quantize(
-    source, folder, bits=4.25, formats=["int3-g64", "int4-g64", "int8-channel"], effort="fast"
-)
+outcome = mpq.quantize(source, folder, bits=4.25, formats=["int3-g64", "int4-g64", "int8-channel"], effort="fast")
 for row in outcome.rows():
     print(row.name, row.bits, row.quality, sep="\t")
 print(outcome.allocation)

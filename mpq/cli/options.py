@@ -61,7 +61,7 @@ def data_options(parser: argparse.ArgumentParser) -> None:
         "--eval-samples", type=int, help="samples to measure on (default: a quarter of --nsamples texts, or 4x images)"
     )
     parser.add_argument("--seqlen", type=int, help="tokens of a sample (default: 256, or the model's context)")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples in a batch")
+    parser.add_argument("--batch-size", type=int, help="samples in a batch (default: 16, fewer for large vocabularies)")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
 

@@ -55,7 +55,7 @@ def open_source(
     *,
     nsamples: int = 128,
     seqlen: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     evaluation_samples: int | None = None,
@@ -73,7 +73,7 @@ def open_source(
             `package.module:loader`. By default bundled models take their own data and language models the novels.
         nsamples: calibration samples (windows of text, images), drawn from the seed.
         seqlen: tokens in a window; by default 256, or the model's context where shorter.
-        batch_size: samples in a batch.
+        batch_size: samples in a batch; by default 16, or fewer where a large vocabulary makes their logits large.
         seed: of the draw.
         device: where model and batches go.
         evaluation_samples: at most this many; by default a quarter of `nsamples` windows of text, or four times as many

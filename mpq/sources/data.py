@@ -26,6 +26,8 @@ SEQLEN = 256
 ACCEPTANCE = {"perplexity": 0.25, "accuracy": 1.0}
 EVALUATION = {"perplexity": 0.25, "accuracy": 4.0}
 EVALUATION_LEAST = 32
+BATCH = 16  # samples
+LOGITS = 2**26  # of a batch: 256 MB in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +76,7 @@ def open_data(
     *,
     nsamples: int = 128,
     seqlen: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     seed: int = 0,
     evaluation_samples: int | None = None,
     untrusted: Collection[str] = (),
@@ -88,9 +90,11 @@ def open_data(
     """
     if network.context is not None and (seqlen or 0) > network.context:
         raise MpqError(f"seqlen {seqlen} is more than {network.name} takes: at most {network.context}")
-    if nsamples < 1 or batch_size < 1:
+    if nsamples < 1 or (batch_size is not None and batch_size < 1):
         raise MpqError(f"nsamples and batch_size must be at least 1, not {nsamples} and {batch_size}")
-    wanted = Wanted(nsamples, seqlen or min(SEQLEN, network.context or SEQLEN), batch_size, seed, evaluation_samples)
+    seqlen = seqlen or min(SEQLEN, network.context or SEQLEN)
+    batch_size = batch_size or _fitting(network, seqlen)
+    wanted = Wanted(nsamples, seqlen, batch_size, seed, evaluation_samples)
     if name is None:
         name = _default(network)
     if name in BUNDLED_DATA:
@@ -107,6 +111,12 @@ def open_data(
         return _from_loader(name, network, wanted, untrusted)
     known = [*BUNDLED_DATA, *(f"FILE{suffix}" for suffix in _READERS), "datasets:ID", "package.module:loader"]
     raise MpqError(f"unknown data {name!r}: {nearest_names(name, known)}")
+
+
+def _fitting(network: Network, seqlen: int) -> int:
+    """BATCH samples, fewer of a language model whose vocabulary makes their logits large."""
+    words = getattr(getattr(network.model, "config", None), "vocab_size", None)
+    return min(BATCH, max(1, LOGITS // (seqlen * words))) if isinstance(words, int) and words > 0 else BATCH
 
 
 def _default(network: Network) -> str:

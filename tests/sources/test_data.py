@@ -137,3 +137,18 @@ def test_evaluation_can_be_limited():
     digits = open_source("tiny-cnn", evaluation_samples=130)
     assert sum(len(labels) for _, labels in digits.evaluation) == 130
     assert sum(map(len, open_source("tiny-lm", evaluation_samples=7).evaluation)) == 7
+
+
+def test_batches_of_a_large_vocabulary_are_small(tmp_path):
+    (tmp_path / "text.txt").write_text("word " * 4000)
+    model = nn.Embedding(100, 8)
+    model.config = type("Config", (), {"vocab_size": 250_000})
+    network = Network("wide", model, "perplexity", {}, encode=lambda text: [1] * len(text), context=64)
+    sizes = {
+        given: {
+            len(batch)
+            for batch in open_data(str(tmp_path / "text.txt"), network, nsamples=64, batch_size=given).calibration
+        }
+        for given in (None, 8)
+    }
+    assert sizes == {None: {4}, 8: {8}}
