@@ -22,7 +22,7 @@ from mpq.network.calibration import (
     split_batch,
 )
 from mpq.network.distance import relative_distance
-from mpq.network.shelf import Shelf
+from mpq.network.shelf import Kept, Shelf
 
 KINDS = ("accuracy", "perplexity", "distance", "loss")
 IGNORED = -100  # the target of a position that predicts nothing
@@ -110,7 +110,7 @@ class Reference:
         progress: bool = False,
     ) -> None:  # fmt: skip
         self.batches, self.kind, self.loss_fn = check_batches(batches), kind, loss_fn
-        self._shelf, self._known = Shelf(), list[Tensor]()
+        self._shelf, self._known = Shelf(), list[Kept]()
         self.quality = _evaluate(model, self.batches, kind, loss_fn, progress, self._keep)
 
     def _keep(self, part: int, log_probs: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Reference:
         return _evaluate(model, self.batches, self.kind, self.loss_fn, progress, self._recall)
 
     def _recall(self, part: int, log_probs: Tensor) -> Tensor:
-        return self._known[part].to(log_probs.device).float().log_softmax(-1)  # normalized again after rounding
+        return self._known[part]().to(log_probs.device).float().log_softmax(-1)  # normalized again after rounding
 
 
 def evaluate(

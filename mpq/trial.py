@@ -11,7 +11,7 @@ from mpq.core.scheme import Scheme
 from mpq.network.batchnorm import put_means, stored_means
 from mpq.network.layers import matrix_to_weight, weight_matrix
 from mpq.quantized import checked_layers, round_inputs
-from mpq.rounding.reference import Quantized, dequantize
+from mpq.rounding.reference import dequantize
 from mpq.rounding.store import Rounder
 
 
@@ -21,7 +21,7 @@ class Trial:
     def __init__(self, original: nn.Module, rounder: Rounder) -> None:
         self.original, self.rounder = original, rounder
         self.model = copy.deepcopy(original)
-        self._held: dict[str, tuple[Quantized, Scheme]] = {}
+        self._held: dict[str, tuple[Rounder, Scheme]] = {}
         self._hooks: dict[str, list[torch.utils.hooks.RemovableHandle]] = {}
 
     @torch.no_grad()
@@ -36,17 +36,16 @@ class Trial:
             MpqError: the allocation's layers are not the model's, or a weight cannot be rounded (named).
         """
         for layer, scheme in checked_layers(self.original, allocation):
-            weight = weight_matrix(self.original.get_submodule(layer.name))
-            quantized = (rounder or self.rounder).quantized(layer, weight, scheme)
-            held = self._held.get(layer.name)
-            if held is not None and held[0] is quantized and held[1] == scheme:
+            wanted = (rounder or self.rounder, scheme)
+            if self._held.get(layer.name) == wanted:
                 continue
+            quantized = wanted[0].quantized(layer, weight_matrix(self.original.get_submodule(layer.name)), scheme)
             modules = [self.model.get_submodule(name) for name in layer.names]
             target: Tensor = modules[0].weight  # type: ignore[assignment]
             target.copy_(matrix_to_weight(dequantize(quantized), modules[0]))
             for hook in self._hooks.pop(layer.name, []):
                 hook.remove()
             self._hooks[layer.name] = round_inputs(modules, scheme)
-            self._held[layer.name] = (quantized, scheme)
+            self._held[layer.name] = wanted
         put_means(self.model, {**stored_means(self.original), **(means or {})})
         return self.model

@@ -1,12 +1,17 @@
-"""A store of tensors: in memory up to a limit, in memory-mapped files beyond it."""
+"""A store of tensors: in memory up to a limit, in files beyond it, which are read when a tensor is needed."""
 
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-LIMIT = 2**30  # bytes in memory
+LIMIT = 2**28  # bytes in memory
+
+Kept: TypeAlias = Callable[[], Tensor]  # gives the tensor
 
 
 class Shelf:
@@ -16,16 +21,15 @@ class Shelf:
         self.limit, self.held, self.written = limit, 0, 0
         self._folder: TemporaryDirectory[str] | None = None
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """The tensor itself, or an equal one in a file when the limit is reached."""
+    def keep(self, tensor: Tensor) -> Kept:
+        """A function that gives the tensor itself, or its equal out of a file when the limit is reached."""
         size = tensor.numel() * tensor.element_size()
         if size == 0 or self.held + size <= self.limit:
             self.held += size
-            return tensor
+            return lambda: tensor
         if self._folder is None:
             self._folder = TemporaryDirectory(prefix="mpq-")
-        path = Path(self._folder.name) / str(self.written)
+        path, dtype, shape = Path(self._folder.name) / str(self.written), tensor.dtype, tensor.shape
         self.written += 1
         tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tofile(path)
-        mapped = torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=tensor.dtype)
-        return mapped.view(tensor.shape)
+        return lambda: torch.from_numpy(np.fromfile(path, np.uint8)).view(dtype).view(shape)

@@ -14,7 +14,7 @@ from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 from mpq.network.calibration import Batch, LossFn
 from mpq.network.moments import second_moments
-from mpq.network.shelf import LIMIT, Shelf
+from mpq.network.shelf import LIMIT, Kept, Shelf
 from mpq.rounding import METHODS, Method, method_named
 from mpq.rounding.mixed import mixed
 from mpq.rounding.reference import Quantized
@@ -74,21 +74,21 @@ class RoundingStore(MethodRounder):
 
     Args:
         method, second_moments: as of `MethodRounder`.
-        limit: bytes in memory; the rest is kept in memory-mapped files.
+        limit: bytes in memory; what is beyond lies in files.
     """
 
     def __init__(self, method: "str | Method" = "mse", second_moments: Moments = None, limit: int = LIMIT) -> None:
         super().__init__(method, second_moments)
         self._shelf = Shelf(limit)
-        self._rounded: dict[tuple[str, str], Quantized] = {}
+        self._rounded: dict[tuple[str, str], tuple[Quantized, Kept]] = {}
 
     def _in_one_format(self, layer: Layer, weight: Tensor, scheme: Scheme) -> Quantized:
         key = (layer.name, scheme.weight.name)
         if key not in self._rounded:
             quantized = super()._in_one_format(layer, weight, scheme)
-            kept = replace(quantized, codes=self._shelf.keep(quantized.codes))
-            self._rounded[key] = kept.map_tables(lambda _, table: self._shelf.keep(table))
-        return self._rounded[key]
+            self._rounded[key] = (replace(quantized, codes=quantized.codes[:0]), self._shelf.keep(quantized.codes))
+        tables, codes = self._rounded[key]
+        return replace(tables, codes=codes())
 
 
 @dataclass(frozen=True, eq=False)
