@@ -17,7 +17,7 @@ from mpq.rounding.store import Rounder
 from mpq.search.measured import Choices, polish, starts
 from mpq.training.tuned_scales import Tuning
 
-ROUNDS = {"fast": 0, "normal": 16, "best": 64}  # allocations that polishing measures, by effort
+ROUNDS = {"fast": 0, "normal": 8, "best": 64}  # allocations that polishing measures, by effort
 STEPS = {"fast": 0, "normal": 60, "best": 200}  # of tuning the scales of what is handed over
 SAMPLES = {"perplexity": 4, "accuracy": 32}  # of a step: a text is hundreds of predictions, an image is one
 FINALISTS = 4  # searched candidates that are measured on acceptance data

@@ -219,3 +219,12 @@ def test_predictions_of_outputs_at_hand_do_not_run_the_model():
     assert len(ran) == 1
     assert "forward" not in vars(task.model)
     torch.testing.assert_close(found.weights, again.weights)
+
+
+def test_an_estimate_by_position_stops_when_it_has_enough(monkeypatch):
+    task = make_task(seed_weights(TiedLanguageModel()), token_batches((3, 4, 2)), next_token_loss)
+    monkeypatch.setattr("mpq.sensitivity.kl_curvature.POSITIONS", 15)  # four sequences of four predictions
+    few = replace(task, batches=(task.batches[0], task.batches[1][:1]))
+    assert np.array_equal(kl_curvature(task)[0], kl_curvature(few)[0])
+    monkeypatch.setattr("mpq.sensitivity.kl_curvature.POSITIONS", 2**13)
+    assert not np.array_equal(kl_curvature(task)[0], kl_curvature(few)[0])
