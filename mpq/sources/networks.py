@@ -25,6 +25,7 @@ SIDE_FILES = (
     "video_preprocessor_config.json",
 )  # fmt: skip
 PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
+PIECE = 2**20  # characters that are tokenized at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,10 +162,17 @@ def _described(network: Network, config: Any, gguf: str | None) -> Network:
 
 
 def encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:
-    """A function from text to tokens, without special tokens."""
+    """A function from text to tokens, without special tokens; long texts in pieces, for tokenizers take much memory."""
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = []
+        start = 0
+        while start < len(text):
+            end = start + PIECE
+            if end < len(text):
+                end = text.rfind("\n", start, end) + 1 or end
+            ids += tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
+            start = end
         return ids
 
     return encode

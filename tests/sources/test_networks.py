@@ -9,6 +9,7 @@ from torch import nn
 from mpq.core.errors import MpqError
 from mpq.models import BUNDLED, bundled
 from mpq.sources import open_network, open_source, skeleton
+from mpq.sources.networks import encoder_of
 
 STORIES = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "stories260K"
 FACTORY = "tests.sources.some_models:classifier"
@@ -116,3 +117,18 @@ def test_timm_recipes():
     assert sum(parameter.numel() for parameter in model.parameters()) > 5e6
     with pytest.raises(MpqError, match=r"timm has no model 'resnet10u'.*resnet10t"):
         open_network("timm:resnet10u")
+
+
+def test_long_texts_are_tokenized_in_pieces_of_whole_lines(monkeypatch):
+    seen = []
+
+    def tokenizer(text, **options):
+        seen.append(text)
+        return {"input_ids": [ord(character) for character in text]}
+
+    monkeypatch.setattr("mpq.sources.networks.PIECE", 10)
+    text = "one two\nthree\n\nfour and five and six\n"
+    assert encoder_of(tokenizer)(text) == [ord(character) for character in text]
+    assert seen[0] == "one two\n"
+    assert max(map(len, seen)) <= 10
+    assert encoder_of(tokenizer)("") == []
