@@ -17,7 +17,7 @@ typedef struct {
   uint8_t *panels;
 } test_case;
 
-enum { FAILED = 1, NOT_A_NUMBER, GAP_WRITTEN, LEVELS_DIFFER, PATCHES_DIFFER, WEIGHTS_DIFFER, THREADS_DIFFER, NO_CASE };
+enum { FAILED = 1, NOT_A_NUMBER, GAP_WRITTEN, LEVELS_DIFFER, PATCHES_DIFFER, WEIGHTS_DIFFER, THREADS_DIFFER, NO_CASE, NOT_SKIPPED };
 #define TRY(call) do { const int failed_ = (call); if (failed_) return failed_; } while (0)
 
 static uint64_t hash;
@@ -91,6 +91,37 @@ static int multiply(const test_case *one) {
       for (int64_t i = 0; i < tokens * cols; i++) put(x, i / cols * stride + i % cols, is_bf16, number(i));
       mpq_call call = {.x = x, .tokens = tokens, .stride = stride, .x_is_bf16 = is_bf16, .planes = 1 + (variant >> 1), .threads = 3};
       TRY(levels_agree(one, call, NULL, NULL));
+      free(x);
+    }
+  return 0;
+}
+
+/* A token with NaN is skipped at every level, and the others get the same bits as without it. */
+static int skip(const test_case *one) {
+  const int batches[] = {1, 3, 9, 40};
+  const int64_t rows = one->weight.rows, cols = one->weight.cols;
+  for (size_t batch = 0; batch < sizeof batches / sizeof *batches; batch++)
+    for (int variant = 0; variant < 4; variant++) {
+      const int64_t tokens = batches[batch], bad = tokens / 2;
+      const int is_bf16 = variant & 1, element = is_bf16 ? 2 : 4;
+      uint8_t *x = malloc(tokens * cols * element);
+      for (int64_t i = 0; i < tokens * cols; i++) put(x, i, is_bf16, number(i));
+      mpq_call call = {.panels = one->panels, .x = x, .tokens = tokens, .stride = cols, .out_stride = rows, .x_is_bf16 = is_bf16,
+                       .out_is_bf16 = is_bf16, .planes = 1 + (variant >> 1), .threads = 2};
+      for (call.level = 0; call.level <= mpq_best_level(99); call.level++) {
+        if (mpq_best_level(call.level) != call.level) continue;
+        const size_t row = rows * element;
+        uint8_t *whole = filled(tokens * row, 0xff), *out = filled(tokens * row, 0xff);
+        call.skipped = malloc(tokens), call.out = whole;
+        put(x, bad * cols, is_bf16, number(bad * cols));
+        if (mpq_linear(&one->weight, &call) != 0) return FAILED;
+        call.out = out;
+        put(x, bad * cols, is_bf16, __builtin_nanf(""));
+        if (mpq_linear(&one->weight, &call) != 1 || !call.skipped[bad]) return NOT_SKIPPED;
+        for (int64_t token = 0; token < tokens; token++)
+          if (token != bad && memcmp(out + token * row, whole + token * row, row)) return LEVELS_DIFFER;
+        free(whole), free(out), free(call.skipped);
+      }
       free(x);
     }
   return 0;
@@ -314,6 +345,7 @@ static int drive(const char *name) {
   fclose(file);
   hash = 0xcbf29ce484222325u;
   TRY(multiply(&one));
+  TRY(skip(&one));
   TRY(dequantize(&one));
   TRY(look_up(&one));
   TRY(serve(&one, name));

@@ -4,6 +4,7 @@ import platform
 import shutil
 import subprocess
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,17 @@ def test_every_header_compiles_on_its_own(header):
 def test_no_file_is_longer_than_500_lines():
     lengths = {path.name: len(path.read_text().splitlines()) for path in SOURCES.rglob("*.[ch]")}
     assert max(lengths.values()) <= 500, lengths
+
+
+@pytest.mark.parametrize("module", ["mpq.kernels.cpu._native", "mpq.rounding._native"])
+def test_the_compiled_library_is_newer_than_its_sources(module):
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"{module} is not built")
+    built = Path(spec.origin).stat().st_mtime
+    folder = Path(mpq.kernels.__file__).parents[2].joinpath(*module.split(".")[:-1], "src")
+    newer = [path.name for path in folder.rglob("*.[ch]") if path.stat().st_mtime > built + 1]
+    assert not newer, f"{spec.origin} is older than {', '.join(newer)}: rebuild it with 'pip install -e . --no-deps'"
 
 
 def test_package_lists_every_source_and_header():

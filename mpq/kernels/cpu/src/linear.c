@@ -42,11 +42,19 @@ static void gather_patch(const mpq_call *call, const mpq_images *images, int64_t
   }
 }
 
+/* Zero a skipped token's sums and scales, which the products still read. */
+static void clear_token(const mpq_weight *weight, mpq_activation *x, int64_t token) {
+  const int64_t stride = x->path == PATH_AMX_INT8 ? mpq_padded_tokens(x->tokens) : x->tokens;
+  for (int64_t i = 0; i < (int64_t)weight->tiles * weight->segments * x->planes; i++) x->sums[i * stride + token] = 0;
+  for (int64_t tile = 0; tile < weight->tiles; tile++) x->scale[tile * stride + token] = 0;
+}
+
 static void quantize_token(const linear_job *work, mpq_activation *x, int64_t token, void *patch, int8_t *skipped) {
   const mpq_call *call = work->call;
   const char *rows = (const char *)call->x + work->first * call->stride * (call->x_is_bf16 ? 2 : 4);
   if (patch) gather_patch(call, work->images, work->first + token, patch);
   work->level->quantize(work->weight, x, patch ? patch : rows, call->x_is_bf16, patch ? 0 : call->stride, token, skipped);
+  if (skipped[token] && x->sums) clear_token(work->weight, x, token);
 }
 
 static void quantize_tokens(void *argument) {
