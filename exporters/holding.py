@@ -116,7 +116,7 @@ class Held:
             return ""
         name, why = next(iter(self.floats.items()))
         more = f" and {len(self.floats) - 1} more" if len(self.floats) > 1 else ""
-        return f"{self.name} can hold {name}{more} in none of the formats ({why}): left in {FLOAT}"
+        return f"{self.name} can hold {name}{more} in none of the formats ({why}): left in floating point"
 
     def check_budget(
         self, *, bits: float | None = None, size: float | str | None = None, ties: bool = True, **restrictions: Any
@@ -172,7 +172,9 @@ def restrict(table: SensitivityTable, *holders: Holder) -> Held:
         for layer in (layer for layer, one in zip(table.layers, offered, strict=True) if not one):
             pattern = glob.escape(layer.name)
             forbid[pattern] = (*forbid.get(pattern, ()), FLOAT)
-    return Held(name, fuses, table, forbid, without)
+    coded = [scheme.name for scheme in schemes if not scheme.weight.is_float_copy]
+    floats = {one: bad[coded[0]] for one, bad in reasons.items() if coded and all(scheme in bad for scheme in coded)}
+    return Held(name, fuses, table, forbid, {**without, **floats})
 
 
 def _with_floats(table: SensitivityTable, offered: NDArray[np.bool_]) -> SensitivityTable:

@@ -96,7 +96,7 @@ def test_what_a_tool_cannot_hold_is_said():
         write_configuration("gptqmodel", allocation)
     held = restrict(unscored(LAYERS[:1], ["nf4-g64", "int4-g64"]), TOOLS["gptqmodel"])
     assert held.forbid == {LAYERS[0].name: ("nf4-g64",)}
-    assert "left in bf16" in restrict(unscored(LAYERS[:1], ["nf4-g64"]), TOOLS["gptqmodel"]).sentence
+    assert "left in floating point" in restrict(unscored(LAYERS[:1], ["nf4-g64"]), TOOLS["gptqmodel"]).sentence
     with pytest.raises(MpqError, match=r"unknown quantizer 'model-opt'.*modelopt"):
         tool_named("model-opt")
 

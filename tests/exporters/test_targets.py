@@ -56,7 +56,8 @@ def test_searches_are_restricted_to_what_can_be_served():
     table = unscored((LINEAR, CONV), ("int4-g128", "int3-g64", "nf4-g64", "fp16"))
     held = restrict(table, TARGETS["gptq"])
     assert held.forbid == {"a": ("nf4-g64",), "c": ("int4-g128", "int3-g64", "nf4-g64")}
-    assert held.sentence == ""
+    assert held.sentence.startswith("gptq can hold c in none of the formats")
+    assert restrict(unscored((LINEAR,), ("int4-g128", "fp16")), TARGETS["gptq"]).sentence == ""
     assert restrict(table, TARGETS["mpq"]).forbid == {}
 
 
