@@ -17,7 +17,7 @@ from mpq.network.calibration import outputs_of, samples_in, take
 from mpq.sensitivity.backward import Labels, Piece, asked_of
 from mpq.sensitivity.by_input import input_scores
 from mpq.sensitivity.by_position import position_scores
-from mpq.sensitivity.predictions import Predictions
+from mpq.sensitivity.predictions import OtherLossError, Predictions
 from mpq.sensitivity.rows import Mixed, with_mixes
 from mpq.sensitivity.shrinkage import shrunk
 from mpq.sensitivity.task import RowScores, Scores, Task, by_layer
@@ -98,7 +98,18 @@ def row_scores(
     asked = None
     if labels == "auto" or estimate == "auto":
         asked = asked_of(task, next(Piece(task.batches[0], 0, 0).split(1)).batch)
-        labels = ("data" if asked is None else "model") if labels == "auto" else labels
+    if labels == "auto" and asked is not None:
+        try:
+            return _rows(task, estimate, "model", draws, temperature, asked)
+        except OtherLossError as error:  # what one sample did not show
+            log.warning("gradients are of the data's own labels: %s", error)
+            asked = None
+    return _rows(task, estimate, "data" if labels == "auto" else labels, draws, temperature, asked)
+
+
+def _rows(
+    task: Task, estimate: str, labels: str, draws: int, temperature: float | None, asked: list[Predictions] | None
+) -> RowScores:
     if estimate == "auto":
         estimate = "position" if asked is not None and _several(asked) else "input"
     if estimate == "position":

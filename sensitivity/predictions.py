@@ -15,6 +15,10 @@ CHUNK = 2**20  # numbers of logits taken at a time
 TOLERANCE = 1e-3  # of the check that a loss is cross-entropy; float32 errs by about 1e-6
 
 
+class OtherLossError(MpqError):
+    """A loss that is not cross-entropy of the model's logits."""
+
+
 @dataclass(frozen=True)
 class Predictions:
     """Cross-entropy as seen from the logits (..., classes) of one call of the model."""
@@ -96,7 +100,9 @@ def _predictions(loss: Tensor, logits: Tensor) -> Predictions:
     joined = torch.cat(weights).reshape(logits.shape[:-1])
     fits = missed <= TOLERANCE**2 * whole
     if not fits or bool((joined < 0).any()) or not bool((joined > 0).any()):
-        raise MpqError("the loss is not cross-entropy of the model's logits: use labels 'data', or the metric 'loss'")
+        raise OtherLossError(
+            "the loss is not cross-entropy of the model's logits: use labels 'data', or the metric 'loss'"
+        )
     return Predictions(joined, torch.cat(targets).reshape(logits.shape[:-1]))
 
 

@@ -27,7 +27,7 @@ class Mix(Format):
     `Format` are those of the format with the widest grid.
 
     >>> parse_mix("int2-g64/int3-g64/int4-g64@3").effective_bits(4096, 4096)
-    2.9997100830078125
+    3.0
     """
 
     formats: tuple[Format, ...] = ()

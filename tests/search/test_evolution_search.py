@@ -309,4 +309,4 @@ def test_a_worker_that_was_taken_for_dead_drops_its_result_and_goes_on(tmp_path,
 
     found = evolution(problem, evaluate=evaluate, trials=8, storage=storage)
     assert len(found.evaluations) == 8
-    assert "trial 0 was taken for dead" in caplog.text
+    assert "trial 0 missed its heartbeat" in caplog.text
