@@ -21,9 +21,15 @@ import mpq
 from experiments.models.model_cases import CASES, QUICK, Case, import_timm
 from mpq.core.errors import MpqError
 from mpq.exporters.verify import verify_outputs
+from mpq.network.calibration import outputs_of
+from mpq.network.prepare import prepared
+from mpq.quantized import quantized_layers
+from mpq.rounding.store import Finished, Rounder, RoundingStore
+from mpq.training.tuned_scales import Tuning, tune_scales
 
 FORMATS = ("int3-g32", "int4-g32", "int8-channel")
 BITS = 5.0
+STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def run_case(case: Case, folder: Path) -> Row:
 
 
 def through(case: Case, model: torch.nn.Module, folder: Path, started: float) -> Row:
-    """Profile, search, simulate, export (compared layer by layer), load, and compare again."""
+    """Profile, search, simulate, tune scales, export (compared layer by layer), load, and compare again."""
     batches = case.batches(model)
     table = mpq.profile(model, batches, case.loss_fn, formats=FORMATS, progress=False)
     allocation = mpq.frontier(table).at(bits=BITS)
@@ -70,12 +76,23 @@ def through(case: Case, model: torch.nn.Module, folder: Path, started: float) ->
         return case.loss_fn(model, batches[0])
 
     plain = not hasattr(model, "config")
-    mpq.export(model, allocation, folder, inputs=run)
+    mpq.export(model, allocation, folder, inputs=run, method=rounded(case, model, allocation))
     loaded = mpq.load(folder, model=case.build() if plain else None)
     verify_outputs(model, loaded, allocation, run)
     whole = sum(parameter.numel() for parameter in model.parameters())
     coverage = sum(layer.params for layer in allocation.layers) / whole
     return Row(case.name, "ok", "", time.perf_counter() - started, len(allocation.layers), coverage)
+
+
+def rounded(case: Case, model: torch.nn.Module, allocation: mpq.Allocation) -> Rounder:
+    """The layers as they are rounded, with scales tuned for STEPS steps where the model gives logits."""
+    model, batches, store = prepared(model), case.batches(model), RoundingStore()
+    with outputs_of(model) as outputs, torch.no_grad():
+        case.loss_fn(model, batches[0])
+    if not outputs or outputs[0].ndim < 2:
+        return store
+    layers = {layer.name: one for layer, _, one in quantized_layers(model, allocation, store)}
+    return Finished("tuned", tune_scales(model, allocation, layers, batches, case.loss_fn, Tuning(STEPS)), store)
 
 
 def main() -> int:
