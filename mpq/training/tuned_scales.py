@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from mpq.network.calibration import (
     take,
     tensors_in,
 )
-from mpq.network.layers import layer_kind
+from mpq.network.layers import is_transposed, shaped
 from mpq.quantized import checked_layers, round_inputs
 from mpq.rounding.reference import COPY_DTYPES, Quantized, dequantize, group_scales, storable_scales, to_groups
 
@@ -99,7 +100,8 @@ def _student(
     for layer, scheme in checked_layers(student, allocation):
         modules = [student.get_submodule(name) for name in layer.names]
         weight: Tensor = modules[0].weight  # type: ignore[assignment]
-        scaled[layer.name] = ScaledWeight(rounded[layer.name], _placing(modules[0]), weight.dtype)
+        place = partial(shaped, shape=weight.shape, transposed=is_transposed(layer.kind))
+        scaled[layer.name] = ScaledWeight(rounded[layer.name], place, weight.dtype)
         for module in dict.fromkeys(modules):
             parametrize.register_parametrization(module, "weight", scaled[layer.name], unsafe=True)
         round_inputs(modules, scheme)
@@ -198,14 +200,6 @@ class ScaledWeight(nn.Module):
         assert self.rounded.scales is not None
         scales = self.rounded.scales * self.shift.detach().exp()
         return replace(self.rounded, scales=storable_scales(scales, self.rounded.format))
-
-
-def _placing(owner: nn.Module) -> Callable[[Tensor], Tensor]:
-    """From a matrix (rows, cols) to the shape of the owner's weight; the weight itself is read no more."""
-    shape: tuple[int, ...] = tuple(owner.weight.shape)  # type: ignore[arg-type]
-    if layer_kind(owner) == "transformers-conv1d":
-        return lambda matrix: matrix.t()
-    return lambda matrix: matrix.reshape(shape)
 
 
 class _Scaled(torch.autograd.Function):

@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.formats import parse_format
 from mpq.network.calibration import next_token_loss, seeded
 from mpq.network.layers import find_layers
-from mpq.quantized import quantized_layers
+from mpq.quantized import quantized_layers, simulate
 from mpq.rounding.reference import dequantize, quantize, round_scales
-from mpq.training.tuned_scales import ScaledWeight, Tuning, divergence, tune_scales
+from mpq.training.tuned_scales import ScaledWeight, Tuning, _student, divergence, tune_scales
 from tests.mixes import mixed_allocation
 from tests.sensitivity.small_models import TiedLanguageModel, seed_weights
 
@@ -108,3 +109,13 @@ def test_the_same_seed_gives_the_same_scales():
         tune_scales(model, allocation, start, TOKENS, next_token_loss, Tuning(steps=3, samples=3)) for _ in range(2)
     )
     assert all(torch.equal(one[name].scales, two[name].scales) for name in start)
+
+
+def test_a_student_without_steps_is_the_simulated_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 6, (2, 3)), nn.Flatten(), nn.LazyLinear(5))
+    inputs = torch.randn(2, 3, 8, 8, generator=seeded(5))
+    model(inputs)
+    allocation, start = rounded(model.eval(), "int3-channel")
+    student, _ = _student(model, allocation, start)
+    torch.testing.assert_close(student(inputs), simulate(model, allocation, trainable=False)(inputs))
