@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mpq.core.errors import MpqError
 from mpq.network.calibration import (
+    ELEMENTS,
     Batch,
     LossFn,
     check_batches,
@@ -27,7 +28,6 @@ from mpq.network.shelf import Kept, Shelf
 KINDS = ("accuracy", "perplexity", "distance", "loss")
 IGNORED = -100  # the target of a position that predicts nothing
 TOKENS = 2048  # that pass through a language model at once
-ELEMENTS = 2**24  # of logits that are worked on at once
 WIDE = 2**10  # classes; of more, the original's log-probabilities are kept in float16
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
-from mpq.network.calibration import outputs_of, samples_in, take
+from mpq.network.calibration import first_samples, outputs_of
 from mpq.sensitivity.backward import Labels, Piece, asked_of
 from mpq.sensitivity.by_input import input_scores
 from mpq.sensitivity.by_position import position_scores
@@ -148,12 +148,7 @@ def _enough(task: Task, asked: list[Predictions] | None) -> Task:
     each = sum(int((found.weights > 0).sum()) for found in asked or [])
     if not each:
         return task
-    batches, left = [], math.ceil(POSITIONS / each)
-    for batch in task.batches:
-        if left > 0:
-            batches.append(take(batch, slice(0, left)))
-        left -= samples_in(batch)
-    return replace(task, batches=tuple(batches))
+    return replace(task, batches=first_samples(task.batches, math.ceil(POSITIONS / each)))
 
 
 def _several(asked: list[Predictions]) -> bool:

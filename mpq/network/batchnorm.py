@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mpq.network.calibration import Batch, LossFn, evaluating, samples_in, take
+from mpq.network.calibration import Batch, LossFn, evaluating, first_samples, samples_in
 
 SAMPLES = 512
 
@@ -36,14 +36,7 @@ def estimate_means(
     means. Batches of one sample are skipped.
     """
     norms = {name: model.get_submodule(name) for name in stored_means(model)}
-    used, left = [], samples
-    for batch in batches:
-        part = take(batch, slice(0, left))
-        if samples_in(part) > 1:
-            used.append(part)
-        left -= samples_in(part)
-        if left <= 0:
-            break
+    used = [part for part in first_samples(batches, samples) if samples_in(part) > 1]
     if not norms or not used:
         return {}
     before = {name: (module.momentum, copy.deepcopy(module._buffers)) for name, module in norms.items()}

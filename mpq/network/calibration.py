@@ -17,6 +17,7 @@ from mpq.core.errors import MpqError, NotFiniteError
 from mpq.network.parallel import share, total
 
 IGNORED = -100  # the label of a position without one
+ELEMENTS = 2**24  # of logits that are worked on at once
 
 Batch: TypeAlias = Any  # a tensor, or a tuple, list or dict of tensors whose first dimension counts samples
 LossFn: TypeAlias = Callable[[nn.Module, Batch], Tensor]  # the mean loss of the batch's samples, a scalar
@@ -114,6 +115,17 @@ def split_batch(batch: Batch) -> list[Batch]:
 def take(batch: Batch, samples: slice | list[int]) -> Batch:
     """Some samples of a batch, in the same containers; tensors whose length is not the number of samples stay whole."""
     return _take(batch, samples, samples_in(batch))
+
+
+def first_samples(batches: Iterable[Batch], count: int) -> tuple[Batch, ...]:
+    """The first `count` samples, the last batch cut where it has more."""
+    found: list[Batch] = []
+    for batch in batches:
+        if count <= 0:
+            break
+        found.append(take(batch, slice(0, count)))
+        count -= samples_in(batch)
+    return tuple(found)
 
 
 def _take(batch: Batch, samples: slice | list[int], count: int) -> Batch:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from mpq.core.allocation import Allocation
 from mpq.network.batchnorm import put_means
 from mpq.network.calibration import (
+    ELEMENTS,
     Batch,
     LossFn,
     counted_positions,
@@ -29,13 +30,10 @@ from mpq.network.calibration import (
     samples_in,
     seeded,
     take,
-    tensors_in,
 )
 from mpq.network.layers import is_transposed, shaped
 from mpq.quantized import checked_layers, round_inputs
 from mpq.rounding.reference import COPY_DTYPES, Quantized, dequantize, group_scales, storable_scales, to_groups
-
-ELEMENTS = 2**24  # of logits that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def _steps(batches: Sequence[Batch], tuning: Tuning) -> Iterator[Batch]:
     pieces = [
         take(batch, slice(start, start + tuning.samples))
         for batch in batches
-        for start in range(0, len(tensors_in(batch)[0]), tuning.samples)
+        for start in range(0, samples_in(batch), tuning.samples)
     ]
     while True:
         for index in torch.randperm(len(pieces), generator=generator).tolist():

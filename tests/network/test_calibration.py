@@ -13,6 +13,7 @@ from mpq.network.calibration import (
     check_loss,
     cross_entropy,
     evaluating,
+    first_samples,
     mean_loss,
     next_token_loss,
     samples_in,
@@ -107,3 +108,11 @@ def test_evaluation_mode_is_undone_module_by_module(caplog):
         fail()
     assert [module.training for module in model.modules()] == [True, True, False, True]
     assert "evaluation mode" in caplog.text
+
+
+def test_first_samples_cut_the_last_batch():
+    batches = [torch.arange(3), torch.arange(3, 7), torch.arange(7, 9)]
+    assert [part.tolist() for part in first_samples(batches, 5)] == [[0, 1, 2], [3, 4]]
+    assert [len(part) for part in first_samples(batches, 3)] == [3]
+    assert [len(part) for part in first_samples(batches, 100)] == [3, 4, 2]
+    assert first_samples(batches, 0) == ()
