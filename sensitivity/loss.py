@@ -80,6 +80,7 @@ def in_scheme(task: Task, layer: Layer, scheme: Scheme) -> Iterator[None]:
 
     An embedding's inputs are indices: it takes the weight format alone.
     """
+    matrix = task.quantized(layer, scheme)  # first, for it may run the model to know the inputs
     with ExitStack() as stack:
         if scheme.activation is not None:
             for name in layer.names:
@@ -88,7 +89,7 @@ def in_scheme(task: Task, layer: Layer, scheme: Scheme) -> Iterator[None]:
                     stack.callback(
                         user.register_forward_pre_hook(_quantizer(scheme.activation), with_kwargs=True).remove
                     )
-        stack.enter_context(with_weight(task, layer, task.quantized(layer, scheme)))
+        stack.enter_context(with_weight(task, layer, matrix))
         yield
 
 

@@ -9,7 +9,8 @@ from mpq.network.layers import find_layers
 from mpq.network.moments import second_moments
 from mpq.quantized import simulate
 from mpq.rounding.reference import dequantize
-from mpq.rounding.store import RoundingStore
+from mpq.rounding.store import RoundingStore, moments_needed
+from mpq.sensitivity.profile import profile
 from mpq.trial import Trial
 
 
@@ -49,3 +50,13 @@ def test_a_trial_takes_on_one_allocation_after_the_other():
     assert moved[1].running_mean.tolist() == [1.0] * 8
     assert torch.equal(trial.take_on(second)(inputs), simulate(model, second, trainable=False)(inputs))
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_moments_gathered_late_are_those_of_the_original():
+    """Also where the metric rounds inputs while it measures."""
+    model, batches = small_cnn(), images()
+    layers = find_layers(model)
+    late = RoundingStore("gptq", lambda: moments_needed("gptq", model, layers, batches, cross_entropy))
+    settings = {"formats": ["int3-channel+a:int4-channel"], "metric": "loss", "progress": False}
+    tables = [profile(model, batches, cross_entropy, method=method, **settings) for method in ("gptq", late)]
+    assert (tables[0].scores == tables[1].scores).all()
