@@ -42,6 +42,11 @@ class Candidate:
         """Mean divergence from the original; the loss for models without logits."""
         return self.harm_with_error()[0]
 
+    def beats(self, other: "Candidate") -> bool:
+        """Whether it harms the same data less, by more than a standard error of the paired difference."""
+        difference, error = self.quality.harm_above(other.quality)
+        return difference < -error
+
     def harm_with_error(self) -> tuple[float, float]:
         """The same with its standard error."""
         return mean_and_error(self.quality.harm, self.quality.weights)
@@ -152,11 +157,8 @@ def with_tuned_scales(acceptance: Acceptance, measurer: Measurer, tuning: Tuning
         quality = measurer.quality(chosen.allocation, "acceptance", chosen.means, rounder)
     except NotFiniteError:
         return acceptance
-    gain, error = quality.harm_above(chosen.quality)
-    if not gain < -error:
-        return acceptance
     tuned = replace(chosen, name=f"{chosen.name}, scales tuned", quality=quality, rounder=rounder)
-    return replace(acceptance, candidates=(tuned, *acceptance.candidates))
+    return replace(acceptance, candidates=(tuned, *acceptance.candidates)) if tuned.beats(chosen) else acceptance
 
 
 def candidate_of(name: str, allocation: Allocation, measurer: Measurer) -> Candidate | None:
@@ -174,8 +176,7 @@ def candidate_of(name: str, allocation: Allocation, measurer: Measurer) -> Candi
         return plain
     if plain is None:
         return corrected
-    gain, error = corrected.quality.harm_above(plain.quality)
-    return corrected if gain < -error else plain
+    return corrected if corrected.beats(plain) else plain
 
 
 def _polished(
