@@ -13,7 +13,8 @@ from mpq.network.parallel import total
 from mpq.sensitivity.activation_errors import input_error_slopes
 from mpq.sensitivity.backward import Labels, Piece, pieces, stream_uses
 from mpq.sensitivity.derivatives import Use
-from mpq.sensitivity.task import TEMPER, RowScores, Task, tempered
+from mpq.sensitivity.rows import TEMPER, tempered
+from mpq.sensitivity.task import RowScores, Task
 
 CHUNK = 2**24  # numbers of per-input gradients held at a time
 HELD = 2**27  # numbers of weight errors held at a time; the data passes once for each such portion of the layers

@@ -15,8 +15,9 @@ from mpq.sensitivity.activation_errors import input_error_slopes
 from mpq.sensitivity.backward import Labels, Piece, pieces, stream_uses
 from mpq.sensitivity.derivatives import Use, keeps_samples
 from mpq.sensitivity.output import Sums, add
+from mpq.sensitivity.rows import FLOOR, TEMPER, TOKENS_FLOOR, tempered
 from mpq.sensitivity.standard_error import power_sums, relative_error
-from mpq.sensitivity.task import FLOOR, TEMPER, TOKENS_FLOOR, RowScores, Task, tempered
+from mpq.sensitivity.task import RowScores, Task
 
 OUTLIER = 1 / 32  # of a piece's sum of |g_t|^2 |x_t|^2: what makes a position an outlier
 
@@ -72,7 +73,7 @@ class PositionCurvature:
     def rows(self, difference: Tensor, exponents: Sequence[float] = (1.0,)) -> Tensor:
         """dw_r H dw_r^T s_r of every row of a weight error (rows, cols), summed over the samples, float64.
 
-        Once for each exponent that the shares s_r are tempered by (`mpq.sensitivity.task.tempered`): (exponents, rows).
+        Once for each exponent that the shares s_r are tempered by (`mpq.sensitivity.rows.tempered`): (exponents, rows).
         """
         sums = torch.zeros(len(exponents), self.layer.rows, dtype=torch.float64)
         for moment, shares, floor in (("moment", "rows", FLOOR), ("lookups", "tokens", TOKENS_FLOOR)):

@@ -5,7 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mpq.core.layer import Layer
 from mpq.core.mix import digits, families, mix_of
@@ -17,6 +19,9 @@ STEP = 0.25  # bits from one mix to the next,
 COARSE = 5.0  # twice that from here on
 MARGINAL = 32  # rows, those that lose least by another format, whose formats make up the exact number of bytes
 HELD = 12  # digits of one number in the journal
+TEMPER = 0.5  # exponent of rows' shares where rows of one layer are compared
+FLOOR = 0.01  # of the mean share, added to each before that
+TOKENS_FLOOR = 1.0  # the same of an embedding's tokens: few of them come often enough in some samples to be told apart
 
 Array = NDArray[np.float64]
 Places = NDArray[np.uint8]
@@ -29,6 +34,19 @@ class Mixed:
     schemes: tuple[Scheme, ...]
     scores: Scores
     assignments: dict[str, dict[str, str]]
+
+
+def tempered(shares: Tensor, exponent: float, floor: float = FLOOR) -> Tensor:
+    """Shares along the last dimension, lifted by a floor in units of their mean, to a power, rescaled to the same sum.
+
+    Rows that matter little to the float model are not that harmless once all is rounded: the gradient at the float
+    point tells rows apart by more than the loss does. An exponent of 1 leaves the shares as they are.
+    """
+    if exponent == 1.0:
+        return shares
+    powers = (shares + floor * shares.mean(-1, keepdim=True)) ** exponent
+    sums = powers.sum(-1, keepdim=True).clamp(min=torch.finfo(powers.dtype).tiny)
+    return powers * (shares.sum(-1, keepdim=True) / sums)
 
 
 def ladder(schemes: Sequence[Scheme]) -> tuple[Scheme, ...]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -90,23 +89,6 @@ Metric: TypeAlias = Callable[..., Scores]  # metric(task, **options)
 # Of a layer: scores by row of its weight matrix, the same tempered, both (rows, schemes), and standard errors of the
 # scores' sums, (schemes,).
 RowScores: TypeAlias = Callable[[Layer], tuple[Tensor, Tensor, Tensor]]
-
-TEMPER = 0.5  # exponent of rows' shares where rows of one layer are compared
-FLOOR = 0.01  # of the mean share, added to each before that
-TOKENS_FLOOR = 1.0  # the same of an embedding's tokens: few of them come often enough in some samples to be told apart
-
-
-def tempered(shares: Tensor, exponent: float, floor: float = FLOOR) -> Tensor:
-    """Shares along the last dimension, lifted by a floor in units of their mean, to a power, rescaled to the same sum.
-
-    Rows that matter little to the float model are not that harmless once all is rounded: the gradient at the float
-    point tells rows apart by more than the loss does. An exponent of 1 leaves the shares as they are.
-    """
-    if exponent == 1.0:
-        return shares
-    powers = (shares + floor * shares.mean(-1, keepdim=True)) ** exponent
-    sums = powers.sum(-1, keepdim=True).clamp(min=torch.finfo(powers.dtype).tiny)
-    return powers * (shares.sum(-1, keepdim=True) / sums)
 
 
 def score_errors(task: Task, score: Callable[[Layer, Scheme, Tensor], tuple[float, float]]) -> Scores:
