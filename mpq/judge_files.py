@@ -52,17 +52,16 @@ def read_contestant(file: str, layers: Sequence[Layer]) -> Contestant:
     named, path = (name, path) if equals and name in TOOLS else ("", file)
     if path.endswith(".gguf"):
         lines = (f"^{re.escape(tensor)}$={kind}" for tensor, kind in tensor_types(Path(path)).items())
-        return Contestant(file, tool_named("llama-quantize"), _of("llama-quantize", "\n".join(lines), layers))
+        return _described("llama-quantize", file, "\n".join(lines), layers)
     with reading(path, "configuration", "name a configuration file"):
         text = Path(path).read_text(encoding="utf-8")
     if not named and (own := _own(text)) is not None:
         return Contestant(file, TARGETS["mpq"], _matched(own, layers))
-    tool = named or tool_of(text)
-    return Contestant(file, tool_named(tool), _of(tool, text, layers))
+    return _described(named or tool_of(text), file, text, layers)
 
 
-def _of(tool: str, text: str, layers: Sequence[Layer]) -> Allocation:
-    return read_configuration(tool, text, layers)
+def _described(tool: str, file: str, text: str, layers: Sequence[Layer]) -> Contestant:
+    return Contestant(file, tool_named(tool), read_configuration(tool, text, layers))
 
 
 def _own(text: str) -> Allocation | None:
