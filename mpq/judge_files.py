@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpq.acceptance import Candidate, accept
+from mpq.acceptance import Candidate, accept, candidate_of
 from mpq.comparison import Measured
 from mpq.core.allocation import KIND, Allocation
 from mpq.core.errors import MpqError
@@ -136,7 +136,8 @@ def judge_files(
 
     for one in contestants:
         theirs = predicted(one.allocation, table)
-        rows.append(measured(one.name, theirs, {}))
+        candidate = candidate_of(one.name, theirs, measurer)  # its means corrected where that helps, as ours
+        rows.append(measured(one.name, theirs, candidate.means if candidate else {}))
         held_table = restrict(table, one.holder)
         frontier = frontier_of(held_table.table, forbid=held_table.forbid, ties=one.holder.fuses)
         best: Candidate = accept(frontier, theirs.size, measurer, effort=effort, seed=seed).chosen
