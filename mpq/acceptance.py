@@ -10,11 +10,11 @@ from torch import Tensor
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, NotFiniteError, nearest_names
 from mpq.core.frontier import Frontier
-from mpq.core.problem import Problem
+from mpq.core.problem import Choices, Problem
 from mpq.evaluation import Quality, mean_and_error
 from mpq.measuring import Measurer
 from mpq.rounding.store import Rounder
-from mpq.search.measured import Choices, polish, starts
+from mpq.search.measured import polish, starts
 from mpq.training.tuned_scales import Tuning
 
 ROUNDS = {"fast": 0, "normal": 8, "best": 64}  # allocations that polishing measures, by effort
@@ -113,7 +113,7 @@ def accept(
     seed: int = 0,
     fits: Callable[[Allocation], bool] = lambda allocation: True,
 ) -> Acceptance:
-    """Measure starts and what polishing makes of the best, and put the least harmful first.
+    """Measure the most promising starts and what polishing makes of the best, and put the least harmful first.
 
     Every uniform format within the size that is no smaller than the largest three is a candidate, so what is handed
     over harms acceptance data no more than any of them, or is that format.
@@ -122,7 +122,8 @@ def accept(
         frontier: predicted, in size.
         size: bytes that the layers may take.
         measurer: of the model.
-        effort: "fast" measures the starts alone; "normal" and "best" polish.
+        effort: "fast" measures the first starts alone; "normal" and "best" measure all of them on calibration data,
+            and polish the best.
         seed: of the proposals.
         fits: whether an allocation's file is within the budget, its header included.
 
@@ -135,8 +136,9 @@ def accept(
     size = min(size, float(frontier.costs[-1]))
     begun = list(starts(frontier, size))
     if ROUNDS[effort]:
-        begun += _polished(frontier, begun, size, measurer, ROUNDS[effort], seed)
-    searched = {name: problem.allocation(choices) for name, choices in begun if not _is_uniform(problem, choices)}
+        begun = _polished(frontier, begun, size, measurer, ROUNDS[effort], seed)
+    begun = [(name, choices) for name, choices in begun if not _is_uniform(problem, choices)][:FINALISTS]
+    searched = {name: problem.allocation(choices) for name, choices in begun}
     uniform = [(f"all {name}", one) for name, one in problem.uniform() if one.size <= size]
     uniform = sorted(uniform, key=lambda item: -item[1].size)[: max(FINALISTS - 1, 1)]
     both = [(name, one) for name, one in [*searched.items(), *uniform] if fits(one)]
@@ -182,7 +184,7 @@ def candidate_of(name: str, allocation: Allocation, measurer: Measurer) -> Candi
 def _polished(
     frontier: Frontier, begun: list[tuple[str, Choices]], size: float, measurer: Measurer, rounds: int, seed: int
 ) -> list[tuple[str, Choices]]:
-    """The best of the starts, improved on calibration data, where that finds anything."""
+    """The starts by what they harm calibration data, least first; before them the best, improved, where it can be."""
 
     def measure(choices: Choices) -> NDArray[np.float64]:
         allocation = frontier.problem.allocation(choices)
@@ -196,11 +198,12 @@ def _polished(
         return weighted
 
     if bool((np.isfinite(frontier.problem.losses).sum(1) == 1).all()):
-        return []  # nothing to choose
+        return begun  # nothing to choose
     measured = [float(measure(choices).mean()) for _, choices in begun]
-    best = begun[int(np.argmin(measured))][1]
-    polished = polish(frontier.problem, best, size, measure, rounds=rounds, seed=seed)
-    return [] if np.array_equal(polished.choices, best) else [("polished", polished.choices)]
+    ordered = [begun[place] for place in np.argsort(measured, kind="stable")]
+    best = ordered[0][1]
+    polished = polish(frontier.problem, best, size, measure, rounds=rounds, seed=seed).choices
+    return ordered if np.array_equal(polished, best) else [("polished", polished), *ordered]
 
 
 def _is_uniform(problem: Problem, choices: Choices) -> bool:

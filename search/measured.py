@@ -6,20 +6,20 @@ allocation known (Thompson sampling), the proposal is measured, and the belief i
 update). Nothing here knows what is measured: `measure` gives the loss of every sample.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpq.core.errors import MpqError
 from mpq.core.frontier import Frontier
-from mpq.core.problem import Array, Problem, restricted
+from mpq.core.problem import Array, Choices, Problem, restricted
 from mpq.core.scheme import parse_scheme
 from mpq.search.exact import exact
 from mpq.search.integer import integer
+from mpq.search.rules import rules
 
-Choices = NDArray[np.intp]
 Measure = Callable[[Choices], Array]  # losses (samples,), not finite where the model breaks
 
 NEAR = 0.97  # of the budget: smaller uniform formats are no start
@@ -35,7 +35,8 @@ def starts(frontier: Frontier, size: float) -> tuple[tuple[str, Choices], ...]:
     """Named choices within a size (of the layers, bytes) that a measured search begins with, each once.
 
     The frontier's own, every uniform format just below the size, and the exact optima of whole layers, where there are
-    mixes too, and without the smallest widths.
+    mixes too, without the smallest widths, and by scores averaged over each kind of layer; then what people choose
+    without scores (`mpq.search.rules`).
     """
     problem = frontier.problem
     candidates = [("searched", np.asarray(frontier.choices[frontier.index_at(cost=size)], dtype=np.intp))]
@@ -54,6 +55,10 @@ def starts(frontier: Frontier, size: float) -> tuple[tuple[str, Choices], ...]:
         if choices is None:
             break
         candidates.append((f"searched from {smallest} bits", choices))
+    pooled = replace(problem, losses=_pooled(problem))
+    if (choices := _optimum(pooled, whole, size)) is not None:
+        candidates.append(("searched by kind", choices))
+    candidates += rules(problem, size).items()
     seen: dict[tuple[int, ...], tuple[str, Choices]] = {}
     for name, choices in candidates:
         seen.setdefault(tuple(choices.tolist()), (name, choices))
@@ -69,6 +74,20 @@ def _optimum(problem: Problem, schemes: Sequence[str], size: float) -> Choices |
     except MpqError:
         return None
     return np.array([problem.schemes.index(part.schemes[choice]) for choice in choices.tolist()], dtype=np.intp)
+
+
+def _pooled(problem: Problem) -> Array:
+    """Losses (groups, schemes), each the mean of all groups of its kind: those of one shape, alike but for numbers."""
+    kinds: dict[object, list[int]] = {}
+    for group, members in enumerate(problem.groups):
+        first = problem.layers[members[0]]
+        kinds.setdefault((re.sub(r"\d+", "#", first.name), first.rows, first.cols, len(members)), []).append(group)
+    losses = problem.losses.copy()
+    for alike in kinds.values():
+        possible = np.isfinite(losses[alike])
+        means = np.where(possible, losses[alike], 0.0).sum(0) / np.maximum(possible.sum(0), 1)
+        losses[alike] = np.where(possible, means, np.inf)
+    return losses
 
 
 @dataclass

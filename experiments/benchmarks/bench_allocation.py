@@ -24,13 +24,13 @@ from mpq.acceptance import accept, candidate_of
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.frontier import Frontier
-from mpq.core.problem import Problem
+from mpq.core.problem import Choices
 from mpq.evaluation import Quality
 from mpq.judge import random_choices
 from mpq.measuring import Measurer, store_for
 from mpq.network.calibration import Batch, cross_entropy, next_token_loss
 from mpq.search import frontier_of
-from mpq.search.measured import Choices
+from mpq.search.rules import rules
 from mpq.sensitivity import DEFAULT_METRIC
 from mpq.sensitivity.profile import profile
 from mpq.sources import Source
@@ -113,34 +113,6 @@ MODELS: dict[str, Callable[[bool], Contest]] = {
     "llama5m": llama5m,
     "smollm2": smollm2,
 }
-
-
-def rules(problem: Problem, size: float) -> dict[str, Choices]:
-    """What people do without scores: groups are raised from the smallest width, in an order, as the size allows."""
-    names = [problem.group_name(group) for group in range(len(problem.groups))]
-    kinds = [problem.layers[group[0]].kind for group in problem.groups]
-    edges = [name for name, kind in zip(names, kinds, strict=True) if kind == "embedding"] + [names[0], names[-1]]
-    outward = sorted(range(len(names)), key=lambda i: min(i, len(names) - 1 - i))
-    first = sorted(range(len(names)), key=lambda i: names[i] not in edges)
-    return {
-        "ends first": raised(problem, size, first),
-        "outer blocks first": raised(problem, size, outward),
-    }
-
-
-def raised(problem: Problem, size: float, order: Sequence[int]) -> Choices:
-    """The largest uniform width that fits, and one width more for the first groups of the order while that fits."""
-    costs, groups = problem.costs["size"], np.arange(len(problem.groups))
-    width = max(
-        (j for j in range(costs.shape[1]) if costs[:, j].sum() <= size), key=lambda j: costs[:, j].sum(), default=0
-    )
-    choices = np.full(len(groups), width, dtype=np.intp)
-    for group in order:
-        if width + 1 < costs.shape[1]:
-            changed = choices.copy()
-            changed[group] = width + 1
-            choices = changed if costs[groups, changed].sum() <= size else choices
-    return choices
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 
 Array = NDArray[np.float64]
+Choices = NDArray[np.intp]  # (groups,), a scheme's index for each
 
 
 @dataclass(frozen=True, eq=False)

@@ -115,3 +115,13 @@ def test_where_there_is_one_choice_nothing_is_proposed():
     assert nearby(problem, problem.losses * 0, only, 2, sizes(problem, only)).tolist() == [0, 0, 0]
     found = polish(problem, only, sizes(problem, only), lambda choices: np.ones(4), rounds=9)
     assert len(found.measured) == 1
+
+
+def test_scores_averaged_over_a_kind_are_a_start():
+    layers = tuple(Layer(f"blocks.{i}.{name}", "linear", 64, 64) for i in range(4) for name in ("up", "down"))
+    scores = np.array([[8.0, 1.0]]) * np.array([[1.0, 3.0, 3.1, 1.0, 1.0, 3.0, 1.0, 3.0]]).T  # one block off its kind
+    problem = build_problem(SensitivityTable(layers, ("int2-g64", "int4-g64"), scores, 0 * scores, "made"))
+    size = sizes(problem, np.array([0, 1] * 4))
+    found = dict(starts(exact(problem), size))
+    assert found["searched by kind"].tolist() == [0, 1] * 4
+    assert found["searched"].tolist() == [0, 1, 1, 0, 0, 1, 0, 1]

@@ -1,0 +1,44 @@
+"""Rules raise what they say first, within the size, and leave forbidden formats alone."""
+
+import numpy as np
+from problems import make_table
+
+from mpq.core.problem import build_problem
+from mpq.search.rules import raised, rules
+
+
+def widths(problem, choices):
+    return [problem.schemes[choice] for choice in choices]
+
+
+def size_of(problem, level):
+    return problem.totals(np.full(len(problem.groups), level))["size"]
+
+
+def test_the_first_of_the_order_are_raised_while_they_fit():
+    problem = build_problem(make_table(1, 6))
+    low, high = size_of(problem, 1), size_of(problem, 2)
+    step = problem.costs["size"][:, 2] - problem.costs["size"][:, 1]
+    order = [4, 2, 0, 1, 3, 5]
+    choices = raised(problem, low + step[4] + step[2], order)
+    assert [choices[group] for group in order] == [2, 2, 1, 1, 1, 1]
+    assert (raised(problem, high, order) == 2).all()
+    assert (raised(problem, low, order) == 1).all()
+    assert raised(problem, size_of(problem, 0) - 1, order) is None
+
+
+def test_ends_and_outer_blocks_come_first():
+    problem = build_problem(make_table(1, 6))
+    step = problem.costs["size"][:, 2] - problem.costs["size"][:, 1]
+    found = rules(problem, size_of(problem, 1) + step[0] + step[5])
+    assert set(np.flatnonzero(found["ends first"] == 2)) == {0, 5}
+    assert set(np.flatnonzero(found["outer blocks first"] == 2)) == {0, 5}
+
+
+def test_pinned_and_forbidden_formats_are_kept():
+    table = make_table(1, 4)
+    pinned, narrow = table.layers[1].name, table.schemes[0]
+    problem = build_problem(table, pin={pinned: table.schemes[-1]}, forbid={table.layers[2].name: narrow})
+    for choices in rules(problem, problem.totals(np.array([0, len(table.schemes) - 1, 1, 0]))["size"]).values():
+        assert np.isfinite(problem.losses[np.arange(4), choices]).all()
+        assert widths(problem, choices)[1] == table.schemes[-1]
