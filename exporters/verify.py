@@ -23,12 +23,16 @@ from mpq.kernels.tolerance import kernel_error, same_code_error
 from mpq.kernels.weight import PackedWeight
 from mpq.network.calibration import evaluating
 from mpq.network.fingerprint import fingerprint
+from mpq.network.shelf import Kept, Shelf
 from mpq.quantized import checked_layers, simulate_rounded
 from mpq.rounding.reference import Quantized, dequantize
 
 Run: TypeAlias = Callable[[nn.Module], Any]  # runs the model on a few samples: its output, a loss, whatever it gives
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any] | Run
 Digests: TypeAlias = dict[str, str]  # of each layer's rounded numbers, by layer name
+
+HELD = 2**26  # bytes of the simulated layers' inputs and outputs in memory; the rest waits in files
+PIECE = 2**22  # elements that are compared at once
 
 
 def runner(inputs: Inputs) -> Run:
@@ -112,15 +116,21 @@ def verify_tensors(others: Mapping[str, Tensor], owner: Callable[[str], nn.Modul
 @torch.no_grad()
 def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, run: Run) -> None:
     """MpqError naming the first layer where a loaded model computes something else than the simulated one."""
-    rounded = [
+    rounded = (
         (layer, scheme, loaded.get_submodule(layer.name).weight.dequantize())  # type: ignore[operator]
         for layer, scheme in checked_layers(model, allocation)
-    ]
+    )
     simulated = simulate_rounded(model, rounded)
-    del rounded
     names = [name for layer in allocation.layers for name in layer.names]
     calls: list[Call] = []
-    with _hooked(simulated, names, lambda name, module, call: calls.append(_kept(name, module, call))):
+    shelf = Shelf(HELD)
+
+    def keep(name: str, module: nn.Module, call: tuple[Any, Any, Any]) -> None:
+        used, inputs, output = call
+        kept = [[shelf.keep(tensor.clone()) for tensor in tensors] for tensors in (inputs, _tensors(output))]
+        calls.append(Call(name, module, None if used is None else shelf.keep(used.clone()), *kept))
+
+    with _hooked(simulated, names, keep):
         expected = result_tensors(run, simulated)
     coming = iter(calls)
 
@@ -130,10 +140,12 @@ def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, 
             described = "no layer" if reference is None else reference.name or "the whole model"
             raise _differs(f"it calls layer {name} where the model calls {described}")
         _, inputs, output = call
-        _compare(f"what reaches layer {name}" if name else "what the model is called with", reference.inputs, inputs)
+        called = f"what reaches layer {name}" if name else "what the model is called with"
+        _compare(called, [kept() for kept in reference.inputs], inputs)
+        outputs = [kept() for kept in reference.outputs]
         what = f"what layer {name} gives" if name else "the model's output"
-        _compare(what, reference.output, _tensors(output), reference.allowed)
-        return reference.output[0].clone() if name else None
+        _compare(what, outputs, _tensors(output), reference.allowed(output))
+        return outputs[0].clone() if name else None
 
     with _hooked(loaded, names, compare):
         actual = result_tensors(run, loaded)
@@ -142,21 +154,21 @@ def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, 
     _compare("what the model gives", expected, actual)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
-    """One call of a layer, or ("") of the whole model."""
+    """One call of a layer of the simulated model, or ("") of the whole model."""
 
     name: str
-    inputs: list[Tensor]
-    output: list[Tensor]
-    allowed: list[Tensor] | None = None  # how far each output may be off
+    module: nn.Module
+    used: Kept | None  # the first input as the layer computes with it
+    inputs: list[Kept]  # as they were given
+    outputs: list[Kept]
 
-
-def _kept(name: str, module: nn.Module, call: tuple[Any, Any, Any]) -> Call:
-    used, inputs, output = call
-    outputs = [tensor.clone() for tensor in _tensors(output)]
-    allowed = [kernel_error(module, used, output)] if name and isinstance(output, Tensor) else None
-    return Call(name, inputs, outputs, allowed)
+    def allowed(self, output: Any) -> list[Tensor] | None:
+        """How far a packed layer's output may be off; None for equal operations."""
+        if not (self.name and isinstance(output, Tensor) and self.outputs):
+            return None
+        return [kernel_error(self.module, None if self.used is None else self.used(), self.outputs[0]())]
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -215,14 +227,16 @@ def _compare(what: str, expected: list[Tensor], actual: list[Tensor], allowed: l
         if torch.equal(one, other):
             continue
         room = allowed[index] if allowed else same_code_error(one)
-        error = (one.double() - other.double()).abs()
-        excess = error > room.double()  # NaN must match NaN
-        if bool((excess | (one.isnan() != other.isnan())).any()):
-            raise _differs(f"{what} is off by up to {error.max().item():.2g}, {_times(error, room)}")
+        for parts in zip(*(tensor.reshape(-1).split(PIECE) for tensor in (one, other, room)), strict=True):
+            wanted, had, allowance = (part.double() for part in parts)
+            error = (wanted - had).abs()
+            excess = error > allowance  # NaN must match NaN
+            if bool((excess | (wanted.isnan() != had.isnan())).any()):
+                raise _differs(f"{what} is off by up to {error.max().item():.2g}, {_times(error, allowance)}")
 
 
 def _times(error: Tensor, room: Tensor) -> str:
-    ratio = (error / room.double().clamp(min=1e-300)).nan_to_num(posinf=1e99).max().item()
+    ratio = (error / room.clamp(min=1e-300)).nan_to_num(posinf=1e99).max().item()
     return f"{ratio:.2g} times what rounding allows"
 
 

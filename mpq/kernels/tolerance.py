@@ -21,7 +21,7 @@ def kernel_error(module: nn.Module, inputs: Tensor | None, output: Tensor) -> Te
     Elementwise, to first order. Accounts for floating-point sums on both sides, activations and codebooks rounded to
     integers, and both models' types: a 16-bit model's weights are rounded, packed ones are not.
     """
-    size = output.double().abs()
+    size = output.abs().to(torch.promote_types(output.dtype, torch.float32))
     unit = torch.finfo(output.dtype).eps / 2 if output.is_floating_point() else 0.0
     if isinstance(module, nn.Embedding) and type(module) is nn.Embedding:
         return 2 * unit * size
@@ -42,15 +42,15 @@ def kernel_error(module: nn.Module, inputs: Tensor | None, output: Tensor) -> Te
         largest = weight.amax(along, keepdim=True).expand_as(weight)
         allowed = allowed + ACTIVATION_STEP * _apply(module, most.expand_as(x), weight, None)
         allowed = allowed + (CODEBOOK_STEP + TILE_SUMS) * _apply(module, x, largest, None)
-    return 1.1 * allowed.double()
+    return 1.1 * allowed
 
 
 def same_code_error(expected: Tensor) -> Tensor:
     """Bound of the difference between equal operations whose sums run in another order."""
-    if not expected.is_floating_point():
-        return torch.zeros(expected.shape, dtype=torch.float64, device=expected.device)
-    room = 64 * torch.finfo(expected.dtype).eps * _largest(expected.double().abs())
-    return torch.full(expected.shape, room, dtype=torch.float64, device=expected.device)
+    room = 0.0
+    if expected.is_floating_point():
+        room = 64 * torch.finfo(expected.dtype).eps * _largest(expected.abs())
+    return torch.tensor(room, dtype=torch.float64, device=expected.device).expand(expected.shape)
 
 
 def _largest(size: Tensor) -> float:
