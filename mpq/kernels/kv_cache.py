@@ -1,71 +1,126 @@
-"""A cache of keys and values in low-bit integers, in TurboMind's style (arXiv 2508.15601; lmdeploy's `kv_quant`).
+"""Cached keys and values in formats of `mpq.core.cache`: storage, and the plain reference of attention over it.
 
-Every head of every token has its own float16 scale and zero: x is about code * scale + zero, with
-scale = (max - min) / (2**bits - 1) and zero = min. Nothing is calibrated; tokens are rounded as they arrive.
+Nothing is calibrated; tokens are rounded as they arrive, each head's vector for itself (TurboMind, arXiv 2508.15601).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mpq.core.cache import affine, cache_name
 from mpq.core.errors import MpqError
-from mpq.kernels.layout import pack_bits, unpack_bits
+from mpq.core.formats import Format
+from mpq.kernels.layout import Packed, pack, unpack
+from mpq.rounding.reference import dequantize, quantize, to_float_copy
 
-_LIMIT = torch.finfo(torch.float16).max
+NAN_CODE = 0x7F  # of e4m3 and e5m2
+NAN_SCALES = {"e8m0": 0xFF, "e4m3": NAN_CODE, "ue5m3": 0xFF}  # of scales that are stored as bytes
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Vectors of heads and tokens as codes: (batch, heads, tokens, width)."""
+    """Vectors of heads and tokens: (batch, heads, tokens, width). A number is code * scale + zero.
 
-    bits: int
+    Of float copies, `codes` are the numbers themselves, (batch, heads, tokens, width); a cast to fp8 has no scales.
+    """
+
+    format: Format
     width: int
     codes: Tensor  # uint8 (batch, heads, tokens, ceil(width * bits / 8)), little-endian bit streams
-    scale: Tensor  # float16 (batch, heads, tokens)
-    zero: Tensor  # float16, as scale
+    scale: Tensor | None = None  # (batch, heads, tokens, groups): float16, or uint8 codes of e8m0 and e4m3
+    zero: Tensor | None = None  # float16, as scale; of formats that have a minimum
 
     @property
     def nbytes(self) -> int:
         """Stored bytes."""
-        return self.codes.nbytes + self.scale.nbytes + self.zero.nbytes
+        return sum(tensor.nbytes for tensor in (self.codes, self.scale, self.zero) if tensor is not None)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of each head."""
+        return self.codes.shape[2]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Codes, and scale and zero where the format has them."""
+        return tuple(tensor for tensor in (self.codes, self.scale, self.zero) if tensor is not None)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Heads":
+        """The same with other tensors, in the order of `tensors`."""
+        return Heads(self.format, self.width, *tensors)
 
 
-def quantize_heads(vectors: Tensor, bits: int) -> Heads:  # float (batch, heads, tokens, width)
-    """Round each vector to its own 2**bits steps from its smallest to its largest element.
+def quantize_heads(vectors: Tensor, format: Format | int) -> Heads:  # float (batch, heads, tokens, width)
+    """Round each vector to the nearest numbers of the format, ties to even; `affine` of so many bits for an integer.
+
+    A group with NaN or infinity is read back as NaN, where the scale or the number has one.
 
     Raises:
         MpqError: bits are not between 1 and 8, or the vectors have other than four axes.
     """
-    if not 1 <= bits <= 8 or vectors.ndim != 4:
-        raise MpqError(
-            f"invalid cache: expected 4 dimensions and 1 to 8 bits, not {tuple(vectors.shape)} and {bits} bits"
-        )
-    values = vectors.detach().float()
-    low, high = values.amin(-1), values.amax(-1)
-    zero = low.clamp(-_LIMIT, _LIMIT).half()
-    scale = ((high - zero.float()) / (2**bits - 1)).clamp(max=_LIMIT).half()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    steps = (values - zero.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
-    codes = steps.round().clamp(0, 2**bits - 1).to(torch.uint8)
-    packed = pack_bits(codes.flatten(0, 2), bits).reshape(*codes.shape[:3], -1)
-    return Heads(bits, values.shape[-1], packed, scale, zero)
+    if vectors.ndim != 4 or (isinstance(format, int) and not 1 <= format <= 8):
+        asked = f"{format} bits" if isinstance(format, int) else cache_name(format)
+        raise MpqError(f"invalid cache: expected 4 dimensions and 1 to 8 bits, not {tuple(vectors.shape)} and {asked}")
+    format = affine(format) if isinstance(format, int) else format
+    leading, width = vectors.shape[:3], vectors.shape[3]
+    matrix = vectors.detach().reshape(-1, width)
+    if format.is_float_copy:
+        return Heads(format, width, to_float_copy(vectors.detach(), format.grid.name))
+    bad = ~torch.isfinite(matrix)
+    finite = matrix.masked_fill(bad, 0)
+    one = torch.ones((), device=matrix.device)
+    scales = one.reshape(1, 1) if format.granularity == "tensor" else None
+    packed = pack(quantize(finite, format, scales=scales, tensor_scale=one if format.tensor_scale else None))
+    return _heads(_with_nan(packed, bad), leading)
+
+
+def _with_nan(packed: Packed, bad: Tensor) -> Packed:
+    """The packed vectors with NaN for groups that have a bad number; (rows, width)."""
+    format, tensors = packed.format, dict(packed.tensors)
+    if format.granularity != "tensor":
+        missing = -bad.shape[1] % max(format.group_size, 1)
+        groups = functional.pad(bad, (0, missing)).reshape(len(bad), format.groups(bad.shape[1]), -1).any(-1)
+        tensors["scale"] = tensors["scale"].masked_fill(groups, NAN_SCALES.get(format.scale, torch.nan))
+    elif format.grid.specials != "none":
+        tensors["packed"] = tensors["packed"].masked_fill(bad, NAN_CODE)
+    return replace(packed, tensors=tensors)
+
+
+def _heads(packed: Packed, leading: torch.Size) -> Heads:
+    names = ("packed", "scale", "minimum") if packed.format.granularity != "tensor" else ("packed",)
+    shaped = [packed.tensors[name].reshape(*leading, -1) for name in names if name in packed.tensors]
+    return Heads(packed.format, packed.shape[1], *shaped)
 
 
 def dequantize_heads(heads: Heads) -> Tensor:
     """The vectors, float32 (batch, heads, tokens, width)."""
-    codes = unpack_bits(heads.codes.flatten(0, 2), heads.bits, heads.width).reshape(*heads.codes.shape[:3], heads.width)
-    return codes.float() * heads.scale.float().unsqueeze(-1) + heads.zero.float().unsqueeze(-1)
+    format, leading = heads.format, heads.codes.shape[:3]
+    if format.is_float_copy:
+        return heads.codes.float()
+    names = ("packed", "scale", "minimum")
+    tensors = {name: tensor.flatten(0, 2) for name, tensor in zip(names, heads.tensors, strict=False)}
+    one = torch.ones((), device=heads.codes.device)
+    if format.granularity == "tensor":
+        tensors["scale"] = one.reshape(1, 1)
+    if format.tensor_scale:
+        tensors["tensor_scale"] = one
+    rows = len(tensors["packed"])
+    return dequantize(unpack(Packed(format, (rows, heads.width), tensors=tensors))).reshape(*leading, heads.width)
+
+
+def round_vectors(vectors: Tensor, format: Format) -> Tensor:
+    """What a cache of this format gives back for vectors (batch, heads, tokens, width), in their own type."""
+    return dequantize_heads(quantize_heads(vectors, format)).to(vectors.dtype)
 
 
 def concatenate(parts: Sequence[Heads]) -> Heads:
     """Caches of the same heads one after the other along the tokens."""
-    if len({(part.bits, part.width) for part in parts}) != 1:
-        raise MpqError("cannot join caches of different bits or widths")
-    codes, scale, zero = (torch.cat([getattr(part, name) for part in parts], 2) for name in ("codes", "scale", "zero"))
-    return Heads(parts[0].bits, parts[0].width, codes, scale, zero)
+    if len({(part.format, part.width) for part in parts}) != 1:
+        raise MpqError("cannot join caches of different formats or widths")
+    return parts[0].with_tensors([torch.cat(same, 2) for same in zip(*(part.tensors for part in parts), strict=True)])
 
 
 def attention(

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mpq.core.cache import CACHE_FORMATS, head_bytes, parse_cache_format
 from mpq.core.costs import kv_bytes_per_token
 from mpq.core.errors import MpqError
 from mpq.kernels.kv_cache import Heads, attention, concatenate, dequantize_heads, quantize_heads
@@ -24,10 +25,12 @@ def test_every_element_is_within_half_a_step(bits: int, width: int, seed: int, s
     values = vectors(2, 3, 4, width, seed=seed) * spread
     heads = quantize_heads(values, bits)
     error = (dequantize_heads(heads) - values).abs()
-    step = heads.scale.float().unsqueeze(-1)
+    assert heads.scale is not None
+    assert heads.zero is not None
+    step = heads.scale.float()
     # half a step; the float16 zero and the float16 scale, over all steps, may each be off by half a last place
     # (2**-25 where a float16 is subnormal), and float32 arithmetic
-    zero, steps = heads.zero.float().abs().unsqueeze(-1), 2**bits - 1
+    zero, steps = heads.zero.float().abs(), 2**bits - 1
     slack = (2.0**-11 * zero).clamp(min=2.0**-25) + (2.0**-11 * step).clamp(min=2.0**-25) * steps
     slack = slack + 2.0**-21 * values.abs().amax()
     assert bool((error <= step / 2 + slack).all())
@@ -37,12 +40,15 @@ def test_every_element_is_within_half_a_step(bits: int, width: int, seed: int, s
 def test_scales_are_the_nearest_float16_and_codes_are_nearest_by_the_stored_scale(bits: int) -> None:
     values = vectors(4, 5, 50, 24, seed=bits) * torch.logspace(-2, 2, 50).unsqueeze(-1)
     heads, exact = quantize_heads(values, bits), values.double().numpy()
+    assert heads.scale is not None
+    assert heads.zero is not None
     assert heads.scale.dtype == heads.zero.dtype == torch.float16
     zero = exact.min(-1).astype(np.float16)
-    assert np.array_equal(heads.zero.numpy(), zero)
-    ideal = (exact.max(-1) - zero.astype(np.float64)) / (2**bits - 1)
-    scale = heads.scale.numpy().astype(np.float64)
-    last_place = np.spacing(heads.scale.numpy()).astype(np.float64)
+    assert np.array_equal(heads.zero[..., 0].numpy(), zero)
+    ideal = (exact.max(-1) - exact.min(-1)) / (2**bits - 1)
+    stored = heads.scale[..., 0].numpy()
+    scale = stored.astype(np.float64)
+    last_place = np.spacing(stored).astype(np.float64)
     assert (np.abs(scale - ideal) <= last_place * 0.5001).all()
     codes = unpack_bits(heads.codes.flatten(0, 2), bits, 24).reshape(values.shape).double().numpy()
     steps = (exact - zero.astype(np.float64)[..., None]) / scale[..., None]
@@ -110,10 +116,50 @@ def test_more_bits_never_hurt() -> None:
     assert errors == sorted(errors, reverse=True)
 
 
+NAMES = (*CACHE_FORMATS, "fp16", "bf16", "fp8-e4m3", "fp8-e5m2", "fp8-e4m3-token", "mxfp4", "mxfp8-e4m3", "nvfp4",
+         "int2", "int3", "int5-g16", "nf4-g32", "int4-g24-asym")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("width", [64, 80])
+def test_every_format_is_stored_in_the_bytes_it_says_and_read_back(name: str, width: int) -> None:
+    format = parse_cache_format(name)
+    values = vectors(2, 3, 5, width)
+    heads = quantize_heads(values, format)
+    assert heads.nbytes == 2 * 3 * 5 * head_bytes(format, width)
+    error = (dequantize_heads(heads) - values).norm() / values.norm()
+    assert error < {2: 0.8, 3: 0.4, 4: 0.2}.get(format.grid.bits, 0.1)
+    again = dequantize_heads(quantize_heads(dequantize_heads(heads)[:, :, 1:3], format))
+    assert (again - dequantize_heads(heads)[:, :, 1:3]).abs().max() < 0.05
+    one_by_one = concatenate([quantize_heads(part, format) for part in values.split(1, 2)])
+    assert torch.equal(dequantize_heads(one_by_one), dequantize_heads(heads))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("fp16", "bf16")])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_number_spoils_its_own_group_alone(name: str, bad: float) -> None:
+    values = vectors(1, 2, 3, 64)
+    spoilt = values.clone()
+    spoilt[0, 1, 2, 3] = bad
+    format = parse_cache_format(name)
+    read, clean = (dequantize_heads(quantize_heads(part, format)) for part in (spoilt, values))
+    assert read[0, 1, 2, 3].isnan()
+    assert torch.equal(read[:, :1], clean[:, :1])
+    assert torch.equal(read[:, :, :2], clean[:, :, :2])
+
+
+def test_a_cast_is_the_processor_s_own() -> None:
+    values = vectors(1, 2, 3, 64) * 50
+    expected = values.to(torch.float8_e4m3fn)
+    heads = quantize_heads(values, parse_cache_format("fp8-e4m3"))
+    assert torch.equal(heads.codes, expected.view(torch.uint8))
+    assert torch.equal(dequantize_heads(heads), expected.float())
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(MpqError, match="1 to 8 bits"):
         quantize_heads(vectors(1, 1, 1, 4), 9)
     with pytest.raises(MpqError, match="do not divide"):
         attention(vectors(1, 3, 2, 4), vectors(1, 2, 2, 4), vectors(1, 2, 2, 4))
-    with pytest.raises(MpqError, match="different bits"):
+    with pytest.raises(MpqError, match="different formats"):
         concatenate([quantize_heads(vectors(1, 1, 1, 4), 4), quantize_heads(vectors(1, 1, 1, 4), 8)])
