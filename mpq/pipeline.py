@@ -50,6 +50,7 @@ from mpq.rounding.store import Rounder
 from mpq.search import frontier_of
 from mpq.sensitivity import DEFAULT_METRIC
 from mpq.sensitivity.profile import profile
+from mpq.smallest import check_limit, smallest, within_limit
 from mpq.sources import Network, Source, names_in, network_in, open_network, open_source
 from mpq.training.tuned_scales import Tuning
 
@@ -132,10 +133,14 @@ class Outcome:
     accepted: Acceptance
     points: Mapping[int, Candidate]  # of the frontier, by index, measured on acceptance data
     seconds: float  # that the job took
+    max_kl: float | None = None  # the limit that was asked for
 
     def words(self) -> tuple[str, ...]:
         """What was measured, in sentences."""
-        return (self.accepted.verdict(), *self.accepted.corrections(), *sentences(self.measured, self.accepted))
+        said = (self.accepted.verdict(), *self.accepted.corrections(), *sentences(self.measured, self.accepted))
+        if self.max_kl is None:
+            return said
+        return (within_limit(self.max_kl, self.accepted.chosen.harm(), self.measured[-1].harm[0]), *said)
 
     def rows(self) -> list[Row]:
         """The before/after table."""
@@ -148,6 +153,7 @@ def quantize_model(
     *,
     bits: float | None = None,
     size: float | str | None = None,
+    max_kl: float | None = None,
     formats: Sequence[str] | None = None,
     target: str = "mpq",
     metric: str = DEFAULT_METRIC,
@@ -171,7 +177,8 @@ def quantize_model(
         source: model and data.
         folder: made when missing; an interrupted profile in it is resumed.
         bits: largest average of stored bits per weight, or
-        size: largest number of bytes of the model, or text as "500MB".
+        size: largest number of bytes of the model, or text as "500MB", or
+        max_kl: largest measured KL divergence from the original, nats for a prediction: finds the smallest model.
         formats: candidate schemes; left out, integers of 2 to 8 bits, or what the target holds.
         target: who will run the model (`mpq.exporters.targets`): layers get only what it can hold, and the folder is
             the one that it opens.
@@ -197,8 +204,10 @@ def quantize_model(
     """
     started = time.monotonic()
     folder = Path(folder)
-    if (bits is None) == (size is None):
-        raise MpqError("name one budget: bits or size")
+    if sum(budget is not None for budget in (bits, size, max_kl)) != 1:
+        raise MpqError("name one budget: bits, size or max_kl")
+    if max_kl is not None:
+        check_limit(max_kl, source.kind)
     refuse_foreign(folder, checkpoint.FILES)
     reader = TARGETS.named(target)
     source = replace(source, model=prepared(source.model))
@@ -211,7 +220,8 @@ def quantize_model(
         formats = formats_of(reader)
     layers = table.layers if table else find_layers(source.model, include, exclude)
     asked = table or unscored(layers, formats, other_bytes(source.model, layers))
-    restrict(asked, reader).check_budget(bits=bits, size=size, pin=pin, ties=ties)
+    if max_kl is None:
+        restrict(asked, reader).check_budget(bits=bits, size=size, pin=pin, ties=ties)
     store = store_for(method, source, layers)
     if table is None:
         table = profile(
@@ -223,17 +233,22 @@ def quantize_model(
     held = restrict(table, reader)
     frontier = frontier_of(held.table, pin=pin, forbid=held.forbid, ties=ties or held.fuses)
     size = None if size is None else parse_size(size)
-    budget = _layer_budget(frontier, source.model, bits, size)
     table.save(folder / "table.csv")
     measurer = Measurer(source, store, progress)
+    steps = STEPS[effort] if tuning_steps is None else tuning_steps
+    tuning = Tuning(steps, SAMPLES.get(source.kind, Tuning.samples), seed=seed)
 
     def fits(allocation: Allocation) -> bool:
         return size is None or checkpoint.file_size(source.model, allocation) <= size
 
-    accepted = accept(frontier, budget, measurer, effort=effort, seed=seed, fits=fits)
-    steps = STEPS[effort] if tuning_steps is None else tuning_steps
-    tuning = Tuning(steps, SAMPLES.get(source.kind, Tuning.samples), seed=seed)
-    accepted = with_tuned_scales(accepted, measurer, tuning)
+    def finish(budget: float) -> Acceptance:
+        accepted = accept(frontier, budget, measurer, effort=effort, seed=seed, fits=fits)
+        return with_tuned_scales(accepted, measurer, tuning)
+
+    if max_kl is None:
+        accepted = finish(_layer_budget(frontier, source.model, bits, size))
+    else:
+        accepted = smallest(frontier, max_kl, measurer, finish)
     allocation, rounder = accepted.chosen.allocation, accepted.chosen.rounder or measurer.store
     corrected = replace(source, model=with_means(source.model, accepted.chosen.means))
     export_to(target, corrected, allocation, folder, rounder)
@@ -243,7 +258,9 @@ def quantize_model(
         lambda allocation: checkpoint.file_size(source.model, allocation),
     )  # fmt: skip
     points = along(frontier, allocation, measurer) if source.kind != "loss" and effort != "fast" else {}
-    outcome = Outcome(folder, table, frontier, allocation, measured, accepted, points, time.monotonic() - started)
+    outcome = Outcome(
+        folder, table, frontier, allocation, measured, accepted, points, time.monotonic() - started, max_kl
+    )  # fmt: skip
     _write_artefacts(outcome, source, reader)
     return outcome
 

@@ -85,13 +85,18 @@ def profile_options(parser: argparse.ArgumentParser, *, metric: bool = True) -> 
     parser.add_argument("--exclude", action="append", default=[], help="layer pattern to leave as it is")
 
 
-def budget_options(parser: argparse.ArgumentParser, *, loss: bool = False) -> None:
-    """One budget; `loss`: or the quality that is to be kept."""
+def budget_options(parser: argparse.ArgumentParser, *, loss: bool = False, divergence: bool = False) -> None:
+    """One budget; or the quality that is to be kept: a predicted loss, a measured divergence."""
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--bits", type=float, help="largest average bits per weight, scales counted")
     budget.add_argument("--size", type=size_of, help="largest size of the model, as 500MB")
     if loss:
         budget.add_argument("--loss", type=float, help="largest predicted loss increase: finds the smallest model")
+    if divergence:
+        budget.add_argument(
+            "--max-kl", type=float, metavar="KL",
+            help="largest measured KL divergence from the original: finds the smallest model",
+        )  # fmt: skip
 
 
 def target_option(parser: argparse.ArgumentParser, default: str | None = None) -> None:

@@ -23,7 +23,7 @@ def add(command: AddCommand) -> None:
     quantize = command("quantize", run, "profile, search, export and measure a model")
     model_options(quantize, required=False)
     profile_options(quantize)
-    budget_options(quantize)
+    budget_options(quantize, divergence=True)
     choice_options(quantize)
     target_option(quantize, "mpq")
     quantize.add_argument(
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     source = source_of(options)
     recipe.begin(options.output, steps)
     outcome = quantize_model(
-        source, options.output, bits=options.bits, size=options.size, table=table, pin=pin,
+        source, options.output, bits=options.bits, size=options.size, max_kl=options.max_kl, table=table, pin=pin,
         ties=not options.no_ties, trust=options.trust, target=options.target, effort=options.effort,
         tuning_steps=options.tuning_steps,
         metric_options=settings.pop("options"), **settings,
