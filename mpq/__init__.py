@@ -69,7 +69,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("search", "proxies"):
+    if name in ("search", "proxies", "lowprecision"):
         return import_module(f"mpq.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'mpq' has no attribute {name!r}")

@@ -14,6 +14,7 @@ EXPECTED = {
     "llama.py": "mpq, packed",
     "cnn_finetune.py": "fine-tuned",
     "custom_metric.py": "12 layers at",
+    "few_bits_training.py": "NVFP4           accuracy",
     "one_shot.py": "12 layers at",
     "other_quantizers.py": "ours for gptqmodel",
     "frontier.ipynb": "Allocation(12 layers",

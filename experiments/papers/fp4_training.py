@@ -13,7 +13,7 @@ import torch
 
 from experiments.models.small_lm import train, training_windows, unseen_loss, unseen_windows, untrained
 from mpq.core.patterns import match_names
-from mpq.lowprecision.linear import train_in
+from mpq.lowprecision import convert
 from mpq.lowprecision.recipe import Recipe
 
 E4M3, UE5M3 = "fp4-e2m1-g16-se4m3", "fp4-e2m1-g16-sue5m3"
@@ -47,7 +47,7 @@ def study(names: tuple[str, ...], seeds: int, steps: int) -> dict[str, list[floa
         for seed in range(seeds):
             model, recipe = untrained(seed), RECIPES[name]
             if recipe is not None:
-                train_in(model, recipe, exclude=("head",), seed=seed)
+                convert(model, recipe, exclude=("head",), seed=seed)
             train(model, seen, steps, seed=seed)
             losses[name].append(unseen_loss(model, unseen))
         gaps = np.array(losses[name]) - np.array(losses[names[0]])

@@ -15,7 +15,7 @@ import torch
 from scipy.stats import mannwhitneyu, spearmanr
 
 from experiments.models.small_lm import train, training_windows, unseen_loss, unseen_windows, untrained
-from mpq.lowprecision.linear import train_in
+from mpq.lowprecision import convert
 from mpq.lowprecision.masking import Mask
 from mpq.lowprecision.sharpness import logit_sharpness
 
@@ -44,7 +44,7 @@ def run(name: str, mask: Mask | None, rate: float, seed: int, steps: int) -> Run
     seen, unseen = training_windows(), unseen_windows()
     model, series = untrained(seed), []
     if mask is not None:
-        train_in(model, mask, exclude=("head",), seed=seed)
+        convert(model, mask, exclude=("head",), seed=seed)
 
     def watch(step: int) -> None:
         if step % (steps // 6) == 0:

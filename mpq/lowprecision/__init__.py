@@ -1,1 +1,13 @@
-"""Simulated training and inference in few bits."""
+"""Simulated training and inference in few bits: FP4 and FP8 recipes, masked bfloat16, float32 over 16-bit weights.
+
+`convert(model, Recipe("nvfp4"))` changes a model in place; any training loop then trains it in few bits.
+"""
+
+from mpq.lowprecision.convert import convert, converted
+from mpq.lowprecision.masking import Mask
+from mpq.lowprecision.overhead import overhead
+from mpq.lowprecision.recipe import Recipe
+from mpq.lowprecision.sharpness import logit_sharpness, sharpness
+from mpq.lowprecision.stable_spam import StableSPAM
+
+__all__ = ["Mask", "Recipe", "StableSPAM", "convert", "converted", "logit_sharpness", "overhead", "sharpness"]

@@ -28,7 +28,7 @@ def stochastic_round(values: Tensor, grid: Grid, generator: torch.Generator, ran
     """
     if grid.bits > 8:
         raise MpqError(f"invalid grid for stochastic rounding: expected up to 8 bits, not {grid.name}")
-    table = _ascending(grid).to(values.device)
+    table = ascending(grid).to(values.device)
     numbers = values.float().clamp(grid.min, grid.max).contiguous()
     upper = torch.searchsorted(table, numbers, right=True).clamp(1, len(table) - 1)
     low, high = table[upper - 1], table[upper]
@@ -43,6 +43,7 @@ def stochastic_round(values: Tensor, grid: Grid, generator: torch.Generator, ran
 
 
 @lru_cache(maxsize=32)
-def _ascending(grid: Grid) -> Tensor:
+def ascending(grid: Grid) -> Tensor:
+    """The grid's finite values in ascending order, float32."""
     values = grid.values()
     return torch.tensor(np.unique(values[np.isfinite(values)]), dtype=torch.float32)

@@ -3,9 +3,12 @@ import torch
 
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
-from mpq.lowprecision.recipe import Recipe, divisors, round_operand
+from mpq.core.grids import SCALES
+from mpq.lowprecision.operands import divisors, from_tiles, round_directed, round_operand, to_tiles
+from mpq.lowprecision.products import operands_of, product
+from mpq.lowprecision.recipe import BY_INPUTS, BY_WEIGHT, FORWARD, Recipe
 from mpq.network.calibration import seeded
-from mpq.rounding.reference import fake_quantize
+from mpq.rounding.reference import fake_quantize, round_scales
 
 FORMATS = (
     "mxfp4",
@@ -31,8 +34,13 @@ def test_division_is_what_quantizing_does(name, shape):
 
 def test_square_tiles_are_one_number_in_both_directions():
     matrix, format = normal(40, 56), parse_format("nvfp4")
-    scales = divisors(matrix, format, square=True)
-    assert torch.equal(divisors(matrix.T, format, square=True), scales.T)
+
+    def expanded(matrix):
+        tiles = to_tiles(matrix, format, square=True)
+        return from_tiles(divisors(tiles, format).expand_as(tiles), format, tuple(matrix.shape), square=True)
+
+    scales = expanded(matrix)
+    assert torch.equal(expanded(matrix.T), scales.T)
     assert torch.equal(round_operand(matrix.T, format, square=True), round_operand(matrix, format, square=True).T)
     assert not torch.equal(round_operand(matrix.T, format), round_operand(matrix, format).T)
     for rows, cols in ((slice(0, 16), slice(16, 32)), (slice(32, 40), slice(48, 56))):
@@ -92,3 +100,64 @@ def test_unknown_settings():
         Recipe("int4-g128-asym")
     with pytest.raises(MpqError, match="with groups"):
         Recipe("fp8-e4m3", square_weights=True)
+
+
+@pytest.mark.parametrize("kind", ["e8m0", "e4m3", "ue5m3", "fp16", "bf16", "fp32"])
+def test_directed_rounding_takes_the_next_number_on_that_side(kind):
+    numbers = torch.exp(6 * normal(3000, seed=6)).clamp(2.0**-8, 440)
+    up, down = (round_directed(numbers, kind, direction) for direction in (1, -1))
+    assert (down <= numbers).all()
+    assert (up >= numbers).all()
+    for rounded in (up, down):
+        assert torch.equal(round_scales(rounded, kind), rounded)
+        assert torch.equal(round_directed(rounded, kind, 1), rounded)
+    if SCALES[kind].bits <= 16:
+        table = torch.tensor(SCALES[kind].values(), dtype=torch.float64)
+        table = table[table.isfinite() & (table > 0)].sort().values
+        index = torch.searchsorted(table, numbers.double())
+        assert torch.equal(up.double(), table[index])
+    ends = torch.tensor([0.0, SCALES[kind].smallest / 4, SCALES[kind].max])
+    assert round_directed(ends, kind, 1).isfinite().all()
+    assert round_directed(ends, kind, -1)[0] == 1
+    assert (round_directed(ends, kind, -1) > 0).all()
+
+
+@pytest.mark.parametrize("convention", ["divide", "reciprocal"])
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "fp4-e2m1-g16-sue5m3-ts", "fp8-e4m3-channel-se8m0"])
+def test_scales_rounded_upwards_clip_nothing(name, convention):
+    matrix, format = 0.01 * normal(64, 64, seed=7), parse_format(name)
+
+    def clipped(scale_rounding):
+        tiles = to_tiles(matrix, format)
+        return (tiles / divisors(tiles, format, convention, scale_rounding)).abs().amax() > format.grid.max * (1 + 1e-6)
+
+    assert not clipped("up")
+    assert clipped("nearest")
+
+
+def test_each_operand_has_its_own_format():
+    recipe = Recipe("fp8-e4m3", gradients="fp8-e5m2", activations="bf16")
+    left, right = normal(8, 32), normal(6, 32, seed=1)
+    expected = {FORWARD: ("bf16", "fp8-e4m3"), BY_INPUTS: ("fp8-e5m2", "fp8-e4m3"), BY_WEIGHT: ("fp8-e5m2", "bf16")}
+    for roles, formats in expected.items():
+        operands = operands_of(left, right, recipe, seeded(0), roles)
+        for exact, rounded, name in zip((left, right), operands.rounded, formats, strict=True):
+            assert torch.equal(rounded, fake_quantize(exact, parse_format(name)).float())
+            assert not torch.equal(rounded, exact)
+
+
+def test_a_loss_scale_brings_small_gradients_into_range_and_changes_nothing_else():
+    left, right = 1e-6 * normal(16, 32), normal(6, 32, seed=1)
+    exact = left @ right.T
+
+    def error(scale, roles=BY_INPUTS, name="fp4-e2m1-g16-se4m3"):
+        ours = product(left, right, Recipe(name, loss_scale=scale), seeded(0), roles)
+        return ((ours - exact).norm() / exact.norm()).item()
+
+    assert error(1.0) > 0.9  # scales below E4M3's smallest number
+    assert error(2.0**20) < 0.3
+    assert error(2.0**20, FORWARD) == error(1.0, FORWARD)
+    assert error(2.0**20, BY_INPUTS, "mxfp4") == pytest.approx(error(1.0, BY_INPUTS, "mxfp4"))
+    for value in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(MpqError, match="positive"):
+            Recipe("nvfp4", loss_scale=value)
