@@ -25,6 +25,9 @@ def export(
 ) -> Path:
     """Write a model's layers in an allocation's formats, packed for a consumer: `mpq.export`; what was written.
 
+    A trainable simulation (`mpq.simulate`, `mpq.finetune`) is written with exactly the numbers that it computes with,
+    learned scales included: nothing is rounded again, whatever the method.
+
     Args:
         model: left as it is.
         allocation: layers and schemes.
@@ -45,5 +48,11 @@ def export(
     for name in options:
         if name not in known:
             raise MpqError(f"unknown option {name!r} of the exporter {to}: {nearest_names(name, known)}")
+    from mpq.rounding.store import rounder_of
+    from mpq.trained import as_trained, is_simulation
+
+    if is_simulation(model):
+        otherwise = rounder_of(options.pop("method", "mse"), options.pop("second_moments", None))
+        model, options["method"] = as_trained(model, allocation, otherwise)
     written: Path = exporter(model, allocation, folder, **options)
     return written

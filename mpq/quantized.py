@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +22,8 @@ from mpq.network.layers import FUSED, is_transposed, layer_kind, matrix_to_weigh
 from mpq.network.prepare import prepared
 from mpq.network.ranges import Ranges, static_scale
 from mpq.rounding.activations import fake_quantize_inputs, straight_through
-from mpq.rounding.reference import Quantized, dequantize, recode
+from mpq.rounding.learned import GridRounding
+from mpq.rounding.reference import Quantized, dequantize
 from mpq.rounding.store import Rounder, rounder_of
 
 Moments = Mapping[str, Tensor]  # second moments of the layers' inputs, by layer name
@@ -36,15 +36,18 @@ def simulate(
     second_moments: Moments | None = None,
     *,
     trainable: bool = True,
+    learned: bool = False,
     ranges: Ranges | None = None,
 ) -> nn.Module:
     """A copy of the model whose layers hold the numbers of their schemes, in the model's own floating-point types.
 
     Trainable, weights stay in full precision and are rounded to the scheme's grid, with the scales found at the start,
     whenever they are used; gradients pass rounding as if it were the identity (straight-through, arXiv 1308.3432).
-    Otherwise the rounded weights simply replace the original ones: half the memory, faster, same outputs. Activations
-    are rounded on their way into a layer in both cases, with dynamic scales; where `ranges` has a layer whose
-    activations share one scale, with that static scale, as runtimes do. Weights shared by several modules stay shared.
+    With `learned`, scales are parameters too (LSQ, `mpq.rounding.learned`). `mpq.export` writes the numbers of such a
+    model as they are, without rounding them again. Otherwise the rounded weights simply replace the original ones: half
+    the memory, faster, same outputs. Activations are rounded on their way into a layer in both cases, with dynamic
+    scales; where `ranges` has a layer whose activations share one scale, with that static scale, as runtimes do.
+    Weights shared by several modules stay shared.
     The method is a name or a rounder: a `RoundingStore` rounds each layer once for each scheme and keeps the result
     for the next allocation.
 
@@ -58,9 +61,10 @@ def simulate(
             model, ((layer, scheme, dequantize(matrix)) for layer, scheme, matrix in rounded), ranges
         )
     simulated = copy.deepcopy(model)
-    for layer, scheme, quantized in quantized_layers(simulated, allocation, method, second_moments):
+    rounder = rounder_of(method, second_moments)
+    for layer, scheme, quantized in quantized_layers(simulated, allocation, rounder):
         modules = [simulated.get_submodule(name) for name in layer.names]
-        rounding = WeightRounding(quantized, modules[0])
+        rounding = WeightRounding(quantized, modules[0], learned, rounder.name)
         for holder, name in holders(simulated, modules[0].weight):  # type: ignore[arg-type]
             parametrize.register_parametrization(holder, name, rounding, unsafe=True)
         round_inputs(modules, scheme, (ranges or {}).get(layer.name))
@@ -206,29 +210,27 @@ def checked_layers(model: nn.Module, allocation: Allocation) -> list[tuple[Layer
 
 
 class WeightRounding(nn.Module):
-    """A weight on the grid of its first rounding: scales, zero points and minima stay, codes follow the weight."""
+    """A parametrization: the weight on the grid of its first rounding, whose scales are fixed or learned."""
 
-    def __init__(self, quantized: Quantized, owner: nn.Module) -> None:
+    def __init__(self, quantized: Quantized, owner: nn.Module, learned: bool = False, method: str = "") -> None:
         super().__init__()
-        self.kind = layer_kind(owner)
-        for name, table in quantized.tables().items():
-            self.register_buffer(name, table)
-        self.tables = replace(quantized, codes=quantized.codes[:0])
+        self.transposed, self.method = is_transposed(layer_kind(owner)), method
+        self.rounding = GridRounding(quantized, learned)
         weight: Tensor = owner.weight  # type: ignore[assignment]
         rounded = matrix_to_weight(dequantize(quantized), owner).to(weight.dtype)
         with torch.no_grad():  # where a method chose another code than the nearest, the weight starts on that code
-            weight.copy_(torch.where(self._round(weight) == rounded, weight, rounded))
+            weight.copy_(torch.where(self(weight) == rounded, weight, rounded))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rounded weight."""
-        return straight_through(weight, self._round)
+        return shaped(self.rounding(self._matrix(weight)), weight.shape, self.transposed).to(weight.dtype)
 
-    def _round(self, weight: Tensor) -> Tensor:
-        transposed = is_transposed(self.kind)
-        matrix = (weight.transpose(0, 1) if transposed else weight).flatten(1)
-        tables = self.tables.map_tables(lambda name, _: self.get_buffer(name))  # wherever the model has moved to
-        rounded = dequantize(recode(matrix.detach(), tables))
-        return shaped(rounded, weight.shape, transposed).to(weight.dtype)
+    def quantized(self, weight: Tensor) -> Quantized:
+        """The codes and tables of `forward`, for packing."""
+        return self.rounding.quantized(self._matrix(weight))
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return (weight.transpose(0, 1) if self.transposed else weight).flatten(1)
 
 
 class InputRounding:

@@ -10,6 +10,7 @@ import copy
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def export(
     """
     refuse_foreign(folder, (*FILES, *names_of(side_files)))
     model = prepared(model)
+    rounding = method if isinstance(method, str) else method.name
+    allocation = replace(allocation, provenance={**allocation.provenance, "rounding": rounding})
     others, tied = other_state(model, allocation)
     config = model_config(model)
     if recipe is not None and recipe.get("kind") != "transformers":  # whose config says it all
@@ -83,7 +86,7 @@ def export(
     config["quantization_config"] = {
         "quant_method": METHOD,
         "version": VERSION,
-        "rounding": method if isinstance(method, str) else method.name,
+        "rounding": rounding,
         "layers": {layer.name: _layer_record(model, layer, allocation) for layer in allocation.layers},
         "tied": tied,
     }

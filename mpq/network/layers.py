@@ -41,7 +41,7 @@ def layer_kind(module: nn.Module) -> str | None:
     nn.MultiheadAttention, which reads its weight in a fused kernel, and weights that a property computes.
     """
     kind = next((kind for kind, cls in BASES.items() if isinstance(module, cls)), None)
-    if kind is None and _is_transformers_conv1d(module):
+    if kind is None and _transformers_conv1d(module) is not None:
         kind = "transformers-conv1d"
     if kind is None or type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return None
@@ -59,13 +59,17 @@ def own_code(module: nn.Module) -> bool:
     """
     base = next((cls for kind, cls in BASES.items() if isinstance(module, cls) and kind in PACKED_KINDS), None)
     if base is None:
-        return not _is_transformers_conv1d(module)
-    names = ("forward", "_conv_forward") if "conv" in base.__name__.lower() else ("forward",)
+        base = _transformers_conv1d(module)
+    if base is None:
+        return True
+    names = ("forward", "_conv_forward") if hasattr(base, "_conv_forward") else ("forward",)
     return any(name in vars(module) or getattr(type(module), name) is not getattr(base, name) for name in names)
 
 
-def _is_transformers_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+def _transformers_conv1d(module: nn.Module) -> type[nn.Module] | None:
+    """transformers' Conv1D, where the module is one or inherits from it, as parametrized modules do."""
+    found = (cls for cls in type(module).__mro__ if cls.__name__ == "Conv1D")
+    return next((cls for cls in found if cls.__module__.startswith("transformers.")), None)
 
 
 def find_layers(

@@ -14,9 +14,10 @@ from mpq.network.calls import call_input, with_call_input
 from mpq.network.layers import matrix_to_weight, weight_matrix
 from mpq.rounding import METHODS, method_named
 from mpq.rounding.activations import fake_quantize_inputs, straight_through
+from mpq.rounding.learned import GridRounding, learnable
 from mpq.rounding.mixed import in_format
-from mpq.rounding.reference import dequantize, round_scales, snap
-from mpq.training.learned import LearnedScales
+from mpq.rounding.reference import Quantized, dequantize, round_scales, snap
+from mpq.rounding.store import Finished, MethodRounder, Rounder
 
 
 class FakeQuantization(nn.Module):
@@ -34,12 +35,12 @@ class FakeQuantization(nn.Module):
         layers: the layers that may be quantized.
         method: of weight scales, recomputed at every step: a name of `mpq.rounding.METHODS` that needs no second
             moments.
-        learned: formats whose scales are parameters instead, for every layer.
+        learned: formats whose scales are parameters instead, for every layer, where formats have scales that can be
+            (`mpq.rounding.learned`).
         decay: of the moving average, per forward pass.
 
     Raises:
-        MpqError: a layer with a computed weight (a parametrization), or a format in `learned` whose scales cannot be
-            learned.
+        MpqError: a layer with a computed weight (a parametrization), or a method that needs second moments.
     """
 
     ranges: Tensor
@@ -58,11 +59,12 @@ class FakeQuantization(nn.Module):
             raise MpqError(
                 f"the method {method} needs the layers' inputs, which change in training: use nearest or mse"
             )
-        self.layers, self.decay, self.method = tuple(layers), decay, method_named(method)
+        self.layers, self.decay, self.method = tuple(layers), decay, method
+        self._choose = method_named(method)
         self.schemes: dict[str, Scheme] = {}  # by layer name; a layer without one is not quantized
         self.register_buffer("ranges", torch.full((len(self.layers),), torch.nan))
         self.learned = nn.ModuleList()
-        formats = tuple(dict.fromkeys(learned))
+        formats = tuple(format for format in dict.fromkeys(learned) if learnable(format))
         self._modules_of = [[model.get_submodule(name) for name in layer.names] for layer in self.layers]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for index, modules in enumerate(self._modules_of):
@@ -70,7 +72,8 @@ class FakeQuantization(nn.Module):
                 raise MpqError(
                     f"the weight of {self.layers[index].name} is computed (a parametrization): remove what computes it"
                 )
-            scales = {format.name: LearnedScales(weight_matrix(modules[0]), format) for format in formats}
+            matrix = weight_matrix(modules[0]).detach()
+            scales = {format.name: GridRounding(method_named("mse")(matrix, format, None), True) for format in formats}
             self.learned.append(nn.ModuleDict(scales))
         for index, modules in enumerate(self._modules_of):
             for module in dict.fromkeys(modules):
@@ -103,6 +106,15 @@ class FakeQuantization(nn.Module):
                 weight.copy_(self._weight(index, module, self.schemes[layer.name].weight))
         self.remove()
 
+    def rounder(self) -> Rounder:
+        """A rounder that gives the numbers in which the layers compute now, learned scales included: for exports."""
+        found = {
+            layer.name: self._quantized(index, weight_matrix(modules[0]).detach(), self.schemes[layer.name].weight)
+            for index, (layer, modules) in enumerate(zip(self.layers, self._modules_of, strict=True))
+            if layer.name in self.schemes
+        }
+        return Finished(f"{self.method}, trained", found, MethodRounder(self.method))
+
     def _attach(self, index: int, module: nn.Module) -> tuple["torch.utils.hooks.RemovableHandle", ...]:
         name = self.layers[index].name
 
@@ -128,16 +140,21 @@ class FakeQuantization(nn.Module):
         )
 
     def _weight(self, index: int, module: nn.Module, format: Format) -> Tensor:
-        matrix, learned = weight_matrix(module), self.learned[index]
-        assert isinstance(learned, nn.ModuleDict)
-        if format.name in learned:
-            rounded: Tensor = learned[format.name](matrix)
+        matrix, learned = weight_matrix(module), self._learned_in(index, format)
+        if learned is not None:
+            rounded: Tensor = learned(matrix)
         else:
-            rounded = straight_through(matrix, lambda weight: self._rounded(weight, format))
-        return matrix_to_weight(rounded, module)
+            rounded = straight_through(matrix, lambda weight: dequantize(self._quantized(index, weight, format)))
+        return matrix_to_weight(rounded.to(matrix.dtype), module)
 
-    def _rounded(self, matrix: Tensor, format: Format) -> Tensor:
-        return dequantize(in_format(self.method, matrix.detach(), format)).to(matrix.dtype)
+    def _quantized(self, index: int, matrix: Tensor, format: Format) -> Quantized:
+        learned = self._learned_in(index, format)
+        return in_format(self._choose, matrix.detach(), format) if learned is None else learned.quantized(matrix)
+
+    def _learned_in(self, index: int, format: Format) -> GridRounding | None:
+        learned = self.learned[index]
+        assert isinstance(learned, nn.ModuleDict)
+        return next((one for name, one in learned.items() if name == format.name), None)  # type: ignore[return-value]
 
     def _inputs(self, index: int, module: nn.Module, inputs: Tensor, format: Format) -> Tensor:
         if format.granularity != "tensor":

@@ -136,7 +136,7 @@ def test_learned_scales_are_parameters_that_get_gradients():
     assert len(list(quantization.parameters())) == 2 * len(find_layers(model))
     model(class_batches((4, 6, 6))[0][0]).square().sum().backward()
     used = {name for name, parameter in quantization.named_parameters() if parameter.grad is not None}
-    assert used == {f"learned.{index}.int3-channel.scales" for index in range(len(find_layers(model)))}
+    assert used == {f"learned.{index}.int3-channel.shift" for index in range(len(find_layers(model)))}
 
 
 @pytest.mark.parametrize("learned", [True, False])
