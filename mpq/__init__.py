@@ -1,8 +1,8 @@
 """Mixed-precision quantization search: per-layer number formats, the whole size/quality frontier, packed weights.
 
-Verbs: `profile`, `frontier`, `allocate`, `simulate`, `quantize`, `export`, `load`, `evaluate`. Nouns: `Format`,
-`Scheme`, `SensitivityTable`, `Problem`, `Frontier`, `Allocation`, `Source`. Names are imported when they are first
-used.
+Verbs: `profile`, `frontier`, `allocate`, `simulate`, `quantize`, `finetune`, `export`, `load`, `evaluate`. Nouns:
+`Format`, `Scheme`, `SensitivityTable`, `Problem`, `Frontier`, `Allocation`, `Source`, `Finetuning`, `Objective`. Names
+are imported when they are first used.
 """
 
 import os
@@ -26,19 +26,24 @@ if TYPE_CHECKING:
     from mpq.evaluation import evaluate as evaluate
     from mpq.exporters import export as export
     from mpq.exporters.mpq.checkpoint import load as load
+    from mpq.finetuning import finetune as finetune
     from mpq.quantized import simulate as simulate
     from mpq.search import frontier_of as frontier
     from mpq.search.choice import allocate as allocate
     from mpq.sensitivity.profile import profile as profile
     from mpq.sources import Source as Source
     from mpq.sources import open_source as open_source
+    from mpq.training.loop import Finetuning as Finetuning
+    from mpq.training.objective import Objective as Objective
     from mpq.verbs import quantize as quantize
 
 _HOMES = {
     "Allocation": "mpq.core.allocation:Allocation",
+    "Finetuning": "mpq.training.loop:Finetuning",
     "Format": "mpq.core.formats:Format",
     "Frontier": "mpq.core.frontier:Frontier",
     "MpqError": "mpq.core.errors:MpqError",
+    "Objective": "mpq.training.objective:Objective",
     "Problem": "mpq.core.problem:Problem",
     "Scheme": "mpq.core.scheme:Scheme",
     "SensitivityTable": "mpq.core.table:SensitivityTable",
@@ -47,6 +52,7 @@ _HOMES = {
     "build_problem": "mpq.core.problem:build_problem",
     "evaluate": "mpq.evaluation:evaluate",
     "export": "mpq.exporters:export",
+    "finetune": "mpq.finetuning:finetune",
     "frontier": "mpq.search:frontier_of",
     "load": "mpq.exporters.mpq.checkpoint:load",
     "open_source": "mpq.sources:open_source",
@@ -62,9 +68,9 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # turns before a waiting thread sleeps; read when torch is loaded
 sys.meta_path.insert(0, Moved())  # first: an old package would find its new files itself
 __all__ = [
-    "Allocation", "Format", "Frontier", "MpqError", "Problem", "Scheme", "SensitivityTable", "Source", "allocate",
-    "build_problem", "evaluate", "export", "frontier", "load", "open_source", "parse_format", "parse_scheme",
-    "profile", "quantize", "simulate",
+    "Allocation", "Finetuning", "Format", "Frontier", "MpqError", "Objective", "Problem", "Scheme",
+    "SensitivityTable", "Source", "allocate", "build_problem", "evaluate", "export", "finetune", "frontier", "load",
+    "open_source", "parse_format", "parse_scheme", "profile", "quantize", "simulate",
 ]  # fmt: skip
 
 

@@ -210,7 +210,12 @@ def checked_layers(model: nn.Module, allocation: Allocation) -> list[tuple[Layer
 
 
 class WeightRounding(nn.Module):
-    """A parametrization: the weight on the grid of its first rounding, whose scales are fixed or learned."""
+    """A parametrization: the weight on the grid of its first rounding, whose scales are fixed or learned.
+
+    Not `active`, it gives the weight as it is (`mpq.training.stages`).
+    """
+
+    active = True
 
     def __init__(self, quantized: Quantized, owner: nn.Module, learned: bool = False, method: str = "") -> None:
         super().__init__()
@@ -223,6 +228,8 @@ class WeightRounding(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rounded weight."""
+        if not self.active:
+            return weight
         return shaped(self.rounding(self._matrix(weight)), weight.shape, self.transposed).to(weight.dtype)
 
     def quantized(self, weight: Tensor) -> Quantized:
@@ -234,7 +241,9 @@ class WeightRounding(nn.Module):
 
 
 class InputRounding:
-    """A hook that rounds a layer's input to its activation format, straight-through."""
+    """A hook that rounds a layer's input to its activation format, straight-through; only while `active`."""
+
+    active = True
 
     def __init__(self, format: Format, scale: float | None = None) -> None:
         self.format, self.scale = format, scale
@@ -243,6 +252,8 @@ class InputRounding:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call with its input rounded."""
+        if not self.active:
+            return args, kwargs
         rounded = straight_through(
             call_input(args, kwargs), lambda inputs: fake_quantize_inputs(module, inputs, self.format, self.scale)
         )

@@ -1,0 +1,128 @@
+"""Fine-tuning under an allocation: a simulated copy trained against the float model, kept only where it is better."""
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.allocation import Allocation
+from mpq.core.errors import NotFiniteError
+from mpq.network.calibration import Batch, LossFn, check_batches, evaluating
+from mpq.network.parallel import processes
+from mpq.network.prepare import prepared
+from mpq.quantized import Moments, WeightRounding, simulate
+from mpq.rounding.store import Rounder
+from mpq.training.loop import Finetuning, train
+from mpq.training.objective import harms
+
+HELD_OUT = 10  # one of so many batches is kept for acceptance where none are given
+
+
+@dataclass(frozen=True, eq=False)
+class Finetuned:
+    """A fine-tuned simulation, in evaluation mode; `mpq.export` writes its numbers as they are."""
+
+    model: nn.Module
+    losses: tuple[float, ...]  # the objective at each step, on training data
+    before: float  # harm of the start on acceptance data: KL from the float model, or the loss
+    after: float  # harm of what training gave; NaN where it diverged
+    error: float  # standard error of the difference, over samples
+    kept: bool  # whether `model` is what training gave; otherwise it is the start
+    established: bool = True  # measured on data that nothing was trained on
+    note: str = ""
+
+    def verdict(self) -> str:
+        """One sentence: what fine-tuning changed on acceptance data."""
+        caveat = "" if self.established else " Not established on unseen data: there was none to spare."
+        if not math.isfinite(self.after):
+            return f"Fine-tuning broke off ({self.note}): the start is handed over.{caveat}"
+        harm = f"harm on acceptance data from {self.before:.4g} to {self.after:.4g} (+- {self.error:.1g})"
+        if self.kept:
+            return f"{len(self.losses)} steps of fine-tuning took the {harm}.{caveat}"
+        return f"{len(self.losses)} steps of fine-tuning took the {harm}: no better, the start is handed over.{caveat}"
+
+
+def finetune(
+    model: nn.Module,
+    allocation: Allocation,
+    batches: Iterable[Batch],
+    loss_fn: LossFn,
+    settings: Finetuning | None = None,
+    *,
+    acceptance: Iterable[Batch] | None = None,
+    method: str | Rounder = "mse",
+    second_moments: Moments | None = None,
+    teacher: nn.Module | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = False,
+) -> Finetuned:
+    """Train a model in an allocation's formats: quantization-aware, distilled from the float model.
+
+    The result is never worse on acceptance data than the model before training, which is handed over otherwise. Under
+    `torchrun`, or where a process group exists, all processes call this together and share every batch.
+
+    Args:
+        model: the float model, or one whose weights training starts from; left as it is.
+        allocation: layers and schemes.
+        batches: training data.
+        loss_fn: calls a model on a batch and gives its mean loss, as in `mpq.profile`.
+        settings: steps, rates and objective (`mpq.Finetuning`).
+        acceptance: data that only compares the result with the start; left out, a tenth of the batches.
+        method: first rounding, by name or as a rounder, with the `second_moments` that it may need.
+        teacher: the float model, where `model` is not.
+        checkpoint: a file from which an interrupted training goes on; removed when it is finished.
+        progress: show steps, loss and time left.
+
+    Raises:
+        MpqError: what `mpq.simulate` refuses, data that are empty or NaN, or a checkpoint of another training.
+    """
+    settings, model = settings or Finetuning(), prepared(model)
+    teacher = model if teacher is None else prepared(teacher)
+    data = check_batches(batches)
+    established = acceptance is not None or len(data) > 1
+    if acceptance is not None:
+        unseen = check_batches(acceptance)
+    else:
+        held = max(1, len(data) // HELD_OUT)
+        data, unseen = (data[:-held], data[-held:]) if established else (data, data)
+    types = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    student = simulate(model, allocation, method, second_moments, learned=settings.learned).float()
+    path = None if checkpoint is None else Path(checkpoint)
+    with processes(str(next(student.parameters()).device)), evaluating(teacher):
+        start = copy.deepcopy(student.state_dict())
+        before, note = harms(student.eval(), teacher, unseen, loss_fn, settings.objective), ""
+        losses: tuple[float, ...] = ()
+        after = torch.full_like(before, math.nan)
+        try:
+            losses = train(student, teacher, data, loss_fn, settings, checkpoint=path, progress=progress)
+            after = harms(student, teacher, unseen, loss_fn, settings.objective)
+        except NotFiniteError as error:
+            note = str(error)
+    kept = bool(after.mean() < before.mean())
+    if not kept:
+        student.load_state_dict(start)
+    _restore_types(student.eval(), types)
+    if path is not None:
+        path.unlink(missing_ok=True)
+    difference = after - before
+    spread = float(difference.std() / len(difference) ** 0.5) if len(difference) > 1 else math.nan
+    return Finetuned(student, losses, float(before.mean()), float(after.mean()), spread, kept, established, note)
+
+
+@torch.no_grad()
+def _restore_types(student: nn.Module, types: dict[str, torch.dtype]) -> None:
+    """Parameters in the model's own types; weights are put on their grid first, so that no code changes."""
+    for name, module in list(student.named_modules()):
+        if name.endswith(".parametrizations.weight"):
+            rounding, original = module[-1], module.original
+            assert isinstance(rounding, WeightRounding)
+            assert isinstance(original, Tensor)
+            original.copy_(rounding(original))
+    for name, parameter in student.named_parameters():
+        own = types.get(name.replace(".parametrizations.weight.original", ".weight"))
+        if own is not None and parameter.dtype != own:
+            parameter.data = parameter.data.to(own)

@@ -1,0 +1,196 @@
+"""The loop of quantization-aware fine-tuning: a simulated student, the float model as its teacher."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from mpq.core.errors import MpqError, NotFiniteError
+from mpq.network.calibration import Batch, LossFn, evaluating, samples_in, seeded, take, tensors_in
+from mpq.network.fingerprint import fingerprint
+from mpq.network.parallel import place, total
+from mpq.training.batchnorm import freeze_batchnorm
+from mpq.training.checkpoint import resume, save
+from mpq.training.objective import Objective, objective_loss
+
+OPTIMIZERS = ("adam", "sgd")
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """How a student is trained.
+
+    Raises:
+        MpqError: a number out of its range.
+    """
+
+    steps: int = 300
+    lr: float = 1e-4  # of weights, falling to zero along half a cosine
+    scale_lr: float = 1e-3  # of learned scales, relative to each scale; with SGD, `lr` is LSQ's rate for them too
+    optimizer: str = "adam"  # or "sgd"
+    momentum: float = 0.9  # of SGD
+    accumulate: int = 1  # batches of a step
+    objective: Objective = field(default_factory=Objective)
+    learned: bool = True  # whether scales are parameters (LSQ)
+    freeze_batchnorm: bool = False  # keep the statistics of batch normalizations
+    bfloat16: bool = False  # compute in bfloat16, with weights in float32
+    save_every: int = 50  # steps between checkpoints
+    seed: int = 0  # of the order of the data and of dropout
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.accumulate < 1 or self.save_every < 1:
+            raise MpqError("invalid fine-tuning: expected steps, accumulate and save_every of at least 1")
+        if not (0 < self.lr < math.inf and 0 <= self.scale_lr < math.inf and 0 <= self.momentum < 1):
+            raise MpqError(
+                f"invalid fine-tuning: expected a positive lr, not {self.lr}, and a momentum in [0, 1), "
+                f"not {self.momentum}"
+            )
+        if self.optimizer not in OPTIMIZERS:
+            raise MpqError(f"unknown optimizer {self.optimizer!r}: take adam or sgd")
+
+
+def train(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Sequence[Batch],
+    loss_fn: LossFn,
+    settings: Finetuning,
+    *,
+    checkpoint: Path | None = None,
+    progress: bool = False,
+) -> tuple[float, ...]:
+    """Train the student in place; the objective at every step.
+
+    Data come in a new random order each time round. Inside `mpq.network.parallel.processes()` each process takes its
+    share of every batch and gradients are summed, so that the losses are those of one process but for rounding and for
+    batch statistics, which each process takes of its own share.
+
+    Args:
+        student: simulated and trainable.
+        teacher: the float model; left as it is.
+        batches: training data.
+        loss_fn: calls a model on a batch; its value counts for the objective's task.
+        settings: how.
+        checkpoint: a file that is written every so many steps; where it exists, training goes on from it, and ends as
+            if it had not been interrupted.
+        progress: show steps, loss and time left.
+
+    Raises:
+        NotFiniteError: a loss that is NaN or infinite.
+        MpqError: a checkpoint of another training.
+    """
+    optimizer = _optimizer(student, settings)
+    identity = _identity(student, batches, settings)
+    losses = resume(checkpoint, identity, student, optimizer)
+    order = _steps(batches, settings)
+    for _ in losses:
+        next(order)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(teacher))
+        student.train()
+        if settings.freeze_batchnorm:
+            for handle in freeze_batchnorm(student):
+                stack.callback(handle.remove)
+        bar = stack.enter_context(
+            tqdm(
+                total=settings.steps, initial=len(losses), desc="fine-tuning", disable=None if progress else True,
+                leave=False,
+            )
+        )  # fmt: skip
+        for step in range(len(losses), settings.steps):
+            losses.append(_step(student, teacher, next(order), loss_fn, settings, optimizer, step))
+            bar.set_postfix(loss=f"{losses[-1]:.4g}", refresh=False)
+            bar.update()
+            if checkpoint is not None and (step + 1) % settings.save_every == 0 and place()[0] == 0:
+                save(checkpoint, identity, student, optimizer, losses)
+    student.eval()
+    return tuple(losses)
+
+
+def _step(
+    student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, settings: Finetuning,
+    optimizer: torch.optim.Optimizer, step: int,
+) -> float:  # fmt: skip
+    rate = 0.5 + 0.5 * math.cos(math.pi * step / settings.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * rate
+    optimizer.zero_grad()
+    device = next(student.parameters()).device
+    summed = torch.zeros((), dtype=torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(int(torch.randint(2**62, (), generator=seeded(settings.seed, "fine-tuning", step))))
+        for batch in batches:
+            own = _own_part(batch)
+            if own is None:
+                continue
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
+                loss = objective_loss(student, teacher, own, loss_fn, settings.objective)
+            share = samples_in(own) / samples_in(batch) / len(batches)
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            summed += loss.item() * share
+    value = total({"loss": summed})["loss"].item()
+    if not math.isfinite(value):
+        raise NotFiniteError(f"the loss of step {step + 1} is {value}: lower lr ({settings.lr:g})")
+    _sum_gradients(student)
+    optimizer.step()
+    return value
+
+
+def _own_part(batch: Batch) -> Batch | None:
+    rank, count = place()
+    samples = list(range(rank, samples_in(batch), count))
+    return batch if count == 1 else take(batch, samples) if samples else None
+
+
+def _sum_gradients(student: nn.Module) -> None:
+    if place()[1] == 1:
+        return
+    parameters = dict(student.named_parameters())
+    known = {name: one.grad for name, one in parameters.items() if one.grad is not None}
+    for name, gradient in total(known).items():
+        parameters[name].grad = gradient
+
+
+def _optimizer(student: nn.Module, settings: Finetuning) -> torch.optim.Optimizer:
+    named = [(name, one) for name, one in student.named_parameters() if one.requires_grad]
+    scales = [one for name, one in named if name.endswith(".shift")]
+    others = [one for name, one in named if not name.endswith(".shift")]
+    groups: list[dict[str, Any]] = [{"params": others, "lr": settings.lr}]
+    if scales:
+        groups.append({"params": scales, "lr": settings.lr if settings.optimizer == "sgd" else settings.scale_lr})
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=settings.momentum)
+    return torch.optim.Adam(groups)
+
+
+def _steps(batches: Sequence[Batch], settings: Finetuning) -> Iterator[list[Batch]]:
+    """The batches of each step; all data in a new random order each time round."""
+
+    def one_by_one() -> Iterator[Batch]:
+        generator = seeded(settings.seed, "fine-tuning")
+        while True:
+            for index in torch.randperm(len(batches), generator=generator).tolist():
+                yield batches[index]
+
+    order = one_by_one()
+    while True:
+        yield [next(order) for _ in range(settings.accumulate)]
+
+
+def _identity(student: nn.Module, batches: Sequence[Batch], settings: Finetuning) -> dict[str, str]:
+    """What must be the same for a training to go on."""
+    values = {name: str(value) for name, value in asdict(settings).items() if name != "save_every"}
+    start = fingerprint(list(student.state_dict().values()))
+    return {
+        **values,
+        "model": start,
+        "data": fingerprint([tensor for batch in batches for tensor in tensors_in(batch)]),
+    }
