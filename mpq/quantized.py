@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mpq.core.allocation import Allocation, check_allocation
+from mpq.core.cache import CacheFormats
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
+from mpq.kernels.kv_cache import round_vectors
 from mpq.kernels.layout import Packed, pack
 from mpq.kernels.mixed import packed_weight
 from mpq.kernels.modules import PackedLinear, packed_module
 from mpq.kernels.stacked import Stack, stackable
+from mpq.network.cached import change_cached
 from mpq.network.calls import call_input, with_call_input
 from mpq.network.layers import FUSED, is_transposed, layer_kind, matrix_to_weight, own_code, shaped, weight_matrix
 from mpq.network.prepare import prepared
@@ -57,9 +60,11 @@ def simulate(
     model = prepared(model)
     if not trainable:
         rounded = quantized_layers(model, allocation, method, second_moments)
-        return simulate_rounded(
+        simulated = simulate_rounded(
             model, ((layer, scheme, dequantize(matrix)) for layer, scheme, matrix in rounded), ranges
         )
+        round_cache(simulated, allocation.cache)
+        return simulated
     simulated = copy.deepcopy(model)
     rounder = rounder_of(method, second_moments)
     for layer, scheme, quantized in quantized_layers(simulated, allocation, rounder):
@@ -68,6 +73,7 @@ def simulate(
         for holder, name in holders(simulated, modules[0].weight):  # type: ignore[arg-type]
             parametrize.register_parametrization(holder, name, rounding, unsafe=True)
         round_inputs(modules, scheme, (ranges or {}).get(layer.name))
+    round_cache(simulated, allocation.cache)
     return simulated
 
 
@@ -98,6 +104,23 @@ def round_inputs(
     rounding = InputRounding(scheme.activation, static_scale(scheme.activation, span) if static else None)
     users = [module for module in modules if not isinstance(module, nn.Embedding)]
     return [module.register_forward_pre_hook(rounding, with_kwargs=True) for module in users]
+
+
+def round_cache(model: nn.Module, cache: CacheFormats | None) -> list[torch.utils.hooks.RemovableHandle]:
+    """Round keys and values, straight-through, as the model caches them; the hooks. None leaves them as they are."""
+    return [] if cache is None else change_cached(model, CacheRounding(cache))
+
+
+class CacheRounding:
+    """What keys and values pass through on their way into a cache."""
+
+    def __init__(self, cache: CacheFormats) -> None:
+        self.cache, self.format_of = cache, cache.format_of
+
+    def __call__(self, name: str, vectors: Tensor) -> Tensor:
+        """Vectors (batch, heads, tokens, width) of an entry, rounded."""
+        format = self.format_of.get(name)
+        return vectors if format is None else straight_through(vectors, lambda values: round_vectors(values, format))
 
 
 def pack_model(

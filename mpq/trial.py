@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
+from mpq.core.cache import CacheFormats
 from mpq.core.scheme import Scheme
 from mpq.network.batchnorm import put_means, stored_means
 from mpq.network.layers import matrix_to_weight, weight_matrix
-from mpq.quantized import checked_layers, round_inputs
+from mpq.quantized import checked_layers, round_cache, round_inputs
 from mpq.rounding.reference import dequantize
 from mpq.rounding.store import Rounder
 
@@ -23,6 +24,8 @@ class Trial:
         self.model = copy.deepcopy(original)
         self._held: dict[str, tuple[Rounder, Scheme]] = {}
         self._hooks: dict[str, list[torch.utils.hooks.RemovableHandle]] = {}
+        self._cache: CacheFormats | None = None
+        self._cache_hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @torch.no_grad()
     def take_on(
@@ -47,5 +50,9 @@ class Trial:
                 hook.remove()
             self._hooks[layer.name] = round_inputs(modules, scheme)
             self._held[layer.name] = wanted
+        if allocation.cache != self._cache:
+            for hook in self._cache_hooks:
+                hook.remove()
+            self._cache, self._cache_hooks = allocation.cache, round_cache(self.model, allocation.cache)
         put_means(self.model, {**stored_means(self.original), **(means or {})})
         return self.model

@@ -7,6 +7,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
+from mpq.core.cache import CacheFormats
 from mpq.core.errors import MpqError
 from mpq.core.frontier import Frontier
 from mpq.core.problem import Array, build_problem
@@ -52,6 +53,9 @@ def frontier_of(
     ties: bool = True,
     costs: Mapping[str, Array] | None = None,
     budgets: Mapping[str, float | str] | None = None,
+    context: int = 0,
+    batch: int = 1,
+    cache: CacheFormats | None = None,
     **options: Any,
 ) -> Frontier:
     """Pareto frontier of predicted loss against cost: `mpq.frontier`.
@@ -64,11 +68,24 @@ def frontier_of(
         ties: whether layers that serving kernels fuse share a scheme.
         costs: further costs, name -> (layers, schemes).
         budgets: largest totals by cost name ("size", "bitops"), for searches that keep several.
+        context: tokens to cache of each of `batch` texts: keys and values are chosen too, and "cache" and "memory" are
+            further costs, in bytes.
+        cache: formats of keys and values for all allocations, where they are not chosen here.
 
     Raises:
         MpqError: what `mpq.core.problem.build_problem` and the search refuse.
     """
-    problem = build_problem(table, pin=pin, forbid=forbid, ties=ties, costs=costs, budgets=budgets)
+    problem = build_problem(
+        table,
+        pin=pin,
+        forbid=forbid,
+        ties=ties,
+        costs=costs,
+        budgets=budgets,
+        context=context,
+        batch=batch,
+        cache=cache,
+    )
     function = search_named(search)
     known = signature(function).parameters.values()
     required = [one.name for one in known if one.kind is one.KEYWORD_ONLY and one.default is one.empty]

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from mpq.core.cache import cache_name, parse_cache_format
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import DEFAULT_FORMATS
 from mpq.core.layer import Layer
 from mpq.core.registry import Entry, Metric
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.core.table import SensitivityTable
-from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in, tensors_in
+from mpq.network.cached import find_cached
+from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in, take, tensors_in
 from mpq.network.coverage import coverage
 from mpq.network.fingerprint import fingerprint, model_fingerprint
 from mpq.network.layers import find_layers
@@ -26,6 +28,7 @@ from mpq.network.storage import other_bytes
 from mpq.rounding import METHODS
 from mpq.rounding.store import MethodRounder, Rounder, moments_needed
 from mpq.sensitivity import DEFAULT_METRIC, METRICS, check_granularity
+from mpq.sensitivity.cached import cache_scores
 from mpq.sensitivity.evidence import flat_loss, reaching, without_evidence
 from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.rows import Mixed, ladder
@@ -50,6 +53,7 @@ def profile(
     provenance: Mapping[str, Any] | None = None,
     offload: str | None = None,
     granularity: str = "layer",
+    cache: Sequence[str] = (),
 ) -> SensitivityTable:
     """Predict the loss increase of every layer in every scheme.
 
@@ -77,6 +81,8 @@ def profile(
             time, twice for each backward pass. Batches must be there. Not for metrics of second derivatives.
         granularity: "layer", or "row": mixes of formats by rows are scored too (`mpq.sensitivity.rows`), at several
             sizes for each family of formats that differ in width alone. The metric must score by row.
+        cache: formats of cached keys and values (`mpq.core.cache`), which then are entries of the table too, scored by
+            `mpq.sensitivity.cached.cache_scores` whatever the metric.
 
     Raises:
         MpqError: empty or NaN data (naming the batch), no layers, unknown names, a score that is NaN or infinite
@@ -88,6 +94,8 @@ def profile(
     _check_options(scorer, options or {})
     check_granularity(granularity, metric)
     layers = find_layers(model, include, exclude)
+    cache_formats = tuple(dict.fromkeys(parse_cache_format(name) for name in cache))
+    entries = find_cached(model, take(batches[0], slice(0, 1)), loss_fn) if cache else ()
     if offload is not None and scorer.second_order:
         raise MpqError(f"{metric} differentiates twice, which does not go with offload: take {DEFAULT_METRIC}")
     with evaluating(model), offloaded(model, offload) if offload is not None else nullcontext():
@@ -102,7 +110,7 @@ def profile(
             "schemes": names, "layers": [layer.name for layer in layers],
             "weights": model_fingerprint(model), "loss": f"{_name_of(loss_fn)}: {reference:.4g}",
             "data": fingerprint(tensor for batch in batches for tensor in tensors_in(batch)),
-            "granularity": granularity,
+            "granularity": granularity, **({"cache": list(map(cache_name, cache_formats))} if cache else {}),
         }  # fmt: skip
         rounder = method
         if isinstance(rounder, str):
@@ -113,6 +121,7 @@ def profile(
         mixed = _scored(task, scorer, granularity, options or {})
         _check_finite(layers, scheme_tuple, metric, mixed.scores)
         (scores, errors), reasons = without_evidence(task, mixed.scores, reached, scorer.compares_losses)
+        cached = cache_scores(task, entries, cache_formats) if cache else None
     recorded: dict[str, Any] = {
         "metric": metric, "options": dict(options or {}), "method": rounding, "seed": seed,
         "nsamples": sum(samples_in(batch) for batch in batches), "reference_loss": reference,
@@ -122,6 +131,8 @@ def profile(
     names = tuple(scheme.name for scheme in mixed.schemes)
     assignments = {name: own for name, own in mixed.assignments.items() if own and name not in reasons}
     table = SensitivityTable(layers, names, scores, errors, metric, recorded, reasons, assignments)
+    if cached is not None:
+        table = table.with_entries(entries, [Scheme(one, cached=True).name for one in cache_formats], *cached)
     journal.close()
     return table
 

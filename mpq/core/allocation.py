@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mpq.core.cache import CacheFormats
 from mpq.core.costs import bitops, weight_bytes
 from mpq.core.edits import CHECKSUM, check_edits, checksum
 from mpq.core.errors import MpqError
@@ -40,6 +41,7 @@ class Allocation:
     overhead: int = 0  # bytes of tensors that no scheme changes: norms, biases, layers left out
     provenance: Mapping[str, Any] = field(default_factory=dict)  # JSON values
     assignments: Mapping[str, str] = field(default_factory=dict)  # of mixes, by layer name: `mpq.core.mix.Mix`
+    cache: CacheFormats | None = None  # of keys and values; None leaves them in the model's floating point
 
     def __post_init__(self) -> None:
         if len(self.layers) != len(self.schemes):
@@ -55,6 +57,8 @@ class Allocation:
         counts = Counter(self.schemes).most_common()
         more = f", and {len(counts) - 4} more" if len(counts) > 4 else ""
         summary = ", ".join(f"{count} x {scheme}" for scheme, count in counts[:4]) + more
+        if self.cache is not None:
+            summary += f"; cache at {self.cache.bits:.3f} bits"
         return f"Allocation({len(self.layers)} layers at {self.bits:.3f} bits{loss}: {summary})"
 
     @property
@@ -74,6 +78,10 @@ class Allocation:
     def total(self) -> int:
         """Stored bytes of the whole model."""
         return self.size + self.overhead
+
+    def memory(self, context: int, batch: int = 1) -> int:
+        """Bytes of the whole model, and of keys and values after `context` tokens of each of `batch` texts."""
+        return self.total + (self.cache.nbytes(context, batch) if self.cache is not None else 0)
 
     @property
     def bits(self) -> float:
@@ -102,6 +110,10 @@ class Allocation:
         kept |= {name: mix.assignment for name, mix in given.items() if mix.assignment}
         return replace(self, schemes=tuple(changed), loss=math.nan, error=math.nan, assignments=kept)
 
+    def with_cache(self, cache: CacheFormats | None) -> "Allocation":
+        """A copy with other formats of keys and values; the predicted loss becomes NaN."""
+        return replace(self, cache=cache, loss=math.nan, error=math.nan)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON with a checksum, atomically; `load` returns an equal allocation."""
         values = self.to_json()
@@ -124,6 +136,7 @@ class Allocation:
             "provenance": dict(self.provenance),
             "layers": {layer.name: {"scheme": name, **_record(layer)} for layer, name in pairs},
             **({"assignments": dict(self.assignments)} if self.assignments else {}),
+            **({"cache": self.cache.to_json()} if self.cache is not None else {}),
         }
 
     @classmethod
@@ -137,6 +150,7 @@ class Allocation:
             layers, schemes, _number(values["loss"]), _number(values["error"]),
             str(values["metric"]), int(values["overhead"]), dict(values["provenance"]),
             dict(values.get("assignments", {})),
+            CacheFormats.from_json(values["cache"]) if "cache" in values else None,
         )  # fmt: skip
         if allocation.size != values["size"]:
             raise ValueError(f"the schemes take {allocation.size} bytes, the file says {values['size']}")
@@ -177,7 +191,7 @@ def _check_assignments(allocation: Allocation) -> None:
 
 
 def _record(layer: Layer) -> dict[str, Any]:
-    return {item.name: getattr(layer, item.name) for item in fields(layer) if item.name != "name"}
+    return {item.name: getattr(layer, item.name) for item in fields(layer) if item.name not in ("name", "window")}
 
 
 def _layer(name: str, record: Mapping[str, Any]) -> Layer:

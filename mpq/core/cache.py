@@ -4,12 +4,15 @@ A vector is a row of its own, so whatever it needs to be read is stored with it.
 have to be known before its tokens, is one: fp8-e4m3 is a cast, and nvfp4 has its group scales alone.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format, parse_format
 from mpq.core.grids import int_grid
+from mpq.core.layer import Layer
 from mpq.core.mix import is_mix
 
 # Candidates of a search, by rising bytes of a head of 64.
@@ -68,3 +71,71 @@ def head_bytes(format: Format, width: int) -> int:
     """
     whole = 4 * format.tensor_scale + 4 * (format.granularity == "tensor")
     return format.nbytes(1, width) - whole
+
+
+@dataclass(frozen=True)
+class CacheFormats:
+    """The format of every attention layer's keys and values.
+
+    Raises:
+        MpqError: not one known format for each entry.
+    """
+
+    entries: tuple[Layer, ...]
+    names: tuple[str, ...]  # canonical names of formats, one for each entry
+
+    def __post_init__(self) -> None:
+        if len(self.entries) != len(self.names):
+            raise MpqError(f"expected one cache format for each of {len(self.entries)} entries, not {len(self.names)}")
+        object.__setattr__(self, "names", tuple(cache_name(parse_cache_format(name)) for name in self.names))
+
+    @classmethod
+    def uniform(cls, entries: tuple[Layer, ...], name: str) -> "CacheFormats":
+        """One format for all."""
+        return cls(entries, (name,) * len(entries))
+
+    @property
+    def format_of(self) -> dict[str, Format]:
+        """Format by entry name."""
+        return {one.name: parse_cache_format(name) for one, name in zip(self.entries, self.names, strict=True)}
+
+    @property
+    def bits(self) -> float:
+        """Stored bits of a cached number, scales counted, averaged over all entries."""
+        return 8 * self.nbytes(1) / sum(entry.params for entry in self.entries)
+
+    def nbytes(self, context: int, batch: int = 1) -> int:
+        """Bytes after `context` tokens of each of `batch` texts."""
+        sizes = (entry.rows * head_bytes(self.format_of[entry.name], entry.cols) for entry in self.entries)
+        return batch * sum(size * entry.tokens(context) for size, entry in zip(sizes, self.entries, strict=True))
+
+    def tokens_in(self, memory: float, batch: int = 1) -> int:
+        """The longest context that this memory holds for each of `batch` texts; -1 where windows never fill it."""
+        if (
+            all(entry.window for entry in self.entries)
+            and self.nbytes(max(e.window for e in self.entries), batch) <= memory
+        ):
+            return -1
+        low, high = 0, 1
+        while self.nbytes(high, batch) <= memory:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.nbytes(middle, batch) <= memory else (low, middle)
+        return low
+
+    def to_json(self) -> dict[str, Any]:
+        """By entry name; the inverse of `from_json`."""
+        return {
+            entry.name: {"format": name, "heads": entry.rows, "width": entry.cols, "window": entry.window}
+            for entry, name in zip(self.entries, self.names, strict=True)
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Mapping[str, Any]]) -> "CacheFormats":
+        """KeyError, TypeError or ValueError for invalid values."""
+        entries = tuple(
+            Layer(name, name.rpartition(".")[2], int(own["heads"]), int(own["width"]), window=int(own["window"]))
+            for name, own in values.items()
+        )
+        return cls(entries, tuple(str(own["format"]) for own in values.values()))

@@ -1,13 +1,27 @@
 """Costs of a layer in a scheme: stored bytes and bit operations."""
 
+from mpq.core.cache import head_bytes
+from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 
 FLOAT_ACTIVATION_BITS = 16  # activations that are not quantized run in a 16-bit float
 
 
 def weight_bytes(scheme: Scheme, rows: int, cols: int) -> int:
-    """Stored bytes of a (rows, cols) weight, including scales and padding."""
-    return scheme.weight.nbytes(rows, cols)
+    """Stored bytes of a (rows, cols) weight, including scales and padding; of a token's keys or values."""
+    return rows * head_bytes(scheme.weight, cols) if scheme.cached else scheme.weight.nbytes(rows, cols)
+
+
+def file_bytes(layer: Layer, scheme: Scheme) -> int:
+    """Stored bytes of a layer in a checkpoint, which holds no keys and values."""
+    return 0 if layer.is_cached else weight_bytes(scheme, layer.rows, layer.cols)
+
+
+def cache_bytes(layer: Layer, scheme: Scheme, context: int, batch: int = 1) -> int:
+    """Bytes that keys or values take after `context` tokens of each of `batch` texts; 0 for a weight."""
+    if not (layer.is_cached and scheme.cached):
+        return 0
+    return batch * layer.tokens(context) * weight_bytes(scheme, layer.rows, layer.cols)
 
 
 def bitops(scheme: Scheme, macs: int) -> float:

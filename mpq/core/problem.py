@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.core.allocation import Allocation
-from mpq.core.costs import bitops, weight_bytes
+from mpq.core.cache import CacheFormats, cache_name
+from mpq.core.costs import bitops, cache_bytes, file_bytes
 from mpq.core.errors import MpqError
 from mpq.core.evidence import supported
 from mpq.core.layer import Layer
@@ -20,6 +21,7 @@ from mpq.core.table import SensitivityTable
 
 Array = NDArray[np.float64]
 Choices = NDArray[np.intp]  # (groups,), a scheme's index for each
+BYTES = ("size", "cache", "memory")  # costs in bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,7 @@ class Problem:
     overhead: int = 0  # bytes that no scheme changes
     provenance: Mapping[str, Any] = field(default_factory=dict)
     assignments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of the table
+    cache: CacheFormats | None = None  # of keys and values that are no part of the problem
 
     @classmethod
     def from_table(cls, table: SensitivityTable, **restrictions: Any) -> "Problem":
@@ -54,7 +57,7 @@ class Problem:
     @property
     def weights(self) -> int:
         """Number of weights in all layers."""
-        return sum(layer.params for layer in self.layers)
+        return sum(layer.params for layer in self.layers if not layer.is_cached)
 
     def group_name(self, group: int) -> str:
         """The name of the tie or of the single layer."""
@@ -80,12 +83,14 @@ class Problem:
         by_layer = {
             layer: self.schemes[choice] for group, choice in zip(self.groups, choices, strict=True) for layer in group
         }
-        schemes = tuple(by_layer[index] for index in range(len(self.layers)))
-        pairs = {layer.name: scheme for layer, scheme in zip(self.layers, schemes, strict=True)}
-        found = {name: self.assignments.get(name, {}).get(scheme, "") for name, scheme in pairs.items()}
+        pairs = [(layer, by_layer[index]) for index, layer in enumerate(self.layers)]
+        entries = {layer: cache_name(parse_scheme(scheme).weight) for layer, scheme in pairs if layer.is_cached}
+        weights = {layer: scheme for layer, scheme in pairs if not layer.is_cached}
+        found = {layer.name: self.assignments.get(layer.name, {}).get(scheme, "") for layer, scheme in pairs}
         return Allocation(
-            self.layers, schemes, *self.prediction(choices), self.metric, self.overhead, self.provenance,
-            {name: assignment for name, assignment in found.items() if assignment},
+            tuple(weights), tuple(weights.values()), *self.prediction(choices), self.metric, self.overhead,
+            self.provenance, {name: assignment for name, assignment in found.items() if assignment},
+            CacheFormats(tuple(entries), tuple(entries.values())) if entries else self.cache,
         )  # fmt: skip
 
     def prediction(self, choices: NDArray[np.integer[Any]]) -> tuple[float, float]:
@@ -94,9 +99,22 @@ class Problem:
         return float(self.losses[picked].sum()), float(np.sqrt(self.variances[picked].sum()))
 
     def uniform(self) -> tuple[tuple[str, Allocation], ...]:
-        """Uniform allocations, (name, allocation), for the formats that every group can take; mixes are none."""
-        possible = [j for j in np.flatnonzero(np.isfinite(self.losses).all(0)).tolist() if not self.is_mix(j)]
-        return tuple((self.schemes[j], self.allocation([j] * len(self.groups))) for j in possible)
+        """Uniform allocations, (name, allocation), for the formats that every group can take; mixes are none.
+
+        With keys and values, one format for all weights and one for the cache: every pair of them.
+        """
+        cached = np.array([self.layers[group[0]].is_cached for group in self.groups])
+
+        def possible(groups: NDArray[np.bool_]) -> list[int]:
+            fits = np.flatnonzero(np.isfinite(self.losses[groups]).all(0)).tolist()
+            return [j for j in fits if not self.is_mix(j)]
+
+        if not cached.any():
+            return tuple((self.schemes[j], self.allocation([j] * len(self.groups))) for j in possible(~cached))
+        pairs = ((j, k) for j in possible(~cached) for k in possible(cached))
+        return tuple(
+            (f"{self.schemes[j]} + {self.schemes[k]}", self.allocation(np.where(cached, k, j))) for j, k in pairs
+        )
 
     def is_mix(self, scheme: int) -> bool:
         """Whether the scheme of this index is a mix."""
@@ -111,6 +129,9 @@ def build_problem(
     ties: bool = True,
     costs: Mapping[str, Array] | None = None,
     budgets: Mapping[str, float | str] | None = None,
+    context: int = 0,
+    batch: int = 1,
+    cache: CacheFormats | None = None,
 ) -> Problem:
     """Build the problem of a table.
 
@@ -122,21 +143,27 @@ def build_problem(
         ties: whether tied layers (q/k/v, gate/up) share a scheme.
         costs: further costs beside "size" and "bitops", name -> (layers, schemes).
         budgets: largest totals by cost name, for every allocation; "size" may be text as "500MB".
+        context: tokens to cache of each of `batch` texts. Where there are some, the table's keys and values are part of
+            the problem, with the costs "cache" in bytes and "memory", that and "size"; otherwise they are left out.
+        cache: formats of keys and values for all allocations, where these are left out.
 
     Raises:
         MpqError: a pattern without a match, an unknown cost, a group with no scheme left (named), or a layer without
             scores when no layer of its kind has any.
     """
+    if not context:
+        table = table.weights()
     names = [layer.name for layer in table.layers]
-    pinned = {name for pattern in pin or {} for name in match_names(pattern, names)}
+    alike = {cached: [one.name for one in table.layers if one.is_cached == cached] for cached in (False, True)}
+    pins = {pattern: parse_scheme(scheme) for pattern, scheme in (pin or {}).items()}
+    pinned = {name for pattern, scheme in pins.items() for name in match_names(pattern, alike[scheme.cached])}
     scores, errors, assumed = supported(table, pinned)
     losses = np.where(np.isnan(scores), np.inf, scores)
-    for pattern, scheme in (pin or {}).items():
-        pinned_scheme = parse_scheme(scheme).name
-        if pinned_scheme not in table.schemes:
-            raise MpqError(f"cannot pin {pattern} to {pinned_scheme}: the table has {', '.join(table.schemes)}")
-        for name in match_names(pattern, names):
-            losses[names.index(name), [j for j, other in enumerate(table.schemes) if other != pinned_scheme]] = np.inf
+    for pattern, scheme in pins.items():
+        if scheme.name not in table.schemes:
+            raise MpqError(f"cannot pin {pattern} to {scheme.name}: the table has {', '.join(table.schemes)}")
+        for name in match_names(pattern, alike[scheme.cached]):
+            losses[names.index(name), [j for j, other in enumerate(table.schemes) if other != scheme.name]] = np.inf
     for pattern, schemes in (forbid or {}).items():
         columns = [table.schemes.index(scheme) for scheme in match_names(schemes, table.schemes, "scheme")]
         for name in match_names(pattern, names):
@@ -144,14 +171,17 @@ def build_problem(
     groups = _groups(table.layers, ties)
     parsed = [parse_scheme(scheme) for scheme in table.schemes]
     by_layer: dict[str, Array] = {
-        "size": _cost(table.layers, parsed, lambda layer, scheme: weight_bytes(scheme, layer.rows, layer.cols)),
+        "size": _cost(table.layers, parsed, file_bytes),
         "bitops": _cost(table.layers, parsed, lambda layer, scheme: bitops(scheme, layer.macs)),
         **(costs or {}),
     }
+    if context:
+        by_layer["cache"] = _cost(table.layers, parsed, lambda one, scheme: cache_bytes(one, scheme, context, batch))
+        by_layer["memory"] = by_layer["size"] + by_layer["cache"]
     for name in budgets or {}:
         if name not in by_layer:
             raise MpqError(f"unknown cost {name!r} of a budget: expected one of {', '.join(by_layer)}")
-    most = {name: parse_size(limit) if name == "size" else float(limit) for name, limit in (budgets or {}).items()}
+    most = {name: parse_size(limit) if name in BYTES else float(limit) for name, limit in (budgets or {}).items()}
     for name, limit in most.items():
         if not math.isfinite(limit) or limit < 0:
             raise MpqError(f"invalid budget {name}={limit}: expected a finite number of at least 0")
@@ -159,7 +189,7 @@ def build_problem(
         table.layers, table.schemes, groups, _summed(losses, groups), _summed(errors**2, groups),
         {name: _summed(np.asarray(cost, dtype=np.float64), groups) for name, cost in by_layer.items()},
         most, table.metric, int(table.provenance.get("overhead", 0)), {**table.provenance, **assumed},
-        table.assignments,
+        table.assignments, cache,
     )  # fmt: skip
     for group in np.flatnonzero(~np.isfinite(problem.losses).any(1)).tolist():
         raise MpqError(

@@ -5,8 +5,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
@@ -24,7 +24,9 @@ from mpq.core.scheme import parse_scheme
 if TYPE_CHECKING:
     import pandas
 
-COLUMNS = ("layer", "kind", "rows", "cols", "macs", "tie", "aliases", "metric", "format", "bytes", "score", "error")
+COLUMNS = (
+    "layer", "kind", "rows", "cols", "macs", "tie", "aliases", "window", "metric", "format", "bytes", "score", "error",
+)  # fmt: skip
 ROW_COUNT = "rows"  # header key: number of rows, so that a truncated file is detected
 ASSIGNMENTS = "assignments"  # header key: which row of a layer has which format, for mixes
 REASONS = "reasons"  # header key: reasons for missing scores
@@ -91,6 +93,38 @@ class SensitivityTable:
 
     __hash__ = None  # type: ignore[assignment]
 
+    @property
+    def entries(self) -> tuple[Layer, ...]:
+        """Keys and values among the layers."""
+        return tuple(layer for layer in self.layers if layer.is_cached)
+
+    def weights(self) -> "SensitivityTable":
+        """The table without keys and values, and without their schemes."""
+        rows = [i for i, layer in enumerate(self.layers) if not layer.is_cached]
+        columns = [j for j, scheme in enumerate(self.schemes) if not parse_scheme(scheme).cached]
+        if len(rows) == len(self.layers):
+            return self
+        return replace(
+            self, layers=tuple(self.layers[i] for i in rows), schemes=tuple(self.schemes[j] for j in columns),
+            scores=self.scores[np.ix_(rows, columns)], errors=self.errors[np.ix_(rows, columns)],
+        )  # fmt: skip
+
+    def with_entries(
+        self, entries: Sequence[Layer], schemes: Sequence[str], scores: NDArray[np.float64], errors: NDArray[np.float64]
+    ) -> "SensitivityTable":
+        """The table with keys and values in schemes of their own; scores and errors (entries, schemes)."""
+
+        def beside(own: NDArray[np.float64], added: NDArray[np.float64]) -> NDArray[np.float64]:
+            whole = np.full((len(self.layers) + len(entries), len(self.schemes) + len(schemes)), np.nan)
+            whole[: len(self.layers), : len(self.schemes)] = own
+            whole[len(self.layers) :, len(self.schemes) :] = added
+            return whole
+
+        return replace(
+            self, layers=(*self.layers, *entries), schemes=(*self.schemes, *schemes),
+            scores=beside(self.scores, scores), errors=beside(self.errors, errors),
+        )  # fmt: skip
+
     def rows(self) -> Iterable[tuple[Any, ...]]:
         """One tuple per layer and scheme, in the order of COLUMNS."""
         for i, layer in enumerate(self.layers):
@@ -102,6 +136,7 @@ class SensitivityTable:
                 layer.macs,
                 layer.tie,
                 " ".join(map(quote, layer.aliases)),
+                layer.window,
             )
             for j, scheme in enumerate(self.schemes):
                 stored = weight_bytes(parse_scheme(scheme), layer.rows, layer.cols)
@@ -178,7 +213,8 @@ def _layer(record: Mapping[str, str]) -> Layer:
     if min(sizes) < 0 or math.prod(sizes[:2]) == 0:
         raise ValueError(f"layer {record['layer']} of {sizes[0]} x {sizes[1]} weights")
     aliases = tuple(map(unquote, (record.get("aliases") or "").split()))
-    return Layer(record["layer"], record["kind"], *sizes, tie=record["tie"], aliases=aliases)
+    window = int(record.get("window") or 0)
+    return Layer(record["layer"], record["kind"], *sizes, tie=record["tie"], aliases=aliases, window=window)
 
 
 def _first_repeated(names: list[str]) -> str:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mpq.network.cached import CachePoint
+
 
 @dataclass(frozen=True)
 class LMConfig:
@@ -31,12 +33,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.width, config.kv_heads * head, bias=False)
         self.v_proj = nn.Linear(config.width, config.kv_heads * head, bias=False)
         self.o_proj = nn.Linear(config.heads * head, config.width, bias=False)
+        self.keys, self.values = CachePoint("keys"), CachePoint("values")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Attention; cos and sin are the rotary angles', (time, head width)."""
         q = rotate(self._split(self.q_proj(x), self.heads), cos, sin)
-        k = rotate(self._split(self.k_proj(x), self.kv_heads), cos, sin)
-        v = self._split(self.v_proj(x), self.kv_heads)
+        k = self.keys(rotate(self._split(self.k_proj(x), self.kv_heads), cos, sin))
+        v = self.values(self._split(self.v_proj(x), self.kv_heads))
         k, v = (part.repeat_interleave(self.heads // self.kv_heads, 1) for part in (k, v))
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))

@@ -1,0 +1,165 @@
+"""Keys and values on their way into a model's cache: seen, and changed, whatever the architecture.
+
+Models of transformers hand them to a `Cache`; one of ours takes its place. A model of one's own passes them through
+`CachePoint` modules. Keys come as they are cached, after rotary positions.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mpq.core.errors import MpqError
+from mpq.core.layer import KEYS, VALUES, Layer
+from mpq.network.calibration import Batch, LossFn, evaluating
+
+Change: TypeAlias = Callable[[str, Tensor], Tensor]  # entry's name, (batch, heads, tokens, width) -> what is cached
+ARGUMENTS = ("cache", "past_key_values")  # names that transformers has had for the cache in `forward`
+
+
+class CachePoint(nn.Module):
+    """What a model of one's own passes keys or values through, (batch, heads, tokens, width), before it caches them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind  # "keys" or "values"
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """The vectors themselves."""
+        return vectors
+
+
+def entry_name(index: int, kind: str) -> str:
+    """The name of an attention layer's keys or values.
+
+    >>> entry_name(3, "keys")
+    'cache.3.keys'
+    """
+    return f"cache.{index}.{kind}"
+
+
+class CacheHook:
+    """A forward pre-hook that gives a model of transformers a cache of ours; an empty one of others is replaced."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make = make  # from a model's config
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call with our cache."""
+        from mpq.network.transformers_cache import ChangingCache
+
+        name = cache_argument(module)
+        given = next((kwargs[other] for other in ARGUMENTS if kwargs.get(other) is not None), None)
+        if isinstance(given, ChangingCache):
+            return None
+        if given is not None and given.get_seq_length():
+            raise MpqError(
+                f"the model got a {type(given).__name__} with {given.get_seq_length()} tokens that its cache formats "
+                "had no part in: pass none, or what the model gave back"
+            )
+        others = {key: value for key, value in kwargs.items() if key not in ARGUMENTS}
+        return args, {**others, name: self.make(module.config), "use_cache": True}
+
+
+class PointHook:
+    """A forward hook on a `CachePoint`."""
+
+    def __init__(self, name: str, change: Change) -> None:
+        self.name, self.change = name, change
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The changed vectors."""
+        return self.change(self.name, output)
+
+
+def cache_argument(module: nn.Module) -> str:
+    """The argument of a module's `forward` that takes a cache of transformers; "" where it takes none."""
+    if not hasattr(module, "generate") or getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        return ""
+    known = inspect.signature(module.forward).parameters
+    return next((name for name in ARGUMENTS if name in known), "")
+
+
+def hosts(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules of transformers that take a cache."""
+    if cache_argument(model):
+        return [model]
+    return [host for child in model.children() for host in hosts(child)]
+
+
+def points(model: nn.Module) -> dict[str, CachePoint]:
+    """The model's cache points by entry name, counted in the order of its modules."""
+    found: dict[str, CachePoint] = {}
+    counts = {KEYS: 0, VALUES: 0}
+    for module in model.modules():
+        if isinstance(module, CachePoint):
+            found[entry_name(counts[module.kind], module.kind)] = module
+            counts[module.kind] += 1
+    return found
+
+
+def change_cached(model: nn.Module, change: Change) -> list[RemovableHandle]:
+    """Let a function change whatever the model caches from now on; the hooks."""
+    from_config = _Maker(change)
+    handles = [
+        host.register_forward_pre_hook(CacheHook(from_config), with_kwargs=True, prepend=True) for host in hosts(model)
+    ]
+    return handles + [
+        point.register_forward_hook(PointHook(name, change), prepend=True) for name, point in points(model).items()
+    ]
+
+
+class _Maker:
+    def __init__(self, change: Change) -> None:
+        self.change = change
+
+    def __call__(self, config: Any) -> Any:
+        from mpq.network.transformers_cache import ChangingCache
+
+        return ChangingCache(config, self.change)
+
+
+@contextmanager
+def changing(model: nn.Module, change: Change) -> Iterator[None]:
+    """`change_cached` inside the block."""
+    handles = change_cached(model, change)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_cached(model: nn.Module, batch: Batch, loss_fn: LossFn) -> tuple[Layer, ...]:
+    """Keys and values that the model caches, one entry each, from one forward pass over a sample.
+
+    rows are heads and cols a head's width.
+
+    Raises:
+        MpqError: the model caches nothing that can be seen.
+    """
+    found: dict[str, Layer] = {}
+
+    def see(name: str, vectors: Tensor) -> Tensor:
+        if vectors.ndim == 4:
+            kind, heads, width = name.rpartition(".")[2], vectors.shape[1], vectors.shape[3]
+            found[name] = Layer(name, kind, heads, width, window=windows.get(name.split(".")[1], 0))
+        return vectors
+
+    windows: dict[str, int] = {}
+    for host in hosts(model):
+        from mpq.network.transformers_cache import windows_of
+
+        windows |= windows_of(host.config)
+    with torch.no_grad(), evaluating(model), changing(model, see):
+        loss_fn(model, batch)
+    if not found:
+        raise MpqError(
+            f"{type(model).__name__} has no cache of keys and values: leave out the budget of a cache (memory, kv_bits)"
+        )
+    order = sorted(found, key=lambda name: (int(name.split(".")[1]), name))
+    return tuple(found[name] for name in order)

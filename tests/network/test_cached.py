@@ -1,0 +1,106 @@
+"""Keys and values of models of several architectures, on their way into the cache."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    DynamicCache,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+)
+
+from mpq.core.errors import MpqError
+from mpq.models.tiny_lm import LMConfig, TinyLM
+from mpq.network.cached import change_cached, changing, find_cached
+from mpq.network.calibration import next_token_loss
+
+TOKENS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+SHAPE = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+KV = {"num_key_value_heads": 2, "max_position_embeddings": 64}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE, **KV),
+    "mistral": MistralConfig(**SHAPE, **KV, sliding_window=5),
+    "gemma2": Gemma2Config(**SHAPE, **KV, head_dim=8, sliding_window=5),
+    "gpt2": GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+
+
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "tiny-lm":
+        return TinyLM(LMConfig(vocabulary=50, width=32, hidden=48, layers=2, heads=4, kv_heads=2)).eval()
+    return AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "windows"),
+    [
+        ("tiny-lm", 2, (0, 0)), ("llama", 2, (0, 0)), ("mistral", 2, (5, 5)), ("gemma2", 2, (5, 0)),
+        ("gpt2", 4, (0, 0)),
+    ],
+)  # fmt: skip
+def test_entries_are_found_with_heads_widths_and_windows(name: str, heads: int, windows: tuple[int, int]) -> None:
+    found = find_cached(model_of(name), TOKENS[:1], next_token_loss)
+    assert [entry.name for entry in found] == ["cache.0.keys", "cache.0.values", "cache.1.keys", "cache.1.values"]
+    assert {(entry.rows, entry.cols) for entry in found} == {(heads, 8)}
+    assert [entry.kind for entry in found] == ["keys", "values"] * 2
+    assert tuple(entry.window for entry in found[::2]) == windows
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["tiny-lm", *CONFIGS])
+def test_what_is_changed_is_what_attention_reads(name: str) -> None:
+    model = model_of(name)
+    untouched = float(next_token_loss(model, TOKENS))
+    with changing(model, lambda name, vectors: vectors):
+        assert float(next_token_loss(model, TOKENS)) == untouched
+    for entry in find_cached(model, TOKENS[:1], next_token_loss):
+
+        def change(name: str, vectors: Tensor, entry: str = entry.name) -> Tensor:
+            return torch.zeros_like(vectors) if name == entry else vectors
+
+        with changing(model, change):
+            assert float(next_token_loss(model, TOKENS)) != untouched
+    assert float(next_token_loss(model, TOKENS)) == untouched
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generation_caches_the_changed_vectors_once(name: str) -> None:
+    model = model_of(name)
+    seen: list[int] = []
+
+    def change(name: str, vectors: Tensor) -> Tensor:
+        if name == "cache.0.keys":
+            seen.append(vectors.shape[2])
+        return vectors * 0.5
+
+    handles = change_cached(model, change)
+    made = model.generate(TOKENS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert seen == [12, 1, 1, 1]
+    again = TOKENS[:1]
+    for _ in range(4):  # without a cache between tokens
+        again = torch.cat([again, model(again).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(made, again)
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_filled_cache_of_others_is_refused() -> None:
+    model = model_of("llama")
+    cache = DynamicCache(config=model.config)
+    model(TOKENS, cache=cache)
+    with changing(model, lambda name, vectors: vectors), pytest.raises(MpqError, match="with 12 tokens"):
+        model(TOKENS[:, :1], cache=cache)
+
+
+def test_models_without_a_cache_are_named() -> None:
+    encoder = BertForSequenceClassification(BertConfig(**SHAPE))
+    with pytest.raises(MpqError, match="BertForSequenceClassification has no cache"):
+        find_cached(encoder, TOKENS, lambda model, batch: model(batch).logits.sum())
