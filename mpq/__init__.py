@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mpq.exporters import export as export
     from mpq.exporters.mpq.checkpoint import load as load
     from mpq.finetuning import finetune as finetune
+    from mpq.lowprecision.layercast import layercast as layercast
     from mpq.quantized import simulate as simulate
     from mpq.search import frontier_of as frontier
     from mpq.search.choice import allocate as allocate
@@ -54,6 +55,7 @@ _HOMES = {
     "export": "mpq.exporters:export",
     "finetune": "mpq.finetuning:finetune",
     "frontier": "mpq.search:frontier_of",
+    "layercast": "mpq.lowprecision.layercast:layercast",
     "load": "mpq.exporters.mpq.checkpoint:load",
     "open_source": "mpq.sources:open_source",
     "parse_format": "mpq.core.formats:parse_format",
@@ -69,8 +71,8 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
 sys.meta_path.insert(0, Moved())  # first: an old package would find its new files itself
 __all__ = [
     "Allocation", "Finetuning", "Format", "Frontier", "MpqError", "Objective", "Problem", "Scheme",
-    "SensitivityTable", "Source", "allocate", "build_problem", "evaluate", "export", "finetune", "frontier", "load",
-    "open_source", "parse_format", "parse_scheme", "profile", "quantize", "simulate",
+    "SensitivityTable", "Source", "allocate", "build_problem", "evaluate", "export", "finetune", "frontier",
+    "layercast", "load", "open_source", "parse_format", "parse_scheme", "profile", "quantize", "simulate",
 ]  # fmt: skip
 
 

@@ -29,9 +29,8 @@ from mpq.core.frontier import BITS_PER_BYTE, Frontier
 from mpq.core.registry import Target
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
-from mpq.evaluation import Quality, Reference, evaluate
 from mpq.exporters import exporter_named
-from mpq.exporters.folder import read_allocation, read_json, refuse_foreign
+from mpq.exporters.folder import refuse_foreign
 from mpq.exporters.holding import check, check_model, restrict, unscored
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.targets import TARGETS
@@ -51,7 +50,7 @@ from mpq.search import frontier_of
 from mpq.sensitivity import DEFAULT_METRIC
 from mpq.sensitivity.profile import profile
 from mpq.smallest import check_limit, smallest, within_limit
-from mpq.sources import Network, Source, names_in, network_in, open_network, open_source
+from mpq.sources import Source
 from mpq.training.tuned_scales import Tuning
 
 log = logging.getLogger(__name__)
@@ -335,57 +334,3 @@ def _circumstances(model: nn.Module, seconds: float) -> dict[str, object]:
         "device": f"{device}, {platform.machine()}, {torch.get_num_threads()} threads",
         "seconds": f"{seconds:.0f}",
     }
-
-
-def evaluate_folder(
-    folder: str | os.PathLike[str],
-    data: str | None = None,
-    *,
-    trust: bool = False,
-    progress: bool = True,
-    **options: Any,
-) -> tuple[Quality, Allocation]:
-    """Load a packed model and measure it, and its divergence from the original, on its table's data or on `data`.
-
-    A model of transformers whose original is gone is measured alone, by the config and tokenizer in the folder.
-
-    Args:
-        folder: what `quantize_model` or `mpq.export` wrote.
-        data: name of other data.
-        trust: whether what the folder names may be imported and called: factories of models, loaders of data.
-        progress: show progress bars.
-        **options: of `mpq.sources.open_source`.
-
-    Raises:
-        MpqError: the folder is incomplete or altered, or it asks for code and is not trusted.
-    """
-    path = Path(folder)
-    model = checkpoint.load(path, trust=trust)
-    allocation = read_allocation(path)
-    name, dataset, untrusted = names_in(allocation.provenance, trust)
-    if name is None:
-        raise MpqError(f"{path} does not say which model it was made of: measure it with mpq.evaluate in Python")
-    network, alone = _original(path, name, untrusted, model)
-    if data is None and dataset is not None and Path(dataset).suffix and not (":" in dataset or Path(dataset).exists()):
-        raise MpqError(f"the data {dataset} of {path} are no longer there: name a file with --dataset")
-    source = open_source(name, data or dataset, untrusted=untrusted - {data}, network=network, **options)
-    if alone:
-        if source.kind == "distance":
-            raise MpqError(
-                f"{path} is measured by its distance from {name}, which cannot be opened: put it there again"
-            )
-        return evaluate(model, source.evaluation, source.kind, source.loss_fn, progress), allocation
-    reference = Reference(source.model, source.evaluation, source.kind, source.loss_fn, progress)
-    return reference.measure(model, progress), allocation
-
-
-def _original(folder: Path, name: str, untrusted: frozenset[str], packed: nn.Module) -> tuple[Network, bool]:
-    """The original network; where a model of transformers cannot be opened any more, the packed one, alone."""
-    try:
-        return open_network(name, untrusted), False
-    except MpqError:
-        config = read_json(folder / "config.json")
-        if ":" in name or "model_type" not in config or config.get("recipe") is not None:
-            raise
-        log.warning("the original model %s cannot be opened: measured without it", name)
-        return network_in(folder, packed), True

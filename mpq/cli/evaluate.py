@@ -1,6 +1,7 @@
 """`mpq eval`: a packed model, measured."""
 
 import argparse
+from dataclasses import asdict
 
 from mpq.cli.options import AddCommand, check_data, data_options
 from mpq.cli.say import say, say_json
@@ -11,6 +12,11 @@ def add(command: AddCommand) -> None:
     evaluate = command("eval", run, "load a packed model and measure it")
     evaluate.add_argument("folder", help="what 'mpq quantize' or 'mpq export' wrote")
     data_options(evaluate)
+    evaluate.add_argument(
+        "--reproducible", type=int, nargs="?", const=16, default=0, metavar="TOKENS",
+        help="also: how far a language model's answers of so many tokens (16) depend on batch size, padding and "
+        "threads, computed in bfloat16, by LayerCast and in float32",
+    )  # fmt: skip
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     evaluate.add_argument(
         "--trust", action="store_true", help="let the folder import factories and loaders that it names"
@@ -20,21 +26,28 @@ def add(command: AddCommand) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from mpq.comparison import megabytes
-    from mpq.pipeline import evaluate_folder
+    from mpq.folders import evaluate_folder, reproducibility_of_folder
+    from mpq.lowprecision.reproducibility import Reproducibility, table_of
 
     check_data(options.dataset)
-    quality, allocation = evaluate_folder(
-        options.folder, options.dataset, trust=options.trust, nsamples=options.nsamples, seqlen=options.seqlen,
-        batch_size=options.batch_size, seed=options.seed, device=options.device,
-        evaluation_samples=options.eval_samples,
-        progress=not options.quiet,
-    )  # fmt: skip
+    where = {
+        "trust": options.trust, "nsamples": options.nsamples, "seqlen": options.seqlen,
+        "batch_size": options.batch_size, "seed": options.seed, "device": options.device,
+        "evaluation_samples": options.eval_samples,
+    }  # fmt: skip
+    quality, allocation = evaluate_folder(options.folder, options.dataset, progress=not options.quiet, **where)
+    answers: tuple[Reproducibility, ...] = ()
+    if options.reproducible:
+        answers = reproducibility_of_folder(options.folder, options.dataset, steps=options.reproducible, **where)
     if options.json:
         say_json({
             "folder": options.folder, "kind": quality.kind, "quality": quality.value, "loss": quality.loss,
             "bits": allocation.bits, "bytes": allocation.total,
+            **({"reproducibility": [asdict(one) for one in answers]} if answers else {}),
         })  # fmt: skip
     size = f"{megabytes(allocation.total)}, {allocation.bits:.3f} bits per weight"
     say(options, f"{options.folder}: {quality}, loss {quality.loss:.4f}; {size}")
     if quality.divergence is not None:
         say(options, quality.divergence)
+    if answers:
+        say(options, table_of(answers))

@@ -4,10 +4,15 @@
 """
 
 from mpq.lowprecision.convert import convert, converted
+from mpq.lowprecision.layercast import layercast
 from mpq.lowprecision.masking import Mask
 from mpq.lowprecision.overhead import overhead
 from mpq.lowprecision.recipe import Recipe
+from mpq.lowprecision.reproducibility import Configuration, Reproducibility, reproducibility
 from mpq.lowprecision.sharpness import logit_sharpness, sharpness
 from mpq.lowprecision.stable_spam import StableSPAM
 
-__all__ = ["Mask", "Recipe", "StableSPAM", "convert", "converted", "logit_sharpness", "overhead", "sharpness"]
+__all__ = [
+    "Configuration", "Mask", "Recipe", "Reproducibility", "StableSPAM", "convert", "converted", "layercast",
+    "logit_sharpness", "overhead", "reproducibility", "sharpness",
+]  # fmt: skip

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mpq.network.calibration import evaluating, logits_of
 
@@ -19,12 +20,16 @@ class Generation:
     probabilities: NDArray[np.float64]  # (prompts, steps), probability of the chosen (likeliest) token
 
 
-def generate(model: nn.Module, prompts: Tensor, steps: int) -> Generation:
-    """Generate `steps` greedy tokens; prompts (prompts, time) have one length."""
+def generate(model: nn.Module, prompts: Tensor, steps: int, padding: int = 0) -> Generation:
+    """Generate `steps` greedy tokens; prompts (prompts, time) have one length.
+
+    Behind them stand `padding` zeros, which a causal model's predictions do not see.
+    """
     tokens, taken, probabilities = prompts, [], []
     with torch.no_grad(), evaluating(model):
         for _ in range(steps):
-            chances = logits_of(model(tokens))[:, -1].double().softmax(-1)
+            padded = functional.pad(tokens, (0, padding))
+            chances = logits_of(model(padded))[:, tokens.shape[1] - 1].double().softmax(-1)
             probability, token = chances.max(-1)
             tokens = torch.cat((tokens, token.unsqueeze(1)), 1)
             taken.append(token)

@@ -36,7 +36,7 @@ def chunked_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, chunks: 
 class ChunkedLinear(nn.Module):
     """A linear or LayerCast layer that sums in chunks, in the type of its weight or, for LayerCast, float32."""
 
-    def __init__(self, layer: nn.Linear | LayerCast, chunks: int) -> None:
+    def __init__(self, layer: nn.Linear, chunks: int) -> None:
         super().__init__()
         self.weight, self.bias, self.chunks = layer.weight, layer.bias, chunks
         self.dtype = torch.float32 if isinstance(layer, LayerCast) else layer.weight.dtype
@@ -54,7 +54,7 @@ def in_chunks(model: nn.Module, chunks: int) -> nn.Module:
         MpqError: no such layer.
     """
     chunked = copy.deepcopy(model)
-    layers = {name: module for name, module in chunked.named_modules() if isinstance(module, (nn.Linear, LayerCast))}
+    layers = {name: module for name, module in chunked.named_modules() if isinstance(module, nn.Linear)}
     if not layers:
         raise MpqError(f"{type(model).__name__} has no linear layer to sum in chunks")
     for name, layer in layers.items():

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional
 
 from mpq.core.errors import MpqError
-from mpq.lowprecision.layercast import LayerCast
+from mpq.lowprecision.layercast import layercast
 from mpq.lowprecision.reduction import ChunkedLinear, chunked_linear, in_chunks
 from mpq.network.calibration import seeded
 
@@ -42,7 +42,7 @@ def test_fewer_bits_drift_further():
 
 def test_copies_of_models_sum_in_chunks_in_their_own_type():
     model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
-    model[2] = LayerCast(model[2])
+    layercast(model, include="2")
     chunked = in_chunks(model, 4)
     assert isinstance(model[0], nn.Linear)
     assert isinstance(chunked[0], ChunkedLinear)
