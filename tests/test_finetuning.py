@@ -234,7 +234,7 @@ def test_invalid_settings_are_refused(wrong, message):
 
 
 def test_models_without_logits_need_another_objective():
-    model = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
+    model = seed_weights(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)))
     data = [torch.randn(8, 4, generator=seeded(2, i)) for i in range(4)]
 
     def loss(model, inputs):
