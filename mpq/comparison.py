@@ -10,7 +10,7 @@ from torch import nn
 from mpq.acceptance import Acceptance, Candidate, candidate_of
 from mpq.core.allocation import Allocation
 from mpq.core.frontier import Frontier
-from mpq.evaluation import Quality
+from mpq.evaluation import DIVERGE, Quality
 from mpq.measuring import Measurer
 from mpq.report import Row
 
@@ -47,24 +47,31 @@ class Measured:
             "name": self.name, "bytes": self.size, "bits": None if self.allocation is None else self.allocation.bits,
             "quality": self.quality.value, "loss": self.quality.loss, "increase": self.increase, "error": self.error,
             "divergence": None if divergence is None else divergence.mean()[0],
+            "flips": None if divergence is None else divergence.flipping()[0],
         }  # fmt: skip
 
     def row(self, chosen: bool = False) -> Row:
         """The line of the before/after table."""
         if self.allocation is None:
-            return Row(self.name, "", megabytes(self.size), str(self.quality), "", "", "", "")
-        divergence = self.quality.divergence
-        kl = same = ""
-        if divergence is not None:
-            kl = f"{_with_error(*divergence.mean())} (99 %: {divergence.quantile:.2g})"
-            share, error = divergence.agreeing()
-            same = f"{100 * share:.1f} % +- {100 * error:.1f}"
+            size = megabytes(self.size) if self.size else ""
+            return Row(self.name, "", size, str(self.quality), *self._divergence(), "", "")
         predicted = "" if math.isnan(self.allocation.loss) else f"{self.allocation.loss:.4g}"
         increase = _with_error(self.increase, self.error)
         return Row(
-            self.name, f"{self.allocation.bits:.3f}", megabytes(self.size), str(self.quality), kl, same, predicted,
-            increase, chosen,
+            self.name, f"{self.allocation.bits:.3f}", megabytes(self.size), str(self.quality), *self._divergence(),
+            predicted, increase, chosen,
         )  # fmt: skip
+
+    def _divergence(self) -> tuple[str, str, str]:
+        """KL, agreement and flips."""
+        divergence = self.quality.divergence
+        if divergence is None:
+            return "", "", ""
+        same, flips = (
+            f"{100 * share:.1f} % +- {100 * error:.1f}"
+            for share, error in (divergence.agreeing(), divergence.flipping())
+        )
+        return f"{_with_error(*divergence.mean())} (99 %: {divergence.quantile:.2g})", same, flips
 
 
 def compare(
@@ -75,7 +82,9 @@ def compare(
     original_size: int,
     file_size: Callable[[Allocation], int],
 ) -> tuple[Measured, ...]:
-    """The original, uniform formats from large to small, and the packed model (None: simulated), on evaluation data."""
+    """The original, the noise floor (`Measurer.noise_floor`), uniform formats from large to small, and the packed model
+    (None: simulated), on evaluation data.
+    """
     reference = measurer.reference("evaluation").quality
     chosen = acceptance.chosen.allocation
 
@@ -83,6 +92,8 @@ def compare(
         return Measured(name, allocation, file_size(allocation), quality, *quality.loss_above(reference))
 
     rows = [Measured("original", None, original_size, reference, 0.0, 0.0)]
+    if reference.kind in DIVERGE:
+        rows.append(Measured("noise floor", None, 0, measurer.noise_floor("evaluation"), 0.0, 0.0))
     known = {candidate.name: candidate for candidate in acceptance.candidates}
     for name, allocation in _uniform(frontier, acceptance, measurer.source.kind):
         candidate = known.get(name) or candidate_of(name, allocation, measurer)

@@ -26,6 +26,7 @@ from mpq.network.distance import relative_distance
 from mpq.network.shelf import Kept, Shelf
 
 KINDS = ("accuracy", "perplexity", "distance", "loss")
+DIVERGE = KINDS[:2]  # those with logits, whose divergence from the original is known
 IGNORED = -100  # the target of a position that predicts nothing
 TOKENS = 2048  # that pass through a language model at once
 WIDE = 2**10  # classes; of more, the original's log-probabilities are kept in float16
@@ -37,6 +38,7 @@ class Divergence:
 
     kl: NDArray[np.float64]  # (samples,), mean KL(original || model) of each sample's predictions, nats
     agreement: NDArray[np.float64]  # (samples,), share of predictions whose top choice is the original's
+    flips: NDArray[np.float64]  # (samples,), share of predictions that became right or wrong (arXiv 2407.09141)
     weights: NDArray[np.float64]  # (samples,), predictions of each
     quantile: float  # KL that 99 % of all predictions stay below
 
@@ -45,15 +47,19 @@ class Divergence:
         return mean_and_error(self.kl, self.weights)
 
     def __str__(self) -> str:
-        (kl, error), (share, its_error) = self.mean(), self.agreeing()
+        (kl, error), (same, same_error), (flips, flips_error) = self.mean(), self.agreeing(), self.flipping()
         return (
-            f"KL from the original {kl:.4g} +- {error:.1g} (99 %: {self.quantile:.2g}), "
-            f"same top choice {100 * share:.1f} % +- {100 * its_error:.1f}"
+            f"KL from the original {kl:.4g} +- {error:.1g} (99 %: {self.quantile:.2g}), same top choice "
+            f"{100 * same:.1f} % +- {100 * same_error:.1f}, flips {100 * flips:.1f} % +- {100 * flips_error:.1f}"
         )
 
     def agreeing(self) -> tuple[float, float]:
         """Share of predictions with the original's top choice, and its standard error."""
         return mean_and_error(self.agreement, self.weights)
+
+    def flipping(self) -> tuple[float, float]:
+        """Share of predictions that were right and are wrong, or the other way round, and its standard error."""
+        return mean_and_error(self.flips, self.weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +190,7 @@ class _Part(NamedTuple):
     hits: Tensor | None = None
     kl: Tensor | None = None
     agreement: Tensor | None = None
+    flips: Tensor | None = None
     single: Tensor | None = None  # (predictions,)
     relative: Tensor | None = None  # distance of each output
 
@@ -221,14 +228,16 @@ def _measure(logits: Tensor, targets: Tensor, known: Known | None, number: int) 
     each = weights.clamp(min=1)
     target_log_probs = log_probs.gather(-1, targets.masked_fill(~counted, 0).unsqueeze(-1)).squeeze(-1)
     losses = -(target_log_probs.double() * counted).sum(1) / each
-    hits = ((log_probs.argmax(-1) == targets) & counted).sum(1) == weights
+    right = log_probs.argmax(-1) == targets
+    hits = (right & counted).sum(1) == weights
     if known is None:
         return _Part(losses, weights, hits)
     original = known(number, log_probs)
     kl = (original.exp() * (original - log_probs)).sum(-1)
-    same = original.argmax(-1) == log_probs.argmax(-1)
-    mean_kl, agreement = ((values.double() * counted).sum(1) / each for values in (kl, same))
-    return _Part(losses, weights, hits, mean_kl, agreement, kl[counted])
+    top = original.argmax(-1)
+    same, flipped = top == log_probs.argmax(-1), (top == targets) != right
+    mean_kl, agreement, flips = ((values.double() * counted).sum(1) / each for values in (kl, same, flipped))
+    return _Part(losses, weights, hits, mean_kl, agreement, flips, kl[counted])
 
 
 def _quality(kind: str, parts: Sequence[_Part]) -> Quality:
@@ -240,7 +249,7 @@ def _quality(kind: str, parts: Sequence[_Part]) -> Quality:
     divergence = None
     if parts[0].kl is not None:
         quantile = float(np.quantile(joined("single"), 0.99))
-        divergence = Divergence(joined("kl"), joined("agreement"), weights, quantile)
+        divergence = Divergence(joined("kl"), joined("agreement"), joined("flips"), weights, quantile)
     loss, error = mean_and_error(losses, weights)
     if kind == "accuracy":
         hits = joined("hits")

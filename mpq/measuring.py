@@ -1,9 +1,12 @@
 """Measurement of allocations on a model: each layer is rounded once in each format."""
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
@@ -20,6 +23,9 @@ from mpq.sources import Source
 from mpq.training.tuned_scales import Tuning, tune_scales
 from mpq.trial import Trial
 
+log = logging.getLogger(__name__)
+
+HALVES = (torch.float16, torch.bfloat16)
 SEARCHED = 0.25  # share of the calibration batches that a search measures on,
 SEARCHED_LEAST = {"perplexity": 4}  # but at least so many samples, or 64
 
@@ -96,9 +102,37 @@ class Measurer:
         """The allocation's quality and divergence; NotFiniteError when it breaks the model."""
         return self.quality_of(self.trial.take_on(allocation, means, rounder), part)
 
+    def noise_floor(self, part: str) -> Quality:
+        """The original's divergence from itself: what no rounding of weights has to answer for.
+
+        A language model in 16 bits computes in float32; other models compute once more.
+        """
+        model, reference = self.source.model, self.reference(part)
+        if self.source.kind == "perplexity":
+            try:
+                with in_float32(model):
+                    return reference.measure(model, self.progress)
+            except (MpqError, RuntimeError) as error:  # code of its own that asks for its type
+                log.info("the model does not compute in float32: %s", error)
+        return reference.measure(model, self.progress)
+
     def quality_of(self, model: nn.Module, part: str) -> Quality:
         """The same of a finished model."""
         return self.reference(part).measure(model, self.progress)
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Parameters and buffers of 16 bits as float32 inside the block; the tensors themselves come back after."""
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in HALVES]
+    halves = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, half in zip(tensors, halves, strict=True):
+            tensor.data = half
 
 
 def measuring(source: Source, method: str) -> Callable[[Allocation, float], tuple[float, float]]:

@@ -232,6 +232,7 @@ def quantize_model(
     held = restrict(table, reader)
     frontier = frontier_of(held.table, pin=pin, forbid=held.forbid, ties=ties or held.fuses)
     size = None if size is None else parse_size(size)
+    budget = None if max_kl is not None else _layer_budget(frontier, source.model, bits, size)
     table.save(folder / "table.csv")
     measurer = Measurer(source, store, progress)
     steps = STEPS[effort] if tuning_steps is None else tuning_steps
@@ -244,9 +245,10 @@ def quantize_model(
         accepted = accept(frontier, budget, measurer, effort=effort, seed=seed, fits=fits)
         return with_tuned_scales(accepted, measurer, tuning)
 
-    if max_kl is None:
-        accepted = finish(_layer_budget(frontier, source.model, bits, size))
+    if budget is not None:
+        accepted = finish(budget)
     else:
+        assert max_kl is not None
         accepted = smallest(frontier, max_kl, measurer, finish)
     allocation, rounder = accepted.chosen.allocation, accepted.chosen.rounder or measurer.store
     corrected = replace(source, model=with_means(source.model, accepted.chosen.means))

@@ -47,12 +47,23 @@ class Row(NamedTuple):
     quality: str
     divergence: str
     agreement: str
+    flips: str
     predicted: str
     measured: str
     chosen: bool = False
 
 
-HEADINGS = ("", "bits", "size", "quality", "KL from original", "same top choice", "predicted", "measured loss +")
+HEADINGS = (
+    "",
+    "bits",
+    "size",
+    "quality",
+    "KL from original",
+    "same top choice",
+    "flips",
+    "predicted",
+    "measured loss +",
+)
 
 
 def write_report(

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from mpq.acceptance import Acceptance, candidate_of
 from mpq.core.errors import MpqError
 from mpq.core.frontier import Frontier
+from mpq.evaluation import DIVERGE
 from mpq.measuring import Measurer
 
 log = logging.getLogger(__name__)
 
-DIVERGE = ("accuracy", "perplexity")  # kinds of quality with a divergence
 MEASURES = 12  # points of the frontier that are measured in one search
 CLOSE = 0.005  # of the size: closer brackets are not narrowed
 ATTEMPTS = 3  # finished models: what polishing and tuning gain is spent on fewer bytes

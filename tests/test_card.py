@@ -2,7 +2,7 @@ from mpq.card import MARK, write_card
 from mpq.exporters.targets import TARGETS
 from mpq.report import Row
 
-ROW = Row("original", "", "5 MB", "perplexity 26", "", "", "", "")
+ROW = Row("original", "", "5 MB", "perplexity 26", "", "", "", "", "")
 
 
 def card(folder):

@@ -107,11 +107,15 @@ def test_divergence_from_the_original_is_that_of_single_predictions():
     batches = [{"input_ids": tokens, "attention_mask": mask}]
     reference = Reference(first, batches, "perplexity")
     found = reference.measure(second)
-    kl, same = [], []
+    kl, same, flips = [], [], []
     for row, length in zip(tokens, (5, 5, 2), strict=True):
         one, other = (model(row[:length]).log_softmax(-1) for model in (first, second))
         kl.append((one.exp() * (one - other)).sum(-1).detach())
         same.append((one.argmax(-1) == other.argmax(-1)).float())
+        target = row[1 : length + 1]
+        flips.append(((one.argmax(-1) == target) != (other.argmax(-1) == target)).float())
+    assert found.divergence.flips == pytest.approx([float(part.mean()) for part in flips])
+    assert 0 < found.divergence.flipping()[0] < 1 - found.divergence.agreeing()[0] + 1e-12
     assert found.divergence.kl == pytest.approx([float(part.mean()) for part in kl], rel=1e-5)
     assert found.divergence.agreement == pytest.approx([float(part.mean()) for part in same])
     assert found.divergence.mean()[0] == pytest.approx(float(torch.cat(kl).mean()), rel=1e-5)

@@ -107,7 +107,7 @@ def test_the_packed_model_is_as_good_as_it_was_simulated(method, tmp_path):
     outcome = quantize_model(
         source, tmp_path / "out", bits=4.5, formats=FORMATS, metric="fisher", method=method, progress=False
     )
-    before, *uniform, packed = outcome.measured
+    before, _, *uniform, packed = outcome.measured
     assert before.quality.value > 0.95
     assert packed.quality.value > 0.95
     compared = ["int8-channel", "int4-g32", "int4-channel", "int3-channel", "int2-g32"]  # usual ones too

@@ -125,7 +125,7 @@ def test_a_report_is_one_file_that_escapes_what_it_tells(tmp_path):
     frontier = exact(build_problem(table))
     write_report(
         tmp_path / "report.html", title="<b>&", table=table, frontier=frontier, allocation=frontier.at(bits=5),
-        rows=[Row("<i>", "1", "2", "3", "4", "5", "6", "7", True)], predictions=[Prediction("a", 0.1, 0.2, 0.1)],
+        rows=[Row("<i>", "1", "2", "3", "4", "5", "6", "7", "8", True)], predictions=[Prediction("a", 0.1, 0.2, 0.1)],
     )  # fmt: skip
     text = (tmp_path / "report.html").read_text()
     assert "&lt;b&gt;&amp;" in text

@@ -27,7 +27,7 @@ ACCEPTANCE = {"perplexity": 0.25, "accuracy": 1.0}
 EVALUATION = {"perplexity": 0.25, "accuracy": 4.0}
 EVALUATION_LEAST = 32
 BATCH = 16  # samples
-LOGITS = 2**26  # of a batch: 256 MB in float32
+LOGITS = 2**24  # of a batch: 64 MB in float32
 
 
 @dataclass(frozen=True, eq=False)
