@@ -19,6 +19,7 @@ from mpq.sensitivity.rows import FLOOR, TEMPER, TOKENS_FLOOR, tempered
 from mpq.sensitivity.standard_error import power_sums, relative_error
 from mpq.sensitivity.task import RowScores, Task
 
+PIECE = 2**22  # weight errors multiplied at once
 OUTLIER = 1 / 32  # of a piece's sum of |g_t|^2 |x_t|^2: what makes a position an outlier
 
 
@@ -81,7 +82,9 @@ class PositionCurvature:
                 squares = self.sums[shares].double()
                 share = squares / squares.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
                 blocks = difference.reshape(len(squares), -1, self.layer.cols)
-                errors = ((blocks @ whole_gram(self.sums[moment], self.layer.cols)) * blocks).sum(-1)
+                whole = whole_gram(self.sums[moment], self.layer.cols)
+                parts = torch.split(blocks, max(1, PIECE // self.layer.cols), 1)
+                errors = torch.cat([((part @ whole) * part).sum(-1) for part in parts], 1)
                 for costs, exponent in zip(sums, exponents, strict=True):
                     costs += (errors.double() * tempered(share, exponent, floor)).flatten()
         for inputs, squares in self.outliers:

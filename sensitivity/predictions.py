@@ -80,15 +80,41 @@ def replaying(model: nn.Module, outputs: Sequence[Any] | None) -> Iterator[None]
 
 
 def _predictions(loss: Tensor, logits: Tensor) -> Predictions:
+    slopes = torch.autograd.grad(loss, logits, retain_graph=True, materialize_grads=True)[0]
+    found = _one_label_each(logits, slopes)
+    if found is None:
+        found = _soft_labels(loss, logits)
+    return Predictions(*(tensor.reshape(logits.shape[:-1]) for tensor in found))
+
+
+def _one_label_each(logits: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Weights and targets, (predictions,) each, where every slope is w (p - e_target) with w >= 0; else None."""
+    weights, targets, missed, whole = [], [], 0.0, 0.0
+    for logit, slope in _parts(logits, slopes):
+        chances, slope = logit.double().softmax(-1), slope.double()
+        target = slope.argmin(-1, keepdim=True)
+        others = slope.sum(-1, keepdim=True) - slope.gather(-1, target)
+        weight = others / (1 - chances.gather(-1, target)).clamp(min=torch.finfo(torch.float64).tiny)
+        expected = (weight * chances).scatter_add(-1, target, -weight)
+        missed += (slope - expected).square().sum().item()
+        whole += slope.square().sum().item()
+        weights.append(weight)
+        targets.append(target)
+    joined = torch.cat(weights)
+    if missed > TOLERANCE**2 * whole or bool((joined < 0).any()) or not bool((joined > 0).any()):
+        return None
+    return joined, torch.cat(targets)
+
+
+def _soft_labels(loss: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and most likely targets by the loss's curvature, which is w (diag(p) - p p^T) whatever the labels are."""
     slopes = torch.autograd.grad(loss, logits, create_graph=True, retain_graph=True, materialize_grads=True)[0]
     vectors = torch.randn(logits.shape, generator=seeded(0, "check")).to(logits.device)
     curved = torch.zeros_like(logits)
     if slopes.requires_grad:
         curved = torch.autograd.grad(slopes, logits, vectors, retain_graph=True, materialize_grads=True)[0]
     weights, targets, missed, whole = [], [], 0.0, 0.0
-    step = _step(logits)
-    parts = (tensor.detach().reshape(-1, logits.shape[-1]) for tensor in (logits, slopes, vectors, curved))
-    for logit, slope, vector, curve in zip(*(torch.split(part, step) for part in parts), strict=True):
+    for logit, slope, vector, curve in _parts(logits, slopes, vectors, curved):
         chances = logit.double().softmax(-1)
         mean = (chances * vector).sum(-1, keepdim=True)
         expected = chances * (vector - mean)  # (diag(p) - p p^T) v
@@ -97,13 +123,20 @@ def _predictions(loss: Tensor, logits: Tensor) -> Predictions:
         whole += curve.double().square().sum().item()
         weights.append(weight)
         targets.append((weight.unsqueeze(-1) * chances - slope).argmax(-1))
-    joined = torch.cat(weights).reshape(logits.shape[:-1])
+    joined = torch.cat(weights)
     fits = missed <= TOLERANCE**2 * whole
     if not fits or bool((joined < 0).any()) or not bool((joined > 0).any()):
         raise OtherLossError(
             "the loss is not cross-entropy of the model's logits: use labels 'data', or the metric 'loss'"
         )
-    return Predictions(joined, torch.cat(targets).reshape(logits.shape[:-1]))
+    return joined, torch.cat(targets)
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The predictions' vectors of tensors (..., classes), a few predictions at a time."""
+    step = _step(tensors[0])
+    rows = (tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in tensors)
+    return zip(*(torch.split(row, step) for row in rows), strict=True)
 
 
 def _step(logits: Tensor) -> int:

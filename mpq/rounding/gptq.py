@@ -20,9 +20,11 @@ from mpq.rounding.reference import (
     group_minima,
     group_scales,
     quantize,
+    stacked,
     to_groups,
 )
 
+PIECE = 2**22  # weights rounded at once: a dozen numbers for each stand in memory
 BLOCK = 128  # columns whose corrections are applied to the rest in one product (section 3.3, step 2)
 
 
@@ -52,10 +54,20 @@ def gptq(
             f"invalid second moment for GPTQ: expected finite ({cols}, {cols}) for a weight {(rows, cols)}, "
             f"not one of shape {tuple(second_moment.shape)}"
         )
+    parts = _parts(weight, format, len(hessian))
+    if len(parts) > 1:
+        return stacked([gptq(part, format, second_moment, damping=damping) for part in parts])
     weight = weight.detach().float()
     start = clip_search(weight, format, importance=_importance(hessian, rows))
     compensated = replace(start, codes=_compensate(weight, start, *_factor(second_moment, damping)))
     return _best_rows(weight, hessian, [compensated, start, clip_search(weight, format), quantize(weight, format)])
+
+
+def _parts(weight: Tensor, format: Format, blocks: int) -> tuple[Tensor, ...]:
+    """The weight in rows that are rounded at once; whole where rows share a scale or a product."""
+    if format.granularity == "tensor" or format.tensor_scale or blocks > 1:
+        return (weight,)
+    return torch.split(weight, max(1, PIECE // weight.shape[1]))
 
 
 def row_errors(weight: Tensor, quantized: Quantized, hessian: Tensor) -> Tensor:

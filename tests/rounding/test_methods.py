@@ -152,3 +152,13 @@ def test_bad_requests_say_what_was_expected():
     with pytest.raises(MpqError, match="gptq"):
         method_named("gtpq")
     assert set(METHODS) == {"nearest", "mse", "gptq"}
+
+
+@pytest.mark.parametrize("name", ["int3-g32-asym", "mxfp4", "nvfp4", "int4-tensor"])
+def test_gptq_rounds_a_large_weight_in_parts_alike(name, monkeypatch):
+    weight, inputs = layer()
+    moment = inputs.mT @ inputs
+    whole = gptq(weight, parse_format(name), moment)
+    monkeypatch.setattr(sys.modules[gptq.__module__], "PIECE", 5 * weight.shape[1])
+    parts = gptq(weight, parse_format(name), moment)
+    assert torch.allclose(dequantize(parts), dequantize(whole), atol=1e-5)
