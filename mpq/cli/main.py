@@ -13,6 +13,7 @@ from mpq.cli import (
     completion,
     evaluate,
     export,
+    finetune,
     formats,
     generate,
     judge,
@@ -26,7 +27,21 @@ from mpq.cli.options import adding_to
 from mpq.core.errors import MpqError
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
-COMMANDS = (quantize, profile, allocate, plot, export, evaluate, generate, bench, judge, proxy, formats, completion)
+COMMANDS = (
+    quantize,
+    finetune,
+    profile,
+    allocate,
+    plot,
+    export,
+    evaluate,
+    generate,
+    bench,
+    judge,
+    proxy,
+    formats,
+    completion,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

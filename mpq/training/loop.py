@@ -31,7 +31,7 @@ class Finetuning:
     """
 
     steps: int = 300
-    lr: float = 1e-4  # of weights, falling to zero along half a cosine
+    lr: float = 3e-4  # of weights, falling to zero along half a cosine
     scale_lr: float = 1e-3  # of learned scales, relative to each scale; with SGD, `lr` is LSQ's rate for them too
     optimizer: str = "adam"  # or "sgd"
     momentum: float = 0.9  # of SGD

@@ -1,0 +1,66 @@
+"""`mpq finetune`: a packed model, trained under its allocation."""
+
+import argparse
+
+from mpq.cli.options import AddCommand, check_data, data_options
+from mpq.cli.say import say, say_json
+from mpq.core.errors import MpqError
+
+
+def add(command: AddCommand) -> None:
+    """Add the command to the grammar."""
+    finetune = command("finetune", run, "train a packed model against its original, under the same allocation")
+    finetune.add_argument("folder", help="what 'mpq quantize' or 'mpq export' wrote")
+    finetune.add_argument("--steps", type=int, default=300, help="steps of training")
+    finetune.add_argument("--lr", type=float, help="largest learning rate of the weights (default: Finetuning's)")
+    finetune.add_argument("--optimizer", choices=("adam", "sgd"), default="adam", help="optimizer")
+    finetune.add_argument("--accumulate", type=int, default=1, help="batches of a step")
+    finetune.add_argument("--kl", type=float, default=1.0, help="weight of the divergence from the original")
+    finetune.add_argument("--task", type=float, default=0.0, help="weight of the loss on the data")
+    finetune.add_argument("--blocks", type=float, default=0.0, help="weight of the distance of block outputs")
+    finetune.add_argument("--bfloat16", action="store_true", help="compute in bfloat16")
+    finetune.add_argument("--freeze-batchnorm", action="store_true", help="keep batch normalizations' statistics")
+    data_options(finetune)
+    finetune.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    finetune.add_argument("--trust", action="store_true", help="let the folder import factories that it names")
+    finetune.add_argument("-o", "--output", help="folder to write (default: the folder's name and -finetuned)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    from pathlib import Path
+
+    from mpq.training.loop import Finetuning
+    from mpq.training.objective import Objective
+
+    check_data(options.dataset)
+    folder = Path(options.folder)
+    if not (folder / "config.json").is_file():
+        raise MpqError(f"{folder} is no packed model: expected a folder that 'mpq quantize' wrote")
+    rate = {} if options.lr is None else {"lr": options.lr}
+    settings = Finetuning(
+        steps=options.steps, optimizer=options.optimizer, accumulate=options.accumulate, bfloat16=options.bfloat16,
+        freeze_batchnorm=options.freeze_batchnorm, seed=options.seed,
+        objective=Objective(options.kl, options.task, options.blocks), **rate,
+    )  # fmt: skip
+
+    from mpq.finetuned_folder import finetune_folder
+
+    output = options.output or folder.with_name(f"{folder.resolve().name}-finetuned")
+    outcome = finetune_folder(
+        folder, output, settings, options.dataset, trust=options.trust, progress=not options.quiet,
+        nsamples=options.nsamples, seqlen=options.seqlen, batch_size=options.batch_size, seed=options.seed,
+        device=options.device, evaluation_samples=options.eval_samples,
+    )  # fmt: skip
+    tuned = outcome.finetuned
+    if options.json:
+        say_json({
+            "folder": str(outcome.folder), "kept": tuned.kept, "steps": len(tuned.losses),
+            "harm_before": tuned.before, "harm_after": tuned.after, "kind": outcome.after.kind,
+            "original": outcome.original.value, "before": outcome.before.value, "after": outcome.after.value,
+        })  # fmt: skip
+    for name, quality in (("original", outcome.original), ("before", outcome.before), ("after", outcome.after)):
+        say(options, f"{name:8}  {quality}")
+    for sentence in outcome.words():
+        say(options, sentence)
+    say(options, f"written to {outcome.folder}")
