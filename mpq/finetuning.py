@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.errors import NotFiniteError
+from mpq.core.errors import MpqError, NotFiniteError
 from mpq.network.calibration import Batch, LossFn, check_batches, evaluating
 from mpq.network.parallel import processes
 from mpq.network.prepare import prepared
 from mpq.quantized import Moments, WeightRounding, simulate
-from mpq.rounding.store import Rounder
+from mpq.rounding.store import Rounder, rounder_of
+from mpq.sensitivity.eigenvalue import fine_tuning_order
 from mpq.training.loop import Finetuning, train
 from mpq.training.objective import harms
+from mpq.training.stages import stages
 
 HELD_OUT = 10  # one of so many batches is kept for acceptance where none are given
 
@@ -57,6 +59,7 @@ def finetune(
     method: str | Rounder = "mse",
     second_moments: Moments | None = None,
     teacher: nn.Module | None = None,
+    order: Sequence[str] | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> Finetuned:
@@ -74,6 +77,8 @@ def finetune(
         acceptance: data that only compares the result with the start; left out, a tenth of the batches.
         method: first rounding, by name or as a rounder, with the `second_moments` that it may need.
         teacher: the float model, where `model` is not.
+        order: in which layers are quantized, where `settings` have several stages; left out, HAWQ's
+            (`mpq.sensitivity.eigenvalue.fine_tuning_order`) on the first batches.
         checkpoint: a file from which an interrupted training goes on; removed when it is finished.
         progress: show steps, loss and time left.
 
@@ -89,8 +94,10 @@ def finetune(
     else:
         held = max(1, len(data) // HELD_OUT)
         data, unseen = (data[:-held], data[-held:]) if established else (data, data)
+    rounder = rounder_of(method, second_moments)
+    runs = _runs(model, allocation, data, loss_fn, rounder, settings, order)
     types = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    student = simulate(model, allocation, method, second_moments, learned=settings.learned).float()
+    student = simulate(model, allocation, rounder, learned=settings.learned).float()
     path = None if checkpoint is None else Path(checkpoint)
     with processes(str(next(student.parameters()).device)), evaluating(teacher):
         start = copy.deepcopy(student.state_dict())
@@ -98,7 +105,7 @@ def finetune(
         losses: tuple[float, ...] = ()
         after = torch.full_like(before, math.nan)
         try:
-            losses = train(student, teacher, data, loss_fn, settings, checkpoint=path, progress=progress)
+            losses = train(student, teacher, data, loss_fn, settings, runs=runs, checkpoint=path, progress=progress)
             after = harms(student, teacher, unseen, loss_fn, settings.objective)
         except NotFiniteError as error:
             note = str(error)
@@ -111,6 +118,20 @@ def finetune(
     difference = after - before
     spread = float(difference.std() / len(difference) ** 0.5) if len(difference) > 1 else math.nan
     return Finetuned(student, losses, float(before.mean()), float(after.mean()), spread, kept, established, note)
+
+
+def _runs(
+    model: nn.Module, allocation: Allocation, data: Sequence[Batch], loss_fn: LossFn, rounder: Rounder,
+    settings: Finetuning, order: Sequence[str] | None,
+) -> tuple[tuple[str, ...], ...]:  # fmt: skip
+    if settings.stages == 1:
+        return ()
+    if order is None:
+        order = fine_tuning_order(model, allocation, data, loss_fn, rounder, seed=settings.seed)
+    names = [layer.name for layer in allocation.layers]
+    if sorted(order) != sorted(names):
+        raise MpqError(f"invalid order of {len(order)} layers: expected each of the allocation's {len(names)} once")
+    return stages(order, settings.stages)
 
 
 @torch.no_grad()

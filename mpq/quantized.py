@@ -281,3 +281,11 @@ class InputRounding:
             call_input(args, kwargs), lambda inputs: fake_quantize_inputs(module, inputs, self.format, self.scale)
         )
         return with_call_input(args, kwargs, rounded)
+
+
+def rounding_of(module: nn.Module) -> WeightRounding | None:
+    """The rounding of a simulated layer's weight, None for any other module."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    last = module.parametrizations["weight"][-1]  # type: ignore[index]
+    return last if isinstance(last, WeightRounding) else None

@@ -3,19 +3,18 @@
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.network.prepare import prepared
-from mpq.quantized import InputRounding, WeightRounding, checked_layers
+from mpq.quantized import InputRounding, checked_layers, rounding_of
 from mpq.rounding.reference import Quantized
 from mpq.rounding.store import Finished, Rounder
 
 
 def is_simulation(model: nn.Module) -> bool:
     """Whether this is a trainable simulation, or holds one."""
-    return any(_rounding_of(module) is not None for module in model.modules())
+    return any(rounding_of(module) is not None for module in model.modules())
 
 
 def as_trained(model: nn.Module, allocation: Allocation, otherwise: Rounder) -> tuple[nn.Module, Rounder]:
@@ -29,7 +28,7 @@ def as_trained(model: nn.Module, allocation: Allocation, otherwise: Rounder) -> 
     Raises:
         MpqError: a layer that the allocation leaves out or has in another scheme than it was trained in.
     """
-    roundings = {name: one for name, module in model.named_modules() if (one := _rounding_of(module)) is not None}
+    roundings = {name: one for name, module in model.named_modules() if (one := rounding_of(module)) is not None}
     found: dict[str, Quantized] = {}
     methods: dict[str, None] = {}
     for layer, scheme in checked_layers(model, allocation):
@@ -54,13 +53,6 @@ def as_trained(model: nn.Module, allocation: Allocation, otherwise: Rounder) -> 
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
     return plain, Finished(f"{', '.join(methods)}, trained", found, otherwise)
-
-
-def _rounding_of(module: nn.Module) -> "WeightRounding | None":
-    if not parametrize.is_parametrized(module, "weight"):
-        return None
-    last = module.parametrizations["weight"][-1]  # type: ignore[index]
-    return last if isinstance(last, WeightRounding) else None
 
 
 def _latent(module: nn.Module) -> Tensor:

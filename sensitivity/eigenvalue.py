@@ -1,18 +1,20 @@
 """Top eigenvalue of each layer's curvature (HAWQ, arXiv 1905.03696): the ranking lambda_i / n_i, the tuning order."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
-from mpq.core.evidence import supported
 from mpq.core.layer import Layer
-from mpq.core.table import SensitivityTable
-from mpq.network.calibration import samples_in, seeded, take
+from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, samples_in, seeded, take
+from mpq.network.prepare import prepared
+from mpq.quantized import Moments, checked_layers
+from mpq.rounding.store import Rounder, rounder_of
 from mpq.sensitivity.lanczos import Lanczos
 from mpq.sensitivity.products import operator_named, weight_curvature
 from mpq.sensitivity.task import Scores, Task, score_weight_errors
@@ -52,26 +54,41 @@ def eigenvalue(
     return score_weight_errors(task, score)
 
 
-def fine_tuning_order(table: SensitivityTable, schemes: Mapping[str, str]) -> tuple[str, ...]:
-    """Layers by descending Omega_i = lambda_i * ||Q(W_i) - W_i||^2: HAWQ's order of tuning (section 3.2).
+def fine_tuning_order(
+    model: nn.Module,
+    allocation: Allocation,
+    batches: Iterable[Batch],
+    loss_fn: LossFn,
+    method: str | Rounder = "mse",
+    second_moments: Moments | None = None,
+    *,
+    samples: int = 128,
+    seed: int = 0,
+) -> tuple[str, ...]:
+    """The allocation's layers by descending Omega_i = lambda_i * ||Q(W_i) - W_i||^2: HAWQ's order of tuning.
+
+    lambda_i is the top eigenvalue of the layer's block of the Hessian (section 3.2), its residual where that is larger.
 
     Args:
-        table: of the metric "eigenvalue".
-        schemes: scheme by layer name, for every layer of the table.
+        model, batches, loss_fn: as `mpq.sensitivity.profile.profile` takes them.
+        allocation: layers and schemes.
+        method, second_moments: how layers are rounded, as in `mpq.simulate`.
+        samples: the first samples that eigenvalues are taken on.
+        seed: of the start vectors.
 
     Raises:
-        MpqError: another metric's table, or a layer without a scheme of the table.
+        MpqError: a model that cannot be differentiated twice, or layers of another model.
     """
-    if table.metric != "eigenvalue":
-        raise MpqError(
-            f"invalid table for HAWQ's fine-tuning order: expected the metric 'eigenvalue', not {table.metric!r}"
-        )
-    scores, _, _ = supported(table)
-    omegas: dict[str, float] = {}
-    for i, layer in enumerate(table.layers):
-        if schemes.get(layer.name) not in table.schemes:
-            raise MpqError(f"layer {layer.name} has no scheme of the table's: {', '.join(table.schemes)}")
-        omegas[layer.name] = 2 * layer.params * float(scores[i, table.schemes.index(schemes[layer.name])])
+    model, rounder = prepared(model), rounder_of(method, second_moments)
+    checked = checked_layers(model, allocation)
+    task = Task(model, check_batches(batches), loss_fn, allocation.layers, (), rounder, seed)
+    with evaluating(model):
+        found = top_eigenvalues(task, samples=samples)
+    values = np.maximum(found.values, found.residuals)
+    omegas = {
+        layer.name: float(value) * task.weight_error(layer, scheme).square().sum(dtype=torch.float64).item()
+        for value, (layer, scheme) in zip(values, checked, strict=True)
+    }
     return tuple(sorted(omegas, key=lambda name: -omegas[name]))
 
 

@@ -18,6 +18,9 @@ def add(command: AddCommand) -> None:
     finetune.add_argument("--kl", type=float, default=1.0, help="weight of the divergence from the original")
     finetune.add_argument("--task", type=float, default=0.0, help="weight of the loss on the data")
     finetune.add_argument("--blocks", type=float, default=0.0, help="weight of the distance of block outputs")
+    finetune.add_argument(
+        "--stages", type=int, default=1, help="quantize layers in so many stages, those that suffer most first (HAWQ)"
+    )
     finetune.add_argument("--bfloat16", action="store_true", help="compute in bfloat16")
     finetune.add_argument("--freeze-batchnorm", action="store_true", help="keep batch normalizations' statistics")
     data_options(finetune)
@@ -40,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     rate = {} if options.lr is None else {"lr": options.lr}
     settings = Finetuning(
         steps=options.steps, optimizer=options.optimizer, accumulate=options.accumulate, bfloat16=options.bfloat16,
-        freeze_batchnorm=options.freeze_batchnorm, seed=options.seed,
+        freeze_batchnorm=options.freeze_batchnorm, stages=options.stages, seed=options.seed,
         objective=Objective(options.kl, options.task, options.blocks), **rate,
     )  # fmt: skip
 

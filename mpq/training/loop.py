@@ -18,6 +18,7 @@ from mpq.network.parallel import place, total
 from mpq.training.batchnorm import freeze_batchnorm
 from mpq.training.checkpoint import resume, save
 from mpq.training.objective import Objective, objective_loss
+from mpq.training.stages import quantize_only
 
 OPTIMIZERS = ("adam", "sgd")
 
@@ -37,6 +38,7 @@ class Finetuning:
     momentum: float = 0.9  # of SGD
     accumulate: int = 1  # batches of a step
     objective: Objective = field(default_factory=Objective)
+    stages: int = 1  # of layers quantized one after the other, those that suffer most first (HAWQ)
     learned: bool = True  # whether scales are parameters (LSQ)
     freeze_batchnorm: bool = False  # keep the statistics of batch normalizations
     bfloat16: bool = False  # compute in bfloat16, with weights in float32
@@ -44,8 +46,10 @@ class Finetuning:
     seed: int = 0  # of the order of the data and of dropout
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.accumulate < 1 or self.save_every < 1:
-            raise MpqError("invalid fine-tuning: expected steps, accumulate and save_every of at least 1")
+        if min(self.accumulate, self.save_every, self.stages) < 1 or self.steps < self.stages:
+            raise MpqError(
+                "invalid fine-tuning: expected steps, accumulate, save_every, stages of at least 1, and a step a stage"
+            )
         if not (0 < self.lr < math.inf and 0 <= self.scale_lr < math.inf and 0 <= self.momentum < 1):
             raise MpqError(
                 f"invalid fine-tuning: expected a positive lr, not {self.lr}, and a momentum in [0, 1), "
@@ -62,6 +66,7 @@ def train(
     loss_fn: LossFn,
     settings: Finetuning,
     *,
+    runs: Sequence[Sequence[str]] = (),
     checkpoint: Path | None = None,
     progress: bool = False,
 ) -> tuple[float, ...]:
@@ -77,6 +82,8 @@ def train(
         batches: training data.
         loss_fn: calls a model on a batch; its value counts for the objective's task.
         settings: how.
+        runs: of layers, each quantized only when those before it have been trained for their share of the steps
+            (`mpq.training.stages`); all at once by default. The rate falls to zero in every stage.
         checkpoint: a file that is written every so many steps; where it exists, training goes on from it, and ends as
             if it had not been interrupted.
         progress: show steps, loss and time left.
@@ -86,7 +93,7 @@ def train(
         MpqError: a checkpoint of another training.
     """
     optimizer = _optimizer(student, settings)
-    identity = _identity(student, batches, settings)
+    identity = {**_identity(student, batches, settings), "order": str([list(run) for run in runs])}
     losses = resume(checkpoint, identity, student, optimizer)
     order = _steps(batches, settings)
     for _ in losses:
@@ -103,7 +110,11 @@ def train(
                 leave=False,
             )
         )  # fmt: skip
+        stack.callback(quantize_only, student, None)
         for step in range(len(losses), settings.steps):
+            stage = step * max(len(runs), 1) // settings.steps
+            quantize_only(student, [name for run in runs[: stage + 1] for name in run] if runs else None)
+            _set_rates(optimizer, step, settings.steps, max(len(runs), 1))
             losses.append(_step(student, teacher, next(order), loss_fn, settings, optimizer, step))
             bar.set_postfix(loss=f"{losses[-1]:.4g}", refresh=False)
             bar.update()
@@ -117,9 +128,6 @@ def _step(
     student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, settings: Finetuning,
     optimizer: torch.optim.Optimizer, step: int,
 ) -> float:  # fmt: skip
-    rate = 0.5 + 0.5 * math.cos(math.pi * step / settings.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * rate
     optimizer.zero_grad()
     device = next(student.parameters()).device
     summed = torch.zeros((), dtype=torch.float64)
@@ -140,6 +148,15 @@ def _step(
     _sum_gradients(student)
     optimizer.step()
     return value
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, stages: int) -> None:
+    """Half a cosine in every stage."""
+    stage = step * stages // steps
+    start, end = -(-stage * steps // stages), -(-(stage + 1) * steps // stages)
+    rate = 0.5 + 0.5 * math.cos(math.pi * (step - start) / (end - start))
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * rate
 
 
 def _own_part(batch: Batch) -> Batch | None:

@@ -1,29 +1,12 @@
-"""HAWQ's staged fine-tuning (arXiv 1905.03696): quantize the most sensitive layers first, train, then the next."""
+"""HAWQ's staged fine-tuning (arXiv 1905.03696): quantize some layers, train, then the next ones."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
-from mpq.core.allocation import Allocation
+from torch import nn
+
 from mpq.core.errors import MpqError
-from mpq.core.table import SensitivityTable
-from mpq.training.fake import FakeQuantization
-
-
-def fine_tuning_order(table: SensitivityTable, allocation: Allocation) -> tuple[str, ...]:
-    """The layers by descending predicted loss increase in their schemes.
-
-    With scores lambda_i * ||Q(W_i) - W_i||^2, of top eigenvalues, that is HAWQ's order.
-
-    Raises:
-        MpqError: a layer or scheme that is not in the table.
-    """
-    rows = {layer.name: row for row, layer in enumerate(table.layers)}
-    scores = {}
-    for layer, scheme in zip(allocation.layers, allocation.schemes, strict=True):
-        if layer.name not in rows or scheme not in table.schemes:
-            raise MpqError(f"the table has no score of {layer.name} in {scheme}: profile it to order the fine-tuning")
-        scores[layer.name] = float(table.scores[rows[layer.name], table.schemes.index(scheme)])
-    return tuple(sorted(scores, key=lambda name: -scores[name]))
+from mpq.quantized import InputRounding, WeightRounding, rounding_of
 
 
 def stages(order: Sequence[str], count: int) -> tuple[tuple[str, ...], ...]:
@@ -38,17 +21,18 @@ def stages(order: Sequence[str], count: int) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(order[start:end]) for start, end in pairwise(ends))
 
 
-def quantize_in_stages(
-    quantization: FakeQuantization, allocation: Allocation, runs: Sequence[Sequence[str]]
-) -> Iterator[Mapping[str, str]]:
-    """Iterate over stages: each quantizes one more run of layers; train in the loop's body.
+def quantize_only(student: nn.Module, names: Collection[str] | None) -> None:
+    """Let these layers of a simulation compute in their schemes, the others in floating point; None: all of them.
 
-    Yields:
-        The schemes, by layer name, of the layers quantized so far.
+    A layer that shares its weight is named by any of its names.
     """
-    schemes = allocation.scheme_of
-    done: list[str] = []
-    for run in runs:
-        done += run
-        quantization.use({name: schemes[name] for name in done})
-        yield {name: schemes[name].name for name in done}
+    names_of: dict[WeightRounding, set[str]] = {}
+    for name, module in student.named_modules(remove_duplicate=False):
+        if (rounding := rounding_of(module)) is not None:
+            names_of.setdefault(rounding, set()).add(name)
+    for rounding, own in names_of.items():
+        rounding.active = names is None or not own.isdisjoint(names)
+        for name in own:
+            for hook in student.get_submodule(name)._forward_pre_hooks.values():
+                if isinstance(hook, InputRounding):
+                    hook.active = rounding.active

@@ -5,10 +5,12 @@ import pytest
 import torch
 from exact import exact_blocks, gauss_newton_blocks
 from small_models import Convolutions, TiedLanguageModel, class_batches, make_task, mlp, seed_weights, token_batches
+from torch import nn
 
+from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
-from mpq.core.table import SensitivityTable
 from mpq.network.calibration import cross_entropy, next_token_loss
+from mpq.network.layers import find_layers
 from mpq.sensitivity.eigenvalue import eigenvalue, fine_tuning_order, top_eigenvalues
 
 CASES = {
@@ -72,19 +74,52 @@ def test_the_score_is_hawqs_rank_times_half_the_squared_error():
 
 def test_the_order_of_tuning_is_by_descending_omega():
     task = CASES["convolutions"]()
-    names = tuple(scheme.name for scheme in task.schemes)
-    table = SensitivityTable(task.layers, names, *eigenvalue(task), "eigenvalue")
-    schemes = {layer.name: names[i % 2] for i, layer in enumerate(task.layers)}
-    values = top_eigenvalues(task).values
+    schemes = tuple(task.schemes[i % 2].name for i in range(len(task.layers)))
+    found = fine_tuning_order(task.model, Allocation(task.layers, schemes), task.batches, task.loss_fn)
+    exact = exact_tops(task, "hessian")
     omegas = {
-        layer.name: values[i] * task.weight_error(layer, task.schemes[i % 2]).square().sum().item()
+        layer.name: exact[i] * task.weight_error(layer, task.schemes[i % 2]).square().sum().item()
         for i, layer in enumerate(task.layers)
     }
-    assert fine_tuning_order(table, schemes) == tuple(sorted(omegas, key=lambda name: -omegas[name]))
-    with pytest.raises(MpqError, match="no scheme of the table"):
-        fine_tuning_order(table, {})
-    with pytest.raises(MpqError, match="not 'loss'"):
-        fine_tuning_order(SensitivityTable(task.layers, names, *eigenvalue(task), "loss"), schemes)
+    assert found == tuple(sorted(omegas, key=lambda name: -omegas[name]))
+
+
+class Apart(nn.Module):
+    """Layers side by side; the loss below has curvature a_k * E[x x'] in every row of layer k."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.middle = (nn.Linear(cols, rows, bias=False) for cols, rows in SIZES)
+
+    def forward(self, inputs):
+        return [layer(x) for layer, x in zip((self.wide, self.narrow, self.middle), inputs, strict=True)]
+
+
+SIZES = ((16, 12), (4, 3), (8, 8))
+
+
+def test_the_order_is_that_of_eigenvalue_times_squared_error_and_of_nothing_else():
+    """Known eigenvalues 1.0, 3.0 and 2.5; squared errors chosen so that every other product has another order."""
+    model, curvatures = Apart(), (1.0, 3.0, 2.5)
+    inputs = tuple(torch.eye(16).repeat(1, -(-cols // 16))[:, :cols] * 4 for cols, _ in SIZES)  # 16 samples: E[xx'] = I
+
+    def loss(model, batch):
+        outputs = model(batch)
+        return sum(0.5 * a * out.square().sum() for a, out in zip(curvatures, outputs, strict=True)) / len(batch[0])
+
+    with torch.no_grad():
+        for layer, error in zip((model.wide, model.narrow, model.middle), (10.0, 1.0, 3.0), strict=True):
+            weight = torch.full_like(layer.weight, 0.5)  # int2's steps of one: half a step away from the grid
+            weight[:, 0] = -2.0
+            squared = 0.25 * (weight.numel() - len(weight))
+            layer.weight.copy_(weight * (error / squared) ** 0.5)
+    layers = find_layers(model)
+    allocation = Allocation(layers, ("int2-channel-sfp32",) * 3)
+    assert exact_tops(make_task(model, [inputs], loss), "hessian") == pytest.approx(curvatures, rel=1e-4)
+    order = fine_tuning_order(model, allocation, [inputs], loss, "nearest")
+    assert order == ("wide", "middle", "narrow")  # 10.0, 7.5, 3.0; by lambda / n * error: narrow, middle, wide
+    by_rank = [a * e / layer.params for a, e, layer in zip(curvatures, (10.0, 1.0, 3.0), layers, strict=True)]
+    assert np.argsort(by_rank)[::-1].tolist() == [1, 2, 0]
 
 
 def test_the_first_samples_are_used():
