@@ -10,6 +10,7 @@ from torch import nn
 from mpq.acceptance import Acceptance, Candidate, candidate_of
 from mpq.core.allocation import Allocation
 from mpq.core.frontier import Frontier
+from mpq.core.prediction import predicts_loss
 from mpq.evaluation import DIVERGE, Quality
 from mpq.measuring import Measurer
 from mpq.report import Row
@@ -55,7 +56,8 @@ class Measured:
         if self.allocation is None:
             size = megabytes(self.size) if self.size else ""
             return Row(self.name, "", size, str(self.quality), *self._divergence(), "", "")
-        predicted = "" if math.isnan(self.allocation.loss) else f"{self.allocation.loss:.4g}"
+        known = not math.isnan(self.allocation.loss) and predicts_loss(self.allocation.metric)
+        predicted = f"{self.allocation.loss:.4g}" if known else ""
         increase = _with_error(self.increase, self.error)
         return Row(
             self.name, f"{self.allocation.bits:.3f}", megabytes(self.size), str(self.quality), *self._divergence(),
@@ -145,7 +147,7 @@ def sentences(measured: Sequence[Measured], acceptance: Acceptance) -> tuple[str
             f"{share} (paired difference {difference:.3g} +- {difference_error:.1g})."
         )
     predicted = chosen.allocation.loss
-    if predicted > 0 and harm > 0:
+    if predicted > 0 and harm > 0 and predicts_loss(chosen.allocation.metric):
         ratio = harm / predicted
         side = f"{ratio:.2g} times too low" if ratio >= 1 else f"{1 / ratio:.2g} times too high"
         tuned = ", for scales as they were rounded" if acceptance.untuned is not None else ""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mpq.core.allocation import Allocation
 from mpq.core.frontier import MEASURED_COLUMN, Frontier, SavedFrontier
+from mpq.core.prediction import prediction_name, predicts_loss
 from mpq.core.scheme import parse_scheme
 from mpq.core.table import SensitivityTable
 
@@ -74,7 +75,7 @@ def frontier_facts(
             Mark(name, one.bits, one.provenance.get("measured_loss", one.loss)) for name, one in (chosen or {}).items()
         ),
         first.problem.metric if first else "",
-        tuple(points),
+        tuple(points) if not first or predicts_loss(first.problem.metric) else (),  # a proxy's scale is its own
     )
 
 
@@ -151,7 +152,7 @@ def _draw_measured(axes: Axes, curve: Curve, low: NDArray[np.float64], color: st
 
 def _loss_label(metric: str, measured: bool) -> str:
     by = f" ({metric})" if metric else ""
-    return f"loss increase, measured or predicted{by}" if measured else f"predicted loss increase{by}"
+    return f"loss increase, measured or predicted{by}" if measured else f"{prediction_name(metric)}{by}"
 
 
 class LayerFacts(NamedTuple):
@@ -213,7 +214,7 @@ def draw_table(table: SensitivityTable) -> Figure:
     step = max(1, count // 70)
     axes.set_yticks(range(0, count, step), [_plain(layer.name) for layer in table.layers][::step], fontsize=7)
     axes.set_xticks(range(len(table.schemes)), table.schemes, rotation=60, ha="right", fontsize=8)
-    figure.colorbar(image, ax=axes, label=f"predicted loss increase ({table.metric})", shrink=0.8)
+    figure.colorbar(image, ax=axes, label=f"{prediction_name(table.metric)} ({table.metric})", shrink=0.8)
     return figure
 
 
@@ -226,8 +227,8 @@ class Prediction(NamedTuple):
     error: float  # standard error of the measured one
 
 
-def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
-    """Measured against predicted loss increase, with the line where both are equal."""
+def draw_predictions(predictions: Sequence[Prediction], metric: str = "") -> Figure:
+    """Measured against predicted loss increase, with the line where both are equal; or against a proxy's score."""
     figure = Figure(figsize=(5.2, 4.4), layout="constrained")
     axes = figure.add_subplot()
     _style(axes)
@@ -235,14 +236,16 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
     measured = np.array([point.measured for point in predictions])
     errors = [point.error if math.isfinite(point.error) else 0.0 for point in predictions]
     both = np.concatenate([predicted, measured])
-    _loss_scale(axes, both)
+    comparable = predicts_loss(metric)
+    _loss_scale(axes, both if comparable else measured)
     if (both > 0).all():
         axes.set_xscale("log")
     axes.errorbar(predicted, measured, yerr=errors, fmt="o", color=COLORS[0], markersize=5, elinewidth=1)
     ends = [float(both.min()), float(both.max())]
-    axes.plot(ends, ends, color=UNIFORM, linewidth=1, linestyle="--")
+    if comparable:
+        axes.plot(ends, ends, color=UNIFORM, linewidth=1, linestyle="--")
     _label_marks(axes, [Mark(point.name, point.predicted, point.measured) for point in predictions])
-    axes.set_xlabel("predicted loss increase")
+    axes.set_xlabel(prediction_name(metric))
     axes.set_ylabel("measured: KL from the original, or loss increase")
     return figure
 

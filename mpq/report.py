@@ -87,7 +87,7 @@ def write_report(
         "<h2>Before and after</h2>", _html_table(rows), f"<p>{escape(' '.join(words))}</p>",
         "<h2>Frontier</h2>", _svg(draw_frontier(shown)),
         "<h2>Format of each layer</h2>", _svg(draw_layers(layer_facts(allocation))), _layer_table(allocation),
-        "<h2>Predicted and measured</h2>", _svg(draw_predictions(predictions)),
+        "<h2>Predicted and measured</h2>", _svg(draw_predictions(predictions, table.metric)),
         "<h2>Sensitivity of each layer in each format</h2>", _svg(draw_table(table)),
         "<h2>Coverage</h2>", _coverage(table),
         "<h2>Settings</h2>", _settings({**table.provenance, **(settings or {})}),

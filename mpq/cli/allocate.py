@@ -121,7 +121,10 @@ def _evolving(options: argparse.Namespace, table: "SensitivityTable") -> dict[st
 
 
 def _print_allocation(allocation: "Allocation", table: "SensitivityTable") -> None:
-    rows: list[Sequence[str]] = [("layer", "weights", "format", "predicted loss +", "tie")]
+    from mpq.core.prediction import predicts_loss
+
+    score_name = "predicted loss +" if predicts_loss(table.metric) else "score"
+    rows: list[Sequence[str]] = [("layer", "weights", "format", score_name, "tie")]
     for i, (layer, scheme) in enumerate(zip(allocation.layers, allocation.schemes, strict=True)):
         score = table.scores[i, table.schemes.index(scheme)]
         rows.append((layer.name, f"{layer.rows} x {layer.cols}", scheme, f"{score:.3g}", layer.tie))

@@ -1,7 +1,6 @@
 """`mpq proxy`: training-free scores, measured, evolved and judged."""
 
 import argparse
-from pathlib import Path
 
 from mpq.cli.options import AddCommand, adding_to, model_options, pairs_of, source_of
 
@@ -49,12 +48,12 @@ def _proxy_evolve(options: argparse.Namespace) -> None:
     from mpq.proxies.runs import run_evolve, table_of
 
     source = source_of(options)
-    _, standings = run_evolve(
+    evolution, standings = run_evolve(
         source.model, source.calibration, source.loss_fn, options.benchmark, options.output,
         population=options.population, generations=options.generations, seed=options.seed,
     )  # fmt: skip
     print(table_of(standings))
-    print(f"\nbest formula: {(Path(options.output) / 'best.txt').read_text().strip()}")
+    print(f"\nbest formula: {evolution.best.formula}\n(as a metric: --metric 'proxy:{evolution.best.formula}')")
 
 
 def _proxy_show(options: argparse.Namespace) -> None:

@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mpq.core.prediction import prediction_name, predicts_loss
+from mpq.core.taxonomy import classify
+
 if TYPE_CHECKING:
     from mpq.core.allocation import Allocation
     from mpq.core.frontier import Frontier
@@ -17,9 +20,10 @@ def summary(frontier: "Frontier", allocation: "Allocation") -> str:
     proof = "proven optimal" if frontier.gap == 0 else f"within {100 * frontier.gap:.2g} % of the optimum"
     if "measured_loss" in allocation.provenance:
         proof = f"measured loss increase {allocation.provenance['measured_loss']:.4g}"
+    predicted = f"{prediction_name(allocation.metric)} {allocation.loss:.4g} +- {allocation.error:.1g}"
     return (
-        f"{allocation.bits:.4f} bits per weight, {allocation.total:,} bytes in all, predicted loss increase "
-        f"{allocation.loss:.4g} +- {allocation.error:.1g} ({allocation.metric}), {proof}"
+        f"{allocation.bits:.4f} bits per weight, {allocation.total:,} bytes in all, "
+        f"{predicted} ({allocation.metric}), {proof}"
     )
 
 
@@ -45,8 +49,9 @@ def _plain(value: Any) -> Any:
 def allocation_facts(frontier: "Frontier", allocation: "Allocation") -> dict[str, Any]:
     """What --json tells of a chosen allocation."""
     return {
-        "bits": allocation.bits, "bytes": allocation.total, "loss": allocation.loss, "error": allocation.error,
-        "metric": allocation.metric, "gap": frontier.gap, "measured_loss": allocation.provenance.get("measured_loss"),
+        "bits": allocation.bits, "bytes": allocation.total,
+        ("loss" if predicts_loss(allocation.metric) else "score"): allocation.loss, "error": allocation.error,
+        "metric": allocation.metric, "precision": classify(allocation).label, "gap": frontier.gap, "measured_loss": allocation.provenance.get("measured_loss"),
         "schemes": {layer.name: scheme for layer, scheme in zip(allocation.layers, allocation.schemes, strict=True)},
     }  # fmt: skip
 

@@ -15,6 +15,7 @@ from mpq.core.edits import CHECKSUM, check_edits, checksum
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.layer import Layer
+from mpq.core.prediction import predicts_loss
 from mpq.core.reading import reading
 from mpq.core.scheme import Scheme, parse_scheme
 
@@ -53,7 +54,8 @@ class Allocation:
         _check_assignments(self)
 
     def __repr__(self) -> str:
-        loss = "" if math.isnan(self.loss) else f", predicted loss +{self.loss:.4g}"
+        loss = f", predicted loss +{self.loss:.4g}" if predicts_loss(self.metric) else f", score {self.loss:.4g}"
+        loss = "" if math.isnan(self.loss) else loss
         counts = Counter(self.schemes).most_common()
         more = f", and {len(counts) - 4} more" if len(counts) > 4 else ""
         summary = ", ".join(f"{count} x {scheme}" for scheme, count in counts[:4]) + more

@@ -314,6 +314,8 @@ def test_a_gpus_latency_is_a_cost(table, tmp_path, capsys):
 def test_a_packed_language_model_continues_a_prompt(tmp_path, capsys):
     job = ["quantize", "tiny-lm", "--bits", "8.12", "--formats", "int8-channel,int8-g128", "--metric", "proxy:size"]
     assert main([*job, "--nsamples", "2", "-o", str(tmp_path / "out")]) == 0
+    texts = (capsys.readouterr().out, (tmp_path / "out" / "report.html").read_text())
+    assert not [text for text in texts if "predicted loss" in text or "Predicted was" in text]
     job = ["generate", str(tmp_path / "out"), "--prompt", "It was a truth", "--max-new-tokens", "5", "--compare"]
     assert main(job) == 0
     said = capsys.readouterr().out
@@ -331,11 +333,16 @@ def test_a_packed_language_model_continues_a_prompt(tmp_path, capsys):
 def test_proxies_from_benchmark_to_formula(tmp_path, capsys):
     few = ["--nsamples", "16"]
     rows = str(tmp_path / "rows.csv")
-    assert main(["proxy", "bench", "tiny-cnn", *few, "-n", "12", "-o", rows]) == 0
+    assert main(["proxy", "bench", "tiny-cnn", *few, "-n", "24", "-o", rows]) == 0
     assert main(["proxy", "show", "tiny-cnn", rows, "size", "fisher", *few]) == 0
     said = capsys.readouterr().out
-    assert "12 configurations" in said
+    assert "24 configurations" in said
     assert "fisher" in said
+    small = ["--population", "4", "--generations", "2", "-o", str(tmp_path / "run")]
+    assert main(["proxy", "evolve", "tiny-cnn", rows, *few, *small]) == 0
+    formula = re.search(r"^best formula: (.*)$", capsys.readouterr().out, re.MULTILINE)[1]
+    job = ["profile", "tiny-cnn", *few, "--formats", "int4-channel", "-o", str(tmp_path / "table.csv")]
+    assert main([*job, "--metric", f"proxy:{formula}"]) == 0
 
 
 def test_rows_in_formats_of_their_own_from_the_command_line(tmp_path, capsys):
