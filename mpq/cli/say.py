@@ -51,7 +51,8 @@ def allocation_facts(frontier: "Frontier", allocation: "Allocation") -> dict[str
     return {
         "bits": allocation.bits, "bytes": allocation.total,
         ("loss" if predicts_loss(allocation.metric) else "score"): allocation.loss, "error": allocation.error,
-        "metric": allocation.metric, "precision": classify(allocation).label, "gap": frontier.gap, "measured_loss": allocation.provenance.get("measured_loss"),
+        "metric": allocation.metric, "gap": frontier.gap, "measured_loss": allocation.provenance.get("measured_loss"),
+        "precision": classify(allocation).label,
         "schemes": {layer.name: scheme for layer, scheme in zip(allocation.layers, allocation.schemes, strict=True)},
     }  # fmt: skip
 
