@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.core.allocation import Allocation, check_allocation
+from mpq.core.cache import EVERY, parse_cache_format
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.problem import build_problem
@@ -118,6 +119,13 @@ class Held:
         more = f" and {len(self.floats) - 1} more" if len(self.floats) > 1 else ""
         return f"{self.name} can hold {name}{more} in none of the formats ({why}): left in floating point"
 
+    def least(self, *, ties: bool = True, **restrictions: Any) -> float:
+        """Bytes of the smallest allocation of weights, with what no scheme changes."""
+        problem = build_problem(self.table, forbid=self.forbid, ties=ties or self.fuses, **restrictions)
+        return problem.overhead + float(
+            np.where(np.isfinite(problem.losses), problem.costs["size"], np.inf).min(1).sum()
+        )
+
     def check_budget(
         self, *, bits: float | None = None, size: float | str | None = None, ties: bool = True, **restrictions: Any
     ) -> None:
@@ -152,15 +160,24 @@ def restrict(table: SensitivityTable, *holders: Holder) -> Held:
     """
 
     def refusal(layer: Layer, scheme: Scheme) -> str:
+        if layer.is_cached:
+            return next(filter(None, (_cache_refusal(holder, scheme) for holder in holders)), "")
         return next(filter(None, (holder.refusal(layer, scheme) for holder in holders)), "")
 
     name, fuses = " and ".join(holder.name for holder in holders), any(holder.fuses for holder in holders)
-    schemes = [parse_scheme(name) for name in table.schemes]
+    every = [parse_scheme(name) for name in table.schemes]
+    schemes = [scheme for scheme in every if not scheme.cached]
+    alike = {False: schemes, True: [scheme for scheme in every if scheme.cached]}
     reasons = {
-        layer.name: {scheme.name: why for scheme in schemes if (why := refusal(layer, scheme))}
+        layer.name: {scheme.name: why for scheme in alike[layer.is_cached] if (why := refusal(layer, scheme))}
         for layer in table.layers
     }
-    without = {name: next(iter(bad.values())) for name, bad in reasons.items() if len(bad) == len(schemes)}
+    cached = {layer.name for layer in table.entries}
+    without = {
+        name: next(iter(bad.values()))
+        for name, bad in reasons.items()
+        if len(bad) == len(schemes) and name not in cached
+    }
     ties = {layer.tie for layer in table.layers if layer.tie and layer.name in without and fuses}
     offered = [layer.name in without or layer.tie in ties for layer in table.layers]
     forbid = {glob.escape(name): tuple(bad) for name, bad in reasons.items() if bad}
@@ -175,6 +192,13 @@ def restrict(table: SensitivityTable, *holders: Holder) -> Held:
     coded = [scheme.name for scheme in schemes if not scheme.weight.is_float_copy]
     floats = {one: bad[coded[0]] for one, bad in reasons.items() if coded and all(scheme in bad for scheme in coded)}
     return Held(name, fuses, table, forbid, {**without, **floats})
+
+
+def _cache_refusal(holder: Holder, scheme: Scheme) -> str:
+    known = getattr(holder, "caches", EVERY)
+    if known == EVERY or scheme.weight in map(parse_cache_format, known):
+        return ""
+    return f"its cache is in {' or '.join(known) or 'floating point'}"
 
 
 def _with_floats(table: SensitivityTable, offered: NDArray[np.bool_]) -> SensitivityTable:

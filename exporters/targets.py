@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from mpq.core.cache import EVERY
 from mpq.core.layer import Layer
 from mpq.core.registry import Registry, Target
 from mpq.core.scheme import Scheme
@@ -36,7 +37,7 @@ def narrowed(
 
 MPQ = Target(
     "mpq", "mpq.exporters.mpq.checkpoint:export", "packed safetensors for mpq.load: every format, every layer",
-    readers="mpq's own loader", mixes=True, command="mpq generate {folder} --prompt 'It is a truth'",
+    readers="mpq's own loader", mixes=True, caches=EVERY, command="mpq generate {folder} --prompt 'It is a truth'",
 )  # fmt: skip
 COMPRESSED_TENSORS = Target(
     "compressed-tensors", "mpq.exporters.compressed_tensors:export",

@@ -116,7 +116,9 @@ def _uniform(frontier: Frontier, acceptance: Acceptance, kind: str) -> list[tupl
     if best is not None:
         allocations[best.name] = best.allocation
     for name in USUAL.get(kind, ()):
-        allocation = Allocation(chosen.layers, (name,) * len(chosen.layers), overhead=chosen.overhead)
+        allocation = Allocation(
+            chosen.layers, (name,) * len(chosen.layers), overhead=chosen.overhead, cache=chosen.cache
+        )
         if f"all {name}" not in allocations and 1 / RANGE < allocation.bits / chosen.bits < RANGE:
             allocations[f"all {name}"] = dict(frontier.uniform()).get(name, allocation)
     return sorted(allocations.items(), key=lambda item: -item[1].bits)

@@ -35,6 +35,7 @@ from mpq.exporters.holding import check, check_model, restrict, unscored
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.targets import TARGETS
 from mpq.measuring import Measurer, store_for
+from mpq.memory import Request, Serving, candidates, check_memory, choose_cache, in_words, serving_of
 from mpq.network.batchnorm import with_means
 from mpq.network.calibration import take, tensors_in
 from mpq.network.experts import has_experts
@@ -45,6 +46,7 @@ from mpq.network.storage import other_bytes, state_bytes
 from mpq.plots import Point, Prediction, draw_frontier, frontier_facts
 from mpq.report import Row, write_report
 from mpq.rounding import DEFAULT_METHOD
+from mpq.rounding.reference import COPY_DTYPES
 from mpq.rounding.store import Rounder
 from mpq.search import frontier_of
 from mpq.sensitivity import DEFAULT_METRIC
@@ -133,10 +135,13 @@ class Outcome:
     points: Mapping[int, Candidate]  # of the frontier, by index, measured on acceptance data
     seconds: float  # that the job took
     max_kl: float | None = None  # the limit that was asked for
+    serving: Serving | None = None  # the memory or bits of a cache that were asked for
 
     def words(self) -> tuple[str, ...]:
         """What was measured, in sentences."""
         said = (self.accepted.verdict(), *self.accepted.corrections(), *sentences(self.measured, self.accepted))
+        if self.serving is not None:
+            said = (*in_words(self.allocation, self.serving, self.measured[-1].size), *said)
         if self.max_kl is None:
             return said
         return (within_limit(self.max_kl, self.accepted.chosen.harm(), self.measured[-1].harm[0]), *said)
@@ -153,6 +158,11 @@ def quantize_model(
     bits: float | None = None,
     size: float | str | None = None,
     max_kl: float | None = None,
+    memory: float | str | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    kv_bits: float | None = None,
+    kv_formats: Sequence[str] | None = None,
     formats: Sequence[str] | None = None,
     target: str = "mpq",
     metric: str = DEFAULT_METRIC,
@@ -178,6 +188,12 @@ def quantize_model(
         bits: largest average of stored bits per weight, or
         size: largest number of bytes of the model, or text as "500MB", or
         max_kl: largest measured KL divergence from the original, nats for a prediction: finds the smallest model.
+        memory: largest bytes of weights and of keys and values together, or text as "6GB", where `context` tokens of
+            each of `batch` texts are cached; alone or with `bits` or `size`.
+        context: tokens of a text; left out, with `kv_bits` alone, all that the model takes.
+        batch: texts that are cached at once.
+        kv_bits: largest average of stored bits of a cached number, with any other budget, or alone: weights stay.
+        kv_formats: candidates of keys and values (`mpq.core.cache`); left out, what the target serves.
         formats: candidate schemes; left out, integers of 2 to 8 bits, or what the target holds.
         target: who will run the model (`mpq.exporters.targets`): layers get only what it can hold, and the folder is
             the one that it opens.
@@ -203,8 +219,11 @@ def quantize_model(
     """
     started = time.monotonic()
     folder = Path(folder)
-    if sum(budget is not None for budget in (bits, size, max_kl)) != 1:
-        raise MpqError("name one budget: bits, size or max_kl")
+    budgets = sum(budget is not None for budget in (bits, size, max_kl))
+    if budgets > 1 or (max_kl is not None and memory is not None) or {bits, size, max_kl, memory, kv_bits} == {None}:
+        raise MpqError(
+            "name one budget: bits, size or max_kl; memory goes alone or with bits or size, kv_bits with all"
+        )
     if max_kl is not None:
         check_limit(max_kl, source.kind)
     refuse_foreign(folder, checkpoint.FILES)
@@ -215,26 +234,39 @@ def quantize_model(
     if granularity == "row" and not reader.mixes:
         log.warning("%s has one format a layer: layers stay whole", reader.name)
         granularity = "layer"
+    serving = serving_of(source, memory, kv_bits, context, batch)
+    entries, cached = candidates(source, reader, table, kv_formats) if serving else ((), ())
+    if not budgets and memory is None:  # weights stay as they are
+        formats, bits = own_format(source.model)
     if formats is None:
         formats = formats_of(reader)
-    layers = table.layers if table else find_layers(source.model, include, exclude)
-    asked = table or unscored(layers, formats, other_bytes(source.model, layers))
+    layers = table.weights().layers if table else find_layers(source.model, include, exclude)
+    asked = restrict(table or unscored(layers, formats, other_bytes(source.model, layers)), reader)
     if max_kl is None:
-        restrict(asked, reader).check_budget(bits=bits, size=size, pin=pin, ties=ties)
+        asked.check_budget(bits=bits, size=size, pin=pin, ties=ties)
+    if serving:
+        check_memory(serving, entries, cached, asked.least(pin=pin, ties=ties))
     store = store_for(method, source, layers)
     if table is None:
         table = profile(
             source.model, source.calibration, source.loss_fn, formats, metric=metric, method=store, include=include,
             exclude=exclude, seed=seed, progress=progress, resume=folder / "table.csv.unfinished",
-            options=metric_options, granularity=granularity,
+            options=metric_options, granularity=granularity, cache=cached,
             provenance={"model": source.name, "dataset": source.data},
         )  # fmt: skip
     held = restrict(table, reader)
-    frontier = frontier_of(held.table, pin=pin, forbid=held.forbid, ties=ties or held.fuses)
     size = None if size is None else parse_size(size)
+    measurer = Measurer(source, store, progress)
+    cache = None
+    if serving:
+        most = bits * sum(layer.params for layer in layers) / BITS_PER_BYTE if bits is not None else size
+        request = Request(source.model, serving, reader, pin, ties, most)
+        cache = choose_cache(held, request, measurer, measured=effort != "fast")
+        if serving.memory is not None:
+            size = min(size or math.inf, serving.memory - cache.nbytes(serving.context, serving.batch))
+    frontier = frontier_of(held.table, pin=pin, forbid=held.forbid, ties=ties or held.fuses, cache=cache)
     budget = None if max_kl is not None else _layer_budget(frontier, source.model, bits, size)
     table.save(folder / "table.csv")
-    measurer = Measurer(source, store, progress)
     steps = STEPS[effort] if tuning_steps is None else tuning_steps
     tuning = Tuning(steps, SAMPLES.get(source.kind, Tuning.samples), seed=seed)
 
@@ -260,7 +292,7 @@ def quantize_model(
     )  # fmt: skip
     points = along(frontier, allocation, measurer) if source.kind != "loss" and effort != "fast" else {}
     outcome = Outcome(
-        folder, table, frontier, allocation, measured, accepted, points, time.monotonic() - started, max_kl
+        folder, table, frontier, allocation, measured, accepted, points, time.monotonic() - started, max_kl, serving
     )  # fmt: skip
     _write_artefacts(outcome, source, reader)
     return outcome
@@ -269,6 +301,13 @@ def quantize_model(
 def formats_of(target: Target) -> Sequence[str]:
     """The weight formats that are tried for a target when the user names none."""
     return [name for name in target.schemes if "+a:" not in name] or DEFAULT_FORMATS
+
+
+def own_format(model: nn.Module) -> tuple[tuple[str], float]:
+    """The format that weights have in a model, and its bits."""
+    dtype = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+    name = next(name for name, known in COPY_DTYPES.items() if known == dtype)
+    return (name,), 8.0 * dtype.itemsize
 
 
 def _packed(source: Source, folder: Path, trust: bool) -> nn.Module:
@@ -283,14 +322,16 @@ def _layer_budget(frontier: Frontier, model: nn.Module, bits: float | None, size
     Raises:
         MpqError: a budget that is out of reach.
     """
+    most = math.inf
     if bits is not None:
         frontier.index_at(bits=bits)
-        return bits * frontier.problem.weights / BITS_PER_BYTE
-    assert size is not None
+        most = bits * frontier.problem.weights / BITS_PER_BYTE
+    if size is None:
+        return most
     budget = size
     while (excess := checkpoint.file_size(model, frontier.at(size=budget)) - size) > 0:
         budget -= excess
-    return budget - frontier.problem.overhead
+    return min(budget - frontier.problem.overhead, most)
 
 
 def _write_artefacts(outcome: Outcome, source: Source, target: Target) -> None:

@@ -89,7 +89,8 @@ def _curve(name: str, frontier: Frontier | SavedFrontier) -> Curve:
     columns = [frontier.extra_columns(index) for index in shown.tolist()]
     band = 2 * np.nan_to_num([fact["error"] for fact in columns])
     predicted = np.array([fact["loss"] for fact in columns]) if MEASURED_COLUMN in columns[0] else None
-    return Curve(name, frontier.bits[shown], frontier.losses[shown], band, predicted)
+    losses = frontier.losses[shown] if predicted is not None else np.array([fact["loss"] for fact in columns])
+    return Curve(name, frontier.bits[shown], losses, band, predicted)
 
 
 def draw_frontier(facts: FrontierFacts, title: str = "") -> Figure:

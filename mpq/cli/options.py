@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpq.core.cache import parse_cache_format
 from mpq.core.errors import MpqError
 from mpq.core.scheme import parse_scheme
 from mpq.core.sizes import parse_size
@@ -85,9 +86,11 @@ def profile_options(parser: argparse.ArgumentParser, *, metric: bool = True) -> 
     parser.add_argument("--exclude", action="append", default=[], help="layer pattern to leave as it is")
 
 
-def budget_options(parser: argparse.ArgumentParser, *, loss: bool = False, divergence: bool = False) -> None:
+def budget_options(
+    parser: argparse.ArgumentParser, *, loss: bool = False, divergence: bool = False, required: bool = True
+) -> None:
     """One budget; or the quality that is to be kept: a predicted loss, a measured divergence."""
-    budget = parser.add_mutually_exclusive_group(required=True)
+    budget = parser.add_mutually_exclusive_group(required=required)
     budget.add_argument("--bits", type=float, help="largest average bits per weight, scales counted")
     budget.add_argument("--size", type=size_of, help="largest size of the model, as 500MB")
     if loss:
@@ -97,6 +100,30 @@ def budget_options(parser: argparse.ArgumentParser, *, loss: bool = False, diver
             "--max-kl", type=float, metavar="KL",
             help="largest measured KL divergence from the original: finds the smallest model",
         )  # fmt: skip
+
+
+def memory_options(parser: argparse.ArgumentParser) -> None:
+    """Weights and cache in one budget."""
+    parser.add_argument("--memory", type=size_of, help="largest memory of weights and cache together, as 6GB")
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="tokens of a text that are cached, for --memory")
+    parser.add_argument("--batch", type=int, default=1, help="texts that are cached at once, for --memory (default: 1)")
+    parser.add_argument("--kv-bits", type=float, metavar="BITS", help="largest average bits of keys and values")
+    kv_formats_option(parser)
+
+
+def kv_formats_option(parser: argparse.ArgumentParser) -> None:
+    """Formats of a cache."""
+    parser.add_argument(
+        "--kv-formats", metavar="FORMATS", help="candidates of keys and values, separated by commas, as int4-g32-asym"
+    )
+
+
+def kv_formats_of(options: argparse.Namespace) -> tuple[str, ...] | None:
+    """The candidates of keys and values, None where none are named; MpqError for an unknown one."""
+    names = tuple(filter(None, options.kv_formats.split(","))) if options.kv_formats is not None else None
+    for name in names or ():
+        parse_cache_format(name)
+    return names
 
 
 def target_option(parser: argparse.ArgumentParser, default: str | None = None) -> None:

@@ -2,7 +2,15 @@
 
 import argparse
 
-from mpq.cli.options import AddCommand, model_options, profile_options, profiling_of, source_of
+from mpq.cli.options import (
+    AddCommand,
+    kv_formats_of,
+    kv_formats_option,
+    model_options,
+    profile_options,
+    profiling_of,
+    source_of,
+)
 from mpq.cli.say import coverage_line, say
 
 
@@ -11,6 +19,7 @@ def add(command: AddCommand) -> None:
     profile = command("profile", run, "measure how much each layer suffers in each format")
     model_options(profile)
     profile_options(profile)
+    kv_formats_option(profile)
     profile.add_argument(
         "--offload", action="store_true", help="keep the weights in main memory, one module at a time on --device"
     )
@@ -23,13 +32,13 @@ def run(options: argparse.Namespace) -> None:
     from mpq.network.parallel import own_device, place, processes
     from mpq.sensitivity.profile import profile
 
-    settings = profiling_of(options)
+    settings, kv_formats = profiling_of(options), kv_formats_of(options)
     settings["formats"] = settings["formats"] or DEFAULT_FORMATS
     source = source_of(options, stay=options.offload)
     with processes(options.device):
         table = profile(
             source.model, source.calibration, source.loss_fn, resume=f"{options.output}.unfinished",
-            provenance={"model": source.name, "dataset": source.data},
+            provenance={"model": source.name, "dataset": source.data}, cache=kv_formats or (),
             offload=own_device(options.device) if options.offload else None, **settings,
         )  # fmt: skip
         if place()[0] > 0:

@@ -7,6 +7,8 @@ from mpq.cli.options import (
     AddCommand,
     budget_options,
     choice_options,
+    kv_formats_of,
+    memory_options,
     model_options,
     pins_of,
     print_table,
@@ -23,7 +25,8 @@ def add(command: AddCommand) -> None:
     quantize = command("quantize", run, "profile, search, export and measure a model")
     model_options(quantize, required=False)
     profile_options(quantize)
-    budget_options(quantize, divergence=True)
+    budget_options(quantize, divergence=True, required=False)
+    memory_options(quantize)
     choice_options(quantize)
     target_option(quantize, "mpq")
     quantize.add_argument(
@@ -51,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     recipe.fill(options)
     steps = recipe.recipe_of(options)
     recipe.check_output(options.output, steps, options.force)
-    settings, pin = profiling_of(options), pins_of(options)
+    settings, pin, kv_formats = profiling_of(options), pins_of(options), kv_formats_of(options)
     table = SensitivityTable.load(options.table) if options.table else None
     check_packages(TARGETS.named(options.target))
     source = source_of(options)
@@ -59,7 +62,8 @@ def run(options: argparse.Namespace) -> None:
     outcome = quantize_model(
         source, options.output, bits=options.bits, size=options.size, max_kl=options.max_kl, table=table, pin=pin,
         ties=not options.no_ties, trust=options.trust, target=options.target, effort=options.effort,
-        tuning_steps=options.tuning_steps,
+        tuning_steps=options.tuning_steps, memory=options.memory, context=options.context, batch=options.batch,
+        kv_bits=options.kv_bits, kv_formats=kv_formats,
         metric_options=settings.pop("options"), **settings,
     )  # fmt: skip
     recipe.finish(options.output)

@@ -12,7 +12,13 @@ from mpq.core.files import write_atomically
 
 FILE = "recipe.yaml"
 NOT_RECORDED = ("help", "output", "force", "json", "quiet", "verbose", "recipe")
-BUDGETS = ("bits", "size", "max-kl")  # of which one is given: the command line's replaces the recipe's
+BUDGETS = (
+    "bits",
+    "size",
+    "max-kl",
+    "memory",
+    "kv-bits",
+)  # of which one is given: the command line's replaces the recipe's
 
 
 def expand(arguments: Sequence[str], commands: Mapping[str, argparse.ArgumentParser]) -> list[str]:

@@ -6,7 +6,7 @@ have to be known before its tokens, is one: fp8-e4m3 is a cast, and nvfp4 has it
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from mpq.core.errors import MpqError
@@ -21,6 +21,7 @@ CACHE_FORMATS = (
     "fp16",
 )  # fmt: skip
 FLOAT_CACHE = "fp16"  # what a cache holds that is not quantized
+EVERY = ("*",)  # of targets: all formats of a cache
 ZERO = "fp16"  # number format of the zero that a code of 0 stands for
 
 
@@ -104,10 +105,15 @@ class CacheFormats:
         """Stored bits of a cached number, scales counted, averaged over all entries."""
         return 8 * self.nbytes(1) / sum(entry.params for entry in self.entries)
 
+    @cached_property
+    def _token_bytes(self) -> tuple[int, ...]:
+        formats = self.format_of
+        return tuple(entry.rows * head_bytes(formats[entry.name], entry.cols) for entry in self.entries)
+
     def nbytes(self, context: int, batch: int = 1) -> int:
         """Bytes after `context` tokens of each of `batch` texts."""
-        sizes = (entry.rows * head_bytes(self.format_of[entry.name], entry.cols) for entry in self.entries)
-        return batch * sum(size * entry.tokens(context) for size, entry in zip(sizes, self.entries, strict=True))
+        pairs = zip(self._token_bytes, self.entries, strict=True)
+        return batch * sum(size * entry.tokens(context) for size, entry in pairs)
 
     def tokens_in(self, memory: float, batch: int = 1) -> int:
         """The longest context that this memory holds for each of `batch` texts; -1 where windows never fill it."""

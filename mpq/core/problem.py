@@ -48,6 +48,7 @@ class Problem:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     assignments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of the table
     cache: CacheFormats | None = None  # of keys and values that are no part of the problem
+    cache_loss: tuple[float, float] = (0.0, 0.0)  # what they add to every prediction, and its variance
 
     @classmethod
     def from_table(cls, table: SensitivityTable, **restrictions: Any) -> "Problem":
@@ -96,7 +97,8 @@ class Problem:
     def prediction(self, choices: NDArray[np.integer[Any]]) -> tuple[float, float]:
         """Predicted loss increase of one scheme index per group, and its standard error."""
         picked = np.arange(len(self.groups)), choices
-        return float(self.losses[picked].sum()), float(np.sqrt(self.variances[picked].sum()))
+        loss, variance = self.cache_loss
+        return float(self.losses[picked].sum()) + loss, float(np.sqrt(self.variances[picked].sum() + variance))
 
     def uniform(self) -> tuple[tuple[str, Allocation], ...]:
         """Uniform allocations, (name, allocation), for the formats that every group can take; mixes are none.
@@ -151,23 +153,28 @@ def build_problem(
         MpqError: a pattern without a match, an unknown cost, a group with no scheme left (named), or a layer without
             scores when no layer of its kind has any.
     """
-    if not context:
-        table = table.weights()
-    names = [layer.name for layer in table.layers]
     alike = {cached: [one.name for one in table.layers if one.is_cached == cached] for cached in (False, True)}
     pins = {pattern: parse_scheme(scheme) for pattern, scheme in (pin or {}).items()}
+    for pattern, scheme in pins.items():
+        if scheme.name not in table.schemes:
+            raise MpqError(f"cannot pin {pattern} to {scheme.name}: the table has {', '.join(table.schemes)}")
+    cache_loss = _cache_loss(table, cache)
+    if not context:
+        pins = {pattern: scheme for pattern, scheme in pins.items() if not scheme.cached}
+        table = table.weights()
+    names = [layer.name for layer in table.layers]
     pinned = {name for pattern, scheme in pins.items() for name in match_names(pattern, alike[scheme.cached])}
     scores, errors, assumed = supported(table, pinned)
     losses = np.where(np.isnan(scores), np.inf, scores)
     for pattern, scheme in pins.items():
-        if scheme.name not in table.schemes:
-            raise MpqError(f"cannot pin {pattern} to {scheme.name}: the table has {', '.join(table.schemes)}")
         for name in match_names(pattern, alike[scheme.cached]):
             losses[names.index(name), [j for j, other in enumerate(table.schemes) if other != scheme.name]] = np.inf
     for pattern, schemes in (forbid or {}).items():
-        columns = [table.schemes.index(scheme) for scheme in match_names(schemes, table.schemes, "scheme")]
-        for name in match_names(pattern, names):
-            losses[names.index(name), columns] = np.inf
+        matching = match_names(pattern, [*alike[False], *alike[True]])
+        if any(name in names for name in matching):
+            columns = [table.schemes.index(scheme) for scheme in match_names(schemes, table.schemes, "scheme")]
+            for name in set(matching) & set(names):
+                losses[names.index(name), columns] = np.inf
     groups = _groups(table.layers, ties)
     parsed = [parse_scheme(scheme) for scheme in table.schemes]
     by_layer: dict[str, Array] = {
@@ -189,13 +196,23 @@ def build_problem(
         table.layers, table.schemes, groups, _summed(losses, groups), _summed(errors**2, groups),
         {name: _summed(np.asarray(cost, dtype=np.float64), groups) for name, cost in by_layer.items()},
         most, table.metric, int(table.provenance.get("overhead", 0)), {**table.provenance, **assumed},
-        table.assignments, cache,
+        table.assignments, cache, cache_loss,
     )  # fmt: skip
     for group in np.flatnonzero(~np.isfinite(problem.losses).any(1)).tolist():
         raise MpqError(
             f"no scheme is left for {problem.group_name(group)}: pin its layers alike, or pin and forbid less"
         )
     return problem
+
+
+def _cache_loss(table: SensitivityTable, cache: CacheFormats | None) -> tuple[float, float]:
+    """Predicted loss of a cache and its variance; 0 for entries that a table does not know."""
+    rows = {layer.name: i for i, layer in enumerate(table.layers) if layer.is_cached}
+    columns = {scheme: j for j, scheme in enumerate(table.schemes)}
+    formats = {} if cache is None else cache.format_of
+    wanted = [(rows.get(name), columns.get(Scheme(one, cached=True).name)) for name, one in formats.items()]
+    known = [(i, j) for i, j in wanted if i is not None and j is not None]
+    return sum(float(table.scores[cell]) for cell in known), sum(float(table.errors[cell]) ** 2 for cell in known)
 
 
 def restricted(problem: Problem, schemes: Iterable[str]) -> Problem:

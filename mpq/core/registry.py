@@ -88,6 +88,8 @@ class Target(Entry):
     packages: tuple[str, ...] = ()  # that writing its files needs; the extra of mpq is called `extra`
     extra: str = ""
     command: str = ""  # what serves the folder, "{folder}" in it
+    caches: tuple[str, ...] = ()  # formats of keys and values that it serves; ("*",) for all
+    caches_alike: str = ""  # "all": keys and values of all layers share one; "kinds": keys one and values one
 
     def refusal(self, layer: "Layer", scheme: "Scheme") -> str:
         """Why a layer cannot have a scheme, in half a sentence, mixes considered; "" when it can."""

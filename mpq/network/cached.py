@@ -123,6 +123,15 @@ class _Maker:
         return ChangingCache(config, self.change)
 
 
+def context_of(model: nn.Module) -> int | None:
+    """The longest text that a model takes, in tokens, by its config; None where it does not say."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "context"))
+    return next((int(one) for one in found if one), None)
+
+
 @contextmanager
 def changing(model: nn.Module, change: Change) -> Iterator[None]:
     """`change_cached` inside the block."""

@@ -1,0 +1,301 @@
+"""Weights and cache in one budget: the memory that a model is served in, and formats of keys and values within it."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+from torch import nn
+
+from mpq.core.allocation import Allocation
+from mpq.core.cache import CACHE_FORMATS, EVERY, FLOAT_CACHE, CacheFormats, cache_name, head_bytes, parse_cache_format
+from mpq.core.errors import MpqError, NotFiniteError
+from mpq.core.layer import KEYS, VALUES, Layer
+from mpq.core.problem import Problem, build_problem
+from mpq.core.registry import Target
+from mpq.core.scheme import parse_scheme
+from mpq.core.sizes import parse_size
+from mpq.core.table import SensitivityTable
+from mpq.exporters.holding import Held
+from mpq.exporters.mpq import checkpoint
+from mpq.measuring import Measurer
+from mpq.network.cached import context_of, find_cached
+from mpq.network.calibration import take
+from mpq.search import frontier_of
+from mpq.search.exact import exact
+from mpq.search.integer import integer
+from mpq.sources import Source
+
+DOUBTS = (1.0, 0.5, 2.0)  # factors of all scores of the cache beside those of the weights: other splits to measure
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a model is served: texts of `context` tokens, `batch` at once, in so much memory, or a cache of so many bits.
+
+    Raises:
+        MpqError: a budget without meaning.
+    """
+
+    context: int
+    batch: int = 1
+    memory: float | None = None  # bytes of weights and cache together
+    kv_bits: float | None = None  # largest average of stored bits of a cached number
+
+    def __post_init__(self) -> None:
+        if self.context < 1 or self.batch < 1:
+            raise MpqError(
+                f"invalid context {self.context} or batch {self.batch}: expected at least one token and text"
+            )
+        if self.kv_bits is not None and not 0 < self.kv_bits < math.inf:
+            raise MpqError(f"invalid kv_bits {self.kv_bits}: expected a positive number, such as 4.5")
+
+    def least(self, entries: Sequence[Layer], formats: Sequence[str]) -> int:
+        """Bytes of the smallest cache."""
+        return sum(self._smallest(entry, formats).nbytes(self.context, self.batch) for entry in entries)
+
+    @staticmethod
+    def _smallest(entry: Layer, formats: Sequence[str]) -> CacheFormats:
+        return CacheFormats(
+            (entry,), (min(formats, key=lambda name: head_bytes(parse_cache_format(name), entry.cols)),)
+        )
+
+
+def serving_of(
+    source: Source, memory: float | str | None, kv_bits: float | None, context: int | None, batch: int
+) -> Serving | None:
+    """What was asked of memory and cache; None for nothing.
+
+    Raises:
+        MpqError: a memory without a context, a context without either budget, or one beyond the model's.
+    """
+    if memory is None and kv_bits is None:
+        if context is not None:
+            raise MpqError("a context counts in memory and kv_bits alone: name one of them too")
+        return None
+    longest = context_of(source.model)
+    if context is None:
+        if memory is not None:
+            raise MpqError("memory holds the cache too: name the context, tokens of a text, such as context=32768")
+        context = longest or 4096
+    if longest is not None and context > longest:
+        raise MpqError(f"{source.name} takes texts of at most {longest:,} tokens, not {context:,}: lower the context")
+    return Serving(context, batch, None if memory is None else parse_size(memory), kv_bits)
+
+
+def candidates(
+    source: Source, target: Target, table: SensitivityTable | None, names: Sequence[str] | None
+) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
+    """Keys and values of the source's model, and the formats that they may have; those of a table made before.
+
+    Raises:
+        MpqError: a model without a cache, a table without keys and values, or formats that the target does not serve.
+    """
+    entries = find_cached(source.model, take(source.calibration[0], slice(0, 1)), source.loss_fn)
+    if not target.caches:
+        raise MpqError(f"{target.name} files say nothing of a cache's formats: leave out memory and kv_bits")
+    served = CACHE_FORMATS if target.caches == EVERY else target.caches
+    for name in names or ():
+        format = parse_cache_format(name)
+        if target.caches != EVERY and format not in map(parse_cache_format, served):
+            raise MpqError(f"{target.name} serves no cache in {name}: expected one of {', '.join(served)}")
+    if table is None:
+        return entries, tuple(names or served)
+    if not table.entries:
+        raise MpqError("the table has no keys and values: profile again with cache formats (--kv-formats)")
+    cached = (scheme for scheme in map(parse_scheme, table.schemes) if scheme.cached)
+    return table.entries, tuple(cache_name(scheme.weight) for scheme in cached)
+
+
+def check_memory(serving: Serving, entries: Sequence[Layer], formats: Sequence[str], least_weights: float) -> None:
+    """MpqError when not even the smallest formats of weights and cache are within the budgets."""
+    least = serving.least(entries, formats)
+    if serving.memory is not None and least_weights + least > serving.memory:
+        smallest = min(formats, key=lambda name: head_bytes(parse_cache_format(name), entries[0].cols))
+        room = max(serving.memory - least_weights, 0.0)
+        fits = CacheFormats.uniform(tuple(entries), smallest).tokens_in(room, serving.batch)
+        advice = f"a context of {fits:,} tokens would fit" if fits > 0 else "raise it or add smaller formats"
+        raise MpqError(
+            f"a memory of {serving.memory:,.0f} bytes is too small: the smallest formats take {least_weights:,.0f} of "
+            f"weights and {least:,.0f} of cache at {serving.context:,} tokens: {advice}"
+        )
+    bits = 8 * least / _numbers(serving, entries)
+    if serving.kv_bits is not None and serving.kv_bits < bits * (1 - 1e-9):
+        raise MpqError(f"a cache of {serving.kv_bits:g} bits is below the smallest formats, {bits:.4g} bits: raise it")
+
+
+def _numbers(serving: Serving, entries: Sequence[Layer]) -> int:
+    return serving.batch * sum(entry.params * entry.tokens(serving.context) for entry in entries)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a cache is chosen for, beside the table."""
+
+    model: nn.Module  # whose other tensors take memory too
+    serving: Serving
+    target: Target  # some serve one format for all keys, and one for all values
+    pin: Mapping[str, str] | None = None
+    ties: bool = True  # whether fused layers share a scheme
+    weights: float | None = None  # bytes that the layers' weights may take, where they have a budget of their own
+
+
+def splits(held: Held, request: Request) -> list[CacheFormats]:
+    """Caches that the budgets are best spent on by prediction: were scores right, half or twice as large; each once.
+
+    Raises:
+        MpqError: budgets that cannot be met.
+    """
+    joint_problem(held, request)  # pins that fit nothing are told as such
+    found: dict[CacheFormats, None] = {}
+    doubts = DOUBTS if request.serving.memory is not None else DOUBTS[:1]
+    for doubt in doubts:
+        scaled = replace(held, table=_scaled(held.table, doubt))
+        best: Allocation | None = None
+        for forbid in _forbidden(held.table, request.target):
+            one = _optimum(replace(scaled, forbid={**held.forbid, **forbid}), request)
+            if one is not None and (best is None or one.loss < best.loss):
+                best = one
+        if best is not None and best.cache is not None:
+            found[best.cache] = None
+    if not found:
+        raise MpqError("no formats of weights and cache are within all budgets: raise one of them")
+    return list(found)
+
+
+def choose_cache(held: Held, request: Request, measurer: Measurer, measured: bool = True) -> CacheFormats:
+    """The cache of `splits` that harms calibration data least, with the weights that are left room for.
+
+    Args:
+        held: the table kept to what the target can hold.
+        request: budgets, model and target.
+        measurer: of the model.
+        measured: whether there is time to measure; otherwise the first.
+
+    Raises:
+        MpqError: budgets that cannot be met.
+    """
+    found = splits(held, request)
+    if len(found) == 1 or not measured:
+        return found[0]
+    harms = [_harm(weights_within(held, request, cache), measurer) for cache in found]
+    return found[int(np.argmin(harms))]
+
+
+def weights_within(held: Held, request: Request, cache: CacheFormats) -> Allocation:
+    """The predicted optimum of the weights beside a cache."""
+    frontier = frontier_of(
+        held.table, pin=request.pin, forbid=held.forbid, ties=request.ties or held.fuses, cache=cache
+    )
+    budget = float(frontier.costs[-1]) if request.weights is None else request.weights
+    serving = request.serving
+    if serving.memory is not None:
+        room = serving.memory - cache.nbytes(serving.context, serving.batch)
+        allocation = frontier.allocation(0)
+        budget = min(budget, room - checkpoint.file_size(request.model, allocation) + allocation.size)
+    return frontier.at(cost=max(min(budget, float(frontier.costs[-1])), float(frontier.costs[0])))
+
+
+def _harm(allocation: Allocation, measurer: Measurer) -> float:
+    try:
+        quality = measurer.quality(allocation, "search")
+    except NotFiniteError:
+        return math.inf
+    return float(np.average(quality.harm, weights=quality.weights))
+
+
+def _scaled(table: SensitivityTable, factor: float) -> SensitivityTable:
+    factors = np.array([factor if layer.is_cached else 1.0 for layer in table.layers])[:, None]
+    return replace(table, scores=table.scores * factors, errors=table.errors * factors)
+
+
+def _forbidden(table: SensitivityTable, target: Target) -> Iterator[dict[str, tuple[str, ...]]]:
+    """What to forbid keys and values, one time for each choice of what they share; nothing where they share nothing."""
+    names = [name for name in table.schemes if parse_scheme(name).cached]
+    if not target.caches_alike:
+        yield {}
+        return
+    for keys, values in product(names, names):
+        if keys == values or target.caches_alike == "kinds":
+            yield {
+                "cache.*.keys": tuple(name for name in names if name != keys),
+                "cache.*.values": tuple(name for name in names if name != values),
+            }
+
+
+def joint_problem(held: Held, request: Request, budgets: Mapping[str, float] | None = None) -> Problem:
+    """Weights and cache as one problem."""
+    serving = request.serving
+    return build_problem(
+        held.table, pin=request.pin, forbid=held.forbid, ties=request.ties or held.fuses, budgets=budgets,
+        context=serving.context, batch=serving.batch,
+    )  # fmt: skip
+
+
+def _optimum(held: Held, request: Request) -> Allocation | None:
+    """The optimum within all budgets, a file's header counted; None where they cannot be met."""
+    serving = request.serving
+    others: dict[str, float] = {} if request.weights is None else {"size": request.weights}
+    if serving.kv_bits is not None:
+        others["cache"] = serving.kv_bits * _numbers(serving, held.table.entries) / 8
+    memory = math.inf if serving.memory is None else serving.memory
+    room = memory - int(held.table.provenance.get("overhead", 0))
+    try:
+        frontier = None if others else exact(joint_problem(held, request), cost="memory")
+        while True:
+            if frontier is not None:
+                found = frontier.at(cost=min(room, float(frontier.costs[-1])))
+            else:
+                within = {**others, **({"memory": room} if math.isfinite(room) else {})}
+                found = integer(joint_problem(held, request, within), cost="memory").allocation(0)
+            assert found.cache is not None
+            cached = found.cache.nbytes(serving.context, serving.batch)
+            excess = checkpoint.file_size(request.model, found) + cached - memory
+            if excess <= 0:
+                return found
+            room -= excess
+    except MpqError:
+        return None
+
+
+def in_words(allocation: Allocation, serving: Serving, file_size: int) -> tuple[str, ...]:
+    """Sentences on the cache: its formats, and where memory was the budget, how many tokens it holds."""
+    cache = allocation.cache
+    assert cache is not None
+    kinds = {
+        kind: Counter(n for e, n in zip(cache.entries, cache.names, strict=True) if e.kind == kind)
+        for kind in (KEYS, VALUES)
+    }
+    formats = "; ".join(
+        f"{kind} {', '.join(f'{count} x {name}' for name, count in counts.most_common())}"
+        for kind, counts in kinds.items()
+    )
+    said = f"Keys and values take {cache.bits:.4g} bits a number, {cache.nbytes(1):,} bytes a token: {formats}."
+    return (said, tokens_within(allocation, serving, file_size)) if serving.memory is not None else (said,)
+
+
+def tokens_within(allocation: Allocation, serving: Serving, file_size: int) -> str:
+    """One sentence: how many tokens the memory holds, rounded and in floating point.
+
+    >>> entry = Layer("cache.0.keys", "keys", 1, 64)
+    >>> found = Allocation((), (), cache=CacheFormats((entry,), ("int8-token",)))
+    >>> tokens_within(found, Serving(10, 2, 3320), 2000)
+    'In 3,320 bytes, 2,000 of weights leave room for 10 tokens of each of 2 texts (8.25 bits), in fp16 for 5.'
+    """
+    cache = allocation.cache
+    assert cache is not None
+    assert serving.memory is not None
+    room = serving.memory - file_size
+    floats = CacheFormats.uniform(cache.entries, FLOAT_CACHE)
+    texts = "a text" if serving.batch == 1 else f"each of {serving.batch} texts"
+    held, plain = (_tokens(one.tokens_in(room, serving.batch)) for one in (cache, floats))
+    return (
+        f"In {serving.memory:,.0f} bytes, {file_size:,} of weights leave room for {held} tokens of {texts} "
+        f"({cache.bits:.4g} bits), in {FLOAT_CACHE} for {plain}."
+    )
+
+
+def _tokens(count: int) -> str:
+    return "any number of" if count < 0 else f"{count:,}"
