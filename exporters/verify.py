@@ -24,7 +24,7 @@ from mpq.kernels.weight import PackedWeight
 from mpq.network.calibration import evaluating
 from mpq.network.fingerprint import fingerprint
 from mpq.network.shelf import Kept, Shelf
-from mpq.quantized import checked_layers, simulate_rounded
+from mpq.quantized import checked_layers, round_cache, simulate_rounded
 from mpq.rounding.reference import Quantized, dequantize
 
 Run: TypeAlias = Callable[[nn.Module], Any]  # runs the model on a few samples: its output, a loss, whatever it gives
@@ -121,6 +121,7 @@ def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, 
         for layer, scheme in checked_layers(model, allocation)
     )
     simulated = simulate_rounded(model, rounded)
+    round_cache(simulated, allocation.cache)
     names = [name for layer in allocation.layers for name in layer.names]
     calls: list[Call] = []
     shelf = Shelf(HELD)

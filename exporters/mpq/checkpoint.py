@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
+from mpq.core.cache import CacheFormats
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import parse_scheme
@@ -35,6 +36,7 @@ from mpq.exporters.mpq.skeleton import build_skeleton, describes_itself
 from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_config
 from mpq.exporters.shards import SHARD, WHOLE, Shards, Specs, header_bytes, tensor_bytes, write_tensors
 from mpq.exporters.verify import Digests, Inputs, noting, runner, verify
+from mpq.generation.serving import serve_cache
 from mpq.kernels.layout import Packed, pack, tensor_specs
 from mpq.network.prepare import bake, prepared
 from mpq.quantized import Moments, checked_layers, put_packed, quantized_layers
@@ -89,6 +91,7 @@ def export(
         "rounding": rounding,
         "layers": {layer.name: _layer_record(model, layer, allocation) for layer in allocation.layers},
         "tied": tied,
+        **({"cache": allocation.cache.to_json()} if allocation.cache is not None else {}),
     }
 
     rounded: Digests = {}
@@ -205,11 +208,12 @@ def load(
         parent, _, leaf = name.rpartition(".")
         vars(skeleton.get_submodule(parent))["_parameters"].pop(leaf, None)
         setattr(skeleton.get_submodule(parent), leaf, skeleton.get_submodule(weight))
+    serve_cache(skeleton, allocation.cache)
     return skeleton.to(device).eval()
 
 
 def layers_of(quantization: Mapping[str, Any]) -> tuple[Allocation, dict[str, torch.dtype]]:
-    """Layers with their schemes, and the types of their numbers, from a quantization_config.
+    """Layers with their schemes, formats of the cache, and the types of the layers' numbers, of a quantization_config.
 
     Of mixes it says how many rows have each format; which ones, the weight's own tensor says.
     """
@@ -221,7 +225,8 @@ def layers_of(quantization: Mapping[str, Any]) -> tuple[Allocation, dict[str, to
         if (mix := parse_scheme(record["scheme"]).mix) is not None:
             assignments[name] = mix.with_counts(record["counts"]).assignment
         dtypes[name] = getattr(torch, record["dtype"])
-    return Allocation(tuple(layers), tuple(schemes), assignments=assignments), dtypes
+    cache = CacheFormats.from_json(quantization["cache"]) if quantization.get("cache") else None
+    return Allocation(tuple(layers), tuple(schemes), assignments=assignments, cache=cache), dtypes
 
 
 def _checked(shards: Shards, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:

@@ -43,9 +43,12 @@ def run(options: argparse.Namespace) -> None:
         say_json({
             "folder": options.folder, "kind": quality.kind, "quality": quality.value, "loss": quality.loss,
             "bits": allocation.bits, "bytes": allocation.total,
+            **({"kv_bits": allocation.cache.bits} if allocation.cache is not None else {}),
             **({"reproducibility": [asdict(one) for one in answers]} if answers else {}),
         })  # fmt: skip
     size = f"{megabytes(allocation.total)}, {allocation.bits:.3f} bits per weight"
+    if allocation.cache is not None:
+        size += f", cache at {allocation.cache.bits:.3f} bits"
     say(options, f"{options.folder}: {quality}, loss {quality.loss:.4f}; {size}")
     if quality.divergence is not None:
         say(options, quality.divergence)

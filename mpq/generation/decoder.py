@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mpq.core.cache import CacheFormats
+from mpq.core.layer import KEYS, VALUES
+from mpq.kernels.kv_cache import round_vectors
 from mpq.models.tiny_lm import TinyLM, rotations
+from mpq.network.cached import entry_name
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -55,6 +59,7 @@ class Memory:
     capacity: int = 0
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    formats: CacheFormats | None = None  # that keys and values are rounded to; None: they stay as they are
     rotations: tuple[Tensor, ...] = ()  # cosines and sines, (capacity, head width); the sines' first half negative
 
 
@@ -118,8 +123,8 @@ def step(decoder: Decoder, tokens: Tensor, memory: Memory) -> Tensor:  # int (1,
             shape = (1, k.shape[1], memory.capacity, decoder.head_width)
             memory.keys.append(k.new_empty(shape))
             memory.values.append(v.new_empty(shape))
-        memory.keys[index][:, :, first:last] = _rotate(k, cos, sin)
-        memory.values[index][:, :, first:last] = v
+        memory.keys[index][:, :, first:last] = rounded(_rotate(k, cos, sin), index, KEYS, memory.formats)
+        memory.values[index][:, :, first:last] = rounded(v, index, VALUES, memory.formats)
         past = (memory.keys[index][:, :, :last], memory.values[index][:, :, :last])
         x = x + block.o(_attend(_rotate(q, cos, sin), *past))
         h = _norm(block.mlp_norm, x, decoder.epsilon)
@@ -127,6 +132,12 @@ def step(decoder: Decoder, tokens: Tensor, memory: Memory) -> Tensor:  # int (1,
     memory.length = last
     logits: Tensor = decoder.head(_norm(decoder.norm, x[:, -1], decoder.epsilon))
     return logits[0]
+
+
+def rounded(vectors: Tensor, index: int, kind: str, formats: CacheFormats | None) -> Tensor:
+    """What a cache gives back for a block's keys or values, (1, heads, time, width)."""
+    format = None if formats is None else formats.format_of.get(entry_name(index, kind))
+    return vectors if format is None else round_vectors(vectors, format)
 
 
 def _norm(module: Any, x: Tensor, epsilon: float) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mpq.core.errors import MpqError
 from mpq.generation.compiled_step import CompiledStep, compiled_step
 from mpq.generation.decoder import Decoder, Memory, decoder_of, step
+from mpq.generation.serving import cache_formats_of
 from mpq.network.calibration import evaluating, logits_of, seeded
 
 NO_TOKEN = -1  # passed to transformers for no stop token
@@ -127,7 +128,8 @@ def compare_speeds(
 def _follower(model: nn.Module, decoder: Decoder | None) -> Callable[[Tensor], Tensor]:
     """A function from the next tokens (1, time) to the logits after them, (vocabulary,)."""
     if decoder is not None:
-        return partial(_follow, decoder, compiled_step(decoder), Memory())
+        formats = cache_formats_of(model)  # the compiled step's cache is in floating point
+        return partial(_follow, decoder, None if formats else compiled_step(decoder), Memory(formats=formats))
     seen: list[Tensor] = []
 
     def follow(tokens: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mpq.exporters.folder import CHECKSUMS, check_texts, read_checksums
 from mpq.exporters.mpq.checkpoint import METHOD, VERSION, layers_of
+from mpq.generation.serving import serve_cache
 from mpq.kernels.layout import empty
 from mpq.kernels.weight import PackedWeight
 from mpq.network.prepare import bake
@@ -32,10 +33,12 @@ class MpqConfig(QuantizationConfigMixin):
         rounding: str = "",
         layers: Mapping[str, Any] | None = None,
         tied: Mapping[str, str] | None = None,
+        cache: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.version, self.rounding, self.layers, self.tied = version, rounding, dict(layers or {}), dict(tied or {})
+        self.cache = dict(cache or {})
 
 
 @register_quantizer(METHOD)
@@ -67,6 +70,7 @@ class MpqQuantizer(HfQuantizer):
             weight.arrange()
             for alias in layer.aliases:
                 model.get_submodule(alias).weight = weight
+        serve_cache(model, allocation.cache)
 
     def get_new_dtype(self, converter: Any, param: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
         """Every tensor keeps the type of the file: casting a scale to the model's type would change it."""

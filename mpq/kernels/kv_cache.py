@@ -14,7 +14,7 @@ from mpq.core.cache import affine, cache_name
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.kernels.layout import Packed, pack, unpack
-from mpq.rounding.reference import dequantize, quantize, to_float_copy
+from mpq.rounding.reference import COPY_DTYPES, SCALE_DTYPES, dequantize, quantize, to_float_copy
 
 NAN_CODE = 0x7F  # of e4m3 and e5m2
 NAN_SCALES = {"e8m0": 0xFF, "e4m3": NAN_CODE, "ue5m3": 0xFF}  # of scales that are stored as bytes
@@ -114,6 +114,23 @@ def dequantize_heads(heads: Heads) -> Tensor:
 def round_vectors(vectors: Tensor, format: Format) -> Tensor:
     """What a cache of this format gives back for vectors (batch, heads, tokens, width), in their own type."""
     return dequantize_heads(quantize_heads(vectors, format)).to(vectors.dtype)
+
+
+def to_bytes(heads: Heads) -> Tensor:
+    """All that is stored of each vector, side by side: uint8 (batch, heads, tokens, `head_bytes`)."""
+    return torch.cat([tensor.contiguous().view(torch.uint8) for tensor in heads.tensors], -1)
+
+
+def from_bytes(stored: Tensor, format: Format, width: int) -> Heads:
+    """The inverse of `to_bytes`."""
+    if format.is_float_copy:
+        return Heads(format, width, stored.contiguous().view(COPY_DTYPES[format.grid.name]))
+    codes = -(-width * format.grid.bits // 8)
+    kind = SCALE_DTYPES[format.scale]
+    groups = format.groups(width) if format.granularity != "tensor" else 0
+    sizes = [codes, groups * kind.itemsize, groups * 2 if format.minimum else 0]
+    parts = zip(torch.split(stored, sizes, -1), (torch.uint8, kind, torch.float16), strict=True)
+    return Heads(format, width, *(part.contiguous().view(dtype) for part, dtype in parts if part.shape[-1]))
 
 
 def concatenate(parts: Sequence[Heads]) -> Heads:

@@ -104,13 +104,15 @@ def points(model: nn.Module) -> dict[str, CachePoint]:
 
 def change_cached(model: nn.Module, change: Change) -> list[RemovableHandle]:
     """Let a function change whatever the model caches from now on; the hooks."""
-    from_config = _Maker(change)
-    handles = [
-        host.register_forward_pre_hook(CacheHook(from_config), with_kwargs=True, prepend=True) for host in hosts(model)
-    ]
-    return handles + [
+    return hook_hosts(model, _Maker(change)) + [
         point.register_forward_hook(PointHook(name, change), prepend=True) for name, point in points(model).items()
     ]
+
+
+def hook_hosts(model: nn.Module, make: Callable[[Any], Any]) -> list[RemovableHandle]:
+    """Let what `make` gives of a config be the cache of the model's parts that are transformers'; the hooks."""
+    hook = CacheHook(make)
+    return [host.register_forward_pre_hook(hook, with_kwargs=True, prepend=True) for host in hosts(model)]
 
 
 class _Maker:

@@ -1,0 +1,42 @@
+"""Models that cache keys and values in formats of their own."""
+
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from mpq.core.cache import CacheFormats
+from mpq.network.cached import PointHook, hook_hosts, points
+from mpq.quantized import CacheRounding
+
+
+def serve_cache(model: nn.Module, formats: CacheFormats | None) -> list[RemovableHandle]:
+    """Let a model cache keys and values in these formats from now on, in its `forward` and `generate`; the hooks.
+
+    Models of transformers store them packed (`mpq.generation.packed_cache.PackedCache`), in place of any empty cache
+    that they are given; others round them at their cache points.
+    """
+    if formats is None:
+        return []
+    model.cache_formats = formats  # type: ignore[assignment]
+    rounding = CacheRounding(formats)
+    placed = [point.register_forward_hook(PointHook(name, rounding)) for name, point in points(model).items()]
+    return hook_hosts(model, _PackedCaches(formats)) + placed
+
+
+class _PackedCaches:
+    """Makes caches of transformers from a model's config."""
+
+    def __init__(self, formats: CacheFormats) -> None:
+        self.formats = formats
+
+    def __call__(self, config: Any) -> Any:
+        from mpq.generation.packed_cache import PackedCache
+
+        return PackedCache(config, self.formats)
+
+
+def cache_formats_of(model: nn.Module) -> CacheFormats | None:
+    """The formats that `serve_cache` gave a model; None leaves keys and values in floating point."""
+    found = getattr(model, "cache_formats", None)
+    return found if isinstance(found, CacheFormats) else None
