@@ -16,6 +16,7 @@ from torch.nn import functional
 from mpq.core.allocation import Allocation
 from mpq.core.formats import Format
 from mpq.core.scheme import Scheme
+from mpq.exporters.caches import kv_cache_scheme
 from mpq.exporters.rules import compressed_tensors_format
 from mpq.exporters.shards import SHARD
 from mpq.exporters.transformers_folder import export_transformers
@@ -75,7 +76,7 @@ def quantization_config(model: nn.Module, allocation: Allocation, ranges: Ranges
         "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": kv_cache_scheme(allocation.cache),
         "config_groups": entries,
         "ignore": [
             name for name, part in model.named_modules() if layer_kind(part) == "linear" and name not in targeted

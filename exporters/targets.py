@@ -16,6 +16,7 @@ from mpq.core.layer import Layer
 from mpq.core.registry import Registry, Target
 from mpq.core.scheme import Scheme
 from mpq.exporters import rules
+from mpq.exporters.caches import KINDS, LAYERS, LLAMA_TYPES, llama_options, vllm_options
 
 GROUPS = ("g32", "g64", "g128", "channel")
 
@@ -49,7 +50,7 @@ COMPRESSED_TENSORS = Target(
         *("mxfp4", "mxfp6-e2m3", "mxfp8-e4m3", "nvfp4", *rules.FLOAT_COPIES),
     ),
     objection=rules.compressed_tensors, readers="vLLM, SGLang and transformers", fuses=True, takes=_transformers,
-    models="transformers models",
+    models="transformers models", caches=("fp8-e4m3", "fp16"), caches_alike=LAYERS, cache_options=vllm_options,
 )  # fmt: skip
 GPTQ = Target(
     "gptq", "mpq.exporters.gptq:export", "the GPTQ layout, bits and groups per layer, for gptqmodel and vLLM",
@@ -61,7 +62,8 @@ GGUF = Target(
     "gguf", "mpq.exporters.gguf.file:export", "a Llama for llama.cpp, each layer in its own tensor type",
     schemes=tuple(rules.GGUF_TYPES), objection=rules.gguf, readers="llama.cpp", fallbacks=rules.GGUF_FALLBACKS,
     takes=_llama, models="transformers' Llama models", packages=("gguf",), extra="gguf",
-    command="llama-cli -m {folder}/model.gguf",
+    command="llama-cli -m {folder}/model.gguf", caches=tuple(LLAMA_TYPES), caches_alike=KINDS,
+    cache_options=llama_options,
 )  # fmt: skip
 ONNX = Target(
     "onnx", "mpq.exporters.onnx.file:export", "a graph with integers at each layer's own width, for ONNX Runtime",
@@ -91,15 +93,16 @@ TARGETS: Registry[Target] = Registry(
         MPQ,
         _program(COMPRESSED_TENSORS, "vllm", "vLLM on a GPU", readers="vLLM", command="vllm serve {folder}"),
         _program(
-            COMPRESSED_TENSORS, "vllm:cpu", "vLLM on a CPU (read at 0.32)", readers="vLLM on a CPU",
+            COMPRESSED_TENSORS, "vllm:cpu", "vLLM on a CPU (read at 0.32)", readers="vLLM on a CPU", caches=(),
             command="vllm serve {folder}", **_narrower(COMPRESSED_TENSORS, rules.vllm_cpu, rules.VLLM_CPU),
         ),
         _program(
-            COMPRESSED_TENSORS, "sglang", "SGLang", readers="SGLang",
+            COMPRESSED_TENSORS, "sglang", "SGLang", readers="SGLang", caches=(),
             command="python -m sglang.launch_server --model-path {folder}",
         ),
         _program(
-            COMPRESSED_TENSORS, "transformers", "transformers' from_pretrained", command="transformers chat {folder}"
+            COMPRESSED_TENSORS, "transformers", "transformers' from_pretrained", caches=(),
+            command="transformers chat {folder}",
         ),
         COMPRESSED_TENSORS,
         GPTQ,

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mpq.core.cache import CacheFormats
 from mpq.core.files import write_atomically
 from mpq.core.registry import Target
 from mpq.report import HEADINGS, Row
@@ -22,13 +23,15 @@ def write_card(
     rows: Sequence[Row],
     words: Sequence[str],
     settings: Mapping[str, object],
+    cache: CacheFormats | None = None,
 ) -> None:
     """Write the page; one of the same name that is not ours stays, with a warning."""
     path = folder / NAME
     if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(MARK):
         log.warning("%s is there already and not mpq's: left as it is", path)
         return
-    run = f"\n## Run\n\n```sh\n{target.command.format(folder='.')}\n```\n" if target.command else ""
+    command = target.serving(".", cache)
+    run = f"\n## Run\n\n```sh\n{command}\n```\n" if command else ""
     made = "".join(f"- {name}: {value}\n" for name, value in settings.items())
     text = (
         f"{MARK}\n# {title}\n\nQuantized layer by layer for {target.readers or target.name}; `allocation.json` says "

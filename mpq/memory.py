@@ -18,6 +18,7 @@ from mpq.core.registry import Target
 from mpq.core.scheme import parse_scheme
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
+from mpq.exporters.caches import KINDS, LAYERS
 from mpq.exporters.holding import Held
 from mpq.exporters.mpq import checkpoint
 from mpq.measuring import Measurer
@@ -148,6 +149,9 @@ def splits(held: Held, request: Request) -> list[CacheFormats]:
     Raises:
         MpqError: budgets that cannot be met.
     """
+    entries = held.table.entries
+    if request.target.caches_alike == LAYERS:
+        held = replace(held, table=_tied(held.table))
     joint_problem(held, request)  # pins that fit nothing are told as such
     found: dict[CacheFormats, None] = {}
     doubts = DOUBTS if request.serving.memory is not None else DOUBTS[:1]
@@ -159,7 +163,7 @@ def splits(held: Held, request: Request) -> list[CacheFormats]:
             if one is not None and (best is None or one.loss < best.loss):
                 best = one
         if best is not None and best.cache is not None:
-            found[best.cache] = None
+            found[CacheFormats(entries, best.cache.names)] = None
     if not found:
         raise MpqError("no formats of weights and cache are within all budgets: raise one of them")
     return list(found)
@@ -206,6 +210,12 @@ def _harm(allocation: Allocation, measurer: Measurer) -> float:
     return float(np.average(quality.harm, weights=quality.weights))
 
 
+def _tied(table: SensitivityTable) -> SensitivityTable:
+    """The table with keys and values of each layer tied."""
+    layers = (replace(one, tie=one.name.rpartition(".")[0]) if one.is_cached else one for one in table.layers)
+    return replace(table, layers=tuple(layers))
+
+
 def _scaled(table: SensitivityTable, factor: float) -> SensitivityTable:
     factors = np.array([factor if layer.is_cached else 1.0 for layer in table.layers])[:, None]
     return replace(table, scores=table.scores * factors, errors=table.errors * factors)
@@ -214,15 +224,14 @@ def _scaled(table: SensitivityTable, factor: float) -> SensitivityTable:
 def _forbidden(table: SensitivityTable, target: Target) -> Iterator[dict[str, tuple[str, ...]]]:
     """What to forbid keys and values, one time for each choice of what they share; nothing where they share nothing."""
     names = [name for name in table.schemes if parse_scheme(name).cached]
-    if not target.caches_alike:
+    if target.caches_alike != KINDS:
         yield {}
         return
     for keys, values in product(names, names):
-        if keys == values or target.caches_alike == "kinds":
-            yield {
-                "cache.*.keys": tuple(name for name in names if name != keys),
-                "cache.*.values": tuple(name for name in names if name != values),
-            }
+        yield {
+            "cache.*.keys": tuple(name for name in names if name != keys),
+            "cache.*.values": tuple(name for name in names if name != values),
+        }
 
 
 def joint_problem(held: Held, request: Request, budgets: Mapping[str, float] | None = None) -> Problem:

@@ -30,6 +30,7 @@ from mpq.core.registry import Target
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 from mpq.exporters import exporter_named
+from mpq.exporters.caches import check_cache
 from mpq.exporters.folder import refuse_foreign
 from mpq.exporters.holding import check, check_model, restrict, unscored
 from mpq.exporters.mpq import checkpoint
@@ -84,6 +85,7 @@ def export_to(
     """
     export = exporter_named(name)
     check(TARGETS.named(name), allocation)
+    check_cache(TARGETS.named(name), allocation)
     source = replace(source, model=prepared(source.model))
     refuse_experts(name, source.model)
     settings: dict[str, Any] = {"method": method, "recipe": source.recipe or None}
@@ -357,7 +359,13 @@ def _write_artefacts(outcome: Outcome, source: Source, target: Target) -> None:
     title = f"{source.name} at {outcome.allocation.bits:.2f} bits per weight"
     settings = _circumstances(source.model, outcome.seconds)
     write_card(
-        outcome.folder, title=title, target=target, rows=outcome.rows(), words=outcome.words(), settings=settings
+        outcome.folder,
+        title=title,
+        target=target,
+        rows=outcome.rows(),
+        words=outcome.words(),
+        settings=settings,
+        cache=outcome.allocation.cache,
     )
     write_report(
         outcome.folder / "report.html", title=title,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from mpq.core.errors import MpqError, nearest_names
 
 if TYPE_CHECKING:
+    from mpq.core.cache import CacheFormats
     from mpq.core.layer import Layer
     from mpq.core.scheme import Scheme
 
@@ -43,6 +44,10 @@ class Entry:
 
 
 def _none(layer: "Layer", scheme: "Scheme") -> str:
+    return ""
+
+
+def _no_options(cache: "CacheFormats") -> str:
     return ""
 
 
@@ -89,7 +94,13 @@ class Target(Entry):
     extra: str = ""
     command: str = ""  # what serves the folder, "{folder}" in it
     caches: tuple[str, ...] = ()  # formats of keys and values that it serves; ("*",) for all
-    caches_alike: str = ""  # "all": keys and values of all layers share one; "kinds": keys one and values one
+    caches_alike: str = ""  # "layers": keys and values of a layer share one; "kinds": all keys one and all values one
+    cache_options: "Callable[[CacheFormats], str]" = _no_options  # that `command` needs for them
+
+    def serving(self, folder: str, cache: "CacheFormats | None" = None) -> str:
+        """The command that serves a folder, with keys and values in these formats; "" where there is none."""
+        options = self.cache_options(cache) if cache is not None else ""
+        return self.command.format(folder=folder) + options if self.command else ""
 
     def refusal(self, layer: "Layer", scheme: "Scheme") -> str:
         """Why a layer cannot have a scheme, in half a sentence, mixes considered; "" when it can."""
