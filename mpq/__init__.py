@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from mpq.sensitivity.profile import profile as profile
     from mpq.sources import Source as Source
     from mpq.sources import open_source as open_source
-    from mpq.training.loop import Finetuning as Finetuning
     from mpq.training.objective import Objective as Objective
+    from mpq.training.settings import Finetuning as Finetuning
     from mpq.verbs import quantize as quantize
 
 _HOMES = {
     "Allocation": "mpq.core.allocation:Allocation",
-    "Finetuning": "mpq.training.loop:Finetuning",
+    "Finetuning": "mpq.training.settings:Finetuning",
     "Format": "mpq.core.formats:Format",
     "Frontier": "mpq.core.frontier:Frontier",
     "MpqError": "mpq.core.errors:MpqError",

@@ -24,7 +24,7 @@ from mpq.network.prepare import prepared
 from mpq.quantized import checked_layers
 from mpq.rounding.reference import Quantized
 from mpq.rounding.store import Finished, MethodRounder
-from mpq.training.loop import Finetuning
+from mpq.training.settings import Finetuning
 
 UNFINISHED = ".unfinished"  # suffix of the file from which an interrupted fine-tuning goes on
 COMPARED = 2  # samples on which the written model is compared with the trained one

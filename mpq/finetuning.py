@@ -2,8 +2,9 @@
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +18,10 @@ from mpq.network.prepare import prepared
 from mpq.quantized import Moments, WeightRounding, simulate
 from mpq.rounding.store import Rounder, rounder_of
 from mpq.sensitivity.eigenvalue import fine_tuning_order
-from mpq.training.loop import Finetuning, train
+from mpq.sensitivity.learning_rate import learning_rate
+from mpq.training.loop import Trained, train
 from mpq.training.objective import harms
+from mpq.training.settings import Finetuning
 from mpq.training.stages import stages
 
 HELD_OUT = 10  # one of so many batches is kept for acceptance where none are given
@@ -30,6 +33,8 @@ class Finetuned:
 
     model: nn.Module
     losses: tuple[float, ...]  # the objective at each step, on training data
+    lr: float  # of weights, as given or found
+    momentum: float  # of SGD; Adam's first decay
     before: float  # harm of the start on acceptance data: KL from the float model, or the loss
     after: float  # harm of what training gave; NaN where it diverged
     error: float  # standard error of the difference, over samples
@@ -43,9 +48,8 @@ class Finetuned:
         if not math.isfinite(self.after):
             return f"Fine-tuning broke off ({self.note}): the start is handed over.{caveat}"
         harm = f"harm on acceptance data from {self.before:.4g} to {self.after:.4g} (+- {self.error:.1g})"
-        if self.kept:
-            return f"{len(self.losses)} steps of fine-tuning took the {harm}.{caveat}"
-        return f"{len(self.losses)} steps of fine-tuning took the {harm}: no better, the start is handed over.{caveat}"
+        ending = "" if self.kept else ": no better, the start is handed over"
+        return f"{len(self.losses)} steps of fine-tuning (lr {self.lr:.2g}) took the {harm}{ending}.{caveat}"
 
 
 def finetune(
@@ -102,10 +106,13 @@ def finetune(
     with processes(str(next(student.parameters()).device)), evaluating(teacher):
         start = copy.deepcopy(student.state_dict())
         before, note = harms(student.eval(), teacher, unseen, loss_fn, settings.objective), ""
-        losses: tuple[float, ...] = ()
+        trained = Trained((), math.nan, math.nan)
         after = torch.full_like(before, math.nan)
         try:
-            losses = train(student, teacher, data, loss_fn, settings, runs=runs, checkpoint=path, progress=progress)
+            trained = train(
+                student, teacher, data, loss_fn, settings, runs=runs, find_rate=partial(_find_rate, student, settings),
+                checkpoint=path, progress=progress,
+            )  # fmt: skip
             after = harms(student, teacher, unseen, loss_fn, settings.objective)
         except NotFiniteError as error:
             note = str(error)
@@ -117,7 +124,18 @@ def finetune(
         path.unlink(missing_ok=True)
     difference = after - before
     spread = float(difference.std() / len(difference) ** 0.5) if len(difference) > 1 else math.nan
-    return Finetuned(student, losses, float(before.mean()), float(after.mean()), spread, kept, established, note)
+    harm = (float(before.mean()), float(after.mean()), spread)
+    return Finetuned(student, trained.losses, trained.lr, trained.momentum, *harm, kept, established, note)
+
+
+def _find_rate(student: nn.Module, settings: Finetuning, losses: Sequence[Callable[[], Tensor]]) -> tuple[float, float]:
+    """The rate of the student's weights; batch statistics are left as they were."""
+    weights = [one for name, one in student.named_parameters() if one.requires_grad and not name.endswith(".shift")]
+    buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
+    found = learning_rate(losses, weights, optimizer=settings.optimizer, seed=settings.seed)
+    for name, buffer in student.named_buffers():
+        buffer.copy_(buffers[name])
+    return found.lr, found.momentum
 
 
 def _runs(

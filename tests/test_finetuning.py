@@ -15,8 +15,8 @@ from mpq.core.errors import MpqError
 from mpq.finetuning import finetune
 from mpq.network.calibration import cross_entropy, next_token_loss, seeded
 from mpq.network.layers import find_layers
-from mpq.training.loop import Finetuning
 from mpq.training.objective import Objective, block_names, objective_loss
+from mpq.training.settings import Finetuning
 from tests.sensitivity.small_models import TiedLanguageModel, seed_weights, token_batches
 from tests.two_processes import on_two_processes
 
@@ -80,13 +80,13 @@ def test_a_result_that_is_worse_is_not_handed_over():
 def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path):
     model = seed_weights(Normed()).eval()
     allocation, data = uniform(model, "int3-channel"), images()
-    settings = replace(QUICK, steps=9, save_every=2, accumulate=2)
+    settings = replace(QUICK, steps=9, save_every=2, accumulate=2, lr="auto")
     expected = finetune(model, allocation, data, cross_entropy, settings)
     path, calls = tmp_path / "unfinished", []
 
     def killing(model, batch):
         calls.append(1)
-        if len(calls) > 20:  # two passes a batch, two batches a step: in the fifth step
+        if len(calls) > 56:  # two passes a batch; 19 batches before training, two a step: in the fifth step
             os.kill(os.getpid(), signal.SIGKILL)
         return cross_entropy(model, batch)
 
@@ -136,6 +136,18 @@ def test_two_processes_have_the_losses_of_one():
     means = [(one + other) / 2 for one, other in zip(first[1], second[1], strict=True)]
     assert means == pytest.approx(own_loop, rel=2e-5)
     assert own_loop[-1] < own_loop[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_rate_is_found_from_the_curvature(optimizer):
+    model, data = seed_weights(Normed()).eval(), images()
+    settings = Finetuning(steps=40, optimizer=optimizer)
+    result = finetune(model, uniform(model, "int2-channel"), data, cross_entropy, settings)
+    assert result.kept
+    assert result.after < 0.6 * result.before
+    again = replace(settings, lr=result.lr, momentum=result.momentum)
+    theirs = finetune(model, uniform(model, "int2-channel"), data, cross_entropy, again)
+    assert theirs.losses == result.losses  # finding the rate moves nothing else
 
 
 def test_batches_of_a_step_count_as_one_batch():
@@ -224,7 +236,9 @@ def test_a_temperature_softens_both_and_masks_hide_positions():
     ("wrong", "message"),
     [
         ({"steps": 0}, "at least 1"),
-        ({"lr": -1.0}, "a positive lr, not -1.0"),
+        ({"lr": -1.0}, "invalid lr -1.0: expected a positive number or 'auto'"),
+        ({"lr": "fast"}, "invalid lr 'fast'"),
+        ({"momentum": 1.0}, "a momentum in"),
         ({"optimizer": "adan"}, "unknown optimizer 'adan'"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import argparse
 
-from mpq.cli.options import AddCommand, check_data, data_options
+from mpq.cli.options import AddCommand, check_data, data_options, value_of
 from mpq.cli.say import say, say_json
 from mpq.core.errors import MpqError
 
@@ -12,7 +12,9 @@ def add(command: AddCommand) -> None:
     finetune = command("finetune", run, "train a packed model against its original, under the same allocation")
     finetune.add_argument("folder", help="what 'mpq quantize' or 'mpq export' wrote")
     finetune.add_argument("--steps", type=int, default=300, help="steps of training")
-    finetune.add_argument("--lr", type=float, help="largest learning rate of the weights (default: Finetuning's)")
+    finetune.add_argument(
+        "--lr", type=value_of, default="auto", help="largest learning rate of the weights, or auto: from the curvature"
+    )
     finetune.add_argument("--optimizer", choices=("adam", "sgd"), default="adam", help="optimizer")
     finetune.add_argument("--accumulate", type=int, default=1, help="batches of a step")
     finetune.add_argument("--kl", type=float, default=1.0, help="weight of the divergence from the original")
@@ -33,18 +35,17 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from pathlib import Path
 
-    from mpq.training.loop import Finetuning
     from mpq.training.objective import Objective
+    from mpq.training.settings import Finetuning
 
     check_data(options.dataset)
     folder = Path(options.folder)
     if not (folder / "config.json").is_file():
         raise MpqError(f"{folder} is no packed model: expected a folder that 'mpq quantize' wrote")
-    rate = {} if options.lr is None else {"lr": options.lr}
     settings = Finetuning(
         steps=options.steps, optimizer=options.optimizer, accumulate=options.accumulate, bfloat16=options.bfloat16,
         freeze_batchnorm=options.freeze_batchnorm, stages=options.stages, seed=options.seed,
-        objective=Objective(options.kl, options.task, options.blocks), **rate,
+        objective=Objective(options.kl, options.task, options.blocks), lr=options.lr,
     )  # fmt: skip
 
     from mpq.finetuned_folder import finetune_folder
@@ -59,6 +60,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         say_json({
             "folder": str(outcome.folder), "kept": tuned.kept, "steps": len(tuned.losses),
+            "lr": tuned.lr,
             "harm_before": tuned.before, "harm_after": tuned.after, "kind": outcome.after.kind,
             "original": outcome.original.value, "before": outcome.before.value, "after": outcome.after.value,
         })  # fmt: skip

@@ -118,19 +118,26 @@ class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (matrix,) = ctx.saved_tensors
-        tables: Quantized = ctx.tables
-        format, scales, minima = tables.format, group_scales(tables), group_minima(tables)
-        scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-        elements = to_groups(matrix.float(), format)
-        if minima is not None:
-            elements = elements - minima.unsqueeze(-1)
-        elements = elements / scales.unsqueeze(-1)
-        zeros = torch.zeros(()) if tables.zeros is None else tables.zeros.unsqueeze(-1).float()
-        low, high = format.grid.min - zeros, format.grid.max - zeros
-        rounded = snap(elements, format.grid) if tables.zeros is None else elements.round().clamp(low, high)
-        inside = (elements >= low) & (elements <= high)
+        slopes, inside, scales, format = _slopes(matrix.detach(), ctx.tables)
         incoming = to_groups(gradient.float(), format)
-        slopes = torch.where(inside, rounded - elements, rounded)
-        step = (incoming * slopes).sum(-1) / scales / (elements.shape[-1] * format.grid.max) ** 0.5
-        passed = from_groups(incoming * inside, format, tables.shape)
+        step = (incoming * slopes).sum(-1) / scales / (slopes.shape[-1] * format.grid.max) ** 0.5
+        passed = from_groups(incoming * inside, format, (matrix.shape[0], matrix.shape[1]))
         return passed.to(matrix.dtype), step, None
+
+
+def _slopes(matrix: Tensor, tables: Quantized) -> tuple[Tensor, Tensor, Tensor, Format]:
+    """Each element's derivative in its scale over that scale's step, whether it is inside the grid's range, and scales.
+
+    Constants of the backward pass: rounding has no second derivative.
+    """
+    format, scales, minima = tables.format, group_scales(tables), group_minima(tables)
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    elements = to_groups(matrix.float(), format)
+    if minima is not None:
+        elements = elements - minima.unsqueeze(-1)
+    elements = elements / scales.unsqueeze(-1)
+    zeros = torch.zeros(()) if tables.zeros is None else tables.zeros.unsqueeze(-1).float()
+    low, high = format.grid.min - zeros, format.grid.max - zeros
+    rounded = snap(elements, format.grid) if tables.zeros is None else elements.round().clamp(low, high)
+    inside = (elements >= low) & (elements <= high)
+    return torch.where(inside, rounded - elements, rounded), inside, scales, format

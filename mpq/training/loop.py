@@ -1,62 +1,39 @@
 """The loop of quantization-aware fine-tuning: a simulated student, the float model as its teacher."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from mpq.core.errors import MpqError, NotFiniteError
+from mpq.core.errors import NotFiniteError
 from mpq.network.calibration import Batch, LossFn, evaluating, samples_in, seeded, take, tensors_in
 from mpq.network.fingerprint import fingerprint
 from mpq.network.parallel import place, total
 from mpq.training.batchnorm import freeze_batchnorm
 from mpq.training.checkpoint import resume, save
-from mpq.training.objective import Objective, objective_loss
+from mpq.training.objective import objective_loss
+from mpq.training.settings import Finetuning
 from mpq.training.stages import quantize_only
-
-OPTIMIZERS = ("adam", "sgd")
 
 
 @dataclass(frozen=True)
-class Finetuning:
-    """How a student is trained.
+class Trained:
+    """What training did."""
 
-    Raises:
-        MpqError: a number out of its range.
-    """
+    losses: tuple[float, ...]  # the objective at every step
+    lr: float  # largest, of weights
+    momentum: float
 
-    steps: int = 300
-    lr: float = 3e-4  # of weights, falling to zero along half a cosine
-    scale_lr: float = 1e-3  # of learned scales, relative to each scale; with SGD, `lr` is LSQ's rate for them too
-    optimizer: str = "adam"  # or "sgd"
-    momentum: float = 0.9  # of SGD
-    accumulate: int = 1  # batches of a step
-    objective: Objective = field(default_factory=Objective)
-    stages: int = 1  # of layers quantized one after the other, those that suffer most first (HAWQ)
-    learned: bool = True  # whether scales are parameters (LSQ)
-    freeze_batchnorm: bool = False  # keep the statistics of batch normalizations
-    bfloat16: bool = False  # compute in bfloat16, with weights in float32
-    save_every: int = 50  # steps between checkpoints
-    seed: int = 0  # of the order of the data and of dropout
 
-    def __post_init__(self) -> None:
-        if min(self.accumulate, self.save_every, self.stages) < 1 or self.steps < self.stages:
-            raise MpqError(
-                "invalid fine-tuning: expected steps, accumulate, save_every, stages of at least 1, and a step a stage"
-            )
-        if not (0 < self.lr < math.inf and 0 <= self.scale_lr < math.inf and 0 <= self.momentum < 1):
-            raise MpqError(
-                f"invalid fine-tuning: expected a positive lr, not {self.lr}, and a momentum in [0, 1), "
-                f"not {self.momentum}"
-            )
-        if self.optimizer not in OPTIMIZERS:
-            raise MpqError(f"unknown optimizer {self.optimizer!r}: take adam or sgd")
+FindRate = Callable[[Sequence[Callable[[], Tensor]]], tuple[float, float]]  # losses of steps -> lr and momentum
+SAMPLED = 8  # steps' losses that a rate is found from
 
 
 def train(
@@ -67,10 +44,11 @@ def train(
     settings: Finetuning,
     *,
     runs: Sequence[Sequence[str]] = (),
+    find_rate: FindRate | None = None,
     checkpoint: Path | None = None,
     progress: bool = False,
-) -> tuple[float, ...]:
-    """Train the student in place; the objective at every step.
+) -> Trained:
+    """Train the student in place.
 
     Data come in a new random order each time round. Inside `mpq.network.parallel.processes()` each process takes its
     share of every batch and gradients are summed, so that the losses are those of one process but for rounding and for
@@ -84,6 +62,8 @@ def train(
         settings: how.
         runs: of layers, each quantized only when those before it have been trained for their share of the steps
             (`mpq.training.stages`); all at once by default. The rate falls to zero in every stage.
+        find_rate: finds the rate and momentum where the settings leave them at "auto", from functions that give the
+            objective on the data of the first steps.
         checkpoint: a file that is written every so many steps; where it exists, training goes on from it, and ends as
             if it had not been interrupted.
         progress: show steps, loss and time left.
@@ -111,6 +91,9 @@ def train(
             )
         )  # fmt: skip
         stack.callback(quantize_only, student, None)
+        if settings.lr == "auto" and not losses:
+            assert find_rate is not None
+            _use(optimizer, *find_rate(_first_losses(student, teacher, batches, loss_fn, settings)), settings)
         for step in range(len(losses), settings.steps):
             stage = step * max(len(runs), 1) // settings.steps
             quantize_only(student, [name for run in runs[: stage + 1] for name in run] if runs else None)
@@ -121,7 +104,8 @@ def train(
             if checkpoint is not None and (step + 1) % settings.save_every == 0 and place()[0] == 0:
                 save(checkpoint, identity, student, optimizer, losses)
     student.eval()
-    return tuple(losses)
+    group = optimizer.param_groups[0]
+    return Trained(tuple(losses), group["initial_lr"], group.get("momentum", group.get("betas", (0.0,))[0]))
 
 
 def _step(
@@ -131,8 +115,7 @@ def _step(
     optimizer.zero_grad()
     device = next(student.parameters()).device
     summed = torch.zeros((), dtype=torch.float64)
-    with torch.random.fork_rng():
-        torch.manual_seed(int(torch.randint(2**62, (), generator=seeded(settings.seed, "fine-tuning", step))))
+    with _random_numbers_of(settings.seed, step):
         for batch in batches:
             own = _own_part(batch)
             if own is None:
@@ -144,10 +127,40 @@ def _step(
             summed += loss.item() * share
     value = total({"loss": summed})["loss"].item()
     if not math.isfinite(value):
-        raise NotFiniteError(f"the loss of step {step + 1} is {value}: lower lr ({settings.lr:g})")
+        raise NotFiniteError(f"the loss of step {step + 1} is {value}: lower lr ({settings.lr})")
     _sum_gradients(student)
     optimizer.step()
     return value
+
+
+def _use(optimizer: torch.optim.Optimizer, lr: float, momentum: float, settings: Finetuning) -> None:
+    """The rate and momentum that were found; learned scales keep their own under Adam."""
+    for group in optimizer.param_groups if settings.optimizer == "sgd" else optimizer.param_groups[:1]:
+        group["initial_lr"] = lr
+        if settings.optimizer == "sgd":
+            group["momentum"] = momentum
+
+
+def _first_losses(
+    student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, settings: Finetuning
+) -> list[Callable[[], Tensor]]:
+    """Functions that give the objective on the data of the first steps, whole on every process."""
+    order = _steps(batches, settings)
+
+    def loss(step: int, data: Sequence[Batch]) -> Tensor:
+        with _random_numbers_of(settings.seed, step):
+            parts = [objective_loss(student, teacher, batch, loss_fn, settings.objective) for batch in data]
+        return torch.stack(parts).mean()
+
+    return [partial(loss, step, next(order)) for step in range(SAMPLED)]
+
+
+@contextmanager
+def _random_numbers_of(seed: int, step: int) -> Iterator[None]:
+    """Dropout's random numbers of a step, whatever came before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int(torch.randint(2**62, (), generator=seeded(seed, "fine-tuning", step))))
+        yield
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, stages: int) -> None:
@@ -178,9 +191,10 @@ def _optimizer(student: nn.Module, settings: Finetuning) -> torch.optim.Optimize
     named = [(name, one) for name, one in student.named_parameters() if one.requires_grad]
     scales = [one for name, one in named if name.endswith(".shift")]
     others = [one for name, one in named if not name.endswith(".shift")]
-    groups: list[dict[str, Any]] = [{"params": others, "lr": settings.lr}]
+    lr = 0.0 if isinstance(settings.lr, str) else settings.lr  # "auto" is found later
+    groups: list[dict[str, Any]] = [{"params": others, "lr": lr}]
     if scales:
-        groups.append({"params": scales, "lr": settings.lr if settings.optimizer == "sgd" else settings.scale_lr})
+        groups.append({"params": scales, "lr": lr if settings.optimizer == "sgd" else settings.scale_lr})
     for group in groups:
         group["initial_lr"] = group["lr"]
     if settings.optimizer == "sgd":

@@ -60,7 +60,7 @@ def test_training_starts_from_the_folders_codes(packed):
     [
         (["nowhere"], "nowhere is no packed model"),
         (["PACKED", "--steps", "0"], "at least 1"),
-        (["PACKED", "--lr", "nan"], "a positive lr"),
+        (["PACKED", "--lr", "nan"], "invalid lr"),
         (["PACKED", "--kl", "0"], "one of them positive"),
         (["PACKED", "--dataset", "missing.txt"], "no such file: missing.txt"),
         (["PACKED", "-o", "PACKED"], "would be overwritten"),

@@ -10,7 +10,7 @@ from mpq.network.calibration import cross_entropy
 from mpq.network.layers import find_layers
 from mpq.quantized import rounding_of, simulate
 from mpq.sensitivity.eigenvalue import fine_tuning_order
-from mpq.training.loop import Finetuning
+from mpq.training.settings import Finetuning
 from mpq.training.stages import quantize_only, stages
 from tests.sensitivity.small_models import Convolutions, TiedLanguageModel, class_batches, seed_weights, token_batches
 
