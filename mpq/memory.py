@@ -1,7 +1,6 @@
 """Weights and cache in one budget: the memory that a model is served in, and formats of keys and values within it."""
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -10,9 +9,9 @@ import numpy as np
 from torch import nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.cache import CACHE_FORMATS, EVERY, FLOAT_CACHE, CacheFormats, cache_name, head_bytes, parse_cache_format
+from mpq.core.cache import CACHE_FORMATS, EVERY, CacheFormats, cache_name, head_bytes, parse_cache_format
 from mpq.core.errors import MpqError, NotFiniteError
-from mpq.core.layer import KEYS, VALUES, Layer
+from mpq.core.layer import Layer
 from mpq.core.problem import Problem, build_problem
 from mpq.core.registry import Target
 from mpq.core.scheme import parse_scheme
@@ -267,44 +266,3 @@ def _optimum(held: Held, request: Request) -> Allocation | None:
             room -= excess
     except MpqError:
         return None
-
-
-def in_words(allocation: Allocation, serving: Serving, file_size: int) -> tuple[str, ...]:
-    """Sentences on the cache: its formats, and where memory was the budget, how many tokens it holds."""
-    cache = allocation.cache
-    assert cache is not None
-    kinds = {
-        kind: Counter(n for e, n in zip(cache.entries, cache.names, strict=True) if e.kind == kind)
-        for kind in (KEYS, VALUES)
-    }
-    formats = "; ".join(
-        f"{kind} {', '.join(f'{count} x {name}' for name, count in counts.most_common())}"
-        for kind, counts in kinds.items()
-    )
-    said = f"Keys and values take {cache.bits:.4g} bits a number, {cache.nbytes(1):,} bytes a token: {formats}."
-    return (said, tokens_within(allocation, serving, file_size)) if serving.memory is not None else (said,)
-
-
-def tokens_within(allocation: Allocation, serving: Serving, file_size: int) -> str:
-    """One sentence: how many tokens the memory holds, rounded and in floating point.
-
-    >>> entry = Layer("cache.0.keys", "keys", 1, 64)
-    >>> found = Allocation((), (), cache=CacheFormats((entry,), ("int8-token",)))
-    >>> tokens_within(found, Serving(10, 2, 3320), 2000)
-    'In 3,320 bytes, 2,000 of weights leave room for 10 tokens of each of 2 texts (8.25 bits), in fp16 for 5.'
-    """
-    cache = allocation.cache
-    assert cache is not None
-    assert serving.memory is not None
-    room = serving.memory - file_size
-    floats = CacheFormats.uniform(cache.entries, FLOAT_CACHE)
-    texts = "a text" if serving.batch == 1 else f"each of {serving.batch} texts"
-    held, plain = (_tokens(one.tokens_in(room, serving.batch)) for one in (cache, floats))
-    return (
-        f"In {serving.memory:,.0f} bytes, {file_size:,} of weights leave room for {held} tokens of {texts} "
-        f"({cache.bits:.4g} bits), in {FLOAT_CACHE} for {plain}."
-    )
-
-
-def _tokens(count: int) -> str:
-    return "any number of" if count < 0 else f"{count:,}"

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,7 +37,7 @@ from mpq.exporters.holding import check, check_model, restrict, unscored
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.targets import TARGETS
 from mpq.measuring import Measurer, store_for
-from mpq.memory import Request, Serving, candidates, check_memory, choose_cache, in_words, serving_of
+from mpq.memory import Request, Serving, candidates, check_memory, choose_cache, serving_of
 from mpq.network.batchnorm import with_means
 from mpq.network.calibration import take, tensors_in
 from mpq.network.experts import has_experts
@@ -54,6 +55,7 @@ from mpq.sensitivity import DEFAULT_METRIC
 from mpq.sensitivity.profile import profile
 from mpq.smallest import check_limit, smallest, within_limit
 from mpq.sources import Source
+from mpq.tokens import in_words, tokens_beside, tokens_table
 from mpq.training.tuned_scales import Tuning
 
 log = logging.getLogger(__name__)
@@ -147,6 +149,12 @@ class Outcome:
         if self.max_kl is None:
             return said
         return (within_limit(self.max_kl, self.accepted.chosen.harm(), self.measured[-1].harm[0]), *said)
+
+    def tokens(self) -> list[tuple[str, ...]]:
+        """A heading and points of the frontier with the tokens that fit the memory; empty without one."""
+        if self.serving is None or self.serving.memory is None:
+            return []
+        return tokens_table(self.frontier, self.serving)
 
     def rows(self) -> list[Row]:
         """The before/after table."""
@@ -338,7 +346,9 @@ def _layer_budget(frontier: Frontier, model: nn.Module, bits: float | None, size
 
 def _write_artefacts(outcome: Outcome, source: Source, target: Target) -> None:
     told = {index: candidate.harm_with_error() for index, candidate in outcome.points.items()}
-    outcome.frontier.save(outcome.folder / "frontier.csv", divergences=told)
+    serving = outcome.serving
+    counted = {} if serving is None or serving.memory is None else {"tokens": partial(tokens_beside, serving=serving)}
+    outcome.frontier.save(outcome.folder / "frontier.csv", divergences=told, told=counted)
     measured = [*outcome.points.values(), *outcome.accepted.candidates]
     points = [
         Point(found.name, found.allocation.bits, *found.harm_with_error())
@@ -370,7 +380,7 @@ def _write_artefacts(outcome: Outcome, source: Source, target: Target) -> None:
     write_report(
         outcome.folder / "report.html", title=title,
         table=outcome.table, frontier=outcome.frontier, allocation=outcome.allocation, rows=outcome.rows(),
-        predictions=predictions, words=outcome.words(), points=points,
+        predictions=predictions, words=outcome.words(), points=points, tokens=outcome.tokens(),
         settings=settings,
     )  # fmt: skip
 

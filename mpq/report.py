@@ -10,11 +10,13 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from mpq.core.allocation import Allocation
+from mpq.core.cache import head_bytes
 from mpq.core.files import write_atomically
 from mpq.core.frontier import Frontier
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 from mpq.core.table import SensitivityTable
+from mpq.core.taxonomy import classify
 from mpq.network.coverage import Coverage
 from mpq.plots import (
     Point,
@@ -78,6 +80,7 @@ def write_report(
     words: Sequence[str] = (),
     points: Sequence[Point] = (),
     settings: Mapping[str, object] | None = None,
+    tokens: Sequence[Sequence[str]] = (),
 ) -> None:
     """Write the report, whole or not at all."""
     shown = frontier_facts({"searched frontier": frontier}, {"chosen": allocation}, points)
@@ -86,7 +89,9 @@ def write_report(
         f"<p class=lead>{escape(_lead(table, frontier, allocation))}</p>",
         "<h2>Before and after</h2>", _html_table(rows), f"<p>{escape(' '.join(words))}</p>",
         "<h2>Frontier</h2>", _svg(draw_frontier(shown)),
+        *(("<h2>Tokens that fit the memory</h2>", _plain_table(tokens)) if tokens else ()),
         "<h2>Format of each layer</h2>", _svg(draw_layers(layer_facts(allocation))), _layer_table(allocation),
+        _cache_table(allocation),
         "<h2>Predicted and measured</h2>", _svg(draw_predictions(predictions, table.metric)),
         "<h2>Sensitivity of each layer in each format</h2>", _svg(draw_table(table)),
         "<h2>Coverage</h2>", _coverage(table),
@@ -101,7 +106,8 @@ def _lead(table: SensitivityTable, frontier: Frontier, allocation: Allocation) -
     proof = "proven exact" if frontier.gap == 0 else f"certified within {100 * frontier.gap:.2g} %"
     return (
         f"{len(table.layers)} layers, {len(table.schemes)} formats, metric {table.metric}; a frontier of "
-        f"{len(frontier):,} allocations, {proof}. Chosen: {allocation.bits:.3f} bits per weight."
+        f"{len(frontier):,} allocations, {proof}. Chosen: {allocation.bits:.3f} bits per weight "
+        f"({classify(allocation)})."
     )
 
 
@@ -122,6 +128,25 @@ def _html_table(rows: Sequence[Row]) -> str:
         for row in rows
     )
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _plain_table(rows: Sequence[Sequence[str]]) -> str:
+    """A heading and rows of cells."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{_cells(row)}</tr>' for row in rows[1:])}</table>"
+
+
+def _cache_table(allocation: Allocation) -> str:
+    """Keys and values with their formats; "" where they stay as they are."""
+    cache = allocation.cache
+    if cache is None:
+        return ""
+    rows = []
+    for entry, name in zip(cache.entries, cache.names, strict=True):
+        bits = 8 * head_bytes(cache.format_of[entry.name], entry.cols) / entry.cols
+        rows.append((entry.name, f"{entry.rows} x {entry.cols}", name, f"{bits:.3f}", str(entry.window or "")))
+    table = _plain_table([("cache", "heads", "format", "bits", "window"), *rows])
+    return f"<details><summary>Keys and values: {cache.bits:.3f} bits</summary>{table}</details>"
 
 
 def _cells(values: Iterable[object]) -> str:

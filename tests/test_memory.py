@@ -45,6 +45,17 @@ def test_the_whole_job_keeps_to_the_memory(source: Source, table: mpq.Sensitivit
     tokens = cache.tokens_in(900_000 - size, 4)
     assert tokens >= 200
     assert f"room for {tokens} tokens of each of 4 texts" in " ".join(outcome.words())
+    heading, *points = outcome.tokens()
+    assert heading[-1] == "tokens of each of 4 texts"
+    counts = [int(row[-1].replace(",", "")) for row in points]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > 200 > counts[-1]
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "Tokens that fit the memory" in report
+    assert "cache.5.values" in report
+    first = (tmp_path / "out" / "frontier.csv").read_text().splitlines()
+    column = first[1].split(",").index("tokens")
+    assert int(first[2].split(",")[column]) == counts[0]
 
 
 def test_bits_of_weights_and_cache_each_have_a_budget(

@@ -82,4 +82,6 @@ def run(options: argparse.Namespace) -> None:
     say(options, coverage_line(outcome.table))
     for sentence in outcome.words():
         say(options, sentence)
+    if outcome.tokens() and not (options.quiet or options.json):
+        print_table(outcome.tokens())
     say(options, f"written to {outcome.folder}: packed weights, table, frontier, report.html, recipe.yaml")

@@ -11,6 +11,7 @@ from mpq.core.taxonomy import classify
 
 if TYPE_CHECKING:
     from mpq.core.allocation import Allocation
+    from mpq.core.cache import CacheFormats
     from mpq.core.frontier import Frontier
     from mpq.core.table import SensitivityTable
 
@@ -53,8 +54,15 @@ def allocation_facts(frontier: "Frontier", allocation: "Allocation") -> dict[str
         ("loss" if predicts_loss(allocation.metric) else "score"): allocation.loss, "error": allocation.error,
         "metric": allocation.metric, "gap": frontier.gap, "measured_loss": allocation.provenance.get("measured_loss"),
         "precision": classify(allocation).label,
+        **({"cache": cache_facts(allocation.cache)} if allocation.cache is not None else {}),
         "schemes": {layer.name: scheme for layer, scheme in zip(allocation.layers, allocation.schemes, strict=True)},
     }  # fmt: skip
+
+
+def cache_facts(cache: "CacheFormats") -> dict[str, Any]:
+    """What --json tells of keys and values."""
+    formats = dict(zip((entry.name for entry in cache.entries), cache.names, strict=True))
+    return {"bits": cache.bits, "bytes_per_token": cache.nbytes(1), "formats": formats}
 
 
 def coverage_line(table: "SensitivityTable") -> str:

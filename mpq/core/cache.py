@@ -17,8 +17,8 @@ from mpq.core.mix import is_mix
 
 # Candidates of a search, by rising bytes of a head of 64.
 CACHE_FORMATS = (
-    "int2-asym", "int2-g32-asym", "int3-asym", "int3-g32-asym", "int4-asym", "int4-g32-asym", "int6-asym", "int8-token",
-    "fp16",
+    "int2-asym", "int2-g16-se4m3", "int2-g32-asym", "int3-asym", "int3-g16-se4m3", "int3-g32-asym", "int4-asym",
+    "int4-g32-asym", "int5-asym", "int6-asym", "int8-token", "fp16",
 )  # fmt: skip
 FLOAT_CACHE = "fp16"  # what a cache holds that is not quantized
 EVERY = ("*",)  # of targets: all formats of a cache

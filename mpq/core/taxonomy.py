@@ -17,6 +17,10 @@ class Precision:
     label: str  # "MPW", "MPW+UPA", "MPW+MPA", "uniform" or "float"
     weights: str  # "mixed", "uniform" or "float"
     activations: str  # "mixed", "uniform" or "float"
+    cache: str = "float"  # of keys and values: "mixed", "uniform" or "float"
+
+    def __str__(self) -> str:
+        return self.label if self.cache == "float" else f"{self.label}, {self.cache} cache"
 
 
 def classify(allocation: Allocation) -> Precision:
@@ -36,7 +40,9 @@ def classify(allocation: Allocation) -> Precision:
         label = {"float": "MPW", "uniform": "MPW+UPA", "mixed": "MPW+MPA"}[activations]
     else:
         label = "float" if weights == activations == "float" else "uniform"
-    return Precision(label, weights, activations)
+    cached = [] if allocation.cache is None else [*allocation.cache.format_of.values()]
+    floats = {one.name for one in cached if one.is_float_copy}
+    return Precision(label, weights, activations, _variety({one.name for one in cached}, floats))
 
 
 def _variety(names: set[str], floats: set[str]) -> str:

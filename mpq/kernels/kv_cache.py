@@ -14,7 +14,7 @@ from mpq.core.cache import affine, cache_name
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.kernels.layout import Packed, pack, unpack
-from mpq.rounding.reference import COPY_DTYPES, SCALE_DTYPES, dequantize, quantize, to_float_copy
+from mpq.rounding.reference import COPY_DTYPES, SCALE_DTYPES, Quantized, dequantize, quantize, to_float_copy
 
 NAN_CODE = 0x7F  # of e4m3 and e5m2
 NAN_SCALES = {"e8m0": 0xFF, "e4m3": NAN_CODE, "ue5m3": 0xFF}  # of scales that are stored as bytes
@@ -70,11 +70,14 @@ def quantize_heads(vectors: Tensor, format: Format | int) -> Heads:  # float (ba
     if format.is_float_copy:
         return Heads(format, width, to_float_copy(vectors.detach(), format.grid.name))
     bad = ~torch.isfinite(matrix)
-    finite = matrix.masked_fill(bad, 0)
+    return _heads(_with_nan(pack(_rounded(matrix.masked_fill(bad, 0), format)), bad), leading)
+
+
+def _rounded(matrix: Tensor, format: Format) -> Quantized:
+    """Finite vectors (rows, width), each for itself."""
     one = torch.ones((), device=matrix.device)
     scales = one.reshape(1, 1) if format.granularity == "tensor" else None
-    packed = pack(quantize(finite, format, scales=scales, tensor_scale=one if format.tensor_scale else None))
-    return _heads(_with_nan(packed, bad), leading)
+    return quantize(matrix, format, scales=scales, tensor_scale=one if format.tensor_scale else None)
 
 
 def _with_nan(packed: Packed, bad: Tensor) -> Packed:
@@ -113,7 +116,10 @@ def dequantize_heads(heads: Heads) -> Tensor:
 
 def round_vectors(vectors: Tensor, format: Format) -> Tensor:
     """What a cache of this format gives back for vectors (batch, heads, tokens, width), in their own type."""
-    return dequantize_heads(quantize_heads(vectors, format)).to(vectors.dtype)
+    matrix = vectors.detach().reshape(-1, vectors.shape[-1])
+    if format.is_float_copy or not bool(torch.isfinite(matrix).all()):
+        return dequantize_heads(quantize_heads(vectors, format)).to(vectors.dtype)
+    return dequantize(_rounded(matrix, format)).reshape(vectors.shape).to(vectors.dtype)  # bytes are not looked at
 
 
 def to_bytes(heads: Heads) -> Tensor:

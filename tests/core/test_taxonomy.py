@@ -1,12 +1,21 @@
 import pytest
 
 from mpq.core.allocation import Allocation
+from mpq.core.cache import CacheFormats
 from mpq.core.layer import Layer
 from mpq.core.taxonomy import Precision, classify
 
 
 def allocation(*schemes):
     return Allocation(tuple(Layer(f"l{i}", "linear", 64, 64) for i in range(len(schemes))), schemes)
+
+
+def test_a_cache_is_an_axis_of_its_own():
+    entries = tuple(Layer(f"cache.{i}.keys", "keys", 2, 64) for i in range(2))
+    for names, kind in ((("fp16", "bf16"), "float"), (("int4", "int4"), "uniform"), (("int4", "fp16"), "mixed")):
+        found = classify(allocation("int4-g64", "int8-channel").with_cache(CacheFormats(entries, names)))
+        assert (found.label, found.cache) == ("MPW", kind)
+    assert str(found) == "MPW, mixed cache"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from mpq.core.cache import CACHE_FORMATS, head_bytes, parse_cache_format
 from mpq.core.costs import kv_bytes_per_token
 from mpq.core.errors import MpqError
-from mpq.kernels.kv_cache import Heads, attention, concatenate, dequantize_heads, quantize_heads
+from mpq.kernels.kv_cache import Heads, attention, concatenate, dequantize_heads, quantize_heads, round_vectors
 from mpq.kernels.layout import unpack_bits
 
 
@@ -127,6 +127,7 @@ def test_every_format_is_stored_in_the_bytes_it_says_and_read_back(name: str, wi
     values = vectors(2, 3, 5, width)
     heads = quantize_heads(values, format)
     assert heads.nbytes == 2 * 3 * 5 * head_bytes(format, width)
+    assert torch.equal(round_vectors(values, format), dequantize_heads(heads))
     error = (dequantize_heads(heads) - values).norm() / values.norm()
     assert error < {2: 0.8, 3: 0.4, 4: 0.2}.get(format.grid.bits, 0.1)
     again = dequantize_heads(quantize_heads(dequantize_heads(heads)[:, :, 1:3], format))
