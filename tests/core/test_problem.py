@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from problems import make_table
@@ -98,3 +100,10 @@ def test_a_problem_of_fewer_schemes_keeps_their_numbers():
     assert fewer.schemes == ("int2-g64", "int3-g128", "int4-channel", "bf16")
     np.testing.assert_array_equal(fewer.losses, problem.losses[:, [0, 1, 2, 4]])
     np.testing.assert_array_equal(fewer.costs["bitops"], problem.costs["bitops"][:, [0, 1, 2, 4]])
+
+
+@pytest.mark.parametrize("limit", [-1e-9, -1.0, math.nan, math.inf])
+def test_a_budget_is_finite_and_not_negative(limit):
+    with pytest.raises(MpqError, match="invalid budget bitops"):
+        build_problem(make_table(1), budgets={"bitops": limit})
+    assert build_problem(make_table(1), budgets={"bitops": 0}).budgets == {"bitops": 0.0}
