@@ -197,7 +197,7 @@ class _Core:
 
     def merge(self, regret: float, max_states: int) -> _Stretch:
         """Non-dominated solutions of the stretch whose regrets sum up to at most `regret`, or less if too many."""
-        limit = regret + self.tolerance
+        limit = proven = regret + self.tolerance
         near = self.regrets <= limit
         free = np.flatnonzero(near.sum(1) > 1)
         smallest = np.partition(self.regrets[free], 1, axis=1)[:, 1]
@@ -211,9 +211,10 @@ class _Core:
             kept = (all_regrets <= limit).nonzero()[0]
             kept = kept[self._non_dominated(all_costs[kept], all_regrets[kept])]
             if len(kept) > max_states:
-                limit = np.partition(all_regrets[kept], max_states)[max_states]
-                kept = kept[all_regrets[kept] < limit]
-                limit = np.nextafter(limit, -np.inf)
+                places = all_regrets[kept].argpartition(max_states)  # of equal ones some stay: never none
+                proven = np.nextafter(all_regrets[kept[places[max_states]]], -np.inf)
+                limit = max(proven, 0.0)
+                kept = kept[np.sort(places[:max_states])]
             history.append(np.divmod(kept, len(costs)))
             costs, regrets = all_costs[kept], all_regrets[kept]
         totals = self.cost + costs
@@ -225,7 +226,7 @@ class _Core:
             taken, parents = history[stage]
             choices[:, stage] = options[stage][taken[at]]
             at = parents[at]
-        return _Stretch(totals, losses, self.best, free, choices, regret=min(regret, limit))
+        return _Stretch(totals, losses, self.best, free, choices, regret=min(regret, proven))
 
     def _non_dominated(self, costs: Array, regrets: Array) -> NDArray[np.intp]:
         """Indices of the partial solutions that no other beats in cost and loss, by rising loss."""

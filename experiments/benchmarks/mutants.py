@@ -69,7 +69,7 @@ def survives(copy: Path, module: str, mutant: str, tests: list[str], seconds: fl
     """Whether all tests pass with the changed module; a run that takes too long has noticed."""
     (copy / module).write_text(mutant, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
