@@ -12,6 +12,7 @@ from mpq.core.allocation import Allocation
 from mpq.core.cache import CACHE_FORMATS, EVERY, CacheFormats, cache_name, head_bytes, parse_cache_format
 from mpq.core.errors import MpqError, NotFiniteError
 from mpq.core.layer import Layer
+from mpq.core.prediction import predicts_loss
 from mpq.core.problem import Problem, build_problem
 from mpq.core.registry import Target
 from mpq.core.scheme import parse_scheme
@@ -86,7 +87,7 @@ def serving_of(
 
 
 def candidates(
-    source: Source, target: Target, table: SensitivityTable | None, names: Sequence[str] | None
+    source: Source, target: Target, table: SensitivityTable | None, names: Sequence[str] | None, metric: str = ""
 ) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
     """Keys and values of the source's model, and the formats that they may have; those of a table made before.
 
@@ -101,6 +102,8 @@ def candidates(
         format = parse_cache_format(name)
         if target.caches != EVERY and format not in map(parse_cache_format, served):
             raise MpqError(f"{target.name} serves no cache in {name}: expected one of {', '.join(served)}")
+    if not predicts_loss(metric if table is None else table.metric):
+        raise MpqError(f"scores of {metric} rank weights alone: a cache needs losses, as of the metric kl-curvature")
     if table is None:
         return entries, tuple(names or served)
     if not table.entries:

@@ -245,7 +245,7 @@ def quantize_model(
         log.warning("%s has one format a layer: layers stay whole", reader.name)
         granularity = "layer"
     serving = serving_of(source, memory, kv_bits, context, batch)
-    entries, cached = candidates(source, reader, table, kv_formats) if serving else ((), ())
+    entries, cached = candidates(source, reader, table, kv_formats, metric) if serving else ((), ())
     if not budgets and memory is None:  # weights stay as they are
         formats, bits = own_format(source.model)
     if formats is None:

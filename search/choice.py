@@ -10,6 +10,7 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.frontier import Frontier
 from mpq.core.latency import LatencyTable
+from mpq.core.prediction import predicts_loss
 from mpq.core.problem import Array
 from mpq.core.scheme import parse_scheme
 from mpq.core.sizes import parse_size
@@ -31,6 +32,9 @@ def allocate(
     bits: float | None = None,
     size: float | str | None = None,
     loss: float | None = None,
+    memory: float | str | None = None,
+    context: int = 0,
+    kv_bits: float | None = None,
     budgets: Mapping[str, float | str] | None = None,
     search: str | None = None,
     pin: Mapping[str, str] | None = None,
@@ -47,25 +51,35 @@ def allocate(
         table: predicted losses.
         bits: largest average of stored bits per weight, or
         size: largest number of bytes of the model, or text as "500MB", or
-        loss: largest predicted loss increase, for the smallest model.
+        loss: largest predicted loss increase, for the smallest model, or
+        memory: largest bytes of weights and of keys and values together, or text as "6GB"; bits or size may join.
+        context: tokens of each of `batch` texts that memory and kv_bits count.
+        kv_bits: largest average of stored bits of a cached number, beside another budget.
         budgets: further largest totals by cost ("bitops", "latency").
         search: a name of `mpq.search.SEARCHES`; left out, exact, integer with further budgets, cheapest with `loss`.
         pin: scheme by layer pattern.
         forbid: scheme patterns by layer pattern.
         ties: whether layers that serving kernels fuse share a scheme.
         latencies: measured seconds of layers: adds the cost "latency".
-        batch: tokens at a time, for `latencies`.
+        batch: tokens at a time, for `latencies`; texts that are cached at once, for `memory`.
         whole_frontier: for a search on measured loss: lower loss and size together.
         options: the search's own, such as evolution's `evaluate` and `trials`.
 
     Raises:
         MpqError: incompatible budgets and search, or what the search refuses.
     """
-    if sum(budget is not None for budget in (bits, size, loss)) != 1:
-        raise MpqError("name one budget: bits, size or loss")
+    given = sum(budget is not None for budget in (bits, size, loss))
+    if given > 1 or (not given and memory is None) or (loss is not None and (memory or kv_bits)):
+        raise MpqError("name one budget: bits, size or loss; or memory, which bits or size may join")
+    if memory is not None or kv_bits is not None:
+        return _with_cache(
+            table, bits, size, memory, kv_bits, context, batch,
+            pin=pin, forbid=forbid, ties=ties, costs=_costs(table, latencies, batch), budgets=dict(budgets or {}),
+        )  # fmt: skip
+    table = table.weights()
     search = search or ("cheapest" if loss is not None else "integer" if budgets else "exact")
     check_choice(search, loss is not None, bool(budgets), whole_frontier)
-    costs = {"latency": latency_cost(table, latencies, batch)} if latencies is not None else {}
+    costs = _costs(table, latencies, batch)
     limits: dict[str, float | str] = dict(budgets or {})
     request: dict[str, Any] = {
         "search": search, "pin": pin, "forbid": forbid, "ties": ties, "costs": costs, "budgets": limits, **options,
@@ -83,6 +97,40 @@ def allocate(
     return Choice(frontier, frontier.allocation(len(frontier) - 1))
 
 
+def _with_cache(
+    table: SensitivityTable, bits: float | None, size: float | str | None, memory: float | str | None,
+    kv_bits: float | None, context: int, batch: int, **request: Any,
+) -> Choice:  # fmt: skip
+    """Weights and cache as one problem: its frontier in memory, or with more budgets the optimum."""
+    if not table.entries:
+        raise MpqError("the table has no keys and values: profile again with cache formats (--kv-formats)")
+    if context < 1:
+        raise MpqError("memory and kv_bits count cached tokens: name the context, such as context=32768")
+    if memory is not None and not predicts_loss(table.metric):
+        raise MpqError(
+            f"scores of {table.metric} rank weights alone: memory needs losses, as of the metric kl-curvature"
+        )
+    overhead = float(table.provenance.get("overhead", 0))
+    limits: dict[str, float] = request.pop("budgets")
+    if size is not None:
+        limits["size"] = parse_size(size) - overhead
+    if bits is not None:
+        limits["size"] = bits * sum(layer.params for layer in table.weights().layers) / 8
+    if kv_bits is not None:
+        limits["cache"] = kv_bits * batch * sum(one.params * one.tokens(context) for one in table.entries) / 8
+    if memory is not None and not limits:
+        frontier = frontier_of(table, search="exact", cost="memory", context=context, batch=batch, **request)
+        return Choice(frontier, frontier.at(cost=parse_size(memory) - overhead))
+    if memory is not None:
+        limits["memory"] = parse_size(memory) - overhead
+    frontier = frontier_of(table, search="integer", budgets=limits, context=context, batch=batch, **request)
+    return Choice(frontier, frontier.allocation(0))
+
+
+def _costs(table: SensitivityTable, latencies: LatencyTable | None, batch: int) -> dict[str, Array]:
+    return {"latency": latency_cost(table, latencies, batch)} if latencies is not None else {}
+
+
 def check_choice(search: str, by_loss: bool, by_budgets: bool, whole_frontier: bool) -> None:
     """MpqError when a search does not support the requested budgets; needs no table."""
     entry = SEARCHES.named(search)
@@ -98,4 +146,9 @@ def latency_cost(table: SensitivityTable, latencies: LatencyTable, batch: int = 
     """Seconds of every layer in every scheme, (layers, schemes); MpqError when one was not measured."""
     seconds = latencies.cost(batch)
     schemes = [parse_scheme(name) for name in table.schemes]
-    return np.array([[seconds(layer, scheme) for scheme in schemes] for layer in table.layers])
+    return np.array(
+        [
+            [0.0 if scheme.cached or layer.is_cached else seconds(layer, scheme) for scheme in schemes]
+            for layer in table.layers
+        ]
+    )

@@ -9,6 +9,7 @@ from mpq.cli.options import (
     AddCommand,
     budget_options,
     choice_options,
+    memory_options,
     pairs_of,
     pins_of,
     print_table,
@@ -17,6 +18,7 @@ from mpq.cli.options import (
 )
 from mpq.cli.say import allocation_facts, say, say_json, summary
 from mpq.core.errors import MpqError
+from mpq.core.scheme import Scheme
 from mpq.search import SEARCHES
 
 if TYPE_CHECKING:
@@ -28,7 +30,8 @@ def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
     allocate = command("allocate", run, "choose formats under a budget, from a table")
     allocate.add_argument("table", help="what 'mpq profile' wrote")
-    budget_options(allocate, loss=True)
+    budget_options(allocate, loss=True, required=False)
+    memory_options(allocate)
     choice_options(allocate)
     search_options(allocate)
     target_option(allocate)
@@ -66,6 +69,7 @@ def run(options: argparse.Namespace) -> None:
     table = held.table
     choice = allocate(
         table, forbid=held.forbid, bits=options.bits, size=options.size, loss=options.loss, search=search, pin=pins,
+        memory=options.memory, context=options.context or 0, kv_bits=options.kv_bits,
         ties=not options.no_ties or held.fuses, batch=options.batch, whole_frontier=options.measure_frontier,
         budgets={name: number_of(name, value) for name, value in budgets.items()},
         latencies=load_latencies(options.latency) if options.latency else None,
@@ -125,7 +129,12 @@ def _print_allocation(allocation: "Allocation", table: "SensitivityTable") -> No
 
     score_name = "predicted loss +" if predicts_loss(table.metric) else "score"
     rows: list[Sequence[str]] = [("layer", "weights", "format", score_name, "tie")]
-    for i, (layer, scheme) in enumerate(zip(allocation.layers, allocation.schemes, strict=True)):
-        score = table.scores[i, table.schemes.index(scheme)]
+    places = {layer.name: i for i, layer in enumerate(table.layers)}
+    pairs = [*zip(allocation.layers, allocation.schemes, strict=True)]
+    if allocation.cache is not None:
+        cached = (Scheme(format, cached=True).name for format in allocation.cache.format_of.values())
+        pairs += zip(allocation.cache.entries, cached, strict=True)
+    for layer, scheme in pairs:
+        score = table.scores[places[layer.name], table.schemes.index(scheme)]
         rows.append((layer.name, f"{layer.rows} x {layer.cols}", scheme, f"{score:.3g}", layer.tie))
     print_table(rows)

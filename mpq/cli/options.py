@@ -106,9 +106,7 @@ def memory_options(parser: argparse.ArgumentParser) -> None:
     """Weights and cache in one budget."""
     parser.add_argument("--memory", type=size_of, help="largest memory of weights and cache together, as 6GB")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="tokens of a text that are cached, for --memory")
-    parser.add_argument("--batch", type=int, default=1, help="texts that are cached at once, for --memory (default: 1)")
     parser.add_argument("--kv-bits", type=float, metavar="BITS", help="largest average bits of keys and values")
-    kv_formats_option(parser)
 
 
 def kv_formats_option(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +137,9 @@ def search_options(parser: argparse.ArgumentParser) -> None:
         "--budget", action="append", default=[], metavar="COST=NUMBER", help="another budget, as bitops=2e9"
     )
     parser.add_argument("--latency", help="what 'mpq bench -o' wrote: adds the cost latency, in seconds")
-    parser.add_argument("--batch", type=int, default=1, help="tokens at a time, for --latency (default: 1)")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="tokens at a time, for --latency; texts, for --memory (default: 1)"
+    )
     parser.add_argument("--by", default=None, help="search: exact (default), integer (several budgets), ...")
     parser.add_argument("--interactions", help="for --by quadratic: a file of losses of pairs (Interactions.save)")
     parser.add_argument("--model", help="for --by evolution: the model to measure on (default: the table's)")

@@ -8,6 +8,7 @@ from mpq.cli.options import (
     budget_options,
     choice_options,
     kv_formats_of,
+    kv_formats_option,
     memory_options,
     model_options,
     pins_of,
@@ -27,6 +28,10 @@ def add(command: AddCommand) -> None:
     profile_options(quantize)
     budget_options(quantize, divergence=True, required=False)
     memory_options(quantize)
+    kv_formats_option(quantize)
+    quantize.add_argument(
+        "--batch", type=int, default=1, help="texts that are cached at once, for --memory (default: 1)"
+    )
     choice_options(quantize)
     target_option(quantize, "mpq")
     quantize.add_argument(

@@ -22,8 +22,9 @@ def summary(frontier: "Frontier", allocation: "Allocation") -> str:
     if "measured_loss" in allocation.provenance:
         proof = f"measured loss increase {allocation.provenance['measured_loss']:.4g}"
     predicted = f"{prediction_name(allocation.metric)} {allocation.loss:.4g} +- {allocation.error:.1g}"
+    cache = "" if allocation.cache is None else f"cache at {allocation.cache.bits:.4f} bits, "
     return (
-        f"{allocation.bits:.4f} bits per weight, {allocation.total:,} bytes in all, "
+        f"{allocation.bits:.4f} bits per weight, {allocation.total:,} bytes in all, {cache}"
         f"{predicted} ({allocation.metric}), {proof}"
     )
 

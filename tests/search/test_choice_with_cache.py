@@ -1,0 +1,88 @@
+"""`mpq.allocate` with weights and cache in one budget, from a table alone."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpq.cli.main import main
+from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
+from mpq.core.table import SensitivityTable
+from mpq.search.choice import allocate
+
+CONTEXT, BATCH = 1000, 3
+
+
+def table_of() -> SensitivityTable:
+    random = np.random.default_rng(0)
+    layers = tuple(Layer(f"l{i}", "linear", 256, 256, macs=256 * 256) for i in range(6))
+    scores = random.random((6, 1)) * np.array([8.0, 2.0, 0.1])
+    schemes = ("int2-g32", "int4-g32", "int8-channel")
+    table = SensitivityTable(layers, schemes, scores, np.zeros((6, 3)), "kl-curvature", {"overhead": 1000})
+    entries = tuple(Layer(f"cache.{i}.{kind}", kind, 2, 64) for i in range(3) for kind in ("keys", "values"))
+    added = random.random((6, 1)) * np.array([4.0, 1.0, 0.05])
+    return table.with_entries(entries, ("kv:int2-token-asym", "kv:int4-token-asym", "kv:int8-token"), added, added * 0)
+
+
+def test_memory_is_one_budget() -> None:
+    table = table_of()
+    choice = allocate(table, memory=1.1e6, context=CONTEXT, batch=BATCH)
+    assert choice.frontier.cost == "memory"
+    assert choice.frontier.gap == 0
+    assert 1.05e6 < choice.allocation.memory(CONTEXT, BATCH) <= 1.1e6
+    more = allocate(table, memory="1.2MB", context=CONTEXT, batch=BATCH).allocation
+    assert more.loss < choice.allocation.loss
+
+
+def test_budgets_join() -> None:
+    table = table_of()
+    both = allocate(table, memory=1.2e6, bits=3, context=CONTEXT, batch=BATCH).allocation
+    assert both.bits <= 3
+    assert both.memory(CONTEXT, BATCH) <= 1.2e6
+    assert both.cache.bits > allocate(table, memory=1.2e6, context=CONTEXT, batch=BATCH).allocation.cache.bits
+    cached = allocate(table, bits=4, kv_bits=4, context=CONTEXT).allocation
+    assert cached.bits <= 4
+    assert cached.cache.bits <= 4
+    operations = allocate(table, memory=1.2e6, context=CONTEXT, batch=BATCH, budgets={"bitops": 2.5e7}).allocation
+    assert operations.bitops <= 2.5e7
+    plain = allocate(table, bits=4).allocation
+    assert plain.cache is None
+    assert plain == allocate(table.weights(), bits=4).allocation
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        ({}, "name one budget"),
+        ({"memory": 1e6}, "name the context"),
+        ({"loss": 0.1, "memory": 1e6, "context": 10}, "name one budget"),
+        ({"memory": 1e3, "context": CONTEXT}, "below the smallest allocation"),
+        ({"kv_bits": 3, "context": 10}, "name one budget"),
+    ],
+)
+def test_what_cannot_be_had_is_named(request_: dict[str, float], sentence: str) -> None:
+    with pytest.raises(MpqError, match=sentence):
+        allocate(table_of(), **request_)
+
+
+def test_tables_without_losses_or_entries_are_named() -> None:
+    with pytest.raises(MpqError, match="has no keys and values"):
+        allocate(table_of().weights(), memory=1e6, context=10)
+    with pytest.raises(MpqError, match="rank weights alone"):
+        allocate(replace(table_of(), metric="proxy:size"), memory=1e6, context=10)
+
+
+def test_the_command_line_prints_entries_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table_of().save(tmp_path / "table.csv")
+    arguments = ["allocate", str(tmp_path / "table.csv"), "--memory", "1.2MB", "--context", "1000", "--batch", "3"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "cache.2.values" in said
+    assert "kv:int" in said
+    assert "cache at" in said
+    assert main(["allocate", str(tmp_path / "table.csv"), "--memory", "1.2MB"]) == 2
+    assert "name the context" in capsys.readouterr().err
+    assert main(["allocate", str(tmp_path / "table.csv"), "--bits", "4"]) == 0
+    assert "cache" not in capsys.readouterr().out
