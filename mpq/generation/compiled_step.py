@@ -62,13 +62,13 @@ class CompiledStep:
 def compiled_step(decoder: Decoder) -> CompiledStep | None:
     """The decoder's step in compiled code, for the present weights.
 
-    None unless all linear layers are packed in panels on a CPU, with plain or int8-token activations and no hooks, and
-    the norms are of one type, float32 or bfloat16, and none of heads.
+    None unless the decoder is a Llama's, all linear layers are packed in panels on a CPU, with plain or int8-token
+    activations and no hooks, and the norms are of one type, float32 or bfloat16.
     """
     native, width = cpu.native(), decoder.head_width
     norms = [_weight(norm) for block in decoder.blocks for norm in (block.attention_norm, block.mlp_norm)]
     norms.append(_weight(decoder.norm))
-    if any(block.q_norm is not None for block in decoder.blocks):
+    if not decoder.is_llama:
         return None
     dtype = norms[-1].dtype
     if native is None or width % 2 or dtype not in _TYPES or not decoder.blocks:

@@ -4,7 +4,7 @@ At one token a step, the operations around the linear layers cost as much as the
 written in place, query heads of a group as rows of one attention product, logits of the last position only.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,32 +15,34 @@ from torch.nn import functional
 from mpq.core.cache import CacheFormats
 from mpq.core.layer import KEYS, VALUES
 from mpq.kernels.kv_cache import round_vectors
-from mpq.models.tiny_lm import TinyLM, rotations
 from mpq.network.cached import entry_name
-
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 @dataclass(frozen=True)
 class Block:
-    """The modules of one block, and the epsilon of its norms."""
+    """The modules of one block."""
 
     attention_norm: nn.Module
-    q: nn.Module
+    q: nn.Module  # where `fused`, all three rows of q, k and v
     k: nn.Module
     v: nn.Module
     o: nn.Module
     mlp_norm: nn.Module
-    gate: nn.Module
+    gate: nn.Module  # where `fused`, the rows of gate and up
     up: nn.Module
     down: nn.Module
     q_norm: nn.Module | None = None  # of each head
     k_norm: nn.Module | None = None
+    after_attention: nn.Module | None = None  # norm of what attention adds
+    after_mlp: nn.Module | None = None
+    fused: tuple[int, int, int] | None = None  # rows of q, k and v in one module
+    window: int | None = None  # a token sees that many, itself included
+    local: bool = False  # whether it has the rotations of local attention
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model's parts; `positions(time)` gives the rotary angles of the first positions, (time, head width)."""
+    """A model's parts; `positions(time)` gives the cosines and sines of the first positions, (time, rotated width)."""
 
     embed: nn.Module
     blocks: tuple[Block, ...]
@@ -49,6 +51,16 @@ class Decoder:
     head_width: int
     epsilon: float
     positions: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+    local_positions: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None  # of blocks with local attention
+    activation: Callable[[Tensor], Tensor] = functional.silu
+    scale: float | None = None  # of the products of queries and keys; None: 1 / sqrt(head width)
+    own_norms: bool = False  # whether norms compute something else than RMSNorm
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether nothing in it goes beyond a Llama."""
+        own = (block.fused or block.window or block.after_mlp or block.q_norm for block in self.blocks)
+        return self.activation is functional.silu and self.scale is None and not self.own_norms and not any(own)
 
 
 @dataclass
@@ -60,47 +72,8 @@ class Memory:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     formats: CacheFormats | None = None  # that keys and values are rounded to; None: they stay as they are
-    rotations: tuple[Tensor, ...] = ()  # cosines and sines, (capacity, head width); the sines' first half negative
-
-
-def decoder_of(model: nn.Module) -> Decoder | None:
-    """The parts of the bundled TinyLM or a transformers Llama; None for other models.
-
-    Rotations that change with the length of the text ("dynamic", "longrope") are left to the model's own code.
-    """
-    if isinstance(model, TinyLM):
-        width = model.config.width // model.config.heads
-        blocks = tuple(_blocks(model.blocks, "attention", "attention_norm", "mlp_norm"))
-        return Decoder(
-            model.embed, blocks, model.norm, model.head, width, 1e-5, lambda time, like: rotations(time, width, like)
-        )
-    if type(model).__name__ not in ARCHITECTURES or not type(model).__module__.startswith("transformers."):
-        return None
-    body: Any = model.model
-    config: Any = model.config
-    if config.hidden_act != "silu" or body.rotary_emb.rope_type not in ("default", "linear", "llama3", "yarn"):
-        return None
-    if getattr(config, "sliding_window", None) is not None:
-        return None
-
-    def positions(time: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = body.rotary_emb(like, torch.arange(time, device=like.device).unsqueeze(0))
-        return cos[0], sin[0]
-
-    blocks = tuple(_blocks(body.layers, "self_attn", "input_layernorm", "post_attention_layernorm"))
-    head: Any = model.lm_head
-    width = body.layers[0].self_attn.head_dim
-    return Decoder(body.embed_tokens, blocks, body.norm, head, width, config.rms_norm_eps, positions)
-
-
-def _blocks(layers: Any, attention: str, first: str, second: str) -> Iterator[Block]:
-    for layer in layers:
-        mix, mlp = getattr(layer, attention), layer.mlp
-        yield Block(
-            getattr(layer, first), mix.q_proj, mix.k_proj, mix.v_proj, mix.o_proj,
-            getattr(layer, second), mlp.gate_proj, mlp.up_proj, mlp.down_proj,
-            getattr(mix, "q_norm", None), getattr(mix, "k_norm", None),
-        )  # fmt: skip
+    rotations: tuple[Tensor, ...] = ()  # cosines and sines, (capacity, rotated width); the sines' first half negative
+    local_rotations: tuple[Tensor, ...] = ()  # of blocks with local attention
 
 
 def step(decoder: Decoder, tokens: Tensor, memory: Memory) -> Tensor:  # int (1, time)
@@ -113,12 +86,12 @@ def step(decoder: Decoder, tokens: Tensor, memory: Memory) -> Tensor:  # int (1,
     first, last = memory.length, memory.length + time
     if last > memory.capacity:
         grow(decoder, memory, max(64, 2 * last), x)
-    cos, sin = (part[first:last] for part in memory.rotations)
     for index, block in enumerate(decoder.blocks):
-        h = _norm(block.attention_norm, x, decoder.epsilon)
-        q, k, v = (_heads(part(h), decoder.head_width) for part in (block.q, block.k, block.v))
+        cos, sin = (part[first:last] for part in (memory.local_rotations if block.local else memory.rotations))
+        h = _norm(decoder, block.attention_norm, x)
+        q, k, v = (_heads(part, decoder.head_width) for part in _projections(block, h))
         if block.q_norm is not None and block.k_norm is not None:
-            q, k = _norm(block.q_norm, q, decoder.epsilon), _norm(block.k_norm, k, decoder.epsilon)
+            q, k = _norm(decoder, block.q_norm, q), _norm(decoder, block.k_norm, k)
         if index == len(memory.keys):
             shape = (1, k.shape[1], memory.capacity, decoder.head_width)
             memory.keys.append(k.new_empty(shape))
@@ -126,11 +99,12 @@ def step(decoder: Decoder, tokens: Tensor, memory: Memory) -> Tensor:  # int (1,
         memory.keys[index][:, :, first:last] = rounded(_rotate(k, cos, sin), index, KEYS, memory.formats)
         memory.values[index][:, :, first:last] = rounded(v, index, VALUES, memory.formats)
         past = (memory.keys[index][:, :, :last], memory.values[index][:, :, :last])
-        x = x + block.o(_attend(_rotate(q, cos, sin), *past))
-        h = _norm(block.mlp_norm, x, decoder.epsilon)
-        x = x + block.down(functional.silu(block.gate(h)) * block.up(h))
+        mixed = block.o(_attend(_rotate(q, cos, sin), *past, decoder.scale, block.window))
+        x = x + (mixed if block.after_attention is None else _norm(decoder, block.after_attention, mixed))
+        mixed = _mlp(decoder, block, _norm(decoder, block.mlp_norm, x))
+        x = x + (mixed if block.after_mlp is None else _norm(decoder, block.after_mlp, mixed))
     memory.length = last
-    logits: Tensor = decoder.head(_norm(decoder.norm, x[:, -1], decoder.epsilon))
+    logits: Tensor = decoder.head(_norm(decoder, decoder.norm, x[:, -1]))
     return logits[0]
 
 
@@ -140,8 +114,23 @@ def rounded(vectors: Tensor, index: int, kind: str, formats: CacheFormats | None
     return vectors if format is None else round_vectors(vectors, format)
 
 
-def _norm(module: Any, x: Tensor, epsilon: float) -> Tensor:
-    return functional.rms_norm(x, x.shape[-1:], module.weight, epsilon)
+def _projections(block: Block, h: Tensor) -> tuple[Tensor, ...]:
+    if block.fused is not None:
+        return tuple(torch.split(block.q(h), list(block.fused), -1))
+    return block.q(h), block.k(h), block.v(h)
+
+
+def _mlp(decoder: Decoder, block: Block, h: Tensor) -> Tensor:
+    gate, up = block.gate(h).chunk(2, -1) if block.fused is not None else (block.gate(h), block.up(h))
+    outputs: Tensor = block.down(decoder.activation(gate) * up)
+    return outputs
+
+
+def _norm(decoder: Decoder, module: Any, x: Tensor) -> Tensor:
+    if decoder.own_norms:
+        normalized: Tensor = module(x)
+        return normalized
+    return functional.rms_norm(x, x.shape[-1:], module.weight, decoder.epsilon)
 
 
 def _heads(x: Tensor, width: int) -> Tensor:
@@ -150,31 +139,44 @@ def _heads(x: Tensor, width: int) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `mpq.models.tiny_lm.rotate`, with the sign of the half turn in `sin`."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    """As `mpq.models.tiny_lm.rotate`, with the sign of the half turn in `sin`; what is wider than that stays."""
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((_rotate(x[..., :width], cos, sin), x[..., width:]), -1)
+    return torch.addcmul(x * cos, x.roll(width // 2, -1), sin)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:
     """Causal attention of the last queries, (1, heads, time, width), as (1, time, heads * width)."""
     _, heads, time, width = q.shape
+    past = keys.shape[2]
+    if window is not None and past > window + time - 1:  # what no query sees any more
+        keys, values = (part[:, :, past - window - time + 1 :] for part in (keys, values))
+        past = keys.shape[2]
     if time == 1:  # the query heads of a key head are rows of one product, so keys are not repeated
         grouped = q.view(1, keys.shape[1], -1, width)
-        return functional.scaled_dot_product_attention(grouped, keys, values).reshape(1, 1, heads * width)
-    past = keys.shape[2]
+        return functional.scaled_dot_product_attention(grouped, keys, values, scale=scale).reshape(1, 1, heads * width)
     mask = None if past == time else q.new_ones((time, past), dtype=torch.bool).tril(past - time)
+    if window is not None and past > window:
+        mask = q.new_ones((time, past), dtype=torch.bool).tril(past - time).triu(past - time - window + 1)
     mixed = functional.scaled_dot_product_attention(
-        q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True, scale=scale
     )
     return mixed.transpose(1, 2).reshape(1, time, heads * width)
 
 
 def grow(decoder: Decoder, memory: Memory, capacity: int, like: Tensor) -> None:
     """Grow the cache to this many tokens in all; `like` has the model's type."""
-    cos, sin = decoder.positions(capacity, like)
-    half = sin.shape[-1] // 2
-    memory.rotations = (cos, torch.cat((-sin[:, :half], sin[:, half:]), -1))
+    memory.rotations = _signed(*decoder.positions(capacity, like))
+    if decoder.local_positions is not None:
+        memory.local_rotations = _signed(*decoder.local_positions(capacity, like))
     for tensors in (memory.keys, memory.values):
         for index, old in enumerate(tensors):
             tensors[index] = old.new_empty((*old.shape[:2], capacity, old.shape[3]))
             tensors[index][:, :, : memory.length] = old[:, :, : memory.length]
     memory.capacity = capacity
+
+
+def _signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    half = sin.shape[-1] // 2
+    return cos, torch.cat((-sin[:, :half], sin[:, half:]), -1)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
+from mpq.generation.architectures import decoder_of
 from mpq.generation.compiled_step import CompiledStep, compiled_step
-from mpq.generation.decoder import Decoder, Memory, decoder_of, step
+from mpq.generation.decoder import Decoder, Memory, step
 from mpq.generation.serving import cache_formats_of
 from mpq.network.calibration import evaluating, logits_of, seeded
 

@@ -7,8 +7,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpq.core.allocation import Allocation
+from mpq.generation.architectures import decoder_of
 from mpq.generation.compiled_step import compiled_step
-from mpq.generation.decoder import Memory, decoder_of, step
+from mpq.generation.decoder import Memory, step
 from mpq.generation.generate import generate
 from mpq.kernels.cpu import native as cpu
 from mpq.models.tiny_lm import LMConfig, TinyLM
@@ -184,6 +185,18 @@ def changed(change):
 ])  # fmt: skip
 def test_what_the_library_does_not_compute_is_left_to_the_light_loop(model):
     assert compiled_step(decoder_of(model())) is None
+
+
+@pytest.mark.parametrize("changes", [
+    {"scale": 0.3}, {"own_norms": True}, {"activation": torch.nn.functional.gelu},
+    {"blocks": {"window": 8}}, {"blocks": {"after_mlp": nn.RMSNorm(96)}}, {"blocks": {"q_norm": nn.RMSNorm(16)}},
+])  # fmt: skip
+def test_only_a_llama_s_steps_are_compiled(changes):
+    decoder = decoder_of(llama())
+    assert compiled_step(decoder) is not None
+    if "blocks" in changes:
+        changes = {"blocks": tuple(replace(block, **changes["blocks"]) for block in decoder.blocks)}
+    assert compiled_step(replace(decoder, **changes)) is None
 
 
 def test_autocast_and_first_tokens_are_the_light_loop_s():

@@ -4,7 +4,8 @@ import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mpq.core.allocation import Allocation
-from mpq.generation.decoder import Memory, decoder_of, step
+from mpq.generation.architectures import decoder_of
+from mpq.generation.decoder import Memory, step
 from mpq.models.tiny_lm import LMConfig, TinyLM
 from mpq.network.calibration import logits_of, seeded
 from mpq.network.layers import find_layers
@@ -31,6 +32,19 @@ def llama(kind="Llama", **changes):
     return model
 
 
+def gemma(**changes):
+    text = transformers.Gemma3TextConfig
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    types = ["sliding_attention", "full_attention"] * 2
+    config = {"head_dim": 16, "query_pre_attn_scalar": 24, "num_hidden_layers": 4, "layer_types": types, **changes}
+    model = transformers.Gemma3ForCausalLM(text(**shape, vocab_size=50, max_position_embeddings=256, **config)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.uniform_(-0.5, 0.5) if "norm" in name else parameter.mul_(8)
+    return model
+
+
 def tiny():
     return seed_weights(TinyLM(LMConfig(50, 64, 96, 2)), 0.2).eval()
 
@@ -43,6 +57,7 @@ def packed():
 
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4,
           "original_max_position_embeddings": 64}  # fmt: skip
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
 MODELS = {
     "llama": llama,
     "biases": lambda: llama(attention_bias=True, mlp_bias=True),
@@ -51,6 +66,12 @@ MODELS = {
     "Mistral": lambda: llama("Mistral", sliding_window=None),
     "Qwen2": lambda: llama("Qwen2"),
     "Qwen3": lambda: llama("Qwen3", head_dim=16),
+    "Mistral, window": lambda: llama("Mistral", sliding_window=32),
+    "Phi-3": lambda: llama("Phi3", pad_token_id=0),
+    "Phi-3, window": lambda: llama("Phi3", pad_token_id=0, sliding_window=20),
+    "Phi-4-mini": lambda: llama("Phi3", pad_token_id=0, rope_parameters=PARTIAL),
+    "Gemma 3": lambda: gemma(sliding_window=512),
+    "Gemma 3, windows": lambda: gemma(sliding_window=16),
     "tiny-lm": tiny,
     "packed": packed,
 }
@@ -82,7 +103,9 @@ def test_half_precision_stays_close():
 
 
 def test_other_models_are_left_alone():
-    assert decoder_of(llama("Mistral", sliding_window=64)) is None
+    assert decoder_of(gemma(final_logit_softcapping=30.0)) is None
+    mixed = ["full_attention", "sliding_attention"]
+    assert decoder_of(llama("Qwen2", use_sliding_window=True, sliding_window=9, layer_types=mixed)) is None
     assert decoder_of(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))) is None
     assert decoder_of(llama(hidden_act="gelu")) is None
     assert decoder_of(llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})) is None
