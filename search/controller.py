@@ -1,7 +1,7 @@
 """The policy of a one-shot search (FLIQS, arXiv 2308.03290): a softmax over schemes for each decision, by REINFORCE."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,8 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, nearest_names
 from mpq.network.calibration import seeded
+
+ENTROPIES: Mapping[str, Callable[[float], float]] = {  # share of the weight by progress, both from 0 to 1
+    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+    "linear": lambda progress: progress,
+    "step": lambda progress: float(progress >= 0.5),
+    "constant": lambda progress: 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -22,11 +29,12 @@ class Schedule:
         MpqError: a delay that leaves no step to learn in, or a number out of its range.
     """
 
-    steps: int = 2000  # updates until the policy should be deterministic; later ones keep the last entropy weight
+    steps: int = 2000  # updates until the policy is fixed
     delay: float = 0.125  # share of the steps that sample uniformly while the weights adapt to quantization
     rate: float = 0.02  # Adam's learning rate of the logits
     cost_weight: float = 1.0  # reward = quality - cost_weight * |1 - cost / target|, the absolute reward of TuNAS
-    entropy_weight: float = 0.1  # largest weight of the entropy penalty, reached on half a cosine
+    entropy_weight: float = 0.1  # largest weight of the entropy penalty
+    entropy: str = "cosine"  # how the weight gets there: along half a "cosine", "linear", a "step" half-way, "constant"
     decay: float = 0.95  # of the moving-average baseline
 
     def __post_init__(self) -> None:
@@ -36,6 +44,8 @@ class Schedule:
             )
         if min(self.rate, self.cost_weight, self.entropy_weight) < 0 or not 0 <= self.decay < 1:
             raise MpqError("invalid schedule: expected rate and weights of at least 0, and a decay in [0, 1)")
+        if self.entropy not in ENTROPIES:
+            raise MpqError(f"unknown entropy schedule {self.entropy!r}: {nearest_names(self.entropy, ENTROPIES)}")
 
     @property
     def uniform_steps(self) -> int:
@@ -43,9 +53,9 @@ class Schedule:
         return int(self.delay * self.steps)
 
     def entropy_at(self, step: int) -> float:
-        """Weight of the entropy penalty: from 0 at the end of the delay, along half a cosine."""
+        """Weight of the entropy penalty, from the end of the delay on."""
         progress = (step - self.uniform_steps) / max(1, self.steps - self.uniform_steps)
-        return self.entropy_weight * (1 - math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
+        return self.entropy_weight * ENTROPIES[self.entropy](min(max(progress, 0.0), 1.0))
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,11 @@ class Controller:
         return self.logits.detach().softmax(1)
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether the schedule's steps are over."""
+        return self.step >= self.schedule.steps
+
+    @property
     def entropy(self) -> float:
         """Mean over decisions, in nats."""
         return float(torch.special.entr(self.probabilities).sum(1).mean())
@@ -98,7 +113,7 @@ class Controller:
         """Update the policy with the quality and cost of the sampled choices.
 
         The advantage is taken over the average of the rewards before this one. A quality that is not finite is
-        ignored.
+        ignored, and so is every one after the schedule's steps.
 
         Args:
             choices: what was sampled, (decisions,).
@@ -109,7 +124,8 @@ class Controller:
         reward = quality - self.schedule.cost_weight * abs(1 - cost)
         step = Step(tuple(int(choice) for choice in choices), quality, cost, reward, self.entropy)
         if math.isfinite(reward):
-            if self.step >= self.schedule.uniform_steps and self.baseline is not None:
+            learning = self.schedule.uniform_steps <= self.step < self.schedule.steps
+            if learning and self.baseline is not None:
                 self._learn(step, reward - self.baseline)
             decay = self.schedule.decay
             self.baseline = reward if self.baseline is None else decay * self.baseline + (1 - decay) * reward

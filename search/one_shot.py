@@ -11,18 +11,23 @@ from torch import nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.costs import bitops, weight_bytes
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, nearest_names
+from mpq.core.hardware import Machine, area
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.network.layers import find_layers
 from mpq.network.macs import count_macs
+from mpq.rounding.store import Rounder
 from mpq.search.controller import Controller, Schedule, Step
+from mpq.search.repair import likeliest_within
 from mpq.training.fake import FakeQuantization
 
 Cost = Callable[[Layer, Scheme], float]
 COSTS: dict[str, Cost] = {
     "size": lambda layer, scheme: weight_bytes(scheme, layer.rows, layer.cols),
     "bitops": lambda layer, scheme: bitops(scheme, layer.macs),
+    "area": area,
+    "latency": Machine().seconds,
 }
 
 
@@ -30,13 +35,17 @@ class OneShot:
     """A search that drops into a training loop.
 
     Inside `with search.sample():` the model's layers compute in sampled schemes; `update` tells the policy how well
-    that went. When the schedule is over the policy is all but certain, and the weights fit its choice.
+    that went. When the schedule is over the policy is all but certain: the final choice, the likeliest one within the
+    target, is computed in from then on, so that the weights settle in it. What was trained is exported as it is by
+
+        mpq.export(model, search.allocation(), folder, method=search.rounder())
 
     Args:
         model: trained in place; its parameters, optimizer and checkpoints stay what they are.
         space: the candidate schemes of every layer; activations are searched where schemes name their format
             ("int4-channel+a:int4").
-        cost: "bitops", "size", or a function of a layer and a scheme.
+        cost: "bitops", "size", "area" (`mpq.core.hardware.mac_area`), "latency" (of `mpq.core.hardware.Machine`), or a
+            function of a layer and a scheme, as `mpq.core.latency.LatencyTable.cost`.
         target: the cost wanted, as a share of what the model costs in the space's costliest schemes.
         schedule: steps, delay, rates and weights.
         blocks: a regular expression; layers whose names it matches with the same text, from the start, share a scheme
@@ -71,7 +80,9 @@ class OneShot:
         if len(self.space) < 2:
             raise MpqError(f"invalid space: expected at least two schemes, not {len(self.space)}")
         if isinstance(cost, str) and cost not in COSTS:
-            raise MpqError(f"unknown cost {cost!r}: take {' or '.join(COSTS)}, or a function of a layer and a scheme")
+            raise MpqError(
+                f"unknown cost {cost!r}: {nearest_names(cost, COSTS)}, or a function of a layer and a scheme"
+            )
         self.layers = find_layers(model, include, exclude)
         self.target = target
         self.history: list[Step] = []
@@ -79,10 +90,12 @@ class OneShot:
         self.groups = _groups(self.layers, blocks)
         self.controller = Controller(len(self.groups), len(self.space), schedule or Schedule(), seed)
         self._cost = COSTS[cost] if isinstance(cost, str) else cost
+        self._counted = False  # multiplications, in the model's first pass
         formats = [scheme.weight for scheme in self.space] if learned else []
         self.quantization = FakeQuantization(model, self.layers, method=method, learned=formats)
         self._counter = model.register_forward_pre_hook(self._count, with_kwargs=True)
-        self._check_target()
+        if cost not in ("bitops", "area", "latency"):
+            self._check_target()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Learned scales, for the optimizer; none unless `learned`."""
@@ -94,14 +107,14 @@ class OneShot:
 
         Gradients may be taken after the block, unless activations are recomputed (gradient checkpointing).
         """
-        self._choices = self.controller.sample()
+        self._choices = self._best() if self.controller.is_fixed and self._counted else self.controller.sample()
         with self._computing_in(self._choices) as schemes:
             yield schemes
 
     @contextmanager
     def chosen(self) -> Iterator[tuple[Scheme, ...]]:
-        """The model computes in the likeliest schemes, for validation."""
-        with self._computing_in(self.controller.best()) as schemes:
+        """The model computes in the likeliest schemes within the target, for validation."""
+        with self._computing_in(self._best()) as schemes:
             yield schemes
 
     def update(self, *, quality: float) -> Step:
@@ -133,14 +146,47 @@ class OneShot:
         return float(costs[np.arange(len(costs)), choices].sum() / (self.target * largest))
 
     def allocation(self) -> Allocation:
-        """The likeliest scheme of every layer; its `loss` is unknown, its provenance says cost and certainty."""
-        best = self.controller.best()
+        """The likeliest schemes within the target; the provenance says cost, certainty and how weights are rounded.
+
+        Its `loss` is unknown. "likeliest_over_target" is what the likeliest schemes would cost alone.
+        """
+        best, likeliest = self._best(), self.controller.best()
         provenance = {
             "search": "one-shot", "seed": self.controller.seed, "steps": self.controller.step, "target": self.target,
-            "cost_over_target": self.cost_of(best), "entropy": self.controller.entropy,
+            "cost_over_target": self.cost_of(best), "likeliest_over_target": self.cost_of(likeliest),
+            "entropy": self.controller.entropy, "rounding": self.quantization.method,
         }  # fmt: skip
         schemes = tuple(scheme.name for scheme in self._schemes(best))
         return Allocation(self.layers, schemes, metric="one-shot", provenance=provenance)
+
+    def rounder(self) -> Rounder:
+        """Gives the numbers in which the model computes in the final choice, learned scales included, for `mpq.export`.
+
+        A packed model scales activations at run time; where they share one scale, training took a moving average.
+        """
+        with self._computing_in(self._best()):
+            return self.quantization.rounder()
+
+    def switching_errors(self, loss: Callable[[], float]) -> NDArray[np.float64]:
+        """Loss that one decision's switch to each option adds to the final choice's: (decisions, options).
+
+        The shared weights fit what they were trained in: what a format loses that they were not, though it is wider, is
+        the switching error of section 3.3.
+
+        Args:
+            loss: runs the model, without training it.
+        """
+        best = self._best()
+        found = np.zeros((len(self.groups), len(self.space)))
+        with self._computing_in(best):
+            start = loss()
+        for decision, option in np.ndindex(*found.shape):
+            if option != best[decision]:
+                switched = best.copy()
+                switched[decision] = option
+                with self._computing_in(switched):
+                    found[decision, option] = loss() - start
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint of the training needs of the search, beside the model's and the optimizer's own."""
@@ -165,6 +211,12 @@ class OneShot:
         finally:
             self.quantization.use({})
 
+    def _best(self) -> NDArray[np.intp]:
+        """The likeliest option of each decision, together within the target."""
+        costs = self._costs()
+        log_probabilities = self.controller.logits.detach().double().log_softmax(1).numpy()
+        return likeliest_within(log_probabilities, costs, self.target * float(costs.max(1).sum()))
+
     def _schemes(self, choices: NDArray[np.intp]) -> tuple[Scheme, ...]:
         by_layer = {
             layer: self.space[choice] for group, choice in zip(self.groups, choices, strict=True) for layer in group
@@ -179,6 +231,7 @@ class OneShot:
     def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model runs for the first time: count multiplications in a pass of its own."""
         self._counter.remove()
+        self._counted = True
         self.layers = count_macs(model, self.layers, (args, kwargs), lambda model, batch: model(*batch[0], **batch[1]))
         self._check_target()
 

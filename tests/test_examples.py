@@ -34,7 +34,7 @@ def test_an_example_runs(name, tmp_path):
         code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
         script.write_text("\n".join(code), encoding="utf-8")
     environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    folder = [str(tmp_path / "out")] if name in ("quickstart.py", "llama.py", "cnn_finetune.py") else []
+    folder = [str(tmp_path / "out")] if name in ("quickstart.py", "llama.py", "cnn_finetune.py", "one_shot.py") else []
     done = subprocess.run([sys.executable, str(script), *folder], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert EXPECTED[name] in done.stdout

@@ -76,6 +76,26 @@ def test_the_delay_samples_uniformly_and_freezes_the_policy():
     assert controller.logits.detach().abs().max() > 0
 
 
+def test_entropy_weights_come_to_the_same_end_on_other_ways():
+    for kind, half in (("cosine", 0.2), ("linear", 0.2), ("step", 0.4), ("constant", 0.4)):
+        schedule = Schedule(steps=120, delay=1 / 6, entropy_weight=0.4, entropy=kind)
+        assert schedule.entropy_at(120) == pytest.approx(0.4)
+        assert schedule.entropy_at(70) == pytest.approx(half)
+        assert schedule.entropy_at(20) == (0.4 if kind == "constant" else 0)
+    with pytest.raises(MpqError, match="unknown entropy schedule 'cosin': did you mean cosine"):
+        Schedule(entropy="cosin")
+
+
+def test_the_policy_is_fixed_when_the_schedule_is_over():
+    controller = Controller(3, 2, Schedule(steps=20, delay=0.1))
+    for _ in range(20):
+        controller.update(controller.sample(), float(controller.step % 3), 1.0)
+    assert controller.is_fixed
+    logits = controller.logits.detach().clone()
+    controller.update(controller.sample(), 5.0, 1.0)
+    assert torch.equal(controller.logits, logits)
+
+
 def test_the_entropy_weight_follows_half_a_cosine():
     schedule = Schedule(steps=120, delay=1 / 6, entropy_weight=0.4)
     assert [schedule.entropy_at(step) for step in (0, 20, 70, 120, 500)] == pytest.approx([0, 0, 0.2, 0.4, 0.4])

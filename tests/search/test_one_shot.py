@@ -1,19 +1,24 @@
 """The search drops into a training loop, counts costs right, and leaves the model as it was."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
+import mpq
 from mpq.core.costs import bitops
 from mpq.core.errors import MpqError
+from mpq.core.hardware import Machine
 from mpq.core.scheme import parse_scheme
 from mpq.network.calibration import cross_entropy, seeded
 from mpq.network.layers import find_layers
 from mpq.network.macs import count_macs
 from mpq.search.controller import Schedule
 from mpq.search.one_shot import OneShot
+from mpq.search.repair import likeliest_within
 from tests.sensitivity.small_models import Convolutions, class_batches, seed_weights
 
 SPACE = ("int2-channel+a:int2", "int4-channel+a:int4", "fp8-e4m3-channel+a:fp8-e4m3")
@@ -77,13 +82,97 @@ def test_a_search_in_a_training_loop_keeps_accuracy_and_meets_the_target():
         schedule=Schedule(steps=300, rate=0.05), seed=1, method="mse",
     )  # fmt: skip
     loop(model, search, [(inputs, labels)], 300, optimizer)
+    logits = search.controller.logits.detach().clone()
+    loop(model, search, [(inputs, labels)], 60, optimizer)  # the weights settle in the final choice
+    assert torch.equal(search.controller.logits, logits)
     allocation = search.allocation()
-    assert abs(allocation.provenance["cost_over_target"] - 1) < 0.1
+    assert 0.7 < allocation.provenance["cost_over_target"] <= 1
+    assert abs(allocation.provenance["likeliest_over_target"] - 1) < 0.1
+    assert all(step.choices == search.history[-1].choices for step in search.history[300:])
     with search.chosen() as schemes:
         accuracy = (model(inputs).argmax(1) == labels).float().mean()
     assert tuple(scheme.name for scheme in schemes) == allocation.schemes
     assert accuracy > 0.85
-    assert len(search.history) == 300
+    assert len(search.history) == 360
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("method", ["nearest", "mse"])
+def test_what_is_exported_is_what_was_trained(method, learned, tmp_path):
+    model, batches = seed_weights(Convolutions()).train(), class_batches((4, 6, 6))
+    space = ("int2-channel+a:int8-token", "fp4-e2m1-channel+a:int8-token", "int4-channel+a:int8-token")
+    search = OneShot(model, space, target=0.7, method=method, learned=learned, schedule=Schedule(steps=6))
+    loop(model, search, batches, 8, torch.optim.Adam([*model.parameters(), *search.parameters()], lr=0.01))
+    model.eval()
+    allocation, rounder = search.allocation(), search.rounder()
+    assert allocation.provenance["rounding"] == method
+    inputs = batches[0][0]
+    with search.chosen():
+        expected = model(inputs).detach()
+    search.close()
+    mpq.export(model, allocation, tmp_path / "out", method=rounder, inputs=inputs)
+    loaded = mpq.load(tmp_path / "out", model=Convolutions())
+    torch.testing.assert_close(loaded(inputs), expected, rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["rounding"] == f"{method}, trained"
+
+
+def test_the_final_choice_is_the_likeliest_within_the_target():
+    model, batches = seed_weights(Convolutions()).eval(), class_batches((4, 6, 6))
+    for seed in range(8):
+        search = OneShot(model, SPACE, cost="bitops", target=0.3, seed=seed)
+        loop(model, search, batches, 1)
+        with torch.no_grad():
+            search.controller.logits.copy_(torch.randn(4, 3, generator=seeded(seed)))
+        every = np.array(list(np.ndindex(3, 3, 3, 3)))
+        within = [row for row in every if search.cost_of(row) <= 1]
+        logs = search.controller.logits.detach().log_softmax(1).numpy()
+        best = max(within, key=lambda row: logs[np.arange(4), row].sum())
+        allocation = search.allocation()
+        assert allocation.schemes == tuple(parse_scheme(SPACE[option]).name for option in best)
+        assert allocation.provenance["cost_over_target"] <= 1
+        search.close()
+    with pytest.raises(MpqError, match="below the cheapest choice"):
+        likeliest_within(np.zeros((2, 2)), np.ones((2, 2)), 1.5)
+
+
+def test_switching_errors_are_losses_of_one_switch_above_the_final_choice():
+    model, batches = seed_weights(Convolutions()).eval(), class_batches((4, 6, 6))
+    search = OneShot(model, SPACE, target=0.4)
+    loop(model, search, batches, 3)
+
+    def loss():
+        with torch.no_grad():
+            return cross_entropy(model, batches[0]).item()
+
+    errors = search.switching_errors(loss)
+    names = [parse_scheme(name) for name in SPACE]
+    with search.chosen() as schemes:
+        start = loss()
+    best = [names.index(scheme) for scheme in schemes]
+    assert errors.shape == (4, 3)
+    assert (errors[np.arange(4), best] == 0).all()
+    other = (best[2] + 1) % 3
+    quantization = search.quantization
+    wanted = {layer.name: scheme for layer, scheme in zip(search.layers, schemes, strict=True)}
+    quantization.use(wanted | {search.layers[2].name: names[other]})
+    assert errors[2, other] == pytest.approx(loss() - start)
+    quantization.use({})
+
+
+@pytest.mark.parametrize(("cost", "share"), [("area", 48 / 96), ("latency", 0.5)])
+def test_costs_of_hardware_are_counted_with_the_multiplications(cost, share):
+    model, batches = seed_weights(Convolutions()).eval(), class_batches((4, 6, 6))
+    machine = Machine(bytes_per_second=1e30)  # multiplications alone
+    search = OneShot(
+        model,
+        ("int4-channel+a:int4", "int8-channel+a:int8"),
+        machine.seconds if cost == "latency" else cost,
+        target=1.0,
+    )
+    loop(model, search, batches, 1)
+    assert search.cost_of([1, 1, 1, 1]) == pytest.approx(1)
+    assert search.cost_of([0, 0, 0, 0]) == pytest.approx(share)
 
 
 def test_the_model_outside_of_samples_is_untouched():
@@ -153,7 +242,7 @@ def test_ctrl_c_loses_nothing_but_the_running_step(tmp_path):
     ("wrong", "message"),
     [
         ({"space": ("int4",)}, "at least two schemes"),
-        ({"cost": "bitop"}, "unknown cost 'bitop'"),
+        ({"cost": "bitop"}, "unknown cost 'bitop': did you mean bitops"),
         ({"cost": "size", "target": 0.05}, r"a target of 0.05 cannot be reached: these schemes cost 0\.\d+ to 1"),
         ({"cost": "size", "target": 1.5}, "cannot be reached"),
         ({"include": "nothing"}, "matches nothing"),

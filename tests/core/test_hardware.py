@@ -1,0 +1,37 @@
+"""The area of multiply-accumulate units and the roofline, against figures and by hand."""
+
+import pytest
+
+from mpq.core.hardware import Machine, area, mac_area
+from mpq.core.layer import Layer
+from mpq.core.scheme import parse_scheme
+
+
+def area_of(name):
+    return mac_area(parse_scheme(name))
+
+
+def test_integer_units_are_as_large_as_published():
+    """Horowitz, ISSCC 2014, 45 nm: int8 multiply 282, int32 add 137 square micrometres; 137 / 32 a full adder."""
+    assert area_of("int8-channel+a:int8-token") == pytest.approx((282 + 137) / (137 / 32), rel=0.05)
+
+
+def test_units_grow_with_the_significands_and_with_exponents():
+    ascending = ["int2+a:int2", "int4+a:int4", "int8+a:int8"]
+    assert [area_of(name) for name in ascending] == [4 + 32, 16 + 32, 64 + 32]
+    assert area_of("fp4-e2m1+a:fp4-e2m1") == 4 + 32 + 3 + 80  # two significand bits, two exponent bits, the shifter
+    assert area_of("fp8-e4m3+a:fp8-e4m3") == 16 + 32 + 5 + 80
+    assert area_of("bf16") == 64 + 32 + 9 + 80
+    assert area_of("int4") == 4 * 8 + 32 + 9 + 80  # with bf16 activations
+    assert area_of("int4") < area_of("fp16") < area_of("fp32")
+    assert area(Layer("a", "linear", 4, 8, macs=10), parse_scheme("int8+a:int8")) == 960
+
+
+def test_a_machine_waits_for_memory_or_for_multiplications():
+    machine = Machine(bytes_per_second=100.0, macs_per_second={4: 400.0, 8: 200.0, 16: 100.0})
+    few, many = Layer("a", "linear", 8, 64, macs=512), Layer("a", "linear", 8, 64, macs=512_000)
+    for name, width in (("int4+a:int4", 400), ("int4+a:int8-token", 200), ("int8-channel", 100), ("int3+a:int3", 400)):
+        scheme = parse_scheme(name)
+        assert machine.seconds(many, scheme) == 512_000 / width
+        assert machine.seconds(few, scheme) == max(scheme.weight.nbytes(8, 64) / 100, 512 / width)
+    assert machine.seconds(few, parse_scheme("fp32")) == 2048 / 100
