@@ -65,10 +65,11 @@ def _gemma(model: Any, config: Any) -> Decoder | None:
     windows = [config.sliding_window if kind == "sliding_attention" else None for kind in types]
     blocks = tuple(_blocks(body.layers, "self_attn", norms, windows))
     mix = body.layers[0].self_attn
+    positions = {kind: partial(_positions, body.rotary_emb, kind=kind) for kind in types}
+    local: Any = positions.get("sliding_attention")
     return Decoder(
         body.embed_tokens, blocks, body.norm, model.lm_head, mix.head_dim, config.rms_norm_eps,
-        partial(_positions, body.rotary_emb, kind="full_attention"),
-        partial(_positions, body.rotary_emb, kind="sliding_attention") if "sliding_attention" in types else None,
+        positions.get("full_attention", local), local,
         ACTIVATIONS[config.hidden_activation], mix.scaling, own_norms=True,
     )  # fmt: skip
 

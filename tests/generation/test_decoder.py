@@ -72,6 +72,8 @@ MODELS = {
     "Phi-4-mini": lambda: llama("Phi3", pad_token_id=0, rope_parameters=PARTIAL),
     "Gemma 3": lambda: gemma(sliding_window=512),
     "Gemma 3, windows": lambda: gemma(sliding_window=16),
+    "Gemma 3, windows alone": lambda: gemma(sliding_window=16, layer_types=["sliding_attention"] * 4),
+    "Gemma 3, no windows": lambda: gemma(layer_types=["full_attention"] * 4),
     "tiny-lm": tiny,
     "packed": packed,
 }
