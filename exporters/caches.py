@@ -1,7 +1,8 @@
 """Formats of keys and values as programs are told of them: on their command lines."""
 
 from mpq.core.allocation import Allocation
-from mpq.core.cache import EVERY, CacheFormats, cache_name, head_bytes, parse_cache_format
+from mpq.core.cache import EVERY, cache_name, head_bytes, parse_cache_format
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
 from mpq.core.layer import KEYS, VALUES
 from mpq.core.registry import Target

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mpq.core.cache import CacheFormats
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.files import write_atomically
 from mpq.core.registry import Target
 from mpq.report import HEADINGS, Row

@@ -9,7 +9,8 @@ import numpy as np
 from torch import nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.cache import CACHE_FORMATS, EVERY, CacheFormats, cache_name, head_bytes, parse_cache_format
+from mpq.core.cache import CACHE_FORMATS, EVERY, cache_name, head_bytes, parse_cache_format
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError, NotFiniteError
 from mpq.core.layer import Layer
 from mpq.core.prediction import predicts_loss
@@ -55,12 +56,9 @@ class Serving:
 
     def least(self, entries: Sequence[Layer], formats: Sequence[str]) -> int:
         """Bytes of the smallest cache."""
-        return sum(self._smallest(entry, formats).nbytes(self.context, self.batch) for entry in entries)
-
-    @staticmethod
-    def _smallest(entry: Layer, formats: Sequence[str]) -> CacheFormats:
-        return CacheFormats(
-            (entry,), (min(formats, key=lambda name: head_bytes(parse_cache_format(name), entry.cols)),)
+        return sum(
+            min(CacheFormats((entry,), (name,)).nbytes(self.context, self.batch) for name in formats)
+            for entry in entries
         )
 
 

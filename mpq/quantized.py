@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mpq.core.allocation import Allocation, check_allocation
-from mpq.core.cache import CacheFormats
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import Format
 from mpq.core.layer import Layer

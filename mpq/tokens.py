@@ -6,7 +6,8 @@ import numpy as np
 
 from mpq.comparison import megabytes
 from mpq.core.allocation import Allocation
-from mpq.core.cache import FLOAT_CACHE, CacheFormats
+from mpq.core.cache import FLOAT_CACHE
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.frontier import Frontier
 from mpq.core.layer import KEYS, VALUES
 from mpq.memory import Serving
@@ -26,7 +27,7 @@ def in_words(allocation: Allocation, serving: Serving, file_size: int) -> tuple[
         f"{kind} {', '.join(f'{count} x {name}' for name, count in counts.most_common())}"
         for kind, counts in kinds.items()
     )
-    said = f"Keys and values take {cache.bits:.4g} bits a number, {cache.nbytes(1):,} bytes a token: {formats}."
+    said = f"Keys and values take {cache.bits:.4g} bits a number, {cache.token_bytes:,} bytes a token: {formats}."
     return (said, tokens_within(allocation, serving, file_size)) if serving.memory is not None else (said,)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.cache import CacheFormats
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.scheme import Scheme
 from mpq.network.batchnorm import put_means, stored_means
 from mpq.network.layers import matrix_to_weight, weight_matrix

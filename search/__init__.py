@@ -7,7 +7,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
-from mpq.core.cache import CacheFormats
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
 from mpq.core.frontier import Frontier
 from mpq.core.problem import Array, build_problem

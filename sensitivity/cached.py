@@ -1,5 +1,6 @@
 """Scores of cached keys and values: what rounding them in each format adds to the divergence."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -8,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpq.core.cache import cache_name
+from mpq.core.cache import TokenBlocks, cache_name
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.kernels.kv_cache import round_vectors
+from mpq.kernels.token_blocks import whole
 from mpq.network.cached import changing
 from mpq.network.calibration import check_gradient, check_loss, logits_of, samples_in
 from mpq.network.parallel import total
@@ -31,14 +33,17 @@ def cache_scores(task: Task, entries: Sequence[Layer], formats: Sequence[Format]
     as independent. On the bundled language model and a Llama of 5 million parameters that ranks single entries as
     measuring them does (Spearman 0.99), and sums are 5 to 25 % too low, most at 2 bits
     (experiments/benchmarks/bench_kv.py). One forward and one backward pass serve all formats. The standard error is
-    over samples.
+    over samples. Blocks of tokens are scored on texts that fill some, and not for layers with a window.
     """
     names = [cache_name(format) for format in formats]
     rows = task.numbers(
         {f"cache in {' '.join(names)}": None}, lambda items: (_scored(task, entries, formats) for _ in items)
     )
     table = np.array(rows[0], dtype=np.float64).reshape(len(entries), len(formats), 2)
-    return table[..., 0].copy(), table[..., 1].copy()
+    scores, errors = table[..., 0].copy(), table[..., 1].copy()
+    for row, entry in enumerate(entries):  # a window drops single tokens, not blocks of them
+        scores[row, [entry.window > 0 and isinstance(format, TokenBlocks) for format in formats]] = np.nan
+    return scores, errors
 
 
 def _scored(task: Task, entries: Sequence[Layer], formats: Sequence[Format]) -> list[float]:
@@ -78,9 +83,17 @@ class _Seen:
     @torch.no_grad()
     def _add(self, name: str, vectors: Tensor, gradient: Tensor) -> None:
         for place, format in enumerate(self.formats):
+            share = _rounded_share(vectors, format)
             change = round_vectors(vectors, format).float() - vectors.float()
             squares = (change * gradient.float()).sum(-1).square()
-            self.squares[name][place] += squares.reshape(len(squares), -1).sum(1).cpu()
+            self.squares[name][place] += squares.reshape(len(squares), -1).sum(1).cpu() / share
+
+
+def _rounded_share(vectors: Tensor, format: Format) -> float:
+    """Share of the tokens that a format rounds; NaN for texts shorter than its blocks, which say nothing of it."""
+    if not isinstance(format, TokenBlocks):
+        return 1.0
+    return whole(vectors.shape[2], format) / vectors.shape[2] or math.nan
 
 
 def _backward(task: Task, piece: Piece, drawn: bool) -> None:

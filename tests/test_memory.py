@@ -7,7 +7,7 @@ import torch
 from small_cnn import images, small_cnn
 
 import mpq
-from mpq.core.cache import CacheFormats
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
 from mpq.exporters.holding import restrict
 from mpq.exporters.targets import TARGETS

@@ -20,7 +20,8 @@ from scipy.stats import spearmanr
 from experiments.benchmarks.search_rows import result
 from experiments.models import reference_models
 from mpq.core.allocation import Allocation
-from mpq.core.cache import CACHE_FORMATS, CacheFormats
+from mpq.core.cache import CACHE_FORMATS
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
 from mpq.core.table import SensitivityTable
 from mpq.evaluation import Quality, Reference

@@ -11,7 +11,7 @@ from mpq.core.taxonomy import classify
 
 if TYPE_CHECKING:
     from mpq.core.allocation import Allocation
-    from mpq.core.cache import CacheFormats
+    from mpq.core.cache_formats import CacheFormats
     from mpq.core.frontier import Frontier
     from mpq.core.table import SensitivityTable
 
@@ -63,7 +63,7 @@ def allocation_facts(frontier: "Frontier", allocation: "Allocation") -> dict[str
 def cache_facts(cache: "CacheFormats") -> dict[str, Any]:
     """What --json tells of keys and values."""
     formats = dict(zip((entry.name for entry in cache.entries), cache.names, strict=True))
-    return {"bits": cache.bits, "bytes_per_token": cache.nbytes(1), "formats": formats}
+    return {"bits": cache.bits, "bytes_per_token": cache.token_bytes, "formats": formats}
 
 
 def coverage_line(table: "SensitivityTable") -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mpq.core.cache import CacheFormats
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.costs import bitops, weight_bytes
 from mpq.core.edits import CHECKSUM, check_edits, checksum
 from mpq.core.errors import MpqError

@@ -1,28 +1,61 @@
 """Formats of cached keys and values: one vector for each head and token, rounded as it arrives.
 
 A vector is a row of its own, so whatever it needs to be read is stored with it. A scale for a whole tensor, which would
-have to be known before its tokens, is one: fp8-e4m3 is a cast, and nvfp4 has its group scales alone.
+have to be known before its tokens, is one: fp8-e4m3 is a cast, and nvfp4 has its group scales alone. The exception are
+`TokenBlocks`, in which tokens share what they need.
 """
 
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import lru_cache
 
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format, parse_format
 from mpq.core.grids import int_grid
-from mpq.core.layer import Layer
 from mpq.core.mix import is_mix
 
 # Candidates of a search, by rising bytes of a head of 64.
 CACHE_FORMATS = (
-    "int2-asym", "int2-g16-se4m3", "int2-g32-asym", "int3-asym", "int3-g16-se4m3", "int3-g32-asym", "int4-asym",
-    "int4-g32-asym", "int5-asym", "int6-asym", "int8-token", "fp16",
+    "int2-asym", "int2-t64-asym", "int2-g16-se4m3", "int2-g32-asym", "int3-asym", "int3-t64-asym", "int3-g16-se4m3",
+    "int3-g32-asym", "int4-asym", "int4-t64-asym", "int4-g32-asym", "int5-asym", "int6-asym", "int8-token", "fp16",
 )  # fmt: skip
 FLOAT_CACHE = "fp16"  # what a cache holds that is not quantized
 EVERY = ("*",)  # of targets: all formats of a cache
 ZERO = "fp16"  # number format of the zero that a code of 0 stands for
+BLOCKS = re.compile(r"(u?int[2-8])-t([1-9]\d*)(-asym)?")  # names of `TokenBlocks`
+
+
+@dataclass(frozen=True)
+class TokenBlocks(Format):
+    """Blocks of tokens in which each column of a head has its own scale, as KIVI's keys have (arXiv 2402.02750).
+
+    The newest tokens, which fill no block yet, stay in floating point. `group_size` is the one column of a scale.
+    """
+
+    tokens: int = 0  # of a block
+
+    @property
+    def name(self) -> str:
+        """INTEGER-tN or INTEGER-tN-asym."""
+        inner, _, asym = cache_name(self.within).partition("-token")
+        return f"{inner}-t{self.tokens}{asym}"
+
+    @property
+    def within(self) -> Format:
+        """The format of a column's numbers in a block."""
+        return Format(self.grid, "channel", scale=self.scale, minimum=self.minimum)
+
+    def groups(self, cols: int) -> int:
+        """Scales of a block."""
+        return cols
+
+    def block_bytes(self, width: int) -> int:
+        """Stored bytes of a head's block."""
+        return self.within.nbytes(width, self.tokens)
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Stored bytes of so many vectors in blocks, each with its share of a block, rounded up."""
+        return rows * -(-self.block_bytes(cols) // self.tokens)
 
 
 @lru_cache(maxsize=256)
@@ -31,7 +64,7 @@ def parse_cache_format(name: str) -> Format:
 
     Names are those of `mpq.core.formats`, where "token" is the granularity "channel", and the one of integers and
     codebooks when there is none. With -asym a scale has a float16 zero beside it, as in TurboMind (arXiv 2508.15601),
-    which becomes the format's minimum: a number is code * scale + zero.
+    which becomes the format's minimum: a number is code * scale + zero. -tN makes blocks of N tokens of integers.
 
     Raises:
         MpqError: an unknown name, or a format with super-blocks or of mixed rows.
@@ -41,6 +74,15 @@ def parse_cache_format(name: str) -> Format:
     """
     if is_mix(name):
         raise MpqError(f"a cache cannot have the mix {name!r}: name one format, such as int4-g32-asym")
+    blocks = BLOCKS.fullmatch(name)
+    if blocks is not None:
+        within = parse_cache_format(blocks[1] + (blocks[3] or ""))
+        tokens = int(blocks[2])
+        if within.grid.family != "int" or within.granularity != "channel" or tokens % 8:
+            raise MpqError(
+                f"invalid blocks of tokens {name!r}: expected integers and a multiple of 8, as int3-t64-asym"
+            )
+        return TokenBlocks(within.grid, "tokens", 1, within.scale, minimum=within.minimum, tokens=tokens)
     format = parse_format(name.replace("-token", "-channel"))
     if format.super_group:
         raise MpqError(f"a cache cannot have the super-blocks of {name!r}: name another format, such as int4-g32-asym")
@@ -53,6 +95,8 @@ def parse_cache_format(name: str) -> Format:
 
 def cache_name(format: Format) -> str:
     """The canonical name: `parse_cache_format(cache_name(format)) == format`."""
+    if isinstance(format, TokenBlocks):
+        return format.name
     if format.minimum == ZERO and format.grid == int_grid(format.grid.bits, signed=False):
         signed = int_grid(format.grid.bits)
         return cache_name(replace(format, grid=signed, minimum="")) + "-asym"
@@ -64,6 +108,14 @@ def affine(bits: int) -> Format:
     return Format(int_grid(bits, signed=False), "channel", scale="fp16", minimum=ZERO)
 
 
+def stored_bytes(format: Format, width: int, tokens: int) -> int:
+    """Bytes that a head's vectors of so many tokens take; for blocks of tokens with the floats of one block."""
+    if isinstance(format, TokenBlocks):
+        newest = min(tokens, format.tokens) * head_bytes(parse_cache_format(FLOAT_CACHE), width)
+        return tokens // format.tokens * format.block_bytes(width) + newest
+    return tokens * head_bytes(format, width)
+
+
 def head_bytes(format: Format, width: int) -> int:
     """Stored bytes of one vector.
 
@@ -72,76 +124,3 @@ def head_bytes(format: Format, width: int) -> int:
     """
     whole = 4 * format.tensor_scale + 4 * (format.granularity == "tensor")
     return format.nbytes(1, width) - whole
-
-
-@dataclass(frozen=True)
-class CacheFormats:
-    """The format of every attention layer's keys and values.
-
-    Raises:
-        MpqError: not one known format for each entry.
-    """
-
-    entries: tuple[Layer, ...]
-    names: tuple[str, ...]  # canonical names of formats, one for each entry
-
-    def __post_init__(self) -> None:
-        if len(self.entries) != len(self.names):
-            raise MpqError(f"expected one cache format for each of {len(self.entries)} entries, not {len(self.names)}")
-        object.__setattr__(self, "names", tuple(cache_name(parse_cache_format(name)) for name in self.names))
-
-    @classmethod
-    def uniform(cls, entries: tuple[Layer, ...], name: str) -> "CacheFormats":
-        """One format for all."""
-        return cls(entries, (name,) * len(entries))
-
-    @property
-    def format_of(self) -> dict[str, Format]:
-        """Format by entry name."""
-        return {one.name: parse_cache_format(name) for one, name in zip(self.entries, self.names, strict=True)}
-
-    @property
-    def bits(self) -> float:
-        """Stored bits of a cached number, scales counted, averaged over all entries."""
-        return 8 * self.nbytes(1) / sum(entry.params for entry in self.entries)
-
-    @cached_property
-    def _token_bytes(self) -> tuple[int, ...]:
-        formats = self.format_of
-        return tuple(entry.rows * head_bytes(formats[entry.name], entry.cols) for entry in self.entries)
-
-    def nbytes(self, context: int, batch: int = 1) -> int:
-        """Bytes after `context` tokens of each of `batch` texts."""
-        pairs = zip(self._token_bytes, self.entries, strict=True)
-        return batch * sum(size * entry.tokens(context) for size, entry in pairs)
-
-    def tokens_in(self, memory: float, batch: int = 1) -> int:
-        """The longest context that this memory holds for each of `batch` texts; -1 where windows never fill it."""
-        if (
-            all(entry.window for entry in self.entries)
-            and self.nbytes(max(e.window for e in self.entries), batch) <= memory
-        ):
-            return -1
-        low, high = 0, 1
-        while self.nbytes(high, batch) <= memory:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.nbytes(middle, batch) <= memory else (low, middle)
-        return low
-
-    def to_json(self) -> dict[str, Any]:
-        """By entry name; the inverse of `from_json`."""
-        return {
-            entry.name: {"format": name, "heads": entry.rows, "width": entry.cols, "window": entry.window}
-            for entry, name in zip(self.entries, self.names, strict=True)
-        }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Mapping[str, Any]]) -> "CacheFormats":
-        """KeyError, TypeError or ValueError for invalid values."""
-        entries = tuple(
-            Layer(name, name.rpartition(".")[2], int(own["heads"]), int(own["width"]), window=int(own["window"]))
-            for name, own in values.items()
-        )
-        return cls(entries, tuple(str(own["format"]) for own in values.values()))

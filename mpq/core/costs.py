@@ -1,6 +1,6 @@
 """Costs of a layer in a scheme: stored bytes and bit operations."""
 
-from mpq.core.cache import head_bytes
+from mpq.core.cache import head_bytes, stored_bytes
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 
@@ -21,7 +21,7 @@ def cache_bytes(layer: Layer, scheme: Scheme, context: int, batch: int = 1) -> i
     """Bytes that keys or values take after `context` tokens of each of `batch` texts; 0 for a weight."""
     if not (layer.is_cached and scheme.cached):
         return 0
-    return batch * layer.tokens(context) * weight_bytes(scheme, layer.rows, layer.cols)
+    return batch * layer.rows * stored_bytes(scheme.weight, layer.cols, layer.tokens(context))
 
 
 def bitops(scheme: Scheme, macs: int) -> float:

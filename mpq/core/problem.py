@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.core.allocation import Allocation
-from mpq.core.cache import CacheFormats, cache_name
+from mpq.core.cache import cache_name
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.costs import bitops, cache_bytes, file_bytes
 from mpq.core.errors import MpqError
 from mpq.core.evidence import supported

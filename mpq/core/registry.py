@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from mpq.core.errors import MpqError, nearest_names
 
 if TYPE_CHECKING:
-    from mpq.core.cache import CacheFormats
+    from mpq.core.cache_formats import CacheFormats
     from mpq.core.layer import Layer
     from mpq.core.scheme import Scheme
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mpq.core.cache import CacheFormats
+from mpq.core.cache import TokenBlocks
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.layer import KEYS, VALUES
 from mpq.kernels.kv_cache import round_vectors
+from mpq.kernels.token_blocks import whole
 from mpq.network.cached import entry_name
 
 
@@ -96,8 +98,8 @@ def step(decoder: Decoder, tokens: Tensor, memory: Memory) -> Tensor:  # int (1,
             shape = (1, k.shape[1], memory.capacity, decoder.head_width)
             memory.keys.append(k.new_empty(shape))
             memory.values.append(v.new_empty(shape))
-        memory.keys[index][:, :, first:last] = rounded(_rotate(k, cos, sin), index, KEYS, memory.formats)
-        memory.values[index][:, :, first:last] = rounded(v, index, VALUES, memory.formats)
+        store(memory.keys[index], _rotate(k, cos, sin), first, entry_name(index, KEYS), memory.formats)
+        store(memory.values[index], v, first, entry_name(index, VALUES), memory.formats)
         past = (memory.keys[index][:, :, :last], memory.values[index][:, :, :last])
         mixed = block.o(_attend(_rotate(q, cos, sin), *past, decoder.scale, block.window))
         x = x + (mixed if block.after_attention is None else _norm(decoder, block.after_attention, mixed))
@@ -108,10 +110,17 @@ def step(decoder: Decoder, tokens: Tensor, memory: Memory) -> Tensor:  # int (1,
     return logits[0]
 
 
-def rounded(vectors: Tensor, index: int, kind: str, formats: CacheFormats | None) -> Tensor:
-    """What a cache gives back for a block's keys or values, (1, heads, time, width)."""
-    format = None if formats is None else formats.format_of.get(entry_name(index, kind))
-    return vectors if format is None else round_vectors(vectors, format)
+def store(buffer: Tensor, vectors: Tensor, first: int, name: str, formats: CacheFormats | None) -> None:
+    """Put new keys or values, (1, heads, time, width), into a cache from token `first` on, as it gives them back."""
+    format = None if formats is None else formats.format_of.get(name)
+    last = first + vectors.shape[2]
+    if format is None or isinstance(format, TokenBlocks):
+        buffer[:, :, first:last] = vectors
+    else:
+        buffer[:, :, first:last] = round_vectors(vectors, format)
+    if isinstance(format, TokenBlocks):
+        filled = slice(whole(first, format), whole(last, format))
+        buffer[:, :, filled] = round_vectors(buffer[:, :, filled], format)
 
 
 def _projections(block: Block, h: Tensor) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from mpq.core.cache import CacheFormats
+from mpq.core.cache_formats import CacheFormats
 from mpq.network.cached import PointHook, hook_hosts, points
 from mpq.quantized import CacheRounding
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mpq.core.cache import affine, cache_name
+from mpq.core.cache import TokenBlocks, affine, cache_name
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.kernels.layout import Packed, pack, unpack
@@ -61,6 +61,8 @@ def quantize_heads(vectors: Tensor, format: Format | int) -> Heads:  # float (ba
     Raises:
         MpqError: bits are not between 1 and 8, or the vectors have other than four axes.
     """
+    if isinstance(format, TokenBlocks):
+        raise MpqError(f"{format.name} rounds blocks of tokens, not vectors: see mpq.kernels.token_blocks")
     if vectors.ndim != 4 or (isinstance(format, int) and not 1 <= format <= 8):
         asked = f"{format} bits" if isinstance(format, int) else cache_name(format)
         raise MpqError(f"invalid cache: expected 4 dimensions and 1 to 8 bits, not {tuple(vectors.shape)} and {asked}")
@@ -115,7 +117,14 @@ def dequantize_heads(heads: Heads) -> Tensor:
 
 
 def round_vectors(vectors: Tensor, format: Format) -> Tensor:
-    """What a cache of this format gives back for vectors (batch, heads, tokens, width), in their own type."""
+    """What a cache of this format gives back for vectors (batch, heads, tokens, width), in their own type.
+
+    Of blocks of tokens, for a text from its beginning.
+    """
+    if isinstance(format, TokenBlocks):
+        from mpq.kernels.token_blocks import round_blocks
+
+        return round_blocks(vectors, format)
     matrix = vectors.detach().reshape(-1, vectors.shape[-1])
     if format.is_float_copy or not bool(torch.isfinite(matrix).all()):
         return dequantize_heads(quantize_heads(vectors, format)).to(vectors.dtype)

@@ -1,7 +1,7 @@
 import pytest
 
 from mpq.core.allocation import Allocation
-from mpq.core.cache import CacheFormats
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.layer import Layer
 from mpq.core.taxonomy import Precision, classify
 

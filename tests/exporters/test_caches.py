@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mpq
 from mpq.core.allocation import Allocation
-from mpq.core.cache import CacheFormats
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.table import SensitivityTable

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import mpq
 import mpq.integrations.transformers
 from mpq.core.allocation import Allocation
-from mpq.core.cache import CacheFormats
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
 from mpq.exporters.mpq.checkpoint import export, load
 from mpq.generation.generate import generate

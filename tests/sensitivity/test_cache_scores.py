@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import mpq
-from mpq.core.cache import CacheFormats, parse_cache_format
+from mpq.core.cache import parse_cache_format
+from mpq.core.cache_formats import CacheFormats
 from mpq.evaluation import Reference
 from mpq.network.cached import changing, find_cached
 from mpq.network.calibration import first_samples
