@@ -116,8 +116,11 @@ def test_more_bits_never_hurt() -> None:
     assert errors == sorted(errors, reverse=True)
 
 
-NAMES = (*(name for name in CACHE_FORMATS if not isinstance(parse_cache_format(name), TokenBlocks)), "fp16", "bf16", "fp8-e4m3", "fp8-e5m2", "fp8-e4m3-token", "mxfp4", "mxfp8-e4m3", "nvfp4",
-         "int2", "int3", "int5-g16", "nf4-g32", "int4-g24-asym")  # fmt: skip
+NAMES = (
+    *(name for name in CACHE_FORMATS if not isinstance(parse_cache_format(name), TokenBlocks)),
+    "fp16", "bf16", "fp8-e4m3", "fp8-e5m2", "fp8-e4m3-token", "mxfp4", "mxfp8-e4m3", "nvfp4", "int2", "int3",
+    "int5-g16", "nf4-g32", "int4-g24-asym",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
