@@ -13,6 +13,7 @@ from torch import Tensor
 from mpq.core.errors import MpqError, nearest_names
 from mpq.network.calibration import seeded
 
+IMPOSSIBLE = -1e9  # logit of an option that a decision does not have
 ENTROPIES: Mapping[str, Callable[[float], float]] = {  # share of the weight by progress, both from 0 to 1
     "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
     "linear": lambda progress: progress,
@@ -76,10 +77,14 @@ class Controller:
     same ones if they pass the same qualities.
     """
 
-    def __init__(self, decisions: int, options: int, schedule: Schedule, seed: int = 0) -> None:
+    def __init__(
+        self, decisions: int, options: int, schedule: Schedule, seed: int = 0, counts: Sequence[int] | None = None
+    ) -> None:
         self.schedule, self.seed, self.step = schedule, seed, 0
         self.baseline: float | None = None
-        self.logits = torch.zeros(decisions, options, requires_grad=True)
+        self.counts = torch.tensor(counts or [options] * decisions)  # options of each decision
+        impossible = torch.arange(options) >= self.counts.unsqueeze(1)
+        self.logits = torch.zeros(decisions, options).masked_fill_(impossible, IMPOSSIBLE).requires_grad_()
         self._optimizer = torch.optim.Adam([self.logits], lr=schedule.rate)
 
     @property
@@ -102,7 +107,8 @@ class Controller:
         generator = seeded(self.seed, "one-shot", self.step)
         if self.step < self.schedule.uniform_steps:
             decisions, options = self.logits.shape
-            return torch.randint(0, options, (decisions,), generator=generator).numpy().astype(np.intp)
+            drawn = torch.randint(0, options * 2**32, (decisions,), generator=generator)
+            return (drawn % self.counts).numpy().astype(np.intp)
         return torch.multinomial(self.probabilities, 1, generator=generator)[:, 0].numpy().astype(np.intp)
 
     def best(self) -> NDArray[np.intp]:

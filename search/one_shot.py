@@ -1,8 +1,10 @@
 """One-shot search (FLIQS, arXiv 2308.03290): formats are sampled while the weights train, and no retraining follows."""
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,9 @@ from mpq.core.scheme import Scheme, parse_scheme
 from mpq.network.layers import find_layers
 from mpq.network.macs import count_macs
 from mpq.rounding.store import Rounder
+from mpq.search.architecture import Architecture, Choice, sliced
 from mpq.search.controller import Controller, Schedule, Step
-from mpq.search.repair import likeliest_within
+from mpq.search.repair import likeliest_within, likely_within
 from mpq.training.fake import FakeQuantization
 
 Cost = Callable[[Layer, Scheme], float]
@@ -54,6 +57,8 @@ class OneShot:
         exclude: patterns of layers to leave in floating point.
         method: how weights find their scales in every step.
         learned: whether weight scales are parameters (LSQ); add `search.parameters()` to the optimizer.
+        architecture: widths and kernels to choose together with the formats (`mpq.search.architecture`); costs are of
+            both, and `network()` is what is left of the model.
         seed: of the samples.
 
     Raises:
@@ -74,6 +79,7 @@ class OneShot:
         exclude: str | Iterable[str] = (),
         method: str = "nearest",
         learned: bool = False,
+        architecture: Sequence[Choice] = (),
         seed: int = 0,
     ) -> None:
         self.space = tuple(dict.fromkeys(parse_scheme(str(scheme)) for scheme in space))
@@ -88,10 +94,15 @@ class OneShot:
         self.history: list[Step] = []
         self._choices: NDArray[np.intp] | None = None
         self.groups = _groups(self.layers, blocks)
-        self.controller = Controller(len(self.groups), len(self.space), schedule or Schedule(), seed)
+        self.architecture = Architecture(model, self.layers, architecture)
+        if architecture and any(scheme.weight.granularity == "group" for scheme in self.space):
+            raise MpqError("groups of columns cannot be cut: search an architecture with formats by channel or tensor")
+        counts = [len(self.space)] * len(self.groups) + [choice.options for choice in self.architecture.choices]
+        self.controller = Controller(len(counts), max(counts), schedule or Schedule(), seed, counts)
         self._cost = COSTS[cost] if isinstance(cost, str) else cost
         self._counted = False  # multiplications, in the model's first pass
         formats = [scheme.weight for scheme in self.space] if learned else []
+        self.model = model
         self.quantization = FakeQuantization(model, self.layers, method=method, learned=formats)
         self._counter = model.register_forward_pre_hook(self._count, with_kwargs=True)
         if cost not in ("bitops", "area", "latency"):
@@ -134,16 +145,17 @@ class OneShot:
         return step
 
     def cost_of(self, choices: Sequence[int] | NDArray[np.intp]) -> float:
-        """Cost of one scheme index per decision, as a share of the target.
+        """Cost of one option per decision, as a share of the target: formats first, then the architecture.
 
         Raises:
             MpqError: the cost counts multiplications, and the model has not run yet.
         """
-        costs = self._costs()
-        largest = costs.max(1).sum()
+        largest = self._costs().max(1).sum()
         if largest <= 0:
             raise MpqError("the layers cost nothing so far: run the model inside `with search.sample():` first")
-        return float(costs[np.arange(len(costs)), choices].sum() / (self.target * largest))
+        schemes = self._schemes(np.asarray(choices))
+        pairs = zip(self._scaled(choices), schemes, strict=True)
+        return float(sum(self._cost(layer, scheme) for layer, scheme in pairs) / (self.target * largest))
 
     def allocation(self) -> Allocation:
         """The likeliest schemes within the target; the provenance says cost, certainty and how weights are rounded.
@@ -157,15 +169,33 @@ class OneShot:
             "entropy": self.controller.entropy, "rounding": self.quantization.method,
         }  # fmt: skip
         schemes = tuple(scheme.name for scheme in self._schemes(best))
-        return Allocation(self.layers, schemes, metric="one-shot", provenance=provenance)
+        return Allocation(self._scaled(best), schemes, metric="one-shot", provenance=provenance)
 
     def rounder(self) -> Rounder:
         """Gives the numbers in which the model computes in the final choice, learned scales included, for `mpq.export`.
 
         A packed model scales activations at run time; where they share one scale, training took a moving average.
         """
-        with self._computing_in(self._best()):
-            return self.quantization.rounder()
+        best = self._best()
+        with self._computing_in(best):
+            rounder = self.quantization.rounder()
+        if not self.architecture.choices:
+            return rounder
+        kept = self.architecture.kept(self.layers, self._options(best))
+        pairs = zip(self.layers, kept, strict=True)
+        cut = {layer.name: sliced(rounder.rounded[layer.name], *used) for layer, used in pairs}
+        return replace(rounder, rounded=cut)
+
+    def network(self) -> nn.Module:
+        """A copy of the model, without hooks, with what the final choice uses of its layers: for `mpq.export`."""
+        copied = copy.deepcopy(self.model)
+        ours = {handle.id for handle in (self._counter, *self.quantization.handles)}
+        for module in copied.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key in hooks if key in ours]:
+                    del hooks[key]
+        self.architecture.cut(copied, self._options(self._best()))
+        return copied
 
     def switching_errors(self, loss: Callable[[], float]) -> NDArray[np.float64]:
         """Loss that one decision's switch to each option adds to the final choice's: (decisions, options).
@@ -177,11 +207,12 @@ class OneShot:
             loss: runs the model, without training it.
         """
         best = self._best()
-        found = np.zeros((len(self.groups), len(self.space)))
+        counts = self.controller.counts.tolist()
+        found = np.zeros((len(counts), max(counts)))
         with self._computing_in(best):
             start = loss()
         for decision, option in np.ndindex(*found.shape):
-            if option != best[decision]:
+            if option < counts[decision] and option != best[decision]:
                 switched = best.copy()
                 switched[decision] = option
                 with self._computing_in(switched):
@@ -205,7 +236,8 @@ class OneShot:
     @contextmanager
     def _computing_in(self, choices: NDArray[np.intp]) -> Iterator[tuple[Scheme, ...]]:
         schemes = self._schemes(choices)
-        self.quantization.use({layer.name: scheme for layer, scheme in zip(self.layers, schemes, strict=True)})
+        masks = self.architecture.masks(self.layers, self._options(choices)) if self.architecture.choices else None
+        self.quantization.use({layer.name: scheme for layer, scheme in zip(self.layers, schemes, strict=True)}, masks)
         try:
             yield schemes
         finally:
@@ -213,19 +245,30 @@ class OneShot:
 
     def _best(self) -> NDArray[np.intp]:
         """The likeliest option of each decision, together within the target."""
-        costs = self._costs()
         log_probabilities = self.controller.logits.detach().double().log_softmax(1).numpy()
+        if self.architecture.choices:
+            return likely_within(log_probabilities, self.cost_of, 1.0)
+        costs = self._costs()
         return likeliest_within(log_probabilities, costs, self.target * float(costs.max(1).sum()))
 
     def _schemes(self, choices: NDArray[np.intp]) -> tuple[Scheme, ...]:
-        by_layer = {
-            layer: self.space[choice] for group, choice in zip(self.groups, choices, strict=True) for layer in group
-        }
+        pairs = zip(self.groups, choices[: len(self.groups)], strict=True)
+        by_layer = {layer: self.space[choice] for group, choice in pairs for layer in group}
         return tuple(by_layer[index] for index in range(len(self.layers)))
 
-    def _costs(self) -> NDArray[np.float64]:
-        """(decisions, options)."""
-        by_layer = np.array([[self._cost(layer, scheme) for scheme in self.space] for layer in self.layers], np.float64)
+    def _options(self, choices: Sequence[int] | NDArray[np.intp]) -> list[int]:
+        """Those of the architecture."""
+        return [int(choice) for choice in choices[len(self.groups) :]]
+
+    def _scaled(self, choices: Sequence[int] | NDArray[np.intp]) -> tuple[Layer, ...]:
+        return (
+            self.architecture.scaled(self.layers, self._options(choices)) if self.architecture.choices else self.layers
+        )
+
+    def _costs(self, options: Sequence[int] = ()) -> NDArray[np.float64]:
+        """Of formats, (decisions, options), in the whole architecture or in this one."""
+        layers = self.architecture.scaled(self.layers, options) if options else self.layers
+        by_layer = np.array([[self._cost(layer, scheme) for scheme in self.space] for layer in layers], np.float64)
         return np.array([by_layer[list(group)].sum(0) for group in self.groups])
 
     def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -236,11 +279,11 @@ class OneShot:
         self._check_target()
 
     def _check_target(self) -> None:
-        costs = self._costs()
-        largest = costs.max(1).sum()
-        if largest > 0 and not costs.min(1).sum() / largest <= self.target <= 1:
+        largest = self._costs().max(1).sum()
+        smallest = self._costs([0] * len(self.architecture.choices)).min(1).sum()
+        if largest > 0 and not smallest / largest <= self.target <= 1:
             raise MpqError(
-                f"a target of {self.target:g} cannot be reached: these schemes cost {costs.min(1).sum() / largest:.4g} "
+                f"a target of {self.target:g} cannot be reached: these schemes cost {smallest / largest:.4g} "
                 "to 1 of the costliest"
             )
 

@@ -1,5 +1,7 @@
 """The likeliest choices of a policy within a cost."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -8,6 +10,7 @@ from scipy.sparse import csr_array
 from mpq.core.errors import MpqError
 
 Array = NDArray[np.float64]
+IMPOSSIBLE = -1e6  # log-probabilities below are of options that a decision does not have
 
 
 def likeliest_within(log_probabilities: Array, costs: Array, budget: float) -> NDArray[np.intp]:
@@ -50,3 +53,44 @@ def likeliest_within(log_probabilities: Array, costs: Array, budget: float) -> N
             return chosen
         limit -= 2 * excess
     return cheapest
+
+
+def likely_within(
+    log_probabilities: Array, cost: Callable[[NDArray[np.intp]], float], budget: float
+) -> NDArray[np.intp]:
+    """As `likeliest_within`, for costs that are no sum over decisions, by single switches.
+
+    While the cost is too high, the switch that loses the least log-probability for the cost it saves is made; then
+    every switch back to a likelier option that still fits.
+
+    Raises:
+        MpqError: no switches lead to the budget.
+    """
+    choices: NDArray[np.intp] = log_probabilities.argmax(1)
+    present = cost(choices)
+    while present > budget:
+        best: tuple[float, int, int, float] | None = None
+        for decision, option in np.argwhere(log_probabilities > IMPOSSIBLE).tolist():
+            other = _with(choices, decision, option)
+            saved = present - (price := cost(other))
+            if saved > 0:
+                lost = log_probabilities[decision, choices[decision]] - log_probabilities[decision, option]
+                candidate = (lost / saved, decision, option, price)
+                best = candidate if best is None else min(best, candidate)
+        if best is None:
+            raise MpqError(f"a cost of {budget:.6g} is below the cheapest choice that switches lead to, {present:.6g}")
+        choices, present = _with(choices, best[1], best[2]), best[3]
+    for decision in range(len(choices)):
+        for option in np.argsort(-log_probabilities[decision]).tolist():
+            if option == choices[decision]:
+                break
+            if cost(other := _with(choices, decision, option)) <= budget:
+                choices = other
+                break
+    return choices
+
+
+def _with(choices: NDArray[np.intp], decision: int, option: int) -> NDArray[np.intp]:
+    changed = choices.copy()
+    changed[decision] = option
+    return changed

@@ -99,7 +99,7 @@ def searched(data: Data, schedule: Schedule, cost: str, seed: int, steps: int) -
     """A one-shot search."""
     model = network(seed)
     target = share_of(data, cost)
-    schedule = replace(schedule, steps=round(LEARNING * steps), rate=0.05, cost_weight=2.0)
+    schedule = replace(schedule, steps=round(LEARNING * steps), rate=0.2, cost_weight=2.0)
     search = OneShot(model, SPACE, cost, target, learned=True, seed=seed, schedule=schedule)
     optimizer, decay = optimizer_of(model, list(search.parameters()), steps)
     early = 0.0

@@ -17,7 +17,7 @@ from mpq.rounding.activations import fake_quantize_inputs, straight_through
 from mpq.rounding.learned import GridRounding, learnable
 from mpq.rounding.mixed import in_format
 from mpq.rounding.reference import Quantized, dequantize, round_scales, snap
-from mpq.rounding.store import Finished, MethodRounder, Rounder
+from mpq.rounding.store import Finished, MethodRounder
 
 
 class FakeQuantization(nn.Module):
@@ -62,11 +62,12 @@ class FakeQuantization(nn.Module):
         self.layers, self.decay, self.method = tuple(layers), decay, method
         self._choose = method_named(method)
         self.schemes: dict[str, Scheme] = {}  # by layer name; a layer without one is not quantized
+        self.masks: dict[str, Tensor] = {}  # by layer name
         self.register_buffer("ranges", torch.full((len(self.layers),), torch.nan))
         self.learned = nn.ModuleList()
         formats = tuple(format for format in dict.fromkeys(learned) if learnable(format))
         self._modules_of = [[model.get_submodule(name) for name in layer.names] for layer in self.layers]
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
         for index, modules in enumerate(self._modules_of):
             if any("weight" not in module._parameters for module in modules):
                 raise MpqError(
@@ -77,10 +78,12 @@ class FakeQuantization(nn.Module):
             self.learned.append(nn.ModuleDict(scales))
         for index, modules in enumerate(self._modules_of):
             for module in dict.fromkeys(modules):
-                self._handles += self._attach(index, module)
+                self.handles += self._attach(index, module)
 
-    def use(self, schemes: Mapping[str, Scheme]) -> None:
+    def use(self, schemes: Mapping[str, Scheme], masks: Mapping[str, Tensor] | None = None) -> None:
         """Set the schemes of these layers, by name; all others are not quantized.
+
+        A layer's mask, which broadcasts to its matrix (rows, cols), multiplies the weight before it is rounded.
 
         Raises:
             MpqError: an unknown layer.
@@ -88,13 +91,13 @@ class FakeQuantization(nn.Module):
         names = {layer.name for layer in self.layers}
         for name in schemes.keys() - names:
             raise MpqError(f"unknown layer {name!r}: {nearest_names(name, names)}")
-        self.schemes = dict(schemes)
+        self.schemes, self.masks = dict(schemes), dict(masks or {})
 
     def remove(self) -> None:
         """Remove the hooks: the model computes without quantization again."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
-        self._handles.clear()
+        self.handles.clear()
 
     @torch.no_grad()
     def bake(self) -> None:
@@ -106,10 +109,12 @@ class FakeQuantization(nn.Module):
                 weight.copy_(self._weight(index, module, self.schemes[layer.name].weight))
         self.remove()
 
-    def rounder(self) -> Rounder:
+    def rounder(self) -> Finished:
         """A rounder that gives the numbers in which the layers compute now, learned scales included: for exports."""
         found = {
-            layer.name: self._quantized(index, weight_matrix(modules[0]).detach(), self.schemes[layer.name].weight)
+            layer.name: self._quantized(
+                index, self._matrix(index, modules[0]).detach(), self.schemes[layer.name].weight
+            )
             for index, (layer, modules) in enumerate(zip(self.layers, self._modules_of, strict=True))
             if layer.name in self.schemes
         }
@@ -128,7 +133,8 @@ class FakeQuantization(nn.Module):
             module.__dict__["weight"] = self._weight(index, module, scheme.weight)
             if scheme.activation is None or isinstance(module, nn.Embedding):
                 return None
-            rounded = self._inputs(index, module, call_input(args, kwargs), scheme.activation)
+            inputs = self._used(index, module, call_input(args, kwargs))
+            rounded = self._inputs(index, module, inputs, scheme.activation)
             return with_call_input(args, kwargs, rounded)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -140,7 +146,7 @@ class FakeQuantization(nn.Module):
         )
 
     def _weight(self, index: int, module: nn.Module, format: Format) -> Tensor:
-        matrix, learned = weight_matrix(module), self._learned_in(index, format)
+        matrix, learned = self._matrix(index, module), self._learned_in(index, format)
         if learned is not None:
             rounded: Tensor = learned(matrix)
         else:
@@ -150,6 +156,20 @@ class FakeQuantization(nn.Module):
     def _quantized(self, index: int, matrix: Tensor, format: Format) -> Quantized:
         learned = self._learned_in(index, format)
         return in_format(self._choose, matrix.detach(), format) if learned is None else learned.quantized(matrix)
+
+    def _matrix(self, index: int, module: nn.Module) -> Tensor:
+        matrix, mask = weight_matrix(module), self.masks.get(self.layers[index].name)
+        return matrix if mask is None else matrix * mask.to(matrix)
+
+    def _used(self, index: int, module: nn.Module, inputs: Tensor) -> Tensor:
+        """The inputs without the channels that a mask hides, so that they have no say in scales."""
+        mask = self.masks.get(self.layers[index].name)
+        if mask is None:
+            return inputs
+        if not isinstance(module, nn.Conv2d):
+            return inputs * mask[0].to(inputs)
+        channels = mask.view(module.in_channels // module.groups, -1).amax(1)
+        return inputs if module.groups > 1 else inputs * channels.view(-1, 1, 1).to(inputs)
 
     def _learned_in(self, index: int, format: Format) -> GridRounding | None:
         learned = self.learned[index]
