@@ -125,7 +125,7 @@ def accept(
         effort: "fast" measures the first starts alone; "normal" and "best" measure all of them on calibration data,
             and polish the best.
         seed: of the proposals.
-        fits: whether an allocation's file is within the budget, its header included.
+        fits: whether an allocation is within all budgets: its file, header included, and others there may be.
 
     Raises:
         MpqError: an unknown effort, or no candidate that gives finite numbers.
@@ -134,11 +134,12 @@ def accept(
         raise MpqError(f"unknown effort {effort!r}: {nearest_names(effort, ROUNDS)}")
     problem = frontier.problem
     size = min(size, float(frontier.costs[-1]))
-    begun = list(starts(frontier, size))
-    if ROUNDS[effort]:
+    begun = [(name, choices) for name, choices in starts(frontier, size) if fits(problem.allocation(choices))]
+    if ROUNDS[effort] and begun:
         begun = _polished(frontier, begun, size, measurer, ROUNDS[effort], seed)
-    begun = [(name, choices) for name, choices in begun if not _is_uniform(problem, choices)][:FINALISTS]
-    searched = {name: problem.allocation(choices) for name, choices in begun}
+    begun = [(name, choices) for name, choices in begun if not _is_uniform(problem, choices)]
+    own = ((name, problem.allocation(choices)) for name, choices in begun)
+    searched = dict([(name, one) for name, one in own if fits(one)][:FINALISTS])
     uniform = [(f"all {name}", one) for name, one in problem.uniform() if one.size <= size]
     uniform = sorted(uniform, key=lambda item: -item[1].size)[: max(FINALISTS - 1, 1)]
     both = [(name, one) for name, one in [*searched.items(), *uniform] if fits(one)]

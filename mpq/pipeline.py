@@ -1,7 +1,6 @@
 """The stages in a row: profile, search, export, reload, measure, report; every artefact a file in one folder."""
 
 import copy
-import inspect
 import logging
 import math
 import os
@@ -9,11 +8,10 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,32 +23,29 @@ from mpq.comparison import Measured, along, compare, sentences
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
-from mpq.core.formats import DEFAULT_FORMATS, Format
+from mpq.core.formats import DEFAULT_FORMATS
 from mpq.core.frontier import BITS_PER_BYTE, Frontier
+from mpq.core.latency import LatencyTable
 from mpq.core.registry import Target
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
-from mpq.exporters import exporter_named
-from mpq.exporters.caches import check_cache
 from mpq.exporters.folder import refuse_foreign
-from mpq.exporters.holding import check, check_model, restrict, unscored
+from mpq.exporters.holding import check_model, restrict, unscored
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.targets import TARGETS
+from mpq.exporting import export_to, refuse_experts
 from mpq.measuring import Measurer, store_for
 from mpq.memory import Request, Serving, candidates, check_memory, choose_cache, serving_of
 from mpq.network.batchnorm import with_means
-from mpq.network.calibration import take, tensors_in
-from mpq.network.experts import has_experts
 from mpq.network.layers import find_layers
 from mpq.network.prepare import prepared
-from mpq.network.ranges import Ranges, input_ranges
 from mpq.network.storage import other_bytes, state_bytes
 from mpq.plots import Point, Prediction, draw_frontier, frontier_facts
 from mpq.report import Row, write_report
 from mpq.rounding import DEFAULT_METHOD
 from mpq.rounding.reference import COPY_DTYPES
-from mpq.rounding.store import Rounder
 from mpq.search import frontier_of
+from mpq.search.choice import check_budgets, keeps, latency_cost
 from mpq.sensitivity import DEFAULT_METRIC
 from mpq.sensitivity.profile import profile
 from mpq.smallest import check_limit, smallest, within_limit
@@ -59,71 +54,6 @@ from mpq.tokens import in_words, tokens_beside, tokens_table
 from mpq.training.tuned_scales import Tuning
 
 log = logging.getLogger(__name__)
-
-CHECKED = 2  # calibration samples on which the exported model is compared with the simulated one
-
-
-def ranges_for(source: Source, allocation: Allocation) -> Ranges | None:
-    """Ranges of the inputs that are rounded with one scale for the tensor, None where there are none."""
-    layers = [layer for layer in allocation.layers if _has_one_scale(allocation.scheme_of[layer.name].activation)]
-    return input_ranges(source.model, layers, source.calibration, source.loss_fn) if layers else None
-
-
-def _has_one_scale(activation: Format | None) -> bool:
-    return activation is not None and activation.granularity == "tensor"
-
-
-def export_to(
-    name: str,
-    source: Source,
-    allocation: Allocation,
-    folder: str | os.PathLike[str],
-    method: str | Rounder = DEFAULT_METHOD,
-) -> Path:
-    """Write an allocation by the exporter called `name`; what was written.
-
-    Graphs are traced with calibration data, of which static activation scales come too. The method is a name, or a
-    rounder that holds what was rounded already.
-    """
-    export = exporter_named(name)
-    check(TARGETS.named(name), allocation)
-    check_cache(TARGETS.named(name), allocation)
-    source = replace(source, model=prepared(source.model))
-    refuse_experts(name, source.model)
-    settings: dict[str, Any] = {"method": method, "recipe": source.recipe or None}
-    if isinstance(method, str):
-        settings["method"] = store_for(method, source, allocation.layers)
-    if "inputs" in inspect.signature(export).parameters:
-        settings["inputs"] = _compared_on(source) if name == "mpq" else tensors_in(source.calibration[0])[0][:2]
-    if "ranges" in inspect.signature(export).parameters:
-        settings["ranges"] = ranges_for(source, allocation)
-    if "tokenizer" in inspect.signature(export).parameters:
-        settings["tokenizer"] = source.tokenizer
-    with TemporaryDirectory() as own:
-        if "side_files" in inspect.signature(export).parameters:
-            settings["side_files"] = source.side_files or _tokenizer_files(source.tokenizer, Path(own))
-        written: Path = export(source.model, allocation, folder, **settings)
-    return written
-
-
-def _tokenizer_files(tokenizer: Any, folder: Path) -> tuple[Path, ...]:
-    """The files of a tokenizer that came without any, as out of a GGUF file."""
-    if not hasattr(tokenizer, "save_pretrained"):
-        return ()
-    tokenizer.save_pretrained(folder)
-    return tuple(sorted(path for path in folder.iterdir() if path.is_file()))
-
-
-def _compared_on(source: Source) -> Callable[[nn.Module], Any]:
-    """Runs a model on the first samples of the calibration data."""
-    batch = take(source.calibration[0], slice(0, CHECKED))
-    return lambda model: source.loss_fn(model, batch)
-
-
-def refuse_experts(name: str, model: nn.Module) -> None:
-    """MpqError when a file for others than us would have to hold experts that were taken apart."""
-    if name != "mpq" and has_experts(model):
-        raise MpqError(f"experts are written for mpq alone, not for {name}: leave --for and --to at mpq")
 
 
 @dataclass(frozen=True)
@@ -173,6 +103,8 @@ def quantize_model(
     batch: int = 1,
     kv_bits: float | None = None,
     kv_formats: Sequence[str] | None = None,
+    budgets: Mapping[str, float] | None = None,
+    latencies: LatencyTable | None = None,
     formats: Sequence[str] | None = None,
     target: str = "mpq",
     metric: str = DEFAULT_METRIC,
@@ -204,6 +136,8 @@ def quantize_model(
         batch: texts that are cached at once.
         kv_bits: largest average of stored bits of a cached number, with any other budget, or alone: weights stay.
         kv_formats: candidates of keys and values (`mpq.core.cache`); left out, what the target serves.
+        budgets: largest totals of other costs beside those: "bitops" of a sample, "latency" in seconds of `latencies`.
+        latencies: measured seconds of layers (`mpq bench`), for `batch` tokens at a time.
         formats: candidate schemes; left out, integers of 2 to 8 bits, or what the target holds.
         target: who will run the model (`mpq.exporters.targets`): layers get only what it can hold, and the folder is
             the one that it opens.
@@ -229,13 +163,14 @@ def quantize_model(
     """
     started = time.monotonic()
     folder = Path(folder)
-    budgets = sum(budget is not None for budget in (bits, size, max_kl))
-    if budgets > 1 or (max_kl is not None and memory is not None) or {bits, size, max_kl, memory, kv_bits} == {None}:
+    given = sum(budget is not None for budget in (bits, size, max_kl))
+    if given > 1 or (max_kl is not None and memory is not None) or {bits, size, max_kl, memory, kv_bits} == {None}:
         raise MpqError(
             "name one budget: bits, size or max_kl; memory goes alone or with bits or size, kv_bits with all"
         )
     if max_kl is not None:
         check_limit(max_kl, source.kind)
+    check_budgets(budgets or {}, latencies, max_kl is not None)
     refuse_foreign(folder, checkpoint.FILES)
     reader = TARGETS.named(target)
     source = replace(source, model=prepared(source.model))
@@ -246,7 +181,7 @@ def quantize_model(
         granularity = "layer"
     serving = serving_of(source, memory, kv_bits, context, batch)
     entries, cached = candidates(source, reader, table, kv_formats, metric) if serving else ((), ())
-    if not budgets and memory is None:  # weights stay as they are
+    if not given and memory is None:  # weights stay as they are
         formats, bits = own_format(source.model)
     if formats is None:
         formats = formats_of(reader)
@@ -276,12 +211,19 @@ def quantize_model(
             size = min(size or math.inf, serving.memory - cache.nbytes(serving.context, serving.batch))
     frontier = frontier_of(held.table, pin=pin, forbid=held.forbid, ties=ties or held.fuses, cache=cache)
     budget = None if max_kl is not None else _layer_budget(frontier, source.model, bits, size)
+    if budgets and budget is not None:
+        costs = {} if latencies is None else {"latency": latency_cost(held.table.weights(), latencies, batch)}
+        frontier = frontier_of(
+            held.table.weights(), search="integer", pin=pin, forbid=held.forbid, ties=ties or held.fuses, cache=cache,
+            costs=costs, budgets={**budgets, "size": budget},
+        )  # fmt: skip
     table.save(folder / "table.csv")
     steps = STEPS[effort] if tuning_steps is None else tuning_steps
     tuning = Tuning(steps, SAMPLES.get(source.kind, Tuning.samples), seed=seed)
 
     def fits(allocation: Allocation) -> bool:
-        return size is None or checkpoint.file_size(source.model, allocation) <= size
+        within = keeps(allocation, budgets or {}, latencies, batch)
+        return within and (size is None or checkpoint.file_size(source.model, allocation) <= size)
 
     def finish(budget: float) -> Acceptance:
         accepted = accept(frontier, budget, measurer, effort=effort, seed=seed, fits=fits)

@@ -1,5 +1,6 @@
 """Choice of an allocation from a table and a budget: `mpq.allocate`."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +126,31 @@ def _with_cache(
         limits["memory"] = parse_size(memory) - overhead
     frontier = frontier_of(table, search="integer", budgets=limits, context=context, batch=batch, **request)
     return Choice(frontier, frontier.allocation(0))
+
+
+def check_budgets(budgets: Mapping[str, float], latencies: LatencyTable | None, by_divergence: bool) -> None:
+    """MpqError for a budget of a cost that is not known, or beside a limit of the divergence."""
+    known = ["bitops", *(["latency"] if latencies is not None else [])]
+    for name, limit in budgets.items():
+        if name == "latency" and latencies is None:
+            raise MpqError("a budget of latency needs measured seconds: write them with 'mpq bench -o' and give them")
+        if name not in known:
+            raise MpqError(f"unknown cost {name!r} of a budget: expected one of {', '.join(known)}")
+        if not math.isfinite(limit) or limit < 0:
+            raise MpqError(f"invalid budget {name}={limit}: expected a finite number of at least 0")
+    if budgets and by_divergence:
+        raise MpqError("a limit of the divergence finds the smallest model alone: leave out the other budgets")
+
+
+def keeps(
+    allocation: Allocation, budgets: Mapping[str, float], latencies: LatencyTable | None = None, batch: int = 1
+) -> bool:
+    """Whether an allocation's weights are within budgets of "bitops" and "latency"."""
+    totals = {"bitops": allocation.bitops}
+    if latencies is not None:
+        seconds = latencies.cost(batch)
+        totals["latency"] = sum(seconds(layer, allocation.scheme_of[layer.name]) for layer in allocation.layers)
+    return all(totals[name] <= limit for name, limit in budgets.items())
 
 
 def _costs(table: SensitivityTable, latencies: LatencyTable | None, batch: int) -> dict[str, Array]:

@@ -40,6 +40,7 @@ from mpq.sources import Source, open_source
 UNIFORM = ("int8-token", "int4-asym", "int3-asym", "int2-asym")
 SPLITS = ("int2-asym", "int3-asym", "int4-asym", "int6-asym", "int8-token")
 WEIGHTS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-channel")
+CONTEXT = 8192  # tokens of part 1
 MEMORIES = (3.0, 3.75, 4.75)  # bits, on average over weights and as many cached numbers
 GOALS = {"int8-token": 1.0, "int4-asym": 1.0, "int3-asym": 0.67, "int2-asym": 0.67}  # share of uniform's divergence
 
@@ -88,11 +89,11 @@ def measured(source: Source, reference: Reference, cache: CacheFormats) -> Quali
 def cache_alone(source: Source, table: SensitivityTable, reference: Reference) -> list[str]:
     """RESULT lines of part 1."""
     pin = {"*": WEIGHTS[-1]}
-    frontier = frontier_of(table, pin=pin, cost="cache", context=1)
+    frontier = frontier_of(table, pin=pin, cost="cache", context=CONTEXT)
     lines = []
     for name in UNIFORM:
         uniform = CacheFormats.uniform(table.entries, name)
-        mixed = frontier.at(cost=uniform.nbytes(1)).cache
+        mixed = frontier.at(cost=uniform.nbytes(CONTEXT)).cache
         assert mixed is not None
         one, other = measured(source, reference, mixed), measured(source, reference, uniform)
         (kl, error), (against, _) = _kl(one), _kl(other)

@@ -10,6 +10,7 @@ from mpq.cli.options import (
     budget_options,
     choice_options,
     memory_options,
+    number_of,
     pairs_of,
     pins_of,
     print_table,
@@ -97,14 +98,6 @@ def run(options: argparse.Namespace) -> None:
     if held.sentence:
         say(options, held.sentence)
     say(options, summary(choice.frontier, choice.allocation))
-
-
-def number_of(name: str, text: str) -> float:
-    """A budget's number; MpqError for anything else."""
-    try:
-        return float(text)
-    except ValueError:
-        raise MpqError(f"invalid budget {name}={text}: expected a number, e.g. {name}=2e9") from None
 
 
 def _evolving(options: argparse.Namespace, table: "SensitivityTable") -> dict[str, Any]:

@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> None:
     from mpq.comparison import megabytes
     from mpq.core.allocation import Allocation
     from mpq.exporters import exporter_named
-    from mpq.pipeline import export_to
+    from mpq.exporting import export_to
     from mpq.rounding import DEFAULT_METHOD, METHODS
 
     steps = recipe.recipe_of(options)

@@ -131,12 +131,30 @@ def target_option(parser: argparse.ArgumentParser, default: str | None = None) -
     parser.epilog = f"{parser.epilog or ''}\n\ntargets:\n{TARGETS.help()}".strip()
 
 
-def search_options(parser: argparse.ArgumentParser) -> None:
-    """How a search goes about it."""
+def further_budgets(parser: argparse.ArgumentParser) -> None:
+    """Budgets of other costs than bytes."""
     parser.add_argument(
         "--budget", action="append", default=[], metavar="COST=NUMBER", help="another budget, as bitops=2e9"
     )
     parser.add_argument("--latency", help="what 'mpq bench -o' wrote: adds the cost latency, in seconds")
+
+
+def budgets_of(options: argparse.Namespace) -> dict[str, float]:
+    """Further budgets by cost; MpqError for anything but numbers."""
+    return {name: number_of(name, value) for name, value in pairs_of(options.budget, "budget").items()}
+
+
+def number_of(name: str, text: str) -> float:
+    """A budget's number; MpqError for anything else."""
+    try:
+        return float(text)
+    except ValueError:
+        raise MpqError(f"invalid budget {name}={text}: expected a number, e.g. {name}=2e9") from None
+
+
+def search_options(parser: argparse.ArgumentParser) -> None:
+    """How a search goes about it."""
+    further_budgets(parser)
     parser.add_argument(
         "--batch", type=int, default=1, help="tokens at a time, for --latency; texts, for --memory (default: 1)"
     )

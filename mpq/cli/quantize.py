@@ -6,7 +6,9 @@ from mpq.cli import recipe
 from mpq.cli.options import (
     AddCommand,
     budget_options,
+    budgets_of,
     choice_options,
+    further_budgets,
     kv_formats_of,
     kv_formats_option,
     memory_options,
@@ -29,8 +31,9 @@ def add(command: AddCommand) -> None:
     budget_options(quantize, divergence=True, required=False)
     memory_options(quantize)
     kv_formats_option(quantize)
+    further_budgets(quantize)
     quantize.add_argument(
-        "--batch", type=int, default=1, help="texts that are cached at once, for --memory (default: 1)"
+        "--batch", type=int, default=1, help="texts that are cached at once, tokens at a time (default: 1)"
     )
     choice_options(quantize)
     target_option(quantize, "mpq")
@@ -50,6 +53,7 @@ def add(command: AddCommand) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
+    from mpq.core.latency import load_latencies
     from mpq.core.table import SensitivityTable
     from mpq.exporters.holding import check_packages
     from mpq.exporters.targets import TARGETS
@@ -60,6 +64,8 @@ def run(options: argparse.Namespace) -> None:
     steps = recipe.recipe_of(options)
     recipe.check_output(options.output, steps, options.force)
     settings, pin, kv_formats = profiling_of(options), pins_of(options), kv_formats_of(options)
+    budgets = budgets_of(options)
+    latencies = load_latencies(options.latency) if options.latency else None
     table = SensitivityTable.load(options.table) if options.table else None
     check_packages(TARGETS.named(options.target))
     source = source_of(options)
@@ -68,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         source, options.output, bits=options.bits, size=options.size, max_kl=options.max_kl, table=table, pin=pin,
         ties=not options.no_ties, trust=options.trust, target=options.target, effort=options.effort,
         tuning_steps=options.tuning_steps, memory=options.memory, context=options.context, batch=options.batch,
-        kv_bits=options.kv_bits, kv_formats=kv_formats,
+        kv_bits=options.kv_bits, kv_formats=kv_formats, budgets=budgets, latencies=latencies,
         metric_options=settings.pop("options"), **settings,
     )  # fmt: skip
     recipe.finish(options.output)

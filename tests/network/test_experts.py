@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.exporters.mpq import checkpoint
+from mpq.exporting import refuse_experts
 from mpq.network.calibration import next_token_loss, seeded
 from mpq.network.experts import has_experts, unstack
 from mpq.network.layers import find_layers
 from mpq.network.moments import second_moments
 from mpq.network.ranges import input_ranges
-from mpq.pipeline import refuse_experts
 from mpq.quantized import simulate
 from mpq.search import frontier_of
 from mpq.sensitivity.profile import profile

@@ -1,0 +1,56 @@
+"""Budgets of other costs than bytes in the whole job."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mpq
+from mpq.core.errors import MpqError
+from mpq.search.choice import keeps
+from mpq.sensitivity.profile import profile
+from mpq.sources import Source, open_source
+
+FORMATS = ("int4-g32", "int8-channel", "int8-channel+a:int8-token")
+SETTINGS = {"formats": FORMATS, "progress": False, "tuning_steps": 0, "bits": 8.2}
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return open_source("tiny-cnn", nsamples=32)
+
+
+@pytest.fixture(scope="module")
+def table(source: Source) -> mpq.SensitivityTable:
+    return profile(source.model, source.calibration, source.loss_fn, FORMATS, metric="output", progress=False)
+
+
+def test_bit_operations_buy_activation_formats(source: Source, table: mpq.SensitivityTable, tmp_path: Path) -> None:
+    free = mpq.quantize(source, tmp_path / "free", table=table, effort="fast", **SETTINGS).allocation
+    limit = 0.6 * free.bitops
+    outcome = mpq.quantize(source, tmp_path / "out", table=table, budgets={"bitops": limit}, **SETTINGS)
+    chosen = outcome.allocation
+    assert chosen.bitops <= limit
+    assert chosen.bits <= 8.2
+    assert any("+a:" in scheme for scheme in chosen.schemes)
+    assert not any("+a:" in scheme for scheme in free.schemes)
+    assert all(keeps(candidate.allocation, {"bitops": limit}) for candidate in outcome.accepted.candidates)
+    assert mpq.Allocation.load(tmp_path / "out" / "allocation.json").schemes == chosen.schemes
+
+
+@pytest.mark.parametrize(
+    ("budgets", "sentence"),
+    [
+        ({"bitops": 1.0}, "below the smallest"),
+        ({"bitops": np.nan}, "expected a finite number"),
+        ({"latency": 1.0}, "needs measured seconds"),
+        ({"watts": 1.0}, "unknown cost 'watts'"),
+    ],
+)
+def test_what_cannot_be_had_is_named(
+    source: Source, table: mpq.SensitivityTable, tmp_path: Path, budgets: dict[str, float], sentence: str
+) -> None:
+    with pytest.raises(MpqError, match=sentence):
+        mpq.quantize(source, tmp_path / "out", table=table, budgets=budgets, **SETTINGS)
+    with pytest.raises(MpqError, match=r"unknown cost|below|finite|seconds|alone"):
+        mpq.quantize(source, tmp_path / "out", table=table, max_kl=0.1, budgets=budgets, formats=FORMATS)
