@@ -46,7 +46,8 @@ class LowPrecisionLayer(nn.Module):
 
     def multiply(self, rows: Tensor, weight: Tensor) -> Tensor:
         """The product of (rows, in) with (out, in) by the recipe, in the inputs' type."""
-        return products(rows, weight, self.recipe, self.generator(rows.device)).to(rows.dtype)
+        with torch.autocast(rows.device.type, enabled=False):  # rounded operands are multiplied as they are
+            return products(rows, weight, self.recipe, self.generator(rows.device)).to(rows.dtype)
 
 
 class _LowPrecisionMatrix(LowPrecisionLayer):

@@ -4,6 +4,8 @@ Runs then agree across batch sizes, devices and reduction orders as float32's do
 """
 
 from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,17 @@ from mpq.kernels.reference import quantize_activation
 from mpq.network.layers import layer_kind, own_code
 
 SHORT = (torch.bfloat16, torch.float16)
+
+
+def in_float32(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """The forward pass without autocast, which would compute its products in 16 bits."""
+
+    @wraps(forward)
+    def run(self: Any, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return forward(self, input)
+
+    return run
 
 
 class LayerCast(nn.Module):
@@ -44,6 +57,7 @@ class LayerCast(nn.Module):
 class LayerCastLinear(LayerCast, nn.Linear):
     """A linear layer; (..., in) to float32 (..., out)."""
 
+    @in_float32
     def forward(self, input: Tensor) -> Tensor:
         """`linear(input.float(), weight.float(), bias.float())`, exactly."""
         return functional.linear(input.float(), *self.numbers())
@@ -52,6 +66,7 @@ class LayerCastLinear(LayerCast, nn.Linear):
 class LayerCastConv1D(LayerCast):
     """A linear layer of transformers' GPT-2, whose weight is (in, out)."""
 
+    @in_float32
     def forward(self, input: Tensor) -> Tensor:
         """The product of (..., in) with (in, out), float32."""
         weight, bias = self.numbers()
@@ -61,6 +76,7 @@ class LayerCastConv1D(LayerCast):
 class LayerCastConv1d(LayerCast, nn.Conv1d):
     """A one-dimensional convolution."""
 
+    @in_float32
     def forward(self, input: Tensor) -> Tensor:
         """The convolution in float32."""
         return self._conv_forward(input.float(), *self.numbers())  # type: ignore[no-any-return]
@@ -69,6 +85,7 @@ class LayerCastConv1d(LayerCast, nn.Conv1d):
 class LayerCastConv2d(LayerCast, nn.Conv2d):
     """A two-dimensional convolution."""
 
+    @in_float32
     def forward(self, input: Tensor) -> Tensor:
         """The convolution in float32."""
         return self._conv_forward(input.float(), *self.numbers())  # type: ignore[no-any-return]
@@ -85,6 +102,7 @@ class LayerCastEmbedding(LayerCast, nn.Embedding):
 class LayerCastPackedLinear(PackedLinear):
     """A packed linear layer that multiplies dequantized weights in float32, without the kernels' own arithmetic."""
 
+    @in_float32
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to float32 (..., out_features)."""
         input = input.float()
@@ -95,6 +113,7 @@ class LayerCastPackedLinear(PackedLinear):
 class LayerCastPackedConv(PackedConv):
     """A packed convolution, likewise."""
 
+    @in_float32
     def forward(self, input: Tensor) -> Tensor:
         """The convolution of dequantized weights in float32."""
         spatial = len(self.kernel)

@@ -213,6 +213,11 @@ def test_autocast_and_bfloat16_models_keep_their_types():
     outputs = model(inputs)
     outputs.sum().backward()
     assert outputs.dtype == inputs.grad.dtype == model[0].weight.grad.dtype == torch.bfloat16
+    model = convert(nn.Sequential(nn.Linear(64, 8)), "fp32")
+    inputs = normal(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(inputs)
+    assert torch.equal(outputs, model(inputs))
 
 
 def test_linear_layers_of_gpt2_are_transposed():

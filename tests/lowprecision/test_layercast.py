@@ -29,6 +29,9 @@ def test_it_is_the_float32_product_of_bfloat16_weights(bias):
     assert torch.equal(cast(inputs.bfloat16()), functional.linear(inputs.bfloat16().float(), *stored))
     assert sum(p.numel() * p.element_size() for p in cast.parameters()) == 2 * sum(p.numel() for p in own.parameters())
     assert not any(p.requires_grad for p in cast.parameters())
+    outputs = cast(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cast(inputs), outputs)
 
 
 def test_its_state_goes_round_and_to_plain_layers():

@@ -44,5 +44,6 @@ def test_the_seed_decides():
     first, again, other = (stochastic_round(numbers, float_grid(2, 1), seeded(seed)) for seed in (4, 4, 5))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    with pytest.raises(MpqError, match="up to 8 bits"):
-        stochastic_round(numbers, float_grid(8, 7), seeded(4))
+    for grid in (float_grid(8, 7), int_grid(9)):
+        with pytest.raises(MpqError, match="up to 8 bits"):
+            stochastic_round(numbers, grid, seeded(4))
