@@ -3,6 +3,7 @@
 They are module-level classes because vLLM sends its configuration to other processes by name.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from mpq.core.errors import MpqError
 from mpq.exporters.folder import CHECKSUMS, check_texts, read_checksums
 from mpq.exporters.mpq.checkpoint import METHOD, VERSION
 from mpq.integrations.vllm import Cut, Part, ServedWeight, embedding_named, named_layers, parts_of
+
+log = logging.getLogger(__name__)
 
 
 @register_quantization_config(METHOD)
@@ -51,6 +54,8 @@ class MpqConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "MpqConfig":
         """Build from config.json's `quantization_config`."""
+        if config.get("cache"):
+            log.warning("vLLM caches in a type of its own: this checkpoint's formats of keys and values are not used")
         return cls(config["layers"], config["version"])
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

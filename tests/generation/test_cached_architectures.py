@@ -1,0 +1,65 @@
+"""Caches of many architectures: grouped and single heads, sinks, windows, latent vectors, layers without attention."""
+
+import pytest
+import torch
+import transformers
+from caching_models import SHAPE, TOKENS
+from torch import nn
+
+from mpq.core.cache_formats import CacheFormats
+from mpq.core.errors import MpqError
+from mpq.core.layer import KEYS
+from mpq.generation.serving import serve_cache
+from mpq.network.cached import find_cached
+from mpq.network.calibration import next_token_loss
+from mpq.quantized import round_cache
+
+GROUPED = {**SHAPE, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+LATENT = {
+    **SHAPE, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+}  # fmt: skip
+HYBRID = {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2}
+ARCHITECTURES = {
+    "Qwen3": {**GROUPED, "head_dim": 8},
+    "Phi3": GROUPED,
+    "Cohere2": {**GROUPED, "sliding_window": 4},
+    "GptOss": {**GROUPED, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4},
+    "Gemma3Text": {**GROUPED, "head_dim": 8, "sliding_window": 4},
+    "Falcon": {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "DeepseekV3": LATENT,
+    "Bamba": {**GROUPED, **HYBRID, "mamba_n_groups": 1},
+}
+MADE = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**ARCHITECTURES[name])
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("keys", ["int4-g8-asym", "int4-t8-asym"])
+def test_what_is_stored_is_what_was_simulated(name: str, keys: str) -> None:
+    model, simulated = model_of(name), model_of(name)
+    entries = find_cached(model, TOKENS[:1], next_token_loss)
+    names = (keys if entry.kind == KEYS and not entry.window else "int4-g8-asym" for entry in entries)
+    formats = CacheFormats(entries, tuple(names))
+    plain = model(TOKENS).logits
+    serve_cache(model, formats)
+    round_cache(simulated, formats)
+    rounded = model(TOKENS).logits
+    assert not torch.equal(rounded, plain)
+    assert torch.equal(rounded, simulated(TOKENS).logits)
+    made = model.generate(TOKENS, **MADE)
+    if keys != "int4-t8-asym":  # whose simulation rounds a text from its beginning
+        assert torch.equal(made, simulated.generate(TOKENS, **MADE))
+
+
+def test_models_that_keep_states_alone_are_named() -> None:
+    config = transformers.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4)
+    with pytest.raises(MpqError, match="MambaForCausalLM has no cache"):
+        find_cached(transformers.AutoModelForCausalLM.from_config(config), TOKENS[:1], next_token_loss)
