@@ -114,6 +114,7 @@ def judge_files(
         MpqError: a file that cannot be read, or does not fit the model.
     """
     source = replace(source, model=prepared(source.model))
+    table = None if table is None else table.weights()
     layers = table.layers if table else find_layers(source.model)
     contestants = [read_contestant(file, layers) for file in files]
     store = store_for(method, source, layers)

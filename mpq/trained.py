@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
+from mpq.network.cached import CacheHook, PointHook
 from mpq.network.prepare import prepared
 from mpq.quantized import InputRounding, checked_layers, rounding_of
 from mpq.rounding.reference import Quantized
@@ -49,9 +50,12 @@ def as_trained(model: nn.Module, allocation: Allocation, otherwise: Rounder) -> 
     plain = prepared(model)
     for module in plain.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, InputRounding):
+            if isinstance(hook, InputRounding | CacheHook):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, PointHook):
+                del module._forward_hooks[key]
     return plain, Finished(f"{', '.join(methods)}, trained", found, otherwise)
 
 

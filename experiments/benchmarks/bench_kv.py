@@ -6,12 +6,14 @@ Scores come from calibration data, splits are chosen on other data, and the figu
 original on data that nothing was tuned on. (1) The cache alone, at the bytes of a uniform format of 8, 4, 3 and 2 bits.
 (2) One memory for weights and cache against five fixed splits, each a uniform cache with the weights' own optimum in
 what it leaves. (3) Predicted against measured divergence of single entries.
+(4) On SmolLM2, which can copy: a passage from the beginning of a text.
 """
 
 import argparse
 import resource
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ from mpq.exporters.targets import TARGETS
 from mpq.measuring import Measurer, store_for
 from mpq.memory import Request, Serving, choose_cache, weights_within
 from mpq.network.cached import changing
-from mpq.network.calibration import next_token_loss
+from mpq.network.calibration import logits_of, next_token_loss
 from mpq.network.layers import find_layers
 from mpq.quantized import CacheRounding
 from mpq.search import frontier_of
@@ -41,6 +43,7 @@ UNIFORM = ("int8-token", "int4-asym", "int3-asym", "int2-asym")
 SPLITS = ("int2-asym", "int3-asym", "int4-asym", "int6-asym", "int8-token")
 WEIGHTS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-channel")
 CONTEXT = 8192  # tokens of part 1
+NEEDLES, PASSAGE = 6, 32  # passages, and tokens of each; the second half is to be copied
 MEMORIES = (3.0, 3.75, 4.75)  # bits, on average over weights and as many cached numbers
 GOALS = {"int8-token": 1.0, "int4-asym": 1.0, "int3-asym": 0.67, "int2-asym": 0.67}  # share of uniform's divergence
 
@@ -171,6 +174,33 @@ def single_entries(source: Source, table: SensitivityTable, reference: Reference
     ]
 
 
+@torch.no_grad()
+def needle(source: Source, table: SensitivityTable, filler: int = 700) -> list[str]:
+    """RESULT lines of part 4: how much of a text's first passage is copied, by caches of equal bytes."""
+    tokens = torch.cat([batch.flatten() for batch in source.evaluation])
+    passages = tokens[: NEEDLES * PASSAGE].view(NEEDLES, PASSAGE)
+    between = tokens[NEEDLES * PASSAGE :][:filler].expand(NEEDLES, -1)
+    text = torch.cat([passages, between, passages], 1)
+    frontier = frontier_of(table, pin={"*": WEIGHTS[-1]}, cost="cache", context=CONTEXT)
+
+    def copied(cache: CacheFormats | None) -> float:
+        with changing(source.model, CacheRounding(cache)) if cache is not None else nullcontext():
+            found = torch.cat([logits_of(source.model(one))[:, -PASSAGE // 2 - 1 : -1] for one in text.split(1)])
+        return float((found.argmax(-1) == passages[:, -PASSAGE // 2 :]).float().mean())
+
+    original, lines = copied(None), []
+    print(f"  passage of {PASSAGE} tokens after {filler} others: original copies {original:.3f}", flush=True)
+    for name in UNIFORM[1:]:
+        uniform = CacheFormats.uniform(table.entries, name)
+        mixed = frontier.at(cost=uniform.nbytes(CONTEXT)).cache
+        found, against = copied(mixed), copied(uniform)
+        print(f"  {uniform.bits:.3f} bits: all {name} copies {against:.3f}, by layer {found:.3f}", flush=True)
+        lines.append(
+            result(f"{source.name} passage copied at {name}, by layer", found, f">={against:.3f}", found >= against)
+        )
+    return lines
+
+
 def _predicted(table: SensitivityTable, cache: CacheFormats) -> float:
     rows = {layer.name: i for i, layer in enumerate(table.layers)}
     pairs = zip(cache.entries, cache.names, strict=True)
@@ -204,6 +234,7 @@ def main() -> None:
             lines += cache_alone(source, table, reference)
             lines += one_budget(source, table)
             lines += single_entries(source, table, reference)
+            lines += needle(source, table) if name == "smollm2" else []
     print("\n".join(lines))
     print(f"RESULT peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
 

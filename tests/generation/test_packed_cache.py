@@ -97,6 +97,22 @@ def test_from_pretrained_and_save_pretrained_carry_it(tmp_path: Path) -> None:
     assert cache_formats_of(second) == allocation.cache
 
 
+@pytest.mark.parametrize("name", ["tiny-lm", "llama"])
+def test_a_model_trained_under_it_is_exported(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    allocation = allocation_of(model)
+    student = simulate(model, allocation)
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    next_token_loss(student, TOKENS).backward()
+    optimizer.step()
+    trained = next_token_loss(student, TOKENS).detach()
+    export(student, allocation, tmp_path / "out", inputs=TOKENS)
+    loaded = load(tmp_path / "out", model=model_of(name) if name == "tiny-lm" else None)
+    assert cache_formats_of(loaded) == allocation.cache
+    assert float(next_token_loss(loaded, TOKENS).detach()) == pytest.approx(float(trained), rel=1e-3)
+    assert float(next_token_loss(student, TOKENS).detach()) == float(trained)  # still a simulation
+
+
 def test_reading_back_compares_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     monkeypatch.setattr("mpq.exporters.mpq.checkpoint.serve_cache", lambda model, formats: [])
