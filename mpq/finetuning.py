@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, NotFiniteError
-from mpq.network.calibration import Batch, LossFn, check_batches, evaluating
+from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, samples_in, take
 from mpq.network.parallel import processes
 from mpq.network.prepare import prepared
 from mpq.quantized import Moments, WeightRounding, simulate
@@ -24,7 +24,7 @@ from mpq.training.objective import harms
 from mpq.training.settings import Finetuning
 from mpq.training.stages import stages
 
-HELD_OUT = 10  # one of so many batches is kept for acceptance where none are given
+HELD_OUT = 10  # one of so many is kept for acceptance where none are given
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ def finetune(
         batches: training data.
         loss_fn: calls a model on a batch and gives its mean loss, as in `mpq.profile`.
         settings: steps, rates and objective (`mpq.Finetuning`).
-        acceptance: data that only compares the result with the start; left out, a tenth of the batches.
+        acceptance: data that only compares the result with the start; left out, a tenth of the batches or samples.
         method: first rounding, by name or as a rounder, with the `second_moments` that it may need.
         teacher: the float model, where `model` is not.
         order: in which layers are quantized, where `settings` have several stages; left out, HAWQ's
@@ -92,12 +92,14 @@ def finetune(
     settings, model = settings or Finetuning(), prepared(model)
     teacher = model if teacher is None else prepared(teacher)
     data = check_batches(batches)
-    established = acceptance is not None or len(data) > 1
+    unseen: tuple[Batch, ...] = ()
+    established = True
     if acceptance is not None:
         unseen = check_batches(acceptance)
     else:
-        held = max(1, len(data) // HELD_OUT)
-        data, unseen = (data[:-held], data[-held:]) if established else (data, data)
+        data, unseen = _held_out(data)
+        established = bool(unseen)
+    unseen = unseen or data
     rounder = rounder_of(method, second_moments)
     runs = _runs(model, allocation, data, loss_fn, rounder, settings, order)
     types = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -126,6 +128,18 @@ def finetune(
     spread = float(difference.std() / len(difference) ** 0.5) if len(difference) > 1 else math.nan
     harm = (float(before.mean()), float(after.mean()), spread)
     return Finetuned(student, trained.losses, trained.lr, trained.momentum, *harm, kept, established, note)
+
+
+def _held_out(data: tuple[Batch, ...]) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
+    """Training data, and a tenth of it for acceptance: the last batches, or samples of a single batch; none of one."""
+    if len(data) > 1:
+        held = max(1, len(data) // HELD_OUT)
+        return data[:-held], data[-held:]
+    samples = samples_in(data[0])
+    cut = samples - max(1, samples // HELD_OUT)
+    if not cut:
+        return data, ()
+    return (take(data[0], slice(0, cut)),), (take(data[0], slice(cut, samples)),)
 
 
 def _find_rate(student: nn.Module, settings: Finetuning, losses: Sequence[Callable[[], Tensor]]) -> tuple[float, float]:

@@ -77,6 +77,23 @@ def test_a_result_that_is_worse_is_not_handed_over():
         torch.testing.assert_close(result.model(data[0][0]), start)
 
 
+def test_data_for_acceptance_are_held_out():
+    model, (batch, *_) = seed_weights(Normed()).eval(), images()
+    allocation, seen = uniform(model, "int2-channel"), []
+
+    def watching(net, part):
+        seen.append((net.training, len(part[0])))
+        return cross_entropy(net, part)
+
+    result = finetune(model, allocation, [batch], watching, QUICK)
+    assert {count for training, count in seen if training} == {15}
+    assert {count for training, count in seen} == {15, 1}
+    assert result.established
+    single = tuple(part[:1] for part in batch)
+    alone = finetune(model, allocation, [single], cross_entropy, replace(QUICK, freeze_batchnorm=True))
+    assert "Not established on unseen data" in alone.verdict()
+
+
 def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path):
     model = seed_weights(Normed()).eval()
     allocation, data = uniform(model, "int3-channel"), images()
