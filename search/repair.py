@@ -10,13 +10,15 @@ from scipy.sparse import csr_array
 from mpq.core.errors import MpqError
 
 Array = NDArray[np.float64]
+FLOORS = (0.97, 0.9, 0.0)  # shares of the budget that choices should use, tried in this order
 IMPOSSIBLE = -1e6  # log-probabilities below are of options that a decision does not have
 
 
 def likeliest_within(log_probabilities: Array, costs: Array, budget: float) -> NDArray[np.intp]:
     """One option for each decision, (decisions,): the likeliest together whose costs sum to the budget at most.
 
-    The likeliest options themselves where they fit; else an integer program, solved exactly.
+    The likeliest options themselves where they fit; else an integer program, solved exactly, among choices that use
+    most of the budget, where there are any: giving up one costly option would else leave much of it unused.
 
     Args:
         log_probabilities: (decisions, options).
@@ -33,26 +35,35 @@ def likeliest_within(log_probabilities: Array, costs: Array, budget: float) -> N
     cheapest: NDArray[np.intp] = costs.argmin(1)
     if costs[rows, cheapest].sum() > budget:
         raise MpqError(f"a cost of {budget:.6g} is below the cheapest choice, {costs[rows, cheapest].sum():.6g}")
+    for floor in FLOORS:
+        found = _solved(log_probabilities, costs, budget, floor)
+        if found is not None:
+            return found
+    return cheapest
+
+
+def _solved(log_probabilities: Array, costs: Array, budget: float, floor: float) -> NDArray[np.intp] | None:
+    """The likeliest choices that cost from `floor` of the budget to the budget, None where there are none."""
     decisions, options = costs.shape
+    rows, unit, limit = np.arange(decisions), float(np.abs(costs).max()), budget
     one_each = csr_array((np.ones(costs.size), (np.repeat(rows, options), np.arange(costs.size))))
-    unit, limit = float(np.abs(costs).max()), budget
     for _ in range(5):  # the solver keeps the budget to a tolerance only
         found = milp(
             (log_probabilities.max(1, keepdims=True) - log_probabilities).ravel(), integrality=np.ones(costs.size),
             bounds=Bounds(0, 1), options={"mip_rel_gap": 0.0},
             constraints=[
                 LinearConstraint(one_each, 1, 1),
-                LinearConstraint(csr_array(costs.reshape(1, -1) / unit), -np.inf, limit / unit),
+                LinearConstraint(csr_array(costs.reshape(1, -1) / unit), floor * budget / unit, limit / unit),
             ],
         )  # fmt: skip
         if found.x is None:
-            return cheapest
+            return None
         chosen: NDArray[np.intp] = found.x.reshape(decisions, options).argmax(1)
         excess = costs[rows, chosen].sum() - budget
         if excess <= 0:
             return chosen
         limit -= 2 * excess
-    return cheapest
+    return None
 
 
 def likely_within(

@@ -125,9 +125,13 @@ def test_the_final_choice_is_the_likeliest_within_the_target():
         with torch.no_grad():
             search.controller.logits.copy_(torch.randn(4, 3, generator=seeded(seed)))
         every = np.array(list(np.ndindex(3, 3, 3, 3)))
-        within = [row for row in every if search.cost_of(row) <= 1]
         logs = search.controller.logits.detach().log_softmax(1).numpy()
-        best = max(within, key=lambda row: logs[np.arange(4), row].sum())
+        best = logs.argmax(1)
+        if search.cost_of(best) > 1:
+            costs = np.array([search.cost_of(row) for row in every])
+            floor = next(floor for floor in (0.97, 0.9, 0.0) if ((costs >= floor) & (costs <= 1)).any())
+            within = every[(costs >= floor) & (costs <= 1)]
+            best = max(within, key=lambda row: logs[np.arange(4), row].sum())
         allocation = search.allocation()
         assert allocation.schemes == tuple(parse_scheme(SPACE[option]).name for option in best)
         assert allocation.provenance["cost_over_target"] <= 1
