@@ -27,7 +27,8 @@ def in_words(allocation: Allocation, serving: Serving, file_size: int) -> tuple[
         f"{kind} {', '.join(f'{count} x {name}' for name, count in counts.most_common())}"
         for kind, counts in kinds.items()
     )
-    said = f"Keys and values take {cache.bits:.4g} bits a number, {cache.token_bytes:,} bytes a token: {formats}."
+    said = f"Keys and values take {cache.bits:.4g} bits a number, {cache.token_bytes:,} bytes a token: {formats}. "
+    said += "Whatever was measured caches in these formats, the original in floating point."
     return (said, tokens_within(allocation, serving, file_size)) if serving.memory is not None else (said,)
 
 
