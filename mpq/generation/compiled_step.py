@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as everywhere
 
-from mpq.generation.decoder import Block, Decoder, Memory, grow
+from mpq.generation.decoder import Block, Decoder, grow
+from mpq.generation.memory import Memory, names_of
+from mpq.kernels import blocks
 from mpq.kernels.cpu import abi, panels
+from mpq.kernels.cpu import attention as cached
 from mpq.kernels.cpu import native as cpu
 from mpq.kernels.modules import PackedLinear
 from mpq.kernels.stacked import Stack
@@ -39,17 +42,19 @@ class CompiledStep:
         x = self.decoder.embed(token)
         if memory.length == memory.capacity:
             grow(self.decoder, memory, 2 * memory.length + 2, x)
-        tensors = (x, *memory.keys, *memory.values, *memory.rotations)
-        if any(tensor.dtype != self.dtype or not tensor.is_contiguous() for tensor in tensors):
-            return None
         if len(memory.keys) != len(self.decoder.blocks) or torch.is_autocast_enabled("cpu"):
+            return None
+        if any(tensor.dtype != self.dtype or not tensor.is_contiguous() for tensor in (x, *memory.rotations)):
+            return None
+        if memory.described is None:
+            memory.described = _caches(memory, self.decoder.head_width, self.dtype)
+        if not memory.described:
             return None
         logits: Tensor = x.new_empty(self.vocabulary)
         cos, sin = (part[memory.length] for part in memory.rotations)
-        addresses = [part.data_ptr() for part in (*memory.keys, *memory.values)]
         status = self.library.mpq_step(self.described, abi.Token(
-            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), logits.data_ptr(),
-            (ctypes.c_void_p * len(addresses))(*addresses), memory.length, memory.capacity, torch.get_num_threads(),
+            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), logits.data_ptr(), memory.described, memory.length,
+            torch.get_num_threads(),
         ))  # fmt: skip
         if status < 0:
             raise MemoryError("out of memory for the CPU kernel's scratch buffers")
@@ -90,6 +95,27 @@ def compiled_step(decoder: Decoder) -> CompiledStep | None:
     )  # fmt: skip
     head: Any = decoder.head
     return CompiledStep(decoder, native.library, described, head.out_features, dtype, kept)
+
+
+def _caches(memory: Memory, width: int, dtype: torch.dtype) -> ctypes.Array[abi.BlockCache] | tuple[()]:
+    """The cache as the library takes it; () where it cannot read it, or round tokens to it."""
+    found = []
+    for index, parts in enumerate(zip(memory.keys, memory.values, strict=True)):
+        names = names_of(memory if memory.packed else Memory(), index, dtype)
+        if not memory.packed and any(part[0].dtype != dtype or not part[0].is_contiguous() for part in parts):
+            return ()
+        slabs = [cached.slabs_of(part) if memory.packed else _rows(part[0]) for part in parts]
+        vectors = [described for name in names if cached.rounds(described := cached.vectors_of(name, width))]
+        if len(vectors) < len(names):
+            return ()
+        found.append(abi.BlockCache(*map(ctypes.pointer, vectors), *slabs))  # type: ignore[arg-type]
+    return (abi.BlockCache * len(found))(*found)
+
+
+def _rows(floats: Tensor) -> ctypes.Array[abi.Slab]:  # (1, key heads, capacity, head width)
+    """A float cache as one slab, whose last block may end behind it."""
+    count = -(-floats.shape[2] // blocks.TOKENS)
+    return (abi.Slab * 1)(abi.Slab(floats.data_ptr(), count, floats.stride(1) * floats.itemsize))
 
 
 def _linear(block: Block) -> tuple[Any, ...]:

@@ -5,19 +5,14 @@ written in place, query heads of a group as rows of one attention product, logit
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mpq.core.cache import TokenBlocks
-from mpq.core.cache_formats import CacheFormats
-from mpq.core.layer import KEYS, VALUES
-from mpq.kernels.kv_cache import round_vectors
-from mpq.kernels.token_blocks import whole
-from mpq.network.cached import entry_name
+from mpq.generation.memory import Memory, attend, enlarge, store
 
 
 @dataclass(frozen=True)
@@ -65,19 +60,6 @@ class Decoder:
         return self.activation is functional.silu and self.scale is None and not self.own_norms and not any(own)
 
 
-@dataclass
-class Memory:
-    """The key-value cache, (1, key heads, capacity, head width) for each block, and the rotations."""
-
-    length: int = 0
-    capacity: int = 0
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    formats: CacheFormats | None = None  # that keys and values are rounded to; None: they stay as they are
-    rotations: tuple[Tensor, ...] = ()  # cosines and sines, (capacity, rotated width); the sines' first half negative
-    local_rotations: tuple[Tensor, ...] = ()  # of blocks with local attention
-
-
 def step(decoder: Decoder, tokens: Tensor, memory: Memory) -> Tensor:  # int (1, time)
     """Process tokens: logits of the next token, (vocabulary,), in the model's type.
 
@@ -94,33 +76,15 @@ def step(decoder: Decoder, tokens: Tensor, memory: Memory) -> Tensor:  # int (1,
         q, k, v = (_heads(part, decoder.head_width) for part in _projections(block, h))
         if block.q_norm is not None and block.k_norm is not None:
             q, k = _norm(decoder, block.q_norm, q), _norm(decoder, block.k_norm, k)
-        if index == len(memory.keys):
-            shape = (1, k.shape[1], memory.capacity, decoder.head_width)
-            memory.keys.append(k.new_empty(shape))
-            memory.values.append(v.new_empty(shape))
-        store(memory.keys[index], _rotate(k, cos, sin), first, entry_name(index, KEYS), memory.formats)
-        store(memory.values[index], v, first, entry_name(index, VALUES), memory.formats)
-        past = (memory.keys[index][:, :, :last], memory.values[index][:, :, :last])
-        mixed = block.o(_attend(_rotate(q, cos, sin), *past, decoder.scale, block.window))
+        k = _rotate(k, cos, sin)
+        store(memory, index, k, v)
+        mixed = block.o(attend(memory, index, _rotate(q, cos, sin), k, v, decoder.scale, block.window))
         x = x + (mixed if block.after_attention is None else _norm(decoder, block.after_attention, mixed))
         mixed = _mlp(decoder, block, _norm(decoder, block.mlp_norm, x))
         x = x + (mixed if block.after_mlp is None else _norm(decoder, block.after_mlp, mixed))
     memory.length = last
     logits: Tensor = decoder.head(_norm(decoder, decoder.norm, x[:, -1]))
     return logits[0]
-
-
-def store(buffer: Tensor, vectors: Tensor, first: int, name: str, formats: CacheFormats | None) -> None:
-    """Put new keys or values, (1, heads, time, width), into a cache from token `first` on, as it gives them back."""
-    format = None if formats is None else formats.format_of.get(name)
-    last = first + vectors.shape[2]
-    if format is None or isinstance(format, TokenBlocks):
-        buffer[:, :, first:last] = vectors
-    else:
-        buffer[:, :, first:last] = round_vectors(vectors, format)
-    if isinstance(format, TokenBlocks):
-        filled = slice(whole(first, format), whole(last, format))
-        buffer[:, :, filled] = round_vectors(buffer[:, :, filled], format)
 
 
 def _projections(block: Block, h: Tensor) -> tuple[Tensor, ...]:
@@ -155,35 +119,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(width // 2, -1), sin)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:
-    """Causal attention of the last queries, (1, heads, time, width), as (1, time, heads * width)."""
-    _, heads, time, width = q.shape
-    past = keys.shape[2]
-    if window is not None and past > window + time - 1:  # what no query sees any more
-        keys, values = (part[:, :, past - window - time + 1 :] for part in (keys, values))
-        past = keys.shape[2]
-    if time == 1:  # the query heads of a key head are rows of one product, so keys are not repeated
-        grouped = q.view(1, keys.shape[1], -1, width)
-        return functional.scaled_dot_product_attention(grouped, keys, values, scale=scale).reshape(1, 1, heads * width)
-    mask = None if past == time else q.new_ones((time, past), dtype=torch.bool).tril(past - time)
-    if window is not None and past > window:
-        mask = q.new_ones((time, past), dtype=torch.bool).tril(past - time).triu(past - time - window + 1)
-    mixed = functional.scaled_dot_product_attention(
-        q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True, scale=scale
-    )
-    return mixed.transpose(1, 2).reshape(1, time, heads * width)
-
-
 def grow(decoder: Decoder, memory: Memory, capacity: int, like: Tensor) -> None:
     """Grow the cache to this many tokens in all; `like` has the model's type."""
     memory.rotations = _signed(*decoder.positions(capacity, like))
     if decoder.local_positions is not None:
         memory.local_rotations = _signed(*decoder.local_positions(capacity, like))
-    for tensors in (memory.keys, memory.values):
-        for index, old in enumerate(tensors):
-            tensors[index] = old.new_empty((*old.shape[:2], capacity, old.shape[3]))
-            tensors[index][:, :, : memory.length] = old[:, :, : memory.length]
-    memory.capacity = capacity
+    enlarge(memory, capacity)
 
 
 def _signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mpq.core.errors import MpqError
 from mpq.generation.architectures import decoder_of
 from mpq.generation.compiled_step import CompiledStep, compiled_step
-from mpq.generation.decoder import Decoder, Memory, step
+from mpq.generation.decoder import Decoder, step
+from mpq.generation.memory import Memory, can_pack
 from mpq.generation.serving import cache_formats_of
 from mpq.network.calibration import evaluating, logits_of, seeded
 
@@ -61,7 +62,7 @@ def generate(
         if decoder is None and hasattr(model, "generate"):
             _own_generation(model, prompt, chosen, max_new_tokens, stop)
         else:
-            _loop(_follower(model, decoder), prompt, chosen, max_new_tokens, stop)
+            _loop(_follower(model, decoder, prompt.device), prompt, chosen, max_new_tokens, stop)
     first = chosen.first or started
     return Generation(tuple(chosen.tokens), first - started, time.perf_counter() - first)
 
@@ -126,11 +127,13 @@ def compare_speeds(
     return {name: sorted(speeds)[len(speeds) // 2] for name, speeds in seconds.items()}
 
 
-def _follower(model: nn.Module, decoder: Decoder | None) -> Callable[[Tensor], Tensor]:
+def _follower(model: nn.Module, decoder: Decoder | None, device: torch.device) -> Callable[[Tensor], Tensor]:
     """A function from the next tokens (1, time) to the logits after them, (vocabulary,)."""
     if decoder is not None:
-        formats = cache_formats_of(model)  # the compiled step's cache is in floating point
-        return partial(_follow, decoder, None if formats else compiled_step(decoder), Memory(formats=formats))
+        formats = cache_formats_of(model)
+        memory = Memory(formats=formats, packed=can_pack(formats, decoder.head_width, device))
+        compiled = compiled_step(decoder) if memory.packed or formats is None else None
+        return partial(_follow, decoder, compiled, memory)
     seen: list[Tensor] = []
 
     def follow(tokens: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def _conv_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return by_input, [None] * len(ctx.saved_tensors), by_bias, *[None] * 9
 
 
-_LIBRARY: Any = torch.library.Library("mpq", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY: Any = torch.library.Library("mpq", "DEF")  # type: ignore[no-untyped-call]
 _PARTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "linear": (_linear, _linear_shape),
     "linear_any": (_linear, _linear_shape),
@@ -163,9 +163,9 @@ _PARTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "embedding": (_embedding, _embedding_shape),
 }
 for _name, (_implementation, _shape) in _PARTS.items():
-    _LIBRARY.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mpq::{_name}", _shape, lib=_LIBRARY)
-torch.library.register_autograd("mpq::linear", _linear_backward, setup_context=_remember, lib=_LIBRARY)
-torch.library.register_autograd("mpq::conv", _conv_backward, setup_context=_remember_conv, lib=_LIBRARY)
+    LIBRARY.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mpq::{_name}", _shape, lib=LIBRARY)
+torch.library.register_autograd("mpq::linear", _linear_backward, setup_context=_remember, lib=LIBRARY)
+torch.library.register_autograd("mpq::conv", _conv_backward, setup_context=_remember_conv, lib=LIBRARY)
 gpu.register()

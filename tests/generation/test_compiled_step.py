@@ -9,8 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mpq.core.allocation import Allocation
 from mpq.generation.architectures import decoder_of
 from mpq.generation.compiled_step import compiled_step
-from mpq.generation.decoder import Memory, step
+from mpq.generation.decoder import step
 from mpq.generation.generate import generate
+from mpq.generation.memory import Memory
 from mpq.kernels.cpu import native as cpu
 from mpq.models.tiny_lm import LMConfig, TinyLM
 from mpq.network.calibration import seeded

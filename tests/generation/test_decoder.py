@@ -5,7 +5,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from mpq.core.allocation import Allocation
 from mpq.generation.architectures import decoder_of
-from mpq.generation.decoder import Memory, step
+from mpq.generation.decoder import step
+from mpq.generation.memory import Memory
 from mpq.models.tiny_lm import LMConfig, TinyLM
 from mpq.network.calibration import logits_of, seeded
 from mpq.network.layers import find_layers

@@ -71,12 +71,67 @@ class Decoder(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Token(ctypes.Structure):
-    """One token and its cache: addresses of keys of each block, then of values."""
+class Vectors(ctypes.Structure):
+    """How a cache stores vectors of keys or values; without a weight they are floats."""
 
     _fields_ = [
-        *[(name, c_void_p) for name in ("x", "cos", "sin", "logits")], ("cache", POINTER(c_void_p)),
-        *[(name, c_int64) for name in ("position", "capacity", "threads")],
+        ("weight", POINTER(Weight)), ("width", c_int64),
+        *[(name, c_int32) for name in (
+            "element", "element_bytes", "group", "scale_kind", "scale_bytes", "has_minimum",
+        )],
+    ]  # fmt: skip
+
+
+class Slab(ctypes.Structure):
+    """Memory for some blocks of every key head."""
+
+    _fields_ = [("data", c_void_p), ("blocks", c_int64), ("head_bytes", c_int64)]
+
+
+class Sequence(ctypes.Structure):
+    """One sequence's newest token and its cache."""
+
+    _fields_ = [
+        ("q", c_void_p), ("out", c_void_p), ("keys", POINTER(Slab)), ("values", POINTER(Slab)), ("length", c_int64),
+    ]  # fmt: skip
+
+
+class Attention(ctypes.Structure):
+    """Attention of the newest token of each sequence."""
+
+    _fields_ = [
+        ("keys", POINTER(Vectors)), ("values", POINTER(Vectors)), ("sequences", POINTER(Sequence)),
+        *[(name, c_int64) for name in ("count", "heads", "key_heads", "window")],
+        ("sinks", c_void_p), ("scale", c_float), ("planes", c_int32), ("threads", c_int32), ("level", c_int32),
+        ("parallel", c_void_p),
+    ]  # fmt: skip
+
+
+class Append(ctypes.Structure):
+    """Tokens that follow those in a cache."""
+
+    _fields_ = [
+        ("vectors", POINTER(Vectors)), ("slabs", POINTER(Slab)), ("x", c_void_p),
+        *[(name, c_int64) for name in ("head_stride", "token_stride", "heads", "tokens", "position")],
+        ("values", c_int32), ("threads", c_int32), ("parallel", c_void_p),
+    ]  # fmt: skip
+
+
+class BlockCache(ctypes.Structure):
+    """The cache of a decoder's block."""
+
+    _fields_ = [
+        ("keys", POINTER(Vectors)), ("values", POINTER(Vectors)),
+        ("key_slabs", POINTER(Slab)), ("value_slabs", POINTER(Slab)),
+    ]  # fmt: skip
+
+
+class Token(ctypes.Structure):
+    """One token and the decoder's cache."""
+
+    _fields_ = [
+        *[(name, c_void_p) for name in ("x", "cos", "sin", "logits")], ("caches", POINTER(BlockCache)),
+        *[(name, c_int64) for name in ("position", "threads")],
     ]  # fmt: skip
 
 
@@ -94,6 +149,8 @@ def declare(library: ctypes.CDLL) -> None:
     library.mpq_conv.argtypes = [POINTER(Weight), POINTER(Call), POINTER(Images)]
     library.mpq_embedding.argtypes = [POINTER(Weight), *pointers, c_int64, c_void_p]
     library.mpq_step.restype, library.mpq_step.argtypes = c_int64, [POINTER(Decoder), POINTER(Token)]
+    library.mpq_attend.restype, library.mpq_attend.argtypes = c_int64, [POINTER(Attention)]
+    library.mpq_append_tokens.restype, library.mpq_append_tokens.argtypes = None, [POINTER(Append)]
     library.mpq_dequantize.restype = None
     library.mpq_dequantize.argtypes = [POINTER(Weight), *pointers, ctypes.c_int, c_void_p]
     library.mpq_read.argtypes = [c_void_p, c_int64, ctypes.c_int, c_void_p]

@@ -34,7 +34,7 @@ LEVELS = (  # in the order of src/levels.c
     if platform.machine() in ("aarch64", "arm64")
     else ("portable", "avx2", "avxvnni", "avx512", "amx")
 )
-_SCALE_KINDS = ("fp32", "fp16", "bf16", "e8m0", "e4m3", "ue5m3")  # numbered as in src/abi.h
+SCALE_KINDS = ("fp32", "fp16", "bf16", "e8m0", "e4m3", "ue5m3")  # numbered as in src/abi.h
 # By level: gather patches up to this many output positions for each row of the weight, and in all; measured, except for
 # neon, which takes avx2's
 _PATCH_LIMITS = ((0.06, 4.0), (0.12, 10.0), (0.16, 16.0), (0.4, 160.0), (1.5, math.inf))
@@ -113,7 +113,7 @@ def _plan(format_name: str, rows: int, cols: int) -> Plan:
     panel_bytes += extras if cut.row_scales else extras * cut.tiles * cut.segments + panels.END
     weight = abi.Weight(
         rows, cols, panel_bytes, format.grid.bits, levels.kind, levels.offset,
-        cut.group, cut.segment, cut.segments, cut.tiles, _SCALE_KINDS.index(format.scale), scale_bytes,
+        cut.group, cut.segment, cut.segments, cut.tiles, SCALE_KINDS.index(format.scale), scale_bytes,
         cut.row_scales, format.zero_point, panels.bf16_terms(format), levels.factor, _table(levels.low),
         _table(levels.high), bits.low_matrix, bits.high_matrix, bits.high_flip, bits.normal_mask,
     )  # fmt: skip

@@ -1,5 +1,5 @@
 /* Runs each case at every level on allocations of exact size: products of several batches, convolutions, the whole weight,
- * its rows, calls by PyTorch's dispatcher, and where it is square, steps of a decoder whose layers all have that weight.
+ * its rows, calls by PyTorch's dispatcher, attention to caches of its codes, and where it is square, steps of a decoder whose layers all have that weight.
  * A case is a file: an mpq_weight, the 256 numbers of its codes, the weight as float32 (rows, cols), the panels.
  * Prints the best level's name, then for each case the hash of what the first level computed. Gaps between rows hold NaN:
  * none may be read, nor written. Levels that share multiply.h must agree to the bit (without fused multiply-adds).
@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "tile.h"
+#include "attention.h"
 
 typedef struct {
   mpq_weight weight;
@@ -209,7 +209,11 @@ static int decode(const test_case *one, int64_t position, int is_bf16) {
       void *memory[4], *x = numbers(width, is_bf16), *cos = numbers(head, is_bf16), *sin = numbers(head, is_bf16);
       uint8_t *out = filled(width * element, 0xff);
       for (int i = 0; i < 4; i++) memory[i] = numbers(past, is_bf16);
-      const mpq_token token = {x, cos, sin, out, memory, position, position + 1, threads};
+      const mpq_vectors vectors = {.width = head, .element = is_bf16 ? MPQ_SCALE_BF16 : MPQ_SCALE_FP32, .element_bytes = element};
+      const int64_t blocks = position / BLOCK + 1;
+      const mpq_slab slabs[4] = {{memory[0], blocks, 0}, {memory[1], blocks, 0}, {memory[2], blocks, 0}, {memory[3], blocks, 0}};
+      const mpq_block_cache caches[2] = {{&vectors, &vectors, slabs, slabs + 1}, {&vectors, &vectors, slabs + 2, slabs + 3}};
+      const mpq_token token = {x, cos, sin, out, caches, position, threads};
       if (mpq_step(&decoder, &token) != 0) return FAILED;
       TRY(look(out, 1, width, width, element));
       if (alone && memcmp(alone, out, width * element)) return THREADS_DIFFER;
@@ -223,6 +227,106 @@ static int decode(const test_case *one, int64_t position, int is_bf16) {
     else remember(first = alone, width * element);
   }
   free(norm), free(first);
+  return 0;
+}
+
+/* Slabs of one block and of the rest, each of exact size, and the format that they have. */
+typedef struct {
+  mpq_weight weight;
+  mpq_vectors vectors;
+  mpq_slab slabs[2];
+} cache;
+
+/* Numbers as a stream of float16, of scales or of elements; bytes of codes. */
+static void fill_cache(cache *made, int64_t heads, int64_t tokens) {
+  const mpq_vectors *vectors = &made->vectors;
+  const int64_t blocks = (tokens + BLOCK - 1) / BLOCK, bytes = mpq_block_bytes(vectors);
+  const int64_t start = vectors->weight ? mpq_codes_bytes(vectors) : 0;
+  for (int slab = 0; slab < 2; slab++) {
+    const int64_t own = slab ? blocks - 1 : 1;
+    uint8_t *data = malloc(heads * own * bytes);
+    for (int64_t i = 0; i < heads * own * bytes; i++) data[i] = (uint8_t)(i * 37 + i / 91);
+    for (int64_t block = 0; block < heads * own; block++)
+      for (int64_t i = 0; i < (bytes - start) / 2; i++) {
+        const uint16_t half = (uint16_t)(0x2c00 + (i * 29 + block) % 2048); /* 1/16 to 1/4 */
+        if (vectors->element_bytes != 1) memcpy(data + block * bytes + start + 2 * i, &half, 2);
+      }
+    if (vectors->element_bytes == 1) for (int64_t i = 0; i < heads * own * bytes; i++) data[i] &= 0xbf; /* below 2 */
+    made->slabs[slab] = (mpq_slab){data, own, own * bytes};
+  }
+}
+
+static cache new_cache(const test_case *one, int64_t width, int group, int element, int has_minimum) {
+  const int64_t padded = (width + 15) / 16 * 16;
+  cache made = {.weight = one->weight};
+  made.weight.cols = padded, made.weight.segment = (int32_t)padded, made.weight.segments = 1, made.weight.factor = 0.01f;
+  made.vectors = (mpq_vectors){.width = width, .group = group, .scale_kind = MPQ_SCALE_FP16, .scale_bytes = 2, .has_minimum = has_minimum};
+  if (element >= 0)
+    made.vectors = (mpq_vectors){.width = width, .element = element, .element_bytes = element == MPQ_SCALE_E4M3 ? 1 : element ? 2 : 4,
+                                 .group = (int32_t)padded};
+  return made;
+}
+
+/* Round some tokens into both slabs, where the format is one that the library rounds to. */
+static void append_some(const cache *made, int values) {
+  if (made->vectors.weight && made->vectors.weight->kind != MPQ_INTEGER) return;
+  const int64_t width = made->vectors.width, tokens = 11;
+  float *x = numbers(2 * tokens * width, 0);
+  const mpq_append call = {&made->vectors, made->slabs, x, tokens * width, width, 2, tokens, BLOCK - 5, values, 3, NULL};
+  mpq_append_tokens(&call);
+  free(x);
+}
+
+/* Two sequences whose query heads share two key heads, at every level and number of threads. */
+static int attend_caches(cache *keys, cache *values, int group, int planes, int64_t window) {
+  const int64_t lengths[2] = {70, 330}, width = keys->vectors.width, heads = 2 * group, size = 2 * heads * width;
+  float *q = numbers(size, 0), *sinks = numbers(heads, 0), *first = NULL;
+  mpq_sequence sequences[2];
+  cache copies[2][2];
+  if (keys->vectors.element_bytes == 0) keys->vectors.weight = &keys->weight;
+  if (values->vectors.element_bytes == 0) values->vectors.weight = &values->weight;
+  for (int i = 0; i < 2; i++) {
+    copies[i][0] = *keys, copies[i][1] = *values;
+    for (int j = 0; j < 2; j++) fill_cache(&copies[i][j], 2, lengths[i]), append_some(&copies[i][j], j);
+  }
+  mpq_attention call = {&keys->vectors, &values->vectors, sequences, 2, heads, 2, window, window ? sinks : NULL, 0.1f, planes, 1, 0, NULL};
+  for (call.level = 0; call.level <= mpq_best_level(99); call.level++) {
+    if (mpq_best_level(call.level) != call.level) continue;
+    float *alone = NULL;
+    for (call.threads = 1; call.threads <= 3; call.threads += 2) {
+      float *out = filled(size * sizeof *out, 0xff);
+      for (int i = 0; i < 2; i++)
+        sequences[i] = (mpq_sequence){q + i * heads * width, out + i * heads * width, copies[i][0].slabs, copies[i][1].slabs, lengths[i]};
+      if (mpq_attend(&call) != 0) return FAILED;
+      TRY(look((uint8_t *)out, 2, heads * width, heads * width, 4));
+      if (alone && memcmp(alone, out, size * sizeof *out)) return THREADS_DIFFER;
+      if (alone) free(out);
+      else alone = out;
+    }
+    if (first && alike(call.level) && memcmp(first, alone, size * sizeof *first)) return LEVELS_DIFFER;
+    if (first) free(alone);
+    else remember((uint8_t *)(first = alone), size * sizeof *first);
+  }
+  for (int i = 0; i < 2; i++)
+    for (int j = 0; j < 4; j++) free(copies[i][j / 2].slabs[j % 2].data);
+  free(q), free(sinks), free(first);
+  return 0;
+}
+
+static int attend_all(const test_case *one) {
+  const int codes = one->weight.kind == MPQ_INTEGER || one->weight.kind == MPQ_TABLE8, minimum = one->weight.kind == MPQ_INTEGER;
+  if (codes) {
+    cache keys = new_cache(one, 40, 32, -1, minimum), values = new_cache(one, 40, 48, -1, minimum);
+    cache floats = new_cache(one, 40, 0, MPQ_SCALE_BF16, 0);
+    TRY(attend_caches(&keys, &floats, 5, 1, 100));
+    TRY(attend_caches(&keys, &values, 7, 2, 0));
+    return 0;
+  }
+  const int elements[] = {MPQ_SCALE_FP32, MPQ_SCALE_FP16, MPQ_SCALE_BF16, MPQ_SCALE_E4M3};
+  for (int i = 0; i < 4; i++) {
+    cache keys = new_cache(one, 40, 0, elements[i], 0), values = new_cache(one, 40, 0, elements[(i + 1) % 4], 0);
+    TRY(attend_caches(&keys, &values, 3, 2, 64 * (i % 2)));
+  }
   return 0;
 }
 
@@ -349,6 +453,7 @@ static int drive(const char *name) {
   TRY(dequantize(&one));
   TRY(look_up(&one));
   TRY(serve(&one, name));
+  TRY(attend_all(&one));
   if (one.weight.rows == one.weight.cols)
     for (int variant = 0; variant < 6; variant++) TRY(decode(&one, (const int[]){0, 37, 700}[variant / 2], variant & 1));
   for (int variant = 0; variant < 4; variant++) {

@@ -107,16 +107,82 @@ typedef struct {
 } mpq_decoder;
 ABI_ASSERT(mpq_decoder, 128, norm, 120);
 
-/* One token and its cache, in the model's dtype. */
+#define BLOCK 64 /* tokens of a cache that are stored together */
+
+/* How a cache stores vectors of keys or values, one for each token and head, in blocks of 64 tokens. Floats stand token after
+ * token. Codes stand in steps of 64, as a weight's do. Of keys, a step holds 4 columns of 16 tokens; the steps of a
+ * block are ordered by (16 tokens, 4 columns). Of values it holds 4 tokens of 16 columns, ordered by (16 columns, 4 tokens). After
+ * them stand the block's scales (groups, 64), then its float16 minima; columns are padded to a multiple of 16.
+ * A number is factor * (level - offset) * scale + minimum. */
+typedef struct {
+  const mpq_weight *weight; /* bits, kind (INTEGER or TABLE8), offset, factor and tables of the codes; NULL: floats */
+  int64_t width;
+  int32_t element, element_bytes; /* of floats: MPQ_SCALE_FP32, FP16, BF16 or E4M3 */
+  int32_t group;                  /* columns that share a scale: a multiple of 16, or all */
+  int32_t scale_kind, scale_bytes; /* 0 bytes: no scales, of floats only */
+  int32_t has_minimum;
+} mpq_vectors;
+ABI_ASSERT(mpq_vectors, 40, has_minimum, 36);
+
+/* Memory for some blocks of every key head: (key heads, blocks, bytes). */
+typedef struct {
+  uint8_t *data;
+  int64_t blocks, head_bytes; /* blocks of a head; bytes between heads */
+} mpq_slab;
+ABI_ASSERT(mpq_slab, 24, head_bytes, 16);
+
+/* One sequence's newest token and its cache, whose slabs follow each other. */
+typedef struct {
+  const float *q; /* (heads, width) */
+  float *out;     /* (heads, width) */
+  const mpq_slab *keys, *values;
+  int64_t length; /* tokens in the cache, at least 1 */
+} mpq_sequence;
+ABI_ASSERT(mpq_sequence, 40, length, 32);
+
+/* Attention of the newest token of each sequence. */
+typedef struct {
+  const mpq_vectors *keys, *values;
+  const mpq_sequence *sequences;
+  int64_t count, heads, key_heads; /* key heads divide heads */
+  int64_t window;     /* newest tokens seen; 0: all */
+  const float *sinks; /* (heads,) scores of nothing, or NULL */
+  float scale;        /* of scores */
+  int32_t planes;     /* int8 planes of a query, for keys of codes: 2 is nearly exact; 1 has a float16 scale for each head */
+  int32_t threads, level;
+  mpq_parallel parallel;
+} mpq_attention;
+ABI_ASSERT(mpq_attention, 88, parallel, 80);
+
+/* Tokens that follow those in a cache: keys or values of each head, float32. */
+typedef struct {
+  const mpq_vectors *vectors; /* floats, or INTEGER codes with float16 scales */
+  const mpq_slab *slabs;
+  const float *x;             /* (heads, tokens, width), `head_stride` and `token_stride` elements apart */
+  int64_t head_stride, token_stride, heads, tokens;
+  int64_t position; /* of the first */
+  int32_t values, threads;
+  mpq_parallel parallel;
+} mpq_append;
+ABI_ASSERT(mpq_append, 80, parallel, 72);
+
+/* The cache of a decoder's block. */
+typedef struct {
+  const mpq_vectors *keys, *values;
+  const mpq_slab *key_slabs, *value_slabs;
+} mpq_block_cache;
+ABI_ASSERT(mpq_block_cache, 32, value_slabs, 24);
+
+/* One token and the decoder's cache. */
 typedef struct {
   const void *x;         /* (width,) its embedding */
   const void *cos, *sin; /* (head width,) of its position; the first half of `sin` is negated */
   void *logits;          /* (rows of the head,) */
-  void *const *cache;    /* (key heads, capacity, head width): keys of each block, then values of each */
-  int64_t position, capacity;
+  const mpq_block_cache *caches; /* of each block, with room for the token */
+  int64_t position;
   int64_t threads;
 } mpq_token;
-ABI_ASSERT(mpq_token, 64, threads, 56);
+ABI_ASSERT(mpq_token, 56, threads, 48);
 
 /* y = x W^T + bias. Returns how many tokens were skipped and must be recomputed by the caller, or -1 if out of memory. */
 EXPORT int64_t mpq_linear(const mpq_weight *, const mpq_call *);
@@ -127,6 +193,13 @@ EXPORT int64_t mpq_conv(const mpq_weight *, const mpq_call *, const mpq_images *
 /* Compute the logits after a token. Returns 0; 1 if a product met values that it cannot represent: the caller recomputes
  * the step, and only the token's own cache entries were written; -1 if out of memory. */
 EXPORT int64_t mpq_step(const mpq_decoder *, const mpq_token *);
+
+/* Attention of each sequence's newest token; the result does not depend on the number of threads. Returns 0, or -1 if out of
+ * memory. */
+EXPORT int64_t mpq_attend(const mpq_attention *);
+
+/* Round tokens to a cache's format and store them in its blocks. */
+EXPORT void mpq_append_tokens(const mpq_append *);
 
 /* out (rows, cols) = the weight; `values` maps a code to its number. */
 EXPORT void mpq_dequantize(const mpq_weight *, const uint8_t *panels, const float *tensor_scale, const float *values,

@@ -1,14 +1,13 @@
-/* One token through a LLaMA-style decoder in one call: float32 between the packed products, keys and values in the
- * model's dtype. The thread team starts once for the token and spins between products. */
+/* One token through a LLaMA-style decoder in one call: float32 between the packed products, keys and values in
+ * formats of their own. The thread team starts once for the token and spins between products. */
+#include <math.h>
+
 #include "numbers.h"
 #include "threads.h"
 
 typedef struct {
   const mpq_decoder *decoder;
   const mpq_token *token;
-  mpq_attention attention;
-  work_ranges ranges;
-  atomic_int failed;
   int64_t status;
 } token_step;
 
@@ -28,15 +27,6 @@ static int linear_layer(token_step *step, const mpq_layer *layer, const float *x
   return (step->status = mpq_linear(layer->weight, &call)) != 0;
 }
 
-static void attend_key_heads(void *argument) {
-  token_step *step = argument;
-  float *scores = scratch(SCRATCH_SCORES, 4 * round_up16(step->attention.length) * sizeof(float));
-  if (!scores) { atomic_store(&step->failed, 1); return; }
-  int own = join_range(&step->ranges);
-  for (work_item head; take_item(&step->ranges, &own, &head);)
-    mpq_levels[step->decoder->level]->decoder_ops->attend(&step->attention, head.start, scores);
-}
-
 static void rotate(const token_step *step, float *x, int64_t heads) {
   const int64_t width = step->decoder->head_width, half = width / 2;
   const void *cos = step->token->cos, *sin = step->token->sin;
@@ -49,31 +39,26 @@ static void rotate(const token_step *step, float *x, int64_t heads) {
     }
 }
 
-/* Append the token's keys or values to the cache. */
-static void append_cache(const token_step *step, const float *x, void *cache) {
-  const mpq_decoder *decoder = step->decoder;
-  for (int64_t head = 0; head < decoder->key_heads; head++)
-    for (int64_t i = 0; i < decoder->head_width; i++, x++) {
-      const int64_t at = (head * step->token->capacity + step->token->position) * decoder->head_width + i;
-      if (decoder->is_bf16) ((uint16_t *)cache)[at] = to_bf16(*x);
-      else ((float *)cache)[at] = *x;
-    }
-}
-
-static void attend(token_step *step, int64_t block, float *q, float *k, float *v, float *out) {
+/* Append the token to its block's cache and attend to it. Nonzero ends the step. */
+static int attend(token_step *step, int64_t block, float *q, float *k, const float *v, float *out) {
   const mpq_decoder *decoder = step->decoder;
   const mpq_token *token = step->token;
-  void *keys = token->cache[block], *values = token->cache[decoder->count + block];
+  const mpq_block_cache *cache = token->caches + block;
+  const mpq_append key = {.vectors = cache->keys, .slabs = cache->key_slabs, .x = k, .head_stride = decoder->head_width,
+                          .heads = decoder->key_heads, .tokens = 1, .position = token->position, .threads = 1};
+  mpq_append value = key;
+  value.vectors = cache->values, value.slabs = cache->value_slabs, value.x = v, value.values = 1;
   rotate(step, q, decoder->heads);
   rotate(step, k, decoder->key_heads);
-  append_cache(step, k, keys);
-  append_cache(step, v, values);
-  step->attention = (mpq_attention){
-      .q = q, .keys = keys, .values = values, .out = out, .heads = decoder->heads, .key_heads = decoder->key_heads,
-      .width = decoder->head_width, .capacity = token->capacity, .length = token->position + 1, .is_bf16 = decoder->is_bf16,
+  mpq_append_tokens(&key);
+  mpq_append_tokens(&value);
+  const mpq_sequence sequence = {q, out, cache->key_slabs, cache->value_slabs, token->position + 1};
+  const mpq_attention attention = {
+      .keys = cache->keys, .values = cache->values, .sequences = &sequence, .count = 1, .heads = decoder->heads,
+      .key_heads = decoder->key_heads, .scale = 1 / sqrtf(decoder->head_width), .planes = 2, .threads = (int)token->threads,
+      .level = decoder->level, .parallel = team_parallel,
   };
-  const int few = step->attention.length * decoder->heads * decoder->head_width < 1 << 15;
-  share_work(few ? 1 : (int)token->threads, team_parallel, attend_key_heads, step, &step->ranges, decoder->key_heads, 1);
+  return (step->status = mpq_attend(&attention)) != 0;
 }
 
 static void add_residual(float *x, const float *y, int64_t count) {
@@ -99,8 +84,7 @@ static void run_step(void *argument) {
     if (linear_layer(step, &block->q, h, first, 0) || linear_layer(step, &block->k, h, k, 0) ||
         linear_layer(step, &block->v, h, v, 0))
       return;
-    attend(step, i, first, k, v, mixed);
-    if (atomic_load(&step->failed)) { step->status = -1; return; }
+    if (attend(step, i, first, k, v, mixed)) return;
     if (linear_layer(step, &block->o, mixed, h, 0)) return;
     add_residual(x, h, width);
     ops->normalize(x, block->mlp_norm, decoder->epsilon, width, h);

@@ -53,20 +53,11 @@ typedef struct {
   int64_t index, bytes;    /* `bytes` of the stored tile */
 } mpq_tile;
 
-/* Attention of one token's query heads to all keys and values up to it, (key heads, capacity, width). */
-typedef struct {
-  const float *q; /* (heads, width) */
-  const void *keys, *values;
-  float *out; /* (heads, width) */
-  int64_t heads, key_heads, width, capacity, length;
-  int32_t is_bf16; /* keys and values; otherwise float32 */
-} mpq_attention;
-
-/* A decoder's operations between its linear layers: level/decoder_ops.h. */
+/* A decoder's operations between its linear layers: level/decoder_ops.h and level/attend.h. */
 typedef struct {
   void (*normalize)(const float *x, const float *weight, float epsilon, int64_t count, float *out);
   void (*activate)(float *gate, const float *up, int64_t count);
-  void (*attend)(const mpq_attention *, int64_t key_head, float *scores);
+  void (*attend)(const void *part); /* mpq_attention_part */
 } mpq_decoder_ops;
 
 /* The functions of one instruction-set level. */
@@ -103,6 +94,7 @@ static inline int mpq_fits_int8_unit(const mpq_weight *weight) { return weight->
 /* TILE_SIGNED = TILE_LEVELS - this. */
 static inline int mpq_signed_shift(const mpq_weight *weight) { return weight->bits == 8 ? 128 : weight->zeros ? 0 : weight->offset; }
 
+extern const mpq_decoder_ops mpq_portable_ops, mpq_avx2_ops, mpq_avx512_ops, mpq_neon_ops;
 extern const mpq_level mpq_portable, mpq_avx2, mpq_avxvnni, mpq_avx512, mpq_amx, mpq_neon;
 extern const mpq_level *const mpq_levels[]; /* by level */
 #endif

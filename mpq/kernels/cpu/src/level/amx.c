@@ -4,7 +4,6 @@
 #include "amx_bf16.h"
 #include "amx_int8.h"
 #include "avx512_multiply.h"
-#include "decoder_ops.h"
 
 /* Accumulate `steps` of 64 columns: up to 16 activation rows times 2 x 16 weight rows, or times both planes of
  * 16 weight rows. dots (2, 16, 16). */
@@ -148,5 +147,5 @@ static AMX_TARGET void quantize_amx(const mpq_weight *weight, mpq_activation *to
 static AMX_TARGET void begin(void) { configured = -1; }
 static AMX_TARGET void end(void) { _tile_release(); }
 
-const mpq_level mpq_amx = {"amx", 1, 1, quantize_amx, decode_amx, multiply, begin, end, &decoder_ops};
+const mpq_level mpq_amx = {"amx", 1, 1, quantize_amx, decode_amx, multiply, begin, end, &mpq_avx512_ops};
 #endif

@@ -26,7 +26,9 @@ INLINE void dot(const uint8_t *levels, const int16_t *x, int segment, int32_t *s
 }
 #define LEVEL_DOT dot
 #include "multiply.h"
-#include "decoder_ops.h"
+#include "avx2_integers.h"
+#include "attend.h"
 
-const mpq_level mpq_avx2 = {"avx2", 0, 0, quantize, decode, multiply, NULL, NULL, &decoder_ops};
+const mpq_decoder_ops mpq_avx2_ops = {normalize, activate, attend};
+const mpq_level mpq_avx2 = {"avx2", 0, 0, quantize, decode, multiply, NULL, NULL, &mpq_avx2_ops};
 #endif

@@ -2,7 +2,9 @@
 #include "../tile.h"
 #ifdef MPQ_X86
 #include "avx512_multiply.h"
-#include "decoder_ops.h"
+#include "avx512_integers.h"
+#include "attend.h"
 
-const mpq_level mpq_avx512 = {"avx512", 0, 1, quantize, decode, multiply_vectors, NULL, NULL, &decoder_ops};
+const mpq_decoder_ops mpq_avx512_ops = {normalize, activate, attend};
+const mpq_level mpq_avx512 = {"avx512", 0, 1, quantize, decode, multiply_vectors, NULL, NULL, &mpq_avx512_ops};
 #endif

@@ -29,7 +29,6 @@ INLINE void dot(const uint8_t *levels, const int16_t *x, int segment, int32_t *s
 }
 #define LEVEL_DOT dot
 #include "multiply.h"
-#include "decoder_ops.h"
 
-const mpq_level mpq_avxvnni = {"avxvnni", 0, 0, quantize, decode, multiply, NULL, NULL, &decoder_ops};
+const mpq_level mpq_avxvnni = {"avxvnni", 0, 0, quantize, decode, multiply, NULL, NULL, &mpq_avx2_ops};
 #endif

@@ -1,0 +1,163 @@
+"""The key-value cache of the light loop: floats in one tensor, or formats packed in slabs of blocks."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mpq.core.cache import TokenBlocks, parse_cache_format
+from mpq.core.cache_formats import CacheFormats
+from mpq.core.formats import Format
+from mpq.core.layer import KEYS, VALUES
+from mpq.kernels import blocks
+from mpq.kernels.cpu import attention as cpu
+from mpq.kernels.cpu.pages import empty_on_large_pages
+from mpq.kernels.kv_cache import dequantize_heads, round_vectors
+from mpq.kernels.token_blocks import whole
+from mpq.network.cached import entry_name
+from mpq.rounding.reference import COPY_DTYPES
+
+_FLOATS = {dtype: name for name, dtype in COPY_DTYPES.items()}
+
+
+@dataclass
+class Memory:
+    """Keys and values of each block, and the rotations.
+
+    In floats each block has one tensor, (1, key heads, capacity, head width), which grows by copying. Packed ones have
+    slabs as `torch.ops.mpq.attend` reads them, and grow by a further slab.
+    """
+
+    length: int = 0
+    capacity: int = 0
+    keys: list[list[Tensor]] = field(default_factory=list)
+    values: list[list[Tensor]] = field(default_factory=list)
+    formats: CacheFormats | None = None  # that keys and values are rounded to; None: they stay as they are
+    packed: bool = False  # whether the cache holds the formats' bytes
+    rotations: tuple[Tensor, ...] = ()  # cosines and sines, (capacity, rotated width); the sines' first half negative
+    local_rotations: tuple[Tensor, ...] = ()  # of blocks with local attention
+    described: Any = None  # the cache as compiled code takes it, until it grows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache, with room for `capacity` tokens."""
+        return sum(slab.nbytes for slabs in (*self.keys, *self.values) for slab in slabs)
+
+
+def can_pack(formats: CacheFormats | None, width: int, device: torch.device) -> bool:
+    """Whether a cache can hold these formats' bytes: there are any, and the CPU's kernels read them all."""
+    if formats is None or device.type != "cpu" or width > cpu.MAX_WIDTH:
+        return False
+    return all(cpu.vectors_of(name, width) is not None for name in formats.names)
+
+
+def names_of(memory: Memory, index: int, dtype: torch.dtype) -> tuple[str, str]:
+    """Names of the formats of a block's keys and values; what has none is stored in the model's type."""
+    given = memory.formats
+    names = {} if given is None else {one.name: name for one, name in zip(given.entries, given.names, strict=True)}
+    key, value = (names.get(entry_name(index, kind), _FLOATS.get(dtype, "")) for kind in (KEYS, VALUES))
+    return key, value
+
+
+def enlarge(memory: Memory, capacity: int) -> None:
+    """Make room for this many tokens in all."""
+    memory.described = None
+    if memory.packed:
+        capacity = -(-capacity // blocks.TOKENS) * blocks.TOKENS
+    for parts in (memory.keys, memory.values):
+        for slabs in parts:
+            heads, size = slabs[0].shape[0], slabs[0].shape[2]
+            if memory.packed:
+                slabs.append(_slab(heads, (capacity - memory.capacity) // blocks.TOKENS, size))
+                continue
+            old = slabs[0]
+            slabs[0] = old.new_empty((*old.shape[:2], capacity, old.shape[3]))
+            slabs[0][:, :, : memory.length] = old[:, :, : memory.length]
+    memory.capacity = capacity
+
+
+def _slab(heads: int, count: int, size: int) -> Tensor:
+    return empty_on_large_pages((heads, count, size), torch.uint8)
+
+
+def store(memory: Memory, index: int, k: Tensor, v: Tensor) -> None:  # (1, key heads, time, head width)
+    """Write the next tokens' keys and values of a block, rounded to their formats."""
+    first, last = memory.length, memory.length + k.shape[2]
+    names = names_of(memory, index, k.dtype)
+    for parts, new, name, values in ((memory.keys, k, names[0], False), (memory.values, v, names[1], True)):
+        if memory.packed:
+            if index == len(parts):
+                size = blocks.block_bytes(parse_cache_format(name), k.shape[3])
+                parts.append([_slab(k.shape[1], memory.capacity // blocks.TOKENS, size)])
+            torch.ops.mpq.append(new[0], parts[index], name, values, first)
+            continue
+        if index == len(parts):
+            parts.append([new.new_empty((1, new.shape[1], memory.capacity, new.shape[3]))])
+        buffer, format = parts[index][0], _format(memory, name, new)
+        buffer[:, :, first:last] = new if isinstance(format, TokenBlocks) else _rounded(new, format)
+        if isinstance(format, TokenBlocks):
+            filled = slice(whole(first, format), whole(last, format))
+            buffer[:, :, filled] = round_vectors(buffer[:, :, filled], format)
+
+
+def _format(memory: Memory, name: str, like: Tensor) -> Format | None:
+    """The format that new vectors are rounded to; None for the model's own type."""
+    return None if memory.formats is None or name == _FLOATS.get(like.dtype, "") else parse_cache_format(name)
+
+
+def _rounded(vectors: Tensor, format: Format | None) -> Tensor:
+    return vectors if format is None else round_vectors(vectors, format)
+
+
+def attend(
+    memory: Memory, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    """Causal attention of the last queries, (1, heads, time, width), whose keys and values are stored: (1, time,
+    heads * width).
+    """
+    _, heads, time, width = q.shape
+    last, names = memory.length + time, names_of(memory, index, k.dtype)
+    if memory.packed and time == 1:
+        mixed = torch.ops.mpq.attend(
+            q.reshape(1, heads, width), memory.keys[index], memory.values[index], [last], *names, "",
+            width**-0.5 if scale is None else scale, window or 0, None,
+        )  # fmt: skip
+        return mixed.reshape(1, 1, heads * width)  # type: ignore[no-any-return]
+    if not memory.packed:
+        past = [parts[index][0][:, :, :last] for parts in (memory.keys, memory.values)]
+    elif not memory.length:
+        past = [_rounded(new, _format(memory, name, new)) for new, name in ((k, names[0]), (v, names[1]))]
+    else:
+        past = [
+            _read(memory.keys[index], names[0], last, k, False),
+            _read(memory.values[index], names[1], last, v, True),
+        ]
+    return attend_floats(q, past[0], past[1], scale, window)
+
+
+def _read(slabs: list[Tensor], name: str, last: int, like: Tensor, values: bool) -> Tensor:
+    """The first tokens of a block's keys or values, (1, key heads, last, width), in the model's type."""
+    format = parse_cache_format(name)
+    parts = [dequantize_heads(blocks.restore(slab, format, like.shape[3], values)) for slab in slabs]
+    return torch.cat(parts, 2)[:, :, :last].to(like.dtype)
+
+
+def attend_floats(q: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """Causal attention of the last queries to (1, key heads, past, width), as (1, time, heads * width)."""
+    _, heads, time, width = q.shape
+    past = keys.shape[2]
+    if window is not None and past > window + time - 1:  # what no query sees any more
+        keys, values = (part[:, :, past - window - time + 1 :] for part in (keys, values))
+        past = keys.shape[2]
+    if time == 1:  # the query heads of a key head are rows of one product, so keys are not repeated
+        grouped = q.view(1, keys.shape[1], -1, width)
+        return functional.scaled_dot_product_attention(grouped, keys, values, scale=scale).reshape(1, 1, heads * width)
+    mask = None if past == time else q.new_ones((time, past), dtype=torch.bool).tril(past - time)
+    if window is not None and past > window:
+        mask = q.new_ones((time, past), dtype=torch.bool).tril(past - time).triu(past - time - window + 1)
+    mixed = functional.scaled_dot_product_attention(
+        q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True, scale=scale
+    )
+    return mixed.transpose(1, 2).reshape(1, time, heads * width)

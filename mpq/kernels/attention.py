@@ -1,0 +1,140 @@
+"""torch.ops.mpq.attend and append: attention of the newest token of several sequences to caches in blocks of 64 tokens.
+
+    attend(query (sequences, heads, width), keys, values, lengths, key_format, value_format, query_format, scale,
+        window, sinks (heads,) or None) -> (sequences, heads, width) in the query's type
+    append(vectors (key heads, tokens, width), slabs, format, values, position): round tokens into a sequence's slabs
+
+`keys` and `values` are slabs, uint8 (key heads, blocks, bytes) as `mpq.kernels.blocks` arranges them, of one sequence
+after the other: as many for each. A sequence sees the newest `window` of its `lengths` tokens (0: all). `sinks` are
+scores of nothing: they take their share of the softmax. `query_format` is "" or the format that queries are rounded to
+first. The reference restores all numbers and multiplies them; a backend adds its kernels for a device type to `KERNELS`
+and `APPENDS`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpq.core.cache import parse_cache_format
+from mpq.core.errors import MpqError
+from mpq.kernels import blocks, reference
+from mpq.kernels.kv_cache import dequantize_heads, quantize_heads
+from mpq.kernels.ops import LIBRARY, check_floats
+
+SCHEMA = (
+    "attend(Tensor query, Tensor[] keys, Tensor[] values, int[] lengths, str key_format, str value_format, "
+    "str query_format, float scale, int window, Tensor? sinks) -> Tensor"
+)
+APPEND = "append(Tensor vectors, Tensor(a!)[] slabs, str format, bool values, int position) -> ()"
+APPENDS: dict[str, Callable[..., None]] = {}  # as KERNELS, for `append_plainly`
+KERNELS: dict[str, Callable[..., Tensor]] = {}  # by device type, with the signature of `attend_plainly`
+
+
+def attend_plainly(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int], key_format: str,
+    value_format: str, query_format: str, scale: float, window: int, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The plain reference of `attend`: restore, multiply, softmax, in float32."""
+    each = len(keys) // len(lengths)
+    q = reference.quantize_activation(query, query_format) if query_format else query
+    outputs = []
+    for index, length in enumerate(lengths):
+        seen = slice(max(0, length - window) if window else 0, length)
+        own = slice(index * each, (index + 1) * each)
+        k = _numbers(keys[own], key_format, query.shape[2], False)[:, seen]
+        v = _numbers(values[own], value_format, query.shape[2], True)[:, seen]
+        grouped = q[index].float().reshape(len(k), -1, query.shape[2])
+        scores = grouped @ k.transpose(1, 2) * scale
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.float().reshape(len(k), -1, 1)], 2)
+        mixed = scores.softmax(-1)[..., : v.shape[1]] @ v
+        outputs.append(mixed.reshape(query.shape[1:]))
+    return torch.stack(outputs).to(query.dtype)
+
+
+def _numbers(slabs: Sequence[Tensor], format: str, width: int, values: bool) -> Tensor:
+    """Float32 (key heads, tokens, width)."""
+    parsed = parse_cache_format(format)
+    parts = [dequantize_heads(blocks.restore(slab, parsed, width, values))[0] for slab in slabs]
+    return torch.cat(parts, 1)
+
+
+def append_plainly(vectors: Tensor, slabs: Sequence[Tensor], format: str, values: bool, position: int) -> None:
+    """The plain reference of `append`: the blocks concerned are restored, changed and arranged again."""
+    parsed, (_, tokens, width) = parse_cache_format(format), vectors.shape
+    new, start = quantize_heads(vectors.unsqueeze(0), parsed), 0
+    for slab in slabs:
+        end = start + slab.shape[1] * blocks.TOKENS
+        first, last = max(position, start), min(position + tokens, end)
+        if first < last:
+            touched = slab[:, (first - start) // blocks.TOKENS : -(-(last - start) // blocks.TOKENS)]
+            held = blocks.restore(touched, parsed, width, values)
+            offset = (first - start) % blocks.TOKENS
+            for old, own in zip(held.tensors, new.tensors, strict=True):
+                old[:, :, offset : offset + last - first] = own[:, :, first - position : last - position]
+            touched.copy_(blocks.arrange(held, values))
+        start = end
+
+
+def check_slabs(slabs: Sequence[Tensor], format: str, width: int) -> None:
+    """MpqError for slabs that do not hold vectors of this format and width."""
+    parsed = parse_cache_format(format)
+    if not blocks.supports(parsed, width):
+        raise MpqError(f"a cache of {format} cannot stand in blocks: its groups are no multiples of {blocks.LANES}")
+    expected = blocks.block_bytes(parsed, width)
+    if any(slab.ndim != 3 or slab.dtype != torch.uint8 or slab.shape[2] != expected for slab in slabs):
+        raise MpqError(f"slabs of another shape came: expected uint8 (key heads, blocks, {expected}) of {format}")
+
+
+def check_call(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int],
+               key_format: str, value_format: str) -> None:  # fmt: skip
+    """MpqError for tensors that do not fit each other."""
+    check_floats(query)
+    if query.ndim != 3 or len(lengths) != len(query) or not lengths:
+        raise MpqError(f"queries of shape {tuple(query.shape)} came for {len(lengths)} sequences: expected one each")
+    for slabs, format in ((keys, key_format), (values, value_format)):
+        check_slabs(slabs, format, query.shape[2])
+        each = len(slabs) // len(lengths)
+        if len(slabs) % len(lengths) or any(query.shape[1] % len(slab) for slab in slabs):
+            raise MpqError(f"{len(slabs)} slabs came for {len(lengths)} sequences and {query.shape[1]} heads")
+        for index, length in enumerate(lengths):
+            held = blocks.TOKENS * sum(slab.shape[1] for slab in slabs[index * each : (index + 1) * each])
+            if not 0 < length <= held:
+                raise MpqError(
+                    f"a cache of {held} tokens cannot have {length}: expected at least one, and room for all"
+                )
+
+
+def _attend(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int], key_format: str,
+    value_format: str, query_format: str, scale: float, window: int, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    check_call(query, keys, values, lengths, key_format, value_format)
+    kernel = KERNELS.get(query.device.type, attend_plainly)
+    return kernel(query, keys, values, lengths, key_format, value_format, query_format, scale, window, sinks)
+
+
+def _append(vectors: Tensor, slabs: Sequence[Tensor], format: str, values: bool, position: int) -> None:
+    check_floats(vectors)
+    check_slabs(slabs, format, vectors.shape[-1])
+    room = blocks.TOKENS * sum(slab.shape[1] for slab in slabs)
+    if vectors.ndim != 3 or any(len(slab) != len(vectors) for slab in slabs):
+        raise MpqError(f"vectors of shape {tuple(vectors.shape)} came: expected as many heads as the slabs have")
+    if not 0 <= position <= room - vectors.shape[1]:
+        raise MpqError(f"{vectors.shape[1]} tokens at {position} came for a cache of {room}: add a slab first")
+    if vectors.numel():
+        APPENDS.get(vectors.device.type, append_plainly)(vectors, slabs, format, values, position)
+
+
+def _shape(query: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake("mpq::attend", _shape, lib=LIBRARY)
+LIBRARY.define(APPEND, tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.impl("append", _append, "CompositeExplicitAutograd")
+torch.library.register_fake("mpq::append", lambda *arguments: None, lib=LIBRARY)

@@ -1,0 +1,121 @@
+"""Cached vectors in blocks of 64 tokens, as the kernels of attention read them.
+
+cpu/src/abi.h specifies the bytes. Floats of 8, 16 and 32 bits stand token after token. Other codes stand in steps of
+64: of keys 4 columns of 16 tokens, of values 4 tokens of 16 columns, so that a kernel's 16 lanes are tokens of keys and
+columns of values. A block's scales and zeros, 64 for each group of columns, follow its codes.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mpq.core.cache import TokenBlocks
+from mpq.core.formats import Format
+from mpq.kernels.kv_cache import Heads
+from mpq.kernels.layout import pack_bits, unpack_bits
+from mpq.rounding.reference import COPY_DTYPES, SCALE_DTYPES
+
+TOKENS = 64  # of a block
+LANES = 16
+
+
+def supports(format: Format, width: int) -> bool:
+    """Whether vectors of a format can stand in blocks: each has scales of its own, of whole 16 lanes or one."""
+    if isinstance(format, TokenBlocks):
+        return False
+    return format.groups(width) < 2 or format.group_size % LANES == 0
+
+
+def in_rows(format: Format) -> bool:
+    """Whether numbers stand token after token."""
+    return format.is_float_copy or (format.grid.family == "float" and format.grid.bits == 8)
+
+
+def padded(width: int) -> int:
+    """Columns of a vector with those that fill its last lanes."""
+    return -(-width // LANES) * LANES
+
+
+def scale_groups(format: Format, width: int) -> int:
+    """Stored scales of a vector."""
+    return 0 if format.granularity in ("tensor", "none") else format.groups(width)
+
+
+@lru_cache(maxsize=256)
+def block_bytes(format: Format, width: int) -> int:
+    """Bytes of 64 tokens of a head."""
+    scale, zero = SCALE_DTYPES[format.scale or "fp32"].itemsize, SCALE_DTYPES[format.minimum or "fp32"].itemsize
+    table = scale_groups(format, width) * (scale + zero * bool(format.minimum)) * TOKENS
+    return table + TOKENS * (width if in_rows(format) else padded(width)) * format.grid.bits // 8
+
+
+def arrange(heads: Heads, values: bool) -> Tensor:
+    """Vectors of one sequence as blocks, uint8 (heads, blocks, bytes); zeros fill the last block."""
+    format, (batch, count, tokens) = heads.format, heads.codes.shape[:3]
+    assert batch == 1
+    blocks, missing = -(-tokens // TOKENS), -tokens % TOKENS
+    tables = [
+        pad(part[0], (0, 0, 0, missing)).reshape(count, blocks, TOKENS, -1).transpose(2, 3).contiguous()
+        for part in heads.tensors[1:]
+    ]
+    parts = [table.view(torch.uint8).reshape(count, blocks, -1) for table in tables]
+    if in_rows(format):
+        codes = pad(heads.codes[0], (0, 0, 0, missing)).contiguous().view(torch.uint8)
+        return torch.cat([codes.reshape(count, blocks, -1), *parts], 2)
+    flat = unpack_bits(heads.codes.flatten(0, 2), format.grid.bits, heads.width).reshape(count, tokens, -1)
+    filled = pad(flat, (0, -heads.width % LANES, 0, missing))
+    return torch.cat([_bytes_of(_steps(filled, values), format.grid.bits).reshape(count, blocks, -1), *parts], 2)
+
+
+def restore(blocks: Tensor, format: Format, width: int, values: bool) -> Heads:
+    """The inverse of `arrange`, with all tokens of the blocks: from uint8 (heads, blocks, bytes)."""
+    count, tokens, bits = len(blocks), blocks.shape[1] * TOKENS, format.grid.bits
+    kinds = [SCALE_DTYPES[kind] for kind in (format.scale, format.minimum) if kind and scale_groups(format, width)]
+    sizes = [scale_groups(format, width) * TOKENS * kind.itemsize for kind in kinds]
+    codes, *parts = torch.split(blocks, [blocks.shape[2] - sum(sizes), *sizes], 2)
+    tables = [
+        part.contiguous().view(kind).reshape(count, -1, scale_groups(format, width), TOKENS).transpose(2, 3)
+        .reshape(1, count, tokens, -1)
+        for part, kind in zip(parts, kinds, strict=True)
+    ]  # fmt: skip
+    if in_rows(format):
+        kind = COPY_DTYPES[format.grid.name] if format.is_float_copy else torch.uint8
+        return Heads(format, width, codes.contiguous().view(kind).reshape(1, count, tokens, width), *tables)
+    steps = _steps_of(codes.reshape(count, blocks.shape[1], -1), bits)
+    if values:  # (heads, blocks, strips, 4 tokens, 16 columns, 4)
+        parted = steps.reshape(count, -1, padded(width) // LANES, TOKENS // 4, LANES, 4).permute(0, 1, 3, 5, 2, 4)
+    else:  # (heads, blocks, strips, 4 columns, 16 tokens, 4)
+        parted = steps.reshape(count, -1, TOKENS // LANES, padded(width) // 4, LANES, 4).permute(0, 1, 2, 4, 3, 5)
+    flat = parted.reshape(count * tokens, padded(width))[:, :width]
+    return Heads(format, width, pack_bits(flat, bits).reshape(1, count, tokens, -1), *tables)
+
+
+def _steps(codes: Tensor, values: bool) -> Tensor:  # uint8 (heads, tokens, columns)
+    """(heads, blocks, steps, 64)."""
+    heads, tokens, columns = codes.shape
+    blocks = codes.reshape(heads, tokens // TOKENS, TOKENS, columns)
+    if values:
+        parted = blocks.reshape(*blocks.shape[:2], TOKENS // 4, 4, columns // LANES, LANES).permute(0, 1, 4, 2, 5, 3)
+    else:
+        parted = blocks.reshape(*blocks.shape[:2], TOKENS // LANES, LANES, columns // 4, 4).permute(0, 1, 2, 4, 3, 5)
+    return parted.reshape(heads, tokens // TOKENS, -1, 64)
+
+
+def _bytes_of(steps: Tensor, bits: int) -> Tensor:  # uint8 (heads, blocks, steps, 64)
+    """As a weight's steps: 8 / bits of them share 64 bytes, or each is a bit stream."""
+    if 8 % bits:
+        return pack_bits(steps.reshape(-1, 64), bits).reshape(*steps.shape[:2], -1)
+    together = 8 // bits
+    parts = [steps[:, :, place::together] << bits * place for place in range(together)]
+    return torch.stack(parts).sum(0, dtype=torch.uint8)
+
+
+def _steps_of(stream: Tensor, bits: int) -> Tensor:  # uint8 (heads, blocks, bytes)
+    """The inverse of `_bytes_of`: (heads, blocks, steps, 64)."""
+    if 8 % bits:
+        return unpack_bits(stream.reshape(-1, 8 * bits), bits, 64).reshape(*stream.shape[:2], -1, 64)
+    shared = stream.reshape(*stream.shape[:2], -1, 1, 64)
+    parts = [shared >> bits * place & 2**bits - 1 for place in range(8 // bits)]
+    return torch.cat(parts, 3).reshape(*stream.shape[:2], -1, 64)

@@ -1,0 +1,165 @@
+/* Round new tokens' keys or values to a cache's format and store them in its blocks, as mpq/kernels/kv_cache.py defines: the same
+ * codes and scales. */
+#include <math.h>
+
+#include "attention.h"
+#include "numbers.h"
+#include "threads.h"
+
+#define HALF_MAX 65504.f
+#define HALF_NAN 0x7e00
+#define E4M3_MAX 448.f
+
+/* Nearest float16 of a number within its range, ties to even. */
+static uint16_t to_half(float value) {
+  uint32_t word;
+  memcpy(&word, &value, 4);
+  const uint16_t sign = (uint16_t)(word >> 16 & 0x8000);
+  if (value != value) return HALF_NAN;
+  if (fabsf(value) < 0x1p-14f) return (uint16_t)(sign | (uint16_t)((fabsf(value) * 0x1p24f + 0x1p23f) - 0x1p23f));
+  word &= 0x7fffffff;
+  return (uint16_t)(sign | ((word + 0xfff + (word >> 13 & 1) - (112u << 23)) >> 13));
+}
+
+static float from_half(uint16_t half) {
+  const uint32_t word = (uint32_t)(half & 0x7fff) * (1u << 13);
+  float value;
+  memcpy(&value, &word, 4);
+  value *= 0x1p112f; /* rebias; exact for subnormals, too */
+  return half & 0x8000 ? -value : value;
+}
+
+static float clamp(float value, float low, float high) { return value < low ? low : value > high ? high : value; }
+
+/* Nearest integer of a number below 2**22, ties to even. */
+static float nearest(float value) { return (value + 0x1.8p23f) - 0x1.8p23f; }
+
+/* Nearest e4m3, saturating. */
+static uint8_t to_e4m3(float value) {
+  const float size = clamp(fabsf(value), 0, E4M3_MAX);
+  int exponent = -6;
+  if (size >= 0x1p-6f) frexpf(size, &exponent), exponent--;
+  const int code = (int)nearest(ldexpf(size, 3 - exponent)) + ((exponent + 6) << 3);
+  return (uint8_t)(code | (value < 0 && code ? 0x80 : 0));
+}
+
+/* A positive scale as float16, never 0. */
+static uint16_t scale_of(float scale) {
+  if (!(scale > 0)) return to_half(1);
+  const uint16_t half = to_half(clamp(scale, 0, HALF_MAX));
+  return half ? half : 1;
+}
+
+/* Store code `index` of a step of 64. */
+static void place(uint8_t *codes, int bits, int64_t step, int index, unsigned code) {
+  if (8 % bits == 0) {
+    const int together = 8 / bits, shift = (int)(step % together) * bits;
+    uint8_t *byte = codes + step / together * 64 + index;
+    *byte = (uint8_t)((*byte & ~(((1u << bits) - 1) << shift)) | code << shift);
+    return;
+  }
+  for (int bit = 0; bit < bits; bit++) {
+    const int at = index * bits + bit;
+    uint8_t *byte = codes + step * 8 * bits + at / 8;
+    *byte = (uint8_t)((*byte & ~(1u << at % 8)) | (code >> bit & 1) << at % 8);
+  }
+}
+
+/* Codes of some columns, at the place of token `token` of a block. */
+static void place_codes(const mpq_append *call, uint8_t *block, int token, int64_t first, int64_t last, const uint8_t *codes) {
+  const int bits = call->vectors->weight->bits;
+  const int64_t steps = mpq_padded_width(call->vectors) / 4;
+  for (int64_t column = first; column < last; column++)
+    if (call->values) place(block, bits, column / 16 * (BLOCK / 4) + token / 4, (int)(column % 16 * 4 + token % 4), codes[column]);
+    else place(block, bits, token / 16 * steps + column / 4, (int)(token % 16 * 4 + column % 4), codes[column]);
+}
+
+/* Finite numbers of a group, 0 for the others; returns whether all are. */
+static int copy_finite(const float *x, int64_t count, float *out, float *low, float *high) {
+  int all = 1;
+  for (int64_t i = 0; i < count; i++) {
+    const int finite = fabsf(x[i]) <= 0x1.fffffep127f;
+    out[i] = finite ? x[i] : 0, all &= finite;
+    if (!i || out[i] < *low) *low = out[i];
+    if (!i || out[i] > *high) *high = out[i];
+  }
+  return all;
+}
+
+/* Integers of one group: columns `first` to `last` of token `token`. */
+static void append_integers(const mpq_append *call, const float *x, uint8_t *block, int token, int64_t group, int64_t first,
+                            int64_t last) {
+  const mpq_vectors *vectors = call->vectors;
+  const int bits = vectors->weight->bits, offset = vectors->weight->offset;
+  const float most = (float)((1 << bits) - 1 - offset), least = (float)-offset;
+  uint16_t *scales = (uint16_t *)(block + mpq_codes_bytes(vectors)), *minima = scales + mpq_groups(vectors) * BLOCK;
+  float finite[MAX_HEAD_WIDTH], low = 0, high = 0, minimum = 0;
+  uint8_t codes[MAX_HEAD_WIDTH];
+  const int all = copy_finite(x + first, last - first, finite, &low, &high);
+  const float size = -low > high ? -low : high;
+  const uint16_t half = scale_of((vectors->has_minimum ? high - low : size) / most);
+  const float scale = from_half(half);
+  if (vectors->has_minimum) {
+    minima[group * BLOCK + token] = to_half(clamp(low, -HALF_MAX, HALF_MAX));
+    minimum = from_half(minima[group * BLOCK + token]);
+  }
+  scales[group * BLOCK + token] = all ? half : HALF_NAN;
+  for (int64_t i = 0; i < last - first; i++)
+    codes[first + i] = (uint8_t)(nearest(clamp((finite[i] - minimum) / scale, least, most)) + (float)offset);
+  place_codes(call, block, token, first, last, codes);
+}
+
+static void append_floats(const mpq_append *call, const float *x, uint8_t *block, int token) {
+  const mpq_vectors *vectors = call->vectors;
+  const int64_t width = vectors->width, start = token * width;
+  float finite[MAX_HEAD_WIDTH], low = 0, high = 0, scale = 1;
+  int all = 1;
+  if (vectors->element == MPQ_SCALE_E4M3) all = copy_finite(x, width, finite, &low, &high);
+  if (vectors->scale_bytes) {
+    uint16_t *scales = (uint16_t *)(block + mpq_codes_bytes(vectors));
+    const uint16_t half = scale_of((-low > high ? -low : high) / E4M3_MAX);
+    scale = from_half(half), scales[token] = all ? half : HALF_NAN;
+  }
+  for (int64_t i = 0; i < width; i++) {
+    const float limit = vectors->element == MPQ_SCALE_FP16 ? HALF_MAX : vectors->element == MPQ_SCALE_BF16 ? 0x1.fep127f : 0x1.fffffep127f;
+    const float value = clamp(x[i], -limit, limit);
+    if (vectors->element == MPQ_SCALE_FP32) ((float *)block)[start + i] = value;
+    else if (vectors->element == MPQ_SCALE_FP16) ((uint16_t *)block)[start + i] = to_half(value);
+    else if (vectors->element == MPQ_SCALE_BF16) ((uint16_t *)block)[start + i] = to_bf16(value);
+    else block[start + i] = vectors->scale_bytes || fabsf(x[i]) <= limit ? to_e4m3(finite[i] / scale) : 0x7f;
+  }
+}
+
+void mpq_append_head(const mpq_append *call, int64_t head) {
+  const mpq_vectors *vectors = call->vectors;
+  const mpq_slab *slab = call->slabs;
+  int64_t before = 0;
+  for (int64_t i = 0; i < call->tokens; i++) {
+    const float *x = call->x + head * call->head_stride + i * call->token_stride;
+    const int64_t token = call->position + i, group = vectors->group;
+    uint8_t *block = mpq_find_block(&slab, &before, token / BLOCK, head, mpq_block_bytes(vectors));
+    if (!vectors->weight) append_floats(call, x, block, (int)(token % BLOCK));
+    else
+      for (int64_t g = 0; g * group < vectors->width; g++) {
+        const int64_t end = (g + 1) * group;
+        append_integers(call, x, block, (int)(token % BLOCK), g, g * group, end < vectors->width ? end : vectors->width);
+      }
+  }
+}
+
+typedef struct {
+  const mpq_append *call;
+  work_ranges ranges;
+} append_job;
+
+static void append_heads(void *argument) {
+  append_job *job = argument;
+  int own = join_range(&job->ranges);
+  for (work_item head; take_item(&job->ranges, &own, &head);) mpq_append_head(job->call, head.start);
+}
+
+void mpq_append_tokens(const mpq_append *call) {
+  append_job job = {.call = call};
+  const int few = call->tokens * call->heads * call->vectors->width < 1 << 14;
+  share_work(few ? 1 : call->threads, call->parallel, append_heads, &job, &job.ranges, call->heads, 1);
+}
