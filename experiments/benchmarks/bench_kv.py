@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 from experiments.benchmarks.search_rows import result
 from experiments.models import reference_models
 from mpq.core.allocation import Allocation
-from mpq.core.cache import CACHE_FORMATS
+from mpq.core.cache import BLOCK_FORMATS, CACHE_FORMATS
 from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
 from mpq.core.table import SensitivityTable
@@ -79,7 +79,13 @@ def table_of(source: Source) -> SensitivityTable:
     """Weights and cache in all candidate formats."""
     store = store_for("mse", source, find_layers(source.model))
     return profile(
-        source.model, source.calibration, source.loss_fn, WEIGHTS, method=store, progress=False, cache=CACHE_FORMATS
+        source.model,
+        source.calibration,
+        source.loss_fn,
+        WEIGHTS,
+        method=store,
+        progress=False,
+        cache=(*CACHE_FORMATS, *BLOCK_FORMATS),
     )
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpq.core.cache import CACHE_FORMATS, TokenBlocks, head_bytes, parse_cache_format
+from mpq.core.cache import CACHE_FORMATS, head_bytes, parse_cache_format
 from mpq.core.costs import kv_bytes_per_token
 from mpq.core.errors import MpqError
 from mpq.kernels.kv_cache import Heads, attention, concatenate, dequantize_heads, quantize_heads, round_vectors
@@ -117,8 +117,7 @@ def test_more_bits_never_hurt() -> None:
 
 
 NAMES = (
-    *(name for name in CACHE_FORMATS if not isinstance(parse_cache_format(name), TokenBlocks)),
-    "fp16", "bf16", "fp8-e4m3", "fp8-e5m2", "fp8-e4m3-token", "mxfp4", "mxfp8-e4m3", "nvfp4", "int2", "int3",
+    *CACHE_FORMATS, "bf16", "fp8-e4m3", "fp8-e5m2", "fp8-e4m3-token", "mxfp4", "mxfp8-e4m3", "nvfp4", "int2", "int3",
     "int5-g16", "nf4-g32", "int4-g24-asym",
 )  # fmt: skip
 
