@@ -1,0 +1,109 @@
+"""Attention of one token to caches of several formats: share of the read bandwidth, and speed over our float16 cache.
+
+    python -m experiments.benchmarks.bench_attention [--quick] [--threads 2]
+
+8 key heads of 128, 32 query heads. Caches do not stay in the processor's own: copies are read in turn. All formats and
+a plain read of memory are timed turn by turn in one run; figures are medians. One thread is timed by its CPU time,
+which other work on the machine disturbs less than the wall clock; several threads only by the wall clock.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+import mpq.kernels.cpu.attention  # noqa: F401  (its kernel)
+from mpq.core.cache import parse_cache_format
+from mpq.kernels.blocks import TOKENS, arrange
+from mpq.kernels.cpu import native as cpu
+from mpq.kernels.cpu.pages import empty_on_large_pages
+from mpq.kernels.kv_cache import quantize_heads
+
+HEADS, KEY_HEADS, WIDTH = 32, 8, 128
+FORMATS = ("fp16", "int8-token", "int8-asym", "int4-token", "int4-asym", "int4-g32", "fp8-e4m3", "mxfp4")
+INT8_QUERIES = "int8-channel"
+BEYOND = 96 << 20  # bytes of all copies, and of a plain read
+ROOF, OVER_FP16 = 0.8, {"int8-token": 1.8, "int8-asym": 1.8, "int4-token": 3.0, "int4-asym": 3.0}  # at 32,768 tokens
+
+
+def slab_of(name: str, tokens: int, values: bool) -> Tensor:
+    """A cache of random numbers, of which the same 1,024 tokens are repeated."""
+    random = torch.randn(1, KEY_HEADS, 16 * TOKENS, WIDTH, generator=torch.Generator().manual_seed(int(values)))
+    piece = arrange(quantize_heads(random, parse_cache_format(name)), values)
+    slab = empty_on_large_pages((KEY_HEADS, tokens // TOKENS, piece.shape[2]), torch.uint8)
+    for start in range(0, slab.shape[1], piece.shape[1]):
+        slab[:, start : start + piece.shape[1]] = piece[:, : slab.shape[1] - start]
+    return slab
+
+
+def contestants(tokens: int) -> Iterator[tuple[str, int, list[Callable[[], object]]]]:
+    """(name, bytes read, calls) of each format, and of each with int8 queries."""
+    query = torch.randn(1, HEADS, WIDTH, generator=torch.Generator().manual_seed(2))
+    for name in FORMATS:
+        first = [slab_of(name, tokens, values) for values in (False, True)]
+        size = sum(slab.nbytes for slab in first)
+        copies = [first]
+        while size * len(copies) < BEYOND:
+            copies.append([empty_on_large_pages(slab.shape, slab.dtype).copy_(slab) for slab in first])
+        for queries in ("", INT8_QUERIES) if name.startswith("int") else ("",):
+            calls = [
+                partial(
+                    torch.ops.mpq.attend, query, [keys], [values], [tokens], name, name, queries, WIDTH**-0.5, 0, None
+                )
+                for keys, values in copies
+            ]
+            yield name + (" q:int8" if queries else ""), size, calls
+
+
+@torch.inference_mode()
+def in_turns(timed: Sequence[Sequence[Callable[[], object]]], repeats: int) -> list[list[float]]:
+    """Seconds of each contestant's calls, `repeats` of each after one that warms up."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    found: list[list[float]] = [[] for _ in timed]
+    turns = [cycle(calls) for calls in timed]
+    for _ in range(repeats + 1):
+        for calls, seconds in zip(turns, found, strict=True):
+            next(calls)()  # wakes the threads
+            call, start = next(calls), clock()
+            call()
+            seconds.append(clock() - start)
+    return [seconds[1:] for seconds in found]
+
+
+def measure(tokens: int, repeats: int) -> None:
+    """A table of one length, and its RESULT lines."""
+    memory = empty_on_large_pages((BEYOND,), torch.uint8).fill_(1)
+    names, sizes, timed = zip(*contestants(tokens), strict=True)
+    *seconds, reading = map(statistics.median, in_turns([*timed, [partial(cpu.read, memory)]], repeats))
+    bandwidth = BEYOND / reading
+    print(f"\n{tokens} tokens; plain read {bandwidth / 1e9:.1f} GB/s")
+    print("format              us    GB/s  of read  over fp16")
+    for name, size, second in zip(names, sizes, seconds, strict=True):
+        share, gain = size / second / bandwidth, seconds[0] / second
+        print(f"{name:16} {second * 1e6:7.0f} {size / second / 1e9:6.1f} {share:7.2f} {gain:9.2f}")
+        goal = OVER_FP16.get(name)
+        if goal is None or tokens < 32768:
+            continue
+        print(f"RESULT attention_roof/{name}/{tokens} {share:.2f} {ROOF} {'ok' if share >= ROOF else 'short'}")
+        print(f"RESULT attention_over_fp16/{name}/{tokens} {gain:.2f} {goal} {'ok' if gain >= goal else 'short'}")
+
+
+def main() -> None:
+    """Print a table for each length."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="32,768 tokens alone, few repeats")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"{HEADS} query heads, {KEY_HEADS} key heads of {WIDTH}, {arguments.threads} threads, {cpu.level_name()}")
+    for tokens in (32768,) if arguments.quick else (2048, 8192, 32768):
+        measure(tokens, 7 if arguments.quick else 25)
+
+
+if __name__ == "__main__":
+    main()
