@@ -4,7 +4,7 @@ At one token a step, the operations around the linear layers cost as much as the
 written in place, query heads of a group as rows of one attention product, logits of the last position only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mpq.generation.memory import Memory, attend, enlarge, store
+from mpq.generation.memory import Memory, attend, attend_each, enlarge, store
 
 
 @dataclass(frozen=True)
@@ -70,21 +70,68 @@ def step(decoder: Decoder, tokens: Tensor, memory: Memory) -> Tensor:  # int (1,
     first, last = memory.length, memory.length + time
     if last > memory.capacity:
         grow(decoder, memory, max(64, 2 * last), x)
+    rotations = [tuple(part[first:last] for part in parts) for parts in (memory.rotations, memory.local_rotations)]
+
+    def mix(index: int, block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        store(memory, index, k, v)
+        return attend(memory, index, q, k, v, decoder.scale, block.window)
+
+    x = run_blocks(decoder, x, rotations, mix)
+    memory.length = last
+    logits: Tensor = decoder.head(_norm(decoder, decoder.norm, x[:, -1]))
+    return logits[0]
+
+
+def step_each(decoder: Decoder, tokens: Tensor, memories: Sequence[Memory]) -> Tensor:  # int (sequences,)
+    """Process one token of each of several sequences with caches of their own: logits (sequences, vocabulary).
+
+    Each cache holds at least one token and is extended in place.
+    """
+    x = decoder.embed(tokens.unsqueeze(1))
+    for memory in memories:
+        if memory.length == memory.capacity:
+            grow(decoder, memory, 2 * memory.length + 2, x)
+    rotations = [
+        _positions_of([memory.rotations for memory in memories], memories),
+        _positions_of([memory.local_rotations for memory in memories], memories),
+    ]
+
+    def mix(index: int, block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for place, memory in enumerate(memories):
+            store(memory, index, k[place : place + 1], v[place : place + 1])
+        return attend_each(memories, index, q, k, v, decoder.scale, block.window)
+
+    x = run_blocks(decoder, x, rotations, mix)
+    for memory in memories:
+        memory.length += 1
+    logits: Tensor = decoder.head(_norm(decoder, decoder.norm, x[:, -1]))
+    return logits
+
+
+def _positions_of(rotations: Sequence[tuple[Tensor, ...]], memories: Sequence[Memory]) -> tuple[Tensor, ...]:
+    """Cosines and sines of each sequence's next position, (sequences, 1, 1, rotated width)."""
+    each = [[part[memory.length] for part in own] for own, memory in zip(rotations, memories, strict=True)]
+    return tuple(torch.stack(same)[:, None, None] for same in zip(*each, strict=True))
+
+
+def run_blocks(
+    decoder: Decoder,
+    x: Tensor,  # (sequences, time, width)
+    rotations: Sequence[tuple[Tensor, ...]],  # cosines and sines of x's positions, global and local
+    mix: Callable[[int, Block, Tensor, Tensor, Tensor], Tensor],  # queries, keys, values -> attention's outputs
+) -> Tensor:
+    """All blocks; `mix` keeps the cache."""
     for index, block in enumerate(decoder.blocks):
-        cos, sin = (part[first:last] for part in (memory.local_rotations if block.local else memory.rotations))
+        cos, sin = rotations[block.local]
         h = _norm(decoder, block.attention_norm, x)
         q, k, v = (_heads(part, decoder.head_width) for part in _projections(block, h))
         if block.q_norm is not None and block.k_norm is not None:
             q, k = _norm(decoder, block.q_norm, q), _norm(decoder, block.k_norm, k)
-        k = _rotate(k, cos, sin)
-        store(memory, index, k, v)
-        mixed = block.o(attend(memory, index, _rotate(q, cos, sin), k, v, decoder.scale, block.window))
+        mixed = block.o(mix(index, block, _rotate(q, cos, sin), _rotate(k, cos, sin), v))
         x = x + (mixed if block.after_attention is None else _norm(decoder, block.after_attention, mixed))
         mixed = _mlp(decoder, block, _norm(decoder, block.mlp_norm, x))
         x = x + (mixed if block.after_mlp is None else _norm(decoder, block.after_mlp, mixed))
-    memory.length = last
-    logits: Tensor = decoder.head(_norm(decoder, decoder.norm, x[:, -1]))
-    return logits[0]
+    return x
 
 
 def _projections(block: Block, h: Tensor) -> tuple[Tensor, ...]:
@@ -107,8 +154,8 @@ def _norm(decoder: Decoder, module: Any, x: Tensor) -> Tensor:
 
 
 def _heads(x: Tensor, width: int) -> Tensor:
-    """(1, time, heads * width) to (1, heads, time, width)."""
-    return x.view(1, x.shape[1], -1, width).transpose(1, 2)
+    """(sequences, time, heads * width) to (sequences, heads, time, width)."""
+    return x.view(len(x), x.shape[1], -1, width).transpose(1, 2)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

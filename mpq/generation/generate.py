@@ -55,7 +55,7 @@ def generate(
     """
     if prompt.ndim != 1 or not len(prompt):
         raise MpqError(f"invalid prompt: expected one row of at least one token, not {tuple(prompt.shape)}")
-    chosen = _Chosen(partial(_choose, temperature=temperature, top_k=top_k, random=seeded(seed, "generate")))
+    chosen = _Chosen(partial(choose, temperature=temperature, top_k=top_k, random=seeded(seed, "generate")))
     decoder = decoder_of(model)
     started = time.perf_counter()
     with evaluating(model):
@@ -131,7 +131,7 @@ def _follower(model: nn.Module, decoder: Decoder | None, device: torch.device) -
     """A function from the next tokens (1, time) to the logits after them, (vocabulary,)."""
     if decoder is not None:
         formats = cache_formats_of(model)
-        memory = Memory(formats=formats, packed=can_pack(formats, decoder.head_width, device))
+        memory = Memory(formats=formats, packed=formats is not None and can_pack(formats, decoder.head_width, device))
         compiled = compiled_step(decoder) if memory.packed or formats is None else None
         return partial(_follow, decoder, compiled, memory)
     seen: list[Tensor] = []
@@ -148,7 +148,8 @@ def _follow(decoder: Decoder, compiled: CompiledStep | None, memory: Memory, tok
     return step(decoder, tokens, memory) if logits is None else logits
 
 
-def _choose(logits: Tensor, temperature: float, top_k: int, random: torch.Generator) -> int:
+def choose(logits: Tensor, temperature: float, top_k: int, random: torch.Generator) -> int:
+    """A token by its logits, (vocabulary,)."""
     if temperature <= 0:
         return int(logits.max(0).indices)  # many times faster than argmax
     logits = logits.float()

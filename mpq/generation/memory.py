@@ -1,6 +1,8 @@
 """The key-value cache of the light loop: floats in one tensor, or formats packed in slabs of blocks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -47,10 +49,10 @@ class Memory:
 
 
 def can_pack(formats: CacheFormats | None, width: int, device: torch.device) -> bool:
-    """Whether a cache can hold these formats' bytes: there are any, and the CPU's kernels read them all."""
-    if formats is None or device.type != "cpu" or width > cpu.MAX_WIDTH:
+    """Whether a cache can stand in blocks: on a CPU, whose kernels read all of these formats."""
+    if device.type != "cpu" or width > cpu.MAX_WIDTH:
         return False
-    return all(cpu.vectors_of(name, width) is not None for name in formats.names)
+    return formats is None or all(cpu.vectors_of(name, width) is not None for name in formats.names)
 
 
 def names_of(memory: Memory, index: int, dtype: torch.dtype) -> tuple[str, str]:
@@ -135,6 +137,33 @@ def attend(
             _read(memory.values[index], names[1], last, v, True),
         ]
     return attend_floats(q, past[0], past[1], scale, window)
+
+
+def attend_each(
+    memories: Sequence[Memory], index: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    """As `attend`, of one token of each of several sequences: (sequences, 1, heads * width)."""
+    count, heads, _, width = q.shape
+    if not all(memory.packed for memory in memories):
+        each = (slice(place, place + 1) for place in range(count))
+        parts = [attend(memory, index, q[one], k[one], v[one], scale, window) for memory, one in
+                 zip(memories, each, strict=True)]  # fmt: skip
+        return torch.cat(parts)
+    names, most = names_of(memories[0], index, k.dtype), max(len(memory.keys[index]) for memory in memories)
+    slabs = [
+        [slab for memory in memories for slab in _filled(parts_of(memory)[index], most)]
+        for parts_of in (attrgetter("keys"), attrgetter("values"))
+    ]
+    mixed = torch.ops.mpq.attend(
+        q.reshape(count, heads, width), *slabs, [memory.length + 1 for memory in memories], *names, "",
+        width**-0.5 if scale is None else scale, window or 0, None,
+    )  # fmt: skip
+    return mixed.reshape(count, 1, heads * width)  # type: ignore[no-any-return]
+
+
+def _filled(slabs: list[Tensor], count: int) -> list[Tensor]:
+    """Slabs, with empty ones up to a count."""
+    return slabs + [slabs[0][:, :0]] * (count - len(slabs))
 
 
 def _read(slabs: list[Tensor], name: str, last: int, like: Tensor, values: bool) -> Tensor:

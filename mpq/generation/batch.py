@@ -1,0 +1,64 @@
+"""Text from several prompts at once, each with a cache of its own: weights are read once for all of them."""
+
+import time
+from collections.abc import Collection, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mpq.core.errors import MpqError
+from mpq.generation.architectures import decoder_of
+from mpq.generation.decoder import step, step_each
+from mpq.generation.generate import Generation, choose
+from mpq.generation.memory import Memory, can_pack
+from mpq.generation.serving import cache_formats_of
+from mpq.network.calibration import evaluating, seeded
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: nn.Module,
+    prompts: Sequence[Tensor],  # int (tokens,) each, of any lengths
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    seed: int = 0,
+    stop: Collection[int] = (),
+) -> list[Generation]:
+    """Continue several prompts with a LLaMA-style model, one token of each a step, as `generate` continues one.
+
+    A sequence that stops leaves the batch. Speeds are those of the whole batch: a sequence's seconds end with its last
+    token.
+
+    Raises:
+        MpqError: no prompts, an empty one, or a model that the light loop does not compute.
+    """
+    decoder = decoder_of(model)
+    if decoder is None:
+        raise MpqError(f"{type(model).__name__} cannot continue several prompts at once: call generate for each")
+    if not prompts or any(prompt.ndim != 1 or not len(prompt) for prompt in prompts):
+        raise MpqError("invalid prompts: expected at least one, each a row of at least one token")
+    formats = cache_formats_of(model)
+    packed = can_pack(formats, decoder.head_width, prompts[0].device)
+    pick = partial(choose, temperature=temperature, top_k=top_k)
+    randoms = [seeded(seed, "generate", place) for place in range(len(prompts))]
+    memories = [Memory(formats=formats, packed=packed) for _ in prompts]
+    found: list[list[int]] = [[] for _ in prompts]
+    ends, started = [0.0] * len(prompts), time.perf_counter()
+    with evaluating(model):
+        logits = [step(decoder, prompt.unsqueeze(0), memory) for prompt, memory in zip(prompts, memories, strict=True)]
+        prompted, active = time.perf_counter(), list(range(len(prompts)))
+        while active and max_new_tokens:
+            for place, row in zip(active, logits, strict=True):
+                found[place].append(pick(row, random=randoms[place]))
+                ends[place] = time.perf_counter()
+            active = [place for place in active if len(found[place]) < max_new_tokens and found[place][-1] not in stop]
+            if active:
+                tokens = prompts[0].new_tensor([found[place][-1] for place in active])
+                logits = list(step_each(decoder, tokens, [memories[place] for place in active]))
+    return [
+        Generation(tuple(tokens), prompted - started, max(0.0, end - prompted))
+        for tokens, end in zip(found, ends, strict=True)
+    ]
