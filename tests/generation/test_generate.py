@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from experiments.models.model_cases import CASES
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
-from mpq.generation.generate import _choose, compare_speeds, generate
+from mpq.generation.generate import choose, compare_speeds, generate
 from mpq.models.tiny_lm import LMConfig, TinyLM
 from mpq.network.calibration import logits_of, seeded
 from mpq.network.layers import find_layers
@@ -88,7 +88,7 @@ def test_the_temperature_sharpens_or_flattens_the_choice():
     """Of logits 0 and 1 the second comes with probability 1 / (1 + exp(-1 / temperature))."""
     logits, random = torch.tensor([0.0, 1.0]), seeded(0)
     for temperature in (0.2, 1.0, 5.0):
-        share = sum(_choose(logits, temperature, 0, random) for _ in range(2000)) / 2000
+        share = sum(choose(logits, temperature, 0, random) for _ in range(2000)) / 2000
         expected = 1 / (1 + math.exp(-1 / temperature))
         assert share == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 2000))
 
