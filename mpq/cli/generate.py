@@ -15,6 +15,9 @@ def add(command: AddCommand) -> None:
     generate.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     generate.add_argument("--seed", type=int, default=0, help="of the random choices, where --temperature is above 0")
+    generate.add_argument(
+        "--kv-cache", metavar="FORMAT", help="cache keys and values in this format, such as int8-token or int4-g32-asym"
+    )
     generate.add_argument("--trust", action="store_true", help="let the folder import a factory that it names")
     generate.add_argument("--compare", action="store_true", help="also time the original model in bfloat16")
 
@@ -26,11 +29,14 @@ def run(options: argparse.Namespace) -> None:
     from mpq.exporters.folder import read_allocation
     from mpq.exporters.mpq import checkpoint
     from mpq.generation.generate import compare_speeds, generate
+    from mpq.generation.serving import serve_format
     from mpq.quantized import fuse
     from mpq.sources import names_in, open_network
     from mpq.sources.networks import encoder_of, tokenizer_in
 
     model = fuse(checkpoint.load(options.folder, trust=options.trust))
+    if options.kv_cache is not None:
+        serve_format(model, options.kv_cache)
     name, _, untrusted = names_in(read_allocation(Path(options.folder)).provenance, options.trust)
     tokenizer = tokenizer_in(Path(options.folder))
     network = open_network(name, untrusted) if name is not None and (tokenizer is None or options.compare) else None

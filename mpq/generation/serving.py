@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mpq.core.cache_formats import CacheFormats
-from mpq.network.cached import PointHook, hook_hosts, points
+from mpq.core.errors import MpqError
+from mpq.network.cached import PointHook, find_cached, hook_hosts, points
+from mpq.network.calibration import next_token_loss
 from mpq.quantized import CacheRounding
 
 
@@ -22,6 +25,20 @@ def serve_cache(model: nn.Module, formats: CacheFormats | None) -> list[Removabl
     rounding = CacheRounding(formats)
     placed = [point.register_forward_hook(PointHook(name, rounding)) for name, point in points(model).items()]
     return hook_hosts(model, _PackedCaches(formats)) + placed
+
+
+def serve_format(model: nn.Module, name: str) -> None:
+    """Let a language model cache all keys and values in one format, as `serve_cache` does.
+
+    Raises:
+        MpqError: an unknown format, or a model that has cache formats or no cache.
+    """
+    present = cache_formats_of(model)
+    if present is not None:
+        raise MpqError(f"the model caches in formats of its own ({', '.join(sorted(set(present.names)))}): name none")
+    device = next(iter(model.state_dict().values())).device
+    sample = torch.zeros(1, 2, dtype=torch.long, device=device)
+    serve_cache(model, CacheFormats.uniform(find_cached(model, sample, next_token_loss), name))
 
 
 class _PackedCaches:

@@ -328,6 +328,14 @@ def test_a_packed_language_model_continues_a_prompt(tmp_path, capsys):
         said.append(capsys.readouterr().out.rpartition("\n\n")[0])
     assert said[0] == said[1]
     assert len(set(said)) == 3
+    texts = []
+    for name in ("int8-token", "int2-asym"):
+        assert main([*job[:-3], "--max-new-tokens", "20", "--kv-cache", name]) == 0
+        texts.append(capsys.readouterr().out.rpartition("\n\n")[0])
+    assert texts[0] != texts[1]  # two bits change the text
+    assert texts[0].startswith(said[0])
+    assert main([*job, "--kv-cache", "int9"]) == 2
+    assert "int9" in capsys.readouterr().err
 
 
 def test_proxies_from_benchmark_to_formula(tmp_path, capsys):

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from mpq.core.cache_formats import CacheFormats
+from mpq.core.errors import MpqError
 from mpq.core.layer import KEYS, VALUES, Layer
 from mpq.generation.architectures import decoder_of
 from mpq.generation.compiled_step import compiled_step
 from mpq.generation.decoder import step
 from mpq.generation.generate import generate
 from mpq.generation.memory import Memory, can_pack
-from mpq.generation.serving import serve_cache
+from mpq.generation.serving import cache_formats_of, serve_cache, serve_format
 from mpq.kernels.cpu import native as cpu
 from mpq.network.cached import entry_name
 from tests.generation.test_compiled_step import TOKENS, llama, tiny
@@ -136,3 +137,11 @@ def test_generation_takes_the_compiled_step_with_a_packed_cache():
         texts.append(generate(model, TOKENS[0, :9], max_new_tokens=20).tokens)
     assert texts[0] == texts[1]
     assert calls[:20] == [9] + [1] * 19
+
+
+def test_one_format_for_all_keys_and_values():
+    model = tiny()
+    serve_format(model, "int8-token")
+    assert cache_formats_of(model).names == ("int8-token",) * 4
+    with pytest.raises(MpqError, match="formats of its own"):
+        serve_format(model, "int4-token")
