@@ -20,6 +20,7 @@ from torch import Tensor
 from mpq.core.cache import parse_cache_format
 from mpq.core.errors import MpqError
 from mpq.kernels import blocks, reference
+from mpq.kernels.gpu import backend as gpu
 from mpq.kernels.kv_cache import dequantize_heads, quantize_heads
 from mpq.kernels.ops import LIBRARY, check_floats
 
@@ -29,7 +30,8 @@ SCHEMA = (
 )
 APPEND = "append(Tensor vectors, Tensor(a!)[] slabs, str format, bool values, int position) -> ()"
 APPENDS: dict[str, Callable[..., None]] = {}  # as KERNELS, for `append_plainly`
-KERNELS: dict[str, Callable[..., Tensor]] = {}  # by device type, with the signature of `attend_plainly`
+# By device type, with the signature of `attend_plainly`
+KERNELS: dict[str, Callable[..., Tensor]] = {"cuda": gpu.attend}
 
 
 def attend_plainly(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,18 @@ def embedding(
     packed = packed_of(weight, parse_format(format), (rows, cols), layout)
     numbers = dequantize(fragments.take_rows(packed, indices.flatten()))
     return numbers.reshape(*indices.shape, cols).to(dtype)
+
+
+def attend(query: Tensor, *arguments: Any) -> Tensor:
+    """torch.ops.mpq.attend on a CUDA device; Triton, where it is installed, is imported at the first call."""
+    from mpq.kernels.attention import attend_plainly
+
+    if find_spec("triton") is None:
+        return attend_plainly(query, *arguments)
+    from mpq.kernels.gpu.triton.attend import attend as fused
+
+    with torch.cuda.device(query.device):
+        return fused(query, *arguments)
 
 
 def suits(packed: Packed, device: torch.device) -> bool:
