@@ -1,6 +1,6 @@
 """A packed weight whose rows have formats of their own: a packed weight for each format, and the order of their rows.
 
-A product is each part's product, put in the rows' order.
+On CPUs a product is one call that puts each part's into its rows' places; elsewhere each part's product, put in order.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,11 @@ from torch import Tensor
 
 from mpq.core.mix import Mix
 from mpq.kernels import reference
+from mpq.kernels.cpu import panels
 from mpq.kernels.layout import ASSIGNMENT, Packed, of_parts, parts_of, read_assignment
 from mpq.kernels.weight import PackedWeight, Spatial
+
+_linear_parts = torch.ops.mpq.linear_parts.default
 
 LAYOUT = "parts"  # each in a layout of its own
 
@@ -21,6 +24,8 @@ class MixedWeight(PackedWeight):
     """A weight matrix of parts; behaves as a `PackedWeight`. Parts are children named by their format's place."""
 
     order: Tensor  # int64 (rows,): where each row stands in the parts one below the other
+    places: Tensor  # int64 (rows,): its inverse, the row that stands at each place
+    joint: tuple[str, list[int], int, str] | None = None  # the parts' signature where one call computes them
 
     def _put(self, packed: Packed) -> None:
         assert isinstance(packed.format, Mix)
@@ -34,12 +39,17 @@ class MixedWeight(PackedWeight):
     def _arrange_rows(self, mix: Mix) -> None:
         stored: Tensor = self.get_buffer(ASSIGNMENT)
         self.format = mix
-        order = torch.zeros(self.rows, dtype=torch.int64, device=stored.device)
+        places = order = torch.zeros(self.rows, dtype=torch.int64, device=stored.device)
         if not stored.is_meta:
             self.format = read_assignment(mix, stored, self.rows)
-            places = torch.from_numpy(self.format.assigned(self.rows, self.cols))
-            order[places.argsort(stable=True)] = torch.arange(self.rows)
-        self.register_buffer("order", order.to(stored.device), persistent=False)
+            places = torch.from_numpy(self.format.assigned(self.rows, self.cols)).argsort(stable=True).to(stored.device)
+            order = places.argsort()
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("places", places, persistent=False)
+        parts = self.parts
+        joint = all(part.layout == panels.NAME and len(part.tensors) == 1 for part in parts)
+        formats = "/".join(part.format.name for part in parts)
+        self.joint = (formats, [part.rows for part in parts], self.cols, panels.NAME) if joint else None
 
     @property
     def parts(self) -> list[PackedWeight]:
@@ -69,6 +79,11 @@ class MixedWeight(PackedWeight):
 
     def linear(self, input: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
         """As `PackedWeight.linear`."""
+        if self.joint is not None and input.device.type == "cpu":
+            # Streaming weights evicts Python's code from the cache: attributes of modules cost microseconds there.
+            weights = [part._buffers[panels.NAME] for part in self._modules.values()]  # type: ignore[union-attr]
+            joined: Tensor = _linear_parts(input, weights, self._buffers["places"], bias, *self.joint, activation)
+            return joined
         output = torch.cat([part.linear(input, None, activation) for part in self.parts], -1)
         output = output.index_select(-1, self.order)
         return output if bias is None else output + bias.to(output.dtype)

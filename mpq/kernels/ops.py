@@ -4,7 +4,9 @@ A weight comes as the tensors of its layout in their fixed order. A backend adds
 type to `KERNELS`; anything else is computed by the reference, from every layout.
 
     linear(input (..., cols), weight, bias (rows,) or None, ...) -> (..., rows) in the input's type
-    linear_any: the same, always by way of Python; what `mpq.kernels.cpu.dispatch` leaves to it
+    linear_parts: the same for a matrix in several weights of one tensor each, whose rows stand at `places` (rows,) of
+        the output, those of the first weight first; `formats` are joined by slashes, `rows` are each weight's
+    linear_any, linear_parts_any: always by way of Python; what `mpq.kernels.cpu.dispatch` leaves to it
     dequantize(weight, ...) -> (rows, cols) float32
     embedding(indices (...), weight, ..., dtype) -> (..., cols)
     conv(input (n, channels, *size), weight, bias or None, ..., kernel, stride, padding, dilation, groups)
@@ -29,9 +31,15 @@ _WEIGHT = "str format, int rows, int cols, str layout"
 _SPATIAL = "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LINEAR = f"(Tensor input, Tensor[] weight, Tensor? bias, {_WEIGHT}, str activation) -> Tensor"
+_LINEAR_PARTS = (
+    "(Tensor input, Tensor[] weight, Tensor places, Tensor? bias, str formats, int[] rows, int cols, str layout, "
+    "str activation) -> Tensor"
+)
 SCHEMAS = {
     "linear": _LINEAR,
     "linear_any": _LINEAR,
+    "linear_parts": _LINEAR_PARTS,
+    "linear_parts_any": _LINEAR_PARTS,
     "dequantize": f"(Tensor[] weight, {_WEIGHT}) -> Tensor",
     "conv": f"(Tensor input, Tensor[] weight, Tensor? bias, {_WEIGHT}, {_SPATIAL}) -> Tensor",
     "embedding": f"(Tensor indices, Tensor[] weight, {_WEIGHT}, ScalarType dtype) -> Tensor",
@@ -71,6 +79,17 @@ def _linear(
     return kernel(input, weight, bias, format, rows, cols, layout, activation)
 
 
+def _linear_parts(
+    input: Tensor, weight: Sequence[Tensor], places: Tensor, bias: Tensor | None, formats: str, rows: Sequence[int],
+    cols: int, layout: str, activation: str,
+) -> Tensor:  # fmt: skip
+    signatures = zip(weight, formats.split("/"), rows, strict=True)
+    parts = [_linear(input, [one], None, format, count, cols, layout, activation) for one, format, count in signatures]
+    joined = torch.cat(parts, -1)
+    output = torch.empty_like(joined).index_copy_(-1, places, joined)
+    return output if bias is None else output + bias.to(output.dtype)
+
+
 def _dequantize(weight: Sequence[Tensor], format: str, rows: int, cols: int, layout: str) -> Tensor:
     kernel = KERNELS.get(("dequantize", layout, weight[0].device.type), reference.dequantize)
     return kernel(weight, format, rows, cols, layout)
@@ -95,6 +114,13 @@ def _linear_shape(
     input: Tensor, weight: Sequence[Tensor], bias: Tensor | None, format: str, rows: int, *rest: Any
 ) -> Tensor:
     return input.new_empty((*input.shape[:-1], rows))
+
+
+def _parts_shape(
+    input: Tensor, weight: Sequence[Tensor], places: Tensor, bias: Tensor | None, formats: str, rows: Sequence[int],
+    *rest: Any,
+) -> Tensor:  # fmt: skip
+    return input.new_empty((*input.shape[:-1], len(places)))
 
 
 def _conv_shape(
@@ -132,6 +158,26 @@ def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return by_input, [None] * len(ctx.saved_tensors), by_bias, None, None, None, None, None
 
 
+def _remember_parts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, places, bias, *signature, _ = inputs
+    ctx.save_for_backward(*weight, places)
+    ctx.signature, ctx.bias_type = signature, None if bias is None else bias.dtype
+
+
+def _parts_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    """As for linear."""
+    by_input = by_bias = None
+    *weight, places = ctx.saved_tensors
+    if ctx.needs_input_grad[0]:
+        formats, rows, cols, layout = ctx.signature
+        signatures = zip(weight, formats.split("/"), rows, strict=True)
+        parts = [torch.ops.mpq.dequantize([one], format, count, cols, layout) for one, format, count in signatures]
+        by_input = (gradient.float().index_select(-1, places) @ torch.cat(parts)).to(gradient.dtype)
+    if ctx.needs_input_grad[3]:
+        by_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_type)
+    return by_input, [None] * len(weight), None, by_bias, None, None, None, None, None
+
+
 def _remember_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, format, rows, cols, layout, *spatial = inputs
     ctx.save_for_backward(*weight)
@@ -158,6 +204,8 @@ LIBRARY: Any = torch.library.Library("mpq", "DEF")  # type: ignore[no-untyped-ca
 _PARTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "linear": (_linear, _linear_shape),
     "linear_any": (_linear, _linear_shape),
+    "linear_parts": (_linear_parts, _parts_shape),
+    "linear_parts_any": (_linear_parts, _parts_shape),
     "conv": (_conv, _conv_shape),
     "dequantize": (_dequantize, _dequantize_shape),
     "embedding": (_embedding, _embedding_shape),
@@ -167,5 +215,6 @@ for _name, (_implementation, _shape) in _PARTS.items():
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mpq::{_name}", _shape, lib=LIBRARY)
 torch.library.register_autograd("mpq::linear", _linear_backward, setup_context=_remember, lib=LIBRARY)
+torch.library.register_autograd("mpq::linear_parts", _parts_backward, setup_context=_remember_parts, lib=LIBRARY)
 torch.library.register_autograd("mpq::conv", _conv_backward, setup_context=_remember_conv, lib=LIBRARY)
 gpu.register()

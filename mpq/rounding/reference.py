@@ -18,6 +18,7 @@ from mpq.core.mix import Mix
 COPY_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXPONENT_BITS, FLOAT32_MANTISSA = 0x7F800000, 23
 SCALE_DTYPES = {**COPY_DTYPES, **dict.fromkeys(SCALES.keys() - COPY_DTYPES.keys(), torch.uint8)}
+PIECE = 2**22  # numbers that are decoded at once: several for each stand in memory
 TABLES = ("scales", "zeros", "tensor_scale", "minima", "super_scales", "super_minima")
 
 
@@ -145,6 +146,25 @@ def dequantize(quantized: Quantized) -> Tensor:
         return whole
     if format.is_float_copy:
         return quantized.codes.float()
+    if quantized.codes.numel() <= PIECE or format.granularity == "tensor":
+        return _numbers(quantized)
+    whole = torch.empty(quantized.shape, device=quantized.codes.device)
+    step = max(1, PIECE // quantized.shape[1])
+    for first in range(0, quantized.shape[0], step):
+        some = slice(first, first + step)
+        whole[some] = _numbers(_some_rows(quantized, some))
+    return whole
+
+
+def _some_rows(quantized: Quantized, rows: slice) -> Quantized:
+    """Neighbouring rows of a matrix in a format in which rows stand alone but for the tensor's scale."""
+    codes = quantized.codes[rows]
+    some = replace(quantized, shape=(len(codes), quantized.shape[1]), codes=codes)
+    return some.map_tables(lambda _, table: table if table.ndim == 0 else table[rows])
+
+
+def _numbers(quantized: Quantized) -> Tensor:
+    format = quantized.format
     elements = to_groups(decode(quantized.codes, format.grid), format)
     if quantized.zeros is not None:
         elements = elements - quantized.zeros.unsqueeze(-1).float()

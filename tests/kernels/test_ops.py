@@ -131,6 +131,26 @@ def test_ops_are_sound_operators_in_panels(name, activation, dtype):
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_are_a_sound_operator(dtype):
+    weights = [panels_of(name) for name in ("int4-g32", "int8-channel")]
+    tensors = [weight[0] for weight, _ in weights]
+    places = torch.arange(2 * ROWS).reshape(ROWS, 2).T.flatten()
+    facts = ("int4-g32/int8-channel", [ROWS, ROWS], COLS, panels.NAME, "")
+    x, bias = random(2, 3, COLS).to(dtype).requires_grad_(), random(2 * ROWS).to(dtype).requires_grad_()
+    torch.library.opcheck(torch.ops.mpq.linear_parts.default, (x, tensors, places, bias, *facts))
+    torch.library.opcheck(torch.ops.mpq.linear_parts.default, (x.detach()[0, 0], tensors, places, None, *facts))
+    torch.ops.mpq.linear_parts(x, tensors, places, bias, *facts).float().square().sum().backward()
+    matrix = torch.empty(2 * ROWS, COLS)
+    matrix[places] = torch.cat([torch.ops.mpq.dequantize(weight, *facts) for weight, facts in weights])
+    plain_x, plain_bias = (tensor.detach().clone().requires_grad_() for tensor in (x, bias))
+    functional.linear(plain_x.float(), matrix, plain_bias.float()).square().sum().backward()
+    room = {"rtol": 2**-6, "atol": 0.5} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-2}
+    torch.testing.assert_close(x.grad, plain_x.grad, **room)
+    torch.testing.assert_close(bias.grad, plain_bias.grad, **room)
+
+
+@needs_native
 @pytest.mark.parametrize(("layer", "x"), LAYERS, ids=lambda value: type(value).__name__)
 def test_compiled_layers_in_panels_equal_the_plain_ones(layer, x):
     model = packed_layer(layer)

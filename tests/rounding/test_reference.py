@@ -152,3 +152,12 @@ def test_weights_that_are_not_finite_are_refused(bad):
 def test_a_weight_must_be_a_float_matrix():
     with pytest.raises(MpqError, match="rows, cols"):
         quantize(torch.zeros(2, 3, 4), parse_format("int4-g128"))
+
+
+@pytest.mark.parametrize("name", ["int3-g32-asym", "nvfp4", "mxfp4", "q4_k", "int8-tensor", "fp8-e4m3-channel"])
+def test_large_weights_are_decoded_in_parts_alike(name, monkeypatch):
+    weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(0))
+    quantized = quantize(weight, parse_format(name))
+    whole = dequantize(quantized)
+    monkeypatch.setattr("mpq.rounding.reference.PIECE", 5 * 256)
+    assert torch.equal(dequantize(quantized), whole)

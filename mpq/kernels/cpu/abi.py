@@ -26,7 +26,7 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         ("panels", c_void_p), ("tensor_scale", c_void_p), ("x", c_void_p), ("tokens", c_int64), ("stride", c_int64),
-        ("bias", c_void_p), ("out", c_void_p), ("out_stride", c_int64),
+        ("bias", c_void_p), ("out", c_void_p), ("out_stride", c_int64), ("places", c_void_p),
         *[(name, c_int32) for name in ("x_is_bf16", "bias_is_bf16", "out_is_bf16", "planes", "threads", "level")],
         ("skipped", c_void_p), ("parallel", c_void_p),
     ]  # fmt: skip
@@ -145,6 +145,8 @@ def declare(library: ctypes.CDLL) -> None:
     """Argument and result types of the library's functions."""
     pointers = [c_void_p] * 4
     library.mpq_linear.restype, library.mpq_linear.argtypes = c_int64, [POINTER(Weight), POINTER(Call)]
+    library.mpq_linear_parts.restype = c_int64
+    library.mpq_linear_parts.argtypes = [POINTER(POINTER(Weight)), POINTER(Call), c_int64]
     library.mpq_conv.restype = c_int64
     library.mpq_conv.argtypes = [POINTER(Weight), POINTER(Call), POINTER(Images)]
     library.mpq_embedding.argtypes = [POINTER(Weight), *pointers, c_int64, c_void_p]

@@ -171,7 +171,7 @@ def _call(
     is_bf16 = x.dtype == torch.bfloat16
     return abi.Call(
         weight[0].data_ptr(), weight[1].data_ptr() if len(weight) > 1 else 0, x.data_ptr(), tokens, stride,
-        0 if bias is None else bias.data_ptr(), out.data_ptr(), out.shape[-1],
+        0 if bias is None else bias.data_ptr(), out.data_ptr(), out.shape[-1], 0,
         is_bf16, bias is not None and bias.dtype == torch.bfloat16, is_bf16,
         planes, torch.get_num_threads(), loaded.level, 0 if skipped is None else skipped.data_ptr(), loaded.parallel,
     )  # fmt: skip

@@ -127,6 +127,45 @@ static int skip(const test_case *one) {
   return 0;
 }
 
+/* Two parts whose rows take turns in the output get the bits of the products alone, and one token with NaN is skipped. */
+static int parts(const test_case *one) {
+  const int batches[] = {1, 3, 9, 40};
+  const int64_t rows = one->weight.rows, cols = one->weight.cols;
+  int64_t *places = malloc(2 * rows * sizeof *places);
+  for (int64_t row = 0; row < rows; row++) places[row] = 2 * row, places[rows + row] = 2 * row + 1;
+  for (size_t batch = 0; batch < sizeof batches / sizeof *batches; batch++)
+    for (int variant = 0; variant < 4; variant++) {
+      const int64_t tokens = batches[batch];
+      const int is_bf16 = variant & 1, element = is_bf16 ? 2 : 4;
+      uint8_t *x = malloc(tokens * cols * element), *bias = malloc(2 * rows * element), *plain_bias = malloc(rows * element);
+      for (int64_t i = 0; i < tokens * cols; i++) put(x, i, is_bf16, number(i));
+      for (int64_t i = 0; i < 2 * rows; i++) put(bias, i, is_bf16, number(i / 2));
+      for (int64_t i = 0; i < rows; i++) put(plain_bias, i, is_bf16, number(i));
+      mpq_call call = {.panels = one->panels, .x = x, .tokens = tokens, .stride = cols, .x_is_bf16 = is_bf16,
+                       .bias_is_bf16 = is_bf16, .out_is_bf16 = is_bf16, .planes = 1 + (variant >> 1), .threads = 3};
+      for (call.level = 0; call.level <= mpq_best_level(99); call.level++) {
+        if (mpq_best_level(call.level) != call.level) continue;
+        uint8_t *alone = filled(tokens * rows * element, 0xff), *both = filled(2 * tokens * rows * element, 0xff);
+        call.out = alone, call.out_stride = rows, call.bias = plain_bias, call.places = NULL;
+        if (mpq_linear(&one->weight, &call) != 0) return FAILED;
+        call.out = both, call.out_stride = 2 * rows, call.bias = bias;
+        const mpq_weight *weights[] = {&one->weight, &one->weight};
+        mpq_call calls[] = {call, call};
+        calls[0].places = places, calls[1].places = places + rows;
+        if (mpq_linear_parts(weights, calls, 2) != 0) return FAILED;
+        for (int64_t i = 0; i < 2 * tokens * rows; i++)
+          if (memcmp(both + i * element, alone + i / 2 * element, element)) return LEVELS_DIFFER;
+        put(x, 0, is_bf16, __builtin_nanf(""));
+        if (mpq_linear_parts(weights, calls, 2) != 1) return NOT_SKIPPED;
+        put(x, 0, is_bf16, number(0));
+        free(alone), free(both);
+      }
+      free(x), free(bias), free(plain_bias);
+    }
+  free(places);
+  return 0;
+}
+
 /* A batch of two images whose lines or pixels have gaps, and the same patches as rows. */
 static int convolve(const test_case *one, int64_t down, int64_t along, int variant) {
   const int is_bf16 = variant & 1, last = variant >> 1 & 1, element = is_bf16 ? 2 : 4;
@@ -347,8 +386,8 @@ static int32_t make_library(const char *space, const char *key, const char *file
   return 0;
 }
 static int32_t implement(void *library, const char *name, void (*function)(stable_value *, uint64_t, uint64_t)) {
-  (void)library, (void)name;
-  kernel = function;
+  (void)library;
+  if (!strcmp(name, "linear")) kernel = function; /* linear_parts: tests/kernels/cpu/test_dispatch.py */
   return 0;
 }
 static int32_t drop_tensor(tensor *t) { free(t->data), free(t); return 0; }
@@ -450,6 +489,7 @@ static int drive(const char *name) {
   hash = 0xcbf29ce484222325u;
   TRY(multiply(&one));
   TRY(skip(&one));
+  TRY(parts(&one));
   TRY(dequantize(&one));
   TRY(look_up(&one));
   TRY(serve(&one, name));

@@ -79,6 +79,51 @@ def test_every_call_is_as_through_python(name, activation, kind, bias):
     assert torch.equal(served.nan_to_num(), other.nan_to_num())
 
 
+def parts(names=("int2-g64", "int4-g64"), rows=ROWS):
+    """What linear_parts is called with between the input and the bias, and after it: rows take turns."""
+    tensors, counts = [], [len(range(place, rows, len(names))) for place in range(len(names))]
+    for name, count in zip(names, counts, strict=True):
+        arranged = to_layout(pack(quantize(random(count, COLS), parse_format(name))), panels.NAME)
+        cpu._plan(name, count, COLS)
+        tensors += arranged.tensors.values()
+    places = torch.cat([torch.arange(place, rows, len(names)) for place in range(len(names))])
+    return (tensors, places), ("/".join(names), counts, COLS, panels.NAME)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("names", [("int2-g64", "int4-g64"), ("int8-channel", "fp8-e4m3-channel", "int3-channel")])
+@pytest.mark.parametrize("activation", ["", "int8-channel", "mxfp8-e4m3"])
+def test_every_call_of_parts_is_as_through_python(names, activation, kind, bias):
+    weights, facts = parts(names)
+    call = (INPUTS[kind], *weights, BIASES[bias], *facts, activation)
+    try:
+        other = torch.ops.mpq.linear_parts_any(*call)
+    except MpqError as error:  # no format holds NaN
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            torch.ops.mpq.linear_parts(*call)
+        return
+    with torch.inference_mode():
+        served = torch.ops.mpq.linear_parts(*call)
+    assert served.dtype == other.dtype
+    assert torch.equal(served.isnan(), other.isnan())
+    exact = served.dtype == torch.float32 or BIASES[bias] is None  # in 16 bits Python adds the bias to a rounded sum
+    torch.testing.assert_close(served, other, rtol=0 if exact else 2**-7, atol=1e-6 if exact else 2**-6, equal_nan=True)
+
+
+def test_plain_calls_of_parts_meet_no_python(monkeypatch):
+    def fail(*arguments):
+        raise AssertionError("Python was called")
+
+    weights, facts = parts()
+    monkeypatch.setitem(ops.KERNELS, ("linear", panels.NAME, "cpu"), fail)
+    torch.ops.mpq.linear_parts(random(2, COLS), *weights, random(ROWS), *facts, "")
+    many, many_facts = parts(("int2-g64", "int3-g64", "int4-g64") * 3)  # more parts than C takes
+    for call in ((random(2, COLS).half(), *weights, None, *facts, ""), (random(COLS), *many, None, *many_facts, "")):
+        with pytest.raises(RuntimeError, match="Python was called"):
+            torch.ops.mpq.linear_parts(*call)
+
+
 def test_plain_calls_meet_no_python(monkeypatch):
     def fail(*arguments):
         raise AssertionError("Python was called")
@@ -142,11 +187,13 @@ def megabytes_in_use():
 def test_nothing_is_kept_after_a_call(fill):
     """Each call has a megabyte of inputs of its own, and as much output."""
     tensors, facts = weight("int2-g64", 1024, 1024)
+    weights, part_facts = parts(("int2-g64", "int4-g64"), 1024)
     bias, calls = random(1024), 60
 
     def run(times):
         for _ in range(times):
             torch.ops.mpq.linear(torch.full((256, 1024), fill), tensors, bias, *facts, "")
+            torch.ops.mpq.linear_parts(torch.full((256, COLS), fill), *weights, bias, *part_facts, "")
         gc.collect()
         return megabytes_in_use()
 

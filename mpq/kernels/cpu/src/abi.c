@@ -15,7 +15,7 @@ const mpq_field *mpq_fields(void) {
       FIELD(mpq_weight, normal_mask),
       STRUCT(mpq_call), FIELD(mpq_call, panels), FIELD(mpq_call, tensor_scale), FIELD(mpq_call, x),
       FIELD(mpq_call, tokens), FIELD(mpq_call, stride), FIELD(mpq_call, bias), FIELD(mpq_call, out),
-      FIELD(mpq_call, out_stride), FIELD(mpq_call, x_is_bf16), FIELD(mpq_call, bias_is_bf16),
+      FIELD(mpq_call, out_stride), FIELD(mpq_call, places), FIELD(mpq_call, x_is_bf16), FIELD(mpq_call, bias_is_bf16),
       FIELD(mpq_call, out_is_bf16), FIELD(mpq_call, planes), FIELD(mpq_call, threads), FIELD(mpq_call, level),
       FIELD(mpq_call, skipped), FIELD(mpq_call, parallel),
       STRUCT(mpq_images), FIELD(mpq_images, channels), FIELD(mpq_images, size), FIELD(mpq_images, kernel),

@@ -64,13 +64,14 @@ typedef struct {
   const void *bias;          /* (rows,) or NULL */
   void *out;                 /* (tokens, rows), rows `out_stride` elements apart */
   int64_t out_stride;
+  const int64_t *places;     /* (rows,): the column of `out` and of the bias for each row; NULL: in order */
   int32_t x_is_bf16, bias_is_bf16, out_is_bf16; /* otherwise float32 */
   int32_t planes;            /* int8 planes of an activation: 2 is nearly exact; 1 has a float16 scale for each token */
   int32_t threads, level;
   int8_t *skipped;           /* (tokens,) or NULL: 1 for tokens not computed, which integers cannot represent */
   mpq_parallel parallel;
 } mpq_call;
-ABI_ASSERT(mpq_call, 104, parallel, 96);
+ABI_ASSERT(mpq_call, 112, parallel, 104);
 
 /* The input of a convolution: output positions are tokens, whose patches are gathered one at a time. Pairs are (height,
  * width). */
@@ -186,6 +187,11 @@ ABI_ASSERT(mpq_token, 56, threads, 48);
 
 /* y = x W^T + bias. Returns how many tokens were skipped and must be recomputed by the caller, or -1 if out of memory. */
 EXPORT int64_t mpq_linear(const mpq_weight *, const mpq_call *);
+
+/* The same for a matrix in several weights, each with some of its rows: `count` calls that differ in panels, tensor scale and
+ * places alone. At most MPQ_MAX_PARTS, which share one parallel region where tokens are few. Returns how many were skipped, or -1. */
+EXPORT int64_t mpq_linear_parts(const mpq_weight *const *, const mpq_call *, int64_t count);
+#define MPQ_MAX_PARTS 8
 
 /* The same for image patches: x is the images' first element, and `tokens` counts output positions. */
 EXPORT int64_t mpq_conv(const mpq_weight *, const mpq_call *, const mpq_images *);

@@ -78,19 +78,22 @@ static void write_output(const linear_job *work, const mpq_activation *x, int64_
   const mpq_weight *weight = work->weight;
   const int64_t row = panel * PANEL_ROWS, left = weight->rows - row, count = left < PANEL_ROWS ? left : PANEL_ROWS;
   float bias[PANEL_ROWS] = {0}, scale[PANEL_ROWS];
+  const int64_t *places = call->places ? call->places + row : NULL;
   if (call->bias)
-    for (int64_t i = 0; i < count; i++) bias[i] = load_float(call->bias, call->bias_is_bf16, row + i);
+    for (int64_t i = 0; i < count; i++) bias[i] = load_float(call->bias, call->bias_is_bf16, places ? places[i] : row + i);
   const uint8_t *scales = row_scales(work, panel);
   for (int i = 0; i < PANEL_ROWS; i += 16)
     STORE(scale + i, scales ? load_scales(weight->scale_kind, scales, i) * weight->factor : (vfloat){0} + weight->factor);
   for (; token < last; token++) {
     float *from = sums + token * PANEL_ROWS;
-    int64_t at = (work->first + token) * call->out_stride + row;
+    const int64_t start = (work->first + token) * call->out_stride, at = start + row;
     if (x->bf16) { /* row scales and token scales are applied here */
       const float own = x->scale ? x->scale[token] : 1;
       for (int i = 0; i < PANEL_ROWS; i++) from[i] *= scale[i] * own;
     }
-    if (call->out_is_bf16)
+    if (places)
+      for (int64_t i = 0; i < count; i++) store_float(call->out, call->out_is_bf16, start + places[i], from[i] + bias[i]);
+    else if (call->out_is_bf16)
       for (int64_t i = 0; i < count; i++) ((uint16_t *)call->out)[at + i] = to_bf16(from[i] + bias[i]);
     else
       for (int64_t i = 0; i < count; i++) ((float *)call->out)[at + i] = from[i] + bias[i];
@@ -184,34 +187,106 @@ static void multiply_panels(void *argument) {
   if (level->end) level->end();
 }
 
-static int64_t multiply(const mpq_weight *given, const mpq_call *call, const mpq_images *images) {
+/* A weight as a call computes with it. */
+static mpq_weight weight_of(const mpq_weight *given, const mpq_call *call) {
   mpq_weight own = *given;
-  const mpq_weight *weight = &own;
-  int64_t skipped = 0;
   if (call->tensor_scale) own.factor *= *call->tensor_scale;
   if (call->x_is_bf16 && call->planes == 2) own.bf16_terms = 1; /* activations have bf16 precision: weights need no more */
-  for (int64_t first = 0; first < call->tokens; first += CHUNK_TOKENS) {
-    const int64_t tokens = call->tokens - first < CHUNK_TOKENS ? call->tokens - first : CHUNK_TOKENS;
-    linear_job work = {.weight = weight, .call = call, .images = images, .level = mpq_levels[call->level], .first = first};
-    work.plan = mpq_plan_chunk(weight, call, tokens, images != NULL);
-    work.x.tokens = tokens, work.x.path = work.plan.path;
-    work.skipped = call->skipped ? call->skipped + first : scratch(SCRATCH_SKIPPED, CHUNK_TOKENS);
-    if (!work.skipped) return -1;
-    if (!work.plan.quantize_per_thread) {
-      if (!allocate_activations(&work, &work.x)) return -1;
-      share_work(call->threads, call->parallel, quantize_tokens, &work, &work.ranges, tokens, 1);
-      if (atomic_load(&work.failed)) return -1;
+  return own;
+}
+
+static void begin_chunk(linear_job *work, const mpq_weight *weight, const mpq_call *call, const mpq_images *images,
+                        int64_t first, int64_t tokens, int8_t *skipped) {
+  work->weight = weight, work->call = call, work->images = images, work->level = mpq_levels[call->level];
+  work->first = first, work->skipped = skipped;
+  work->plan = mpq_plan_chunk(weight, call, tokens, images != NULL);
+  work->x = (mpq_activation){.tokens = tokens, .path = work->plan.path};
+  atomic_store(&work->failed, 0);
+}
+
+static int64_t count_skipped(const linear_job *work) {
+  int64_t skipped = 0;
+  for (int64_t i = 0; i < work->x.tokens; i++) skipped += work->skipped[i];
+  return skipped;
+}
+
+/* Whether two parts' activations of the same tokens are the same numbers in the same order. */
+static int same_activations(const linear_job *one, const linear_job *other) {
+  const mpq_weight *a = one->weight, *b = other->weight;
+  return one->plan.path == other->plan.path && a->tiles == b->tiles && a->segments == b->segments && a->segment == b->segment &&
+         (a->kind == MPQ_TABLE_BF16) == (b->kind == MPQ_TABLE_BF16);
+}
+
+/* Calls of the same tokens, chunk by chunk; parts that cut their columns alike share the quantized activations. */
+static int64_t multiply(const mpq_weight *weights, const mpq_call *calls, int64_t count, const mpq_images *images) {
+  int64_t skipped = 0;
+  linear_job jobs[2], *work = &jobs[0], *last = &jobs[1];
+  for (int64_t first = 0; first < calls->tokens; first += CHUNK_TOKENS) {
+    const int64_t tokens = calls->tokens - first < CHUNK_TOKENS ? calls->tokens - first : CHUNK_TOKENS;
+    int8_t *skips = calls->skipped ? calls->skipped + first : scratch(SCRATCH_SKIPPED, CHUNK_TOKENS);
+    if (!skips) return -1;
+    for (int64_t i = 0; i < count; i++) {
+      begin_chunk(work, &weights[i], &calls[i], images, first, tokens, skips);
+      if (i && !work->plan.quantize_per_thread && same_activations(work, last)) work->x = last->x;
+      else if (!work->plan.quantize_per_thread) {
+        if (!allocate_activations(work, &work->x)) return -1;
+        share_work(calls->threads, calls->parallel, quantize_tokens, work, &work->ranges, tokens, 1);
+        if (atomic_load(&work->failed)) return -1;
+      }
+      share_work(calls->threads, calls->parallel, multiply_panels, work, &work->ranges,
+                 work->plan.panels * work->plan.splits, work->plan.block);
+      if (atomic_load(&work->failed)) return -1;
+      linear_job *done = work;
+      work = last, last = done;
     }
-    share_work(call->threads, call->parallel, multiply_panels, &work, &work.ranges, work.plan.panels * work.plan.splits,
-               work.plan.block);
-    if (atomic_load(&work.failed)) return -1;
-    for (int64_t i = 0; i < tokens; i++) skipped += work.skipped[i];
+    skipped += count_skipped(last);
   }
   return skipped;
 }
 
-int64_t mpq_linear(const mpq_weight *weight, const mpq_call *call) { return multiply(weight, call, NULL); }
+static int64_t multiply_one(const mpq_weight *given, const mpq_call *call, const mpq_images *images) {
+  const mpq_weight weight = weight_of(given, call);
+  return multiply(&weight, call, 1, images);
+}
+
+int64_t mpq_linear(const mpq_weight *weight, const mpq_call *call) { return multiply_one(weight, call, NULL); }
 
 int64_t mpq_conv(const mpq_weight *weight, const mpq_call *call, const mpq_images *images) {
-  return multiply(weight, call, images);
+  return multiply_one(weight, call, images);
+}
+
+typedef struct {
+  linear_job jobs[MPQ_MAX_PARTS];
+  int64_t count;
+} parts_job;
+
+static void multiply_parts(void *argument) {
+  parts_job *all = argument;
+  for (int64_t i = 0; i < all->count; i++) multiply_panels(&all->jobs[i]);
+}
+
+int64_t mpq_linear_parts(const mpq_weight *const *given, const mpq_call *calls, int64_t count) {
+  int64_t skipped = 0, units = 0;
+  mpq_weight weights[MPQ_MAX_PARTS];
+  if (count > MPQ_MAX_PARTS) return -1;
+  for (int64_t i = 0; i < count; i++) weights[i] = weight_of(given[i], &calls[i]);
+  if (calls->skipped || calls->tokens >= SHARED_QUANTIZE_MIN_TOKENS) return multiply(weights, calls, count, NULL);
+  int8_t *skips = scratch(SCRATCH_SKIPPED, CHUNK_TOKENS);
+  const int threads = calls->threads < MAX_THREADS ? calls->threads : MAX_THREADS;
+  parts_job all;
+  if (!skips) return -1;
+  all.count = count;
+  for (int64_t i = 0; i < count; i++) {
+    linear_job *job = &all.jobs[i];
+    begin_chunk(job, &weights[i], &calls[i], NULL, 0, calls->tokens, skips + i * SHARED_QUANTIZE_MIN_TOKENS);
+    open_work(&job->ranges, threads, job->plan.panels * job->plan.splits, job->plan.block);
+    units += job->plan.panels * job->plan.splits;
+  }
+  run_on_threads(calls->parallel, multiply_parts, &all, threads < units ? threads : (int)units);
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t own = count_skipped(&all.jobs[i]);
+    if (atomic_load(&all.jobs[i].failed)) return -1;
+    if (own > skipped) skipped = own;
+  }
+  return skipped;
 }

@@ -19,4 +19,9 @@ static inline uint16_t to_bf16(float value) {
   if (value != value) return (uint16_t)(word >> 16 | 64);
   return (uint16_t)((word + 0x7fff + (word >> 16 & 1)) >> 16);
 }
+
+static inline void store_float(void *to, int is_bf16, int64_t index, float value) {
+  if (is_bf16) ((uint16_t *)to)[index] = to_bf16(value);
+  else ((float *)to)[index] = value;
+}
 #endif

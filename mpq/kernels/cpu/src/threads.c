@@ -46,13 +46,17 @@ void run_on_threads(mpq_parallel parallel, void (*function)(void *), void *work,
   for (int i = 0; i < started; i++) pthread_join(helpers[i], NULL);
 }
 
+void open_work(work_ranges *all, int ranges, int64_t units, int block) {
+  all->units = units, all->block = block, all->ranges = ranges;
+  atomic_store(&all->arrived, 0);
+  for (int i = 0; i < ranges; i++) atomic_store(&all->range[i].taken, 0);
+}
+
 void share_work(int threads, mpq_parallel parallel, void (*function)(void *), void *work, work_ranges *all, int64_t units,
                 int block) {
   if (threads > MAX_THREADS) threads = MAX_THREADS;
   if (threads > units) threads = units ? (int)units : 1;
-  all->units = units, all->block = block, all->ranges = threads;
-  atomic_store(&all->arrived, 0);
-  for (int i = 0; i < threads; i++) atomic_store(&all->range[i].taken, 0);
+  open_work(all, threads, units, block);
   run_on_threads(parallel, function, work, threads);
 }
 

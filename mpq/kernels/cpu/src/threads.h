@@ -28,6 +28,9 @@ static inline int join_range(work_ranges *all) { return atomic_fetch_add(&all->a
 /* Take the next item, from range `own` while it has one; 0 when none is left. */
 int take_item(work_ranges *, int *own, work_item *);
 
+/* Divide `units` into so many ranges, at most MAX_THREADS, from which threads take `block` at a time. */
+void open_work(work_ranges *, int ranges, int64_t units, int block);
+
 /* Run the function on several threads at once, one of them the caller's; with `parallel`, on its threads. */
 void run_on_threads(mpq_parallel parallel, void (*function)(void *), void *work, int threads);
 

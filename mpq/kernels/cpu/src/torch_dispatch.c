@@ -1,5 +1,5 @@
-/* torch.ops.mpq.linear called by PyTorch's dispatcher without Python: plain calls are computed here, all others are
- * forwarded to mpq::linear_any. Uses PyTorch's stable C interface (torch/csrc/stable/c/shim.h,
+/* torch.ops.mpq.linear and linear_parts called by PyTorch's dispatcher without Python: plain calls are computed here, all others are
+ * forwarded to mpq::linear_any and linear_parts_any. Uses PyTorch's stable C interface (torch/csrc/stable/c/shim.h,
  * torch/csrc/inductor/aoti_torch/c/shim.h), passed in by address: nothing is linked. */
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -129,61 +129,160 @@ static int view_weight(handle list, mpq_call *call) {
   return 1;
 }
 
-/* Compute a plain call: float32 or bf16 rows at a constant distance and a registered weight in panels; NULL for any other. */
-static handle compute(const stable_value *stack) {
-  const char *format, *layout, *activation;
-  const int64_t rows = (int64_t)stack[4], cols = (int64_t)stack[5];
-  if (torch.string((handle)stack[3], &format) || torch.string((handle)stack[6], &layout) ||
-      torch.string((handle)stack[7], &activation) || strcmp(layout, "panels"))
-    return NULL;
-  const weight_entry *plan = find_weight(format, rows, cols);
-  const int one_plane = !strcmp(activation, "int8-channel"); /* one int8 plane, for integer products */
+/* What both ops share: the input's rows, the output, the activation's planes. */
+typedef struct {
   row_view x;
-  uint32_t threads;
   handle out;
-  mpq_call call = {.out_stride = rows, .planes = one_plane ? 1 : 2, .level = torch_level, .parallel = torch_parallel};
-  if (!plan || (*activation && !(one_plane && plan->weight.kind != MPQ_TABLE_BF16)) || torch.threads(&threads) ||
-      !view_rows((handle)stack[0], rows, cols, &x) || !view_weight((handle)stack[1], &call) ||
-      (stack[2] && !view_bias((handle)*(stable_value *)stack[2], rows, &call)) ||
-      torch.empty(x.dims, x.sizes, x.steps, x.type, torch.cpu(), 0, &out))
-    return NULL;
-  call.x = x.data, call.tokens = x.tokens, call.stride = x.stride, call.threads = (int32_t)threads;
-  call.x_is_bf16 = call.out_is_bf16 = x.type == torch.bfloat16();
-  if (!torch.data(out, &call.out) && !mpq_linear(&plan->weight, &call)) return out;
-  torch.drop_tensor(out); /* out of memory, or tokens that integers cannot represent */
+  mpq_call call;
+  int one_plane; /* int8 activations of one scale for each token */
+} product;
+
+/* 0 for a call that C does not compute: not in panels, an activation format or an input of another kind. */
+static int begin_product(product *one, stable_value input, stable_value layout, stable_value activation, int64_t rows,
+                         int64_t cols) {
+  const char *layout_name, *activation_name;
+  uint32_t threads;
+  if (torch.string((handle)layout, &layout_name) || torch.string((handle)activation, &activation_name) ||
+      strcmp(layout_name, "panels") || torch.threads(&threads) || !view_rows((handle)input, rows, cols, &one->x))
+    return 0;
+  one->one_plane = !strcmp(activation_name, "int8-channel");
+  one->call = (mpq_call){.x = one->x.data, .tokens = one->x.tokens, .stride = one->x.stride, .out_stride = rows,
+                         .planes = one->one_plane ? 1 : 2, .threads = (int32_t)threads, .level = torch_level,
+                         .parallel = torch_parallel};
+  one->call.x_is_bf16 = one->call.out_is_bf16 = one->x.type == torch.bfloat16();
+  return !*activation_name || one->one_plane;
+}
+
+static int serves(const weight_entry *plan, const product *one) {
+  return plan && !(one->one_plane && plan->weight.kind == MPQ_TABLE_BF16);
+}
+
+static int allocate_output(product *one) {
+  return !torch.empty(one->x.dims, one->x.sizes, one->x.steps, one->x.type, torch.cpu(), 0, &one->out);
+}
+
+/* The output, or NULL after what could not be computed: out of memory, or tokens that integers cannot represent. */
+static handle end_product(product *one, int failed) {
+  if (!failed) return one->out;
+  torch.drop_tensor(one->out);
   return NULL;
 }
 
-static void release_arguments(const stable_value *stack) {
+/* Compute a plain call: float32 or bf16 rows at a constant distance and a registered weight in panels; NULL for any other. */
+static handle compute(const stable_value *stack) {
+  const char *format;
+  const int64_t rows = (int64_t)stack[4], cols = (int64_t)stack[5];
+  product one;
+  if (torch.string((handle)stack[3], &format) || !begin_product(&one, stack[0], stack[6], stack[7], rows, cols)) return NULL;
+  const weight_entry *plan = find_weight(format, rows, cols);
+  if (!serves(plan, &one) || !view_weight((handle)stack[1], &one.call) ||
+      (stack[2] && !view_bias((handle)*(stable_value *)stack[2], rows, &one.call)) || !allocate_output(&one))
+    return NULL;
+  return end_product(&one, torch.data(one.out, &one.call.out) || mpq_linear(&plan->weight, &one.call));
+}
+
+/* Split names at slashes, in place; returns how many, or 0 if more than MPQ_MAX_PARTS. */
+static size_t split_names(char *names, const char **name) {
   size_t count = 0;
-  stable_value tensor, *bias = (stable_value *)stack[2];
-  torch.drop_tensor((handle)stack[0]);
-  torch.list_size((handle)stack[1], &count);
-  for (size_t i = 0; i < count; i++)
-    if (!torch.list_item((handle)stack[1], i, &tensor)) torch.drop_tensor((handle)tensor);
-  torch.drop_list((handle)stack[1]);
-  if (bias) {
-    torch.drop_tensor((handle)*bias);
-    torch.drop_optional(bias);
+  for (char *rest = names; rest; rest = strchr(rest, '/'), rest = rest ? (*rest = 0, rest + 1) : NULL) {
+    if (count == MPQ_MAX_PARTS) return 0;
+    name[count++] = rest;
   }
-  torch.drop_string((handle)stack[3]);
-  torch.drop_string((handle)stack[6]);
-  torch.drop_string((handle)stack[7]);
+  return count;
+}
+
+/* As `compute`, for a matrix in several registered weights of one tensor each. */
+static handle compute_parts(const stable_value *stack) {
+  const char *formats, *name[MPQ_MAX_PARTS];
+  char names[256];
+  const int64_t cols = (int64_t)stack[6];
+  const mpq_weight *weights[MPQ_MAX_PARTS];
+  mpq_call calls[MPQ_MAX_PARTS];
+  int64_t part_rows[MPQ_MAX_PARTS], rows = 0;
+  size_t count, tensors, lengths;
+  void *places;
+  stable_value item;
+  product one;
+  if (torch.string((handle)stack[4], &formats) || strlen(formats) >= sizeof names) return NULL;
+  count = split_names(strcpy(names, formats), name);
+  if (torch.list_size((handle)stack[1], &tensors) || torch.list_size((handle)stack[5], &lengths) || !count ||
+      tensors != count || lengths != count || torch.data((handle)stack[2], &places))
+    return NULL;
+  for (size_t i = 0; i < count; i++) {
+    if (torch.list_item((handle)stack[5], i, &item)) return NULL;
+    rows += part_rows[i] = (int64_t)item;
+  }
+  if (!begin_product(&one, stack[0], stack[7], stack[8], rows, cols) ||
+      (stack[3] && !view_bias((handle)*(stable_value *)stack[3], rows, &one.call)))
+    return NULL;
+  const int64_t *place = places;
+  for (size_t i = 0; i < count; place += part_rows[i++]) {
+    const weight_entry *plan = find_weight(name[i], part_rows[i], cols);
+    void *panels;
+    if (!serves(plan, &one) || torch.list_item((handle)stack[1], i, &item) || torch.data((handle)item, &panels)) return NULL;
+    weights[i] = &plan->weight, calls[i] = one.call, calls[i].panels = panels, calls[i].places = place;
+  }
+  if (!allocate_output(&one)) return NULL;
+  if (torch.data(one.out, &one.call.out)) return end_product(&one, 1);
+  for (size_t i = 0; i < count; i++) calls[i].out = one.call.out;
+  return end_product(&one, mpq_linear_parts(weights, calls, (int64_t)count) != 0);
+}
+
+static void release_tensors(stable_value list) {
+  size_t count = 0;
+  stable_value tensor;
+  torch.list_size((handle)list, &count);
+  for (size_t i = 0; i < count; i++)
+    if (!torch.list_item((handle)list, i, &tensor)) torch.drop_tensor((handle)tensor);
+  torch.drop_list((handle)list);
+}
+
+static void release_bias(stable_value optional) {
+  stable_value *bias = (stable_value *)optional;
+  if (!bias) return;
+  torch.drop_tensor((handle)*bias);
+  torch.drop_optional(bias);
+}
+
+/* Put the output on the stack, or let Python compute: `computed` is NULL then, and the arguments go on. */
+static int forwarded(stable_value *stack, handle computed, const char *name) {
+  if (computed) return 0;
+  if (torch.call(name, "", stack)) torch.check(false, name, "torch_dispatch.c", __LINE__, torch.last_error());
+  return 1;
 }
 
 /* linear(Tensor input, Tensor[] weight, Tensor? bias, str format, int rows, int cols, str layout, str activation) */
 static void linear_from_dispatcher(stable_value *stack, uint64_t inputs, uint64_t outputs) {
   (void)inputs, (void)outputs;
-  handle out = compute(stack);
-  if (!out) {
-    if (torch.call("mpq::linear_any", "", stack)) torch.check(false, "linear", "torch_dispatch.c", __LINE__, torch.last_error());
-    return;
-  }
-  release_arguments(stack);
+  const handle out = compute(stack);
+  if (forwarded(stack, out, "mpq::linear_any")) return;
+  torch.drop_tensor((handle)stack[0]);
+  release_tensors(stack[1]);
+  release_bias(stack[2]);
+  torch.drop_string((handle)stack[3]);
+  torch.drop_string((handle)stack[6]);
+  torch.drop_string((handle)stack[7]);
   stack[0] = (stable_value)out;
 }
 
-/* Register as the CPU kernel of mpq::linear, at one instruction level; call again to change the level. Returns 0, or -1 if
+/* linear_parts(Tensor input, Tensor[] weight, Tensor places, Tensor? bias, str formats, int[] rows, int cols, str layout,
+ * str activation) */
+static void parts_from_dispatcher(stable_value *stack, uint64_t inputs, uint64_t outputs) {
+  (void)inputs, (void)outputs;
+  const handle out = compute_parts(stack);
+  if (forwarded(stack, out, "mpq::linear_parts_any")) return;
+  torch.drop_tensor((handle)stack[0]);
+  release_tensors(stack[1]);
+  torch.drop_tensor((handle)stack[2]);
+  release_bias(stack[3]);
+  torch.drop_string((handle)stack[4]);
+  torch.drop_list((handle)stack[5]);
+  torch.drop_string((handle)stack[7]);
+  torch.drop_string((handle)stack[8]);
+  stack[0] = (stable_value)out;
+}
+
+/* Register as the CPU kernels of mpq::linear and mpq::linear_parts, at one instruction level; call again to change the level. Returns 0, or -1 if
  * PyTorch refuses. */
 EXPORT int mpq_serve(const torch_interface *interface, int level, mpq_parallel parallel) {
   static handle library;
@@ -191,5 +290,6 @@ EXPORT int mpq_serve(const torch_interface *interface, int level, mpq_parallel p
   if (library) return 0;
   torch = *interface;
   if (torch.library("mpq", "CPU", "torch_dispatch.c", __LINE__, &library)) return -1;
-  return torch.implement(library, "linear", linear_from_dispatcher) ? -1 : 0;
+  if (torch.implement(library, "linear", linear_from_dispatcher)) return -1;
+  return torch.implement(library, "linear_parts", parts_from_dispatcher) ? -1 : 0;
 }
