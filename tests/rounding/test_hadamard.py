@@ -25,3 +25,11 @@ def test_an_outlier_is_spread_evenly_over_its_block():
 def test_only_powers_of_two():
     with pytest.raises(MpqError, match="power of two"):
         random_rotation(12, seeded(0))
+
+
+def test_signs_are_drawn_by_the_generator():
+    signs = random_rotation(256, seeded(1)).signs
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    assert abs(signs.sum().item()) < 5 * 256**0.5
+    assert not torch.equal(signs, random_rotation(256, seeded(2)).signs)
+    assert torch.equal(signs, random_rotation(256, seeded(1)).signs)
