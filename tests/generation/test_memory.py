@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mpq.core.cache import CACHE_FORMATS, cache_name, parse_cache_format
 from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
 from mpq.core.layer import KEYS, VALUES, Layer
@@ -12,6 +13,7 @@ from mpq.generation.decoder import step
 from mpq.generation.generate import generate
 from mpq.generation.memory import Memory, can_pack
 from mpq.generation.serving import cache_formats_of, serve_cache, serve_format
+from mpq.kernels.cpu import attention as kernels
 from mpq.kernels.cpu import native as cpu
 from mpq.network.cached import entry_name
 from tests.generation.test_compiled_step import TOKENS, llama, tiny
@@ -145,3 +147,9 @@ def test_one_format_for_all_keys_and_values():
     assert cache_formats_of(model).names == ("int8-token",) * 4
     with pytest.raises(MpqError, match="formats of its own"):
         serve_format(model, "int4-token")
+
+
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_all_default_candidates_are_read_and_rounded_by_the_library(width: int) -> None:
+    for name in CACHE_FORMATS:
+        assert kernels.rounds(kernels.vectors_of(cache_name(parse_cache_format(name)), width)), name

@@ -16,7 +16,8 @@ from mpq.network.calibration import seeded
 
 COMPILED = (
     "fp32", "fp16", "bf16", "fp8-e4m3", "fp8-e4m3-token", "int8-token", "int8-asym", "int6-asym", "int5-g32",
-    "int4-token", "int4-asym", "int4-g32", "int4-g32-asym", "int3-g32", "int2-asym", "int2",
+    "int4-token", "int4-asym", "int4-g32", "int4-g32-asym", "int3-g32", "int3-g16-se4m3", "int2-asym", "int2",
+    "int2-g16-se4m3",
 )  # fmt: skip
 OTHERS = ("mxfp4", "nvfp4", "nf4", "fp8-e5m2", "int4-g32-se8m0")
 

@@ -92,8 +92,11 @@ def rounds(vectors: abi.Vectors | None) -> bool:
     """Whether the library rounds tokens to this format."""
     if vectors is None:
         return False
-    plain = not vectors.weight or vectors.weight.contents.kind == panels.INTEGER
-    return plain and (not vectors.scale_bytes or vectors.scale_kind == ELEMENTS["fp16"])
+    if not vectors.scale_bytes or vectors.scale_kind == ELEMENTS["fp16"]:
+        return not vectors.weight or vectors.weight.contents.kind == panels.INTEGER
+    return bool(vectors.weight and vectors.weight.contents.kind == panels.INTEGER) and (
+        vectors.scale_kind == cpu.SCALE_KINDS.index("e4m3")
+    )
 
 
 def append(vectors: Tensor, slabs: Sequence[Tensor], format: str, values: bool, position: int) -> None:

@@ -9,6 +9,8 @@
 #define HALF_MAX 65504.f
 #define HALF_NAN 0x7e00
 #define E4M3_MAX 448.f
+#define E4M3_ONE 0x38
+#define E4M3_NAN 0x7f
 
 /* Nearest float16 of a number within its range, ties to even. */
 static uint16_t to_half(float value) {
@@ -48,6 +50,30 @@ static uint16_t scale_of(float scale) {
   if (!(scale > 0)) return to_half(1);
   const uint16_t half = to_half(clamp(scale, 0, HALF_MAX));
   return half ? half : 1;
+}
+
+/* A positive scale as e4m3, never 0. */
+static uint8_t small_scale_of(float scale) {
+  if (!(scale > 0)) return E4M3_ONE;
+  const uint8_t code = to_e4m3(scale);
+  return code ? code : 1;
+}
+
+static float from_positive_e4m3(uint8_t code) {
+  const int exponent = code >> 3, mantissa = code & 7;
+  return exponent ? ldexpf((float)(8 + mantissa), exponent - 10) : ldexpf((float)mantissa, -9);
+}
+
+/* Round a group's scale, store it at `index` of the block's table, NaN unless the group is finite; returns it. */
+static float store_scale(const mpq_vectors *vectors, uint8_t *table, int64_t index, float scale, int finite) {
+  if (vectors->scale_bytes == 1) {
+    const uint8_t code = small_scale_of(scale);
+    table[index] = finite ? code : E4M3_NAN;
+    return from_positive_e4m3(code);
+  }
+  const uint16_t half = scale_of(scale);
+  ((uint16_t *)table)[index] = finite ? half : HALF_NAN;
+  return from_half(half);
 }
 
 /* Store code `index` of a step of 64. */
@@ -92,18 +118,18 @@ static void append_integers(const mpq_append *call, const float *x, uint8_t *blo
   const mpq_vectors *vectors = call->vectors;
   const int bits = vectors->weight->bits, offset = vectors->weight->offset;
   const float most = (float)((1 << bits) - 1 - offset), least = (float)-offset;
-  uint16_t *scales = (uint16_t *)(block + mpq_codes_bytes(vectors)), *minima = scales + mpq_groups(vectors) * BLOCK;
+  uint8_t *scales = block + mpq_codes_bytes(vectors);
+  uint16_t *minima = (uint16_t *)(scales + mpq_groups(vectors) * BLOCK * vectors->scale_bytes);
   float finite[MAX_HEAD_WIDTH], low = 0, high = 0, minimum = 0;
   uint8_t codes[MAX_HEAD_WIDTH];
   const int all = copy_finite(x + first, last - first, finite, &low, &high);
   const float size = -low > high ? -low : high;
-  const uint16_t half = scale_of((vectors->has_minimum ? high - low : size) / most);
-  const float scale = from_half(half);
+  const float wanted = (vectors->has_minimum ? high - low : size) / most;
+  const float scale = store_scale(vectors, scales, group * BLOCK + token, wanted, all);
   if (vectors->has_minimum) {
     minima[group * BLOCK + token] = to_half(clamp(low, -HALF_MAX, HALF_MAX));
     minimum = from_half(minima[group * BLOCK + token]);
   }
-  scales[group * BLOCK + token] = all ? half : HALF_NAN;
   for (int64_t i = 0; i < last - first; i++)
     codes[first + i] = (uint8_t)(nearest(clamp((finite[i] - minimum) / scale, least, most)) + (float)offset);
   place_codes(call, block, token, first, last, codes);
