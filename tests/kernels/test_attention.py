@@ -191,3 +191,16 @@ def test_opcheck(formats, dtype):
 def test_calls_that_do_not_fit_are_named(change, message):
     with pytest.raises(MpqError, match=message):
         torch.ops.mpq.attend(*change(call()))
+
+
+@compiled
+def test_every_code_of_fp8(level):
+    """One token, whose share of the softmax is 1: its values come back as they are, NaN too."""
+    codes = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 1, 256)
+    heads = quantize_heads(torch.zeros(1, 1, 1, 256), parse_cache_format("fp8-e4m3")).with_tensors([codes])
+    keys = slabs_of(torch.zeros(1, 1, 256), "fp32", False)
+    values, query = [arrange(heads, True)], torch.ones(1, 1, 256)
+    found = torch.ops.mpq.attend(query, keys, values, [1], "fp32", "fp8-e4m3", "", 1.0, 0, None)
+    expected = codes.view(torch.float8_e4m3fn).float().reshape(1, 1, 256)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert int(found.isnan().sum()) == 2

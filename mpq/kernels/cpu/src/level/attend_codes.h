@@ -20,6 +20,9 @@ INLINE vfloat load_halves_any(const uint8_t *from) {
 /* Sixteen numbers of a MPQ_SCALE_* type, with its NaN. */
 INLINE vfloat load_any(const int kind, const uint8_t *from) {
   if (kind == MPQ_SCALE_FP16) return LEVEL_LOAD_HALVES(from);
+#ifdef LEVEL_LOAD_E4M3
+  if (kind == MPQ_SCALE_E4M3) return LEVEL_LOAD_E4M3(from);
+#endif
   const vfloat value = load_scales(kind, from, 0);
   if (kind == MPQ_SCALE_FP32 || kind == MPQ_SCALE_BF16) return value;
   const uint32_t none = kind == MPQ_SCALE_E4M3 ? 0x7f : 0xff; /* e4m3 has a sign */

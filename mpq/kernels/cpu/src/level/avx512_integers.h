@@ -59,4 +59,14 @@ INLINE void dot_strips(const level_strips *from, const uint8_t *x, int64_t strid
 
 INLINE vfloat load_halves(const uint8_t *from) { return (vfloat)_mm512_cvtph_ps(LOAD(__m256i, from)); }
 #define LEVEL_LOAD_HALVES load_halves
+
+/* Sixteen e4m3, with NaN: float16 whose exponents are 8 too small. */
+INLINE vfloat load_e4m3(const uint8_t *from) {
+  const __m256i code = _mm256_cvtepu8_epi16(LOAD(__m128i, from)), size = _mm256_set1_epi16(0x7f);
+  const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(code, size), 7);
+  __m256i half = _mm256_or_si256(magnitude, _mm256_and_si256(_mm256_slli_epi16(code, 8), _mm256_set1_epi16((short)0x8000)));
+  half = _mm256_mask_mov_epi16(half, _mm256_cmpeq_epi16_mask(magnitude, _mm256_slli_epi16(size, 7)), _mm256_set1_epi16(0x7e00));
+  return (vfloat)_mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256));
+}
+#define LEVEL_LOAD_E4M3 load_e4m3
 #endif
