@@ -15,10 +15,10 @@ IMPOSSIBLE = -1e6  # log-probabilities below are of options that a decision does
 
 
 def likeliest_within(log_probabilities: Array, costs: Array, budget: float) -> NDArray[np.intp]:
-    """One option for each decision, (decisions,): the likeliest together whose costs sum to the budget at most.
+    """One option for each decision, (decisions,): the likeliest together that use the budget and do not exceed it.
 
-    The likeliest options themselves where they fit; else an integer program, solved exactly, among choices that use
-    most of the budget, where there are any: giving up one costly option would else leave much of it unused.
+    The likeliest options themselves where they cost from 97 % of the budget to all of it; else an integer program,
+    solved exactly, among choices that do, or else use 90 %, or else any share.
 
     Args:
         log_probabilities: (decisions, options).
@@ -30,7 +30,7 @@ def likeliest_within(log_probabilities: Array, costs: Array, budget: float) -> N
     """
     rows = np.arange(len(costs))
     likeliest: NDArray[np.intp] = log_probabilities.argmax(1)
-    if costs[rows, likeliest].sum() <= budget:
+    if FLOORS[0] * budget <= costs[rows, likeliest].sum() <= budget:
         return likeliest
     cheapest: NDArray[np.intp] = costs.argmin(1)
     if costs[rows, cheapest].sum() > budget:
@@ -71,34 +71,38 @@ def likely_within(
 ) -> NDArray[np.intp]:
     """As `likeliest_within`, for costs that are no sum over decisions, by single switches.
 
-    While the cost is too high, the switch that loses the least log-probability for the cost it saves is made; then
-    every switch back to a likelier option that still fits.
+    While the cost is too high, the switch that loses the least log-probability for the cost it saves is made; then,
+    while less than 97 % of the budget is used, the one that loses the least for the cost it adds and still fits.
 
     Raises:
         MpqError: no switches lead to the budget.
     """
     choices: NDArray[np.intp] = log_probabilities.argmax(1)
     present = cost(choices)
-    while present > budget:
-        best: tuple[float, int, int, float] | None = None
-        for decision, option in np.argwhere(log_probabilities > IMPOSSIBLE).tolist():
-            other = _with(choices, decision, option)
-            saved = present - (price := cost(other))
-            if saved > 0:
-                lost = log_probabilities[decision, choices[decision]] - log_probabilities[decision, option]
-                candidate = (lost / saved, decision, option, price)
-                best = candidate if best is None else min(best, candidate)
-        if best is None:
+    while not FLOORS[0] * budget <= present <= budget:
+        better = _switched(log_probabilities, choices, cost, present, budget)
+        if better is None and present > budget:
             raise MpqError(f"a cost of {budget:.6g} is below the cheapest choice that switches lead to, {present:.6g}")
-        choices, present = _with(choices, best[1], best[2]), best[3]
-    for decision in range(len(choices)):
-        for option in np.argsort(-log_probabilities[decision]).tolist():
-            if option == choices[decision]:
-                break
-            if cost(other := _with(choices, decision, option)) <= budget:
-                choices = other
-                break
+        if better is None:
+            break
+        choices, present = better
     return choices
+
+
+def _switched(
+    log_probabilities: Array, choices: NDArray[np.intp], cost: Callable[[NDArray[np.intp]], float], present: float,
+    budget: float,
+) -> tuple[NDArray[np.intp], float] | None:  # fmt: skip
+    """The choices after the switch that loses the least log-probability for the cost it moves, and what they cost."""
+    best: tuple[float, int, int, float] | None = None
+    for decision, option in np.argwhere(log_probabilities > IMPOSSIBLE).tolist():
+        price = cost(_with(choices, decision, option))
+        moved = present - price if present > budget else price - present
+        if moved > 0 and (present > budget or price <= budget):
+            lost = log_probabilities[decision, choices[decision]] - log_probabilities[decision, option]
+            candidate = (lost / moved, decision, option, price)
+            best = candidate if best is None else min(best, candidate)
+    return None if best is None else (_with(choices, best[1], best[2]), best[3])
 
 
 def _with(choices: NDArray[np.intp], decision: int, option: int) -> NDArray[np.intp]:

@@ -172,6 +172,8 @@ def test_the_final_choice_is_within_a_cost_that_is_no_sum():
     assert likely_within(scores, cost, 8).tolist() == [1, 1, 1]
     assert likely_within(scores, cost, 4).tolist() == [1, 1, 0]
     assert likely_within(scores, cost, 1).tolist() == [0, 0, 0]
+    assert likely_within(scores[:, ::-1], cost, 8).tolist() == [1, 1, 1]  # what is left of the budget is used
+    assert likely_within(scores[:, ::-1], cost, 2).tolist() == [0, 0, 1]  # where that loses the least
     with pytest.raises(MpqError, match="below the cheapest"):
         likely_within(scores, cost, 0.5)
 

@@ -117,7 +117,7 @@ def test_what_is_exported_is_what_was_trained(method, learned, tmp_path):
     assert config["quantization_config"]["rounding"] == f"{method}, trained"
 
 
-def test_the_final_choice_is_the_likeliest_within_the_target():
+def test_the_final_choice_is_the_likeliest_that_uses_the_target():
     model, batches = seed_weights(Convolutions()).eval(), class_batches((4, 6, 6))
     for seed in range(8):
         search = OneShot(model, SPACE, cost="bitops", target=0.3, seed=seed)
@@ -127,7 +127,7 @@ def test_the_final_choice_is_the_likeliest_within_the_target():
         every = np.array(list(np.ndindex(3, 3, 3, 3)))
         logs = search.controller.logits.detach().log_softmax(1).numpy()
         best = logs.argmax(1)
-        if search.cost_of(best) > 1:
+        if not 0.97 <= search.cost_of(best) <= 1:
             costs = np.array([search.cost_of(row) for row in every])
             floor = next(floor for floor in (0.97, 0.9, 0.0) if ((costs >= floor) & (costs <= 1)).any())
             within = every[(costs >= floor) & (costs <= 1)]
