@@ -21,6 +21,7 @@ from mpq.acceptance import SAMPLES, STEPS, Acceptance, Candidate, accept, with_t
 from mpq.card import write_card
 from mpq.comparison import Measured, along, compare, sentences
 from mpq.core.allocation import Allocation
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
 from mpq.core.formats import DEFAULT_FORMATS
@@ -30,7 +31,7 @@ from mpq.core.registry import Target
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 from mpq.exporters.folder import refuse_foreign
-from mpq.exporters.holding import check_model, restrict, unscored
+from mpq.exporters.holding import Held, check_model, restrict, unscored
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.targets import TARGETS
 from mpq.exporting import export_to, refuse_experts
@@ -200,40 +201,28 @@ def quantize_model(
             provenance={"model": source.name, "dataset": source.data},
         )  # fmt: skip
     held = restrict(table, reader)
-    size = None if size is None else parse_size(size)
+    limits = Limits(bits, None if size is None else parse_size(size), max_kl, budgets or {}, latencies, batch)
     measurer = Measurer(source, store, progress)
     cache = None
     if serving:
-        most = bits * sum(layer.params for layer in layers) / BITS_PER_BYTE if bits is not None else size
-        request = Request(source.model, serving, reader, pin, ties, most)
+        weights = sum(layer.params for layer in layers)
+        request = Request(source.model, serving, reader, pin, ties, limits.most(weights))
         cache = choose_cache(held, request, measurer, measured=effort != "fast")
         if serving.memory is not None:
-            size = min(size or math.inf, serving.memory - cache.nbytes(serving.context, serving.batch))
-    frontier = frontier_of(held.table, pin=pin, forbid=held.forbid, ties=ties or held.fuses, cache=cache)
-    budget = None if max_kl is not None else _layer_budget(frontier, source.model, bits, size)
-    if budgets and budget is not None:
-        costs = {} if latencies is None else {"latency": latency_cost(held.table.weights(), latencies, batch)}
-        frontier = frontier_of(
-            held.table.weights(), search="integer", pin=pin, forbid=held.forbid, ties=ties or held.fuses, cache=cache,
-            costs=costs, budgets={**budgets, "size": budget},
-        )  # fmt: skip
+            left = serving.memory - cache.nbytes(serving.context, serving.batch)
+            limits = replace(limits, size=min(limits.size or math.inf, left))
+    frontier, budget = _searched(held, limits, source.model, cache, pin, ties or held.fuses)
     table.save(folder / "table.csv")
     steps = STEPS[effort] if tuning_steps is None else tuning_steps
     tuning = Tuning(steps, SAMPLES.get(source.kind, Tuning.samples), seed=seed)
 
-    def fits(allocation: Allocation) -> bool:
-        within = keeps(allocation, budgets or {}, latencies, batch)
-        return within and (size is None or checkpoint.file_size(source.model, allocation) <= size)
+    def finish(size: float) -> Acceptance:
+        fits = partial(limits.hold, source.model)
+        return with_tuned_scales(
+            accept(frontier, size, measurer, effort=effort, seed=seed, fits=fits), measurer, tuning
+        )
 
-    def finish(budget: float) -> Acceptance:
-        accepted = accept(frontier, budget, measurer, effort=effort, seed=seed, fits=fits)
-        return with_tuned_scales(accepted, measurer, tuning)
-
-    if budget is not None:
-        accepted = finish(budget)
-    else:
-        assert max_kl is not None
-        accepted = smallest(frontier, max_kl, measurer, finish)
+    accepted = finish(budget) if max_kl is None else smallest(frontier, max_kl, measurer, finish)
     allocation, rounder = accepted.chosen.allocation, accepted.chosen.rounder or measurer.store
     corrected = replace(source, model=with_means(source.model, accepted.chosen.means))
     export_to(target, corrected, allocation, folder, rounder)
@@ -248,6 +237,46 @@ def quantize_model(
     )  # fmt: skip
     _write_artefacts(outcome, source, reader)
     return outcome
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the model may take: `bits` a weight and bytes of its file, the KL divergence alone, and other costs."""
+
+    bits: float | None
+    size: float | None
+    max_kl: float | None
+    budgets: Mapping[str, float]
+    latencies: LatencyTable | None
+    batch: int
+
+    def most(self, weights: int) -> float | None:
+        """Bytes of so many weights, or of the file, as far as they are limited."""
+        return self.size if self.bits is None else self.bits * weights / BITS_PER_BYTE
+
+    def hold(self, model: nn.Module, allocation: Allocation) -> bool:
+        """Whether an allocation's file and other costs are within them."""
+        within = keeps(allocation, self.budgets, self.latencies, self.batch)
+        return within and (self.size is None or checkpoint.file_size(model, allocation) <= self.size)
+
+
+def _searched(
+    held: Held, limits: Limits, model: nn.Module, cache: CacheFormats | None, pin: Mapping[str, str] | None, ties: bool
+) -> tuple[Frontier, float]:
+    """The frontier within the limits, and the bytes that its layers may take; infinite where a divergence limits."""
+    frontier = frontier_of(held.table, pin=pin, forbid=held.forbid, ties=ties, cache=cache)
+    if limits.max_kl is not None:
+        return frontier, math.inf
+    budget = _layer_budget(frontier, model, limits.bits, limits.size)
+    if not limits.budgets:
+        return frontier, budget
+    table = held.table.weights()
+    costs = {} if limits.latencies is None else {"latency": latency_cost(table, limits.latencies, limits.batch)}
+    frontier = frontier_of(
+        table, search="integer", pin=pin, forbid=held.forbid, ties=ties, cache=cache, costs=costs,
+        budgets={**limits.budgets, "size": budget},
+    )  # fmt: skip
+    return frontier, budget
 
 
 def formats_of(target: Target) -> Sequence[str]:
