@@ -44,7 +44,7 @@ from mpq.network.storage import other_bytes, state_bytes
 from mpq.plots import Point, Prediction, draw_frontier, frontier_facts
 from mpq.report import Row, write_report
 from mpq.rounding import DEFAULT_METHOD
-from mpq.rounding.reference import COPY_DTYPES
+from mpq.rounding.codes import COPY_DTYPES
 from mpq.search import frontier_of
 from mpq.search.choice import check_budgets, keeps, latency_cost
 from mpq.sensitivity import DEFAULT_METRIC

@@ -15,7 +15,8 @@ from torch import Tensor
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.exporters.rules import GGUF_TYPES, gguf_block
-from mpq.rounding.reference import COPY_DTYPES, Quantized, encode_scales
+from mpq.rounding.codes import COPY_DTYPES, encode_scales
+from mpq.rounding.reference import Quantized
 
 Bytes = NDArray[Any]  # uint8
 

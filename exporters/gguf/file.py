@@ -22,7 +22,8 @@ from mpq.exporters.shards import SHARD
 from mpq.exporters.targets import TARGETS
 from mpq.exporters.verify import same_numbers
 from mpq.quantized import Moments, checked_layers, quantized_layers
-from mpq.rounding.reference import COPY_DTYPES, Quantized, dequantize
+from mpq.rounding.codes import COPY_DTYPES
+from mpq.rounding.reference import Quantized, dequantize
 from mpq.rounding.store import Rounder
 
 FILE = "model.gguf"

@@ -11,7 +11,8 @@ from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.kernels.layout import pack_bits
 from mpq.network.ranges import static_scale
-from mpq.rounding.reference import Quantized, encode_scales
+from mpq.rounding.codes import encode_scales
+from mpq.rounding.reference import Quantized
 
 ALIGNMENT = 4096  # of tensors in a file of their own, so that they can be mapped
 SMALL = 1024  # bytes of a tensor that stays in the graph

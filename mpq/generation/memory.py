@@ -19,7 +19,7 @@ from mpq.kernels.cpu.pages import empty_on_large_pages
 from mpq.kernels.kv_cache import dequantize_heads, round_vectors
 from mpq.kernels.token_blocks import whole
 from mpq.network.cached import entry_name
-from mpq.rounding.reference import COPY_DTYPES
+from mpq.rounding.codes import COPY_DTYPES
 
 _FLOATS = {dtype: name for name, dtype in COPY_DTYPES.items()}
 

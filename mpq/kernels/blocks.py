@@ -15,7 +15,7 @@ from mpq.core.cache import TokenBlocks
 from mpq.core.formats import Format
 from mpq.kernels.kv_cache import Heads
 from mpq.kernels.layout import pack_bits, unpack_bits
-from mpq.rounding.reference import COPY_DTYPES, SCALE_DTYPES
+from mpq.rounding.codes import COPY_DTYPES, SCALE_DTYPES
 
 TOKENS = 64  # of a block
 LANES = 16

@@ -17,7 +17,8 @@ from mpq.core.errors import MpqError, nearest_names
 from mpq.core.formats import Format
 from mpq.core.grids import INTEGER_SCALES
 from mpq.core.mix import Mix
-from mpq.rounding.reference import COPY_DTYPES, SCALE_DTYPES, Quantized, decode_scales, encode_scales
+from mpq.rounding.codes import COPY_DTYPES, SCALE_DTYPES, decode_scales, encode_scales
+from mpq.rounding.reference import Quantized
 
 ROWS = "rows"
 ASSIGNMENT = "assignment"  # tensor of a mix

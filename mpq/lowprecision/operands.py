@@ -10,19 +10,8 @@ from mpq.core.formats import Format
 from mpq.core.grids import SCALES
 from mpq.lowprecision.recipe import Recipe
 from mpq.lowprecision.relaxation import rounding_slope
-from mpq.rounding.reference import (
-    COPY_DTYPES,
-    absmax_scales,
-    decode,
-    encode,
-    from_groups,
-    real_scales,
-    round_scales,
-    snap,
-    tensor_scale_of,
-    to_float_copy,
-    to_groups,
-)
+from mpq.rounding.codes import COPY_DTYPES, decode, encode, round_scales, snap, to_float_copy
+from mpq.rounding.reference import absmax_scales, from_groups, real_scales, tensor_scale_of, to_groups
 from mpq.rounding.stochastic import stochastic_round
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from mpq.core.formats import Format
 from mpq.core.grids import SCALES
 from mpq.rounding import compiled
+from mpq.rounding.codes import round_scales, snap
 from mpq.rounding.reference import (
     Quantized,
     absmax_scales,
@@ -19,8 +20,6 @@ from mpq.rounding.reference import (
     real_scales,
     recode,
     round_minima,
-    round_scales,
-    snap,
     stacked,
     storable_scales,
     store_tables,

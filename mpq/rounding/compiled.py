@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpq.core.grids import Grid
+from mpq.rounding.codes import decode, encode
 
 KINDS = {"int": 0, "float": 1, "codebook": 2}
 ROWS_OF_A_THREAD = 32  # least work for which starting a thread pays
@@ -107,8 +108,6 @@ class _Described:
     """A grid as passed to the library, with the tables that it points to."""
 
     def __init__(self, grid: Grid) -> None:
-        from mpq.rounding.reference import decode, encode  # the reference does not use this module
-
         values = torch.tensor(sorted({value for value in grid.values().tolist() if value == value}))
         doubled = values.double()
         boundaries = (doubled[1:] + doubled[:-1]) / 2

@@ -11,11 +11,10 @@ from mpq.core.formats import Format
 from mpq.core.grids import Grid
 from mpq.rounding import compiled
 from mpq.rounding.clip_search import clip_search
+from mpq.rounding.codes import decode, encode
 from mpq.rounding.reference import (
     Quantized,
-    decode,
     dequantize,
-    encode,
     from_groups,
     group_minima,
     group_scales,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mpq.core.formats import Format
 from mpq.rounding.activations import straight_through
+from mpq.rounding.codes import snap
 from mpq.rounding.reference import (
     Quantized,
     dequantize,
@@ -16,7 +17,6 @@ from mpq.rounding.reference import (
     group_minima,
     group_scales,
     recode,
-    snap,
     storable_scales,
     to_groups,
 )

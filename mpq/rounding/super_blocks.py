@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mpq.core.grids import INTEGER_SCALES
-from mpq.rounding.reference import Quantized, recode, round_in_units, round_scales, snap, to_groups
+from mpq.rounding.codes import round_scales, snap
+from mpq.rounding.reference import Quantized, recode, round_in_units, to_groups
 
 LADDER = (0.97, 0.94, 0.9, 0.85, 1.04)  # further units to try, relative to the one derived from the largest scale
 ROUNDS = 2

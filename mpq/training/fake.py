@@ -14,9 +14,10 @@ from mpq.network.calls import call_input, with_call_input
 from mpq.network.layers import matrix_to_weight, weight_matrix
 from mpq.rounding import METHODS, method_named
 from mpq.rounding.activations import fake_quantize_inputs, straight_through
+from mpq.rounding.codes import round_scales, snap
 from mpq.rounding.learned import GridRounding, learnable
 from mpq.rounding.mixed import in_format
-from mpq.rounding.reference import Quantized, dequantize, round_scales, snap
+from mpq.rounding.reference import Quantized, dequantize
 from mpq.rounding.store import Finished, MethodRounder
 
 

@@ -33,7 +33,8 @@ from mpq.network.calibration import (
 )
 from mpq.network.layers import is_transposed, shaped
 from mpq.quantized import checked_layers, round_inputs
-from mpq.rounding.reference import COPY_DTYPES, Quantized, dequantize, group_scales, storable_scales, to_groups
+from mpq.rounding.codes import COPY_DTYPES
+from mpq.rounding.reference import Quantized, dequantize, group_scales, storable_scales, to_groups
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from mpq.lowprecision.operands import divisors, from_tiles, round_directed, roun
 from mpq.lowprecision.products import operands_of, product
 from mpq.lowprecision.recipe import BY_INPUTS, BY_WEIGHT, FORWARD, Recipe
 from mpq.network.calibration import seeded
-from mpq.rounding.reference import fake_quantize, round_scales
+from mpq.rounding.codes import round_scales
+from mpq.rounding.reference import fake_quantize
 
 FORMATS = (
     "mxfp4",

@@ -9,21 +9,16 @@ from hypothesis import strategies as st
 from mpq.core.errors import MpqError
 from mpq.core.formats import FORMATS, parse_format
 from mpq.core.grids import NORMAL_FLOAT_4, SCALES, float_grid, int_grid
-from mpq.rounding.reference import (
+from mpq.rounding.codes import (
     decode,
     decode_scales,
-    dequantize,
     encode,
     encode_by_search,
     encode_scales,
-    group_minima,
-    group_scales,
-    quantize,
-    recode,
     round_scales,
     snap,
-    to_groups,
 )
+from mpq.rounding.reference import dequantize, group_minima, group_scales, quantize, recode, to_groups
 
 GRIDS = [int_grid(2), int_grid(5), int_grid(8), int_grid(4, signed=False), NORMAL_FLOAT_4, SCALES["ue5m3"]]
 GRIDS += [float_grid(e, m) for e, m in ((2, 1), (3, 2), (2, 3), (4, 3), (5, 2), (3, 4), (1, 2))]

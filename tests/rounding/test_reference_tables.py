@@ -10,8 +10,9 @@ from mixes import random_mix
 from mpq.core.formats import parse_format
 from mpq.core.grids import float_grid
 from mpq.network.calibration import seeded
+from mpq.rounding.codes import encode
 from mpq.rounding.mixed import mixed
-from mpq.rounding.reference import absmax_scales, dequantize, encode, fake_quantize, quantize, stacked
+from mpq.rounding.reference import absmax_scales, dequantize, fake_quantize, quantize, stacked
 
 
 def normal(*shape, seed=0):

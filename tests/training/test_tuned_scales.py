@@ -11,7 +11,8 @@ from mpq.core.formats import parse_format
 from mpq.network.calibration import next_token_loss, seeded
 from mpq.network.layers import find_layers
 from mpq.quantized import quantized_layers, simulate
-from mpq.rounding.reference import dequantize, quantize, round_scales
+from mpq.rounding.codes import round_scales
+from mpq.rounding.reference import dequantize, quantize
 from mpq.training.tuned_scales import ScaledWeight, Tuning, _student, divergence, tune_scales
 from tests.mixes import mixed_allocation
 from tests.sensitivity.small_models import TiedLanguageModel, seed_weights

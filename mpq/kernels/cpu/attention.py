@@ -11,7 +11,7 @@ from mpq.core.cache import parse_cache_format
 from mpq.kernels import attention, blocks, reference
 from mpq.kernels.cpu import abi, panels
 from mpq.kernels.cpu import native as cpu
-from mpq.rounding.reference import SCALE_DTYPES
+from mpq.rounding.codes import SCALE_DTYPES
 
 INT8_QUERIES = "int8-channel"  # rounded by the kernel itself
 MAX_WIDTH = 256  # of a head, so that its products fit 32 bits

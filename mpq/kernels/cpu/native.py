@@ -27,7 +27,7 @@ from mpq.kernels import reference
 from mpq.kernels.cpu import abi, dispatch, panels
 from mpq.kernels.layout import LAYOUTS, Layout, Packed
 from mpq.kernels.ops import KERNELS
-from mpq.rounding.reference import SCALE_DTYPES, decode_table
+from mpq.rounding.codes import SCALE_DTYPES, decode_table
 
 LEVELS = (  # in the order of src/levels.c
     ("portable", "neon")

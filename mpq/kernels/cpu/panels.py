@@ -18,7 +18,7 @@ from mpq.core.formats import Format
 from mpq.core.grids import SCALES, Grid
 from mpq.kernels.cpu.pages import empty_on_large_pages
 from mpq.kernels.layout import Packed, pack_bits, unpack_bits
-from mpq.rounding.reference import SCALE_DTYPES
+from mpq.rounding.codes import SCALE_DTYPES
 
 NAME = "panels"
 ROWS = 64

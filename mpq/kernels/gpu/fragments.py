@@ -19,7 +19,8 @@ from torch.nn import functional
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.kernels.layout import ROWS, Packed, pack_bits, unpack_bits
-from mpq.rounding.reference import Quantized, decode_scales
+from mpq.rounding.codes import decode_scales
+from mpq.rounding.reference import Quantized
 
 FRAGMENTS = "fragments"
 TILE_ROWS, BLOCK_COLS = 16, 64

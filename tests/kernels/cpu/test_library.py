@@ -16,7 +16,8 @@ from mpq.kernels.cpu import native as cpu
 from mpq.kernels.cpu import panels
 from mpq.kernels.layout import pack, to_layout, unpack
 from mpq.network.calibration import seeded
-from mpq.rounding.reference import decode_table, dequantize, quantize
+from mpq.rounding.codes import decode_table
+from mpq.rounding.reference import dequantize, quantize
 
 SOURCES = Path(mpq.kernels.__file__).parent / "cpu" / "src"
 WARNINGS = ("-g", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-ffp-contract=off")

@@ -14,7 +14,7 @@ from mpq.core.cache import parse_cache_format
 from mpq.kernels import blocks, reference
 from mpq.kernels.attention import attend_plainly
 from mpq.kernels.gpu.triton.attend_kernel import attend_kernel
-from mpq.rounding.reference import COPY_DTYPES
+from mpq.rounding.codes import COPY_DTYPES
 
 SPLITS = 32  # programs that share a key head's blocks, at most
 

@@ -19,7 +19,8 @@ from mpq.kernels.gpu.triton.product import product_kernel, reduce_kernel
 from mpq.kernels.gpu.triton.spec import magic_of, spec_of
 from mpq.kernels.gpu.triton.stream import Stream, join_kernel, stream_kernel
 from mpq.kernels.gpu.triton.tables import config_for, device_facts
-from mpq.rounding.reference import absmax_scales, decode, decode_table, encode, from_groups, to_float_copy, to_groups
+from mpq.rounding.codes import decode, decode_table, encode, to_float_copy
+from mpq.rounding.reference import absmax_scales, from_groups, to_groups
 
 TYPES = {
     torch.float16: tl.float16,
