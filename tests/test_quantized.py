@@ -133,7 +133,7 @@ def test_training_moves_the_weights_and_lowers_the_loss():
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     rounding = simulated.mix.parametrizations.weight[0]
-    steps = simulated.mix.weight.t() / rounding.scales
+    steps = simulated.mix.weight.t() / rounding.rounding.scales
     assert torch.allclose(steps, steps.round(), atol=1e-5)  # still on the grid of the start
     latent = simulated.mix.parametrizations.weight.original
     assert not torch.equal(latent, model.mix.weight)

@@ -208,6 +208,7 @@ def test_formats_lists_and_tells(capsys):
         (["profile", "tiny-cnn", "-o", "x.csv", "--method", "gptqq"], "did you mean gptq"),
         (["allocate", "none.csv", "--bits", "4"], "cannot read the sensitivity table"),
         (["eval", "none"], "no folder"),
+        (["allocate", "none.csv"], "cannot read the sensitivity table none.csv"),
         (["quantize", "hub/model", "--bits", "4", "-o", "x", "--dataset", "none.txt"], "no such file: none.txt"),
         (["quantize", "hub/model", "--bits", "4", "-o", "x", "--for", "vlm"], "vllm"),
         (["quantize", "hub/model", "--bits", "4", "-o", "x", "--metric", "hesian"], "did you mean hessian"),
@@ -228,7 +229,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(arguments, message, tmp_path,
     assert not left
 
 
-@pytest.mark.parametrize("arguments", [["allocate", "t.csv"], ["allocate", "t.csv", "--size", "five"], ["nothing"]])
+@pytest.mark.parametrize("arguments", [["allocate"], ["allocate", "t.csv", "--size", "five"], ["nothing"]])
 def test_a_wrong_grammar_exits_with_2(arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
