@@ -40,7 +40,7 @@ from mpq.memory import Request, Serving, candidates, check_memory, choose_cache,
 from mpq.network.batchnorm import with_means
 from mpq.network.layers import find_layers
 from mpq.network.prepare import prepared
-from mpq.network.storage import other_bytes, state_bytes
+from mpq.network.storage import other_bytes, release_memory, state_bytes
 from mpq.plots import Point, Prediction, draw_frontier, frontier_facts
 from mpq.report import Row, write_report
 from mpq.rounding import DEFAULT_METHOD
@@ -200,6 +200,7 @@ def quantize_model(
             options=metric_options, granularity=granularity, cache=cached,
             provenance={"model": source.name, "dataset": source.data},
         )  # fmt: skip
+    release_memory()
     held = restrict(table, reader)
     limits = Limits(bits, None if size is None else parse_size(size), max_kl, budgets or {}, latencies, batch)
     measurer = Measurer(source, store, progress)
@@ -218,9 +219,9 @@ def quantize_model(
 
     def finish(size: float) -> Acceptance:
         fits = partial(limits.hold, source.model)
-        return with_tuned_scales(
-            accept(frontier, size, measurer, effort=effort, seed=seed, fits=fits), measurer, tuning
-        )
+        accepted = accept(frontier, size, measurer, effort=effort, seed=seed, fits=fits)
+        release_memory()
+        return with_tuned_scales(accepted, measurer, tuning)
 
     accepted = finish(budget) if max_kl is None else smallest(frontier, max_kl, measurer, finish)
     allocation, rounder = accepted.chosen.allocation, accepted.chosen.rounder or measurer.store

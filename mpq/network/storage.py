@@ -1,5 +1,7 @@
-"""Bytes of a model's tensors; shared tensors count once."""
+"""Bytes of a model's tensors, shared ones counted once, and memory given back to the system."""
 
+import ctypes
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,3 +30,10 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     if not address:
         return (id(tensor),)
     return address, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def release_memory() -> None:
+    """Give memory that the C library keeps for later allocations back to the system, where it can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

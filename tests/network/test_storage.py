@@ -1,9 +1,14 @@
 """Bytes of a model's state: by what is one in memory, in any memory format."""
 
+import ctypes
+import os
+from pathlib import Path
+
+import pytest
 import torch
 from torch import nn
 
-from mpq.network.storage import state_bytes
+from mpq.network.storage import release_memory, state_bytes
 
 
 def test_shared_tensors_count_once_in_any_memory_format():
@@ -29,3 +34,22 @@ def test_two_views_of_one_storage_are_two_tensors():
     for layer, part in zip(model, stack.chunk(2), strict=True):
         layer.weight = nn.Parameter(part)
     assert state_bytes(model) == 2 * 16 * 4
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library gives nothing back when asked"
+)
+def test_freed_memory_goes_back_to_the_system():
+    """Small blocks below a kept one stay in the heap when they are freed."""
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    release_memory()
+    blocks = [torch.ones(2**13) for _ in range(4000)]  # 130 MB in pieces that are not mapped one by one
+    kept = torch.ones(2**13)
+    before = resident()
+    del blocks
+    release_memory()
+    assert resident() < before - 60e6
+    assert bool(kept.all())
