@@ -128,8 +128,9 @@ def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, 
 
     def keep(name: str, module: nn.Module, call: tuple[Any, Any, Any]) -> None:
         used, inputs, output = call
-        kept = [[shelf.keep(tensor.clone()) for tensor in tensors] for tensors in (inputs, _tensors(output))]
-        calls.append(Call(name, module, None if used is None else shelf.keep(used.clone()), *kept))
+        outputs = [shelf.keep(tensor.clone()) for tensor in _tensors(output)]
+        own = None if used is None else shelf.keep(used.clone())
+        calls.append(Call(name, module, own, [shelf.keep(tensor) for tensor in inputs], outputs))
 
     with _hooked(simulated, names, keep):
         expected = result_tensors(run, simulated)

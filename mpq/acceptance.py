@@ -11,7 +11,7 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, NotFiniteError, nearest_names
 from mpq.core.frontier import Frontier
 from mpq.core.problem import Choices, Problem
-from mpq.evaluation import Quality, mean_and_error
+from mpq.evaluation import Quality
 from mpq.measuring import Measurer
 from mpq.rounding.store import Rounder
 from mpq.search.measured import polish, starts
@@ -49,7 +49,7 @@ class Candidate:
 
     def harm_with_error(self) -> tuple[float, float]:
         """The same with its standard error."""
-        return mean_and_error(self.quality.harm, self.quality.weights)
+        return self.quality.harm_with_error()
 
 
 @dataclass(frozen=True, eq=False)

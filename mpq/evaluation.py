@@ -94,6 +94,10 @@ class Quality:
         """(samples,): what compression did to each, KL from the original; the loss where there are no logits."""
         return self.losses if self.divergence is None else self.divergence.kl
 
+    def harm_with_error(self) -> tuple[float, float]:
+        """Mean harm over predictions and its standard error."""
+        return mean_and_error(self.harm, self.weights)
+
     def harm_above(self, other: "Quality") -> tuple[float, float]:
         """Mean harm above another model's on the same samples, and its standard error; negative: this one is better.
 

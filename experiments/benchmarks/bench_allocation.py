@@ -127,12 +127,10 @@ class Result:
     @property
     def kl(self) -> float:
         """Mean divergence from the original."""
-        assert self.quality.divergence is not None
-        return self.quality.divergence.mean()[0]
+        return self.quality.harm_with_error()[0]
 
     def __str__(self) -> str:
-        assert self.quality.divergence is not None
-        kl, error = self.quality.divergence.mean()
+        kl, error = self.quality.harm_with_error()
         return f"{self.name:20} {self.allocation.bits:6.3f} bits  KL {kl:.4g} +- {error:.1g}  {self.quality}"
 
 

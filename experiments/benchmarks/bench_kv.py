@@ -105,7 +105,7 @@ def cache_alone(source: Source, table: SensitivityTable, reference: Reference) -
         mixed = frontier.at(cost=uniform.nbytes(CONTEXT)).cache
         assert mixed is not None
         one, other = measured(source, reference, mixed), measured(source, reference, uniform)
-        (kl, error), (against, _) = _kl(one), _kl(other)
+        (kl, error), (against, _) = one.harm_with_error(), other.harm_with_error()
         difference, noise = one.harm_above(other) if mixed != uniform else (0.0, 1.0)
         print(
             f"  all {name:10} {uniform.bits:.3f} bits  KL {against:.4g}; by layer {mixed.bits:.3f} bits  "
@@ -143,8 +143,10 @@ def one_budget(source: Source, table: SensitivityTable) -> list[str]:
                 continue
             qualities[name] = measurer.quality(allocation, "evaluation")
             _tell(bits, name, allocation, qualities[name])
-        best = min((name for name in qualities if name != "one budget"), key=lambda name: _kl(qualities[name])[0])
-        share = _kl(qualities["one budget"])[0] / _kl(qualities[best])[0]
+        best = min(
+            (name for name in qualities if name != "one budget"), key=lambda name: qualities[name].harm_with_error()[0]
+        )
+        share = qualities["one budget"].harm_with_error()[0] / qualities[best].harm_with_error()[0]
         difference, error = qualities["one budget"].harm_above(qualities[best])
         title = f"{source.name} memory of {bits:g} bits"
         lines.append(result(f"{title} KL/best fixed split ({best})", share, "<=1", share <= 1))
@@ -160,7 +162,7 @@ def _tell(bits: float, name: str, allocation: Allocation, quality: Quality) -> N
     assert allocation.cache is not None
     print(
         f"  {bits:.2f} {name:18} weights {allocation.bits:.3f}, cache {allocation.cache.bits:.3f} bits  KL "
-        f"{_kl(quality)[0]:.4g}, predicted {allocation.loss:.4g}",
+        f"{quality.harm_with_error()[0]:.4g}, predicted {allocation.loss:.4g}",
         flush=True,
     )
 
@@ -170,7 +172,7 @@ def single_entries(source: Source, table: SensitivityTable, reference: Reference
     pairs = []
     for entry in table.entries:
         cache = CacheFormats((entry,), (name,))
-        pairs.append((_predicted(table, cache), _kl(measured(source, reference, cache))[0]))
+        pairs.append((_predicted(table, cache), measured(source, reference, cache).harm_with_error()[0]))
     predicted, actual = np.array(pairs).T
     rank = float(spearmanr(predicted, actual)[0])
     ratio = float(predicted.sum() / actual.sum())
@@ -211,11 +213,6 @@ def _predicted(table: SensitivityTable, cache: CacheFormats) -> float:
     rows = {layer.name: i for i, layer in enumerate(table.layers)}
     pairs = zip(cache.entries, cache.names, strict=True)
     return float(sum(table.scores[rows[entry.name], table.schemes.index(f"kv:{name}")] for entry, name in pairs))
-
-
-def _kl(quality: Quality) -> tuple[float, float]:
-    assert quality.divergence is not None
-    return quality.divergence.mean()
 
 
 def main() -> None:

@@ -122,7 +122,7 @@ def compare(contest: Contest, bits: Sequence[float]) -> list[str]:
         qualities = {}
         for name, allocation in chosen.items():
             qualities[name] = measured(measurer, allocation)
-            kl, error = _kl(qualities[name])
+            kl, error = qualities[name].harm_with_error()
             print(
                 f"  {budget:.2f} {name:8} {allocation.bits:.3f} bits  KL {kl:.4g} +- {error:.1g}, predicted "
                 f"{allocation.loss:.4g}  {qualities[name]}",
@@ -146,17 +146,12 @@ def _results(contest: Contest, bits: float, qualities: dict[str, Quality], other
     """Whether rows are not behind, by the paired difference in its standard errors, and how much less they have."""
     rows, against = qualities["rows"], qualities[other]
     difference, error = rows.harm_above(against)
-    share, goal = _kl(rows)[0] / _kl(against)[0], GOALS[other]
+    share, goal = rows.harm_with_error()[0] / against.harm_with_error()[0], GOALS[other]
     name = f"{contest.source.name} {bits:.2f} rows/{other}"
     lines = [result(f"{name} difference in standard errors", difference / error, "<=2", difference <= 2 * error)]
     if contest.formats == LANGUAGE:
         lines.append(result(f"{name} KL", share, f"<={goal:.2f}", share <= goal))
     return lines
-
-
-def _kl(quality: Quality) -> tuple[float, float]:
-    assert quality.divergence is not None
-    return quality.divergence.mean()
 
 
 def main() -> None:

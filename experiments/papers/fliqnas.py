@@ -17,13 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experiments.papers.fliqs_ablation import SPACE, UNIFORM, Data, optimizer_of, step_of
-from mpq.core.scheme import parse_scheme
-from mpq.network.layers import find_layers
+from experiments.papers.fliqs_ablation import SPACE, Data, optimizer_of, step_of, uniform
 from mpq.search.architecture import Choice, Kernel, Width
 from mpq.search.controller import Schedule
 from mpq.search.one_shot import OneShot
-from mpq.training.fake import FakeQuantization
 
 
 class Block(nn.Module):
@@ -86,15 +83,7 @@ def run(data: Data, way: str, seed: int, steps: int) -> Found:
     torch.manual_seed(seed)
     model = Net().train()
     if way == "uniform":
-        layers, scheme = find_layers(model), parse_scheme(UNIFORM)
-        quantization = FakeQuantization(model, layers, learned=[scheme.weight])
-        quantization.use({layer.name: scheme for layer in layers})
-        optimizer, decay = optimizer_of(model, list(quantization.parameters()), steps)
-        for step in range(steps):
-            inputs, labels = data.batch(seed, step)
-            step_of(model, optimizer, functional.cross_entropy(model(inputs), labels))
-            decay.step()  # type: ignore[attr-defined]
-        return Found(*data.judge(model), 1.0, "int3")
+        return Found(*uniform(data, model, seed, steps), 1.0, "int3")
     search = OneShot(
         model, SPACE, "bitops", (3 / 8) ** 2, learned=True, seed=seed,
         architecture=ARCHITECTURE if way == "fliqnas" else (),

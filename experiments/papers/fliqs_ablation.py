@@ -138,9 +138,8 @@ def share_of(data: Data, cost: str) -> float:
     return uniform
 
 
-def uniform(data: Data, seed: int, steps: int) -> Found:
-    """The uniform format, trained as long."""
-    model = network(seed)
+def uniform(data: Data, model: nn.Module, seed: int, steps: int) -> tuple[float, float]:
+    """Accuracy and loss of the uniform format, trained as long."""
     layers, scheme = find_layers(model), parse_scheme(UNIFORM)
     quantization = FakeQuantization(model, layers, learned=[scheme.weight])
     quantization.use({layer.name: scheme for layer in layers})
@@ -149,7 +148,7 @@ def uniform(data: Data, seed: int, steps: int) -> Found:
         inputs, labels = data.batch(seed, step)
         step_of(model, optimizer, functional.cross_entropy(model(inputs), labels))
         decay.step()  # type: ignore[attr-defined]
-    return Found(*data.judge(model))
+    return data.judge(model)
 
 
 def tell(name: str, runs: Sequence[Found]) -> None:
@@ -176,7 +175,9 @@ def main() -> None:
         "| run | accuracy | loss | entropy | likeliest / target | cost / target | switching, early | wider | narrower |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    tell(f"uniform {UNIFORM.split('-')[0]}", [uniform(data, seed, steps) for seed in range(seeds)])
+    tell(
+        f"uniform {UNIFORM.split('-')[0]}", [Found(*uniform(data, network(seed), seed, steps)) for seed in range(seeds)]
+    )
     found = {}
     for name in list(SCHEDULES)[: 2 if options.quick else None]:
         found[name] = [searched(data, SCHEDULES[name], "bitops", seed, steps) for seed in range(seeds)]

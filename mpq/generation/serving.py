@@ -1,5 +1,6 @@
 """Models that cache keys and values in formats of their own."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def serve_cache(model: nn.Module, formats: CacheFormats | None) -> list[Removabl
     model.cache_formats = formats  # type: ignore[assignment]
     rounding = CacheRounding(formats)
     placed = [point.register_forward_hook(PointHook(name, rounding)) for name, point in points(model).items()]
-    return hook_hosts(model, _PackedCaches(formats)) + placed
+    return hook_hosts(model, partial(_packed_cache, formats)) + placed
 
 
 def serve_format(model: nn.Module, name: str) -> None:
@@ -41,16 +42,10 @@ def serve_format(model: nn.Module, name: str) -> None:
     serve_cache(model, CacheFormats.uniform(find_cached(model, sample, next_token_loss), name))
 
 
-class _PackedCaches:
-    """Makes caches of transformers from a model's config."""
+def _packed_cache(formats: CacheFormats, config: Any) -> Any:
+    from mpq.generation.packed_cache import PackedCache
 
-    def __init__(self, formats: CacheFormats) -> None:
-        self.formats = formats
-
-    def __call__(self, config: Any) -> Any:
-        from mpq.generation.packed_cache import PackedCache
-
-        return PackedCache(config, self.formats)
+    return PackedCache(config, formats)
 
 
 def cache_formats_of(model: nn.Module) -> CacheFormats | None:

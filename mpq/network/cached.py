@@ -7,6 +7,7 @@ Models of transformers hand them to a `Cache`; one of ours takes its place. A mo
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -104,7 +105,7 @@ def points(model: nn.Module) -> dict[str, CachePoint]:
 
 def change_cached(model: nn.Module, change: Change) -> list[RemovableHandle]:
     """Let a function change whatever the model caches from now on; the hooks."""
-    return hook_hosts(model, _Maker(change)) + [
+    return hook_hosts(model, partial(_changing_cache, change)) + [
         point.register_forward_hook(PointHook(name, change), prepend=True) for name, point in points(model).items()
     ]
 
@@ -115,14 +116,10 @@ def hook_hosts(model: nn.Module, make: Callable[[Any], Any]) -> list[RemovableHa
     return [host.register_forward_pre_hook(hook, with_kwargs=True, prepend=True) for host in hosts(model)]
 
 
-class _Maker:
-    def __init__(self, change: Change) -> None:
-        self.change = change
+def _changing_cache(change: Change, config: Any) -> Any:
+    from mpq.network.transformers_cache import ChangingCache
 
-    def __call__(self, config: Any) -> Any:
-        from mpq.network.transformers_cache import ChangingCache
-
-        return ChangingCache(config, self.change)
+    return ChangingCache(config, change)
 
 
 def context_of(model: nn.Module) -> int | None:
