@@ -1,8 +1,7 @@
 """Writers of packed weights, one kind of file, one module; `mpq.exporters.targets` lists who reads them."""
 
-import inspect
 import os
-from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,6 @@ from mpq.exporters.targets import TARGETS
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-def exporter_named(name: str) -> Callable[..., Path]:
-    """The writer of the target called `name`, ours or a plugin's; MpqError with the known names when there is none."""
-    return TARGETS.named(name).load()
 
 
 def export(
@@ -33,26 +27,24 @@ def export(
         allocation: layers and schemes.
         folder: made when missing.
         to: a name of `mpq.exporters.targets.TARGETS` or of a plugin.
-        options: the exporter's own, all optional: `method` (rounding) and `second_moments` for every one, `shard`,
-            `recipe`, `inputs` (onnx, which traces with them), `ranges`, `tokenizer` (gguf).
+        options: further fields of `mpq.exporters.request.ExportRequest`, all optional: `method` (rounding), `recipe`,
+            `inputs`, `ranges`, `tokenizer`, `side_files`, `shard`, ...
 
     Raises:
         MpqError: an unknown target or option, or what the exporter refuses.
     """
     target = TARGETS.named(to)
     check(target, allocation)
-    exporter = target.load()
-    known = [
-        name for name, option in inspect.signature(exporter).parameters.items() if option.kind.name == "KEYWORD_ONLY"
-    ]
-    for name in options:
-        if name not in known:
-            raise MpqError(f"unknown option {name!r} of the exporter {to}: {nearest_names(name, known)}")
+    from mpq.exporters.request import ExportRequest
     from mpq.rounding.store import rounder_of
     from mpq.trained import as_trained, is_simulation
 
+    known = [field.name for field in fields(ExportRequest)]
+    for name in options:
+        if name not in known:
+            raise MpqError(f"unknown option {name!r} of an export: {nearest_names(name, known)}")
     if is_simulation(model):
         otherwise = rounder_of(options.pop("method", "mse"), options.pop("second_moments", None))
         model, options["method"] = as_trained(model, allocation, otherwise)
-    written: Path = exporter(model, allocation, folder, **options)
+    written: Path = target.load()(ExportRequest(model, allocation, folder, **options))
     return written

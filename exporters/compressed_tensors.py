@@ -3,8 +3,7 @@
 One `config_groups` entry per scheme with its own `format`, layers by name, everything else in `ignore`.
 """
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,45 +16,26 @@ from mpq.core.allocation import Allocation
 from mpq.core.formats import Format
 from mpq.core.scheme import Scheme
 from mpq.exporters.caches import kv_cache_scheme
+from mpq.exporters.request import ExportRequest
 from mpq.exporters.rules import compressed_tensors_format
-from mpq.exporters.shards import SHARD
 from mpq.exporters.transformers_folder import export_transformers
 from mpq.kernels.layout import Packed, pack_bits, unpack, unpack_bits
 from mpq.network.layers import layer_kind, matrix_to_weight
 from mpq.network.ranges import Ranges, static_scale
-from mpq.quantized import Moments
 from mpq.rounding.reference import dequantize
-from mpq.rounding.store import Rounder
 
 
-def export(
-    model: nn.Module,
-    allocation: Allocation,
-    folder: str | os.PathLike[str],
-    *,
-    method: str | Rounder = "mse",
-    second_moments: Moments | None = None,
-    recipe: Mapping[str, Any] | None = None,
-    shard: int = SHARD,
-    side_files: Sequence[str | os.PathLike[str]] = (),
-    ranges: Ranges | None = None,
-) -> Path:
+def export(request: ExportRequest) -> Path:
     """Write a transformers model as a compressed-tensors checkpoint; the folder.
 
-    Args:
-        model: a transformers model; the others are as in `mpq.exporters.mpq.checkpoint.export`.
-        recipe: not needed, the model's config says how to build it.
-        ranges: of the layers' inputs. An fp8 activation with one scale for the tensor is static where its layer's
-            range is known, and found on the fly otherwise.
+    An fp8 activation with one scale for the tensor is static where the request has its layer's range, else dynamic.
 
     Raises:
         MpqError: no transformers model, a scheme that cannot be held, fused layers in several schemes, foreign files.
     """
-    return export_transformers(
-        "compressed-tensors", model, allocation, folder,
-        partial(_named, model, ranges), partial(quantization_config, model, allocation, ranges), read,
-        method=method, second_moments=second_moments, shard=shard, side_files=side_files,
-    )  # fmt: skip
+    model, ranges = request.model, request.ranges
+    config = partial(quantization_config, model, request.allocation, ranges)
+    return export_transformers("compressed-tensors", request, partial(_named, model, ranges), config, read)
 
 
 def quantization_config(model: nn.Module, allocation: Allocation, ranges: Ranges | None = None) -> dict[str, Any]:

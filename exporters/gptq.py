@@ -5,10 +5,9 @@ qzeros int32 (groups, out * bits / 32): each group's zero points less one, 2**(b
 g_idx int32 (in,): the group of each input.
 """
 
-import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,35 +18,21 @@ from torch import Tensor, nn
 from mpq.core.allocation import Allocation
 from mpq.core.formats import Format
 from mpq.core.scheme import Scheme
+from mpq.exporters.request import ExportRequest
 from mpq.exporters.rules import served_names
-from mpq.exporters.shards import SHARD
 from mpq.exporters.transformers_folder import export_transformers
 from mpq.kernels.layout import Packed, pack_bits, unpack_bits
 from mpq.network.layers import layer_kind, matrix_to_weight
-from mpq.quantized import Moments
-from mpq.rounding.store import Rounder
 
 
-def export(
-    model: nn.Module,
-    allocation: Allocation,
-    folder: str | os.PathLike[str],
-    *,
-    method: str | Rounder = "mse",
-    second_moments: Moments | None = None,
-    recipe: Mapping[str, Any] | None = None,
-    shard: int = SHARD,
-    side_files: Sequence[str | os.PathLike[str]] = (),
-) -> Path:
+def export(request: ExportRequest) -> Path:
     """Write a transformers model in the GPTQ layout; the folder. Any rounding method will do.
 
     Raises:
         MpqError: no transformers model, a scheme that the layout cannot hold, fused layers in two, foreign files.
     """
-    return export_transformers(
-        "gptq", model, allocation, folder, partial(_named, model), partial(_config, model, allocation), read,
-        method=method, second_moments=second_moments, shard=shard, side_files=side_files,
-    )  # fmt: skip
+    config = partial(_config, request.model, request.allocation)
+    return export_transformers("gptq", request, partial(_named, request.model), config, read)
 
 
 def _named(model: nn.Module, layer: str, packed: Packed, scheme: Scheme) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Who runs the models: one registry for `--for` and `--to`. Plugins add some through the entry-point group
 "mpq.exporters": a function that writes files, or a `Target` with rules.
 
-Every function is called as `export(model, allocation, folder, *, method, second_moments, recipe)` and gives the folder.
+Every function takes an `mpq.exporters.request.ExportRequest` and gives the folder.
 A target named after a program (vllm, llama.cpp) writes one of the files named after a format (compressed-tensors,
 gguf), and may hold less than the file does.
 """
@@ -51,6 +51,7 @@ COMPRESSED_TENSORS = Target(
     ),
     objection=rules.compressed_tensors, readers="vLLM, SGLang and transformers", fuses=True, takes=_transformers,
     models="transformers models", caches=("fp8-e4m3", "fp16"), caches_alike=LAYERS, cache_options=vllm_options,
+    reads=("ranges",),
 )  # fmt: skip
 GPTQ = Target(
     "gptq", "mpq.exporters.gptq:export", "the GPTQ layout, bits and groups per layer, for gptqmodel and vLLM",
@@ -74,6 +75,7 @@ ONNX = Target(
         *("int8-channel+a:int8", "int4-channel+a:int8", "int2-channel+a:int8", "fp8-e4m3-channel+a:fp8-e4m3"),
     ),
     objection=rules.onnx, readers="ONNX Runtime", packages=("onnx", "onnxscript"), extra="onnx",
+    reads=("inputs", "ranges"),
 )  # fmt: skip
 
 

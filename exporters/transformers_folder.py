@@ -1,13 +1,11 @@
 """A transformers model's folder in a server's own layout: what compressed-tensors and GPTQ checkpoints share."""
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.scheme import Scheme
 from mpq.exporters.folder import (
@@ -20,14 +18,14 @@ from mpq.exporters.folder import (
 )
 from mpq.exporters.holding import check, check_model
 from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_config
+from mpq.exporters.request import ExportRequest
 from mpq.exporters.shards import WHOLE, Shards, write_tensors
 from mpq.exporters.targets import TARGETS
 from mpq.exporters.verify import same_numbers, same_tensor
 from mpq.kernels.layout import Packed, empty, pack
 from mpq.network.layers import own_code
-from mpq.quantized import Moments, checked_layers, quantized_layers
+from mpq.quantized import checked_layers
 from mpq.rounding.reference import Quantized, dequantize
-from mpq.rounding.store import Rounder
 
 # A layer's scheme and tensors, without its name -> its numbers (rows, cols), and how far they may be off, relative.
 Read: TypeAlias = Callable[[Scheme, Mapping[str, Tensor]], tuple[Tensor, float]]
@@ -35,17 +33,10 @@ Read: TypeAlias = Callable[[Scheme, Mapping[str, Tensor]], tuple[Tensor, float]]
 
 def export_transformers(
     consumer: str,
-    model: nn.Module,
-    allocation: Allocation,
-    folder: str | os.PathLike[str],
+    request: ExportRequest,
     named: Callable[[str, Packed, Scheme], Mapping[str, Tensor]],
     config: Callable[[], Mapping[str, Any]],
     read: Read,
-    *,
-    method: str | Rounder,
-    second_moments: Moments | None,
-    shard: int,
-    side_files: Sequence[str | os.PathLike[str]] = (),
 ) -> Path:
     """Write the folder of a consumer that reads transformers models; the folder.
 
@@ -54,16 +45,15 @@ def export_transformers(
         named: the tensors, by their names in the file, of a layer's packed weight; asked of weights without data too.
         config: the `quantization_config` of config.json, asked for when the allocation has passed the rules.
         read: what the consumer's own reader makes of those tensors; the folder is read back with it before it counts.
-        model, allocation, folder, method, second_moments, shard, side_files: as in
-            `mpq.exporters.mpq.checkpoint.export`.
 
     Raises:
         MpqError: no transformers model, a scheme that cannot be held, fused layers in several schemes, foreign files,
             or numbers that read back changed.
     """
+    model, allocation = request.model, request.allocation
     check_model(TARGETS[consumer], model)
     check(TARGETS[consumer], allocation)
-    refuse_foreign(folder, (WHOLE, "config.json", "allocation.json", *names_of(side_files)))
+    refuse_foreign(request.folder, (WHOLE, "config.json", "allocation.json", *names_of(request.side_files)))
     others, _ = other_state(model, allocation)
     specs = specs_of(others)
     names: dict[str, list[str]] = {}
@@ -81,14 +71,14 @@ def export_transformers(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from others.items()
-        for layer, scheme, quantized in quantized_layers(model, allocation, method, second_moments):
+        for layer, scheme, quantized in request.rounded():
             rounded[layer.name] = quantized
             yield from named(layer.name, pack(quantized), scheme).items()
 
-    with write_folder(folder) as draft:
-        digests = write_tensors(draft, specs, tensors(), shard)
+    with write_folder(request.folder) as draft:
+        digests = write_tensors(draft, specs, tensors(), request.shard)
         write_config(draft, {**model_config(model), "quantization_config": config()}, model)
-        copy_side_files(draft, side_files)
+        copy_side_files(draft, request.side_files)
         allocation.save(draft / "allocation.json")
         write_checksums(draft, digests)
         with Shards(draft, read_checksums(draft)) as shards:
@@ -99,4 +89,4 @@ def export_transformers(
                 copy = scheme.weight.is_float_copy
                 numbers, relative = (tensors_of["weight"], 0.0) if copy else read(scheme, tensors_of)
                 same_numbers(layer.name, numbers, dequantize(rounded.pop(layer.name)), relative)
-    return Path(folder)
+    return request.path

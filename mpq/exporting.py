@@ -1,6 +1,5 @@
 """Writing an allocation by any exporter: what each of them asks for beside the model, gathered from the source."""
 
-import inspect
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +12,9 @@ from torch import nn
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
-from mpq.exporters import exporter_named
 from mpq.exporters.caches import check_cache
 from mpq.exporters.holding import check
+from mpq.exporters.request import ExportRequest
 from mpq.exporters.targets import TARGETS
 from mpq.measuring import store_for
 from mpq.network.calibration import take, tensors_in
@@ -51,24 +50,25 @@ def export_to(
     Graphs are traced with calibration data, of which static activation scales come too. The method is a name, or a
     rounder that holds what was rounded already.
     """
-    export = exporter_named(name)
-    check(TARGETS.named(name), allocation)
-    check_cache(TARGETS.named(name), allocation)
+    target = TARGETS.named(name)
+    check(target, allocation)
+    check_cache(target, allocation)
     source = replace(source, model=prepared(source.model))
     refuse_experts(name, source.model)
-    settings: dict[str, Any] = {"method": method, "recipe": source.recipe or None}
-    if isinstance(method, str):
-        settings["method"] = store_for(method, source, allocation.layers)
-    if "inputs" in inspect.signature(export).parameters:
-        settings["inputs"] = _compared_on(source) if name == "mpq" else tensors_in(source.calibration[0])[0][:2]
-    if "ranges" in inspect.signature(export).parameters:
-        settings["ranges"] = ranges_for(source, allocation)
-    if "tokenizer" in inspect.signature(export).parameters:
-        settings["tokenizer"] = source.tokenizer
     with TemporaryDirectory() as own:
-        if "side_files" in inspect.signature(export).parameters:
-            settings["side_files"] = source.side_files or _tokenizer_files(source.tokenizer, Path(own))
-        written: Path = export(source.model, allocation, folder, **settings)
+        request = ExportRequest(
+            source.model,
+            allocation,
+            folder,
+            method=store_for(method, source, allocation.layers) if isinstance(method, str) else method,
+            recipe=source.recipe or None,
+            inputs=tensors_in(source.calibration[0])[0][:CHECKED] if "inputs" in target.reads else None,
+            run=_compared_on(source),
+            ranges=ranges_for(source, allocation) if "ranges" in target.reads else None,
+            tokenizer=source.tokenizer,
+            side_files=source.side_files or _tokenizer_files(source.tokenizer, Path(own)),
+        )
+        written: Path = target.load()(request)
     return written
 
 

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from mpq.core.allocation import Allocation
-from mpq.exporters.mpq.checkpoint import export, load
+from mpq.exporters import export
+from mpq.exporters.mpq.checkpoint import load
 from mpq.network.calibration import seeded
 from mpq.network.layers import find_layers, layer_kind, own_code
 from mpq.quantized import simulate

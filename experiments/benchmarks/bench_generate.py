@@ -29,7 +29,7 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import parse_scheme
-from mpq.exporters.gguf.file import export
+from mpq.exporters import export
 from mpq.generation.generate import generate
 from mpq.kernels.cpu import native as cpu
 from mpq.kernels.layout import Packed, pack
@@ -175,7 +175,7 @@ def prepared(name: str, model: nn.Module, scheme: str) -> dict[str, Path]:
     MODELS.mkdir(exist_ok=True)
     if not gguf.exists():
         layers = find_layers(model)
-        export(model, Allocation(layers, (scheme,) * len(layers)), gguf, method=METHODS[name])
+        export(model, Allocation(layers, (scheme,) * len(layers)), gguf, to="gguf", method=METHODS[name])
     if not built.exists():
         from transformers import AutoTokenizer
 

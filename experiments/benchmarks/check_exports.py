@@ -20,7 +20,7 @@ from experiments.models import reference_models
 from experiments.peers import llama_exports
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
-from mpq.exporters import exporter_named
+from mpq.exporters import export
 from mpq.exporters.mpq.state import other_state
 from mpq.exporters.onnx.file import file_size
 from mpq.network.calibration import mean_loss, next_token_loss
@@ -72,7 +72,7 @@ def onnxruntime_top1(images: int, folder: Path) -> list[str]:
     for name, schemes in list(ONNX.items())[: None if images >= 1000 else 3]:
         allocation = mixed(model, schemes)
         promised_size = file_size(model, allocation, inputs)
-        out = exporter_named("onnx")(model, allocation, folder / f"onnx-{name}", inputs=inputs, ranges=ranges)
+        out = export(model, allocation, folder / f"onnx-{name}", to="onnx", inputs=inputs, ranges=ranges)
         session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
         key = session.get_inputs()[0].name
         served = 100 * reference_models.top1(
@@ -98,7 +98,7 @@ def language_models(windows: int, folder: Path) -> list[str]:
     for target, schemes, file in jobs:
         name = f"transformers {target}"
         allocation = mixed(model, schemes)
-        out = exporter_named(target)(model, allocation, folder / name.replace(" ", "-"))
+        out = export(model, allocation, folder / name.replace(" ", "-"), to=target)
         simulated = math.exp(mean_loss(simulate(model, allocation, trainable=False), [tokens], next_token_loss))
         loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
         served = math.exp(mean_loss(loaded, [tokens], next_token_loss))

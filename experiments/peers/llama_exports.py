@@ -26,8 +26,8 @@ from experiments.models import reference_models
 from mpq.core.allocation import Allocation
 from mpq.core.formats import parse_format
 from mpq.core.scheme import parse_scheme
+from mpq.exporters import export
 from mpq.exporters.gguf.blocks import type_of
-from mpq.exporters.gguf.file import export
 from mpq.exporters.holding import nearest, restrict
 from mpq.exporters.mpq.state import other_state
 from mpq.exporters.rules import GGUF_TYPES
@@ -104,7 +104,7 @@ def exports(python: str, windows: int, folder: Path) -> list[str]:
         ("all q3_k", in_turn(model, "q3_k")),
         (f"searched {BITS} bits", searched(model, BITS)),
     ):
-        out = export(model, allocation, folder / name.replace(" ", "-"))
+        out = export(model, allocation, folder / name.replace(" ", "-"), to="gguf")
         simulated = math.exp(mean_loss(simulate(model, allocation, trainable=False), [tokens], next_token_loss))
         served = served_perplexity(python, out, tokens)
         sizes = promised(model, allocation), sum(file.stat().st_size for file in out.glob("model*.gguf"))

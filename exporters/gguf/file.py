@@ -1,7 +1,6 @@
 """GGUF, the file of llama.cpp: each layer in the tensor type that holds exactly its format's numbers."""
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from mpq.exporters.gguf.llama import describe, describe_tokenizer, row_order
 from mpq.exporters.gguf.reader import gguf_package, read_tensors
 from mpq.exporters.holding import check, check_model
 from mpq.exporters.mpq.state import other_state
-from mpq.exporters.shards import SHARD
+from mpq.exporters.request import ExportRequest
 from mpq.exporters.targets import TARGETS
 from mpq.exporters.verify import same_numbers
-from mpq.quantized import Moments, checked_layers, quantized_layers
+from mpq.quantized import checked_layers
 from mpq.rounding.codes import COPY_DTYPES
 from mpq.rounding.reference import Quantized, dequantize
-from mpq.rounding.store import Rounder
 
 FILE = "model.gguf"
 
@@ -40,43 +38,28 @@ class Entry:
     kind: Any  # ggml's type, None where numpy's says it
 
 
-def export(
-    model: nn.Module,
-    allocation: Allocation,
-    folder: str | os.PathLike[str],
-    *,
-    method: str | Rounder = "mse",
-    second_moments: Moments | None = None,
-    recipe: Mapping[str, Any] | None = None,
-    tokenizer: Any = None,
-    shard: int = SHARD,
-    side_files: Sequence[str | os.PathLike[str]] = (),
-) -> Path:
+def export(request: ExportRequest) -> Path:
     """Write a transformers Llama as `model.gguf`, or `model-00001-of-0000N.gguf` and so on; the folder.
 
-    Args:
-        model: a LlamaForCausalLM, left as it is; one layer at a time is rounded and written.
-        recipe: not needed, the file describes the model itself.
-        tokenizer: of transformers, to put into the file (`describe_tokenizer` says which). Without one the file
-            has no vocabulary: llama.cpp then takes and gives tokens alone.
-        shard: largest bytes of one file's tensors, unless one alone is larger. llama.cpp opens the first file.
-        allocation, folder, method, second_moments, side_files: as in `mpq.exporters.mpq.checkpoint.export`.
+    Without a tokenizer (`describe_tokenizer` says which are known) the file has no vocabulary: llama.cpp then takes
+    and gives tokens alone. Of several files llama.cpp opens the first.
 
     Raises:
         MpqError: no Llama, a scheme without a tensor type, the package gguf is missing.
     """
+    model, allocation, shard = request.model, request.allocation, request.shard
     check_model(TARGETS["gguf"], model)
     check(TARGETS["gguf"], allocation)
     gguf = gguf_package()
     config: Any = model.config
-    refuse_foreign(folder, (FILE, "allocation.json", *names_of(side_files)))
+    refuse_foreign(request.folder, (FILE, "allocation.json", *names_of(request.side_files)))
     plan = _plan(model, allocation, gguf)
-    with write_folder(folder) as draft:
+    with write_folder(request.folder) as draft:
         split = {"split_max_size": shard} if sum(entry.nbytes for entry in plan) > shard else {}
         writer = gguf.GGUFWriter(draft / FILE, "llama", **split)
         try:
             describe(writer, config, gguf)
-            describe_tokenizer(writer, tokenizer, config.vocab_size, gguf)
+            describe_tokenizer(writer, request.tokenizer, config.vocab_size, gguf)
             for entry in plan:
                 writer.add_tensor_info(entry.name, entry.shape, entry.dtype, entry.nbytes, entry.kind)
             files = [path.name for path in writer.format_shard_names(draft / FILE)]
@@ -86,18 +69,18 @@ def export(
             writer.write_ti_data_to_file()
             digests: dict[str, dict[str, str]] = {file: {} for file in files}
             numbers: dict[str, Tensor | Quantized] = {}  # by the file's names
-            contents = _contents(model, allocation, method, second_moments, gguf)
+            contents = _contents(request, gguf)
             for entry, file, (content, kept) in zip(plan, holders, contents, strict=True):
                 numbers[entry.name] = kept
                 writer.write_tensor_data(content)
                 digests[file][entry.name] = digest(content.data)
         finally:
             writer.close()
-        copy_side_files(draft, side_files)
+        copy_side_files(draft, request.side_files)
         allocation.save(draft / "allocation.json")
         write_checksums(draft, digests)
         _read_back(draft, plan, numbers)
-    return Path(folder)
+    return request.path
 
 
 def _plan(model: nn.Module, allocation: Allocation, gguf: Any) -> list[Entry]:
@@ -121,17 +104,16 @@ def _plan(model: nn.Module, allocation: Allocation, gguf: Any) -> list[Entry]:
     return plan
 
 
-def _contents(
-    model: nn.Module, allocation: Allocation, method: str | Rounder, second_moments: Moments | None, gguf: Any
-) -> Iterator[tuple[NDArray[Any], Tensor | Quantized]]:
+def _contents(request: ExportRequest, gguf: Any) -> Iterator[tuple[NDArray[Any], Tensor | Quantized]]:
     """The bytes of every tensor, and the numbers that they are to give."""
-    for name, tensor in other_state(model, allocation)[0].items():
-        rows = row_order(name.rpartition(".")[0], model.config)
+    config: Any = request.model.config
+    for name, tensor in other_state(request.model, request.allocation)[0].items():
+        rows = row_order(name.rpartition(".")[0], config)
         values = tensor.to(_stored_type(tensor))
         values = values if rows is None else values[rows]
         yield raw_copy(values, gguf)[0], values.detach()
-    for layer, _, quantized in quantized_layers(model, allocation, method, second_moments):
-        rows = row_order(layer.name, model.config)
+    for layer, _, quantized in request.rounded():
+        rows = row_order(layer.name, config)
         quantized = quantized if rows is None else _rows_of(quantized, rows)
         yield encode_blocks(quantized, gguf), quantized
 

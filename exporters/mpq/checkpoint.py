@@ -9,7 +9,7 @@ several modules share is stored once.
 import copy
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,57 +34,36 @@ from mpq.exporters.folder import (
 )
 from mpq.exporters.mpq.skeleton import build_skeleton, describes_itself
 from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_config
-from mpq.exporters.shards import SHARD, WHOLE, Shards, Specs, header_bytes, tensor_bytes, write_tensors
-from mpq.exporters.verify import Digests, Inputs, noting, runner, verify
+from mpq.exporters.request import ExportRequest
+from mpq.exporters.shards import WHOLE, Shards, Specs, header_bytes, tensor_bytes, write_tensors
+from mpq.exporters.verify import Digests, noting, verify
 from mpq.generation.serving import serve_cache
 from mpq.kernels.layout import Packed, pack, tensor_specs
 from mpq.network.prepare import bake, prepared
-from mpq.quantized import Moments, checked_layers, put_packed, quantized_layers
-from mpq.rounding.store import Rounder
+from mpq.quantized import checked_layers, put_packed
 
 METHOD, VERSION = "mpq", 1
 FILES = (WHOLE, "config.json", "allocation.json")  # what every export writes
 
 
-def export(
-    model: nn.Module,
-    allocation: Allocation,
-    folder: str | os.PathLike[str],
-    *,
-    method: str | Rounder = "mse",
-    second_moments: Moments | None = None,
-    recipe: Mapping[str, Any] | None = None,
-    shard: int = SHARD,
-    inputs: Inputs | None = None,
-    side_files: Sequence[str | os.PathLike[str]] = (),
-) -> Path:
+def export(request: ExportRequest) -> Path:
     """Round and pack the model's layers and write them with all its other tensors; the folder.
 
-    Args:
-        model: left as it is; one layer at a time is rounded.
-        allocation: layers and schemes.
-        folder: made when missing. Files of an earlier export are replaced, others' files are never.
-        method: rounding method, by name or as a rounder, and `second_moments` of the inputs where a name uses them.
-        recipe: how to build the model without weights, as `mpq.sources` gives it with a model: {"kind": "bundled",
-            "name": "tiny-lm"}, {"kind": "factory", "path": "package.module:factory"}; not needed for transformers.
-        shard: largest bytes of one file.
-        inputs: what the model is called with (a tensor, a tuple of arguments, a mapping of keyword arguments), or a
-            function that runs the model it is given. The model is read back and compared with the simulated one on
-            them, layer by layer; without them every weight and every other tensor is compared alone.
-        side_files: files to copy into the folder: those of a tokenizer or a processor.
+    The model is read back and compared with the simulated one layer by layer where the request says on what; else
+    every weight and every other tensor is compared alone.
 
     Raises:
         MpqError: the allocation is another model's, a weight cannot be rounded, the folder holds foreign files, or
             the model that is read back differs: nothing is written then.
     """
-    refuse_foreign(folder, (*FILES, *names_of(side_files)))
-    model = prepared(model)
-    rounding = method if isinstance(method, str) else method.name
-    allocation = replace(allocation, provenance={**allocation.provenance, "rounding": rounding})
+    refuse_foreign(request.folder, (*FILES, *names_of(request.side_files)))
+    model, rounding = prepared(request.model), request.rounding
+    allocation = replace(request.allocation, provenance={**request.allocation.provenance, "rounding": rounding})
+    request = replace(request, model=model, allocation=allocation)
     others, tied = other_state(model, allocation)
     config = model_config(model)
-    if recipe is not None and recipe.get("kind") != "transformers":  # whose config says it all
-        config["recipe"] = dict(recipe)
+    if request.recipe is not None and request.recipe.get("kind") != "transformers":  # whose config says it all
+        config["recipe"] = dict(request.recipe)
     config["quantization_config"] = {
         "quant_method": METHOD,
         "version": VERSION,
@@ -98,19 +77,19 @@ def export(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from others.items()
-        for layer, _, quantized in noting(quantized_layers(model, allocation, method, second_moments), rounded):
+        for layer, _, quantized in noting(request.rounded(), rounded):
             for name, tensor in pack(quantized).tensors.items():
                 yield f"{layer.name}.weight.{name}", tensor
 
-    with write_folder(folder) as draft:
-        digests = write_tensors(draft, tensor_plan(model, allocation), tensors(), shard)
+    with write_folder(request.folder) as draft:
+        digests = write_tensors(draft, tensor_plan(model, allocation), tensors(), request.shard)
         write_config(draft, config, model)
-        copy_side_files(draft, side_files)
+        copy_side_files(draft, request.side_files)
         allocation.save(draft / "allocation.json")
         write_checksums(draft, digests)
         loaded = _read_back(draft, model, config)
-        verify(model, loaded, allocation, rounded, others, None if inputs is None else runner(inputs))
-    return Path(folder)
+        verify(model, loaded, allocation, rounded, others, request.comparison)
+    return request.path
 
 
 def _read_back(draft: Path, model: nn.Module, config: Mapping[str, Any]) -> nn.Module:

@@ -6,7 +6,7 @@ A graph of more than 2 GB, which no protobuf holds, keeps its tensors in a file 
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,53 +22,38 @@ from mpq.exporters.holding import check, check_packages
 from mpq.exporters.onnx.nodes import Graph, drop_unused, products_with, put_products, put_weight, round_inputs
 from mpq.exporters.onnx.operators import OPSET, OPSET_INT2, nbits_block, needs_int2
 from mpq.exporters.onnx.reader import read_back
+from mpq.exporters.request import ExportRequest
 from mpq.exporters.targets import TARGETS
 from mpq.kernels.layout import empty, unpack
 from mpq.network.calibration import evaluating
 from mpq.network.ranges import Ranges
-from mpq.quantized import Moments, checked_layers, quantized_layers
+from mpq.quantized import checked_layers
 from mpq.rounding.reference import Quantized, dequantize
-from mpq.rounding.store import Rounder
 
 FILE, DATA = "model.onnx", "model.onnx.data"
 INSIDE = 1_900_000_000  # bytes of tensors in one protobuf, whose limit is 2**31 - 1 with everything
 Layers = Iterable[tuple[Layer, Scheme, Quantized]]
 
 
-def export(
-    model: nn.Module,
-    allocation: Allocation,
-    folder: str | os.PathLike[str],
-    *,
-    method: str | Rounder = "mse",
-    second_moments: Moments | None = None,
-    recipe: Mapping[str, Any] | None = None,
-    inputs: Tensor | tuple[Any, ...] | None = None,
-    ranges: Ranges | None = None,
-    inside: int = INSIDE,
-    side_files: Sequence[str | os.PathLike[str]] = (),
-) -> Path:
-    """Write `model.onnx`; the folder.
+def export(request: ExportRequest) -> Path:
+    """Write `model.onnx`, of a model on the CPU in float32; the folder.
 
-    Args:
-        model: on the CPU, in float32; the others are as in `mpq.exporters.mpq.checkpoint.export`.
-        recipe: not needed, the graph is the model.
-        inputs: what the model is called with; the first dimension of each tensor is left open.
-        ranges: of the layers' inputs (`mpq.network.ranges.input_ranges`), for schemes with activations.
-        side_files: files of the source to copy beside the graph.
-        inside: tensors of more bytes than that in all are written to `model.onnx.data`, one layer in memory at a time.
+    The graph is traced with the request's inputs, a tensor or a tuple of them; the first dimension of each is left
+    open. Tensors of more bytes in all than `shard` or a protobuf allows are written to `model.onnx.data`, one layer in
+    memory at a time. Schemes with activations need the ranges.
 
     Raises:
         MpqError: a scheme that ONNX cannot hold, no inputs, no range for a layer that needs one, a missing package;
             the graph reads back other numbers, or ONNX Runtime computes something else than the simulated model.
     """
+    model, allocation, inputs, ranges = request.model, request.allocation, request.inputs, request.ranges
     _refuse(allocation, inputs, ranges)
-    refuse_foreign(folder, (FILE, DATA, "allocation.json", *names_of(side_files)))
+    refuse_foreign(request.folder, (FILE, DATA, "allocation.json", *names_of(request.side_files)))
     traced, names = _trace(model, allocation, inputs)
     matrices: dict[str, Tensor] = {}
-    rounded = _kept(quantized_layers(model, allocation, method, second_moments), matrices)
-    with write_folder(folder) as draft:
-        if _tensor_bytes(traced, allocation) > inside:
+    rounded = _kept(request.rounded(), matrices)
+    with write_folder(request.folder) as draft:
+        if _tensor_bytes(traced, allocation) > min(request.shard, INSIDE):
             with (draft / DATA).open("wb") as data:
                 graph = _fill(Graph(traced, data, DATA), model, rounded, names, ranges)
         else:
@@ -76,13 +61,13 @@ def export(
         (draft / FILE).write_bytes(graph.model.SerializeToString())
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         read_back(draft / FILE, model, allocation, matrices, given, ranges)
-        copy_side_files(draft, side_files)
+        copy_side_files(draft, request.side_files)
         allocation.save(draft / "allocation.json")
         write_checksums(draft, {})
-    return Path(folder)
+    return request.path
 
 
-def file_size(model: nn.Module, allocation: Allocation, inputs: Tensor | tuple[Any, ...], inside: int = INSIDE) -> int:
+def file_size(model: nn.Module, allocation: Allocation, inputs: Tensor | tuple[Any, ...], shard: int = INSIDE) -> int:
     """Bytes that the graph's file (and the one beside it) will have, before anything is rounded."""
     _refuse(allocation, inputs, None, sized=True)
     traced, names = _trace(model, allocation, inputs)
@@ -92,15 +77,15 @@ def file_size(model: nn.Module, allocation: Allocation, inputs: Tensor | tuple[A
         for layer, scheme in checked_layers(model, allocation)
     )
     with open(os.devnull, "wb") as nowhere:
-        data: BinaryIO | None = nowhere if _tensor_bytes(traced, allocation) > inside else None
+        data: BinaryIO | None = nowhere if _tensor_bytes(traced, allocation) > min(shard, INSIDE) else None
         graph = _fill(Graph(traced, data, DATA), model, blank, names, ranges)
     return int(graph.model.ByteSize()) + graph.end
 
 
 def _refuse(allocation: Allocation, inputs: Any, ranges: Ranges | None, sized: bool = False) -> None:
     """Checks before any work."""
-    if inputs is None:
-        raise MpqError("ONNX export traces the model: pass the inputs it is called with (inputs=...)")
+    if not isinstance(inputs, Tensor | tuple):
+        raise MpqError("ONNX export traces the model: pass the inputs it is called with, a tensor or a tuple (inputs=)")
     check(TARGETS["onnx"], allocation)
     for layer in allocation.layers:
         activation = allocation.scheme_of[layer.name].activation

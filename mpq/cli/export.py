@@ -22,14 +22,14 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from mpq.comparison import megabytes
     from mpq.core.allocation import Allocation
-    from mpq.exporters import exporter_named
+    from mpq.exporters.targets import TARGETS
     from mpq.exporting import export_to
     from mpq.rounding import DEFAULT_METHOD, METHODS
 
     steps = recipe.recipe_of(options)
     recipe.check_output(options.output, steps, options.force)
     allocation = Allocation.load(options.allocation)
-    exporter_named(options.to)
+    TARGETS.named(options.to)
     method = options.method or allocation.provenance.get("method", DEFAULT_METHOD)
     METHODS.named(method)
     check_data(options.dataset)

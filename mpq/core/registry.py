@@ -75,7 +75,7 @@ class Search(Entry):
 
 @dataclass(frozen=True)
 class Target(Entry):
-    """Who runs a model: `function(model, allocation, folder, *, method, second_moments, ...)` writes its files.
+    """Who runs a model: `function(request)` writes the files of an `ExportRequest`.
 
     `objection` says in half a sentence why a layer cannot have a scheme, "" when it can. `schemes` are the well-known
     ones, of which the nearest is named in a refusal; `fallbacks` is the target's own rule of what comes instead of what
@@ -92,6 +92,7 @@ class Target(Entry):
     models: str = "any model"
     packages: tuple[str, ...] = ()  # that writing its files needs; the extra of mpq is called `extra`
     extra: str = ""
+    reads: tuple[str, ...] = ()  # fields of the request that take a pass over data: "inputs" to trace with, "ranges"
     command: str = ""  # what serves the folder, "{folder}" in it
     caches: tuple[str, ...] = ()  # formats of keys and values that it serves; ("*",) for all
     caches_alike: str = ""  # "layers": keys and values of a layer share one; "kinds": all keys one and all values one

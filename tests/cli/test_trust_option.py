@@ -12,7 +12,7 @@ from mpq.cli.main import main
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.table import SensitivityTable
-from mpq.exporters.mpq.checkpoint import export
+from mpq.exporters import export
 from mpq.folders import evaluate_folder
 from mpq.models import bundled_model
 from mpq.network.layers import find_layers

@@ -19,9 +19,9 @@ from torch import nn
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.files import DRAFT
-from mpq.exporters import shards
+from mpq.exporters import export, shards
 from mpq.exporters.folder import WRITING
-from mpq.exporters.mpq.checkpoint import export, load
+from mpq.exporters.mpq.checkpoint import load
 from mpq.network.layers import find_layers
 
 KILLED = 9

@@ -10,7 +10,8 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import parse_scheme
-from mpq.exporters.compressed_tensors import compress, export, group_entry
+from mpq.exporters import export
+from mpq.exporters.compressed_tensors import compress, group_entry
 from mpq.exporters.rules import compressed_tensors_format
 from mpq.exporters.targets import TARGETS
 from mpq.kernels.layout import pack
@@ -94,7 +95,7 @@ def test_transformers_loads_the_folder_and_computes_our_logits(mix, dtype, tmp_p
 
     model = llama(tied=mix == "floats", dtype=dtype)
     allocation = allocate(model, MIXES[mix])
-    folder = export(model, allocation, tmp_path / "out")
+    folder = export(model, allocation, tmp_path / "out", to="compressed-tensors")
     served = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     ours = simulate(model, allocation, trainable=False)
     with torch.no_grad():
@@ -117,7 +118,7 @@ def test_activations_in_eight_bits(scheme, tmp_path):
     model = llama()
     allocation = allocate(model, (scheme,))
     ranges = {layer.name: (-4.0, 4.0) for layer in allocation.layers} if scheme.endswith("+a:fp8-e4m3") else None
-    folder = export(model, allocation, tmp_path / "out", ranges=ranges)
+    folder = export(model, allocation, tmp_path / "out", to="compressed-tensors", ranges=ranges)
     group = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
     assert group["input_activations"]["dynamic"] is (ranges is None)
     served = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -132,7 +133,7 @@ def test_the_file_takes_the_promised_bytes(tmp_path):
     model = llama()
     allocation = allocate(model, MIXES["integers"])
     overhead = sum(tensor.nbytes for name, tensor in model.state_dict().items() if "norm" in name)
-    size = (export(model, allocation, tmp_path / "out") / "model.safetensors").stat().st_size
+    size = (export(model, allocation, tmp_path / "out", to="compressed-tensors") / "model.safetensors").stat().st_size
     header = 8 + int.from_bytes((tmp_path / "out" / "model.safetensors").read_bytes()[:8], "little")
     shapes = 16 * sum(not scheme.weight.is_float_copy for scheme in allocation.scheme_of.values())
     assert abs(size - header - shapes - allocation.size - overhead) <= 0.01 * allocation.size
@@ -160,11 +161,11 @@ def test_fused_layers_in_two_schemes_are_refused(tmp_path):
     layers = find_layers(model, include="*_proj")
     schemes = tuple("int8-channel" if layer.name.endswith("k_proj") else "int4-g128" for layer in layers)
     with pytest.raises(MpqError, match=r"q_proj and .*k_proj as one, so they must share a scheme, not int4-g128"):
-        export(model, Allocation(layers, schemes), tmp_path / "out")
+        export(model, Allocation(layers, schemes), tmp_path / "out", to="compressed-tensors")
     assert not list(tmp_path.iterdir())
 
 
 def test_only_transformers_models():
     model = nn.Sequential(nn.Linear(32, 32))
     with pytest.raises(MpqError, match="hold transformers models, not Sequential"):
-        export(model, Allocation(find_layers(model), ("int4-g32",)), "nowhere")
+        export(model, Allocation(find_layers(model), ("int4-g32",)), "nowhere", to="compressed-tensors")

@@ -11,7 +11,8 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
 from mpq.core.layer import Layer
-from mpq.exporters.gptq import export, gptq_tensors
+from mpq.exporters import export
+from mpq.exporters.gptq import gptq_tensors
 from mpq.exporters.holding import check
 from mpq.exporters.rules import served_names
 from mpq.exporters.targets import TARGETS
@@ -58,7 +59,7 @@ def test_dynamic_says_every_layers_own_numbers(tmp_path):
         "bf16" if layer.kind == "embedding" or layer.name == "lm_head" else "int8-channel" if "0.mlp" in layer.name
         else "int4-g32" for layer in layers
     )  # fmt: skip
-    folder = export(model, Allocation(layers, schemes), tmp_path / "out")
+    folder = export(model, Allocation(layers, schemes), tmp_path / "out", to="gptq")
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     tensors = load_file(folder / "model.safetensors")
     assert (quantization["bits"], quantization["group_size"]) == (4, 32)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
-from mpq.exporters import exporter_named
+from mpq.exporters import export
 from mpq.exporters.shards import INDEX, write_tensors
 from mpq.network.layers import find_layers
 from tests.sensitivity.small_models import seed_weights
@@ -57,9 +57,9 @@ def test_every_folder_exporter_writes_the_same_tensors_in_shards(target, tmp_pat
     model = llama()
     layers = find_layers(model)
     plain = ["bf16" if layer.kind == "embedding" or layer.name == "lm_head" else "int4-g32" for layer in layers]
-    allocation, export = Allocation(layers, tuple(plain)), exporter_named(target)
-    whole = load_file(export(model, allocation, tmp_path / "whole") / "model.safetensors")
-    folder = export(model, allocation, tmp_path / "parts", shard=20_000)
+    allocation = Allocation(layers, tuple(plain))
+    whole = load_file(export(model, allocation, tmp_path / "whole", to=target) / "model.safetensors")
+    folder = export(model, allocation, tmp_path / "parts", to=target, shard=20_000)
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(files) > 3
     assert all((folder / file).stat().st_size < 20_000 + 8_000 for file in files)  # and its header
@@ -86,7 +86,7 @@ def test_what_fails_half_way_leaves_nothing(target, tmp_path):
         layers = find_layers(model)
         plain = ["int4-g32"] * 2
     with pytest.raises(MpqError, match=r"layer (1|.*down_proj) in int4-g32: .* holds NaN"):
-        exporter_named(target)(model, Allocation(layers, tuple(plain)), tmp_path / "out", **extra)
+        export(model, Allocation(layers, tuple(plain)), tmp_path / "out", to=target, **extra)
     assert not list(tmp_path.iterdir())
 
 
@@ -97,7 +97,7 @@ def test_readers_refuse_a_cut_file(target, tmp_path):
     model = llama()
     layers = find_layers(model)
     plain = ["bf16" if layer.kind == "embedding" or layer.name == "lm_head" else "int4-g32" for layer in layers]
-    file = exporter_named(target)(model, Allocation(layers, tuple(plain)), tmp_path / "out") / "model.safetensors"
+    file = export(model, Allocation(layers, tuple(plain)), tmp_path / "out", to=target) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(SafetensorError):
         load_file(file)

@@ -9,10 +9,10 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.formats import FORMATS
 from mpq.core.scheme import parse_scheme
+from mpq.exporters import export
 from mpq.exporters import verify as verifying
 from mpq.exporters.compressed_tensors import compress, uncompressed
 from mpq.exporters.mpq import checkpoint
-from mpq.exporters.mpq.checkpoint import export
 from mpq.exporters.rules import compressed_tensors_format
 from mpq.kernels.layout import pack, unpack
 from mpq.kernels.tolerance import kernel_error

@@ -13,7 +13,8 @@ import mpq.integrations.transformers
 from mpq.core.allocation import Allocation
 from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
-from mpq.exporters.mpq.checkpoint import export, load
+from mpq.exporters import export
+from mpq.exporters.mpq.checkpoint import load
 from mpq.generation.generate import generate
 from mpq.generation.packed_cache import PackedCache
 from mpq.generation.serving import cache_formats_of, serve_cache

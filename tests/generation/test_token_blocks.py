@@ -13,7 +13,8 @@ from mpq.core.allocation import Allocation
 from mpq.core.cache import TokenBlocks, cache_name, head_bytes, parse_cache_format, stored_bytes
 from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
-from mpq.exporters.mpq.checkpoint import export, load
+from mpq.exporters import export
+from mpq.exporters.mpq.checkpoint import load
 from mpq.generation.generate import generate
 from mpq.generation.packed_cache import PackedCache, StoredLayer
 from mpq.generation.serving import serve_cache

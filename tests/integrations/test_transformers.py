@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mpq.core.allocation import Allocation
-from mpq.exporters.mpq.checkpoint import export
+from mpq.exporters import export
 from mpq.kernels.modules import PackedEmbedding, PackedLinear
 from mpq.network.calibration import seeded
 from mpq.network.layers import find_layers

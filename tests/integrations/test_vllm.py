@@ -10,7 +10,7 @@ from torch.nn import functional
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.scheme import parse_scheme
-from mpq.exporters.mpq.checkpoint import export
+from mpq.exporters import export
 from mpq.integrations.vllm import Cut, Part, ServedWeight, embedding_named, named_layers, parts_of
 from mpq.kernels.layout import pack
 from mpq.network.calibration import seeded

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from mpq.core.allocation import Allocation
-from mpq.exporters.mpq.checkpoint import export
+from mpq.exporters import export
 from mpq.integrations.vllm import register
 from mpq.network.calibration import seeded
 from mpq.network.layers import find_layers

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
+from mpq.exporters import export
 from mpq.exporters.mpq import checkpoint
 from mpq.exporting import refuse_experts
 from mpq.network.calibration import next_token_loss, seeded
@@ -97,7 +98,7 @@ def test_experts_are_profiled_allocated_simulated_packed_and_loaded(tmp_path):
     frontier = frontier_of(tables[0])
     allocation = frontier.at(bits=5)
     simulated = simulate(model, allocation, trainable=False)
-    checkpoint.export(model, allocation, tmp_path / "out")
+    export(model, allocation, tmp_path / "out")
     loaded = checkpoint.load(tmp_path / "out")
     assert has_experts(loaded)
     for tokens in TOKENS:
@@ -119,7 +120,7 @@ def test_stacks_that_were_not_taken_apart_are_written_and_loaded_as_they_are(nam
     layers = find_layers(model)
     allocation = Allocation(layers, ("int8-channel",) * len(layers))
     tokens = torch.randint(0, 24, (2, 6), generator=seeded(1))
-    checkpoint.export(model, allocation, tmp_path / "out", inputs=tokens)
+    export(model, allocation, tmp_path / "out", inputs=tokens)
     loaded = checkpoint.load(tmp_path / "out")
     assert not has_experts(loaded)
     assert torch.equal(

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 import mpq
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
-from mpq.exporters.mpq.checkpoint import export, load
+from mpq.exporters import export
+from mpq.exporters.mpq.checkpoint import load
 from mpq.network.calibration import cross_entropy, seeded
 from mpq.network.layers import find_layers
 from mpq.network.prepare import prepared

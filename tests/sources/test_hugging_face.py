@@ -141,14 +141,14 @@ def test_a_gguf_file_is_a_model(tmp_path, capsys, caplog):
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     from mpq.core.allocation import Allocation
-    from mpq.exporters.gguf.file import export
+    from mpq.exporters import export
     from mpq.network.layers import find_layers
     from mpq.quantized import simulate
 
     model = llama(vocab_size=60)
     layers = find_layers(model)
     allocation = Allocation(layers, ("int8-g32",) * len(layers))
-    export(model, allocation, tmp_path / "gguf")
+    export(model, allocation, tmp_path / "gguf", to="gguf")
     np.savez(tmp_path / "tokens.npz", input_ids=torch.randint(0, 60, (12, 16), generator=seeded(1)).numpy())
     for name in (tmp_path / "gguf" / "model.gguf", tmp_path / "gguf"):
         source = open_source(str(name), str(tmp_path / "tokens.npz"), nsamples=4)

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
+from mpq.exporters import export
 from mpq.exporters.gguf import file as gguf_file
 from mpq.exporters.gguf.blocks import encode_blocks, type_of
-from mpq.exporters.gguf.file import export
 from mpq.exporters.gguf.reader import read_tensors
 from mpq.exporters.rules import GGUF_TYPES
 from mpq.network.calibration import seeded
@@ -100,7 +100,7 @@ def test_the_file_read_back_computes_our_logits(case, split, tmp_path):
     model.asked = asked
     exclude = "*.down_proj" if "super" in case else "*.0.self_attn.[qk]_proj"  # rows of 128; layers left as they are
     allocation = allocate(model, schemes, exclude=exclude)
-    folder = export(model, allocation, tmp_path / "out", shard=30_000 if split else 10**9)
+    folder = export(model, allocation, tmp_path / "out", to="gguf", shard=30_000 if split else 10**9)
     assert (len(list(folder.glob("model-*-of-*.gguf"))) > 2) == split
     simulated = simulate(model, allocation, trainable=False)
     torch.testing.assert_close(served(model, folder)(TOKENS).logits, simulated(TOKENS).logits)
@@ -108,7 +108,7 @@ def test_the_file_read_back_computes_our_logits(case, split, tmp_path):
 
 def test_a_split_file_says_how_it_was_split(tmp_path):
     model = llama()
-    folder = export(model, allocate(model, ("int8-g32",)), tmp_path / "out", shard=50_000)
+    folder = export(model, allocate(model, ("int8-g32",)), tmp_path / "out", to="gguf", shard=50_000)
     files = sorted(folder.glob("*.gguf"))
     readers = [gguf.GGUFReader(file) for file in files]
     total = sum(len(reader.tensors) for reader in readers)
@@ -135,14 +135,14 @@ def test_only_one_rounded_layer_is_held_at_a_time(tmp_path, monkeypatch):
         return content
 
     monkeypatch.setattr(gguf_file, "encode_blocks", counted)
-    export(model, allocate(model, ("int8-g32",)), tmp_path / "out")
+    export(model, allocate(model, ("int8-g32",)), tmp_path / "out", to="gguf")
     assert most <= 2  # the one that was just made, and the one that was just written
 
 
 @pytest.mark.parametrize("kept", [0.2, 0.5, 0.99])
 def test_a_cut_file_is_named_with_its_tensor(kept, tmp_path):
     model = llama()
-    folder = export(model, allocate(model, ("int8-g32",)), tmp_path / "out")
+    folder = export(model, allocate(model, ("int8-g32",)), tmp_path / "out", to="gguf")
     file = folder / "model.gguf"
     content = file.read_bytes()
     file.write_bytes(content[: int(kept * len(content))])
@@ -158,7 +158,7 @@ def test_a_cut_file_is_named_with_its_tensor(kept, tmp_path):
 
 def test_an_altered_tensor_is_named(tmp_path):
     model = llama()
-    folder = export(model, allocate(model, ("int8-g32",)), tmp_path / "out")
+    folder = export(model, allocate(model, ("int8-g32",)), tmp_path / "out", to="gguf")
     file = folder / "model.gguf"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -173,11 +173,11 @@ def test_what_has_no_tensor_type_is_refused(tmp_path):
     model = llama()
     layers = find_layers(model, include="*.gate_proj")
     with pytest.raises(MpqError, match=r"gguf cannot hold layer .*gate_proj in int3-g32 \(.*\): .* is int4-g32"):
-        export(model, Allocation(layers, ("int3-g32",) * 2), tmp_path / "out")
+        export(model, Allocation(layers, ("int3-g32",) * 2), tmp_path / "out", to="gguf")
     with pytest.raises(MpqError, match=r"gate_proj in q5_k \(its rows of 64 .* blocks of 256\): .* is q5_1"):
-        export(model, Allocation(layers, ("q5_k",) * 2), tmp_path / "out")
+        export(model, Allocation(layers, ("q5_k",) * 2), tmp_path / "out", to="gguf")
     with pytest.raises(MpqError, match="hold transformers' Llama models, not Linear"):
-        export(torch.nn.Linear(2, 2), Allocation((), ()), tmp_path / "out")
+        export(torch.nn.Linear(2, 2), Allocation((), ()), tmp_path / "out", to="gguf")
     assert not list(tmp_path.iterdir())
 
 
@@ -188,7 +188,7 @@ def test_the_tokenizer_is_in_the_file(name, kind, tmp_path):
         pytest.skip(f"the data folder has no {name}")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    export(model, allocate(model, ("fp32",)), tmp_path / "out", tokenizer=tokenizer)
+    export(model, allocate(model, ("fp32",)), tmp_path / "out", to="gguf", tokenizer=tokenizer)
     reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
     fields = {key: reader.get_field(f"tokenizer.ggml.{key}").contents() for key in ("model", "tokens", "bos_token_id")}
     assert fields["model"] == kind

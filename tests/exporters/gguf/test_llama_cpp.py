@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mpq.core.allocation import Allocation
-from mpq.exporters.gguf.file import export
+from mpq.exporters import export
 from mpq.exporters.rules import GGUF_TYPES
 from mpq.network.calibration import mean_loss, next_token_loss, seeded
 from mpq.network.layers import find_layers
@@ -54,7 +54,7 @@ def llama(tied=False, **changes):
 
 def compare(model, allocation, folder, **options):
     """Within 0.5 %: llama.cpp rounds activations to 8 bits on their way into a layer, which moves it by 0.2 %."""
-    export(model, allocation, folder, **options)
+    export(model, allocation, folder, to="gguf", **options)
     ours = math.exp(mean_loss(simulate(model, allocation, trainable=False), [TOKENS], next_token_loss))
     assert ask(folder, TOKENS)["perplexity"] == pytest.approx(ours, rel=0.005)
 
@@ -84,7 +84,9 @@ def test_text_is_cut_into_the_same_tokens(name, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source)
     layers = find_layers(model)
-    folder = export(model, Allocation(layers, ("fp16",) * len(layers)), tmp_path / "out", tokenizer=tokenizer)
+    folder = export(
+        model, Allocation(layers, ("fp16",) * len(layers)), tmp_path / "out", to="gguf", tokenizer=tokenizer
+    )
     texts = [
         "Once upon a time, there was a little girl named Lily.",
         "In 1998 it's  a test: 12345!\n\nÉté",
@@ -97,7 +99,7 @@ def test_text_is_cut_into_the_same_tokens(name, tmp_path):
 def test_a_cut_file_is_refused_by_llama_cpp(tmp_path):
     model = llama()
     layers = find_layers(model)
-    folder = export(model, Allocation(layers, ("q4_k",) * len(layers)), tmp_path / "out")
+    folder = export(model, Allocation(layers, ("q4_k",) * len(layers)), tmp_path / "out", to="gguf")
     content = (folder / "model.gguf").read_bytes()
     (folder / "model.gguf").write_bytes(content[: len(content) // 2])
     with pytest.raises(AssertionError, match="Failed to load model"):

@@ -11,7 +11,8 @@ from torch import nn
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.formats import FORMATS
-from mpq.exporters.mpq.checkpoint import export, file_size, load
+from mpq.exporters import export
+from mpq.exporters.mpq.checkpoint import file_size, load
 from mpq.exporters.mpq.state import other_state
 from mpq.kernels.layout import to_layout
 from mpq.kernels.weight import PackedWeight

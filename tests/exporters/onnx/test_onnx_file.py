@@ -12,8 +12,9 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import parse_scheme
+from mpq.exporters import export
 from mpq.exporters.holding import check
-from mpq.exporters.onnx.file import export, file_size
+from mpq.exporters.onnx.file import file_size
 from mpq.exporters.onnx.operators import nbits_block
 from mpq.exporters.onnx.reader import read_back
 from mpq.exporters.targets import TARGETS
@@ -51,7 +52,7 @@ def run(folder, *inputs, optimized=True):
 def test_onnxruntime_computes_what_was_simulated(build, inputs, start, tmp_path):
     model = seed_weights(build()).eval()
     allocation = allocate(model, WEIGHTS[start : start + 4])
-    folder = export(model, allocation, tmp_path / "out", inputs=inputs)
+    folder = export(model, allocation, tmp_path / "out", to="onnx", inputs=inputs)
     expected = simulate(model, allocation, trainable=False)(inputs)
     torch.testing.assert_close(run(folder, inputs), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(run(folder, inputs[:1]), expected[:1], rtol=1e-4, atol=1e-4)  # the batch is open
@@ -80,7 +81,7 @@ NBITS = ("int2-g16", "int4-g32-asym", "int8-channel", "int4-g32", "int8-g64", "i
 def test_weights_alone_go_into_matmulnbits(start, tmp_path):
     model = seed_weights(Linears(), 0.3).eval()
     allocation = allocate(model, NBITS[start : start + 4])
-    folder = export(model, allocation, tmp_path / "out", inputs=SEQUENCES)
+    folder = export(model, allocation, tmp_path / "out", to="onnx", inputs=SEQUENCES)
     used = [node.op_type for node in onnx.load(folder / "model.onnx").graph.node]
     in_blocks = all(nbits_block(layer, allocation.scheme_of[layer.name]) for layer in allocation.layers)
     assert (used.count("MatMulNBits"), used.count("DequantizeLinear")) == ((5, 0) if in_blocks else (4, 1))
@@ -103,7 +104,7 @@ def test_any_shape_and_content(name, rows, cols, bias, content):
     allocation = allocate(model, (name,))
     inputs = torch.randn(3, cols, generator=seeded(1, cols))
     with tempfile.TemporaryDirectory() as folder:
-        served = run(export(model, allocation, Path(folder) / "out", inputs=inputs), inputs)
+        served = run(export(model, allocation, Path(folder) / "out", to="onnx", inputs=inputs), inputs)
     torch.testing.assert_close(served, simulate(model, allocation, trainable=False)(inputs), rtol=1e-4, atol=1e-4)
 
 
@@ -113,7 +114,7 @@ def test_static_activations(build, inputs, scheme, tmp_path):
     model = seed_weights(build(), 0.3).eval()
     allocation = allocate(model, (scheme,))
     ranges = input_ranges(model, allocation.layers, [inputs], lambda model, batch: model(batch))
-    folder = export(model, allocation, tmp_path / "out", inputs=inputs, ranges=ranges)
+    folder = export(model, allocation, tmp_path / "out", to="onnx", inputs=inputs, ranges=ranges)
     expected = simulate(model, allocation, trainable=False, ranges=ranges)(inputs)
     floating = simulate(model, allocate(model, (scheme.partition("+")[0],)), trainable=False)(inputs)
     torch.testing.assert_close(run(folder, inputs, optimized=False), expected, rtol=1e-4, atol=1e-4)
@@ -124,13 +125,17 @@ def test_static_activations(build, inputs, scheme, tmp_path):
     clipped = simulate(model, allocation, trainable=False, ranges=ranges)(doubled)
     torch.testing.assert_close(run(folder, doubled, optimized=False), clipped, rtol=1e-4, atol=1e-4)
     with pytest.raises(MpqError, match=r"layer \w+ has (int8|fp8-e4m3) activations: pass the ranges"):
-        export(model, allocation, tmp_path / "other", inputs=inputs)
+        export(model, allocation, tmp_path / "other", to="onnx", inputs=inputs)
 
 
 def test_the_file_takes_the_promised_bytes(tmp_path):
     model = seed_weights(nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 300))).eval()
     allocation = allocate(model, ("int4-g128", "int8-channel"))
-    size = (export(model, allocation, tmp_path / "out", inputs=torch.zeros(2, 512)) / "model.onnx").stat().st_size
+    size = (
+        (export(model, allocation, tmp_path / "out", to="onnx", inputs=torch.zeros(2, 512)) / "model.onnx")
+        .stat()
+        .st_size
+    )
     assert size == file_size(model, allocation, torch.zeros(2, 512))
     promised = allocation.size + 4 * 812
     assert promised < size < promised + 1000
@@ -139,23 +144,23 @@ def test_the_file_takes_the_promised_bytes(tmp_path):
 def test_large_graphs_keep_their_tensors_in_a_file_of_their_own(tmp_path):
     model = seed_weights(Linears(), 0.3).eval()
     allocation = allocate(model, ("fp32", "int8-channel"))
-    folder = export(model, allocation, tmp_path / "out", inputs=SEQUENCES, inside=1000)
+    folder = export(model, allocation, tmp_path / "out", to="onnx", inputs=SEQUENCES, shard=1000)
     assert torch.equal(
-        run(folder, SEQUENCES), run(export(model, allocation, folder / "all", inputs=SEQUENCES), SEQUENCES)
+        run(folder, SEQUENCES), run(export(model, allocation, folder / "all", to="onnx", inputs=SEQUENCES), SEQUENCES)
     )
     files = folder / "model.onnx", folder / "model.onnx.data"
-    assert sum(file.stat().st_size for file in files) == file_size(model, allocation, SEQUENCES, inside=1000)
+    assert sum(file.stat().st_size for file in files) == file_size(model, allocation, SEQUENCES, shard=1000)
     files[1].write_bytes(files[1].read_bytes()[:-8])
     with pytest.raises(Exception, match=r"External initializer: \S+ .* out of bounds"):
         run(folder, SEQUENCES)
-    export(model, allocation, folder, inputs=SEQUENCES)  # in one file again
+    export(model, allocation, folder, to="onnx", inputs=SEQUENCES)  # in one file again
     assert not files[1].exists()
 
 
 def test_every_modules_mode_is_left_as_it_was(tmp_path):
     model = seed_weights(Convolutions()).train()
     model.norm.eval()  # frozen while the rest trains
-    export(model, allocate(model, ["int8-channel"]), tmp_path / "out", inputs=IMAGES)
+    export(model, allocate(model, ["int8-channel"]), tmp_path / "out", to="onnx", inputs=IMAGES)
     assert model.training
     assert model.first.training
     assert not model.norm.training
@@ -174,7 +179,7 @@ def test_what_onnx_cannot_hold_is_refused(scheme, message):
 
 def test_inputs_are_needed():
     with pytest.raises(MpqError, match="pass the inputs"):
-        export(nn.Sequential(nn.Linear(2, 2)), Allocation((), ()), "nowhere")
+        export(nn.Sequential(nn.Linear(2, 2)), Allocation((), ()), "nowhere", to="onnx")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +194,7 @@ def test_inputs_are_needed():
 def test_a_graph_that_differs_is_refused(tensor, message, tmp_path):
     model = seed_weights(Linears(), 0.3).eval()
     allocation = allocate(model, ("int8-channel", "int4-g32"))
-    folder = export(model, allocation, tmp_path / "out", inputs=SEQUENCES)
+    folder = export(model, allocation, tmp_path / "out", to="onnx", inputs=SEQUENCES)
     matrices = {
         layer.name: dequantize(quantized) for layer, _, quantized in quantized_layers(model, allocation, "mse", None)
     }
