@@ -1,7 +1,9 @@
 """Writers of packed weights, one kind of file, one module; `mpq.exporters.targets` lists who reads them."""
 
 import os
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,3 +50,8 @@ def export(
         model, options["method"] = as_trained(model, allocation, otherwise)
     written: Path = target.load()(ExportRequest(model, allocation, folder, **options))
     return written
+
+
+def exporter_named(name: str) -> Callable[..., Path]:
+    """`export` to the target called `name`; MpqError with the known names when there is none."""
+    return partial(export, to=TARGETS.named(name).name)

@@ -8,6 +8,7 @@ from mpq.core.problem import build_problem
 from mpq.core.registry import Target
 from mpq.core.scheme import parse_scheme
 from mpq.core.table import SensitivityTable
+from mpq.exporters import exporter_named
 from mpq.exporters.holding import check, nearest, restrict, unscored
 from mpq.exporters.targets import TARGETS
 
@@ -19,7 +20,7 @@ EMBEDDING = Layer("embed", "embedding", 256, 64)
 def test_every_target_has_a_writer():
     assert all(callable(TARGETS.named(name).load()) for name in TARGETS)
     with pytest.raises(MpqError, match="unknown export target 'gguff': did you mean gguf"):
-        TARGETS.named("gguff")
+        exporter_named("gguff")
     assert TARGETS.named("vllm:cpu").command == "vllm serve {folder}"
 
 
