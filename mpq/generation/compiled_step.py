@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.modules import module as everywhere
 
 from mpq.generation.decoder import Block, Decoder, grow
@@ -20,8 +21,10 @@ from mpq.kernels import blocks
 from mpq.kernels.cpu import abi, panels
 from mpq.kernels.cpu import attention as cached
 from mpq.kernels.cpu import native as cpu
+from mpq.kernels.mixed import MixedWeight
 from mpq.kernels.modules import PackedLinear
 from mpq.kernels.stacked import Stack
+from mpq.kernels.weight import PackedWeight
 
 _TYPES = (torch.float32, torch.bfloat16)
 
@@ -137,12 +140,21 @@ def _plain(module: Any) -> bool:
     """Whether a module is a packed linear layer that the library computes identically."""
     if type(module) is not PackedLinear or "forward" in vars(module) or _hooked(module):
         return False
-    weight, bias = module.weight, module.bias
+    parts, bias = _parts(module.weight), module.bias
     return (
-        weight.layout == panels.NAME and weight.device.type == "cpu" and module.activation in ("", "int8-channel")
-        and (not module.activation or cpu._plan(*weight.signature[:3]).kind != panels.TABLE_BF16)
+        len(parts) <= abi.MAX_PARTS and module.activation in ("", "int8-channel")
+        and all(part.layout == panels.NAME and part.device.type == "cpu" for part in parts)
+        and not (module.activation and any(_is_bf16(part) for part in parts))
         and (bias is None or (bias.dtype in _TYPES and bias.is_contiguous()))
     )  # fmt: skip
+
+
+def _parts(weight: PackedWeight) -> list[PackedWeight]:
+    return weight.parts if isinstance(weight, MixedWeight) else [weight]
+
+
+def _is_bf16(part: PackedWeight) -> bool:
+    return cpu._plan(*part.signature[:3]).kind == panels.TABLE_BF16
 
 
 def _hooked(module: Any) -> bool:
@@ -151,33 +163,63 @@ def _hooked(module: Any) -> bool:
 
 
 def _layers(block: Block, kept: list[object]) -> list[abi.Layer]:
-    """The block's seven layers; a stack stands in its first member's place."""
+    """The block's seven layers; those of one input stand together in the first one's place."""
     q, k, v, o, gate, up, down = _linear(block)
-    return [*_stacked((q, k, v), kept), _one(o, kept), *_stacked((gate, up), kept), _one(down, kept)]
+    return [*_together((q, k, v), kept), _one(o, kept), *_together((gate, up), kept), _one(down, kept)]
 
 
-def _stacked(members: Sequence[Any], kept: list[object]) -> list[abi.Layer]:
+def _together(members: Sequence[Any], kept: list[object]) -> list[abi.Layer]:
+    """Layers of one input: a stack is one weight, others are the parts of one layer where it may have as many."""
     stack: Stack | None = members[0].stack
-    if stack is None or len(stack.members) != len(members) or not stack.intact() or any(
-        one is not other for one, other in zip(stack.members, members, strict=True)
+    if stack is not None and len(stack.members) == len(members) and stack.intact() and all(
+        one is other for one, other in zip(stack.members, members, strict=True)
     ):  # fmt: skip
-        return [_one(member, kept) for member in members]
-    biases = [member.bias for member in members]
-    bias = None if biases[0] is None else torch.cat(biases)
-    signature = (stack.signature[0], stack.signature[1], stack.signature[2])
-    first = _layer(stack.tensors, signature, bias, members[0].activation, kept)
+        bias = None if members[0].bias is None else torch.cat([member.bias for member in members])
+        signature = (stack.signature[0], stack.signature[1], stack.signature[2])
+        first = _layer([_part(stack.tensors, signature, None, kept)], bias, members[0].activation, kept)
+    else:
+        kinds = {(member.activation, None if member.bias is None else member.bias.dtype) for member in members}
+        if len(kinds) > 1 or sum(len(_parts(member.weight)) for member in members) > abi.MAX_PARTS:
+            return [_one(member, kept) for member in members]
+        first = _joined(members, kept)
     return [first] + [abi.Layer()] * (len(members) - 1)
 
 
+def _joined(members: Sequence[Any], kept: list[object]) -> abi.Layer:
+    """All parts of several layers, whose outputs the library keeps at multiples of 16."""
+    parts, biases, start = [], [], 0
+    for member in members:
+        places = member.weight.places if isinstance(member.weight, MixedWeight) else torch.arange(member.weight.rows)
+        parts += _parts_of(member.weight, places + start, kept)
+        room = -(-member.weight.rows // 16) * 16
+        if member.bias is not None:
+            biases.append(functional.pad(member.bias.detach(), (0, room - member.weight.rows)))
+        start += room
+    return _layer(parts, torch.cat(biases) if biases else None, members[0].activation, kept)
+
+
 def _one(module: Any, kept: list[object]) -> abi.Layer:
-    return _layer(module.weight.tensors, module.weight.signature[:3], module.bias, module.activation, kept)
+    places = module.weight.places if isinstance(module.weight, MixedWeight) else None
+    return _layer(_parts_of(module.weight, places, kept), module.bias, module.activation, kept)
 
 
-def _layer(
-    tensors: Sequence[Tensor], signature: tuple[str, int, int], bias: Tensor | None, activation: str, kept: list[object]
-) -> abi.Layer:
-    kept += [*tensors, bias]
+def _parts_of(weight: PackedWeight, places: Tensor | None, kept: list[object]) -> list[abi.Part]:
+    """The weight's parts, whose rows stand at these places one after the other."""
+    parts = _parts(weight)
+    each = [None] * len(parts) if places is None else torch.split(places, [part.rows for part in parts])
+    return [_part(part.tensors, part.signature[:3], own, kept) for part, own in zip(parts, each, strict=True)]
+
+
+def _part(
+    tensors: Sequence[Tensor], signature: tuple[str, int, int], places: Tensor | None, kept: list[object]
+) -> abi.Part:
+    kept += [*tensors, places]
     scale = tensors[1].data_ptr() if len(tensors) > 1 else 0
-    bias_arguments = (0, 0) if bias is None else (bias.data_ptr(), int(bias.dtype == torch.bfloat16))
     weight = ctypes.pointer(cpu._plan(*signature).weight)
-    return abi.Layer(weight, tensors[0].data_ptr(), scale, *bias_arguments, 1 if activation else 2)
+    return abi.Part(weight, tensors[0].data_ptr(), scale, 0 if places is None else places.data_ptr())
+
+
+def _layer(parts: Sequence[abi.Part], bias: Tensor | None, activation: str, kept: list[object]) -> abi.Layer:
+    kept.append(bias)
+    address, is_bf16 = (0, 0) if bias is None else (bias.data_ptr(), int(bias.dtype == torch.bfloat16))
+    return abi.Layer((abi.Part * len(parts))(*parts), address, len(parts), is_bf16, 1 if activation else 2)

@@ -99,6 +99,8 @@ class MixedWeight(PackedWeight):
     def lookup(self, indices: Tensor) -> Tensor:
         """As `PackedWeight.lookup`."""
         places, start = self.order[indices], 0
+        if indices.numel() == 1 and indices.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self._lookup_one(places)  # a generated token: one part instead of all
         rows = torch.zeros((*indices.shape, self.cols), dtype=self.dtype, device=indices.device)
         for part in self.parts:
             own = (places - start).clamp(0, part.rows - 1)
@@ -106,6 +108,14 @@ class MixedWeight(PackedWeight):
             rows = torch.where(inside.unsqueeze(-1), part.lookup(own), rows)
             start += part.rows
         return rows
+
+    def _lookup_one(self, place: Tensor) -> Tensor:
+        start = 0
+        for part in self.parts:
+            if place < start + part.rows:
+                break
+            start += part.rows
+        return part.lookup(place - start)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + ASSIGNMENT] = self.get_buffer(ASSIGNMENT)

@@ -17,6 +17,7 @@ from mpq.models.tiny_lm import LMConfig, TinyLM
 from mpq.network.calibration import seeded
 from mpq.network.layers import find_layers
 from mpq.quantized import fuse, pack_model
+from tests.mixes import mixed_allocation
 from tests.sensitivity.small_models import seed_weights
 
 pytestmark = pytest.mark.skipif(cpu.native() is None, reason="the kernels are not compiled here")
@@ -32,17 +33,22 @@ def packed(model, *schemes):
     return fuse(pack_model(model, Allocation(layers, tuple(schemes[i % len(schemes)] for i in range(len(layers))))))
 
 
-def tiny(*schemes, width=128, hidden=192, heads=4, kv_heads=2):
+def mixed(model, *formats):
+    """The model, each row in a format of its own."""
+    return fuse(pack_model(model, mixed_allocation(model, formats)))
+
+
+def tiny(*schemes, width=128, hidden=192, heads=4, kv_heads=2, pack=packed):
     config = LMConfig(50, width, hidden, 2, heads=heads, kv_heads=kv_heads)
     model = TinyLM(config).eval()
     seed_weights(model, 0.1)
     for name, module in model.named_modules():
         if isinstance(module, nn.RMSNorm):
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=seeded(0, name))
-    return packed(model, *(schemes or ("int4-g64",)))
+    return pack(model, *(schemes or ("int4-g64",)))
 
 
-def llama(*schemes, **changes):
+def llama(*schemes, pack=packed, **changes):
     torch.manual_seed(0)
     shape = {"hidden_size": 96, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 6,
              "vocab_size": 50, "max_position_embeddings": 256, "num_key_value_heads": 3, **changes}  # fmt: skip
@@ -55,7 +61,7 @@ def llama(*schemes, **changes):
                 parameter.normal_()
             else:
                 parameter.mul_(6)
-    return packed(model, *(schemes or ("int4-g32",)))
+    return pack(model, *(schemes or ("int4-g32",)))
 
 
 def wide():
@@ -72,6 +78,10 @@ MODELS = {
     "stacked biases": lambda: llama(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, attention_bias=True),
     "head width 20": lambda: llama(head_dim=20, tie_word_embeddings=True),
     "formats": lambda: tiny("int3-g32", "nvfp4", "fp8-e4m3-channel", "mxfp4", "nf4-g64", "int8-channel", "int2-g64"),
+    "mixes": lambda: tiny("int2-g64", "int3-g64", "int4-g64", pack=mixed),
+    "mixes, odd sizes and biases": lambda: llama(
+        "int3-g4", "nf4-g32", "int8-channel", pack=mixed, attention_bias=True, mlp_bias=True),
+    "more parts than one call takes": lambda: tiny(*(f"int{bits}-g64" for bits in range(2, 9)), pack=mixed),
 }  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 import ctypes
 from ctypes import POINTER, c_float, c_int32, c_int64, c_ubyte, c_uint64, c_void_p
 
+MAX_PARTS = 16  # of a matrix whose rows have formats of their own
+
 Pair = c_int64 * 2
 Table = c_ubyte * 256
 
@@ -42,12 +44,20 @@ class Images(ctypes.Structure):
     ]
 
 
-class Layer(ctypes.Structure):
-    """A linear layer of a decoder; without a weight, the preceding layer's weight includes its rows."""
+class Part(ctypes.Structure):
+    """Rows of a decoder's linear layer that have one format."""
 
     _fields_ = [
-        ("weight", POINTER(Weight)), ("panels", c_void_p), ("tensor_scale", c_void_p), ("bias", c_void_p),
-        ("bias_is_bf16", c_int32), ("planes", c_int32),
+        ("weight", POINTER(Weight)), ("panels", c_void_p), ("tensor_scale", c_void_p), ("places", c_void_p),
+    ]  # fmt: skip
+
+
+class Layer(ctypes.Structure):
+    """A linear layer of a decoder; without parts, the preceding layer's include its rows."""
+
+    _fields_ = [
+        ("parts", POINTER(Part)), ("bias", c_void_p),
+        *[(name, c_int32) for name in ("count", "bias_is_bf16", "planes")],
     ]  # fmt: skip
 
 

@@ -233,12 +233,16 @@ static void *numbers(int64_t count, int is_bf16) {
 static int decode(const test_case *one, int64_t position, int is_bf16) {
   const int64_t width = one->weight.rows, head = width / 4, past = (position + 1) * head;
   const int element = is_bf16 ? 2 : 4;
-  mpq_weight few = one->weight;
-  few.rows = head;
+  mpq_weight few = one->weight, rest = one->weight;
+  few.rows = head, rest.rows = width - head;
   float *norm = numbers(width, 0);
-  const mpq_layer whole = {&one->weight, one->panels, NULL, norm, 0, 2}, part = {&few, one->panels, NULL, NULL, 0, 2};
+  int64_t *places = malloc(width * sizeof *places);
+  for (int64_t i = 0; i < width; i++) places[i] = width - 1 - i;
+  const mpq_part all = {&one->weight, one->panels, NULL, NULL}, some = {&few, one->panels, NULL, NULL};
+  const mpq_part two[2] = {{&few, one->panels, NULL, places}, {&rest, one->panels, NULL, places + head}};
+  const mpq_layer whole = {&all, norm, 1, 0, 2}, part = {&some, NULL, 1, 0, 2}, mix = {two, norm, 2, 0, 2};
   const mpq_block blocks[2] = {{whole, part, part, whole, whole, whole, whole, norm, norm},
-                               {whole, part, part, whole, whole, whole, whole, norm, norm}};
+                               {mix, part, part, mix, mix, mix, mix, norm, norm}};
   mpq_decoder decoder = {blocks, 2, width, width, 4, 1, head, 1e-5f, is_bf16, 0, NULL, whole, norm};
   uint8_t *first = NULL;
   for (decoder.level = 0; decoder.level <= mpq_best_level(99); decoder.level++) {
@@ -265,7 +269,7 @@ static int decode(const test_case *one, int64_t position, int is_bf16) {
     if (first) free(alone);
     else remember(first = alone, width * element);
   }
-  free(norm), free(first);
+  free(norm), free(places), free(first);
   return 0;
 }
 

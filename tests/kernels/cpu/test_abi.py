@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(
     found is None or not hasattr(found.library, "mpq_fields"),
     reason="the kernels are not compiled here, or from older sources: pip install -e . with a C compiler",
 )
-STRUCTS = {"mpq_weight": abi.Weight, "mpq_call": abi.Call, "mpq_images": abi.Images, "mpq_layer": abi.Layer,
-           "mpq_block": abi.Block, "mpq_decoder": abi.Decoder, "mpq_token": abi.Token,
+STRUCTS = {"mpq_weight": abi.Weight, "mpq_call": abi.Call, "mpq_images": abi.Images, "mpq_part": abi.Part,
+           "mpq_layer": abi.Layer, "mpq_block": abi.Block, "mpq_decoder": abi.Decoder, "mpq_token": abi.Token,
            "mpq_vectors": abi.Vectors, "mpq_slab": abi.Slab, "mpq_sequence": abi.Sequence,
            "mpq_attention": abi.Attention, "mpq_append": abi.Append, "mpq_block_cache": abi.BlockCache}  # fmt: skip
 

@@ -118,7 +118,7 @@ def test_plain_calls_of_parts_meet_no_python(monkeypatch):
     weights, facts = parts()
     monkeypatch.setitem(ops.KERNELS, ("linear", panels.NAME, "cpu"), fail)
     torch.ops.mpq.linear_parts(random(2, COLS), *weights, random(ROWS), *facts, "")
-    many, many_facts = parts(("int2-g64", "int3-g64", "int4-g64") * 3)  # more parts than C takes
+    many, many_facts = parts(("int2-g64", "int3-g64", "int4-g64") * 6)  # more parts than C takes
     for call in ((random(2, COLS).half(), *weights, None, *facts, ""), (random(COLS), *many, None, *many_facts, "")):
         with pytest.raises(RuntimeError, match="Python was called"):
             torch.ops.mpq.linear_parts(*call)

@@ -81,21 +81,29 @@ typedef struct {
 } mpq_images;
 ABI_ASSERT(mpq_images, 136, steps, 104);
 
-/* A linear layer of a decoder. */
+/* Rows of a decoder's linear layer that have one format. */
 typedef struct {
-  const mpq_weight *weight; /* NULL: the preceding layer's weight includes these rows */
+  const mpq_weight *weight;
   const uint8_t *panels;
   const float *tensor_scale; /* or NULL */
-  const void *bias;          /* or NULL */
+  const int64_t *places;     /* as a call's */
+} mpq_part;
+ABI_ASSERT(mpq_part, 32, places, 24);
+
+/* A linear layer of a decoder. */
+typedef struct {
+  const mpq_part *parts; /* at most MPQ_MAX_PARTS */
+  const void *bias;      /* or NULL */
+  int32_t count;         /* 0: the preceding layer's parts include these rows */
   int32_t bias_is_bf16, planes;
 } mpq_layer;
-ABI_ASSERT(mpq_layer, 40, planes, 36);
+ABI_ASSERT(mpq_layer, 32, planes, 24);
 
 typedef struct {
   mpq_layer q, k, v, o, gate, up, down;
   const float *attention_norm, *mlp_norm;
 } mpq_block;
-ABI_ASSERT(mpq_block, 296, mlp_norm, 288);
+ABI_ASSERT(mpq_block, 240, mlp_norm, 232);
 
 typedef struct {
   const mpq_block *blocks;
@@ -106,7 +114,7 @@ typedef struct {
   mpq_layer head;
   const float *norm;
 } mpq_decoder;
-ABI_ASSERT(mpq_decoder, 128, norm, 120);
+ABI_ASSERT(mpq_decoder, 120, norm, 112);
 
 #define BLOCK 64 /* tokens of a cache that are stored together */
 
@@ -191,7 +199,7 @@ EXPORT int64_t mpq_linear(const mpq_weight *, const mpq_call *);
 /* The same for a matrix in several weights, each with some of its rows: `count` calls that differ in panels, tensor scale and
  * places alone. At most MPQ_MAX_PARTS, which share one parallel region where tokens are few. Returns how many were skipped, or -1. */
 EXPORT int64_t mpq_linear_parts(const mpq_weight *const *, const mpq_call *, int64_t count);
-#define MPQ_MAX_PARTS 8
+#define MPQ_MAX_PARTS 16
 
 /* The same for image patches: x is the images' first element, and `tokens` counts output positions. */
 EXPORT int64_t mpq_conv(const mpq_weight *, const mpq_call *, const mpq_images *);

@@ -16,15 +16,19 @@ static int64_t round_up16(int64_t count) { return (count + 15) / 16 * 16; }
 /* Nonzero ends the step. */
 static int linear_layer(token_step *step, const mpq_layer *layer, const float *x, void *out, int is_bf16) {
   const mpq_decoder *decoder = step->decoder;
-  int8_t skipped;
-  if (!layer->weight) return 0;
-  const mpq_call call = {
-      .panels = layer->panels, .tensor_scale = layer->tensor_scale, .x = x, .tokens = 1, .stride = layer->weight->cols,
-      .bias = layer->bias, .out = out, .out_stride = layer->weight->rows, .bias_is_bf16 = layer->bias_is_bf16,
-      .out_is_bf16 = is_bf16, .planes = layer->planes, .threads = (int)step->token->threads, .level = decoder->level,
-      .skipped = &skipped, .parallel = team_parallel,
-  };
-  return (step->status = mpq_linear(layer->weight, &call)) != 0;
+  const mpq_weight *weights[MPQ_MAX_PARTS];
+  mpq_call calls[MPQ_MAX_PARTS];
+  for (int i = 0; i < layer->count; i++) {
+    const mpq_part *part = layer->parts + i;
+    weights[i] = part->weight;
+    calls[i] = (mpq_call){
+        .panels = part->panels, .tensor_scale = part->tensor_scale, .places = part->places, .x = x, .tokens = 1,
+        .stride = part->weight->cols, .bias = layer->bias, .out = out, .bias_is_bf16 = layer->bias_is_bf16,
+        .out_is_bf16 = is_bf16, .planes = layer->planes, .threads = (int)step->token->threads, .level = decoder->level,
+        .parallel = team_parallel,
+    };
+  }
+  return layer->count && (step->status = mpq_linear_parts(weights, calls, layer->count)) != 0;
 }
 
 static void rotate(const token_step *step, float *x, int64_t heads) {

@@ -146,8 +146,8 @@ static int quantize_per_thread(const linear_job *work, mpq_activation *x, int fi
   return 1;
 }
 
-static void multiply_panels(void *argument) {
-  linear_job *work = argument;
+/* Compute this thread's share, with activations that it has quantized before, or NULL. Returns those it used. */
+static mpq_activation multiply_share(linear_job *work, const mpq_activation *quantized) {
   const mpq_level *level = work->level;
   const mpq_plan *plan = &work->plan;
   const int64_t tokens = work->x.tokens, tiles = work->weight->tiles;
@@ -155,11 +155,12 @@ static void multiply_panels(void *argument) {
   const int64_t padded = mpq_padded_tokens(tokens);
   float *sums = scratch(SCRATCH_SUMS, plan->block * padded * PANEL_ROWS * sizeof(float));
   mpq_tile decoded_tiles[BLOCK_PANELS * RUN_TILES];
-  mpq_activation x = work->x;
+  mpq_activation x = quantized ? *quantized : work->x;
   int own = join_range(&work->ranges);
-  if (!decoded || !sums || (plan->quantize_per_thread && !quantize_per_thread(work, &x, own == 0))) {
+  const int quantizes = plan->quantize_per_thread && !quantized;
+  if (!decoded || !sums || (quantizes && !quantize_per_thread(work, &x, own == 0))) {
     atomic_store(&work->failed, 1);
-    return;
+    return x;
   }
   if (level->begin) level->begin();
   for (work_item units; take_item(&work->ranges, &own, &units);) {
@@ -185,7 +186,10 @@ static void multiply_panels(void *argument) {
       write_output(work, &x, units.start - before + panel * units.step, first, last, sums + panel * padded * PANEL_ROWS);
   }
   if (level->end) level->end();
+  return x;
 }
+
+static void multiply_panels(void *argument) { multiply_share(argument, NULL); }
 
 /* A weight as a call computes with it. */
 static mpq_weight weight_of(const mpq_weight *given, const mpq_call *call) {
@@ -256,13 +260,18 @@ int64_t mpq_conv(const mpq_weight *weight, const mpq_call *call, const mpq_image
 }
 
 typedef struct {
-  linear_job jobs[MPQ_MAX_PARTS];
+  linear_job *jobs;
   int64_t count;
 } parts_job;
 
 static void multiply_parts(void *argument) {
-  parts_job *all = argument;
-  for (int64_t i = 0; i < all->count; i++) multiply_panels(&all->jobs[i]);
+  const parts_job *all = argument;
+  mpq_activation x;
+  for (int64_t i = 0; i < all->count; i++) {
+    linear_job *job = &all->jobs[i];
+    if (i && atomic_load(&job[-1].failed)) return;
+    x = multiply_share(job, i && same_activations(job, job - 1) ? &x : NULL);
+  }
 }
 
 int64_t mpq_linear_parts(const mpq_weight *const *given, const mpq_call *calls, int64_t count) {
@@ -273,12 +282,12 @@ int64_t mpq_linear_parts(const mpq_weight *const *given, const mpq_call *calls, 
   if (calls->skipped || calls->tokens >= SHARED_QUANTIZE_MIN_TOKENS) return multiply(weights, calls, count, NULL);
   int8_t *skips = scratch(SCRATCH_SKIPPED, CHUNK_TOKENS);
   const int threads = calls->threads < MAX_THREADS ? calls->threads : MAX_THREADS;
-  parts_job all;
-  if (!skips) return -1;
-  all.count = count;
+  parts_job all = {scratch(SCRATCH_PARTS, count * sizeof(linear_job)), count};
+  if (!skips || !all.jobs) return -1;
   for (int64_t i = 0; i < count; i++) {
     linear_job *job = &all.jobs[i];
     begin_chunk(job, &weights[i], &calls[i], NULL, 0, calls->tokens, skips + i * SHARED_QUANTIZE_MIN_TOKENS);
+    if (i && same_activations(job, job - 1)) job->skipped = job[-1].skipped;
     open_work(&job->ranges, threads, job->plan.panels * job->plan.splits, job->plan.block);
     units += job->plan.panels * job->plan.splits;
   }

@@ -44,6 +44,6 @@ void team_parallel(void (*function)(void *), void *work, unsigned threads, unsig
 
 /* Memory of at least `size` bytes, aligned to 64, that the thread keeps until it exits; NULL if out of memory. */
 enum { SCRATCH_DECODED, SCRATCH_SUMS, SCRATCH_ACTIVATIONS, SCRATCH_PATCH, SCRATCH_DECODER, SCRATCH_SCORES, SCRATCH_SKIPPED, SCRATCH_ATTENTION,
-       SCRATCH_SLOTS };
+       SCRATCH_PARTS, SCRATCH_SLOTS };
 void *scratch(int slot, size_t size);
 #endif
