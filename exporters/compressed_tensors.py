@@ -34,8 +34,12 @@ def export(request: ExportRequest) -> Path:
         MpqError: no transformers model, a scheme that cannot be held, fused layers in several schemes, foreign files.
     """
     model, ranges = request.model, request.ranges
-    config = partial(quantization_config, model, request.allocation, ranges)
-    return export_transformers("compressed-tensors", request, partial(_named, model, ranges), config, read)
+    named = partial(_named, model, ranges)
+
+    def config() -> dict[str, Any]:
+        return {"quantization_config": quantization_config(model, request.allocation, ranges)}
+
+    return export_transformers("compressed-tensors", request, named, config, read)
 
 
 def quantization_config(model: nn.Module, allocation: Allocation, ranges: Ranges | None = None) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def _config(model: nn.Module, allocation: Allocation) -> dict[str, Any]:
     for name, module in model.named_modules():
         if layer_kind(module) == "linear" and name not in coded:
             dynamic.update({f"-:^{re.escape(served)}$": {} for served in served_names(name)})
-    return {
+    described = {
         "quant_method": "gptq",
         "bits": usual[0],
         "group_size": usual[1],
@@ -92,6 +92,7 @@ def _config(model: nn.Module, allocation: Allocation) -> dict[str, Any]:
         "pack_dtype": "int32",
         "dynamic": dynamic,
     }
+    return {"quantization_config": described}
 
 
 def _numbers(format: Format) -> tuple[int, int]:

@@ -1,6 +1,8 @@
 """What each kind of file can hold: rules on a layer and its scheme, in half a sentence where they refuse."""
 
-from mpq.core.formats import Format
+from typing import Any
+
+from mpq.core.formats import Format, parse_format
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 from mpq.exporters.onnx.operators import has_int2, needs_int2
@@ -124,6 +126,51 @@ def gptq(layer: Layer, scheme: Scheme) -> str:
         return "its scales are float16"
     if layer.cols * weight.grid.bits % 32 or layer.rows * weight.grid.bits % 32:
         return f"{layer.rows} x {layer.cols} codes of {weight.grid.bits} bits do not fill whole 32-bit words"
+    return _whole_groups(layer, weight)
+
+
+# Models whose layers have the same names in mlx-lm and in transformers.
+MLX_MODELS = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "smollm3", "olmo2", "granite",
+)  # fmt: skip
+MLX_BITS = (2, 3, 4, 5, 6, 8)
+MLX_GROUPS = (32, 64, 128)
+# An integer with the same bits and groups; of a whole channel in groups of 128.
+MLX_FALLBACKS = {
+    f"int{bits}-{group}{asym}": parse_format(f"uint{bits}-{group.replace('channel', 'g128')}-mfp16").name
+    for bits in MLX_BITS
+    for group in (*(f"g{size}" for size in MLX_GROUPS), "channel")
+    for asym in ("", "-asym")
+}
+
+
+def mlx_mode(format: Format) -> dict[str, Any] | None:
+    """How MLX spells a format whose numbers it holds exactly, None where it has none.
+
+    >>> mlx_mode(parse_format("uint3-g64-mfp16"))
+    {'group_size': 64, 'bits': 3, 'mode': 'affine'}
+    """
+    blocks = {"mxfp4": "mxfp4", "mxfp8-e4m3": "mxfp8", "fp4-e2m1-g16-se4m3": "nvfp4"}
+    bits, size = format.grid.bits, format.group_size
+    if mode := blocks.get(format.name):
+        return {"group_size": size, "bits": bits, "mode": mode}
+    affine = format.grid.family == "int" and bits in MLX_BITS and size in MLX_GROUPS
+    if affine and format.minimum == format.scale and not format.super_group:
+        return {"group_size": size, "bits": bits, "mode": "affine"}
+    return None
+
+
+def mlx(layer: Layer, scheme: Scheme) -> str:
+    """Layers of MLX."""
+    weight = scheme.weight
+    if scheme.activation is not None:
+        return "its activations stay in floating point"
+    if weight.is_float_copy:
+        return ""
+    if layer.kind not in ("linear", "embedding"):
+        return f"it quantizes linear layers and embeddings, not {layer.kind}"
+    if mlx_mode(weight) is None:
+        return "its groups of 32, 64 or 128 integers have a scale and a minimum each, of one type"
     return _whole_groups(layer, weight)
 
 

@@ -29,6 +29,10 @@ def _llama(model: Any) -> bool:
     return getattr(getattr(model, "config", None), "model_type", None) == "llama"
 
 
+def _mlx(model: Any) -> bool:
+    return getattr(getattr(model, "config", None), "model_type", None) in rules.MLX_MODELS
+
+
 def narrowed(
     file: Callable[[Layer, Scheme], str], device: Callable[[Layer, Scheme], str], layer: Layer, scheme: Scheme
 ) -> str:
@@ -65,6 +69,17 @@ GGUF = Target(
     takes=_llama, models="transformers' Llama models", packages=("gguf",), extra="gguf",
     command="llama-cli -m {folder}/model.gguf", caches=tuple(LLAMA_TYPES), caches_alike=KINDS,
     cache_options=llama_options,
+)  # fmt: skip
+MLX = Target(
+    "mlx", "mpq.exporters.mlx:export", "each layer in a mode, width and group size of its own, for mlx-lm (0.32)",
+    schemes=(
+        *(f"uint{bits}-g{size}-mfp16" for bits in (2, 3) for size in (32, 64, 128)),
+        *("q4_1", "uint4-g64-mfp16", "uint4-g128-mfp16", "uint5-g64-mfp16", "uint6-g64-mfp16", "uint8-g64-mfp16"),
+        *("mxfp4", "mxfp8-e4m3", *rules.FLOAT_COPIES),
+    ),
+    objection=rules.mlx, fallbacks=rules.MLX_FALLBACKS, readers="mlx-lm", takes=_mlx,
+    models=f"transformers' {', '.join(rules.MLX_MODELS)} models",
+    command="mlx_lm.generate --model {folder} --prompt 'It is a truth'",
 )  # fmt: skip
 ONNX = Target(
     "onnx", "mpq.exporters.onnx.file:export", "a graph with integers at each layer's own width, for ONNX Runtime",
@@ -110,6 +125,7 @@ TARGETS: Registry[Target] = Registry(
         GPTQ,
         _program(GGUF, "llama.cpp", "llama.cpp and what is built on it"),
         GGUF,
+        MLX,
         _program(ONNX, "onnxruntime", "ONNX Runtime", readers="ONNX Runtime"),
         _program(
             ONNX, "openvino", "OpenVINO (2026.4)", readers="OpenVINO",

@@ -37,14 +37,16 @@ def export_transformers(
     named: Callable[[str, Packed, Scheme], Mapping[str, Tensor]],
     config: Callable[[], Mapping[str, Any]],
     read: Read,
+    own_models: bool = False,
 ) -> Path:
     """Write the folder of a consumer that reads transformers models; the folder.
 
     Args:
         consumer: a name of `TARGETS`, whose rules are checked first.
         named: the tensors, by their names in the file, of a layer's packed weight; asked of weights without data too.
-        config: the `quantization_config` of config.json, asked for when the allocation has passed the rules.
+        config: what config.json says beside the model's own, asked for when the allocation has passed the rules.
         read: what the consumer's own reader makes of those tensors; the folder is read back with it before it counts.
+        own_models: the consumer computes transformers' architectures by code of its own, special layers included.
 
     Raises:
         MpqError: no transformers model, a scheme that cannot be held, fused layers in several schemes, foreign files,
@@ -60,7 +62,8 @@ def export_transformers(
     rounded: dict[str, Quantized] = {}
     for layer, scheme in checked_layers(model, allocation):
         module = model.get_submodule(layer.name)
-        if own_code(module) and not scheme.weight.is_float_copy:
+        known = own_models and type(module).__module__.startswith("transformers.models.")
+        if own_code(module) and not known and not scheme.weight.is_float_copy:
             raise MpqError(
                 f"layer {layer.name} is a {type(module).__name__} with code of its own, which {consumer} would "
                 "replace: exclude it, or export to mpq"
@@ -77,7 +80,7 @@ def export_transformers(
 
     with write_folder(request.folder) as draft:
         digests = write_tensors(draft, specs, tensors(), request.shard)
-        write_config(draft, {**model_config(model), "quantization_config": config()}, model)
+        write_config(draft, {**model_config(model), **config()}, model)
         copy_side_files(draft, request.side_files)
         allocation.save(draft / "allocation.json")
         write_checksums(draft, digests)

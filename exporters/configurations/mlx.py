@@ -2,27 +2,31 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mpq.core.formats import Format
 from mpq.exporters.configurations.tool import Spelling, Tool, integer_of, usual_spelling
+from mpq.exporters.rules import MLX_BITS, MLX_GROUPS, mlx_mode
 
 
 def _spell(format: Format) -> Spelling | None:
     integer = integer_of(format)
-    if integer is not None and integer[0] in (2, 3, 4, 5, 6, 8) and integer[1] in (32, 64, 128):
+    if integer is not None and integer[0] in MLX_BITS and integer[1] in MLX_GROUPS:
         return {"group_size": integer[1], "bits": integer[0], "mode": "affine"}
-    blocks = {"mxfp4": (32, 4, "mxfp4"), "mxfp8-e4m3": (32, 8, "mxfp8"), "nvfp4": (16, 4, "nvfp4")}
-    if format.name not in blocks:
-        return None
-    return dict(zip(("group_size", "bits", "mode"), blocks[format.name], strict=True))
+    return {"group_size": 16, "bits": 4, "mode": "nvfp4"} if format.name == "nvfp4" else mlx_mode(format)
 
 
-def _write(spellings: Mapping[str, Spelling | None]) -> str:
+def quantization(spellings: Mapping[str, Spelling | None]) -> dict[str, Any]:
+    """The usual spelling, and by name the layers that have another or (false) none."""
     usual = usual_spelling(spellings)
     layers = {
         name: False if spelling is None else spelling for name, spelling in spellings.items() if spelling != usual
     }
-    return json.dumps({"quantization": {**usual, **layers}}, indent=1) + "\n"
+    return {**usual, **layers}
+
+
+def _write(spellings: Mapping[str, Spelling | None]) -> str:
+    return json.dumps({"quantization": quantization(spellings)}, indent=1) + "\n"
 
 
 def _read(text: str, layers: Sequence[str]) -> Mapping[str, Spelling | None]:

