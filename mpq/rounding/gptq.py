@@ -1,7 +1,7 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): round column by column, compensating each error in later columns."""
 
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from mpq.rounding.reference import (
     from_groups,
     group_minima,
     group_scales,
-    quantize,
     stacked,
     to_groups,
 )
@@ -38,8 +37,8 @@ def gptq(
     """Codes of small output error: sum over rows of dw H dw^T, with H the inputs' second moment.
 
     Scales come first, from a clip search with column errors weighted by H's diagonal, so that columns can be taken in
-    order of falling diagonal without changing groups. Every row gets the best of GPTQ's, clip search's and nearest
-    codes, so its output error is never above theirs. Without a second moment this is clip search.
+    order of falling diagonal without changing groups. Every row gets the better of GPTQ's and that search's codes by
+    dw (H + damping) dw^T. Without a second moment this is clip search.
 
     Raises:
         MpqError: a second moment of another shape, or not finite.
@@ -58,8 +57,16 @@ def gptq(
         return stacked([gptq(part, format, second_moment, damping=damping) for part in parts])
     weight = weight.detach().float()
     start = clip_search(weight, format, importance=_importance(hessian, rows))
-    compensated = replace(start, codes=_compensate(weight, start, *_factor(second_moment, damping)))
-    return _best_rows(weight, hessian, [compensated, start, clip_search(weight, format), quantize(weight, format)])
+    factor = _factor(second_moment, damping)
+    codes, errors = _compensate(weight, start, factor)
+    others = row_errors(weight, start, hessian)
+    others += factor.ridge.repeat_interleave(rows // len(hessian)) * (dequantize(start) - weight).square().sum(-1)
+    return replace(start, codes=torch.where(_better(errors, others, format).unsqueeze(-1), codes, start.codes))
+
+
+def _better(errors: Tensor, others: Tensor, format: Format) -> Tensor:
+    """Which rows have the smaller error; all or none where rows share a scale. (rows,)."""
+    return errors < others if format.granularity != "tensor" else (errors.sum() < others.sum()).expand_as(errors)
 
 
 def _parts(weight: Tensor, format: Format, blocks: int) -> tuple[Tensor, ...]:
@@ -81,9 +88,13 @@ def _importance(hessian: Tensor, rows: int) -> Tensor:
     return (diagonal + floor).repeat_interleave(rows // len(diagonal), 0)
 
 
-def _damped(hessian: Tensor, damping: float) -> Tensor:
-    mean = hessian.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return hessian + damping * torch.diag_embed(mean.unsqueeze(-1).expand(hessian.shape[:2]))
+@dataclass(frozen=True)
+class Factor:
+    """Of a damped second moment, in `blocks` of columns that are taken in `order`."""
+
+    order: Tensor  # (blocks, cols)
+    inverse: Tensor  # upper factor of its inverse, (blocks, cols, cols)
+    ridge: Tensor  # what damping added to its diagonal, (blocks,)
 
 
 class _Last:
@@ -91,28 +102,45 @@ class _Last:
 
     moment: "weakref.ref[Tensor] | None" = None
     version, damping = -1, 0.0
-    factor: tuple[Tensor, Tensor] | None = None
+    factor: Factor | None = None
 
 
-def _factor(second_moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Order of the columns (blocks, cols) and upper factor of the inverse second moment (blocks, cols, cols)."""
+def _factor(second_moment: Tensor, damping: float) -> Factor:
     last = _Last.moment() if _Last.moment is not None else None
     cached = _Last.factor
     if last is second_moment and cached and (_Last.version, _Last.damping) == (second_moment._version, damping):
         return cached
     hessian = second_moment.detach().float().reshape(-1, second_moment.shape[-1], second_moment.shape[-1])
-    hessian = _damped(hessian, damping)
     order = hessian.diagonal(dim1=1, dim2=2).argsort(-1, descending=True)
     picked = torch.gather(hessian, 1, order.unsqueeze(-1).expand_as(hessian))
     picked = torch.gather(picked, 2, order.unsqueeze(1).expand_as(hessian))
-    cached = order, _inverse_factor(picked)
+    cached = Factor(order, *_inverse_factor(picked, damping))
     _Last.moment, _Last.version, _Last.damping = weakref.ref(second_moment), second_moment._version, damping
     _Last.factor = cached
     return cached
 
 
-def _compensate(weight: Tensor, start: Quantized, order: Tensor, inverse: Tensor) -> Tensor:
-    """GPTQ's codes (rows, cols), with the scales of `start`."""
+def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Upper Cholesky factor of the inverse and the ridge, which grows tenfold until the factorization succeeds."""
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    for power in range(6):
+        ridge = mean * max(damping * 10**power, 0.01 if power else 0.0)
+        factor, failed = torch.linalg.cholesky_ex(
+            hessian + torch.diag_embed(ridge.unsqueeze(-1).expand(hessian.shape[:2]))
+        )
+        if not bool(failed.any()):
+            inverse: Tensor
+            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            if not bool(failed.any()):
+                return inverse, ridge
+    raise MpqError(
+        "the second moment for GPTQ is not positive definite even with heavy damping: use more calibration data"
+    )
+
+
+def _compensate(weight: Tensor, start: Quantized, factor: Factor) -> tuple[Tensor, Tensor]:
+    """GPTQ's codes (rows, cols), with the scales of `start`, and each row's dw (H + ridge) dw^T (rows,)."""
+    order, inverse = factor.order, factor.inverse
     blocks, cols = order.shape
 
     def arrange(matrix: Tensor) -> Tensor:
@@ -121,7 +149,7 @@ def _compensate(weight: Tensor, start: Quantized, order: Tensor, inverse: Tensor
 
     pending = arrange(weight)
     scales, lowest = (arrange(table) for table in _elementwise(start))
-    codes = torch.empty(pending.shape, dtype=torch.uint8)
+    codes, squares = torch.empty(pending.shape, dtype=torch.uint8), torch.zeros(pending.shape[:2])
     grid = start.format.grid
     round_block = compiled.gptq_block if compiled.serves(grid, pending, inverse) else gptq_block
     for first in range(0, cols, BLOCK):
@@ -131,10 +159,11 @@ def _compensate(weight: Tensor, start: Quantized, order: Tensor, inverse: Tensor
             errors = round_block(
                 pending[part], scales[part], lowest[part], inverse[block, first:last, first:last], codes[part], grid
             )
+            squares[block] += errors.square().sum(-1)
             pending[block, :, last:] -= errors @ inverse[block, first:last, last:]
     placed = torch.empty_like(codes)
     placed.scatter_(2, order.unsqueeze(1).expand_as(codes), codes)
-    return placed.reshape(weight.shape)
+    return placed.reshape(weight.shape), squares.flatten()
 
 
 def gptq_block(
@@ -170,36 +199,3 @@ def _elementwise(start: Quantized) -> tuple[Tensor, Tensor]:
         from_groups(table.unsqueeze(-1).expand_as(template), start.format, start.shape) for table in (scales, minima)
     )
     return factors, lowest
-
-
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse; damping grows tenfold until the factorization succeeds."""
-    for _ in range(6):
-        factor, failed = torch.linalg.cholesky_ex(hessian)
-        if not bool(failed.any()):
-            inverse: Tensor
-            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not bool(failed.any()):
-                return inverse
-        hessian = _damped(hessian, 0.1)
-    raise MpqError(
-        "the second moment for GPTQ is not positive definite even with heavy damping: use more calibration data"
-    )
-
-
-def _best_rows(weight: Tensor, hessian: Tensor, candidates: list[Quantized]) -> Quantized:
-    """The candidate of least output error for each row, or for the whole matrix where all rows share one scale."""
-    errors = torch.stack([row_errors(weight, candidate, hessian) for candidate in candidates])
-    if candidates[0].format.granularity == "tensor":
-        return candidates[int(errors.sum(1).argmin())]
-    choice = errors.argmin(0)
-
-    def pick(tables: list[Tensor]) -> Tensor:
-        if tables[0].ndim == 0:  # one scale for the tensor, the same in all candidates
-            return tables[0]
-        return torch.stack(tables)[choice, torch.arange(len(choice))]
-
-    return replace(
-        candidates[0].map_tables(lambda name, _: pick([getattr(candidate, name) for candidate in candidates])),
-        codes=pick([candidate.codes for candidate in candidates]),
-    )
