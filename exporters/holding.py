@@ -18,6 +18,7 @@ from mpq.core.registry import Target
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
+from mpq.network.experts import has_experts
 
 FLOAT = "bf16"  # of layers that are left as they are
 
@@ -40,6 +41,8 @@ def check_model(target: Target, model: Any) -> None:
     """MpqError when the target does not know such a model, or a package that writes its files is missing."""
     if not target.takes(model):
         raise MpqError(f"{target.name} files hold {target.models}, not {type(model).__name__}: export to mpq instead")
+    if not target.experts and has_experts(model):
+        raise MpqError(f"experts are written for mpq alone, not for {target.name}: leave --for and --to at mpq")
     check_packages(target)
 
 
@@ -109,6 +112,7 @@ class Held:
     table: SensitivityTable
     forbid: Mapping[str, tuple[str, ...]]  # schemes by layer pattern, as `build_problem` takes them
     floats: Mapping[str, str]  # why a layer stays in bf16, by its name
+    instead: tuple[str, str] = ("", "")  # one of those layers that could have a format of others, and which
 
     @property
     def sentence(self) -> str:
@@ -117,7 +121,9 @@ class Held:
             return ""
         name, why = next(iter(self.floats.items()))
         more = f" and {len(self.floats) - 1} more" if len(self.floats) > 1 else ""
-        return f"{self.name} can hold {name}{more} in none of the formats ({why}): left in floating point"
+        layer, near = self.instead
+        advice = f"; add {near}, the nearest that {layer} can have" if near else ""
+        return f"{self.name} can hold {name}{more} in none of the formats ({why}): left in floating point{advice}"
 
     def least(self, *, ties: bool = True, **restrictions: Any) -> float:
         """Bytes of the smallest allocation of weights, with what no scheme changes."""
@@ -141,7 +147,7 @@ class Held:
         else:
             return
         advice = "raise the budget or add smaller formats"
-        if self.floats and (others := len(problem.layers) - len(self.floats)):
+        if not self.instead[1] and self.floats and (others := len(problem.layers) - len(self.floats)):
             left = " and ".join(list(self.floats)[:2]) if len(self.floats) < 3 else f"{len(self.floats)} layers"
             advice = f"raise it, or leave {left} out (--exclude), so that it counts for the other {others} layers alone"
         why = f" ({self.sentence})" if self.sentence else ""
@@ -189,9 +195,25 @@ def restrict(table: SensitivityTable, *holders: Holder) -> Held:
         for layer in (layer for layer, one in zip(table.layers, offered, strict=True) if not one):
             pattern = glob.escape(layer.name)
             forbid[pattern] = (*forbid.get(pattern, ()), FLOAT)
-    coded = [scheme.name for scheme in schemes if not scheme.weight.is_float_copy]
-    floats = {one: bad[coded[0]] for one, bad in reasons.items() if coded and all(scheme in bad for scheme in coded)}
-    return Held(name, fuses, table, forbid, {**without, **floats})
+    coded = [scheme for scheme in schemes if not scheme.weight.is_float_copy]
+    floats = {
+        one: bad[coded[0].name] for one, bad in reasons.items() if coded and all(each.name in bad for each in coded)
+    }
+    floats = {**without, **floats}
+    instead = _instead(holders[0], table, floats, coded) if len(holders) == 1 and coded else ("", "")
+    return Held(name, fuses, table, forbid, floats, instead)
+
+
+def _instead(
+    holder: Holder, table: SensitivityTable, floats: Iterable[str], coded: Sequence[Scheme]
+) -> tuple[str, str]:
+    """The first of the layers in floating point that could be quantized otherwise, and the nearest scheme of it."""
+    left = set(floats)
+    for layer in table.layers:
+        near = nearest(holder, layer, coded[0]) if layer.name in left else None
+        if near is not None and not parse_scheme(near).weight.is_float_copy:
+            return layer.name, near
+    return "", ""
 
 
 def _cache_refusal(holder: Holder, scheme: Scheme) -> str:

@@ -6,12 +6,13 @@ A target named after a program (vllm, llama.cpp) writes one of the files named a
 gguf), and may hold less than the file does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from mpq.core.cache import EVERY
+from mpq.core.formats import DEFAULT_FORMATS
 from mpq.core.layer import Layer
 from mpq.core.registry import Registry, Target
 from mpq.core.scheme import Scheme
@@ -42,7 +43,8 @@ def narrowed(
 
 MPQ = Target(
     "mpq", "mpq.exporters.mpq.checkpoint:export", "packed safetensors for mpq.load: every format, every layer",
-    readers="mpq's own loader", mixes=True, caches=EVERY, command="mpq generate {folder} --prompt 'It is a truth'",
+    readers="mpq's own loader", mixes=True, experts=True, caches=EVERY,
+    command="mpq generate {folder} --prompt 'It is a truth'",
 )  # fmt: skip
 COMPRESSED_TENSORS = Target(
     "compressed-tensors", "mpq.exporters.compressed_tensors:export",
@@ -134,3 +136,8 @@ TARGETS: Registry[Target] = Registry(
         ONNX,
     ],
 )  # fmt: skip
+
+
+def formats_of(target: Target) -> Sequence[str]:
+    """The weight formats that are tried for a target when the user names none."""
+    return [name for name in target.schemes if "+a:" not in name] or DEFAULT_FORMATS

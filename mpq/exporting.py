@@ -10,15 +10,13 @@ from typing import Any
 from torch import nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.exporters.caches import check_cache
-from mpq.exporters.holding import check
+from mpq.exporters.holding import check, check_model
 from mpq.exporters.request import ExportRequest
 from mpq.exporters.targets import TARGETS
 from mpq.measuring import store_for
 from mpq.network.calibration import take, tensors_in
-from mpq.network.experts import has_experts
 from mpq.network.prepare import prepared
 from mpq.network.ranges import Ranges, input_ranges
 from mpq.rounding import DEFAULT_METHOD
@@ -54,7 +52,7 @@ def export_to(
     check(target, allocation)
     check_cache(target, allocation)
     source = replace(source, model=prepared(source.model))
-    refuse_experts(name, source.model)
+    check_model(target, source.model)
     with TemporaryDirectory() as own:
         request = ExportRequest(
             source.model,
@@ -84,9 +82,3 @@ def _compared_on(source: Source) -> Callable[[nn.Module], Any]:
     """Runs a model on the first samples of the calibration data."""
     batch = take(source.calibration[0], slice(0, CHECKED))
     return lambda model: source.loss_fn(model, batch)
-
-
-def refuse_experts(name: str, model: nn.Module) -> None:
-    """MpqError when a file for others than us would have to hold experts that were taken apart."""
-    if name != "mpq" and has_experts(model):
-        raise MpqError(f"experts are written for mpq alone, not for {name}: leave --for and --to at mpq")

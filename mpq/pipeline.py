@@ -22,29 +22,26 @@ from mpq.card import write_card
 from mpq.comparison import Measured, along, compare, sentences
 from mpq.core.allocation import Allocation
 from mpq.core.cache_formats import CacheFormats
-from mpq.core.errors import MpqError
 from mpq.core.files import write_atomically
-from mpq.core.formats import DEFAULT_FORMATS
 from mpq.core.frontier import BITS_PER_BYTE, Frontier
 from mpq.core.latency import LatencyTable
 from mpq.core.registry import Target
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 from mpq.exporters.folder import refuse_foreign
-from mpq.exporters.holding import Held, check_model, restrict, unscored
+from mpq.exporters.holding import Held, restrict
 from mpq.exporters.mpq import checkpoint
-from mpq.exporters.targets import TARGETS
-from mpq.exporting import export_to, refuse_experts
+from mpq.exporters.targets import TARGETS, formats_of
+from mpq.exporting import export_to
+from mpq.feasible import Wanted, held_layers, own_format
 from mpq.measuring import Measurer, store_for
 from mpq.memory import Request, Serving, candidates, check_memory, choose_cache, serving_of
 from mpq.network.batchnorm import with_means
-from mpq.network.layers import find_layers
 from mpq.network.prepare import prepared
-from mpq.network.storage import other_bytes, release_memory, state_bytes
+from mpq.network.storage import release_memory, state_bytes
 from mpq.plots import Point, Prediction, draw_frontier, frontier_facts
 from mpq.report import Row, write_report
 from mpq.rounding import DEFAULT_METHOD
-from mpq.rounding.codes import COPY_DTYPES
 from mpq.search import frontier_of
 from mpq.search.choice import check_budgets, keeps, latency_cost
 from mpq.sensitivity import DEFAULT_METRIC
@@ -164,32 +161,26 @@ def quantize_model(
     """
     started = time.monotonic()
     folder = Path(folder)
-    given = sum(budget is not None for budget in (bits, size, max_kl))
-    if given > 1 or (max_kl is not None and memory is not None) or {bits, size, max_kl, memory, kv_bits} == {None}:
-        raise MpqError(
-            "name one budget: bits, size or max_kl; memory goes alone or with bits or size, kv_bits with all"
-        )
+    wanted = Wanted(
+        bits, size, max_kl, memory, context, batch, kv_bits, kv_formats, formats, metric, include, exclude, pin, ties,
+        table,
+    )  # fmt: skip
     if max_kl is not None:
         check_limit(max_kl, source.kind)
     check_budgets(budgets or {}, latencies, max_kl is not None)
     refuse_foreign(folder, checkpoint.FILES)
     reader = TARGETS.named(target)
     source = replace(source, model=prepared(source.model))
-    check_model(reader, source.model)
-    refuse_experts(target, source.model)
     if granularity == "row" and not reader.mixes:
         log.warning("%s has one format a layer: layers stay whole", reader.name)
         granularity = "layer"
     serving = serving_of(source, memory, kv_bits, context, batch)
     entries, cached = candidates(source, reader, table, kv_formats, metric) if serving else ((), ())
-    if not given and memory is None:  # weights stay as they are
+    layers, asked = held_layers(source.model, reader, wanted)
+    if wanted.keeps_weights:
         formats, bits = own_format(source.model)
     if formats is None:
         formats = formats_of(reader)
-    layers = table.weights().layers if table else find_layers(source.model, include, exclude)
-    asked = restrict(table or unscored(layers, formats, other_bytes(source.model, layers)), reader)
-    if max_kl is None:
-        asked.check_budget(bits=bits, size=size, pin=pin, ties=ties)
     if serving:
         check_memory(serving, entries, cached, asked.least(pin=pin, ties=ties))
     store = store_for(method, source, layers)
@@ -278,18 +269,6 @@ def _searched(
         budgets={**limits.budgets, "size": budget},
     )  # fmt: skip
     return frontier, budget
-
-
-def formats_of(target: Target) -> Sequence[str]:
-    """The weight formats that are tried for a target when the user names none."""
-    return [name for name in target.schemes if "+a:" not in name] or DEFAULT_FORMATS
-
-
-def own_format(model: nn.Module) -> tuple[tuple[str], float]:
-    """The format that weights have in a model, and its bits."""
-    dtype = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
-    name = next(name for name, known in COPY_DTYPES.items() if known == dtype)
-    return (name,), 8.0 * dtype.itemsize
 
 
 def _packed(source: Source, folder: Path, trust: bool) -> nn.Module:

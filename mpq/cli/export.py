@@ -23,7 +23,6 @@ def run(options: argparse.Namespace) -> None:
     from mpq.comparison import megabytes
     from mpq.core.allocation import Allocation
     from mpq.exporters.targets import TARGETS
-    from mpq.exporting import export_to
     from mpq.rounding import DEFAULT_METHOD, METHODS
 
     steps = recipe.recipe_of(options)
@@ -33,6 +32,9 @@ def run(options: argparse.Namespace) -> None:
     method = options.method or allocation.provenance.get("method", DEFAULT_METHOD)
     METHODS.named(method)
     check_data(options.dataset)
+
+    from mpq.exporting import export_to
+
     written = export_to(options.to, source_of(options), allocation, options.output, method)
     if written.is_dir():
         recipe.begin(options.output, steps)

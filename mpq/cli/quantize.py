@@ -57,8 +57,6 @@ def run(options: argparse.Namespace) -> None:
     from mpq.core.table import SensitivityTable
     from mpq.exporters.holding import check_packages
     from mpq.exporters.targets import TARGETS
-    from mpq.pipeline import quantize_model
-    from mpq.report import HEADINGS
 
     recipe.fill(options)
     steps = recipe.recipe_of(options)
@@ -67,7 +65,21 @@ def run(options: argparse.Namespace) -> None:
     budgets = budgets_of(options)
     latencies = load_latencies(options.latency) if options.latency else None
     table = SensitivityTable.load(options.table) if options.table else None
-    check_packages(TARGETS.named(options.target))
+    target = TARGETS.named(options.target)
+    check_packages(target)
+
+    from mpq.feasible import Wanted, check_structure
+
+    wanted = Wanted(
+        options.bits, options.size, options.max_kl, options.memory, options.context, options.batch, options.kv_bits,
+        kv_formats, settings["formats"], settings["metric"], settings["include"], settings["exclude"], pin,
+        not options.no_ties, table,
+    )  # fmt: skip
+    check_structure(options.model, target, wanted)
+
+    from mpq.pipeline import quantize_model
+    from mpq.report import HEADINGS
+
     source = source_of(options)
     recipe.begin(options.output, steps)
     outcome = quantize_model(

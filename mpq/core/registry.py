@@ -90,6 +90,7 @@ class Target(Entry):
     fallbacks: Mapping[str, str] = field(default_factory=dict)
     takes: Callable[[Any], bool] = _all  # a torch module
     models: str = "any model"
+    experts: bool = False  # holds a mixture's experts, each a layer of its own
     packages: tuple[str, ...] = ()  # that writing its files needs; the extra of mpq is called `extra`
     extra: str = ""
     reads: tuple[str, ...] = ()  # fields of the request that take a pass over data: "inputs" to trace with, "ranges"

@@ -85,6 +85,8 @@ def open_source(
     Raises:
         MpqError: an unknown or untrusted name, a missing extra (with its command), data that does not fit.
     """
+    for place in (device, model_device):
+        check_device(place)
     network = network or open_network(model_name, untrusted)
     data = open_data(
         data_name, network, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, seed=seed,
@@ -106,6 +108,16 @@ def open_source(
         side_files=network.side_files,
         acceptance=tuple(to_device(batch, device) for batch in data.acceptance),
     )
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """MpqError for a device that is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        raise MpqError(
+            f"no device {str(device)!r} here ({str(error).splitlines()[0]}): name another, as cpu"
+        ) from error
 
 
 def names_in(provenance: Mapping[str, Any], trust: bool) -> tuple[str | None, str | None, frozenset[str]]:

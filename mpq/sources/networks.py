@@ -106,12 +106,8 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
     """The model in a Hugging Face folder or of a hub id, in its own number type; `gguf` is a file in the folder."""
     transformers = need("transformers", "hf", f"Hugging Face models such as {name!r}")
     gguf_options = {} if gguf is None else {"gguf_file": gguf}
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **gguf_options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        known = f"{nearest_names(name, BUNDLED)}; else a folder, a hub id, timm:NAME or package.module:factory"
-        raise MpqError(f"unknown model {name!r}: {known} ({_first_line(error)})") from error
-    kind, class_name = _kind_of(config, transformers)
+    config = config_of(name, gguf)
+    kind, class_name = kind_of(config, transformers)
     if gguf is not None and kind != "perplexity":
         raise MpqError(f"{name}/{gguf} is a {class_name}: only language models are read from GGUF files")
     try:
@@ -126,6 +122,17 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
     return _described(Network(name, model, kind, recipe), config, gguf)
 
 
+def config_of(name: str, gguf: str | None = None) -> Any:
+    """The config of transformers in a folder, of a hub id, or of a GGUF file in the folder; MpqError without one."""
+    transformers = need("transformers", "hf", f"Hugging Face models such as {name!r}")
+    gguf_options = {} if gguf is None else {"gguf_file": gguf}
+    try:
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **gguf_options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        known = f"{nearest_names(name, BUNDLED)}; else a folder, a hub id, timm:NAME or package.module:factory"
+        raise MpqError(f"unknown model {name!r}: {known} ({_first_line(error)})") from error
+
+
 def network_in(folder: Path, model: nn.Module) -> Network:
     """A model of transformers that was loaded from a folder, with what the folder's files say of its data.
 
@@ -137,7 +144,7 @@ def network_in(folder: Path, model: nn.Module) -> Network:
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise MpqError(f"the config in {folder} cannot be read: {_first_line(error)}") from error
-    kind, _ = _kind_of(config, transformers)
+    kind, _ = kind_of(config, transformers)
     return _described(Network(str(folder), model, kind, {}), config, None)
 
 
@@ -199,7 +206,7 @@ def _gguf(path: Path) -> Network:
     return replace(network, name=str(path))
 
 
-def _kind_of(config: Any, transformers: Any) -> tuple[str, str]:
+def kind_of(config: Any, transformers: Any) -> tuple[str, str]:
     """The measure of a model's quality, and its class in transformers."""
     auto = transformers.models.auto.modeling_auto
     class_name = (config.architectures or [""])[0]

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.exporters import export
+from mpq.exporters.holding import check_model
 from mpq.exporters.mpq import checkpoint
-from mpq.exporting import refuse_experts
+from mpq.exporters.targets import TARGETS
 from mpq.network.calibration import next_token_loss, seeded
 from mpq.network.experts import has_experts, unstack
 from mpq.network.layers import find_layers
@@ -110,8 +111,8 @@ def test_what_cannot_be_taken_apart_or_written_is_told(caplog):
     assert not has_experts(unstack(AutoModelForCausalLM.from_config(config)))
     assert "GptOssExperts are stacked in an unknown layout" in caplog.text
     with pytest.raises(MpqError, match="for mpq alone"):
-        refuse_experts("gguf", unstack(moe("mixtral")))
-    refuse_experts("mpq", unstack(moe("mixtral")))
+        check_model(TARGETS["gguf"], unstack(moe("mixtral")))
+    check_model(TARGETS["mpq"], unstack(moe("mixtral")))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
