@@ -20,10 +20,10 @@ from mpq.network.calibration import (
     LossFn,
     check_batches,
     evaluating,
+    mapped,
     outputs_of,
     samples_in,
     seeded,
-    take,
     tensors_in,
 )
 from mpq.network.fingerprint import fingerprint, model_fingerprint
@@ -182,23 +182,13 @@ def _gradients(task: Task, keep: _Keeper) -> dict[str, Numbers]:
 def _virtual(task: Task, keep: _Keeper) -> dict[str, Numbers]:
     """Gradient of the summed outputs on one sample whose numbers are all 1: tokens are then the token 1."""
     weights = _weights(task)
-    ones = _ones(take(task.batches[0], slice(0, 1)))
+    ones = mapped(task.few_samples(1), torch.ones_like)
     with only_gradients_of(task.model, weights), outputs_of(task.model) as outputs:
         task.loss_fn(task.model, ones)
         if not outputs:
             raise MpqError("the virtual gradient needs a loss function that calls the model: this one does not")
         gradients = torch.autograd.grad(outputs[-1].sum(), weights, allow_unused=True, materialize_grads=True)
     return {"virtual": keep.gather(_matrices(task, gradients))}
-
-
-def _ones(batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return torch.ones_like(batch)
-    if isinstance(batch, Mapping):
-        return {name: _ones(part) for name, part in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_ones(part) for part in batch)
-    return batch
 
 
 def _fisher(task: Task, keep: _Keeper) -> dict[str, Numbers]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
 from mpq.network.calibration import Batch, check_gradient, check_loss, logits_of, samples_in, take
-from mpq.sensitivity.derivatives import Draw, Use, keeps_samples, log, recording, slopes_of
+from mpq.sensitivity.derivatives import Draw, Use, keep_samples, log, recording, slopes_of
 from mpq.sensitivity.graph import only_gradients_of
 from mpq.sensitivity.predictions import Predictions, predictions
 from mpq.sensitivity.samples import check_independent
@@ -51,8 +51,10 @@ def pieces(task: Task, what: str) -> Iterator[Piece]:
     """This process's batches in pieces whose graphs keep at most GRAPH numbers, or of one sample; a progress bar."""
     for index in task.own_batches(what):
         whole = Piece(task.batches[index], index, 0)
-        one = next(whole.split(1))
-        yield from whole.split(max(1, GRAPH // _numbers_kept(task, one.batch)) if whole.samples > 1 else 1)
+        if whole.samples == 1 or task.together:
+            yield whole
+        else:
+            yield from whole.split(max(1, GRAPH // _numbers_kept(task, task.few_samples(1, index))))
 
 
 def _numbers_kept(task: Task, sample: Batch) -> int:
@@ -116,8 +118,8 @@ def stream_uses(task: Task, piece: Piece, see: See, labels: Labels, *, apart: bo
             loss = check_loss(task.loss_fn(task.model, piece.batch), piece.index)
     finally:
         handle.remove()
-    if apart and piece.samples > 1 and not all(keeps_samples(Use(*call[1:]), piece.samples) for call in calls):
-        check_independent(task.model, piece.batch, task.loss_fn, piece.index)
+    if apart and not keep_samples(task, [Use(*call[1:]) for call in calls], piece.samples):
+        check_independent(task, piece.batch, piece.index)
         for sample in piece.split(1):
             stream_uses(task, sample, see, labels)
         return

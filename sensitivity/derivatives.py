@@ -1,9 +1,10 @@
 """Inputs of layers and loss gradients of their outputs, from one forward and one backward pass."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeAlias
 
 import torch
@@ -128,10 +129,10 @@ def layer_uses(task: Task, index: int, labels: str = "data", draw: int = 0) -> I
         labels = "data" if asked is None else "model"
     seeds = None if labels == "data" else (index, draw)
     (uses,) = _run(task, batch, index, [None if seeds is None else Draw(seeds)], asked)
-    if samples == 1 or keep_samples(uses, samples):
+    if keep_samples(task, chain.from_iterable(uses.values()), samples):
         yield samples, uses
         return
-    check_independent(task.model, batch, task.loss_fn, index)
+    check_independent(task, batch, index)
     for number, sample in enumerate(split_batch(batch)):
         (uses,) = _run(task, sample, index, [None if seeds is None else Draw((*seeds, number))])
         yield 1, uses
@@ -156,10 +157,10 @@ def designed_uses(
 
     runs = _run(task, batch, index, wanted())
     first = next(runs)
-    if samples == 1 or keep_samples(first, samples):
+    if keep_samples(task, chain.from_iterable(first.values()), samples):
         yield samples, [first, *runs]
         return
-    check_independent(task.model, batch, task.loss_fn, index)
+    check_independent(task, batch, index)
     for number, sample in enumerate(split_batch(batch)):
         yield 1, list(_run(task, sample, index, wanted(number)))
 
@@ -184,9 +185,9 @@ def what_is_asked(task: Task, batch: Batch) -> list[Predictions] | None:
         return None
 
 
-def keep_samples(uses: Uses, samples: int) -> bool:
-    """Whether every call has the samples as its first dimension."""
-    return all(keeps_samples(use, samples) for calls in uses.values() for use in calls)
+def keep_samples(task: Task, uses: Iterable[Use], samples: int) -> bool:
+    """Whether every call has the samples as its first dimension, or there is but one sample."""
+    return samples == 1 or (not task.second and all(keeps_samples(use, samples) for use in uses))
 
 
 def keeps_samples(use: Use, samples: int) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.layer import Layer
-from mpq.network.calibration import Batch, LossFn, logits_of, seeded
+from mpq.network.calibration import Batch, LossFn, logits_of, seeded, with_logits
 from mpq.network.parallel import gathered
 from mpq.network.uses import seeing_uses
 from mpq.sensitivity.predictions import replaying
@@ -21,10 +21,7 @@ from mpq.sensitivity.task import Scores, Task
 log = logging.getLogger(__name__)
 
 UNREACHED = "no calibration sample reaches it: its module is never called, or with no rows"
-NO_GRADIENT = (
-    "no gradient of the loss reaches it: no_grad, detach, argmax or the like lies behind it, or the loss compares "
-    "samples with each other and is taken one by one"
-)
+NO_GRADIENT = "no gradient of the loss reaches it: no_grad, detach, argmax or the like lies behind it"
 FLAT = "the loss has no gradient at this model, as a distance to the model's own outputs has none"
 
 SHIFT = 1e-3  # of outputs, relative to their size
@@ -95,9 +92,7 @@ def _slope(model: nn.Module, batch: Batch, loss_fn: LossFn, outputs: Sequence[An
         detached = logits_of(output).detach()
         noise = torch.randn(detached.shape, generator=seeded(0, "shift", number)).to(detached.device)
         logits.append((detached + shift * detached.float().square().mean().sqrt() * noise).requires_grad_())
-        shifted.append(logits[-1] if isinstance(output, Tensor) else copy.copy(output))
-        if not isinstance(output, Tensor):
-            shifted[-1].logits = logits[-1]
+        shifted.append(with_logits(copy.copy(output), logits[-1]))
     with torch.enable_grad(), replaying(model, shifted):
         slopes = torch.autograd.grad(loss_fn(model, batch), logits, materialize_grads=True, allow_unused=True)
     return math.sqrt(sum(slope.double().square().sum().item() for slope in slopes))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.layer import Layer
-from mpq.network.calibration import outputs_of, samples_in, seeded, take, tensors_in
+from mpq.network.calibration import outputs_of, samples_in, seeded, tensors_in
 from mpq.sensitivity.derivatives import Use, Uses, designed_uses
 from mpq.sensitivity.graph import differentiable_twice, only_gradients_of
 from mpq.sensitivity.predictions import predictions
@@ -92,7 +92,7 @@ def straight_layers(task: Task) -> list[bool]:
     count = len(task.layers)
     few = sorted({count * k // TRIED for k in range(TRIED)})
     weights: list[Tensor] = [task.module(layer).weight for layer in task.layers]  # type: ignore[misc]
-    sample = take(task.batches[0], slice(0, 1))
+    sample = task.few_samples(1)
     with only_gradients_of(task.model, weights), differentiable_twice(), outputs_of(task.model) as outputs:
         task.loss_fn(task.model, sample)
         if not outputs:

@@ -14,7 +14,7 @@ from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 from mpq.network.calibration import first_samples, outputs_of
-from mpq.sensitivity.backward import Labels, Piece, asked_of
+from mpq.sensitivity.backward import Labels, asked_of
 from mpq.sensitivity.by_input import input_scores
 from mpq.sensitivity.by_position import position_scores
 from mpq.sensitivity.predictions import OtherLossError, Predictions
@@ -97,7 +97,7 @@ def row_scores(
         raise MpqError(f"gradients come from labels auto, data or model, not {labels!r}")
     asked = None
     if labels == "auto" or estimate == "auto":
-        asked = asked_of(task, next(Piece(task.batches[0], 0, 0).split(1)).batch)
+        asked = asked_of(task, task.few_samples(1))
     if labels == "auto" and asked is not None:
         try:
             return _rows(task, estimate, "model", draws, temperature, asked)
@@ -111,7 +111,7 @@ def _rows(
     task: Task, estimate: str, labels: str, draws: int, temperature: float | None, asked: list[Predictions] | None
 ) -> RowScores:
     if estimate == "auto":
-        estimate = "position" if asked is not None and _several(asked) else "input"
+        estimate = "position" if asked is not None and _several(task, asked) else "input"
     if estimate == "position":
         return position_scores(_enough(task, asked), Labels(labels))
     if labels == "data":
@@ -127,7 +127,7 @@ def softness(task: Task) -> float:
     those that others will see: their curvature is many times too small.
     """
     with outputs_of(task.model) as outputs:
-        task.loss_fn(task.model, next(Piece(task.batches[0], 0, 0).split(SAMPLES)).batch)
+        task.loss_fn(task.model, task.few_samples(SAMPLES))
     logits = torch.cat([each.float().reshape(-1, each.shape[-1]) for each in outputs])
     low, high = 1.0, HOTTEST
 
@@ -148,10 +148,14 @@ def _enough(task: Task, asked: list[Predictions] | None) -> Task:
     each = sum(int((found.weights > 0).sum()) for found in asked or [])
     if not each:
         return task
+    if task.together:
+        return replace(task, batches=task.batches[: math.ceil(POSITIONS / each)])
     return replace(task, batches=first_samples(task.batches, math.ceil(POSITIONS / each)))
 
 
-def _several(asked: list[Predictions]) -> bool:
-    """Whether the loss asks several predictions of one sample."""
+def _several(task: Task, asked: list[Predictions]) -> bool:
+    """Whether the loss asks several predictions of one sample, where `asked` is what it asks of `few_samples(1)`."""
+    if not task.together:
+        return any(int((found.weights > 0).sum()) > 1 for found in asked)
     counts: list[Tensor] = [(found.weights > 0).flatten(1).sum(1) for found in asked if found.weights.ndim > 1]
     return any(bool((count > 1).any()) for count in counts)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import Batch, LossFn, check_gradient, logits_of, seeded
+from mpq.network.calibration import Batch, LossFn, check_gradient, logits_of, seeded, with_logits
 
 CHUNK = 2**20  # numbers of logits taken at a time
 TOLERANCE = 1e-3  # of the check that a loss is cross-entropy; float32 errs by about 1e-6
@@ -43,13 +43,13 @@ def predictions(
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         logits = logits_of(output)
+        if not isinstance(logits, Tensor):
+            kind = type(output).__name__
+            raise MpqError(f"the model returns a {kind} without logits: return a tensor, or an object with .logits")
         generator = seeded(0, "predictions", len(replaced))
         random = torch.randn(logits.shape, generator=generator).to(logits.device).requires_grad_()
         replaced.append(random)
-        if output is logits:
-            return random
-        output.logits = random
-        return output
+        return with_logits(output, random)
 
     handle = model.register_forward_hook(hook)
     try:

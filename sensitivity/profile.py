@@ -32,7 +32,7 @@ from mpq.sensitivity.cached import cache_scores
 from mpq.sensitivity.evidence import flat_loss, reaching, without_evidence
 from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.rows import Mixed, ladder
-from mpq.sensitivity.samples import check_mean
+from mpq.sensitivity.samples import arranged
 from mpq.sensitivity.task import Scores, Task
 
 
@@ -99,9 +99,10 @@ def profile(
     if offload is not None and scorer.second_order:
         raise MpqError(f"{metric} differentiates twice, which does not go with offload: take {DEFAULT_METRIC}")
     with evaluating(model), offloaded(model, offload) if offload is not None else nullcontext():
+        samples = arranged(model, batches, loss_fn)
+        batches, loss_fn = samples.batches, samples.loss_fn
         layers, macs = count_all_macs(model, layers, batches[0], loss_fn)
         covered = coverage(model, layers, macs)
-        check_mean(model, batches[0], loss_fn)
         with reaching(model, layers) as reached:
             reference = mean_loss(model, batches, loss_fn)
         names = tuple(scheme.name for scheme in scheme_tuple)
@@ -117,7 +118,10 @@ def profile(
             rounder = MethodRounder(rounder, moments_needed(rounder, model, layers, batches, loss_fn))
         journal = Journal(resume, settings)
         flat = not scorer.compares_losses and flat_loss(model, batches[0], loss_fn)
-        task = Task(model, batches, loss_fn, layers, scheme_tuple, rounder, seed, journal, progress, flat)
+        task = Task(
+            model, batches, loss_fn, layers, scheme_tuple, rounder, seed, journal, progress, flat,
+            samples.second, samples.together,
+        )  # fmt: skip
         mixed = _scored(task, scorer, granularity, options or {})
         _check_finite(layers, scheme_tuple, metric, mixed.scores)
         (scores, errors), reasons = without_evidence(task, mixed.scores, reached, scorer.compares_losses)

@@ -14,7 +14,7 @@ from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
-from mpq.network.calibration import Batch, LossFn
+from mpq.network.calibration import Batch, LossFn, take
 from mpq.network.layers import weight_matrix
 from mpq.network.parallel import place, share
 from mpq.rounding.reference import dequantize
@@ -40,6 +40,8 @@ class Task:
     journal: Journal = field(default_factory=lambda: Journal(None, {}))
     progress: bool = False
     flat: bool = False  # the loss has no gradient at this model: the data's labels say nothing
+    second: bool = False  # the layers' inputs have the samples along their second dimension
+    together: bool = False  # batches cannot be cut: no sample has a loss of its own
 
     def module(self, layer: Layer) -> nn.Module:
         """The module that holds the layer's weight."""
@@ -52,6 +54,10 @@ class Task:
     def weight_error(self, layer: Layer, scheme: Scheme) -> Tensor:
         """Q(W) - W, float32 (rows, cols)."""
         return self.quantized(layer, scheme) - weight_matrix(self.module(layer)).detach().float()
+
+    def few_samples(self, count: int, index: int = 0) -> Batch:
+        """The first samples of a batch, or the whole batch where it cannot be cut."""
+        return self.batches[index] if self.together else take(self.batches[index], slice(0, count))
 
     def own_batches(self, what: str) -> Iterator[int]:
         """Indices of the batches that this process passes through the model, with a progress bar."""

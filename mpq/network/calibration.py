@@ -1,9 +1,11 @@
 """Calibration batches: losses, input checks, and random generators derived from a seed by name."""
 
 import copy
+import dataclasses
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -19,7 +21,8 @@ from mpq.network.parallel import share, total
 IGNORED = -100  # the label of a position without one
 ELEMENTS = 2**24  # of logits that are worked on at once
 
-Batch: TypeAlias = Any  # a tensor, or a tuple, list or dict of tensors whose first dimension counts samples
+# A tensor, or a tuple, list, mapping or dataclass of tensors whose first dimension counts samples.
+Batch: TypeAlias = Any
 LossFn: TypeAlias = Callable[[nn.Module, Batch], Tensor]  # the mean loss of the batch's samples, a scalar
 
 log = logging.getLogger(__name__)
@@ -51,9 +54,22 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The output's `logits` where it has them, else the output itself."""
+    """The output's `logits`, an attribute or an entry of a mapping, where it has them, else the output itself."""
+    if isinstance(output, Mapping):
+        output = output.get("logits", output)
     logits: Tensor = getattr(output, "logits", output)
     return logits
+
+
+def with_logits(output: Any, logits: Tensor) -> Any:
+    """The same output with other logits; objects are changed in place."""
+    if isinstance(output, Tensor):
+        return logits
+    if isinstance(output, MutableMapping):
+        output["logits"] = logits
+    else:
+        output.logits = logits
+    return output
 
 
 @contextmanager
@@ -79,14 +95,18 @@ def tensors_in(batch: Batch) -> list[Tensor]:
         return [batch]
     if isinstance(batch, Mapping):
         batch = batch.values()
+    elif _is_record(batch):
+        batch = vars(batch).values()
     if isinstance(batch, Iterable) and not isinstance(batch, (str, bytes)):
         return [tensor for part in batch for tensor in tensors_in(part)]
     return []
 
 
 def samples_in(batch: Batch) -> int:
-    """Number of samples: the length of the first tensor."""
-    return len(tensors_in(batch)[0])
+    """Number of samples: the length of most tensors of more than one number; among as many, of the first."""
+    tensors = [tensor for tensor in tensors_in(batch) if tensor.ndim]
+    voting = [tensor for tensor in tensors if tensor.numel() > 1] or tensors
+    return Counter(map(len, voting)).most_common(1)[0][0]
 
 
 def counted_positions(batch: Batch) -> tuple[Tensor, ...]:
@@ -114,7 +134,8 @@ def split_batch(batch: Batch) -> list[Batch]:
 
 def take(batch: Batch, samples: slice | list[int]) -> Batch:
     """Some samples of a batch, in the same containers; tensors whose length is not the number of samples stay whole."""
-    return _take(batch, samples, samples_in(batch))
+    count = samples_in(batch)
+    return mapped(batch, lambda tensor: tensor[samples] if tensor.ndim and len(tensor) == count else tensor)
 
 
 def first_samples(batches: Iterable[Batch], count: int) -> tuple[Batch, ...]:
@@ -128,21 +149,31 @@ def first_samples(batches: Iterable[Batch], count: int) -> tuple[Batch, ...]:
     return tuple(found)
 
 
-def _take(batch: Batch, samples: slice | list[int], count: int) -> Batch:
+def mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with every tensor changed, in the same containers."""
     if isinstance(batch, Tensor):
-        return batch[samples] if batch.ndim and len(batch) == count else batch
+        return change(batch)
     if isinstance(batch, Mapping):
-        parts = {name: _take(part, samples, count) for name, part in batch.items()}
+        parts = {name: mapped(part, change) for name, part in batch.items()}
         if not isinstance(batch, MutableMapping):
             return parts
-        taken = copy.copy(batch)  # its class and what else it holds, such as a tokenizer's encodings
+        other = copy.copy(batch)  # its class and what else it holds, such as a tokenizer's encodings
         for name, part in parts.items():
-            taken[name] = part
-        return taken
+            other[name] = part
+        return other
     if isinstance(batch, (tuple, list)):
-        elements = [_take(part, samples, count) for part in batch]
+        elements = [mapped(part, change) for part in batch]
         return type(batch)(*elements) if hasattr(batch, "_fields") else type(batch)(elements)
+    if _is_record(batch):
+        other = copy.copy(batch)
+        for name, part in vars(batch).items():
+            object.__setattr__(other, name, mapped(part, change))  # dataclasses may be frozen
+        return other
     return batch
+
+
+def _is_record(batch: Batch) -> bool:
+    return dataclasses.is_dataclass(batch) and not isinstance(batch, type) and hasattr(batch, "__dict__")
 
 
 def check_batches(batches: Iterable[Batch]) -> tuple[Batch, ...]:
@@ -156,9 +187,16 @@ def check_batches(batches: Iterable[Batch]) -> tuple[Batch, ...]:
         raise MpqError("no calibration batches: expected at least one")
     for index, batch in enumerate(checked):
         tensors = tensors_in(batch)
-        if not tensors or any(tensor.numel() == 0 for tensor in tensors) or tensors[0].ndim == 0:
+        if not tensors and not isinstance(batch, (Mapping, tuple, list)):
+            raise MpqError(
+                f"calibration batch {index} is a {type(batch).__name__}: expected a tensor, or a tuple, list, mapping "
+                "or dataclass of tensors"
+            )
+        if any(tensor.numel() == 0 for tensor in tensors) or not any(tensor.ndim for tensor in tensors):
             raise MpqError(f"calibration batch {index} is empty: expected at least one sample")
         for tensor in tensors:
+            if tensor.is_meta:
+                raise MpqError(f"calibration batch {index} has a tensor on the device 'meta', which has no content")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise MpqError(f"calibration batch {index} holds NaN or infinite values: clean the data first")
     return checked

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import Batch, LossFn, cross_entropy, next_token_loss
+from mpq.network.calibration import Batch, LossFn, cross_entropy, mapped, next_token_loss
 from mpq.sources.data import Data, open_data
 from mpq.sources.networks import Network, network_in, open_network, skeleton
 from mpq.sources.objectives import with_objective
@@ -135,10 +135,4 @@ def names_in(provenance: Mapping[str, Any], trust: bool) -> tuple[str | None, st
 
 def to_device(batch: Batch, device: str | torch.device) -> Batch:
     """The batch with all its tensors on the device, in the same containers."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: to_device(part, device) for name, part in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(part, device) for part in batch)
-    return batch
+    return mapped(batch, lambda tensor: tensor.to(device))

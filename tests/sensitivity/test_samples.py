@@ -1,13 +1,20 @@
-"""What metrics take a batch for, and what they say when it is something else."""
+"""What metrics take a batch for: samples first, samples second, or a batch that cannot be cut."""
 
+import logging
+from dataclasses import dataclass
+
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import mpq
 from mpq.core.errors import MpqError
-from mpq.sensitivity.samples import check_independent, check_mean
+from mpq.network.calibration import samples_in, seeded, take
+from mpq.sensitivity.samples import arranged
+
+FORMATS = ["int2-channel", "int4-channel"]
 
 
 class Recurrent(nn.Module):
@@ -27,24 +34,156 @@ class Recurrent(nn.Module):
         return self.head(hidden[:, -1] if self.batch_first else hidden[-1])
 
 
+class Tagger(nn.Module):
+    """Reads tokens (time, samples), or (samples, time) when `batch_first`; the next token's logits everywhere."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(9, 6)
+        self.cell = nn.GRU(6, 6, batch_first=batch_first)
+        self.head = nn.Linear(6, 9)
+
+    def forward(self, x):
+        """Logits in the order of the tokens."""
+        return self.head(self.cell(self.embed(x))[0])
+
+
 def last_step(model, batch):
     return functional.cross_entropy(model(batch[0]), batch[1])
 
 
-def test_time_first_is_told_where_samples_must_be_split():
-    inputs, labels = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0)), torch.arange(3)
-    with pytest.raises(MpqError, match="put samples, not time, first"):
-        mpq.profile(Recurrent(False), [(inputs, labels)], last_step, ["int3-channel"], progress=False)
-    table = mpq.profile(Recurrent(True), [(inputs.transpose(0, 1), labels)], last_step, ["int3-channel"])
-    assert (table.scores > 0).all()
+def scores(model, batches, loss_fn, metric, **options):
+    return mpq.profile(model, batches, loss_fn, FORMATS, metric=metric, progress=False, options=options).scores
 
 
-def test_samples_that_meet_cannot_be_split():
+@pytest.mark.parametrize("metric", ["kl-curvature", "kronecker", "fisher", "output", "gradient", "quadratic", "loss"])
+@pytest.mark.parametrize("samples", [3, 5])  # as many as steps, too
+def test_time_first_batches_have_the_scores_of_samples_first(metric, samples):
+    inputs, labels = torch.randn(samples, 5, 4, generator=seeded(0)), torch.arange(samples) % 3
+    random = metric in ("kl-curvature", "quadratic")
+    options = {"draws": 100} if random else {}
+    own = scores(Recurrent(True), [(inputs, labels)], last_step, metric, **options)
+    other = scores(Recurrent(False), [(inputs.transpose(0, 1), labels)], last_step, metric, **options)
+    np.testing.assert_allclose(other, own, rtol=0.3 if random else 1.0 if metric == "kronecker" else 1e-3)
+
+
+@pytest.mark.parametrize("metric", ["kl-curvature", "fisher", "output"])
+def test_time_first_language_models_have_the_scores_of_samples_first(metric):
+    tokens = torch.randint(0, 9, (3, 7), generator=seeded(1))
+
+    def first(model, batch):
+        return functional.cross_entropy(model(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+    def second(model, batch):
+        return functional.cross_entropy(model(batch)[:-1].flatten(0, 1), batch[1:].flatten())
+
+    options = {"draws": 100} if metric == "kl-curvature" else {}
+    own = scores(Tagger(True), [tokens], first, metric, **options)
+    other = scores(Tagger(False), [tokens.T.contiguous()], second, metric, **options)
+    np.testing.assert_allclose(other, own, rtol=0.4 if metric == "kl-curvature" else 1e-3)
+
+
+class Towers(nn.Module):
+    """An embedding (samples, 5) of tokens (samples, time), whose layers see samples and time as one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.out = nn.Embedding(9, 6), nn.Linear(6, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Unit vectors."""
+        hidden = self.out(self.embed(tokens).flatten(0, 1)).unflatten(0, tokens.shape).mean(1)
+        return functional.normalize(hidden, dim=-1)
+
+
+def contrastive(model, batch):
+    similar = model(batch[0]) @ model(batch[1]).T / 0.2
+    return functional.cross_entropy(similar, torch.arange(len(similar)))
+
+
+def test_contrastive_losses_are_noticed_and_never_cut(caplog):
+    pairs = [tuple(torch.randint(0, 9, (4, 3), generator=seeded(2, name)) for name in "ab")]
+    with caplog.at_level(logging.WARNING), pytest.raises(MpqError, match="take a metric that sees whole batches"):
+        scores(Towers(), pairs, contrastive, "kl-curvature")
+    assert "no loss of their own" in caplog.text
+    assert scores(Towers(), pairs, contrastive, "loss").any()
+    assert (scores(Towers(), pairs, contrastive, "hessian") > 0).all()
+
+
+def test_samples_that_meet_are_noticed(caplog):
     model = nn.Sequential(nn.Linear(4, 3), nn.Flatten(0), nn.Softmax(0))
-    batch = (torch.randn(5, 4),)
-    with pytest.raises(MpqError, match="calibration batch 7 depend on each other"):
-        check_independent(model, batch, lambda model, batch: model(batch[0]).square().mean(), 7)
+    assert arranged(model, (torch.randn(5, 4),), lambda model, batch: model(batch).square().mean()).together
+    assert "statistics over a batch" in caplog.text
 
 
-def test_a_loss_that_takes_no_single_sample_is_not_asked():
-    check_mean(nn.Linear(4, 3), (torch.randn(5, 4),), lambda model, batch: model(batch[0]).view(5, 3).sum())
+def test_a_loss_that_takes_no_single_sample_takes_whole_batches(caplog):
+    def loss(model, batch):
+        return functional.cross_entropy(model(batch[0]).view(5, 3), batch[1])
+
+    batch = (torch.randn(5, 4, generator=seeded(3)), torch.arange(5) % 3)
+    assert arranged(nn.Linear(4, 3), (batch,), loss).together
+    assert (scores(nn.Sequential(nn.Linear(4, 3)), [batch], loss, "kl-curvature") > 0).all()
+
+
+def test_samples_without_labels_do_not_hide_that_batches_can_be_cut(caplog):
+    batch = (torch.randn(5, 4, generator=seeded(3)), torch.tensor([-100, -100, 0, 1, 2]))
+    samples = arranged(nn.Linear(4, 3), (batch,), last_step)
+    assert not samples.together
+    assert not samples.second
+    assert not caplog.text
+
+
+def test_a_random_loss_is_said(caplog):
+    def noisy(model, batch):
+        return model(batch).square().mean() * torch.rand(())
+
+    assert not arranged(nn.Linear(4, 3), (torch.randn(5, 4),), noisy).together
+    assert "the loss is random" in caplog.text
+
+
+def test_a_sum_over_samples_is_refused():
+    with pytest.raises(MpqError, match="return their mean"):
+        arranged(nn.Linear(4, 3), (torch.randn(5, 4),), lambda model, batch: model(batch).square().sum())
+
+
+@dataclass(frozen=True)
+class Record:
+    x: Tensor
+    y: Tensor
+    name: str = "one"
+
+
+def test_batches_may_be_dataclasses():
+    batch = Record(torch.randn(5, 4, generator=seeded(3)), torch.arange(5) % 3)
+    assert samples_in(batch) == 5
+    few = take(batch, slice(0, 2))
+    assert (len(few.x), len(few.y), few.name) == (2, 2, "one")
+    model = nn.Sequential(nn.Linear(4, 3))
+    own = scores(model, [batch], lambda model, batch: last_step(model, (batch.x, batch.y)), "fisher")
+    np.testing.assert_array_equal(own, scores(model, [(batch.x, batch.y)], last_step, "fisher"))
+
+
+def test_a_batch_of_another_kind_is_said():
+    with pytest.raises(MpqError, match="calibration batch 0 is a object: expected a tensor"):
+        scores(nn.Sequential(nn.Linear(4, 3)), [object()], last_step, "loss")
+
+
+def test_numbers_beside_the_samples_do_not_count_as_samples():
+    batch = {"temperature": torch.ones(1), "x": torch.randn(5, 4), "y": torch.arange(5) % 3}
+    assert samples_in(batch) == 5
+    assert take(batch, slice(0, 2))["temperature"].shape == (1,)
+
+
+def test_logits_may_be_an_entry_of_a_mapping():
+    class Named(nn.Sequential):
+        def forward(self, x):
+            return {"logits": super().forward(x), "x": x}
+
+    batch = (torch.randn(5, 4, generator=seeded(3)), torch.arange(5) % 3)
+    plain = nn.Sequential(nn.Linear(4, 3))
+    found = scores(
+        Named(*plain), [batch], lambda m, b: functional.cross_entropy(m(b[0])["logits"], b[1]), "kl-curvature"
+    )
+    np.testing.assert_array_equal(found, scores(plain, [batch], last_step, "kl-curvature"))
