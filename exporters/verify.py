@@ -24,6 +24,7 @@ from mpq.kernels.weight import PackedWeight
 from mpq.network.calibration import evaluating
 from mpq.network.fingerprint import fingerprint
 from mpq.network.shelf import Kept, Shelf
+from mpq.network.uses import seeing_uses
 from mpq.quantized import checked_layers, round_cache, simulate_rounded
 from mpq.rounding.reference import Quantized, dequantize
 
@@ -132,8 +133,14 @@ def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, 
         own = None if used is None else shelf.keep(used.clone())
         calls.append(Call(name, module, own, [shelf.keep(tensor) for tensor in inputs], outputs))
 
-    with _hooked(simulated, names, keep):
+    used: set[str] = set()
+    with _hooked(simulated, names, keep), seeing_uses(simulated, allocation.layers, lambda name, *_: used.add(name)):
         expected = result_tensors(run, simulated)
+    if names and not used:
+        raise MpqError(
+            f"a copy of {type(model).__name__} uses none of its own layers' weights, so what was measured is not what "
+            "would be written: is its forward a function that holds on to the original? Nothing was written"
+        )
     coming = iter(calls)
 
     def compare(name: str, module: nn.Module, call: tuple[Any, Any, Any]) -> Any:
@@ -218,7 +225,12 @@ def result_tensors(run: Run, model: nn.Module) -> list[Tensor]:
     """Tensors of what a run gives; random numbers are the same for every model."""
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(0)
-        output = run(model)
+        try:
+            output = run(model)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise MpqError(
+                f"a model of packed or simulated layers does not run ({error}): nothing was written"
+            ) from error
     return _tensors(torch.tensor(output) if isinstance(output, float) else output)
 
 

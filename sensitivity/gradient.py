@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
@@ -115,14 +116,16 @@ def _sums(task: Task, portion: list[Pass], meet: Meet) -> NDArray[np.float64]:
 def _change(task: Task, layer: Layer, scheme: Scheme, use: Use, difference: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient and change of the output of one call: dW Q(x) + W dx."""
     module = use.module
+    if isinstance(module, nn.Embedding):
+        return use.gradient, functional.embedding(use.inputs, difference.to(use.inputs.device, use.gradient.dtype))
     place = use.gradient  # the weights may be elsewhere, see `mpq.network.offload`
-    weights = {"weight": matrix_to_weight(difference, module).to(place.device, module.weight.dtype)}  # type: ignore[arg-type]
+    weights = {"weight": matrix_to_weight(difference, module).to(place.device, use.inputs.dtype)}  # type: ignore[arg-type]
     if getattr(module, "bias", None) is not None:
-        weights["bias"] = torch.zeros_like(module.bias, device=place.device)  # type: ignore[arg-type]
-    if scheme.activation is None or isinstance(module, nn.Embedding):
+        weights["bias"] = torch.zeros_like(module.bias, device=place.device, dtype=use.inputs.dtype)  # type: ignore[arg-type]
+    if scheme.activation is None:
         return use.gradient, functional_call(module, weights, use.inputs)
     rounded = fake_quantize_inputs(module, use.inputs, scheme.activation)
-    plain = {**weights, "weight": module.weight.to(place.device)}
+    plain = {**weights, "weight": module.weight.to(place.device, use.inputs.dtype)}
     change = functional_call(module, weights, rounded) + functional_call(module, plain, rounded - use.inputs)  # type: ignore[arg-type]
     return use.gradient, change
 

@@ -46,6 +46,8 @@ def predictions(
         if not isinstance(logits, Tensor):
             kind = type(output).__name__
             raise MpqError(f"the model returns a {kind} without logits: return a tensor, or an object with .logits")
+        if not logits.ndim:
+            raise MpqError("the model returns its loss: give labels to a loss function of the model's logits instead")
         generator = seeded(0, "predictions", len(replaced))
         random = torch.randn(logits.shape, generator=generator).to(logits.device).requires_grad_()
         replaced.append(random)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from mpq.core.cache import cache_name, parse_cache_format
@@ -122,7 +123,15 @@ def profile(
             model, batches, loss_fn, layers, scheme_tuple, rounder, seed, journal, progress, flat,
             samples.second, samples.together,
         )  # fmt: skip
-        mixed = _scored(task, scorer, granularity, options or {})
+        try:
+            mixed = _scored(task, scorer, granularity, options or {})
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # autograd's own, of many kinds
+            raise MpqError(
+                f"the metric {metric} cannot be taken of this model ({str(error).splitlines()[0]}): take 'loss', which "
+                "only runs it"
+            ) from error
         _check_finite(layers, scheme_tuple, metric, mixed.scores)
         (scores, errors), reasons = without_evidence(task, mixed.scores, reached, scorer.compares_losses)
         cached = cache_scores(task, entries, cache_formats) if cache else None

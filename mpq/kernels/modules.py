@@ -1,15 +1,22 @@
 """Layers that hold packed weights and compute from them through torch.ops.mpq."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mpq.core.errors import MpqError
 from mpq.core.scheme import Scheme
 from mpq.kernels.ops import check_floats
 from mpq.kernels.reference import quantize_activation
 from mpq.kernels.stacked import Stack
 from mpq.kernels.weight import PackedWeight
 from mpq.rounding.activations import straight_through
+
+
+def floats(input: Tensor) -> Tensor:
+    """The input of a packed layer, in the type of `torch.autocast` inside it; MpqError for integers."""
+    check_floats(input)
+    kind = input.device.type
+    return input.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else input
 
 
 class PackedLinear(nn.Module):
@@ -24,7 +31,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        check_floats(input)
+        input = floats(input)
         if self.stack is not None and (part := self.stack.output(self, input)) is not None:
             return part
         return self.weight.linear(input, self.bias, self.activation)
@@ -51,7 +58,7 @@ class PackedConv(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, channels, length) or (batch, channels, height, width), batched or not."""
-        check_floats(input)
+        input = floats(input)
         spatial = len(self.kernel)
         if input.dim() == spatial + 1:
             return self.forward(input[None])[0]
@@ -83,14 +90,15 @@ def packed_module(origin: nn.Module, weight: PackedWeight, scheme: Scheme) -> nn
     """The packed replacement of `origin`."""
     activation = "" if scheme.activation is None else scheme.activation.name
     if isinstance(origin, nn.Embedding):
-        if origin.max_norm is not None:
-            raise MpqError(
-                "an embedding with max_norm changes its weight in forward passes and cannot be packed: exclude it"
-            )
         packed: nn.Module = PackedEmbedding(weight, origin.padding_idx)
     elif isinstance(origin, (nn.Conv1d, nn.Conv2d)):
         packed = PackedConv(weight, origin, activation)
     else:
         bias: Tensor | None = origin.bias  # type: ignore[assignment]
         packed = PackedLinear(weight, bias, activation)
+    packed._forward_pre_hooks.update(origin._forward_pre_hooks)  # of the user's; each knows by these how it is called
+    packed._forward_pre_hooks_with_kwargs.update(origin._forward_pre_hooks_with_kwargs)
+    packed._forward_hooks.update(origin._forward_hooks)
+    packed._forward_hooks_with_kwargs.update(origin._forward_hooks_with_kwargs)
+    packed._forward_hooks_always_called.update(origin._forward_hooks_always_called)
     return packed.train(origin.training)

@@ -182,15 +182,15 @@ def check_batches(batches: Iterable[Batch]) -> tuple[Batch, ...]:
     Raises:
         MpqError: no batches, an empty one, or NaN or infinite inputs; the message names the batch, counted from 0.
     """
-    checked = tuple(batches)
+    checked = tuple(map(_ordinary, batches))
     if not checked:
         raise MpqError("no calibration batches: expected at least one")
     for index, batch in enumerate(checked):
         tensors = tensors_in(batch)
-        if not tensors and not isinstance(batch, (Mapping, tuple, list)):
+        if not tensors and (batch if isinstance(batch, (Mapping, tuple, list)) else True):
             raise MpqError(
-                f"calibration batch {index} is a {type(batch).__name__}: expected a tensor, or a tuple, list, mapping "
-                "or dataclass of tensors"
+                f"calibration batch {index}, a {type(batch).__name__}, holds no tensor: expected a tensor, or a tuple, "
+                "list, mapping or dataclass of tensors"
             )
         if any(tensor.numel() == 0 for tensor in tensors) or not any(tensor.ndim for tensor in tensors):
             raise MpqError(f"calibration batch {index} is empty: expected at least one sample")
@@ -200,6 +200,13 @@ def check_batches(batches: Iterable[Batch]) -> tuple[Batch, ...]:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise MpqError(f"calibration batch {index} holds NaN or infinite values: clean the data first")
     return checked
+
+
+def _ordinary(batch: Batch) -> Batch:
+    """The batch with copies of tensors that were made in inference mode, which autograd refuses."""
+    if not any(tensor.is_inference() for tensor in tensors_in(batch)):
+        return batch
+    return mapped(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 def check_loss(loss: object, batch_index: int) -> Tensor:

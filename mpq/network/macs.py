@@ -1,6 +1,8 @@
 """Multiply-accumulates of a model and of its layers, from one forward pass."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 
@@ -37,11 +39,24 @@ def count_all_macs(
 
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _WholeModel()
-    with torch.no_grad(), evaluating(model), seeing_uses(model, layers, see, inside=lambda module: False), counter:
+    seeing = seeing_uses(model, layers, see, inside=lambda module: False)
+    with torch.no_grad(), evaluating(model), _in_parts(model), seeing, counter:
         forward(model, batch)
     samples = samples_in(batch)
     counted = tuple(replace(layer, macs=counts[layer.name] // samples) for layer in layers)
     return counted, counter.get_total_flops() // 2 // samples
+
+
+@contextmanager
+def _in_parts(model: nn.Module) -> Iterator[None]:
+    """Inside the block an LSTM runs as products, which the counter sees, and not as one operation of oneDNN."""
+    if not any(isinstance(module, nn.LSTM) for module in model.modules()):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of flags that this build of torch does not have
+        with torch.backends.mkldnn.flags(enabled=False):  # type: ignore[no-untyped-call]
+            yield
 
 
 class _WholeModel(ModuleTracker):

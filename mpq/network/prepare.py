@@ -1,47 +1,64 @@
-"""Preparing a model: computed weights are stored, compiled wrappers around modules are removed."""
+"""Preparing a model: computed weights are stored, compiled wrappers are removed, tensors made ordinary ones."""
 
 import copy
+import inspect
+from itertools import chain
+from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from mpq.core.errors import MpqError
 
+COMPILED = "_torchdynamo_orig_callable"  # attribute of compiled functions: what was compiled
 COMPUTING = (WeightNorm, SpectralNorm, prune.BasePruningMethod)  # hooks that compute a weight before each call
 
 
 def prepared(model: nn.Module) -> nn.Module:
     """The model itself, or a prepared copy where a weight is computed or a submodule is compiled.
 
-    In the copy, weights computed by a parametrization, weight or spectral normalization or a pruning mask are stored
-    with their values in evaluation mode, and the computation is removed. A model compiled as a whole is unwrapped.
+    In the copy, weights computed by a parametrization, weight or spectral normalization, a pruning mask or an
+    embedding's largest norm are stored with their values in evaluation mode, and the computation is removed; parameters
+    made in inference mode or with elements that share memory are ordinary ones. A model compiled as a whole is
+    unwrapped.
 
     Raises:
-        MpqError: a parameter on the device "meta" (named).
+        MpqError: a parameter or buffer without content (named): on the device "meta", or of a lazy module.
     """
     model = getattr(model, "_orig_mod", model)
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise MpqError(f"the parameter {name} is on the device 'meta' and has no content: load the weights first")
-    if not any(_is_compiled(module) or computes_weight(module) for module in model.modules()):
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise MpqError(f"{name} has no content yet: call the model once, so that its lazy modules know their sizes")
+        if tensor.is_meta:
+            raise MpqError(f"{name} is on the device 'meta' and has no content: load the weights first")
+    odd = any(_is_compiled(module) or computes_weight(module) for module in model.modules())
+    if not (odd or any(_is_unusual(parameter) for parameter in model.parameters())):
         return model
     for module in model.modules():
         if isinstance(vars(module).get("weight"), Tensor):  # computed by a hook: non-leaf tensors cannot be copied
             vars(module)["weight"] = vars(module)["weight"].detach()
     model = copy.deepcopy(model)
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if _is_compiled(module):
-            plain: nn.Module = module._orig_mod
-            model.set_submodule(name.replace("._orig_mod", "").removeprefix("_orig_mod."), plain)
+    for parameter in model.parameters():
+        if _is_unusual(parameter):
+            parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
     return bake(model)
 
 
 def bake(model: nn.Module) -> nn.Module:
-    """Store computed weights in place; return the model."""
+    """Store computed weights and remove compiled wrappers, in place; return the model."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if "_orig_mod" in module._modules and name:
+            plain: nn.Module = module._orig_mod  # type: ignore[assignment]
+            model.set_submodule(name.replace("._orig_mod", "").removeprefix("_orig_mod."), plain)
     for module in list(model.modules()):
+        _unwrap_forward(module)
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            _keep_norms(module)
         training, module.training = module.training, False  # spectral normalization would iterate in training mode
         if parametrize.is_parametrized(module, "weight"):
             _own_class(module)
@@ -66,6 +83,8 @@ def _own_class(module: nn.Module) -> None:
 
 def computes_weight(module: nn.Module) -> bool:
     """Whether the module's weight is computed in a known way."""
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return True
     return parametrize.is_parametrized(module, "weight") or bool(_hooks(module))
 
 
@@ -75,4 +94,31 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules  # torch._dynamo.OptimizedModule, without a slow import
+    """Whether it is torch._dynamo.OptimizedModule (without a slow import), or its forward is a compiled function."""
+    return "_orig_mod" in module._modules or hasattr(vars(module).get("forward"), COMPILED)
+
+
+def _unwrap_forward(module: nn.Module) -> None:
+    """Run the module's own forward again, where it was compiled: the compiled one stays bound to the module that it
+    was compiled for, and a copy would compute with that one's weights.
+    """
+    compiled: Any = vars(module).get("forward")
+    if hasattr(compiled, COMPILED):
+        own = inspect.unwrap(compiled)
+        module.forward = MethodType(own.__func__, module) if inspect.ismethod(own) else own
+
+
+def _is_unusual(parameter: Tensor) -> bool:
+    """Whether autograd or a write refuses the parameter: made in inference mode, or expanded over its memory."""
+    return parameter.is_inference() or any(
+        step == 0 and size > 1 for step, size in zip(parameter.stride(), parameter.shape, strict=True)
+    )
+
+
+@torch.no_grad()
+def _keep_norms(embedding: nn.Embedding) -> None:
+    """Store rows no longer than the largest norm, as look-ups would make them."""
+    assert embedding.max_norm is not None
+    rows = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
+    torch.embedding_renorm_(embedding.weight, rows, embedding.max_norm, embedding.norm_type)
+    embedding.max_norm = None

@@ -17,7 +17,17 @@ from mpq.network.layers import matrix_to_weight, own_code, weight_matrix
 # see(layer name, module, inputs, outputs) returns replacements of the outputs, or None to keep them.
 See: TypeAlias = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
 
-CONVOLUTIONS: dict[Any, type[nn.Conv1d | nn.Conv2d]] = {functional.conv1d: nn.Conv1d, functional.conv2d: nn.Conv2d}
+
+def _without_weights(cls: type[Any]) -> Any:
+    """The class, but for the first numbers of its weights: drawing them is an error under `torch.vmap`."""
+    return type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
+
+
+LINEAR, EMBEDDING = _without_weights(nn.Linear), _without_weights(nn.Embedding)
+CONVOLUTIONS: dict[Any, type[nn.Conv1d | nn.Conv2d]] = {
+    functional.conv1d: _without_weights(nn.Conv1d),
+    functional.conv2d: _without_weights(nn.Conv2d),
+}
 VIEWS = ("T", "mT", "H", "mH", "data", "real")  # properties of a tensor that give its values
 ABOUT = frozenset(
     {"size", "dim", "numel", "nelement", "ndimension", "stride", "is_contiguous", "is_floating_point", "is_complex"}
@@ -117,7 +127,7 @@ def _stand_in(func: Any, input: Any = None, weight: Any = None, *args: Any, **kw
     if func is functional.embedding:
         return _embedding(weight, weight)
     if func is functional.linear and weight.ndim == 2:
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear: nn.Linear = LINEAR(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear._parameters["weight"] = weight
         return linear
     if func in CONVOLUTIONS:
@@ -149,6 +159,6 @@ def _whole(value: Any) -> Any:
 
 def _embedding(weight: Any, matrix: Tensor) -> nn.Embedding:
     rows, cols = matrix.shape
-    embedding = nn.Embedding(rows, cols, device="meta")
+    embedding: nn.Embedding = EMBEDDING(rows, cols, device="meta")
     embedding._parameters["weight"] = weight
     return embedding

@@ -65,6 +65,22 @@ def test_multiply_adds_agree_with_the_counter_of_torch(transposed):
     assert sum(layer.macs for layer in layers) == macs > 0
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_multiply_adds_of_recurrent_modules_count(kind):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = kind(8, 16, batch_first=True), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.head(self.cell(x)[0][:, -1])
+
+    model = Reader()
+    layers, macs = count_all_macs(model, find_layers(model), torch.randn(3, 5, 8), lambda model, batch: model(batch))
+    gates = {nn.LSTM: 4, nn.GRU: 3}[kind]
+    assert (layers[0].macs, macs) == (64, 64 + 5 * gates * (8 * 16 + 16 * 16))
+
+
 def test_tables_record_it():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     batches = [(torch.randn(4, 8, generator=seeded(0, "x")), torch.arange(4))]

@@ -166,7 +166,7 @@ def test_batches_may_be_dataclasses():
 
 
 def test_a_batch_of_another_kind_is_said():
-    with pytest.raises(MpqError, match="calibration batch 0 is a object: expected a tensor"):
+    with pytest.raises(MpqError, match="calibration batch 0, a object, holds no tensor"):
         scores(nn.Sequential(nn.Linear(4, 3)), [object()], last_step, "loss")
 
 

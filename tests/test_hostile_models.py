@@ -1,0 +1,191 @@
+"""Models as people bring them: what a profile sees is what is written and loaded, or one sentence says why not."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import mpq
+from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
+from mpq.network.calibration import cross_entropy, seeded
+from mpq.network.layers import find_layers
+
+X, LABELS = torch.randn(6, 16, generator=seeded(0, "x")), torch.arange(6) % 4
+
+
+def net(*layers: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(layers or (nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)))).eval()
+
+
+def compiled_forward() -> nn.Module:
+    model = net()
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def compiled_child() -> nn.Module:
+    return net(torch.compile(nn.Sequential(nn.Linear(16, 12), nn.ReLU()), backend="eager"), nn.Linear(12, 4))
+
+
+def bound_forward() -> nn.Module:
+    model = net()
+    model.forward = (lambda self, x: 2 * nn.Sequential.forward(self, x)).__get__(model)
+    return model
+
+
+def with_hooks() -> nn.Module:
+    model = net()
+    model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    model[2].register_forward_pre_hook(lambda module, args, kwargs: ((), {"input": args[0] / 3}), with_kwargs=True)
+    return model
+
+
+def made_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return net()
+
+
+def expanded() -> nn.Module:
+    model = net()
+    model[0].weight = nn.Parameter(torch.randn(1, 16, generator=seeded(1)).expand(12, 16))
+    return model
+
+
+class Autocast(nn.Sequential):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+class Short(nn.Module):
+    """Rows of an embedding no longer than 0.5, as look-ups make them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(9, 16, max_norm=0.5), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.embed((4 * x).long().clamp(-4, 4) + 4).mean(1))
+
+
+def volumes() -> nn.Module:
+    shaped = nn.Unflatten(1, (1, 2, 2, 4))
+    return net(shaped, nn.Conv3d(1, 4, 2), nn.ReLU(), nn.ConvTranspose3d(4, 2, 2), nn.Flatten(), nn.Linear(32, 4))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "compiled forward": compiled_forward,
+    "compiled child": compiled_child,
+    "bound forward": bound_forward,
+    "hooks": with_hooks,
+    "inference mode": made_in_inference_mode,
+    "expanded": expanded,
+    "autocast": lambda: Autocast(*net()).eval(),
+    "largest norm": lambda: Short().eval(),
+    "volumes": volumes,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_loaded_computes_what_was_simulated(name, tmp_path):
+    model = MODELS[name]()
+    table = mpq.profile(model, [(X, LABELS)], cross_entropy, ["int2-channel"], metric="gradient", progress=False)
+    assert (table.scores > 0).all()
+    allocation = Allocation(table.layers, ("int2-channel",) * len(table.layers))
+    simulated = mpq.simulate(model, allocation, trainable=False)
+    with torch.no_grad():
+        expected, original = simulated(X), model(X)
+        assert (expected - original).norm() > 0.05 * original.norm()  # two bits are seen
+        mpq.export(model, allocation, tmp_path / "out", inputs=X)
+        loaded = mpq.load(tmp_path / "out", model=copy.deepcopy(model))
+        torch.testing.assert_close(loaded(X), expected, rtol=0.02 if name == "autocast" else 1e-3, atol=1e-3)
+
+
+def test_profiles_leave_weights_that_look_ups_shorten(tmp_path):
+    model = Short().eval()
+    before = model.embed.weight.detach().clone()
+    mpq.profile(model, [(X, LABELS)], cross_entropy, ["int2-channel"], metric="loss", progress=False)
+    assert torch.equal(model.embed.weight, before)
+
+
+def test_data_made_in_inference_mode():
+    with torch.inference_mode():
+        batches = [(X.clone(), LABELS)]
+    table = mpq.profile(net(), batches, cross_entropy, ["int2-channel"], progress=False)
+    assert (table.scores > 0).all()
+
+
+class InPlace(nn.Sequential):
+    def forward(self, x):
+        hidden = self[0](x).relu()
+        hidden += 1
+        return self[2](hidden)
+
+
+def own_loss(model, batch):
+    return model(*batch)
+
+
+class WithLoss(nn.Sequential):
+    def forward(self, x, labels):
+        return nn.functional.cross_entropy(super().forward(x), labels)
+
+
+def test_autograd_refusals_are_one_sentence():
+    with pytest.raises(MpqError, match=r"metric kl-curvature cannot be taken of this model \(one of the variables"):
+        mpq.profile(InPlace(*net()), [(X, LABELS)], cross_entropy, ["int2-channel"], progress=False)
+    table = mpq.profile(InPlace(*net()), [(X, LABELS)], cross_entropy, ["int2-channel"], metric="loss", progress=False)
+    assert table.scores.any()
+
+
+@pytest.mark.parametrize("metric", ["kl-curvature", "hessian", "kronecker"])
+def test_a_model_may_return_its_loss(metric):
+    table = mpq.profile(WithLoss(*net()), [(X, LABELS)], own_loss, ["int2-channel"], metric=metric, progress=False)
+    assert (table.scores > 0).all()
+
+
+def test_a_forward_that_holds_on_to_the_original_is_told(tmp_path):
+    model = net()
+    first, last = model[0], model[2]
+    model.forward = lambda x: last(first(x).relu())
+    allocation = Allocation(find_layers(model), ("int2-channel",) * 2)
+    with pytest.raises(MpqError, match="uses none of its own layers' weights"):
+        mpq.export(model, allocation, tmp_path / "out", inputs=X)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_packed_model_that_does_not_run_is_told(tmp_path):
+    class Functional(nn.Sequential):
+        def forward(self, x):
+            return self[2](torch.func.functional_call(self[0], {"weight": 2 * self[0].weight}, (x,)))
+
+    model = Functional(*net()).eval()
+    allocation = Allocation(find_layers(model), ("int2-channel",) * 2)
+    with pytest.raises(MpqError, match="does not run"):
+        mpq.export(model, allocation, tmp_path / "out", inputs=X)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "lazy"])
+def test_tensors_without_content_are_named(kind):
+    model = net() if kind == "buffer" else nn.Sequential(nn.LazyLinear(4))
+    if kind == "buffer":
+        model.register_buffer("shift", torch.zeros(3, device="meta"))
+    with pytest.raises(
+        MpqError, match="shift is on the device 'meta'" if kind == "buffer" else "0.weight has no content"
+    ):
+        mpq.profile(model, [(X, LABELS)], cross_entropy, ["int2-channel"], progress=False)
+
+
+def test_products_under_vmap_are_measured():
+    class Each(nn.Sequential):
+        def forward(self, x):
+            return torch.vmap(super().forward)(x)
+
+    own = mpq.profile(Each(*net()), [(X, LABELS)], cross_entropy, ["int2-channel"], metric="loss", progress=False)
+    plain = mpq.profile(net(), [(X, LABELS)], cross_entropy, ["int2-channel"], metric="loss", progress=False)
+    torch.testing.assert_close(torch.tensor(own.scores), torch.tensor(plain.scores), rtol=1e-3, atol=1e-6)
