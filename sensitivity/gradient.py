@@ -119,7 +119,7 @@ def _change(task: Task, layer: Layer, scheme: Scheme, use: Use, difference: Tens
     if isinstance(module, nn.Embedding):
         return use.gradient, functional.embedding(use.inputs, difference.to(use.inputs.device, use.gradient.dtype))
     place = use.gradient  # the weights may be elsewhere, see `mpq.network.offload`
-    weights = {"weight": matrix_to_weight(difference, module).to(place.device, use.inputs.dtype)}  # type: ignore[arg-type]
+    weights = {"weight": matrix_to_weight(difference, module).to(place.device, use.inputs.dtype)}
     if getattr(module, "bias", None) is not None:
         weights["bias"] = torch.zeros_like(module.bias, device=place.device, dtype=use.inputs.dtype)  # type: ignore[arg-type]
     if scheme.activation is None:

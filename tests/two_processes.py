@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed.nn.functional  # before there is a group, as in mpq.network.parallel
 from torch import distributed, multiprocessing
 
 

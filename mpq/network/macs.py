@@ -55,7 +55,7 @@ def _in_parts(model: nn.Module) -> Iterator[None]:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of flags that this build of torch does not have
-        with torch.backends.mkldnn.flags(enabled=False):  # type: ignore[no-untyped-call]
+        with torch.backends.mkldnn.flags(enabled=False):
             yield
 
 

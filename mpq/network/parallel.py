@@ -7,6 +7,7 @@ import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -47,6 +48,9 @@ def processes(device: str = "cpu") -> Iterator[None]:
         raise MpqError("this PyTorch was built without torch.distributed: run one process, without torchrun")
     own = not distributed.is_initialized()
     if own:
+        # Functions there have the group of the moment of import as a default argument. Imported later, inside the
+        # block, they would keep it alive past its end, and its threads could abort the process while Python ends.
+        import_module("torch.distributed.nn.functional")
         if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")

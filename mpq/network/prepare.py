@@ -53,7 +53,7 @@ def bake(model: nn.Module) -> nn.Module:
     """Store computed weights and remove compiled wrappers, in place; return the model."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if "_orig_mod" in module._modules and name:
-            plain: nn.Module = module._orig_mod  # type: ignore[assignment]
+            plain: nn.Module = module._orig_mod
             model.set_submodule(name.replace("._orig_mod", "").removeprefix("_orig_mod."), plain)
     for module in list(model.modules()):
         _unwrap_forward(module)

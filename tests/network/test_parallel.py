@@ -1,11 +1,14 @@
 """Two real processes over gloo: shares, sums, and tables that equal those of one process."""
 
 import os
+import socket
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import distributed, multiprocessing
 
@@ -51,6 +54,7 @@ def tables(folder: Path | None = None) -> list[np.ndarray]:
 def work(rank: int, count: int, folder: Path) -> None:
     """What each process does; assertions fail the test."""
     torch.set_num_threads(1)
+    import_module("torch.distributed.nn.functional")  # before there is a group, as in mpq.network.parallel
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     assert place() == (0, 1)  # outside of the block nobody waits for anybody
     with processes():
@@ -102,6 +106,34 @@ def test_the_command_line_under_torchrun(tmp_path):
     np.testing.assert_allclose(second.scores, first.scores, rtol=1e-5)
     np.testing.assert_allclose(second.errors, first.errors, rtol=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.csv", "two.csv"]
+
+
+LEFT_OVER = """
+import sys
+from importlib import import_module
+from pathlib import Path
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from mpq.network.parallel import processes, total
+with processes():
+    total({"both": torch.ones(2)})
+    with FlopCounterMode(display=False):  # imports what would hold on to the group
+        torch.ones(2, 2) @ torch.ones(2, 2)
+names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+sys.exit("gloo" in " ".join(names))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted where Linux lists them")
+def test_no_thread_of_the_group_outlives_its_block():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", LEFT_OVER], env={**os.environ, **place, "RANK": rank}) for rank in "01"
+    ]
+    assert [process.wait() for process in started] == [0, 0]
 
 
 def test_only_profiling_is_shared_by_processes(monkeypatch, capsys):
