@@ -2,7 +2,8 @@
 
 vLLM finds `register` through the entry-point group "vllm.general_plugins". Its models fuse q, k, v and gate, up into
 one layer and load the stored tensors of each in turn; rows are then cut by tensor-parallel rank (columns in
-row-parallel layers). Matrices of one scheme are joined and computed in one product, others separately.
+row-parallel layers). Rows of one scheme are joined and computed in one product, whether they come from several matrices
+or from one whose rows have formats of their own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpq.core.errors import MpqError
+from mpq.core.mix import Mix
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.exporters.shards import has_digest
-from mpq.kernels.layout import Packed, pack, tensor_specs, unpack
+from mpq.kernels.layout import ASSIGNMENT, Packed, pack, read_assignment, take_rows, tensor_specs, unpack
+from mpq.kernels.layout import parts_of as parts_of_mix
+from mpq.kernels.mixed import Joint, joint_signature, lookup_in_parts
 from mpq.kernels.weight import PackedWeight
 from mpq.rounding.reference import Quantized
 
@@ -63,7 +67,7 @@ def parts_of(prefix: str, layers: Mapping[str, Any], fused: Mapping[str, Sequenc
         fused: vLLM's `packed_modules_mapping`, {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}.
 
     Raises:
-        MpqError: some of the layers that vLLM fuses are quantized and others are not, or one mixes formats by rows.
+        MpqError: some of the layers that vLLM fuses are quantized and others are not.
     """
     parent, dot, leaf = prefix.rpartition(".")
     names = [prefix] if prefix in layers else [f"{parent}{dot}{name}" for name in fused.get(leaf, ())]
@@ -74,14 +78,14 @@ def parts_of(prefix: str, layers: Mapping[str, Any], fused: Mapping[str, Sequenc
         raise MpqError(
             f"vLLM computes {', '.join(names)} as one, but {missing[0]} is not quantized: give it a format too"
         )
-    records = [layers[name] for name in names]
-    for name, fact in zip(names, records, strict=True):
-        if parse_scheme(fact["scheme"]).mix is not None:
-            raise MpqError(f"{name} mixes formats by rows, which vLLM does not compute yet: profile with layers whole")
-    return tuple(
-        Part(fact.get("stored", name), parse_scheme(fact["scheme"]), fact["rows"], fact["cols"])
-        for name, fact in zip(names, records, strict=True)
-    )
+    return tuple(_part(name, layers[name]) for name in names)
+
+
+def _part(name: str, record: Mapping[str, Any]) -> Part:
+    scheme, rows, cols = parse_scheme(record["scheme"]), record["rows"], record["cols"]
+    if scheme.mix is not None:  # its tensor says which row has which format
+        scheme = replace(scheme, weight=scheme.mix.with_counts(record["counts"]))
+    return Part(record.get("stored", name), scheme, rows, cols)
 
 
 def named_layers(layers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -116,17 +120,25 @@ def embedding_named(prefix: str, layers: Mapping[str, Any], rows: int, cols: int
 class ServedWeight(nn.Module):
     """The parameter that vLLM loads a layer's weight into: collects stored tensors, then holds the packed matrices."""
 
+    places: Tensor  # int64 (rows,): the layer's row at each place of the matrices
+    order: Tensor  # its inverse
+
     def __init__(self, parts: Sequence[Part], cut: Cut, dtype: torch.dtype) -> None:
         super().__init__()
         self.parts, self.cut, self.dtype = tuple(parts), cut, dtype
         self.arrived: list[dict[str, Tensor]] = [{} for _ in parts]
         self.matrices = nn.ModuleList()
         self.activations: list[str] = []
+        self.joint: Joint | None = None  # of the matrices where one call computes them
+        self.is_ordered = True  # whether the matrices' rows stand in the layer's order, one matrix below the other
         kinds = {name: spec[1] for part in parts for name, spec in _specs(part).items()}
         for name, kind in kinds.items():
             place = nn.Parameter(torch.empty(0, dtype=kind), requires_grad=False)
             place.weight_loader = partial(self._take, name)  # type: ignore[attr-defined]
-            self.register_parameter(name, place)
+            owner, _, leaf = name.rpartition(".")
+            if owner and owner not in self._modules:
+                self.add_module(owner, nn.Module())
+            self.get_submodule(owner).register_parameter(leaf, place)
 
     def _take(self, name: str, place: Tensor, loaded_weight: Tensor, loaded_shard_id: int | str | None = None) -> None:
         """vLLM's weight loader: keep a stored tensor of one part until all are loaded."""
@@ -146,7 +158,8 @@ class ServedWeight(nn.Module):
         """
         if len(self.matrices):
             return
-        shares: list[Packed] = []
+        pieces: list[Piece] = []
+        first = 0
         for part, tensors, rows in zip(self.parts, self.arrived, self.cut.rows, strict=True):
             for name in _specs(part):
                 stored = f"{part.name}.weight.{name}"
@@ -154,89 +167,142 @@ class ServedWeight(nn.Module):
                     raise MpqError(f"the checkpoint has no tensor {stored}: it is incomplete, export again")
                 if digests and not has_digest(tensors[name].cpu(), digests.get(stored)):
                     raise MpqError(f"the tensor {stored} is not what was exported (its checksum differs)")
-            ordered = {name: tensors[name] for name in _specs(part)}
-            matrix = Packed(part.scheme.weight, (part.rows, part.cols), tensors=ordered)
-            shares.append(_share(matrix, part, rows, self.cut))
-        activations = [part.scheme.activation for part in self.parts]
-        for name in list(self._parameters):
+            matrix = Packed(part.scheme.weight, (part.rows, part.cols), tensors={n: tensors[n] for n in _specs(part)})
+            pieces += _pieces(matrix, part, rows, self.cut, first)
+            first += rows
+        for name in [*self._parameters, *(name for name in self._modules if name != "matrices")]:
             delattr(self, name)
         self.arrived = [{} for _ in self.parts]
-        for packed, activation in _joined(shares, activations):
-            weight = PackedWeight(
-                replace(packed, tensors={k: v.to(device) for k, v in packed.tensors.items()}), self.dtype
-            )
+        joined = _joined(pieces)
+        for piece in joined:
+            tensors = {name: tensor.to(device) for name, tensor in piece.matrix.tensors.items()}
+            weight = PackedWeight(replace(piece.matrix, tensors=tensors), self.dtype)
             weight.arrange()
             self.matrices.append(weight)
-            self.activations.append("" if activation is None else activation.name)
+            self.activations.append(piece.activation)
+        self._place(torch.cat([piece.places for piece in joined]).to(device))
+
+    def _place(self, places: Tensor) -> None:
+        """Take the layer's row that stands at each place of the matrices, (rows,)."""
+        order = places.argsort()
+        self.is_ordered = bool((order == torch.arange(len(order), device=order.device)).all())
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("order", order, persistent=False)
+        self.joint = joint_signature(self._weights()) if len(set(self.activations)) == 1 and len(order) else None
 
     def _weights(self) -> list[PackedWeight]:
         return [weight for weight in self.matrices if isinstance(weight, PackedWeight)]
 
     def product(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., cols) -> (..., rows of this rank), padding rows give zeros."""
-        outputs = [
-            torch.ops.mpq.linear.default(input, weight.tensors, None, *weight.signature, activation)
-            for weight, activation in zip(self._weights(), self.activations, strict=True)
-        ]
-        output: Tensor = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        weights = self._weights()
+        if self.joint is not None and len(weights) > 1 and input.device.type == "cpu":
+            tensors = [weight.tensors[0] for weight in weights]
+            output: Tensor = torch.ops.mpq.linear_parts.default(
+                input, tensors, self.places, None, *self.joint, self.activations[0]
+            )
+        else:
+            outputs = [
+                weight.linear(input, None, activation)
+                for weight, activation in zip(weights, self.activations, strict=True)
+            ]
+            output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+            output = output if self.is_ordered else output.index_select(-1, self.order)
         missing = sum(self.cut.rows) - output.shape[-1]
         output = functional.pad(output, (0, missing)) if missing else output
         return output if bias is None else output + bias
 
     def rows(self, indices: Tensor) -> Tensor:
         """(...) -> (..., cols): rows of a vocabulary's table."""
-        (weight,) = self._weights()
-        picked: Tensor = torch.ops.mpq.embedding.default(indices, weight.tensors, *weight.signature, self.dtype)
-        return picked
+        weights = self._weights()
+        return (
+            weights[0].lookup(indices)
+            if self.is_ordered and len(weights) == 1
+            else lookup_in_parts(weights, self.order, indices, self.dtype)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Rows of one format that a rank computes, each for the `places` (rows,) of the layer's outputs."""
+
+    matrix: Packed
+    activation: str
+    places: Tensor
 
 
 def _specs(part: Part) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return tensor_specs(part.scheme.weight, part.rows, part.cols)
 
 
-def _share(matrix: Packed, part: Part, rows: int, cut: Cut) -> Packed:
-    """A rank's share of a whole matrix."""
+def _pieces(matrix: Packed, part: Part, rows: int, cut: Cut, start: int) -> list[Piece]:
+    """A rank's share of a whole matrix: its rows of each format, whose outputs begin at `start`."""
+    activation = "" if part.scheme.activation is None else part.scheme.activation.name
+    first, last = _rows_of(part, rows, cut)
+    inside = torch.arange(first, last)
+    if not isinstance(matrix.format, Mix):
+        return [Piece(_share(matrix, inside, part, cut), activation, start + inside - first)]
+    mix = read_assignment(matrix.format, matrix.tensors[ASSIGNMENT], part.rows)
+    assigned = torch.from_numpy(mix.assigned(part.rows, part.cols))
+    pieces = []
+    for own in parts_of_mix(matrix):
+        whole = (assigned == mix.formats.index(own.format)).nonzero().flatten()
+        kept = ((whole >= first) & (whole < last)).nonzero().flatten()
+        pieces.append(Piece(_share(own, kept, part, cut), activation, start + whole[kept] - first))
+    return [piece for piece in pieces if len(piece.places)]
+
+
+def _rows_of(part: Part, rows: int, cut: Cut) -> tuple[int, int]:
+    """The first of a rank's rows, and the one behind its last."""
     if cut.padded:
         first = min(cut.rank * rows, part.rows)
-        last = min(first + rows, part.rows)
-    else:
-        shares = part.rows // rows
-        if shares * rows != part.rows or cut.ranks % shares:
-            raise MpqError(f"{part.rows} rows of {part.name} cannot be shared out in {rows} rows to {cut.ranks} ranks")
-        first = rows * (cut.rank * shares // cut.ranks)
-        last = first + rows
-    if (last - first, cut.cols) == (part.rows, part.cols):
+        return first, min(first + rows, part.rows)
+    shares = part.rows // rows
+    if shares * rows != part.rows or cut.ranks % shares:
+        raise MpqError(f"{part.rows} rows of {part.name} cannot be shared out in {rows} rows to {cut.ranks} ranks")
+    first = rows * (cut.rank * shares // cut.ranks)
+    return first, first + rows
+
+
+def _share(matrix: Packed, rows: Tensor, part: Part, cut: Cut) -> Packed:
+    """Some rows of a matrix, and the columns that the rank has of them."""
+    if len(rows) < matrix.shape[0]:
+        matrix = take_rows(matrix, rows)
+    if cut.cols == part.cols:
         return matrix
-    left = cut.rank * cut.cols if cut.cols != part.cols else 0
-    return pack(_block(unpack(matrix), slice(first, last), slice(left, left + cut.cols), part.name))
+    left = cut.rank * cut.cols
+    return pack(_columns(unpack(matrix), slice(left, left + cut.cols), part.name))
 
 
-def _block(quantized: Quantized, rows: slice, cols: slice, name: str) -> Quantized:
+def _columns(quantized: Quantized, cols: slice, name: str) -> Quantized:
     format = quantized.format
-    shape = (rows.stop - rows.start, cols.stop - cols.start)
-    codes = quantized.codes[rows, cols]
+    shape = (quantized.shape[0], cols.stop - cols.start)
+    codes = quantized.codes[:, cols]
     if quantized.scales is None:
         return Quantized(format, shape, codes)
     groups = slice(0, quantized.scales.shape[1])
-    if format.granularity == "group" and shape[1] != quantized.shape[1]:
+    if format.granularity == "group":
         size = format.group_size
         if cols.start % size or (cols.stop % size and cols.stop != quantized.shape[1]):
             raise MpqError(f"{shape[1]} columns for each rank cut the groups of {size} in {name}: use fewer ranks")
         groups = slice(cols.start // size, -(-cols.stop // size))
-    scaled = slice(None) if format.granularity == "tensor" else rows
-    zeros = None if quantized.zeros is None else quantized.zeros[scaled, groups]
-    return Quantized(format, shape, codes, quantized.scales[scaled, groups], zeros, quantized.tensor_scale)
+    zeros = None if quantized.zeros is None else quantized.zeros[:, groups]
+    return Quantized(format, shape, codes, quantized.scales[:, groups], zeros, quantized.tensor_scale)
 
 
-def _joined(shares: Sequence[Packed], activations: Sequence[Any]) -> list[tuple[Packed, Any]]:
-    """Join neighbours of one scheme whose rows have separate scales."""
-    joined: list[tuple[Packed, Any]] = []
-    for packed, activation in zip(shares, activations, strict=True):
-        format = packed.format
-        alike = bool(joined) and (joined[-1][0].format, joined[-1][1]) == (format, activation)
-        if alike and format.granularity != "tensor" and not format.tensor_scale:
-            last = joined.pop()[0]
-            tensors = {name: torch.cat([last.tensors[name], part]) for name, part in packed.tensors.items()}
-            packed = Packed(format, (last.shape[0] + packed.shape[0], packed.shape[1]), tensors=tensors)
-        joined.append((packed, activation))
-    return joined
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Join pieces of one scheme whose rows have separate scales."""
+    joined: dict[object, Piece] = {}
+    for index, piece in enumerate(pieces):
+        format = piece.matrix.format
+        alone = format.granularity == "tensor" or format.tensor_scale
+        key = (format.name, piece.activation, index if alone else -1)
+        joined[key] = _below(joined[key], piece) if key in joined else piece
+    return list(joined.values())
+
+
+def _below(upper: Piece, lower: Piece) -> Piece:
+    one, other = upper.matrix, lower.matrix
+    tensors = {name: torch.cat([one.tensors[name], part]) for name, part in other.tensors.items()}
+    matrix = Packed(one.format, (one.shape[0] + other.shape[0], one.shape[1]), tensors=tensors)
+    return Piece(matrix, upper.activation, torch.cat([upper.places, lower.places]))

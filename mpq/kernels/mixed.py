@@ -4,7 +4,7 @@ On CPUs a product is one call that puts each part's into its rows' places; elsew
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,32 @@ from mpq.kernels.weight import PackedWeight, Spatial
 _linear_parts = torch.ops.mpq.linear_parts.default
 
 LAYOUT = "parts"  # each in a layout of its own
+Joint: TypeAlias = tuple[str, list[int], int, str]  # the signature of parts that one call computes
+
+
+def joint_signature(parts: Sequence[PackedWeight]) -> Joint | None:
+    """The signature of parts that one compiled call computes, None where each has to be computed alone."""
+    if not all(part.layout == panels.NAME and len(part.tensors) == 1 for part in parts):
+        return None
+    formats = "/".join(part.format.name for part in parts)
+    return formats, [part.rows for part in parts], parts[0].cols, panels.NAME
+
+
+def lookup_in_parts(parts: Sequence[PackedWeight], order: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a matrix in parts, (...) -> (..., cols); row i stands at place `order[i]` of them."""
+    places, start = order[indices], 0
+    if indices.numel() == 1 and indices.device.type == "cpu" and not torch.compiler.is_compiling():
+        for part in parts:  # a generated token: one part instead of all
+            if places < start + part.rows:
+                return part.lookup(places - start)
+            start += part.rows
+    rows = torch.zeros((*indices.shape, parts[0].cols), dtype=dtype, device=indices.device)
+    for part in parts:
+        own = (places - start).clamp(0, part.rows - 1)
+        inside = (places >= start) & (places < start + part.rows)
+        rows = torch.where(inside.unsqueeze(-1), part.lookup(own), rows)
+        start += part.rows
+    return rows
 
 
 class MixedWeight(PackedWeight):
@@ -25,7 +51,7 @@ class MixedWeight(PackedWeight):
 
     order: Tensor  # int64 (rows,): where each row stands in the parts one below the other
     places: Tensor  # int64 (rows,): its inverse, the row that stands at each place
-    joint: tuple[str, list[int], int, str] | None = None  # the parts' signature where one call computes them
+    joint: Joint | None = None
 
     def _put(self, packed: Packed) -> None:
         assert isinstance(packed.format, Mix)
@@ -46,10 +72,7 @@ class MixedWeight(PackedWeight):
             order = places.argsort()
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("places", places, persistent=False)
-        parts = self.parts
-        joint = all(part.layout == panels.NAME and len(part.tensors) == 1 for part in parts)
-        formats = "/".join(part.format.name for part in parts)
-        self.joint = (formats, [part.rows for part in parts], self.cols, panels.NAME) if joint else None
+        self.joint = joint_signature(self.parts)
 
     @property
     def parts(self) -> list[PackedWeight]:
@@ -98,24 +121,7 @@ class MixedWeight(PackedWeight):
 
     def lookup(self, indices: Tensor) -> Tensor:
         """As `PackedWeight.lookup`."""
-        places, start = self.order[indices], 0
-        if indices.numel() == 1 and indices.device.type == "cpu" and not torch.compiler.is_compiling():
-            return self._lookup_one(places)  # a generated token: one part instead of all
-        rows = torch.zeros((*indices.shape, self.cols), dtype=self.dtype, device=indices.device)
-        for part in self.parts:
-            own = (places - start).clamp(0, part.rows - 1)
-            inside = (places >= start) & (places < start + part.rows)
-            rows = torch.where(inside.unsqueeze(-1), part.lookup(own), rows)
-            start += part.rows
-        return rows
-
-    def _lookup_one(self, place: Tensor) -> Tensor:
-        start = 0
-        for part in self.parts:
-            if place < start + part.rows:
-                break
-            start += part.rows
-        return part.lookup(place - start)
+        return lookup_in_parts(self.parts, self.order, indices, self.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + ASSIGNMENT] = self.get_buffer(ASSIGNMENT)

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
-from mpq.core.scheme import parse_scheme
+from mpq.core.scheme import Scheme, parse_scheme
 from mpq.exporters import export
 from mpq.integrations.vllm import Cut, Part, ServedWeight, embedding_named, named_layers, parts_of
 from mpq.kernels.layout import pack
@@ -17,7 +17,9 @@ from mpq.network.calibration import seeded
 from mpq.network.layers import find_layers
 from mpq.quantized import simulate
 from mpq.rounding.activations import fake_quantize_inputs
+from mpq.rounding.mixed import mixed
 from mpq.rounding.reference import dequantize, quantize
+from tests.mixes import mixed_allocation, random_mix
 from tests.sensitivity.small_models import seed_weights
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -37,20 +39,38 @@ def served(parts, cut, tensors, ids, digests=None):
 
 
 def stored(scheme, rows, cols, name="a"):
-    quantized = quantize(torch.randn(rows, cols, generator=seeded(0, name, rows, cols)), scheme.weight)
+    matrix = torch.randn(rows, cols, generator=seeded(0, name, rows, cols))
+    if scheme == MIX:
+        mix = random_mix(("int2-g32", "int4-g32"), rows, cols)
+        quantized = mixed(mix, [quantize(matrix, format) for format in mix.formats])
+        scheme = Scheme(mix)
+    else:
+        scheme = parse_scheme(scheme)
+        quantized = quantize(matrix, scheme.weight)
     return Part(name, scheme, rows, cols), dict(pack(quantized).tensors), dequantize(quantized)
 
 
-NAMES = ("int4-g32", "int3-g64-asym", "int8-channel", "nvfp4", "mxfp4", "fp8-e4m3", "bf16", "int5-channel", "nf4-g32")
+MIX = "a mix of rows"
+NAMES = (
+    MIX,
+    "int4-g32",
+    "int3-g64-asym",
+    "int8-channel",
+    "nvfp4",
+    "mxfp4",
+    "fp8-e4m3",
+    "bf16",
+    "int5-channel",
+    "nf4-g32",
+)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(NAMES), st.sampled_from(NAMES), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
 def test_ranks_of_fused_layers_compute_their_rows(first, second, ranks, key_heads):
     """q has eight heads of 4 rows, k and v one or two: more ranks than key heads share them."""
-    schemes = [parse_scheme(name) for name in (first, second, second)]
     sizes = (32, 4 * key_heads, 4 * key_heads)
-    made = [stored(scheme, rows, 70, name) for scheme, rows, name in zip(schemes, sizes, "qkv", strict=True)]
+    made = [stored(*one) for one in zip((first, second, second), sizes, [70] * 3, "qkv", strict=True)]
     tensors = {part.name: stored for part, stored, _ in made}
     inputs = torch.randn(3, 70, generator=seeded(1))
     for rank in range(ranks):
@@ -62,14 +82,17 @@ def test_ranks_of_fused_layers_compute_their_rows(first, second, ranks, key_head
             for (*_, matrix), same, rows in zip(made, shares, local, strict=True)
         ]
         torch.testing.assert_close(weight.product(inputs), inputs @ torch.cat(expected).t(), **CLOSE)
-        by_scheme = first == second and parse_scheme(first).weight.granularity != "tensor" and first != "nvfp4"
-        assert len(weight.matrices) == (1 if by_scheme else len(weight.matrices))
+        if MIX not in (first, second):
+            alone = {"nvfp4", "fp8-e4m3"}  # one scale for all rows
+            assert len(weight.matrices) == sum(
+                2 if name in alone and name == second else 1 for name in {first, second}
+            ) + (first == second and first in alone)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(NAMES), st.sampled_from([1, 2, 4]))
 def test_ranks_that_share_out_inputs_add_up(name, ranks):
-    part, tensors, matrix = stored(parse_scheme(name), 6, 256)
+    part, tensors, matrix = stored(name, 6, 256)
     inputs, bias = torch.randn(3, 256, generator=seeded(1)), torch.randn(6, generator=seeded(2))
     total = torch.zeros(3, 6)
     for rank in range(ranks):
@@ -79,7 +102,7 @@ def test_ranks_that_share_out_inputs_add_up(name, ranks):
 
 
 def test_a_cut_through_a_group_is_refused():
-    part, tensors, _ = stored(parse_scheme("int4-g64"), 6, 96)
+    part, tensors, _ = stored("int4-g64", 6, 96)
     with pytest.raises(MpqError, match=r"48 columns for each rank cut the groups of 64 in a: use fewer ranks"):
         served([part], Cut((6,), 48, 0, 2), {"a": tensors}, [None])
     with pytest.raises(MpqError, match=r"6 rows of a cannot be shared out in 4 rows"):
@@ -87,14 +110,15 @@ def test_a_cut_through_a_group_is_refused():
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_vocabularies_are_padded(ranks):
-    part, tensors, matrix = stored(parse_scheme("int4-g32"), 70, 64)
+@pytest.mark.parametrize("name", ["int4-g32", MIX])
+def test_vocabularies_are_padded(name, ranks):
+    part, tensors, matrix = stored(name, 70, 64)
     rows = 128 // ranks
     inputs, logits = torch.randn(2, 64, generator=seeded(1)), []
     for rank in range(ranks):
         weight = served([part], Cut((rows,), 64, rank, ranks, padded=True), {"a": tensors}, [None])
         logits.append(weight.product(inputs))
-        here = torch.arange(min(rows, 70 - rank * rows))
+        here = torch.arange(max(min(rows, 70 - rank * rows), 0))
         torch.testing.assert_close(weight.rows(here), matrix[rank * rows + here], **CLOSE)
     whole = torch.cat(logits, -1)
     torch.testing.assert_close(whole[:, :70], inputs @ matrix.t(), **CLOSE)
@@ -102,7 +126,7 @@ def test_vocabularies_are_padded(ranks):
 
 
 def test_wrong_missing_and_altered_tensors_are_named():
-    part, tensors, _ = stored(parse_scheme("int4-g32"), 6, 64)
+    part, tensors, _ = stored("int4-g32", 6, 64)
     with pytest.raises(MpqError, match=r"no tensor a\.weight\.scale"):
         served([part], Cut((6,), 64), {"a": {"packed": tensors["packed"]}}, [None])
     with pytest.raises(MpqError, match=r"a\.weight\.packed is torch\.uint8 \(6, 31\): expected a tensor of int4-g32"):
@@ -111,7 +135,8 @@ def test_wrong_missing_and_altered_tensors_are_named():
         served([part], Cut((6,), 64), {"a": tensors}, [None], {"a.weight.packed": "0", "a.weight.scale": "0"})
 
 
-def test_an_exported_model_served_layer_by_layer(tmp_path):
+@pytest.mark.parametrize("mixes", [False, True])
+def test_an_exported_model_served_layer_by_layer(tmp_path, mixes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -122,6 +147,7 @@ def test_an_exported_model_served_layer_by_layer(tmp_path):
     layers = find_layers(model)
     schemes = ("int4-g32", "nvfp4", "int3-g64-asym+a:int8-token", "fp8-e4m3+a:fp8-e4m3", "bf16")
     allocation = Allocation(layers, tuple(schemes[i % len(schemes)] for i in range(len(layers))))
+    allocation = mixed_allocation(model, ("int2-g32", "int3-g32", "int4-g32")) if mixes else allocation
     folder = export(model, allocation, tmp_path / "out")
     known = named_layers(json.loads((folder / "config.json").read_text())["quantization_config"]["layers"])
     noted = json.loads((folder / "checksums.json").read_text())["model.safetensors"]
@@ -135,8 +161,11 @@ def test_an_exported_model_served_layer_by_layer(tmp_path):
     for prefix, names in prefixes.items():
         parts = parts_of(prefix, known, FUSED)
         modules = [truth.get_submodule(name) for name in names]
-        tensors = {part.name: {name: file[f"{part.name}.weight.{name}"] for name in ("packed", "scale", "zeros",
-                   "tensor_scale") if f"{part.name}.weight.{name}" in file} for part in parts}  # fmt: skip
+        begins = {part.name: f"{part.name}.weight." for part in parts}
+        tensors = {
+            own: {name.removeprefix(begin): tensor for name, tensor in file.items() if name.startswith(begin)}
+            for own, begin in begins.items()
+        }
         ids = "qkv" if prefix.endswith("qkv_proj") else range(len(parts)) if len(parts) > 1 else [None]
         cut = Cut(tuple(part.rows for part in parts), parts[0].cols)
         weight = served(parts, cut, tensors, ids, noted)
@@ -166,10 +195,17 @@ def test_the_entry_point_names_the_function():
     assert all(point.value == "mpq.integrations.vllm:register" for point in points)
 
 
-def test_mixes_of_formats_are_refused_at_once():
-    record = {"scheme": "int2-g64/int4-g64@3", "counts": [8, 8], "rows": 16, "cols": 64, "aliases": []}
-    with pytest.raises(MpqError, match="mixes formats by rows"):
-        parts_of("layers.0.o_proj", named_layers({"layers.0.o_proj": record}), FUSED)
+def test_matrices_of_one_mix_are_a_product_for_each_format():
+    made = [stored(MIX, rows, 64, name) for rows, name in ((32, "q"), (8, "k"), (8, "v"))]
+    tensors = {part.name: stored for part, stored, _ in made}
+    weight = served([part for part, *_ in made], Cut((32, 8, 8), 64), tensors, "qkv")
+    assert [matrix.format.name for matrix in weight.matrices] == ["int2-g32", "int4-g32"]
+    assert weight.joint is not None
+    inputs = torch.randn(3, 64, generator=seeded(1))
+    expected = inputs @ torch.cat([matrix for *_, matrix in made]).t()
+    torch.testing.assert_close(weight.product(inputs), expected, **CLOSE)
+    weight.joint = None
+    torch.testing.assert_close(weight.product(inputs), expected, **CLOSE)
 
 
 def test_an_embedding_that_vllm_builds_without_a_name_is_found_by_its_size():
