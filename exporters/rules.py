@@ -129,6 +129,27 @@ def gptq(layer: Layer, scheme: Scheme) -> str:
     return _whole_groups(layer, weight)
 
 
+# ModelOpt's algorithms by the schemes whose numbers they compute with.
+MODELOPT_ALGORITHMS = {
+    "nvfp4": "W4A16_NVFP4",
+    "nvfp4+a:fp4-e2m1-g16-se4m3": "NVFP4",
+    "fp8-e4m3-channel+a:fp8-e4m3-token": "FP8_PER_CHANNEL_PER_TOKEN",
+    "fp8-e4m3+a:fp8-e4m3": "FP8",
+    "mxfp8-e4m3+a:mxfp8-e4m3": "MXFP8",
+}
+
+
+def modelopt(layer: Layer, scheme: Scheme) -> str:
+    """ModelOpt's checkpoints of several precisions."""
+    if scheme.weight.is_float_copy and scheme.activation is None:
+        return ""
+    if layer.kind != "linear" or layer.aliases:
+        return f"it quantizes linear layers with weights of their own, not {layer.kind}"
+    if scheme.name not in MODELOPT_ALGORITHMS:
+        return "it has no such algorithm"
+    return _whole_groups(layer, scheme.weight)
+
+
 # Models whose layers have the same names in mlx-lm and in transformers.
 MLX_MODELS = (
     "llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "smollm3", "olmo2", "granite",

@@ -65,6 +65,12 @@ GPTQ = Target(
     objection=rules.gptq, readers="gptqmodel and vLLM", fuses=True, takes=_transformers, models="transformers models",
     command="vllm serve {folder}",
 )  # fmt: skip
+MODELOPT = Target(
+    "modelopt", "mpq.exporters.modelopt:export", "ModelOpt's MIXED_PRECISION, for vLLM (0.32) and TensorRT-LLM",
+    schemes=(*rules.MODELOPT_ALGORITHMS, *rules.FLOAT_COPIES), objection=rules.modelopt,
+    readers="vLLM and TensorRT-LLM", fuses=True, takes=_transformers,
+    models="transformers models", command="vllm serve {folder}",
+)  # fmt: skip
 GGUF = Target(
     "gguf", "mpq.exporters.gguf.file:export", "a Llama for llama.cpp, each layer in its own tensor type",
     schemes=tuple(rules.GGUF_TYPES), objection=rules.gguf, readers="llama.cpp", fallbacks=rules.GGUF_FALLBACKS,
@@ -125,6 +131,7 @@ TARGETS: Registry[Target] = Registry(
         ),
         COMPRESSED_TENSORS,
         GPTQ,
+        MODELOPT,
         _program(GGUF, "llama.cpp", "llama.cpp and what is built on it"),
         GGUF,
         MLX,

