@@ -3,7 +3,7 @@
 One `config_groups` entry per scheme with its own `format`, layers by name, everything else in `ignore`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mpq.core.scheme import Scheme
 from mpq.exporters.caches import kv_cache_scheme
 from mpq.exporters.request import ExportRequest
 from mpq.exporters.rules import compressed_tensors_format
-from mpq.exporters.transformers_folder import export_transformers
+from mpq.exporters.transformers_folder import export_transformers, sizer_of
 from mpq.kernels.layout import Packed, pack_bits, unpack, unpack_bits
 from mpq.network.layers import layer_kind, matrix_to_weight
 from mpq.network.ranges import Ranges, static_scale
@@ -40,6 +40,11 @@ def export(request: ExportRequest) -> Path:
         return {"quantization_config": quantization_config(model, request.allocation, ranges)}
 
     return export_transformers("compressed-tensors", request, named, config, read)
+
+
+def sizer(model: nn.Module, tokenizer: Any = None, inputs: Any = None) -> Callable[[Allocation], int]:
+    """Bytes of the file of an allocation."""
+    return sizer_of(model, partial(_named, model, None))
 
 
 def quantization_config(model: nn.Module, allocation: Allocation, ranges: Ranges | None = None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ g_idx int32 (in,): the group of each input.
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from mpq.core.formats import Format
 from mpq.core.scheme import Scheme
 from mpq.exporters.request import ExportRequest
 from mpq.exporters.rules import served_names
-from mpq.exporters.transformers_folder import export_transformers
+from mpq.exporters.transformers_folder import export_transformers, sizer_of
 from mpq.kernels.layout import Packed, pack_bits, unpack_bits
 from mpq.network.layers import layer_kind, matrix_to_weight
 
@@ -33,6 +33,11 @@ def export(request: ExportRequest) -> Path:
     """
     config = partial(_config, request.model, request.allocation)
     return export_transformers("gptq", request, partial(_named, request.model), config, read)
+
+
+def sizer(model: nn.Module, tokenizer: Any = None, inputs: Any = None) -> Callable[[Allocation], int]:
+    """Bytes of the file of an allocation."""
+    return sizer_of(model, partial(_named, model))
 
 
 def _named(model: nn.Module, layer: str, packed: Packed, scheme: Scheme) -> dict[str, Tensor]:

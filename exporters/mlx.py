@@ -5,7 +5,7 @@ Codes are little-endian bit streams in 32-bit words, as ours are. Scales of 16 b
 MLX compute in float32; the type stands in the format's name (`uint4-g64-sbf16-mbf16`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mpq.core.scheme import Scheme
 from mpq.exporters.configurations.mlx import quantization
 from mpq.exporters.request import ExportRequest
 from mpq.exporters.rules import mlx_mode
-from mpq.exporters.transformers_folder import export_transformers
+from mpq.exporters.transformers_folder import export_transformers, sizer_of
 from mpq.kernels.layout import Packed, unpack_bits
 from mpq.network.layers import matrix_to_weight
 from mpq.rounding.codes import decode, decode_scales
@@ -33,6 +33,11 @@ def export(request: ExportRequest) -> Path:
     model = request.model
     config = partial(_config, model, request.allocation)
     return export_transformers("mlx", request, partial(_named, model), config, read, own_models=True)
+
+
+def sizer(model: nn.Module, tokenizer: Any = None, inputs: Any = None) -> Callable[[Allocation], int]:
+    """Bytes of the file of an allocation."""
+    return sizer_of(model, partial(_named, model))
 
 
 def _config(model: nn.Module, allocation: Allocation) -> dict[str, Any]:

@@ -45,6 +45,7 @@ MPQ = Target(
     "mpq", "mpq.exporters.mpq.checkpoint:export", "packed safetensors for mpq.load: every format, every layer",
     readers="mpq's own loader", mixes=True, experts=True, caches=EVERY,
     command="mpq generate {folder} --prompt 'It is a truth'",
+    sizer="mpq.exporters.mpq.checkpoint:sizer",
 )  # fmt: skip
 COMPRESSED_TENSORS = Target(
     "compressed-tensors", "mpq.exporters.compressed_tensors:export",
@@ -58,12 +59,14 @@ COMPRESSED_TENSORS = Target(
     objection=rules.compressed_tensors, readers="vLLM, SGLang and transformers", fuses=True, takes=_transformers,
     models="transformers models", caches=("fp8-e4m3", "fp16"), caches_alike=LAYERS, cache_options=vllm_options,
     reads=("ranges",),
+    sizer="mpq.exporters.compressed_tensors:sizer",
 )  # fmt: skip
 GPTQ = Target(
     "gptq", "mpq.exporters.gptq:export", "the GPTQ layout, bits and groups per layer, for gptqmodel and vLLM",
     schemes=(*(f"int{bits}-{size}" for bits in (2, 3, 4, 8) for size in GROUPS), *rules.FLOAT_COPIES),
     objection=rules.gptq, readers="gptqmodel and vLLM", fuses=True, takes=_transformers, models="transformers models",
     command="vllm serve {folder}",
+    sizer="mpq.exporters.gptq:sizer",
 )  # fmt: skip
 MODELOPT = Target(
     "modelopt", "mpq.exporters.modelopt:export", "ModelOpt's MIXED_PRECISION, for vLLM (0.32) and TensorRT-LLM",
@@ -77,6 +80,7 @@ GGUF = Target(
     takes=_llama, models="transformers' Llama models", packages=("gguf",), extra="gguf",
     command="llama-cli -m {folder}/model.gguf", caches=tuple(LLAMA_TYPES), caches_alike=KINDS,
     cache_options=llama_options,
+    sizer="mpq.exporters.gguf.file:sizer",
 )  # fmt: skip
 MLX = Target(
     "mlx", "mpq.exporters.mlx:export", "each layer in a mode, width and group size of its own, for mlx-lm (0.32)",
@@ -88,6 +92,7 @@ MLX = Target(
     objection=rules.mlx, fallbacks=rules.MLX_FALLBACKS, readers="mlx-lm", takes=_mlx,
     models=f"transformers' {', '.join(rules.MLX_MODELS)} models",
     command="mlx_lm.generate --model {folder} --prompt 'It is a truth'",
+    sizer="mpq.exporters.mlx:sizer",
 )  # fmt: skip
 ONNX = Target(
     "onnx", "mpq.exporters.onnx.file:export", "a graph with integers at each layer's own width, for ONNX Runtime",
@@ -99,6 +104,7 @@ ONNX = Target(
     ),
     objection=rules.onnx, readers="ONNX Runtime", packages=("onnx", "onnxscript"), extra="onnx",
     reads=("inputs", "ranges"),
+    sizer="mpq.exporters.onnx.file:sizer",
 )  # fmt: skip
 
 

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.scheme import Scheme
 from mpq.exporters.folder import (
@@ -20,7 +21,7 @@ from mpq.exporters.fused import shared_scales, with_shared_scale
 from mpq.exporters.holding import check, check_model
 from mpq.exporters.mpq.state import model_config, other_state, specs_of, write_config
 from mpq.exporters.request import ExportRequest
-from mpq.exporters.shards import WHOLE, Shards, write_tensors
+from mpq.exporters.shards import WHOLE, Shards, Specs, header_bytes, tensor_bytes, write_tensors
 from mpq.exporters.targets import TARGETS
 from mpq.exporters.verify import same_numbers, same_tensor
 from mpq.kernels.layout import Packed, empty, pack
@@ -28,6 +29,7 @@ from mpq.network.layers import own_code
 from mpq.quantized import checked_layers
 from mpq.rounding.reference import Quantized, dequantize
 
+Named: TypeAlias = Callable[[str, Packed, Scheme], Mapping[str, Tensor]]  # a layer's tensors, by the file's names
 # A layer's scheme and tensors, without its name -> its numbers (rows, cols), and how far they may be off, relative.
 Read: TypeAlias = Callable[[Scheme, Mapping[str, Tensor]], tuple[Tensor, float]]
 
@@ -35,7 +37,7 @@ Read: TypeAlias = Callable[[Scheme, Mapping[str, Tensor]], tuple[Tensor, float]]
 def export_transformers(
     consumer: str,
     request: ExportRequest,
-    named: Callable[[str, Packed, Scheme], Mapping[str, Tensor]],
+    named: Named,
     config: Callable[[], Mapping[str, Any]],
     read: Read,
     own_models: bool = False,
@@ -62,8 +64,6 @@ def export_transformers(
     refuse_foreign(request.folder, (WHOLE, "config.json", "allocation.json", *further, *names_of(request.side_files)))
     shared = shared_scales(model, allocation) if TARGETS[consumer].fuses else {}
     others, _ = other_state(model, allocation)
-    specs = specs_of(others)
-    names: dict[str, list[str]] = {}
     rounded: dict[str, Quantized] = {}
     for layer, scheme in checked_layers(model, allocation):
         module = model.get_submodule(layer.name)
@@ -73,9 +73,7 @@ def export_transformers(
                 f"layer {layer.name} is a {type(module).__name__} with code of its own, which {consumer} would "
                 "replace: exclude it, or export to mpq"
             )
-        own = specs_of(named(layer.name, empty(scheme.weight, layer.rows, layer.cols, "meta"), scheme))
-        names[layer.name] = list(own)
-        specs.update(own)
+    names, specs = plan(model, allocation, others, named)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from others.items()
@@ -101,3 +99,26 @@ def export_transformers(
                 numbers, relative = (tensors_of["weight"], 0.0) if copy else read(scheme, tensors_of)
                 same_numbers(layer.name, numbers, dequantize(rounded.pop(layer.name)), relative)
     return request.path
+
+
+def plan(
+    model: nn.Module, allocation: Allocation, others: Mapping[str, Tensor], named: Named
+) -> tuple[dict[str, list[str]], Specs]:
+    """The names of each layer's tensors, and shape and type of every tensor of the file, in order."""
+    specs = specs_of(others)
+    names: dict[str, list[str]] = {}
+    for layer, scheme in checked_layers(model, allocation):
+        own = specs_of(named(layer.name, empty(scheme.weight, layer.rows, layer.cols, "meta"), scheme))
+        names[layer.name] = list(own)
+        specs.update(own)
+    return names, specs
+
+
+def sizer_of(model: nn.Module, named: Named) -> Callable[[Allocation], int]:
+    """Bytes that model.safetensors will have, header included, before anything is rounded; shards count as one file."""
+
+    def size(allocation: Allocation) -> int:
+        _, specs = plan(model, allocation, other_state(model, allocation)[0], named)
+        return header_bytes(specs) + sum(tensor_bytes(*spec) for spec in specs.values())
+
+    return size

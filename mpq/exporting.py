@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,8 +12,10 @@ from torch import nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.formats import Format
+from mpq.core.registry import Entry, Target
 from mpq.exporters.caches import check_cache
 from mpq.exporters.holding import check, check_model
+from mpq.exporters.mpq import checkpoint
 from mpq.exporters.request import ExportRequest
 from mpq.exporters.targets import TARGETS
 from mpq.measuring import store_for
@@ -68,6 +71,26 @@ def export_to(
         )
         written: Path = target.load()(request)
     return written
+
+
+def sizer_for(target: Target, source: Source) -> Callable[[Allocation], int]:
+    """What gives the bytes of the weights' files that a target writes of an allocation, before anything is rounded.
+
+    Exact where one file holds them: model.safetensors, model.gguf with its vocabulary, model.onnx; other texts of the
+    folder do not count. An allocation that the target cannot hold counts as in our own checkpoint.
+    """
+    model = prepared(source.model)
+    own = partial(checkpoint.file_size, model)
+    if not target.sizer:
+        return own
+    inputs = tensors_in(source.calibration[0])[0][:CHECKED] if "inputs" in target.reads else None
+    sized: Callable[[Allocation], int] = Entry(target.name, target.sizer)(model, source.tokenizer, inputs)
+
+    def size(allocation: Allocation) -> int:
+        held = not any(target.refusal(layer, allocation.scheme_of[layer.name]) for layer in allocation.layers)
+        return sized(allocation) if held else own(allocation)
+
+    return size
 
 
 def _tokenizer_files(tokenizer: Any, folder: Path) -> tuple[Path, ...]:

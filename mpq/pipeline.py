@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from mpq.exporters.folder import refuse_foreign
 from mpq.exporters.holding import Held, restrict
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.targets import TARGETS, formats_of
-from mpq.exporting import export_to
+from mpq.exporting import export_to, sizer_for
 from mpq.feasible import Wanted, held_layers, own_format
 from mpq.measuring import Measurer, store_for
 from mpq.memory import Request, Serving, candidates, check_memory, choose_cache, serving_of
@@ -126,7 +126,7 @@ def quantize_model(
         source: model and data.
         folder: made when missing; an interrupted profile in it is resumed.
         bits: largest average of stored bits per weight, or
-        size: largest number of bytes of the model, or text as "500MB", or
+        size: largest number of bytes of the file that the target writes, or text as "500MB", or
         max_kl: largest measured KL divergence from the original, nats for a prediction: finds the smallest model.
         memory: largest bytes of weights and of keys and values together, or text as "6GB", where `context` tokens of
             each of `batch` texts are cached; alone or with `bits` or `size`.
@@ -177,6 +177,10 @@ def quantize_model(
     serving = serving_of(source, memory, kv_bits, context, batch)
     entries, cached = candidates(source, reader, table, kv_formats, metric) if serving else ((), ())
     layers, asked = held_layers(source.model, reader, wanted)
+    sized = sizer_for(reader, source)
+    if size is not None:  # of the file, header and vocabulary counted
+        unranked = frontier_of(asked.table, pin=pin, forbid=asked.forbid, ties=ties or asked.fuses)
+        _layer_budget(unranked, sized, bits, parse_size(size))
     if wanted.keeps_weights:
         formats, bits = own_format(source.model)
     if formats is None:
@@ -203,13 +207,13 @@ def quantize_model(
         if serving.memory is not None:
             left = serving.memory - cache.nbytes(serving.context, serving.batch)
             limits = replace(limits, size=min(limits.size or math.inf, left))
-    frontier, budget = _searched(held, limits, source.model, cache, pin, ties or held.fuses)
+    frontier, budget = _searched(held, limits, sized, cache, pin, ties or held.fuses)
     table.save(folder / "table.csv")
     steps = STEPS[effort] if tuning_steps is None else tuning_steps
     tuning = Tuning(steps, SAMPLES.get(source.kind, Tuning.samples), seed=seed)
 
     def finish(size: float) -> Acceptance:
-        fits = partial(limits.hold, source.model)
+        fits = partial(limits.hold, sized)
         accepted = accept(frontier, size, measurer, effort=effort, seed=seed, fits=fits)
         release_memory()
         return with_tuned_scales(accepted, measurer, tuning)
@@ -221,7 +225,7 @@ def quantize_model(
     packed = _packed(source, folder, trust) if reader.name == "mpq" else None
     measured = compare(
         measurer, frontier, accepted, packed, state_bytes(source.model),
-        lambda allocation: checkpoint.file_size(source.model, allocation),
+        sized,
     )  # fmt: skip
     points = along(frontier, allocation, measurer) if source.kind != "loss" and effort != "fast" else {}
     outcome = Outcome(
@@ -246,20 +250,25 @@ class Limits:
         """Bytes of so many weights, or of the file, as far as they are limited."""
         return self.size if self.bits is None else self.bits * weights / BITS_PER_BYTE
 
-    def hold(self, model: nn.Module, allocation: Allocation) -> bool:
+    def hold(self, sized: Callable[[Allocation], int], allocation: Allocation) -> bool:
         """Whether an allocation's file and other costs are within them."""
         within = keeps(allocation, self.budgets, self.latencies, self.batch)
-        return within and (self.size is None or checkpoint.file_size(model, allocation) <= self.size)
+        return within and (self.size is None or sized(allocation) <= self.size)
 
 
 def _searched(
-    held: Held, limits: Limits, model: nn.Module, cache: CacheFormats | None, pin: Mapping[str, str] | None, ties: bool
+    held: Held,
+    limits: Limits,
+    sized: Callable[[Allocation], int],
+    cache: CacheFormats | None,
+    pin: Mapping[str, str] | None,
+    ties: bool,
 ) -> tuple[Frontier, float]:
     """The frontier within the limits, and the bytes that its layers may take; infinite where a divergence limits."""
     frontier = frontier_of(held.table, pin=pin, forbid=held.forbid, ties=ties, cache=cache)
     if limits.max_kl is not None:
         return frontier, math.inf
-    budget = _layer_budget(frontier, model, limits.bits, limits.size)
+    budget = _layer_budget(frontier, sized, limits.bits, limits.size)
     if not limits.budgets:
         return frontier, budget
     table = held.table.weights()
@@ -277,7 +286,9 @@ def _packed(source: Source, folder: Path, trust: bool) -> nn.Module:
     return checkpoint.load(folder, model=own, device=device, trust=trust)
 
 
-def _layer_budget(frontier: Frontier, model: nn.Module, bits: float | None, size: float | None) -> float:
+def _layer_budget(
+    frontier: Frontier, sized: Callable[[Allocation], int], bits: float | None, size: float | None
+) -> float:
     """Bytes that the layers may take; of a size, what the other tensors and the file's header leave.
 
     Raises:
@@ -290,7 +301,7 @@ def _layer_budget(frontier: Frontier, model: nn.Module, bits: float | None, size
     if size is None:
         return most
     budget = size
-    while (excess := checkpoint.file_size(model, frontier.at(size=budget)) - size) > 0:
+    while (excess := sized(frontier.at(size=budget)) - size) > 0:
         budget -= excess
     return min(budget - frontier.problem.overhead, most)
 

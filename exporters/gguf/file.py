@@ -1,8 +1,10 @@
 """GGUF, the file of llama.cpp: each layer in the tensor type that holds exactly its format's numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
 from mpq.exporters.folder import copy_side_files, digest, names_of, refuse_foreign, write_checksums, write_folder
 from mpq.exporters.gguf.blocks import encode_blocks, raw_copy, type_of
 from mpq.exporters.gguf.llama import describe, describe_tokenizer, row_order
@@ -18,6 +21,7 @@ from mpq.exporters.gguf.reader import gguf_package, read_tensors
 from mpq.exporters.holding import check, check_model
 from mpq.exporters.mpq.state import other_state
 from mpq.exporters.request import ExportRequest
+from mpq.exporters.shards import SHARD
 from mpq.exporters.targets import TARGETS
 from mpq.exporters.verify import same_numbers
 from mpq.quantized import checked_layers
@@ -51,22 +55,13 @@ def export(request: ExportRequest) -> Path:
     check_model(TARGETS["gguf"], model)
     check(TARGETS["gguf"], allocation)
     gguf = gguf_package()
-    config: Any = model.config
     refuse_foreign(request.folder, (FILE, "allocation.json", *names_of(request.side_files)))
     plan = _plan(model, allocation, gguf)
     with write_folder(request.folder) as draft:
-        split = {"split_max_size": shard} if sum(entry.nbytes for entry in plan) > shard else {}
-        writer = gguf.GGUFWriter(draft / FILE, "llama", **split)
+        writer = _begun(draft / FILE, plan, model, request.tokenizer, gguf, shard)
         try:
-            describe(writer, config, gguf)
-            describe_tokenizer(writer, request.tokenizer, config.vocab_size, gguf)
-            for entry in plan:
-                writer.add_tensor_info(entry.name, entry.shape, entry.dtype, entry.nbytes, entry.kind)
             files = [path.name for path in writer.format_shard_names(draft / FILE)]
             holders = [file for file, written in zip(files, writer.tensors, strict=True) for _ in written]
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
             digests: dict[str, dict[str, str]] = {file: {} for file in files}
             numbers: dict[str, Tensor | Quantized] = {}  # by the file's names
             contents = _contents(request, gguf)
@@ -81,6 +76,47 @@ def export(request: ExportRequest) -> Path:
         write_checksums(draft, digests)
         _read_back(draft, plan, numbers)
     return request.path
+
+
+def sizer(model: nn.Module, tokenizer: Any = None, inputs: Any = None) -> Callable[[Allocation], int]:
+    """Bytes of model.gguf, header and vocabulary included, before anything is rounded; shards count as one file."""
+    gguf = gguf_package()
+
+    @cache
+    def header(layers: tuple[Layer, ...]) -> int:
+        """Bytes before the tensors: the same whatever the formats."""
+        blank = Allocation(layers, ("fp32",) * len(layers))
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / FILE
+            _begun(path, _plan(model, blank, gguf), model, tokenizer, gguf, SHARD).close()
+            return path.stat().st_size
+
+    def size(allocation: Allocation) -> int:
+        entries = _plan(model, allocation, gguf)
+        aligned = gguf.GGUFWriter.ggml_pad
+        filled = [aligned(entry.nbytes, gguf.GGUF_DEFAULT_ALIGNMENT) for entry in entries]
+        return int(aligned(header(allocation.layers), gguf.GGUF_DEFAULT_ALIGNMENT) + sum(filled))
+
+    return size
+
+
+def _begun(path: Path, plan: list[Entry], model: nn.Module, tokenizer: Any, gguf: Any, shard: int) -> Any:
+    """The writer of a file whose header is written, with all that is said before the tensors."""
+    config: Any = model.config
+    split = {"split_max_size": shard} if sum(entry.nbytes for entry in plan) > shard else {}
+    writer = gguf.GGUFWriter(path, "llama", **split)
+    try:
+        describe(writer, config, gguf)
+        describe_tokenizer(writer, tokenizer, config.vocab_size, gguf)
+        for entry in plan:
+            writer.add_tensor_info(entry.name, entry.shape, entry.dtype, entry.nbytes, entry.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    except BaseException:
+        writer.close()
+        raise
+    return writer
 
 
 def _plan(model: nn.Module, allocation: Allocation, gguf: Any) -> list[Entry]:

@@ -9,8 +9,9 @@ several modules share is stored once.
 import copy
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,11 @@ def file_size(model: nn.Module, allocation: Allocation) -> int:
     """Bytes that model.safetensors will have, header included, before anything is rounded; shards count as one file."""
     specs = tensor_plan(model, allocation)
     return header_bytes(specs) + sum(tensor_bytes(*spec) for spec in specs.values())
+
+
+def sizer(model: nn.Module, tokenizer: Any = None, inputs: Any = None) -> Callable[[Allocation], int]:
+    """`file_size` of a model, as a target's sizer."""
+    return partial(file_size, model)
 
 
 def tensor_plan(model: nn.Module, allocation: Allocation) -> Specs:

@@ -6,7 +6,8 @@ A graph of more than 2 GB, which no protobuf holds, keeps its tensors in a file 
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,10 +68,18 @@ def export(request: ExportRequest) -> Path:
     return request.path
 
 
-def file_size(model: nn.Module, allocation: Allocation, inputs: Tensor | tuple[Any, ...], shard: int = INSIDE) -> int:
-    """Bytes that the graph's file (and the one beside it) will have, before anything is rounded."""
+def file_size(
+    model: nn.Module,
+    allocation: Allocation,
+    inputs: Tensor | tuple[Any, ...],
+    shard: int = INSIDE,
+    trace: Callable[[Allocation], tuple[Any, set[str]]] | None = None,
+) -> int:
+    """Bytes that the graph's file (and the one beside it) will have, before anything is rounded; `trace` gives a graph
+    that was traced before.
+    """
     _refuse(allocation, inputs, None, sized=True)
-    traced, names = _trace(model, allocation, inputs)
+    traced, names = _trace(model, allocation, inputs) if trace is None else trace(allocation)
     ranges = {layer.name: (0.0, 1.0) for layer in allocation.layers}
     blank = (
         (layer, scheme, unpack(empty(scheme.weight, layer.rows, layer.cols)))
@@ -80,6 +89,28 @@ def file_size(model: nn.Module, allocation: Allocation, inputs: Tensor | tuple[A
         data: BinaryIO | None = nowhere if _tensor_bytes(traced, allocation) > min(shard, INSIDE) else None
         graph = _fill(Graph(traced, data, DATA), model, blank, names, ranges)
     return int(graph.model.ByteSize()) + graph.end
+
+
+def sizer(model: nn.Module, tokenizer: Any = None, inputs: Any = None) -> Callable[[Allocation], int]:
+    """`file_size` of a model that is traced once for all allocations of the same layers."""
+
+    @cache
+    def traced(layers: tuple[Layer, ...], int2: bool) -> tuple[bytes, frozenset[str]]:
+        uniform = Allocation(layers, ("int2-channel" if int2 else "int8-channel",) * len(layers))
+        graph, names = _trace(model, uniform, inputs, int2)
+        return graph.SerializeToString(), frozenset(names)
+
+    def trace(allocation: Allocation) -> tuple[Any, set[str]]:
+        import onnx
+
+        content, names = traced(allocation.layers, _has_int2(allocation))
+        return onnx.ModelProto.FromString(content), set(names)
+
+    return partial(file_size, model, inputs=inputs, trace=trace)
+
+
+def _has_int2(allocation: Allocation) -> bool:
+    return any(needs_int2(layer, allocation.scheme_of[layer.name]) for layer in allocation.layers)
 
 
 def _refuse(allocation: Allocation, inputs: Any, ranges: Ranges | None, sized: bool = False) -> None:
@@ -134,7 +165,7 @@ def _fill(graph: Graph, model: nn.Module, layers: Layers, names: set[str], range
     return graph
 
 
-def _trace(model: nn.Module, allocation: Allocation, inputs: Any) -> tuple[Any, set[str]]:
+def _trace(model: nn.Module, allocation: Allocation, inputs: Any, int2: bool | None = None) -> tuple[Any, set[str]]:
     """The model's graph without the weights of the layers, and the names under which it uses them."""
     check_packages(TARGETS["onnx"])
     import onnx_ir
@@ -142,7 +173,7 @@ def _trace(model: nn.Module, allocation: Allocation, inputs: Any) -> tuple[Any, 
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     batch = torch.export.Dim("batch")
     open_batch = tuple({0: batch} if isinstance(part, Tensor) and part.ndim else None for part in inputs)
-    int2 = any(needs_int2(layer, allocation.scheme_of[layer.name]) for layer in allocation.layers)
+    int2 = _has_int2(allocation) if int2 is None else int2
     with evaluating(model):
         program: Any = torch.onnx.export(
             model, inputs, dynamo=True, optimize=False, dynamic_shapes=open_batch,

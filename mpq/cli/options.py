@@ -92,7 +92,7 @@ def budget_options(
     """One budget; or the quality that is to be kept: a predicted loss, a measured divergence."""
     budget = parser.add_mutually_exclusive_group(required=required)
     budget.add_argument("--bits", type=float, help="largest average bits per weight, scales counted")
-    budget.add_argument("--size", type=size_of, help="largest size of the model, as 500MB")
+    budget.add_argument("--size", type=size_of, help="largest file of weights that the target writes, as 500MB")
     if loss:
         budget.add_argument("--loss", type=float, help="largest predicted loss increase: finds the smallest model")
     if divergence:

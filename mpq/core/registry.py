@@ -93,6 +93,7 @@ class Target(Entry):
     experts: bool = False  # holds a mixture's experts, each a layer of its own
     packages: tuple[str, ...] = ()  # that writing its files needs; the extra of mpq is called `extra`
     extra: str = ""
+    sizer: str = ""  # "module:function" of (model, tokenizer, inputs): gives a function from allocations to bytes
     reads: tuple[str, ...] = ()  # fields of the request that take a pass over data: "inputs" to trace with, "ranges"
     command: str = ""  # what serves the folder, "{folder}" in it
     caches: tuple[str, ...] = ()  # formats of keys and values that it serves; ("*",) for all
