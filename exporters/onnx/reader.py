@@ -1,4 +1,6 @@
-"""What an ONNX graph holds and computes: weights read by us, outputs by ONNX Runtime where it is installed."""
+"""What an ONNX graph holds and computes: weights read by us, outputs by ONNX Runtime, or by onnx's own evaluator where
+that is not installed.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
+from mpq.exporters.onnx.evaluator import nbits_matrix, reference_outputs
 from mpq.exporters.verify import result_tensors, runner, same_numbers
 from mpq.network.ranges import Ranges
 from mpq.quantized import checked_layers, simulate_rounded
@@ -43,14 +46,13 @@ def read_back(
     for name, matrix in matrices.items():
         weight = next(f"{one}.weight" for one in _names(allocation, name) if _codes_name(f"{one}.weight", stored))
         same_numbers(name, _numbers(weight, stored, users, file.parent), matrix)
-    if find_spec("onnxruntime") is None:
-        return
     rounded = [(layer, scheme, matrices[layer.name]) for layer, scheme in checked_layers(model, allocation)]
     simulated = simulate_rounded(model, rounded, ranges)
     expected = result_tensors(runner(inputs), simulated)
     plain = all(scheme.activation is None for _, scheme, _ in rounded)
-    for one, other in zip(expected, _outputs(file, inputs), strict=False):
-        _compare(one.double(), other.double(), plain)
+    reader, actual = _outputs(file, inputs)
+    for one, other in zip(expected, actual, strict=False):
+        _compare(reader, one.double(), other.double(), plain)
 
 
 def _names(allocation: Allocation, name: str) -> tuple[str, ...]:
@@ -72,10 +74,7 @@ def _numbers(weight: str, stored: Mapping[str, Any], users: Mapping[str, Any], f
     user = users[name]
     values = {attribute.name: int(attribute.i) for attribute in user.attribute}
     if user.op_type == "MatMulNBits":
-        bits, rows, cols = values["bits"], values["N"], values["K"]
-        codes = _fields(codes, bits).reshape(rows, -1)[:, :cols]
-        blocks = -(-cols // values["block_size"])
-        zeros = _fields(zeros, bits)[:, :blocks] if zeros.ndim else torch.tensor(2.0 ** (bits - 1))
+        codes, zeros = nbits_matrix(codes, zeros, values)
     size = values.get("block_size", 0)
     return (codes - _spread(zeros, codes, size)) * _spread(scales, codes, size)
 
@@ -93,14 +92,24 @@ def _array(tensor: Any, folder: Path) -> Tensor:
     return torch.from_numpy(np.asarray(numpy_helper.to_array(tensor, str(folder))).astype(np.float32))
 
 
-def _fields(stored: Tensor, bits: int) -> Tensor:
-    """Unsigned fields of bytes, the lowest bits first: (..., bytes) to (..., bytes * 8 / bits)."""
-    parts = [stored.long() >> start & 2**bits - 1 for start in range(0, 8, bits)]
-    return torch.stack(parts, -1).flatten(-2).float()
+def _outputs(file: Path, inputs: tuple[Any, ...]) -> tuple[str, list[Tensor]]:
+    """Who ran the graph, and its outputs; none, with a warning in the log, where an operator is missing."""
+    if find_spec("onnxruntime") is not None and (outputs := _runtime_outputs(file, inputs)) is not None:
+        return "ONNX Runtime", outputs
+    try:
+        return "onnx's reference evaluator", reference_outputs(file, inputs)
+    except Exception as error:  # onnx's own, of many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning(
+            "the graph's weights were checked, its outputs were not: onnx's reference evaluator does not run it (%s); "
+            "install onnxruntime to compare them",
+            reason,
+        )
+        return "", []
 
 
-def _outputs(file: Path, inputs: tuple[Any, ...]) -> list[Tensor]:
-    """What ONNX Runtime computes, without optimizations that round once more; none where it lacks an operator."""
+def _runtime_outputs(file: Path, inputs: tuple[Any, ...]) -> list[Tensor] | None:
+    """What ONNX Runtime computes, without optimizations that round once more; None where it lacks an operator."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -113,14 +122,16 @@ def _outputs(file: Path, inputs: tuple[Any, ...]) -> list[Tensor]:
         return [torch.from_numpy(part) for part in session.run(None, dict(zip(names, given, strict=True)))]
     except Exception as error:  # ONNX Runtime's own, of many kinds
         if type(error).__name__ == "NotImplemented":
-            log.warning("the installed ONNX Runtime lacks an operator of the graph: its outputs were not compared")
-            return []
+            log.warning(
+                "the installed ONNX Runtime lacks an operator of the graph: onnx's own evaluator runs it instead"
+            )
+            return None
         raise MpqError(
             f"ONNX Runtime does not run the graph ({str(error).splitlines()[0]}): nothing was written"
         ) from error
 
 
-def _compare(expected: Tensor, actual: Tensor, plain: bool) -> None:
+def _compare(reader: str, expected: Tensor, actual: Tensor, plain: bool) -> None:
     if expected.shape != actual.shape:
         raise MpqError(f"the graph gives {tuple(actual.shape)} where the model gives {tuple(expected.shape)}")
     error = (actual - expected).nan_to_num(nan=0.0)
@@ -131,6 +142,6 @@ def _compare(expected: Tensor, actual: Tensor, plain: bool) -> None:
         off |= bool(error.norm() > ROOM_ROUNDED * expected.nan_to_num().norm() + 1e-6)
     if off:
         raise MpqError(
-            f"ONNX Runtime computes something else than the simulated model (off by up to {error.abs().max():.2g}): "
+            f"{reader} computes something else than the simulated model (off by up to {error.abs().max():.2g}): "
             "nothing was written"
         )

@@ -14,6 +14,7 @@ from mpq.core.layer import Layer
 from mpq.core.scheme import parse_scheme
 from mpq.exporters import export
 from mpq.exporters.holding import check
+from mpq.exporters.onnx import reader
 from mpq.exporters.onnx.file import file_size
 from mpq.exporters.onnx.operators import nbits_block
 from mpq.exporters.onnx.reader import read_back
@@ -180,6 +181,45 @@ def test_what_onnx_cannot_hold_is_refused(scheme, message):
 def test_inputs_are_needed():
     with pytest.raises(MpqError, match="pass the inputs"):
         export(nn.Sequential(nn.Linear(2, 2)), Allocation((), ()), "nowhere", to="onnx")
+
+
+@pytest.fixture
+def no_runtime(monkeypatch):
+    monkeypatch.setattr(reader, "find_spec", lambda name: None)
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "schemes"),
+    [
+        (Convolutions, IMAGES, ("int8-channel", "int4-g32", "fp8-e4m3", "int2-g32")),
+        (TiedLanguageModel, TOKENS, ("int4-channel", "int2-channel", "int4-g128-asym")),
+        (lambda: nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32)), torch.ones(2, 64), ("int4-g32", "int2-g64-asym")),
+    ],
+)
+def test_outputs_are_compared_without_onnxruntime(build, inputs, schemes, no_runtime, tmp_path, caplog):
+    model = seed_weights(build()).eval()
+    allocation = allocate(model, schemes)
+    export(model, allocation, tmp_path / "out", to="onnx", inputs=inputs)
+    assert "were not" not in caplog.text
+    if build is not Convolutions:
+        return
+    graph = onnx.load(tmp_path / "out" / "model.onnx")
+    bias = next(one for one in graph.graph.initializer if one.name == "head.bias")
+    bias.raw_data = bytes([0, 0, 0x80, 0x3F]) + bias.raw_data[4:]
+    onnx.save(graph, tmp_path / "out" / "model.onnx")
+    matrices = {layer.name: dequantize(quantized) for layer, _, quantized in quantized_layers(model, allocation, "mse")}
+    with pytest.raises(MpqError, match="onnx's reference evaluator computes something else"):
+        read_back(tmp_path / "out" / "model.onnx", model, allocation, matrices, (inputs,), None)
+
+
+def test_what_no_reader_runs_is_told(no_runtime, monkeypatch, tmp_path, caplog):
+    def refuse(file, inputs):
+        raise NotImplementedError("no Gelu")
+
+    monkeypatch.setattr(reader, "reference_outputs", refuse)
+    model = seed_weights(nn.Sequential(nn.Linear(64, 32))).eval()
+    export(model, allocate(model, ("int8-channel",)), tmp_path / "out", to="onnx", inputs=torch.ones(2, 64))
+    assert "its outputs were not: onnx's reference evaluator does not run it (no Gelu)" in caplog.text
 
 
 @pytest.mark.parametrize(
