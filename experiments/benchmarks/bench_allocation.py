@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from experiments.models import reference_models
+from experiments.result import result
 from mpq.acceptance import accept, candidate_of
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
@@ -193,7 +194,7 @@ def _told(where: str, ours: Result, others: Sequence[Result], between: bool, sma
     if between and ruled:
         told.append(("under_rules", 1 - ours.kl / min(ruled), 0.1, 1 - ours.kl / min(ruled) >= 0.1))
     for what, value, wanted, fine in told:
-        print(f"RESULT {where}/{what} {value:.3f} {wanted:.3f} {'ok' if fine else 'short'}", flush=True)
+        print(result(f"{where}/{what}", value, f"{wanted:.3f}", fine), flush=True)
     return told[0][-1]
 
 
@@ -220,8 +221,8 @@ def run(name: str, options: argparse.Namespace) -> bool:
             continue
         print(f"{name} at {bits:.3f} bits")
         results = contest(frontier, bits, measurer, options.efforts, 2 if options.quick else 5)
-        for result in results:
-            print(f"  {result}")
+        for contestant in results:
+            print(f"  {contestant}")
         ours, others = results[len(options.efforts) - 1], results[len(options.efforts) :]
         good &= _told(
             f"{name}/{bits:.3f}", ours, others, between=bits in BETWEEN, small=posed.sharing == "channel" and bits < 3.1
@@ -247,7 +248,7 @@ def main() -> None:
             print(f"{name} left out: {error}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory {peak:.2f} GB")
-    print(f"RESULT never_behind {int(good)} 1 {'ok' if good else 'short'}")
+    print(result("never_behind", good, "=1", good))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import mpq.kernels.cpu.attention  # noqa: F401  (its kernel)
+from experiments.result import result
 from mpq.core.cache import parse_cache_format
 from mpq.kernels.blocks import TOKENS, arrange
 from mpq.kernels.cpu import native as cpu
@@ -89,8 +90,8 @@ def measure(tokens: int, repeats: int) -> None:
         goal = OVER_FP16.get(name)
         if goal is None or tokens < 32768:
             continue
-        print(f"RESULT attention_roof/{name}/{tokens} {share:.2f} {ROOF} {'ok' if share >= ROOF else 'short'}")
-        print(f"RESULT attention_over_fp16/{name}/{tokens} {gain:.2f} {goal} {'ok' if gain >= goal else 'short'}")
+        print(result(f"attention_roof/{name}/{tokens}", share, f">={ROOF}", share >= ROOF))
+        print(result(f"attention_over_fp16/{name}/{tokens}", gain, f">={goal}", gain >= goal))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Time and CPU use of a packed language model beside a job that keeps every core busy, over those alone.
 
-    python experiments/benchmarks/bench_busy_machine.py [--quick] [--rounds 5]
+    python -m experiments.benchmarks.bench_busy_machine [--quick] [--rounds 5]
 
 A fair scheduler leaves half of each core: twice the time, and the same CPU time unless threads spin while they wait.
 The model runs in a process of its own that imports `mpq` before `torch`, as the command line does: threads spin no
@@ -12,6 +12,8 @@ import os
 import statistics
 import subprocess
 import sys
+
+from experiments.result import result
 
 GOALS = {"time": 2.2, "cpu": 1.2}  # beside over alone
 BUSY = "while True: pass"
@@ -80,7 +82,7 @@ def main() -> None:
         alone, beside = (statistics.median(figure[place] for figure in figures) for figures in found.values())
         print(f"{name:5} alone {alone:.2f} s, beside {beside:.2f} s")
         ratio = beside / alone
-        print(f"RESULT busy_machine_{name} {ratio:.2f} {goal} {'ok' if ratio <= goal else 'short'}")
+        print(result(f"busy_machine_{name}", ratio, f"<={goal}", ratio <= goal))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from experiments.peers import cpu_peers
+from experiments.result import result
 from mpq.core.scheme import parse_scheme
 from mpq.kernels.bench import BEYOND, CPU, PAGE, Timing, latency_table, measure, streaming
 from mpq.kernels.clock import Contestant, copies, interleaved
@@ -89,14 +90,14 @@ def alone(
         if timing.batch == 1 and timing.scheme in GOALS:
             where = f"{timing.scheme}/{timing.rows}x{timing.cols}/batch1"
             goal, bare = GOALS[timing.scheme], of_the_kernel(timing.scheme, timing.rows, timing.cols, beyond)
-            print(f"RESULT roof/{where} {timing.roof:.3f} {goal} {'ok' if timing.roof >= goal else 'short'}")
-            print(f"RESULT kernel_roof/{where} {bare:.3f} {goal} {'ok' if bare >= goal else 'short'}")
+            print(result(f"roof/{where}", timing.roof, f">={goal}", timing.roof >= goal))
+            print(result(f"kernel_roof/{where}", bare, f">={goal}", bare >= goal))
     for inputs, timings in {"bfloat16": half, "float32": single}.items():
         for timing in timings:
             where = f"{timing.scheme}/{timing.rows}x{timing.cols}/batch{timing.batch}/{inputs}_inputs"
             gain = timing.bfloat16 / timing.seconds
             if timing.batch >= 64:
-                print(f"RESULT over_bf16/{where} {gain:.2f} 1 {'ok' if gain >= 1 else 'short'}")
+                print(result(f"over_bf16/{where}", gain, ">=1", gain >= 1))
 
 
 def timed(
@@ -250,9 +251,8 @@ def show() -> None:
         goal = {"1": 1.25, "4": 1.5, "16": 1.5}.get(batch, 1.0)
         for mode in ("ours", "ours in bf16"):
             if mode in medians:
-                gain, ending = fastest / medians[mode], mode[4:].replace(" ", "_")
-                end = f"{gain:.2f} {goal} {'ok' if gain >= goal else 'short'}"
-                print(f"RESULT over_{name}/{scheme}/{shape}/batch{batch}{ending} {end}")
+                gain = fastest / medians[mode]
+                print(result(f"over_{name}/{scheme}/{shape}/batch{batch}{mode[4:]}", gain, f">={goal}", gain >= goal))
 
 
 @torch.inference_mode()
@@ -287,7 +287,7 @@ def mixed(layers: int = 28, blocks: int = 10, beyond: int = 4 * BEYOND) -> None:
         measured, predicted = statistics.median(times[len(stacks) :]), sum(seconds[key] for key in chosen)
         worst = max(worst, abs(measured / predicted - 1))
         print(f"mixed allocation {number}: {1e3 * measured:.2f} ms measured, {1e3 * predicted:.2f} ms by the table")
-    print(f"RESULT mixed_allocations_off_the_table {worst:.3f} 0.1 {'ok' if worst <= 0.1 else 'short'}")
+    print(result("mixed_allocations_off_the_table", worst, "<=0.1", worst <= 0.1))
 
 
 def placed(packed: Packed, x: torch.Tensor) -> Callable[[], object]:

@@ -19,6 +19,7 @@ from torch import nn
 import mpq
 from experiments.models.reference_models import batched, cifar10_calibration, cifar10_test, resnet, wikitext_llama
 from experiments.models.reference_models import wikitext_tokens as tokens
+from experiments.result import result
 from mpq.core.allocation import Allocation
 from mpq.evaluation import Quality, Reference
 from mpq.finetuning import Finetuned, finetune
@@ -91,8 +92,8 @@ def resnet20(steps: int, seeds: int, count: int, test: Sequence[Batch]) -> list[
             settings = Finetuning(steps=steps, lr=1e-3, seed=seed)
             name = f"resnet20/{case} seed {seed}"
             runs.append(one(name, model, allocation, data, (first, second), test, "accuracy", cross_entropy, settings))
-        lines.append(result(f"finetune_share/resnet20/{case}", [share for share, _ in runs], 0.8))
-        lines.append(result(f"finetune_no_worse/resnet20/{case}", [float(fine) for _, fine in runs], 1.0))
+        lines.append(over_seeds(f"finetune_share/resnet20/{case}", [share for share, _ in runs], 0.8))
+        lines.append(over_seeds(f"finetune_no_worse/resnet20/{case}", [float(fine) for _, fine in runs], 1.0))
     return lines
 
 
@@ -109,8 +110,8 @@ def llama5m(steps: int, seeds: int, windows: int, tested: int) -> list[str]:
         unseen = (first, second)
         runs.append(one(name, model, allocation, data, unseen, test, "perplexity", next_token_loss, settings))
     return [
-        result("finetune_share/llama5m/2.5bits", [share for share, _ in runs], 0.5),
-        result("finetune_no_worse/llama5m/2.5bits", [float(fine) for _, fine in runs], 1.0),
+        over_seeds("finetune_share/llama5m/2.5bits", [share for share, _ in runs], 0.5),
+        over_seeds("finetune_no_worse/llama5m/2.5bits", [float(fine) for _, fine in runs], 1.0),
     ]
 
 
@@ -132,16 +133,15 @@ def in_stages(steps: int, seeds: int, count: int, test: Sequence[Batch], stages:
     gains = [other - own for own, other in zip(found["hawq"], found["reversed"], strict=True)]
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
     print(f"order of {len(order)} layers: {', '.join(order)}")
-    return [
-        f"RESULT stages_gain_over_reversed/resnet20/int2 {statistics.mean(gains):.4f} +- {error:.4f} over {seeds} seeds"
-    ]
+    mean = statistics.mean(gains)
+    note = f"(+- {error:.4f} over {seeds} seeds)"
+    return [result("stages_gain_over_reversed/resnet20/int2", mean, ">0", mean > error, note)]
 
 
-def result(name: str, values: Sequence[float], goal: float) -> str:
-    """A line for scripts."""
-    mean = statistics.mean(values)
-    spread = f" (from {min(values):.3f} to {max(values):.3f} over {len(values)} seeds)" if len(values) > 1 else ""
-    return f"RESULT {name} {mean:.3f} >={goal} {'ok' if min(values) >= goal else 'short'}{spread}"
+def over_seeds(name: str, values: Sequence[float], goal: float) -> str:
+    """The mean over seeds, each of which has to reach the goal."""
+    note = f"(from {min(values):.3f} to {max(values):.3f} over {len(values)} seeds)" if len(values) > 1 else ""
+    return result(name, statistics.mean(values), f">={goal}", min(values) >= goal, note)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from experiments.models import reference_models
 from experiments.peers import cpu_peers
+from experiments.result import result
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
@@ -162,8 +163,8 @@ def compare(name: str, bfloat16: nn.Module, packed: nn.Module, tokens: int, roun
     ratio = speeds["packed"] / speeds["bf16"]
     whole = speeds["packed"] / speeds["bf16 in transformers"]
     return [
-        f"RESULT decode_over_bf16/{name} {ratio:.2f} {GOAL} {'ok' if ratio >= GOAL else 'short'}",
-        f"RESULT decode_over_transformers_bf16/{name} {whole:.2f} {GOAL} {'ok' if whole >= GOAL else 'short'}",
+        result(f"decode_over_bf16/{name}", ratio, f">={GOAL}", ratio >= GOAL),
+        result(f"decode_over_transformers_bf16/{name}", whole, f">={GOAL}", whole >= GOAL),
     ]
 
 
@@ -214,7 +215,7 @@ def against_peers(name: str, packed: nn.Module, models: dict[str, Path], tokens:
         alike = next((count for count, (one, other) in enumerate(pairs) if one != other), tokens)
         print(f"{name:10} {peer.name}: the first {alike} of {tokens} tokens are the packed model's")
         ratio = medians["packed"] / medians[peer.name]
-        lines.append(f"RESULT decode_over_{peer.name}/{name} {ratio:.2f} 1 {'ok' if ratio > 1 else 'short'}")
+        lines.append(result(f"decode_over_{peer.name}/{name}", ratio, ">1", ratio > 1))
     return lines
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from experiments.peers.gpu_peers import peers_of
+from experiments.result import result
 from mpq.core.formats import parse_format
 from mpq.core.latency import LatencyTable
 from mpq.kernels.bench import BEYOND, Timing, latency_table, measure
@@ -97,14 +98,14 @@ def results_of_table(timings: Sequence[Timing]) -> None:
         name = f"{timing.scheme}/{timing.rows}x{timing.cols}/batch{timing.batch}"
         speedup = timing.bfloat16 / timing.seconds
         if timing.scheme == INT4 and timing.batch <= 16 and timing.rows * timing.cols > 4096 * 4096:
-            result(f"share_of_copy/{name}", timing.roof, 0.85)
+            tell(f"share_of_copy/{name}", timing.roof, 0.85)
         if timing.scheme == INT4 and timing.batch in (64, 128, 256):
-            result(f"speedup_over_bf16/{name}", speedup, {64: 2.5, 128: 1.5, 256: 1.0}[timing.batch])
+            tell(f"speedup_over_bf16/{name}", speedup, {64: 2.5, 128: 1.5, 256: 1.0}[timing.batch])
         if timing.scheme != INT4 and timing.batch == 1 and "+a:" not in timing.scheme:
-            result(f"share_of_copy/{name}", timing.roof, 0.80)
+            tell(f"share_of_copy/{name}", timing.roof, 0.80)
             base = int4[timing.rows, timing.cols]
             promised = base.seconds * timing.nbytes / base.nbytes
-            result(f"time_over_promised/{name}", timing.seconds / promised, 1.15, most=True)
+            tell(f"time_over_promised/{name}", timing.seconds / promised, 1.15, most=True)
 
 
 def against_peers(shapes: Sequence[tuple[int, int]], batches: Sequence[int], device: torch.device) -> None:
@@ -118,7 +119,7 @@ def against_peers(shapes: Sequence[tuple[int, int]], batches: Sequence[int], dev
             times = interleaved([ours, *(peer(x) for peer in peers.values())], 30, device)
             mine, *theirs = (statistics.median(found) for found in times)
             for name, seconds in zip(peers, theirs, strict=True):
-                result(f"times_ours/{name.replace(' ', '_')}/{rows}x{cols}/batch{batch}", seconds / mine, 1.0)
+                tell(f"times_ours/{name}/{rows}x{cols}/batch{batch}", seconds / mine, 1.0)
 
 
 class Stock:
@@ -160,12 +161,12 @@ def mixed(device: torch.device, quick: bool) -> None:
             predicted = sum(table.seconds(scheme, *shape, batch) for scheme, shape in pairs)
             worst = max(worst, abs(seconds / predicted - 1))
             print(f"mixed allocation {place}, batch {batch}: {1e3 * seconds:.3f} ms, table {1e3 * predicted:.3f} ms")
-        result(f"mixed_allocations_off_the_table/batch{batch}", worst, 0.10, most=True)
+        tell(f"mixed_allocations_off_the_table/batch{batch}", worst, 0.10, most=True)
 
 
-def result(name: str, value: float, goal: float, most: bool = False) -> None:
+def tell(name: str, value: float, goal: float, most: bool = False) -> None:
     met = value <= goal if most else value >= goal
-    print(f"RESULT {name} {value:.3f} {goal} {'ok' if met else 'short'}", flush=True)
+    print(result(name, value, f"{'<=' if most else '>='}{goal}", met), flush=True)
 
 
 if __name__ == "__main__":

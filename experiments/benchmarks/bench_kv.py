@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from experiments.benchmarks.search_rows import result
 from experiments.models import reference_models
+from experiments.result import result
 from mpq.core.allocation import Allocation
 from mpq.core.cache import BLOCK_FORMATS, CACHE_FORMATS
 from mpq.core.cache_formats import CacheFormats
@@ -239,7 +239,7 @@ def main() -> None:
             lines += single_entries(source, table, reference)
             lines += needle(source, table) if name == "smollm2" else []
     print("\n".join(lines))
-    print(f"RESULT peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.models import wide_model
+from experiments.result import result
 from mpq.core.layer import Layer
 from mpq.core.problem import build_problem
 from mpq.core.scheme import parse_scheme
@@ -81,10 +82,6 @@ def best_of(repeats: int, job: Callable[[], object]) -> float:
 
 def import_seconds(module: str) -> float:
     return best_of(3, lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True))
-
-
-def result(name: str, value: float, goal: str, reached: bool) -> str:
-    return f"RESULT {name} {value:.4g} {goal} {'ok' if reached else 'short'}"
 
 
 def main() -> None:

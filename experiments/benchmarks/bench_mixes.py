@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from experiments.result import result
 from mpq.core.formats import parse_format
 from mpq.core.mix import digits, mix_of
 from mpq.kernels.bench import BEYOND, CPU
@@ -70,8 +71,7 @@ def main() -> None:
             ours, single = (statistics.median(each) for each in times)
             ratio, goal = ours / single, GOALS[tokens]
             print(f"{rows}x{cols}, {tokens} tokens: mix {1e6 * ours:.0f} us, {WHOLE} {1e6 * single:.0f} us")
-            word = "ok" if ratio <= goal else "short"
-            print(f"RESULT mix_over_one/{rows}x{cols}/batch{tokens} {ratio:.3f} {goal} {word}", flush=True)
+            print(result(f"mix_over_one/{rows}x{cols}/batch{tokens}", ratio, f"<={goal}", ratio <= goal), flush=True)
 
 
 if __name__ == "__main__":

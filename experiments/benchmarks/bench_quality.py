@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import mpq
 from experiments.models import reference_models
+from experiments.result import result
 from mpq.network.calibration import Batch, cross_entropy, next_token_loss
 from mpq.network.layers import find_layers
 from mpq.network.moments import second_moments
@@ -113,9 +114,7 @@ def run(contest: Contest, metric: str | None, methods: Sequence[str]) -> list[st
                 f"{method:8} {format:14} {uniform.bits:6.3f} {show(plain, contest):>9} {plain.loss:8.4f}   "
                 f"{allocation.bits:6.3f} {show(searched, contest):>9} {searched.loss:8.4f}   {gain:+.2f} +- {error:.2f}"
             )
-            results.append(
-                f"RESULT {contest.name}_{method}_{bits}bits_gain {gain:.3f} >0 {'ok' if gain > 0 else 'short'}"
-            )
+            results.append(result(f"{contest.name}_{method}_{bits}bits_gain", gain, ">0", gain > 0))
     return results
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from experiments.benchmarks.search_rows import result
 from experiments.models import reference_models
+from experiments.result import result
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.frontier import Frontier
@@ -171,7 +171,7 @@ def main() -> None:
             except (MpqError, FileNotFoundError) as error:
                 print(f"{name} left out: {error}")
     print("\n".join(lines))
-    print(f"RESULT peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from experiments.benchmarks.search_rows import result
 from experiments.models import reference_models
+from experiments.result import result
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.core.table import SensitivityTable

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from experiments.benchmarks import search_rows
-from experiments.benchmarks.search_rows import result
 from experiments.models import reference_models
 from experiments.papers import fliqs
 from experiments.papers.hawq_v3 import hawq_v3_problem, published_choices, read_published
+from experiments.result import result
 from mpq.core.allocation import Allocation
 from mpq.core.problem import Problem, build_problem
 from mpq.core.table import SensitivityTable

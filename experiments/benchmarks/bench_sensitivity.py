@@ -29,6 +29,7 @@ from experiments.models.reference_models import (
     wikitext_tokens,
 )
 from experiments.models.wide_model import build, load
+from experiments.result import result
 from mpq.core.allocation import Allocation
 from mpq.core.problem import build_problem
 from mpq.core.scheme import parse_scheme
@@ -231,10 +232,6 @@ def offload() -> list[str]:
     print(f"the largest layer has {largest / 1e6:.1f} MB; {seconds[1]:.1f} s, without {seconds[0]:.1f} s;")
     print(f"scores differ by {same:.1e} at most")
     return [result("offload_peak_weights_over_model", peak / whole, "<0.25", peak < 0.25 * whole)]
-
-
-def result(name: str, value: float, goal: str, reached: bool) -> str:
-    return f"RESULT {name} {value:.3f} {goal} {'ok' if reached else 'short'}"
 
 
 def main() -> None:

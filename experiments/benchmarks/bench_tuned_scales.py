@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.models.reference_models import data_file, wikitext_llama, wikitext_tokens
+from experiments.result import result
 from mpq.core.allocation import Allocation
 from mpq.network.calibration import next_token_loss, seeded
 from mpq.network.layers import find_layers
@@ -96,9 +97,7 @@ def main() -> None:
     for name, model, train, test, format in runs:
         share = compare(name, model, train, test, format, Tuning(steps=12 if quick else 60))
         goal = 0.95 if quick else GOAL[name]
-        results.append(
-            f"RESULT tuned_over_gptq/{name}/{format} {share:.3f} <={goal} {'ok' if share <= goal else 'short'}"
-        )
+        results.append(result(f"tuned_over_gptq/{name}/{format}", share, f"<={goal}", share <= goal))
     print("\n" + "\n".join(results))
 
 

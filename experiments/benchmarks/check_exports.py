@@ -18,6 +18,7 @@ from torch import nn
 
 from experiments.models import reference_models
 from experiments.peers import llama_exports
+from experiments.result import result
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.exporters import export
@@ -57,8 +58,8 @@ def row(name: str, before: float, simulated: float, served: float, sizes: tuple[
     print(f"{name:28}{before:10.3f}{simulated:11.3f}{served:10.3f}{sizes[0]:12,}{sizes[1]:12,}", flush=True)
 
 
-def result(name: str, value: float, limit: float) -> str:
-    return f"RESULT {name} {value:.5f} <={limit} {'ok' if value <= limit else 'short'}"
+def gap_result(name: str, gap: float, limit: float) -> str:
+    return result(name, gap, f"<={limit}", gap <= limit)
 
 
 def onnxruntime_top1(images: int, folder: Path) -> list[str]:
@@ -81,8 +82,8 @@ def onnxruntime_top1(images: int, folder: Path) -> list[str]:
         simulated = 100 * reference_models.top1(simulate(model, allocation, trainable=False, ranges=ranges), batches)
         sizes = promised_size, (out / "model.onnx").stat().st_size
         row(f"onnxruntime {name}", before, simulated, served, sizes)
-        lines.append(result(f"onnxruntime_{name}_top1_gap", abs(served - simulated), 0.2))
-        lines.append(result(f"onnxruntime_{name}_size_gap", abs(sizes[1] / sizes[0] - 1), 0.01))
+        lines.append(gap_result(f"onnxruntime_{name}_top1_gap", abs(served - simulated), 0.2))
+        lines.append(gap_result(f"onnxruntime_{name}_size_gap", abs(sizes[1] / sizes[0] - 1), 0.01))
     return lines
 
 
@@ -104,8 +105,8 @@ def language_models(windows: int, folder: Path) -> list[str]:
         served = math.exp(mean_loss(loaded, [tokens], next_token_loss))
         sizes = promised(model, allocation), (out / file).stat().st_size
         row(name, before, simulated, served, sizes)
-        lines.append(result(f"{name.replace(' ', '_')}_size_gap", abs(sizes[1] / sizes[0] - 1), 0.01))
-        lines.append(result(f"{name.replace(' ', '_')}_perplexity_gap", abs(served / simulated - 1), 0.001))
+        lines.append(gap_result(f"{name}_size_gap", abs(sizes[1] / sizes[0] - 1), 0.01))
+        lines.append(gap_result(f"{name}_perplexity_gap", abs(served / simulated - 1), 0.001))
     return lines
 
 

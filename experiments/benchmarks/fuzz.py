@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 import mpq
+from experiments.result import result
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.frontier import SavedFrontier
@@ -340,7 +341,7 @@ def main() -> int:
             done = outcomes.get(end, [])
             for told in done[:5]:
                 print(f"  {end}: {told}")
-            print(f"RESULT {name}/{end} {len(done)} 0 {'short' if done else 'ok'}", flush=True)
+            print(result(f"{name}/{end}", len(done), "=0", not done), flush=True)
             good = good and not done
     return 0 if good else 1
 

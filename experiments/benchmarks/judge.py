@@ -22,6 +22,7 @@ from experiments.models.reference_models import (
     wikitext_llama,
     wikitext_tokens,
 )
+from experiments.result import result
 from mpq.core.problem import build_problem
 from mpq.core.table import SensitivityTable
 from mpq.judge import judge, plot_judgement
@@ -136,10 +137,6 @@ def reversed_ranking(name: str, tables: dict[str, SensitivityTable], bits: float
         f"{backward:.4f}"
     )
     return result(f"{name}_reversed_over_forward_loss", backward / max(forward, 1e-9), ">1.5", backward > 1.5 * forward)
-
-
-def result(name: str, value: float, goal: str, reached: bool) -> str:
-    return f"RESULT {name} {value:.4f} {goal} {'ok' if reached else 'short'}"
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import torch
 
 import mpq
 from experiments.models.model_cases import CASES, QUICK, Case, import_timm
+from experiments.result import result
 from mpq.core.errors import MpqError
 from mpq.exporters.verify import verify_outputs
 from mpq.network.calibration import outputs_of
@@ -110,8 +111,9 @@ def main() -> int:
             rows.append(run_case(CASES[name], Path(folder) / "out"))
         print(rows[-1], flush=True)
     counts = {status: sum(row.status == status for row in rows) for status in ("ok", "failed", "skipped")}
-    print(f"RESULT architectures={len(rows)} " + " ".join(f"{status}={count}" for status, count in counts.items()))
-    print(f"RESULT seconds={sum(row.seconds for row in rows):.0f}")
+    print(f"{sum(row.seconds for row in rows):.0f} s, {counts['skipped']} of {len(rows)} architectures skipped")
+    print(result("architectures_failed", counts["failed"], "=0", not counts["failed"]))
+    print(result("architectures_ok", counts["ok"], f"={len(rows)}", counts["ok"] == len(rows)))
     return 1 if counts["failed"] else 0
 
 

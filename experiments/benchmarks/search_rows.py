@@ -28,8 +28,3 @@ def read(path: Path) -> Rows:
                 key = (row["part"], row["case"], row["search"], int(row["seed"]))
                 rows.setdefault(key, {})[row["measure"]] = float(row["value"])
     return rows
-
-
-def result(name: str, value: float, goal: str, reached: bool) -> str:
-    """The line that says whether a figure reached its goal."""
-    return f"RESULT {name} {value:.4g} {goal} {'ok' if reached else 'short'}"

@@ -15,6 +15,7 @@ import torch
 from scipy.stats import spearmanr
 
 from experiments.models import reference_models
+from experiments.result import result
 from mpq.core.formats import parse_format
 from mpq.network.calibration import Batch, LossFn, cross_entropy, next_token_loss
 from mpq.network.layers import find_layers, matrix_to_weight, weight_matrix
@@ -87,7 +88,7 @@ def main() -> None:
     for name in options.names:
         if options.check_activations:
             value = check_activations(name)
-            print(f"RESULT {name}_rank_with_8bit_activations {value:.3f} >0.95 {'ok' if value > 0.95 else 'short'}")
+            print(result(f"{name}_rank_with_8bit_activations", value, ">0.95", value > 0.95))
             continue
         benchmark = build(name, options.rows or ROWS[name], options.seed)
         benchmark.save(RESULTS / f"benchmark_{name}.csv")

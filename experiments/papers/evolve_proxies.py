@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from experiments.models import reference_models
 from experiments.papers.build_benchmarks import load
 from experiments.papers.proxy_models import NAMES, OUT, benchmark_of, statistics_of
+from experiments.result import result
 from mpq.core.problem import build_problem
 from mpq.core.table import SensitivityTable
 from mpq.proxies import PROXIES
@@ -80,7 +81,7 @@ def evolved(here: World, pool: str, generations: int, offspring: int) -> Evoluti
     )
     if here.name == "resnet20":
         goal = seconds < 300 and generations >= 1000
-        RESULTS.append(result_line(f"{here.name}_{pool}_evolution_seconds", seconds, "<300 at 1000 generations", goal))
+        RESULTS.append(result(f"{here.name}_{pool}_evolution_seconds", seconds, "<300 at 1000 generations", goal))
     return result
 
 
@@ -108,7 +109,7 @@ def judge(here: World, candidates: dict[str, Program]) -> None:
             below, above = interval(draws[i] - draws[best])
             print(f"    {name} leads {names[best]} at {what} by {lead:.3f} [{below[j]:.3f}, {above[j]:.3f}]")
             label = f"{here.name}_{name.replace(' ', '_')}_{what}_lead_over_best_handmade"
-            RESULTS.append(result_line(label, lead, ">=0", lead >= 0))
+            RESULTS.append(result(label, lead, ">=0", lead >= 0))
 
 
 def against_chance(here: World, generations: int, offspring: int, seeds: int) -> None:
@@ -134,7 +135,7 @@ def against_chance(here: World, generations: int, offspring: int, seeds: int) ->
             f"(held out {fitness[0]:.3f}), random {chance.fitness:.3f} (held out {fitness[1]:.3f})",
             flush=True,
         )
-    RESULTS.append(result_line(f"{here.name}_evolution_over_random_fitness", float(np.mean(gaps)), ">0", wins == seeds))
+    RESULTS.append(result(f"{here.name}_evolution_over_random_fitness", float(np.mean(gaps)), ">0", wins == seeds))
 
 
 def validity(here: World, draws: int) -> None:
@@ -148,7 +149,7 @@ def validity(here: World, draws: int) -> None:
         )
         print(f"    {shape:12} {plain:.3f} without, {aided:.3f} with prioritization", flush=True)
         if shape == "branched":
-            RESULTS.append(result_line("branched_valid_share_gain", aided - plain, ">0.1 (paper)", aided - plain > 0.1))
+            RESULTS.append(result("branched_valid_share_gain", aided - plain, ">0.1 (paper)", aided - plain > 0.1))
 
 
 def allocations(here: World, candidates: dict[str, Program]) -> None:
@@ -180,18 +181,14 @@ def allocations(here: World, candidates: dict[str, Program]) -> None:
         for other in known:
             gain = float(np.mean(measured[other]) - np.mean(measured[name]))
             label = f"{here.name}_{name.replace(' ', '_')}_loss_below_{other}"
-            RESULTS.append(result_line(label, gain, ">=0", gain >= 0))
+            RESULTS.append(result(label, gain, ">=0", gain >= 0))
         if "hawq-v2" in costs and "all" not in name:
             ratio = costs["hawq-v2"] / max(costs[name], 1e-6)
             label = f"{here.name}_{name.replace(' ', '_')}_scoring_cheaper_than_trace"
-            RESULTS.append(result_line(label, ratio, ">100", ratio > 100))
+            RESULTS.append(result(label, ratio, ">100", ratio > 100))
 
 
 RESULTS: list[str] = []
-
-
-def result_line(name: str, value: float, goal: str, reached: bool) -> str:
-    return f"RESULT {name} {value:.3f} {goal.replace(' ', '_')} {'ok' if reached else 'short'}"
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from experiments.papers.fliqs_ablation import SPACE, Data, optimizer_of, step_of, uniform
+from experiments.result import result
 from mpq.search.architecture import Choice, Kernel, Width
 from mpq.search.controller import Schedule
 from mpq.search.one_shot import OneShot
@@ -110,7 +111,7 @@ def compared(name: str, ours: Sequence[Found], theirs: Sequence[Found]) -> str:
     gains = [other.loss - own.loss for own, other in zip(ours, theirs, strict=True)]
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
     mean = statistics.mean(gains)
-    return f"RESULT {name} {mean:.4f} >=0 {'ok' if mean >= 0 else 'short'} (+- {error:.4f} over {len(gains)} seeds)"
+    return result(name, mean, ">=0", mean >= 0, f"(+- {error:.4f} over {len(gains)} seeds)")
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from experiments.benchmarks import search_rows
 from experiments.models import reference_models
+from experiments.result import result
 from mpq.core.files import write_atomically
 from mpq.core.scheme import parse_scheme
 from mpq.network.calibration import seeded
@@ -208,9 +209,9 @@ def report(rows: search_rows.Rows) -> list[str]:
         gain = round(float(gains.mean()), 6)  # of equal sums the difference is a rounding error
         label = f"search_fliqs_resnet20_{kind}"
         lines += [
-            search_rows.result(f"{label}_gain_points", gain, ">=0", gain >= 0),
-            search_rows.result(f"{label}_cost_error", worst["cost_error"], "<0.03", worst["cost_error"] < 0.03),
-            search_rows.result(f"{label}_entropy", worst["entropy"], "<0.05", worst["entropy"] < 0.05),
+            result(f"{label}_gain_points", gain, ">=0", gain >= 0),
+            result(f"{label}_cost_error", worst["cost_error"], "<0.03", worst["cost_error"] < 0.03),
+            result(f"{label}_entropy", worst["entropy"], "<0.05", worst["entropy"] < 0.05),
         ]
     return lines
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import mpq
+from experiments.result import result
 from mpq.core.scheme import parse_scheme
 from mpq.models import BUNDLED
 from mpq.network.calibration import seeded
@@ -186,9 +187,9 @@ def main() -> None:
         tell(f"{cost}, cosine", [searched(data, SCHEDULES["cosine"], cost, seed, steps) for seed in range(seeds)])
     worst = max(run.cost for runs in found.values() for run in runs)
     certain, without = (statistics.mean(run.entropy for run in found[name]) for name in ("cosine", "none"))
-    print(f"\nRESULT fliqs_ablation_cost {worst:.3f} <=1 {'ok' if worst <= 1 + 1e-9 else 'short'}")
+    print("\n" + result("fliqs_ablation_cost", worst, "<=1", worst <= 1 + 1e-9))
     share = certain / max(without, 1e-9)
-    print(f"RESULT fliqs_ablation_entropy_cosine_over_none {share:.3f} <1 {'ok' if share < 1 else 'short'}")
+    print(result("fliqs_ablation_entropy_cosine_over_none", share, "<1", share < 1))
 
 
 if __name__ == "__main__":

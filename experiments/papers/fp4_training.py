@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from experiments.models.training_tasks import TASKS
+from experiments.result import result
 from mpq.core.patterns import match_names
 from mpq.lowprecision import Recipe, StableSPAM
 from mpq.lowprecision.study import Run, Setting, Task, added_share, compare, gaps, mean_with_error
@@ -75,10 +76,6 @@ def table(task: Task, runs: Sequence[Run]) -> dict[str, float]:
     return {name: float(values.mean()) for name, values in above.items()}
 
 
-def result(name: str, value: float, reached: bool) -> str:
-    return f"RESULT {name} {value:.4f} >0 {'ok' if reached else 'short'}"
-
-
 BETTER = {  # what is expected to win, and against what
     "sr_backward_gain_nvfp4": ("nvfp4, SR backward", "nvfp4"),
     "sr_forward_cost_nvfp4": ("nvfp4", "nvfp4, SR forward"),
@@ -114,7 +111,7 @@ def main() -> None:
         for name, (winner, other) in BETTER.items():
             if winner in mean and other in mean:
                 difference = mean[other] - mean[winner]
-                lines.append(result(f"fp4_{task_name}_{name}", difference, difference > 0))
+                lines.append(result(f"fp4_{task_name}_{name}", difference, ">0", difference > 0))
     print("\n" + "\n".join(lines))
 
 

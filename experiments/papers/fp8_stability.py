@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from experiments.models.training_tasks import TASKS
+from experiments.result import result
 from mpq.lowprecision import Mask
 from mpq.lowprecision.study import Run, Setting, compare, early_warning, gaps
 
@@ -39,10 +40,6 @@ def table(task: str, runs: Sequence[Run]) -> dict[tuple[str, float], NDArray[np.
         cells = [above[name, rate] for rate in rates]
         print(f"| {name} |" + "".join(f" {c.mean():+.3f}, {int((~(c < FAR[task])).sum())}/{len(c)} |" for c in cells))
     return above
-
-
-def result(name: str, value: float, goal: str, reached: bool) -> str:
-    return f"RESULT {name} {value:.4f} {goal} {'ok' if reached else 'short'}"
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from experiments.models.reference_models import wikitext_llama, wikitext_tokens
+from experiments.result import result
 from mpq.core.costs import kv_bytes_per_token
 from mpq.kernels.kv_cache import dequantize_heads, quantize_heads
 
@@ -60,12 +61,12 @@ def main() -> None:
         print(f"{keys:>5} {values:>6} {found[keys, values]:>11.3f} {size:>14}")
     base = found[16, 16]
     rises = {bits: found[bits, bits] / base - 1 for bits in (8, 4, 3, 2)}
-    print(f"RESULT kv8_perplexity_rise {rises[8]:.5f} 0.001 {'ok' if rises[8] < 0.001 else 'short'}")
-    print(f"RESULT kv4_perplexity_rise {rises[4]:.5f} 0.03 {'ok' if rises[4] < 0.03 else 'short'}")
+    print(result("kv8_perplexity_rise", rises[8], "<0.001", rises[8] < 0.001))
+    print(result("kv4_perplexity_rise", rises[4], "<0.03", rises[4] < 0.03))
     order = rises[8] <= rises[4] <= rises[3] <= rises[2]
-    print(f"RESULT rise_falls_with_bits {int(order)} 1 {'ok' if order else 'short'}")
+    print(result("rise_falls_with_bits", order, "=1", order))
     sensitive = found[2, 8] > found[8, 2]
-    print(f"RESULT keys_more_sensitive_than_values {int(sensitive)} 1 {'ok' if sensitive else 'short'}")
+    print(result("keys_more_sensitive_than_values", sensitive, "=1", sensitive))
 
 
 if __name__ == "__main__":

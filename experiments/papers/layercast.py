@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.models.reference_models import wikitext_llama, wikitext_tokens
+from experiments.result import result
 from mpq import layercast
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
@@ -63,10 +64,6 @@ def simulated(model: nn.Module, prompts: Tensor, tokens: int) -> list[Reproducib
 def packed(model: nn.Module) -> nn.Module:
     layers = find_layers(model)
     return pack_model(model, Allocation(layers, (PACKED,) * len(layers)), "nearest")
-
-
-def result(name: str, value: float, goal: str, reached: bool) -> str:
-    return f"RESULT {name} {value:.3g} {goal} {'ok' if reached else 'short'}"
 
 
 def main() -> None:

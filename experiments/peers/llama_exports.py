@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.models import reference_models
+from experiments.result import result
 from mpq.core.allocation import Allocation
 from mpq.core.formats import parse_format
 from mpq.core.scheme import parse_scheme
@@ -111,8 +112,7 @@ def exports(python: str, windows: int, folder: Path) -> list[str]:
         print(f"{'llama.cpp ' + name:28}{before:10.3f}{simulated:11.3f}{served:10.3f}{sizes[0]:12,}{sizes[1]:12,}")
         print(f"{'':28}{allocation.bits:.3f} bits: {' '.join(sorted(set(allocation.schemes)))}", flush=True)
         gap = abs(served / simulated - 1)
-        word = "ok" if gap <= 0.01 else "short"
-        lines.append(f"RESULT llama.cpp_{name.replace(' ', '_')}_perplexity_gap {gap:.5f} <=0.01 {word}")
+        lines.append(result(f"llama.cpp_{name}_perplexity_gap", gap, "<=0.01", gap <= 0.01))
     return lines
 
 
@@ -134,10 +134,9 @@ def rounding(python: str) -> list[str]:
             ours = dequantize(clip_search(weight, parse_format(name)))
             ratios.append(float((ours - weight).square().sum() / (theirs - weight).square().sum()))
         worst = max(ratios)
-        word = "ok" if worst <= 1 else "short"
         mean = sum(ratios) / len(ratios)
         print(f"squared error over llama.cpp's, {GGUF_TYPES[name]:8}{mean:7.3f}, worst {worst:.3f}")
-        lines.append(f"RESULT llama.cpp_{GGUF_TYPES[name]}_squared_error_ratio {worst:.4f} <=1 {word}")
+        lines.append(result(f"llama.cpp_{GGUF_TYPES[name]}_squared_error_ratio", worst, "<=1", worst <= 1))
     return lines
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from experiments.models import reference_models
+from experiments.result import result
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.exporters import export
@@ -79,9 +80,9 @@ def exports(python: str, model: nn.Module, tokens: torch.Tensor, folder: Path, j
             f"top-1 {equal:.4f} {sizes[0]:12,} {sizes[1]:12,}",
             flush=True,
         )
-        key, gap = f"mlx_{name.replace(' ', '_')}", abs(answer["perplexity"] / simulated - 1)
-        lines.append(f"RESULT {key}_perplexity_gap {gap:.6f} <=0.002 {'ok' if gap <= 0.002 else 'short'}")
-        lines.append(f"RESULT {key}_top1_agreement {equal:.4f} >=0.97 {'ok' if equal >= 0.97 else 'short'}")
+        gap = abs(answer["perplexity"] / simulated - 1)
+        lines.append(result(f"mlx_{name}_perplexity_gap", gap, "<=0.002", gap <= 0.002))
+        lines.append(result(f"mlx_{name}_top1_agreement", equal, ">=0.97", equal >= 0.97))
     return lines
 
 

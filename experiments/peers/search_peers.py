@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from experiments.benchmarks.bench_search import Measuring
-from experiments.benchmarks.search_rows import result
 from experiments.models import reference_models
+from experiments.result import result
 from mpq.core.problem import build_problem
 from mpq.network.calibration import next_token_loss
 from mpq.search.evolution import evolution

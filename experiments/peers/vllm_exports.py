@@ -20,6 +20,7 @@ import numpy as np
 from torch import nn
 
 from experiments.models import reference_models
+from experiments.result import result
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
@@ -101,7 +102,7 @@ def main() -> None:
             served = served_perplexity(options.vllm, folder, windows, dtype)
             print(f"{target:10} {allocation.bits:.3f} bits, simulated {simulated:.4f}, served {served:.4f}", flush=True)
             gap = abs(served / simulated - 1)
-            lines.append(f"RESULT vllm_{target}_perplexity_gap {gap:.6f} <=0.002 {'ok' if gap <= 0.002 else 'short'}")
+            lines.append(result(f"vllm_{target}_perplexity_gap", gap, "<=0.002", gap <= 0.002))
     print("\n".join(lines))
 
 

@@ -105,3 +105,43 @@ def test_an_assignment_needs_its_mix():
         Allocation(table.layers, ("int2-g64", "int4-g64"), assignments={"a": "0" * 8})
     with pytest.raises(MpqError, match="expected a layer and a mix"):
         SensitivityTable(table.layers, table.schemes, table.scores, table.errors, "x", {}, {}, {"a": {"int2-g64": "0"}})
+
+
+def test_the_smallest_cases_by_hand():
+    """Rows of 36, 52 and 68 bytes, 2 bits a row to tell three formats apart, 1 bit for two."""
+    mix = parse_mix("int2-g64/int3-g64/int4-g64@2.75")
+    assert mix.row_bytes(128) == [36, 52, 68]
+    assert [mix.assignment_bytes(rows) for rows in (1, 4, 5, 8, 9)] == [1, 1, 2, 2, 3]
+    assert parse_mix("int2-g64/int3-g64@2.75").assignment_bytes(9) == 2
+    assert mix.nbytes(10, 128) == 3 + 6 * 36 + 4 * 52  # 440 bytes hold 4 rows of the larger and not 5
+    assert parse_mix("int2-g64/int3-g64/int4-g64@2").nbytes(10, 128) == 3 + 10 * 36  # nothing is smaller
+    assert parse_mix("int2-g64/int3-g64/int4-g64@9").nbytes(10, 128) == 3 + 10 * 68  # nothing is larger
+    suited = [parse_mix(f"int2-g64/int3-g64/int4-g64@{bits}").suits(10, 128) for bits in (2, 2.75, 9)]
+    assert suited == [False, True, False]
+    assert mix.code_bits == pytest.approx(2.5)
+    assert mix.groups(128) == 2
+    assert parse_mix("int2-g32/int3-g64@2.75").groups(128) == 4
+
+
+def test_how_many_formats_a_mix_takes():
+    names = [f"int{bits}-g{size}" for bits in (2, 3, 4) for size in (32, 64, 128, 256)]
+    formats = [parse_format(name) for name in names]
+    assert len(mix_of(formats[:10], 3.0).formats) == 10
+    with pytest.raises(MpqError, match="2 to 10 different formats"):
+        mix_of(formats[:11], 3.0)
+    with pytest.raises(MpqError, match="2 to 10 different formats"):
+        mix_of(formats[:1], 3.0)
+    with pytest.raises(MpqError, match="different"):
+        mix_of([*formats[:2], formats[0]], 3.0)
+    assert mix_of(formats[:2], 3.00049).bits == 3.0
+    assert mix_of([formats[8], formats[0]], 3.0).grid == formats[8].grid  # the widest, wherever it stands
+    assert [len(family) for family in families([parse_format(f"int{bits}-g64") for bits in range(2, 9)])] == [7]
+
+
+def test_places_beyond_the_formats_are_refused():
+    mix = parse_mix("int2-g64/int3-g64@2.75")
+    with pytest.raises(MpqError, match="does not fit"):
+        mix.with_assignment("02").assigned(2, 128)
+    with pytest.raises(MpqError, match="does not fit"):
+        mix.with_assignment("011").assigned(2, 128)
+    assert mix.with_counts([1, 1]).assignment == "01"
