@@ -48,6 +48,8 @@ def add(command: AddCommand) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
+    from dataclasses import replace
+
     from mpq.core.files import write_atomically
     from mpq.core.interactions import Interactions
     from mpq.core.latency import load_latencies
@@ -80,7 +82,8 @@ def run(options: argparse.Namespace) -> None:
     if options.frontier:
         choice.frontier.save(options.frontier)
     if options.output:
-        choice.allocation.save(options.output)
+        provenance = {**choice.allocation.provenance, "table": options.table}
+        replace(choice.allocation, provenance=provenance).save(options.output)
     configuration = write_configuration(tool, choice.allocation) if tool else ""
     if file:
         with write_atomically(file) as draft:

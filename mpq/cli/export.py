@@ -1,6 +1,7 @@
 """`mpq export`: packed weights of an allocation."""
 
 import argparse
+from pathlib import Path
 
 from mpq.cli import recipe
 from mpq.cli.options import AddCommand, check_data, model_options, source_of
@@ -14,6 +15,8 @@ def add(command: AddCommand) -> None:
     export.add_argument("allocation", help="what 'mpq allocate' wrote")
     export.add_argument("--method", help="rounding method (default: the one that the allocation was searched for)")
     export.add_argument("--to", default="mpq", help="mpq (default), compressed-tensors, gguf, ...")
+    export.add_argument("--table", help="the allocation's table, to solve again for --to (default: the one beside it)")
+    export.add_argument("--strict", action="store_true", help="refuse what --to cannot hold, instead of solving again")
     export.add_argument("--force", action="store_true", help="overwrite a result of other settings")
     export.add_argument("-o", "--output", required=True, help="folder to write")
 
@@ -22,20 +25,34 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from mpq.comparison import megabytes
     from mpq.core.allocation import Allocation
+    from mpq.core.table import SensitivityTable
+    from mpq.exporters.caches import check_cache
+    from mpq.exporters.holding import check_packages
     from mpq.exporters.targets import TARGETS
+    from mpq.resolving import held_or_resolved, table_beside
     from mpq.rounding import DEFAULT_METHOD, METHODS
 
     steps = recipe.recipe_of(options)
     recipe.check_output(options.output, steps, options.force)
-    allocation = Allocation.load(options.allocation)
-    TARGETS.named(options.to)
+    allocation, target = Allocation.load(options.allocation), TARGETS.named(options.to)
     method = options.method or allocation.provenance.get("method", DEFAULT_METHOD)
     METHODS.named(method)
     check_data(options.dataset)
+    check_packages(target)
+    table = SensitivityTable.load(options.table) if options.table else table_beside(allocation, Path(options.allocation))
+    resolved = held_or_resolved(target, allocation, table, options.strict)
+    allocation = allocation if resolved is None else resolved.allocation
+    check_cache(target, allocation)
 
     from mpq.exporting import export_to
+    from mpq.measuring import Measurer, store_for
 
-    written = export_to(options.to, source_of(options), allocation, options.output, method)
+    source = source_of(options)
+    store = store_for(method, source, allocation.layers)
+    if resolved is not None:
+        say(options, resolved.sentence())
+        say(options, resolved.measured(Measurer(source, store, not options.quiet)))
+    written = export_to(options.to, source, allocation, options.output, store)
     if written.is_dir():
         recipe.begin(options.output, steps)
         recipe.finish(options.output)
