@@ -18,7 +18,6 @@ from mpq.core.registry import Target
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
-from mpq.network.experts import has_experts
 
 FLOAT = "bf16"  # of layers that are left as they are
 
@@ -41,6 +40,8 @@ def check_model(target: Target, model: Any) -> None:
     """MpqError when the target does not know such a model, or a package that writes its files is missing."""
     if not target.takes(model):
         raise MpqError(f"{target.name} files hold {target.models}, not {type(model).__name__}: export to mpq instead")
+    from mpq.network.experts import has_experts  # torch, without which the rest here answers
+
     if not target.experts and has_experts(model):
         raise MpqError(f"experts are written for mpq alone, not for {target.name}: leave --for and --to at mpq")
     check_packages(target)

@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> None:
     METHODS.named(method)
     check_data(options.dataset)
     check_packages(target)
-    table = SensitivityTable.load(options.table) if options.table else table_beside(allocation, Path(options.allocation))
+    file = Path(options.allocation)
+    table = SensitivityTable.load(options.table) if options.table else table_beside(allocation, file)
     resolved = held_or_resolved(target, allocation, table, options.strict)
     allocation = allocation if resolved is None else resolved.allocation
     check_cache(target, allocation)
