@@ -6,7 +6,8 @@ where activations have a static one. NVFP4's activations have 1: our scheme find
 """
 
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mpq.core.errors import MpqError
 from mpq.core.scheme import Scheme
 from mpq.exporters.request import ExportRequest
 from mpq.exporters.rules import MODELOPT_ALGORITHMS
-from mpq.exporters.transformers_folder import export_transformers
+from mpq.exporters.transformers_folder import export_transformers, sizer_of
 from mpq.kernels.layout import Packed, unpack_bits
 from mpq.network.layers import layer_kind, matrix_to_weight
 from mpq.network.ranges import Ranges, static_scale
@@ -50,6 +51,11 @@ def export(request: ExportRequest) -> Path:
         read,
         texts=lambda: {FILE: _legacy(model, allocation)},
     )
+
+
+def sizer(model: nn.Module, tokenizer: Any = None, inputs: Any = None) -> Callable[[Allocation], int]:
+    """Bytes of the file of an allocation, whatever the ranges."""
+    return sizer_of(model, partial(_named, model, defaultdict(lambda: (0.0, 1.0))))
 
 
 def _algorithm(scheme: Scheme) -> str | None:

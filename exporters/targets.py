@@ -73,6 +73,7 @@ MODELOPT = Target(
     schemes=(*rules.MODELOPT_ALGORITHMS, *rules.FLOAT_COPIES), objection=rules.modelopt,
     readers="vLLM and TensorRT-LLM", fuses=True, takes=_transformers,
     models="transformers models", command="vllm serve {folder}",
+    sizer="mpq.exporters.modelopt:sizer", reads=("ranges",),
 )  # fmt: skip
 GGUF = Target(
     "gguf", "mpq.exporters.gguf.file:export", "a Llama for llama.cpp, each layer in its own tensor type",

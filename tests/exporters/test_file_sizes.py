@@ -40,11 +40,11 @@ def classifier():
 def allocate(source, target):
     """Layers in turn in the formats that the target can hold, tied ones alike."""
     layers = find_layers(source.model)
-    names = [name for name in formats_of(target) if name != "fp16"]
+    names = [name for name in target.schemes or formats_of(target) if name not in ("bf16", "fp16", "fp32")]
     schemes: dict[str, str] = {}
     for index, layer in enumerate(layers):
         held = [name for name in names if not target.refusal(layer, mpq.parse_scheme(name))] or ["bf16"]
-        schemes.setdefault(layer.tie or layer.name, held[index % len(held)])
+        schemes.setdefault(layer.tie or layer.name, held[index * 3 % len(held)])
     return Allocation(layers, tuple(schemes[layer.tie or layer.name] for layer in layers))
 
 
