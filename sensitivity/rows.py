@@ -1,4 +1,4 @@
-"""Formats within a layer: which row takes which format of a mix, and what the mix then costs."""
+"""Formats within a layer: what mixes by rows are scored, and what they cost."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpq.core.assignment import assign
 from mpq.core.layer import Layer
 from mpq.core.mix import digits, families, mix_of
 from mpq.core.scheme import Scheme
@@ -17,7 +18,6 @@ from mpq.sensitivity.task import RowScores, Scores, Task
 
 STEP = 0.25  # bits from one mix to the next,
 COARSE = 5.0  # twice that from here on
-MARGINAL = 32  # rows, those that lose least by another format, whose formats make up the exact number of bytes
 HELD = 12  # digits of one number in the journal
 TEMPER = 0.5  # exponent of rows' shares where rows of one layer are compared
 FLOOR = 0.01  # of the mean share, added to each before that
@@ -108,84 +108,6 @@ def with_mixes(task: Task, rows: RowScores, mixes: Sequence[Scheme], shrink: boo
                 errors[i, plain + j] = shares[j, : len(part)] @ errors[i, part]
                 assignments[layer.name][mix.name] = digits(places[j])
     return Mixed((*task.schemes, *mixes), (values, errors), assignments)
-
-
-def assign(costs: Array, sizes: Sequence[int], total: int) -> Places:
-    """The format of each row, (rows,), of least summed cost that takes exactly `total` bytes.
-
-    The optimum by one multiplier between bytes and costs; the rows that lose least by another format make up what is
-    left, by dynamic programming over the bytes. Where they cannot, the rows that gain most take the larger of the two
-    formats next to the average, which always comes to the bytes of a mix.
-
-    Args:
-        costs: of each row in each format, (rows, formats).
-        sizes: bytes of a row in each format.
-        total: bytes of all rows, a total that two neighbouring formats reach.
-    """
-    weights = np.asarray(sizes, dtype=np.int64)
-    multiplier = _multiplier(costs, weights, total)
-    priced = costs + multiplier * weights
-    places = priced.argmin(1)
-    left = total - int(weights[places].sum())
-    if left == 0:
-        return np.asarray(places, dtype=np.uint8)
-    regrets = np.partition(priced, 1, axis=1)[:, 1] - priced.min(1)
-    marginal = np.argsort(regrets, kind="stable")[:MARGINAL]
-    exact = _exactly(costs[marginal], weights, left + int(weights[places[marginal]].sum()))
-    if exact is None:
-        return _two(costs, weights, total)
-    places[marginal] = exact
-    return np.asarray(places, dtype=np.uint8)
-
-
-def _multiplier(costs: Array, sizes: NDArray[np.int64], total: int) -> float:
-    """About the least price of a byte at which the rows take no more than the total."""
-    steps = np.diff(np.unique(sizes))
-    high = 2 * float(np.ptp(costs, axis=1).max(initial=0.0)) / float(steps.min()) + float(np.finfo(float).tiny)
-    low = 1e-15 * high
-    for _ in range(50):
-        middle = math.sqrt(low * high)
-        taken = int(sizes[(costs + middle * sizes).argmin(1)].sum())
-        low, high = (low, middle) if taken <= total else (middle, high)
-    return high
-
-
-def _exactly(costs: Array, sizes: NDArray[np.int64], total: int) -> NDArray[np.intp] | None:
-    """The formats of a few rows of least summed cost that take exactly so many bytes; None when nothing does."""
-    smallest = int(sizes.min())
-    unit = int(np.gcd.reduce(sizes - smallest))
-    room, rest = divmod(total - len(costs) * smallest, unit)
-    steps = ((sizes - smallest) // unit).tolist()
-    if rest or not 0 <= room <= len(costs) * max(steps):
-        return None
-    best = np.full(room + 1, np.inf)
-    best[0] = 0.0
-    taken = np.zeros((len(costs), room + 1), dtype=np.intp)
-    for row, own in enumerate(costs):
-        options = np.full((len(steps), room + 1), np.inf)
-        for place, step in enumerate(steps):
-            if step <= room:
-                options[place, step:] = best[: room + 1 - step] + own[place]
-        taken[row] = options.argmin(0)
-        best = options.min(0)
-    if not np.isfinite(best[room]):
-        return None
-    places = np.zeros(len(costs), dtype=np.intp)
-    for row in reversed(range(len(costs))):
-        places[row] = taken[row, room]
-        room -= steps[places[row]]
-    return places
-
-
-def _two(costs: Array, sizes: NDArray[np.int64], total: int) -> Places:
-    rows, order = len(costs), np.argsort(sizes, kind="stable")
-    low = max((place for place in order if sizes[place] * rows <= total), key=lambda place: int(sizes[place]))
-    high = next(place for place in order if sizes[place] > sizes[low])
-    raised = (total - rows * int(sizes[low])) // int(sizes[high] - sizes[low])
-    gains = costs[:, low] - costs[:, high]
-    places = np.full(rows, low, dtype=np.uint8)
-    places[np.argsort(-gains, kind="stable")[:raised]] = high
-    return places
 
 
 def _condensed(places: NDArray[np.int64]) -> list[float]:

@@ -1,12 +1,10 @@
 """Mixes with assignments drawn at random, for tests."""
 
-import numpy as np
-
 from mpq.core.allocation import Allocation
+from mpq.core.assignment import dealt
 from mpq.core.formats import parse_format
 from mpq.core.mix import Mix, mix_of
 from mpq.network.layers import find_layers
-from mpq.sensitivity.rows import assign
 
 INTEGERS = ("int2-g4", "int3-g4", "int4-g4")
 
@@ -16,8 +14,7 @@ def random_mix(formats, rows, cols, seed=0) -> Mix:
     parsed = [parse_format(name) for name in formats]
     bits = sum(8 * parsed[place].nbytes(rows, cols) / (rows * cols) for place in (0, -1)) / 2
     mix = mix_of(parsed, bits + 1 / cols)
-    costs = np.random.default_rng(seed).random((rows, len(parsed)))
-    return mix.with_assignment(assign(costs, mix.row_bytes(cols), mix.nbytes(rows, cols) - mix.assignment_bytes(rows)))
+    return dealt(mix, rows, cols, seed)
 
 
 def mixed_allocation(model, formats=INTEGERS) -> Allocation:

@@ -10,23 +10,20 @@ import argparse
 import statistics
 from functools import partial
 
-import numpy as np
 import torch
 
 from experiments.result import result
+from mpq.core.assignment import dealt
 from mpq.core.formats import parse_format
-from mpq.core.mix import digits, mix_of
-from mpq.kernels.bench import BEYOND, CPU
+from mpq.core.mix import mix_of
+from mpq.kernels.bench import BEYOND, CPU, placed
 from mpq.kernels.clock import Contestant, interleaved
 from mpq.kernels.cpu import native as cpu
-from mpq.kernels.cpu.pages import on_large_pages
 from mpq.kernels.layout import pack
-from mpq.kernels.mixed import packed_weight
 from mpq.kernels.weight import PackedWeight
 from mpq.network.calibration import seeded
 from mpq.rounding.mixed import mixed
 from mpq.rounding.reference import quantize
-from mpq.sensitivity.rows import assign
 
 PARTS, WHOLE = ("int2-g64", "int4-g64"), "int3-g64"
 SHAPES = ((1024, 1024), (4096, 1024), (1024, 4096), (4096, 4096))
@@ -38,18 +35,9 @@ def weights(rows: int, cols: int, beyond: int) -> tuple[list[PackedWeight], list
     matrix = torch.randn(rows, cols, generator=seeded(0, rows, cols))
     formats = [parse_format(name) for name in PARTS]
     mix = mix_of(formats, parse_format(WHOLE).effective_bits())
-    costs = np.random.default_rng(0).random((rows, len(formats))) * [3.0, 1.0]
-    places = assign(costs, mix.row_bytes(cols), mix.nbytes(rows, cols) - mix.assignment_bytes(rows))
-    mix = mix.with_assignment(digits(places))
+    mix = dealt(mix, rows, cols)
     packed = [pack(mixed(mix, [quantize(matrix, format) for format in formats]))]
     packed.append(pack(quantize(matrix, parse_format(WHOLE))))
-
-    def placed(one) -> PackedWeight:
-        weight = packed_weight(one)
-        weight.arrange()
-        for module in weight.modules():
-            module._buffers.update({name: on_large_pages(tensor) for name, tensor in module._buffers.items()})
-        return weight
 
     count = max(2, beyond // packed[0].nbytes)
     mixes, wholes = ([placed(one) for _ in range(count)] for one in packed)

@@ -16,20 +16,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from experiments.models import reference_models
 from experiments.result import result
 from mpq.core.allocation import Allocation
+from mpq.core.assignment import dealt
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
-from mpq.core.mix import digits, mix_of
+from mpq.core.mix import mix_of
 from mpq.exporters import export
 from mpq.network.calibration import mean_loss, next_token_loss
 from mpq.network.layers import find_layers
 from mpq.quantized import simulate
-from mpq.sensitivity.rows import assign
 
 JOBS = {  # target: schemes in turn, whether embeddings and the output layer stay in bf16, vLLM's type
     "gptq": (("int4-g32", "int4-g128", "int4-g64"), True, "bfloat16"),
@@ -52,12 +51,8 @@ def mixed(model: nn.Module, schemes: tuple[str, ...], floats: bool) -> Allocatio
 
 def by_rows(model: nn.Module, schemes: tuple[str, ...], bits: float = 3.25) -> Allocation:
     """Every layer a mix of the formats, its rows dealt out at random."""
-    layers, random = find_layers(model), np.random.default_rng(0)
-    mix, assignments = mix_of([parse_format(name) for name in schemes], bits), {}
-    for layer in layers:
-        inside = mix.nbytes(layer.rows, layer.cols) - mix.assignment_bytes(layer.rows)
-        places = assign(random.random((layer.rows, len(schemes))), mix.row_bytes(layer.cols), inside)
-        assignments[layer.name] = mix.with_assignment(digits(places)).assignment
+    layers, mix = find_layers(model), mix_of([parse_format(name) for name in schemes], bits)
+    assignments = {layer.name: dealt(mix, layer.rows, layer.cols).assignment for layer in layers}
     return Allocation(layers, (mix.name,) * len(layers), assignments=assignments)
 
 

@@ -15,8 +15,8 @@ def add(command: AddCommand) -> None:
     bench = command("bench", run, "time packed layers on this machine, for searches with measured latency")
     bench.add_argument(
         "--formats",
-        default="int2-g128,int3-g128,int4-g128,int8-channel,mxfp4,nvfp4,nf4-g64",
-        help="separated by commas",
+        default="int2-g128,int3-g128,int4-g128,int2-g128/int4-g128@3.125,int8-channel,mxfp4,nvfp4,nf4-g64",
+        help="separated by commas; a mix of rows as int2-g128/int4-g128@3.125",
     )
     bench.add_argument("--shapes", default="4096x4096", help="rows x columns of layers (default: 4096x4096)")
     bench.add_argument("--batches", default="1,16", help="tokens at a time (default: 1,16)")

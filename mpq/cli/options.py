@@ -78,8 +78,9 @@ def profile_options(parser: argparse.ArgumentParser, *, metric: bool = True) -> 
             help="an option of the metric, as backend=pyhessian for hessian",
         )  # fmt: skip
         parser.add_argument(
-            "--granularity", choices=GRANULARITIES, default="layer",
-            help="what has one format: layer (default), or row, for mixes of formats within a layer",
+            "--granularity", choices=GRANULARITIES,
+            help="what has one format: layer, or row, for mixes of formats within a layer (default: layer; of "
+            "quantize, row for language models where the target holds it)",
         )  # fmt: skip
     parser.add_argument("--method", default=DEFAULT_METHOD, help=f"rounding method (default: {DEFAULT_METHOD})")
     parser.add_argument("--include", action="append", help="layer pattern: a glob, or re:REGEX (default: all)")
@@ -234,10 +235,12 @@ def profiling_of(options: argparse.Namespace) -> dict[str, Any]:
     if "metric" not in options:
         return settings
     METRICS.named(options.metric or DEFAULT_METRIC)
-    check_granularity(options.granularity, options.metric or DEFAULT_METRIC)
+    if options.granularity is not None:
+        check_granularity(options.granularity, options.metric or DEFAULT_METRIC)
+        settings["granularity"] = options.granularity
     pairs = pairs_of(options.metric_option, "metric option")
     return {
-        **settings, "metric": options.metric or DEFAULT_METRIC, "granularity": options.granularity,
+        **settings, "metric": options.metric or DEFAULT_METRIC,
         "options": {name: value_of(text) for name, text in pairs.items()},
     }  # fmt: skip
 

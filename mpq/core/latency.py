@@ -1,8 +1,9 @@
 """Measured seconds of layers on one machine, as a cost for searches. Needs no torch."""
 
 import json
+import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.files import write_atomically
 from mpq.core.layer import Layer
+from mpq.core.mix import is_mix
 from mpq.core.reading import reading
 from mpq.core.scheme import Scheme, parse_scheme
 
@@ -36,13 +38,24 @@ class LatencyTable:
     def seconds(self, scheme: Scheme | str, rows: int, cols: int, batch: int = 1) -> float:
         """Seconds of a layer: as measured, or interpolated by its number of weights.
 
-        Outside the range of measured shapes, seconds are proportional to the number of weights.
+        Outside the range of measured shapes, seconds are proportional to the number of weights. A mix that was not
+        measured itself takes what its formats take, interpolated by their bits, and what measured mixes took longer
+        than that.
 
         Raises:
-            MpqError: nothing was measured for the scheme and the batch.
+            MpqError: nothing was measured for the scheme and the batch; of a mix, for one of its formats or any mix.
         """
-        name = str(parse_scheme(scheme) if isinstance(scheme, str) else scheme)
+        parsed = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+        name = str(parsed)
         entries = [entry for entry in self.entries if entry.scheme == name and entry.batch == batch]
+        if not entries and parsed.mix is not None:
+            overheads = [
+                entry.seconds / self._interpolated(parse_scheme(entry.scheme), entry.rows, entry.cols, batch)
+                for entry in self.entries
+                if entry.batch == batch and is_mix(entry.scheme)
+            ]
+            if overheads:
+                return statistics.median(overheads) * self._interpolated(parsed, rows, cols, batch)
         if not entries:
             known = sorted({f"{entry.scheme} at batch {entry.batch}" for entry in self.entries})
             raise MpqError(
@@ -60,6 +73,19 @@ class LatencyTable:
         if size >= sizes[-1]:
             return float(times[-1] * size / sizes[-1])
         return float(np.interp(size, sizes, times))
+
+    def _interpolated(self, scheme: Scheme, rows: int, cols: int, batch: int) -> float:
+        """Between the seconds of a mix's formats, by their stored bits."""
+        assert scheme.mix is not None
+        parts = [replace(scheme, weight=format) for format in scheme.mix.formats]
+        points = sorted((p.weight.effective_bits(rows, cols), self.seconds(p, rows, cols, batch)) for p in parts)
+        bits, times = np.array(points).T
+        return float(np.interp(scheme.mix.bits, bits, times))
+
+    @property
+    def has_mixes(self) -> bool:
+        """Whether some mix of formats was measured."""
+        return any(is_mix(entry.scheme) for entry in self.entries)
 
     def cost(self, batch: int = 1) -> Callable[[Layer, Scheme], float]:
         """Seconds of a layer in a scheme: a cost function."""

@@ -9,14 +9,18 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from mpq.core.assignment import dealt
 from mpq.core.errors import MpqError
 from mpq.core.latency import Latency, LatencyTable
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.kernels.clock import Contestant, copies, interleaved
 from mpq.kernels.cpu import native as cpu
 from mpq.kernels.cpu.pages import on_large_pages
-from mpq.kernels.layout import best_layout, pack, to_layout
+from mpq.kernels.layout import Packed, best_layout, pack, to_layout
+from mpq.kernels.mixed import packed_weight
+from mpq.kernels.weight import PackedWeight
 from mpq.network.calibration import seeded
+from mpq.rounding.mixed import mixed
 from mpq.rounding.reference import quantize
 
 BEYOND = 256 * 2**20  # bytes of weights to cycle through: more than a core's share of the cache, or a GPU's L2
@@ -147,13 +151,27 @@ def _dense(x: Tensor, weights: Sequence[Sequence[Tensor]]) -> Contestant:
 
 def _packed(dense: Tensor, scheme: Scheme, beyond: int) -> tuple[int, Callable[[Tensor], Contestant]]:
     """The weight's stored bytes, and a function from inputs to the contestant of the product."""
+    activation = "" if scheme.activation is None else scheme.activation.name
+    if scheme.mix is not None:
+        mix = dealt(scheme.mix, *dense.shape)
+        packed = pack(mixed(mix, [quantize(dense, format) for format in mix.formats]))
+        many = [placed(packed) for _ in range(max(2, beyond // packed.nbytes))]
+        return packed.nbytes, lambda x: Contestant([partial(one.linear, x, None, activation) for one in many])
     packed = pack(quantize(dense, scheme.weight))
     arranged = to_layout(packed, best_layout(packed, dense.device))
-    activation = "" if scheme.activation is None else scheme.activation.name
     arguments = (scheme.weight.name, *packed.shape, arranged.layout, activation)
     weights = copies(list(arranged.tensors.values()), beyond, on_large_pages)  # as `panels.arrange` allocates them
     linear = torch.ops.mpq.linear.default
     return packed.nbytes, lambda x: Contestant([partial(linear, x, weight, None, *arguments) for weight in weights])
+
+
+def placed(packed: Packed) -> PackedWeight:
+    """A weight arranged for its device, its tensors on large pages."""
+    weight = packed_weight(packed)
+    weight.arrange()
+    for module in weight.modules():
+        module._buffers.update({name: on_large_pages(one) for name, one in module._buffers.items() if one is not None})
+    return weight
 
 
 def latency_table(timings: Sequence[Timing], device: torch.device = CPU) -> LatencyTable:

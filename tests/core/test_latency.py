@@ -36,6 +36,22 @@ def test_what_was_not_measured_is_an_error():
         TABLE.seconds("int4-g128", 100, 100, 3)
 
 
+def test_a_mix_takes_what_its_formats_take_and_what_mixes_took_longer():
+    """4.5 bits lie half-way between 4 and 5 (and an eighth of a scale); the measured mix took 1.2 times that."""
+    times = {"int4-g128": 1e-3, "int5-g128": 2e-3, "int6-g128": 3e-3, "int4-g128/int5-g128@4.625": 1.8e-3}
+    table = LatencyTable(tuple(Latency(name, 128, 128, 1, seconds) for name, seconds in times.items()))
+    assert table.has_mixes
+    assert table.seconds("int4-g128/int5-g128@4.625", 128, 128) == 1.8e-3
+    assert table.seconds("int4-g128/int6-g128@5.125", 128, 128) == pytest.approx(1.2 * 2e-3)
+    assert table.seconds("int4-g128/int6-g128@5.125", 256, 128) == pytest.approx(1.2 * 4e-3)
+    with pytest.raises(MpqError, match="int3-g128 at batch 1"):
+        table.seconds("int3-g128/int6-g128@5", 128, 128)
+    plain = LatencyTable(table.entries[:3])
+    assert not plain.has_mixes
+    with pytest.raises(MpqError, match=r"int4-g128/int5-g128@4\.5 at batch 1"):
+        plain.seconds("int4-g128/int5-g128@4.5", 128, 128)
+
+
 def test_files_give_the_table_back(tmp_path):
     TABLE.save(tmp_path / "latency.json")
     assert load_latencies(tmp_path / "latency.json") == TABLE

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mpq.sensitivity.rows as module
+from mpq.core.assignment import assign
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
 from mpq.core.mix import mix_of
@@ -15,7 +16,7 @@ from mpq.core.table import SensitivityTable
 from mpq.network.calibration import cross_entropy
 from mpq.sensitivity.kl_curvature import kl_curvature, kl_curvature_by_rows, row_scores
 from mpq.sensitivity.profile import profile
-from mpq.sensitivity.rows import assign, ladder, tempered
+from mpq.sensitivity.rows import ladder, tempered
 from tests.sensitivity.small_models import class_batches, make_task, mlp
 
 FORMATS = ("int2-channel", "int3-channel", "int4-channel", "int8-channel")
