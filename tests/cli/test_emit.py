@@ -44,7 +44,7 @@ def test_an_allocation_is_written_as_another_quantizer_takes_it(tool, table, tmp
     assert main([*job, "--emit", f"{tool}={file}", "-o", str(chosen)]) == 0
     assert file.read_text() == text
     allocation, again = Allocation.load(chosen), read_configuration(tool, text, LAYERS)
-    assert again.bits == pytest.approx(allocation.bits, abs=0.2)  # mlx has a minimum in every group
+    assert again.bits == pytest.approx(allocation.bits, abs=0.3)  # mlx has a 16-bit minimum in every group
     if tool not in ("llama-quantize", "mlx"):
         assert again.schemes == allocation.schemes
         assert allocation.scheme_of["model.embed_tokens"].name == "bf16"
