@@ -47,6 +47,19 @@ def test_damaged_and_missing_files_are_told(tmp_path):
             Interactions.load(path)
 
 
+def own_block(layer, pairs):
+    """1 for one scheme of a layer with itself, 0 elsewhere."""
+    block = np.zeros_like(pairs)
+    block[layer, 0, layer, 0] = 1
+    return block
+
+
+def one_infinite(pairs):
+    changed = pairs.copy()
+    changed[0, 0, 1, 0] = np.inf
+    return changed
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -54,6 +67,9 @@ def test_damaged_and_missing_files_are_told(tmp_path):
         (lambda losses, pairs: (losses * np.nan, pairs), "losses: 6 numbers are NaN"),
         (lambda losses, pairs: (losses, pairs * np.arange(3)[:, None, None, None]), "symmetric"),
         (lambda losses, pairs: (losses, pairs + 1), "zeros on the diagonal blocks"),
+        (lambda losses, pairs: (losses, pairs + own_block(0, pairs)), "zeros on the diagonal blocks"),
+        (lambda losses, pairs: (losses, pairs + own_block(2, pairs)), "zeros on the diagonal blocks"),
+        (lambda losses, pairs: (losses, one_infinite(pairs)), "pairs: 1 numbers are NaN"),
     ],
 )
 def test_arrays_that_are_no_interactions_are_refused(change, message):

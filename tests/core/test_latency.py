@@ -59,3 +59,14 @@ def test_files_give_the_table_back(tmp_path):
     for name in ("other.json", "missing.json"):
         with pytest.raises(MpqError, match=name):
             load_latencies(tmp_path / name)
+
+
+def test_seconds_between_and_beyond_the_measured_shapes():
+    table = LatencyTable(tuple(Latency("int4-g32", 1, size, 1, 2.0 * size) for size in (10, 30)))
+    table = LatencyTable((*table.entries, Latency("int4-g32", 1, 20, 1, 100.0)))
+    assert [table.seconds("int4-g32", 1, size) for size in (10, 20, 30)] == [20.0, 100.0, 60.0]
+    assert table.seconds("int4-g32", 2, 5) == 20.0  # of another shape, as many weights
+    assert table.seconds("int4-g32", 3, 10) == 60.0
+    assert table.seconds("int4-g32", 1, 5) == 10.0
+    assert table.seconds("int4-g32", 1, 60) == 120.0
+    assert table.seconds("int4-g32", 1, 15) == 60.0
