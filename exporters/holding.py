@@ -43,7 +43,7 @@ def check_model(target: Target, model: Any) -> None:
     from mpq.network.experts import has_experts  # torch, without which the rest here answers
 
     if not target.experts and has_experts(model):
-        raise MpqError(f"experts are written for mpq alone, not for {target.name}: leave --for and --to at mpq")
+        raise MpqError(f"experts are written for mpq and gguf, not for {target.name}: leave --for and --to at mpq")
     check_packages(target)
 
 

@@ -54,6 +54,8 @@ def _whole_groups(layer: Layer, weight: Format) -> str:
 FLOAT_COPIES = ("bf16", "fp16", "fp32")
 GROUPS = ("g32", "g64", "g128", "channel")
 
+GGUF_MODELS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3")
+
 # ggml's tensor types by the formats whose numbers they hold exactly.
 GGUF_TYPES = {
     "int8-g32": "Q8_0", "q6_k": "Q6_K", "q5_1": "Q5_1", "q5_k": "Q5_K", "int5-g32": "Q5_0", "q4_1": "Q4_1",

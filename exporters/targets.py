@@ -26,8 +26,8 @@ def _transformers(model: Any) -> bool:
     return hasattr(getattr(model, "config", None), "to_json_string")
 
 
-def _llama(model: Any) -> bool:
-    return getattr(getattr(model, "config", None), "model_type", None) == "llama"
+def _gguf(model: Any) -> bool:
+    return getattr(getattr(model, "config", None), "model_type", None) in rules.GGUF_MODELS
 
 
 def _mlx(model: Any) -> bool:
@@ -76,9 +76,10 @@ MODELOPT = Target(
     sizer="mpq.exporters.modelopt:sizer", reads=("ranges",),
 )  # fmt: skip
 GGUF = Target(
-    "gguf", "mpq.exporters.gguf.file:export", "a Llama for llama.cpp, each layer in its own tensor type",
+    "gguf", "mpq.exporters.gguf.file:export", "one file for llama.cpp, each layer in its own tensor type",
     schemes=tuple(rules.GGUF_TYPES), objection=rules.gguf, readers="llama.cpp", fallbacks=rules.GGUF_FALLBACKS,
-    takes=_llama, models="transformers' Llama models", packages=("gguf",), extra="gguf",
+    takes=_gguf, experts=True, packages=("gguf",), extra="gguf",
+    models=f"transformers' {', '.join(rules.GGUF_MODELS)} models",
     command="llama-cli -m {folder}/model.gguf", caches=tuple(LLAMA_TYPES), caches_alike=KINDS,
     cache_options=llama_options,
     sizer="mpq.exporters.gguf.file:sizer",

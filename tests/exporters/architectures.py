@@ -1,9 +1,11 @@
 """Small language models of many architectures with random weights: exporters must know each one's names and rules."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpq.network.calibration import seeded
+from mpq.network.experts import unstack
 
 SIZES = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -25,6 +27,9 @@ OWN = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
         },
     },
+    "gemma2": {"num_hidden_layers": 3, "sliding_window": 16, "query_pre_attn_scalar": 64},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True},
     "phi3": {"head_dim": None},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
     "olmo2": {},
@@ -32,7 +37,7 @@ OWN = {
 }
 
 
-def model_of(kind: str, **changes: object) -> PreTrainedModel:
+def model_of(kind: str, **changes: object) -> nn.Module:
     """A model of that `model_type`, its weights so large that rounding and wrong rules both show in its logits."""
     settings = {name: value for name, value in {**SIZES, **OWN[kind], **changes}.items() if value is not None}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).eval()
@@ -43,4 +48,4 @@ def model_of(kind: str, **changes: object) -> PreTrainedModel:
                 parameter.add_(noise * 0.3)
             else:
                 parameter.copy_(noise * (1.5 / parameter.shape[-1] ** 0.5))
-    return model
+    return unstack(model)

@@ -1,13 +1,8 @@
-"""Metadata of a Llama for llama.cpp: hyperparameters, tokenizer, and the order of some rows."""
+"""A tokenizer as llama.cpp describes it."""
 
 import json
 import logging
 from typing import Any
-
-import torch
-from torch import Tensor
-
-from mpq.core.errors import MpqError
 
 log = logging.getLogger(__name__)
 
@@ -22,44 +17,6 @@ SPLITS = {
     _CASELESS % "{1,3}": "llama-bpe",
     _CASELESS % "": "qwen2",
 }
-
-
-def describe(writer: Any, config: Any, gguf: Any) -> None:
-    """Write a transformers LlamaConfig's facts; MpqError for rotary positions that are not plain."""
-    head = head_size(config)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise MpqError(f"GGUF export knows plain rotary positions, not {rope['rope_type']!r}")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-
-def head_size(config: Any) -> int:
-    """Features of an attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def row_order(name: str, config: Any) -> Tensor | None:
-    """Order of a layer's rows (and biases) in the file, None where it stays.
-
-    llama.cpp's rotary positions pair neighbours, transformers' pair the halves of a head.
-    """
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.rpartition(".")[2])
-    if heads is None:
-        return None
-    half = head_size(config) // 2
-    return torch.arange(2 * half * heads).reshape(heads, 2, half).transpose(1, 2).reshape(-1)
 
 
 def describe_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, gguf: Any) -> None:
@@ -86,7 +43,7 @@ def describe_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, gguf: Any) 
         # Sentencepiece joins the pair whose result scores highest: the first merge is the best.
         scores = {merge.replace(" ", ""): -float(rank) for rank, merge in reversed(list(enumerate(merges)))}
         writer.add_token_scores([scores.get(token, -1e6) for token in tokens])
-        writer.add_add_space_prefix("Prepend" in json.dumps(described["normalizer"]))
+        writer.add_add_space_prefix(_starts_with_space(described))
     else:
         log.warning(
             "llama.cpp knows Llama 2's tokenizer and byte-level BPE cut as GPT-2, Llama 3, Qwen 2 or SmolLM do, not "
@@ -104,6 +61,13 @@ def describe_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, gguf: Any) 
     writer.add_add_bos_token(starts)
     if getattr(tokenizer, "chat_template", None):
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _starts_with_space(described: dict[str, Any]) -> bool:
+    """Whether a space is put before a text: by a normalizer, or by how the text is cut (Mistral's later tokenizers)."""
+    cutting = described["pre_tokenizer"] or {}
+    ahead = cutting.get("type") == "Metaspace" and cutting.get("prepend_scheme", "always") != "never"
+    return ahead or "Prepend" in json.dumps(described["normalizer"])
 
 
 def _kind(number: int, token: str | None, tokenizer: Any, kinds: Any) -> int:
