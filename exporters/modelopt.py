@@ -36,21 +36,19 @@ def export(request: ExportRequest) -> Path:
         MpqError: no transformers model, a scheme without an algorithm, fused layers in two, foreign files.
     """
     model, allocation, ranges = request.model, request.allocation, request.ranges or {}
-    if not any(_algorithm(scheme) for scheme in allocation.scheme_of.values()):
-        raise MpqError(
-            "modelopt's files quantize one layer at least, and this allocation none: save the model as it is"
-        )
     for layer in allocation.layers:
         if _algorithm(allocation.scheme_of[layer.name]) == "FP8" and layer.name not in ranges:
             raise MpqError(f"modelopt needs the range of layer {layer.name}'s inputs: export with ranges")
-    return export_transformers(
-        "modelopt",
-        request,
-        partial(_named, model, ranges),
-        lambda: {"quantization_config": {"quant_method": "modelopt", **_layers(model, allocation, "ignore")}},
-        read,
-        texts=lambda: {FILE: _legacy(model, allocation)},
-    )
+    coded = any(_algorithm(scheme) for scheme in allocation.scheme_of.values())
+
+    def config() -> dict[str, Any]:
+        described = {"quant_method": "modelopt", **_layers(model, allocation, "ignore")}
+        return {"quantization_config": described} if coded else {}
+
+    def texts() -> dict[str, str]:
+        return {FILE: _legacy(model, allocation)} if coded else {}
+
+    return export_transformers("modelopt", request, partial(_named, model, ranges), config, read, texts=texts)
 
 
 def sizer(model: nn.Module, tokenizer: Any = None, inputs: Any = None) -> Callable[[Allocation], int]:

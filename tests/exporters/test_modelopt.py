@@ -115,8 +115,9 @@ def test_static_activations_need_ranges(tmp_path):
     schemes = tuple("fp8-e4m3+a:fp8-e4m3" if "mlp" in layer.name else "bf16" for layer in layers)
     with pytest.raises(MpqError, match="needs the range of layer model"):
         export(model, Allocation(layers, schemes), tmp_path / "out", to="modelopt")
-    with pytest.raises(MpqError, match="quantize one layer at least"):
-        export(model, Allocation(layers, ("bf16",) * len(layers)), tmp_path / "out", to="modelopt")
+    floats = export(model, Allocation(layers, ("bf16",) * len(layers)), tmp_path / "out", to="modelopt")
+    assert "quantization_config" not in json.loads((floats / "config.json").read_text())
+    assert not (floats / "hf_quant_config.json").exists()
 
 
 @pytest.mark.skipif(not VLLM, reason="MPQ_VLLM_PYTHON names no Python with vLLM")
