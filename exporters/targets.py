@@ -70,9 +70,8 @@ GPTQ = Target(
 )  # fmt: skip
 MODELOPT = Target(
     "modelopt", "mpq.exporters.modelopt:export", "ModelOpt's MIXED_PRECISION, for vLLM (0.32) and TensorRT-LLM",
-    sizer="mpq.exporters.modelopt:sizer",
     schemes=(*rules.MODELOPT_ALGORITHMS, *rules.FLOAT_COPIES), objection=rules.modelopt,
-    readers="vLLM and TensorRT-LLM", fuses=True, takes=_transformers, reads=("ranges",),
+    readers="vLLM and TensorRT-LLM", fuses=True, takes=_transformers,
     models="transformers models", command="vllm serve {folder}",
     sizer="mpq.exporters.modelopt:sizer", reads=("ranges",),
 )  # fmt: skip
