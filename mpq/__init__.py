@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mpq.core.table import SensitivityTable as SensitivityTable
     from mpq.evaluation import evaluate as evaluate
     from mpq.exporters import export as export
-    from mpq.exporters.mpq.checkpoint import load as load
+    from mpq.exporters.opening import load as load
     from mpq.finetuning import finetune as finetune
     from mpq.lowprecision.layercast import layercast as layercast
     from mpq.quantized import simulate as simulate
@@ -56,7 +56,7 @@ _HOMES = {
     "finetune": "mpq.finetuning:finetune",
     "frontier": "mpq.search:frontier_of",
     "layercast": "mpq.lowprecision.layercast:layercast",
-    "load": "mpq.exporters.mpq.checkpoint:load",
+    "load": "mpq.exporters.opening:load",
     "open_source": "mpq.sources:open_source",
     "parse_format": "mpq.core.formats:parse_format",
     "parse_scheme": "mpq.core.scheme:parse_scheme",

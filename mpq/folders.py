@@ -11,8 +11,8 @@ from torch import nn
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.evaluation import Quality, Reference, evaluate
-from mpq.exporters.folder import read_allocation, read_json
-from mpq.exporters.mpq import checkpoint
+from mpq.exporters.folder import read_json
+from mpq.exporters.opening import Opened, open_any
 from mpq.lowprecision.reproducibility import Reproducibility, reproducibility
 from mpq.network.calibration import tensors_in
 from mpq.sources import Network, Source, names_in, network_in, open_network, open_source
@@ -33,7 +33,7 @@ def evaluate_folder(
     A model of transformers whose original is gone is measured alone, by the config and tokenizer in the folder.
 
     Args:
-        folder: what `quantize_model` or `mpq.export` wrote.
+        folder: what `quantize_model`, `mpq.export` or another quantizer wrote, as `mpq.load` reads it.
         data: name of other data.
         trust: whether what the folder names may be imported and called: factories of models, loaders of data.
         progress: show progress bars.
@@ -89,25 +89,28 @@ def open_folder(
 ) -> tuple[nn.Module, Source, Allocation, bool]:
     """The packed model, the source it was made of, its allocation, and whether the original could not be opened."""
     path = Path(folder)
-    model = checkpoint.load(path, trust=trust)
-    allocation = read_allocation(path)
+    opened = open_any(path, trust=trust)
+    model, allocation = opened.model, opened.allocation
     name, dataset, untrusted = names_in(allocation.provenance, trust)
-    if name is None:
+    if name is None and opened.kind == "mpq":
         raise MpqError(f"{path} does not say which model it was made of: measure it with mpq.evaluate in Python")
-    network, alone = _original(path, name, untrusted, model)
+    if name is None:
+        name, network, alone = str(path), opened.network or network_in(path, model), True
+    else:
+        network, alone = _original(path, name, untrusted, opened)
     if data is None and dataset is not None and Path(dataset).suffix and not (":" in dataset or Path(dataset).exists()):
         raise MpqError(f"the data {dataset} of {path} are no longer there: name a file with --dataset")
     source = open_source(name, data or dataset, untrusted=untrusted - {data}, network=network, **options)
     return model, source, allocation, alone
 
 
-def _original(folder: Path, name: str, untrusted: frozenset[str], packed: nn.Module) -> tuple[Network, bool]:
+def _original(folder: Path, name: str, untrusted: frozenset[str], packed: Opened) -> tuple[Network, bool]:
     """The original network; where a model of transformers cannot be opened any more, the packed one, alone."""
     try:
         return open_network(name, untrusted), False
     except MpqError:
-        config = read_json(folder / "config.json")
-        if ":" in name or "model_type" not in config or config.get("recipe") is not None:
+        config = read_json(folder / "config.json") if packed.network is None else {}
+        if ":" in name or (packed.network is None and ("model_type" not in config or config.get("recipe") is not None)):
             raise
         log.warning("the original model %s cannot be opened: measured without it", name)
-        return network_in(folder, packed), True
+        return packed.network or network_in(folder, packed.model), True

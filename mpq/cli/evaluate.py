@@ -10,7 +10,7 @@ from mpq.cli.say import say, say_json
 def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
     evaluate = command("eval", run, "load a packed model and measure it")
-    evaluate.add_argument("folder", help="what 'mpq quantize' or 'mpq export' wrote")
+    evaluate.add_argument("folder", help="what 'mpq quantize', 'mpq export' or another quantizer wrote")
     data_options(evaluate)
     evaluate.add_argument(
         "--reproducible", type=int, nargs="?", const=16, default=0, metavar="TOKENS",

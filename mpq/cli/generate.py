@@ -10,7 +10,7 @@ from mpq.core.errors import MpqError
 def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
     generate = command("generate", run, "continue a prompt with a packed language model")
-    generate.add_argument("folder", help="what 'mpq quantize' wrote")
+    generate.add_argument("folder", help="what 'mpq quantize', 'mpq export' or another quantizer wrote")
     generate.add_argument("--prompt", required=True, help="text to continue")
     generate.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
@@ -26,19 +26,21 @@ def run(options: argparse.Namespace) -> None:
     """Run the command."""
     import torch
 
-    from mpq.exporters.folder import read_allocation
-    from mpq.exporters.mpq import checkpoint
+    from mpq.exporters.opening import open_any
     from mpq.generation.generate import compare_speeds, generate
     from mpq.generation.serving import serve_format
     from mpq.quantized import fuse
     from mpq.sources import names_in, open_network
     from mpq.sources.networks import encoder_of, tokenizer_in
 
-    model = fuse(checkpoint.load(options.folder, trust=options.trust))
+    opened = open_any(options.folder, trust=options.trust)
+    model = fuse(opened.model)
     if options.kv_cache is not None:
         serve_format(model, options.kv_cache)
-    name, _, untrusted = names_in(read_allocation(Path(options.folder)).provenance, options.trust)
+    name, _, untrusted = names_in(opened.allocation.provenance, options.trust)
     tokenizer = tokenizer_in(Path(options.folder))
+    if tokenizer is None and opened.network is not None:
+        tokenizer = opened.network.tokenizer
     network = open_network(name, untrusted) if name is not None and (tokenizer is None or options.compare) else None
     if tokenizer is None and network is not None:
         tokenizer = network.tokenizer
