@@ -17,6 +17,14 @@ def add(command: AddCommand) -> None:
         help="also: how far a language model's answers of so many tokens (16) depend on batch size, padding and "
         "threads, computed in bfloat16, by LayerCast and in float32",
     )  # fmt: skip
+    evaluate.add_argument(
+        "--tasks", metavar="NAMES",
+        help="instead: tasks of lm-evaluation-harness, names or .yaml files of your own, separated by commas",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--fewshot", type=int, help="for --tasks: examples before a question (default: the task's own)"
+    )
+    evaluate.add_argument("--limit", type=int, help="for --tasks: questions of each task (default: all)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     evaluate.add_argument(
         "--trust", action="store_true", help="let the folder import factories and loaders that it names"
@@ -25,6 +33,9 @@ def add(command: AddCommand) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
+    if options.tasks is not None:
+        _run_tasks(options)
+        return
     from mpq.comparison import megabytes
     from mpq.folders import evaluate_folder, reproducibility_of_folder
     from mpq.lowprecision.reproducibility import Reproducibility, table_of
@@ -54,3 +65,16 @@ def run(options: argparse.Namespace) -> None:
         say(options, quality.divergence)
     if answers:
         say(options, table_of(answers))
+
+
+def _run_tasks(options: argparse.Namespace) -> None:
+    from mpq.harness import evaluate_tasks
+
+    results = evaluate_tasks(
+        options.folder, tuple(filter(None, options.tasks.split(","))), fewshot=options.fewshot, limit=options.limit,
+        batch_size=options.batch_size, seed=options.seed, device=options.device, trust=options.trust,
+    )  # fmt: skip
+    if options.json:
+        say_json({"folder": options.folder, "tasks": [asdict(result) for result in results]})
+    for result in results:
+        say(options, result)
