@@ -125,8 +125,8 @@ def finetune(
     if path is not None:
         path.unlink(missing_ok=True)
     difference = after - before
-    spread = float(difference.std() / len(difference) ** 0.5) if len(difference) > 1 else math.nan
-    harm = (float(before.mean()), float(after.mean()), spread)
+    deviation = float(difference.std() / len(difference) ** 0.5) if len(difference) > 1 else math.nan
+    harm = (float(before.mean()), float(after.mean()), deviation)
     return Finetuned(student, trained.losses, trained.lr, trained.momentum, *harm, kept, established, note)
 
 

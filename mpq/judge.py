@@ -95,7 +95,7 @@ def judge(
     """Measure random allocations, and each table's best one, at every budget.
 
     Args:
-        model: the model that the tables are of; left as it came.
+        model: the model that the tables are of; left unchanged.
         batches: data that the true loss is measured on, best other than the tables'.
         loss_fn: as `mpq.sensitivity.profile.profile` takes it.
         tables: by name, all of the same layers and schemes.

@@ -14,6 +14,7 @@ ROOMS = {
     "mpq.exporters.mpq": "mpq.exporters.(checkpoint skeleton state)",
 }
 MOVED = {
+    "mpq.search.quadratic": "mpq.search.pairwise",
     "mpq.core.rounding": "mpq.rounding.reference",
     "mpq.core.activations": "mpq.rounding.activations",
     "mpq.core.methods": "mpq.rounding",

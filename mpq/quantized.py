@@ -147,8 +147,8 @@ def put_packed(
 ) -> None:
     """Replace the modules of a layer, in place, by some that compute from the packed weight.
 
-    A module with code of its own stays and computes with the packed weight, which behaves as a tensor; so does whoever
-    else holds the weight. `dtype` is that of the numbers it gives; by default the original weight's.
+    A module with code of its own stays and computes with the packed weight, which behaves as a tensor; so does every
+    other holder of the weight. `dtype` is that of the numbers it gives; by default the original weight's.
     """
     first = model.get_submodule(layer.name)
     original: Tensor = first.weight  # type: ignore[assignment]

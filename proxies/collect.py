@@ -57,7 +57,7 @@ def collect_statistics(
     progress: bool = False,
     cache: str | os.PathLike[str] | None = None,
 ) -> Statistics:
-    """The statistics that formulas name, of every layer of a model; the model is left as it came.
+    """The statistics that formulas name, of every layer of a model; the model is left unchanged.
 
     Args:
         model: the pretrained network.

@@ -90,7 +90,7 @@ def build_benchmark(
         seed: of the configurations.
         resume: a file that keeps measured rows; an interrupted run goes on from it and gives the same table.
         progress: show a progress bar.
-        provenance: facts to record ("model", "dataset", ...).
+        provenance: what to record ("model", "dataset", ...).
 
     Raises:
         MpqError: unknown names, schemes that quantize activations, patterns without a layer, bad data.

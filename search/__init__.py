@@ -32,7 +32,7 @@ SEARCHES: Registry[Search] = Registry(
         Search("cheapest", "mpq.search.surface:cheapest", "the smallest of at most a predicted loss, by HiGHS"),
         Search("monotone", "mpq.search.monotone:monotone", "less sensitive layers never get more bits (HAWQ-V2)"),
         Search(
-            "quadratic", "mpq.search.quadratic:quadratic", "the optimum when pairs of layers interact (CLADO), by HiGHS"
+            "pairwise", "mpq.search.pairwise:pairwise", "the optimum when pairs of layers interact (CLADO), by HiGHS"
         ),
         Search(
             "evolution",
@@ -41,6 +41,7 @@ SEARCHES: Registry[Search] = Registry(
             measures=True,
         ),
     ],
+    former={"quadratic": "pairwise"},  # a metric has that name
 )
 
 

@@ -88,9 +88,9 @@ class LevelSpace:
         return None if np.array_equal(child, parent) else child
 
     def child(
-        self, parents: Sequence[Levels], random: np.random.Generator, is_new: Callable[[Levels], bool], brood: int
+        self, parents: Sequence[Levels], random: np.random.Generator, is_new: Callable[[Levels], bool], candidates: int
     ) -> Levels | None:
-        """The child of least predicted loss among `brood` new ones of random parents.
+        """The child of least predicted loss among `candidates` new ones of random parents.
 
         Where the parents' neighbourhood is spent, anything new within the budgets; None when none is found.
         """
@@ -99,7 +99,7 @@ class LevelSpace:
             child = self.switched(parents[int(random.integers(len(parents)))], random)
             if child is not None and is_new(child):
                 children.append(child)
-                if len(children) == brood:
+                if len(children) == candidates:
                     break
         for _ in range(0 if children else ATTEMPTS):
             child = self.repaired(random.integers(self.sizes))

@@ -10,7 +10,7 @@ from mpq.core.formats import Format
 from mpq.core.layer import Layer
 from mpq.network.calibration import samples_in
 from mpq.network.moments import half_gram, whole_gram
-from mpq.network.parallel import gathered, place, total
+from mpq.network.parallel import gathered, rank_and_count, total
 from mpq.sensitivity.activation_errors import input_error_slopes
 from mpq.sensitivity.backward import Labels, Piece, pieces, stream_uses
 from mpq.sensitivity.derivatives import Use, keeps_samples
@@ -112,7 +112,7 @@ def position_scores(task: Task, labels: Labels) -> RowScores:
 
     for piece in pieces(task, "output gradients"):
         stream_uses(task, piece, see, labels)
-    rank, processes = place()
+    rank, processes = rank_and_count()
     for name, each in statistics.items():
         each.sums = total(each.sums)
         everywhere = gathered({(name, rank): each.outliers})

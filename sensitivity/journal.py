@@ -11,7 +11,7 @@ from zlib import crc32
 from mpq.core.errors import MpqError
 from mpq.core.files import refusals
 from mpq.core.reading import reading
-from mpq.network.parallel import gathered, place
+from mpq.network.parallel import gathered, rank_and_count
 
 
 class Journal:
@@ -19,7 +19,7 @@ class Journal:
 
     Each line begins with its checksum; the first one holds the settings that the numbers depend on. Numbers are written
     in full, so a resumed run gives what an uninterrupted one gives. Of several processes each writes a file of its own,
-    the first one the path itself, the others path.1, path.2, ...; on reading they are one, whoever goes on.
+    the first one the path itself, the others path.1, path.2, ...; on reading they are one, whatever process goes on.
 
     Raises:
         MpqError: the file was left by a run with other settings (named), or is no journal.
@@ -33,7 +33,7 @@ class Journal:
         if self.whole is None:
             return
         settings = json.loads(json.dumps(dict(settings)))  # as they come back from a file
-        rank, _ = place()
+        rank, _ = rank_and_count()
         for part in self._parts() if rank == 0 else []:
             self._read(part, settings)
         self.entries = gathered(self.entries)
@@ -62,7 +62,7 @@ class Journal:
 
     def close(self) -> None:
         """The measurement is complete: remove the file."""
-        for part in self._parts() if place()[0] == 0 else []:
+        for part in self._parts() if rank_and_count()[0] == 0 else []:
             part.unlink(missing_ok=True)
 
     def _parts(self) -> list[Path]:

@@ -58,7 +58,7 @@ def profile(
 ) -> SensitivityTable:
     """Predict the loss increase of every layer in every scheme.
 
-    The model is measured in evaluation mode and left as it came, bit for bit. No copy of it is made, unless it computes
+    The model is measured in evaluation mode and left unchanged, bit for bit. No copy of it is made, unless it computes
     its weights (`mpq.network.prepare`). A layer whose scores nothing supports, because no sample or no gradient reaches
     it, has NaN, and the table's `reasons` say why.
 
@@ -77,7 +77,7 @@ def profile(
         resume: a file that keeps what is done; an interrupted run with the same settings goes on from it, and gives the
             table of an uninterrupted one. It is removed when the table is complete.
         options: keyword arguments of the metric.
-        provenance: facts to record in the table beside the settings ("model", "dataset", ...).
+        provenance: what to record in the table beside the settings ("model", "dataset", ...).
         offload: a device that the model does not fit: its weights stay where they are and visit it one module at a
             time, twice for each backward pass. Batches must be there. Not for metrics of second derivatives.
         granularity: "layer", or "row": mixes of formats by rows are scored too (`mpq.sensitivity.rows`), at several

@@ -16,7 +16,7 @@ from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 from mpq.network.calibration import Batch, LossFn, take
 from mpq.network.layers import weight_matrix
-from mpq.network.parallel import place, share
+from mpq.network.parallel import rank_and_count, share
 from mpq.rounding.reference import dequantize
 from mpq.rounding.store import Rounder
 from mpq.sensitivity import METRICS
@@ -84,7 +84,7 @@ class Task:
             items,
             desc=what,
             total=total,
-            disable=None if self.progress and place()[0] == 0 else True,
+            disable=None if self.progress and rank_and_count()[0] == 0 else True,
             leave=False,
             dynamic_ncols=True,
         )

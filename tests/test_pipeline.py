@@ -235,7 +235,7 @@ def test_an_allocation_whose_loss_is_no_number_fails_alone():
     table = profile(source.model, source.calibration, source.loss_fn, ("int2-g32", "int4-g32"), metric="fisher")
     allocation = dict(build_problem(table).uniform())["int2-g32"]
 
-    # A copy of the model keeps the hook, and only the model as it came gives numbers.
+    # A copy of the model keeps the hook, and only the original gives numbers.
     source.model.register_forward_hook(lambda model, args, out: out if model is source.model else out * math.nan)
     loss, error = measuring(source, "mse")(allocation, 1.0)
     assert math.isnan(loss)

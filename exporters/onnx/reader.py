@@ -76,10 +76,10 @@ def _numbers(weight: str, stored: Mapping[str, Any], users: Mapping[str, Any], f
     if user.op_type == "MatMulNBits":
         codes, zeros = nbits_matrix(codes, zeros, values)
     size = values.get("block_size", 0)
-    return (codes - _spread(zeros, codes, size)) * _spread(scales, codes, size)
+    return (codes - _repeated(zeros, codes, size)) * _repeated(scales, codes, size)
 
 
-def _spread(parameter: Tensor, codes: Tensor, block: int) -> Tensor:
+def _repeated(parameter: Tensor, codes: Tensor, block: int) -> Tensor:
     """Scales or zero points for each number: of the tensor, of the channels, or of the blocks of each channel."""
     if parameter.ndim < 2 or parameter.shape[1] == 1:
         return parameter.reshape(-1, 1)

@@ -160,7 +160,7 @@ def search_options(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, default=1, help="tokens at a time, for --latency; texts, for --memory (default: 1)"
     )
     parser.add_argument("--by", default=None, help="search: exact (default), integer (several budgets), ...")
-    parser.add_argument("--interactions", help="for --by quadratic: a file of losses of pairs (Interactions.save)")
+    parser.add_argument("--interactions", help="for --by pairwise: a file of losses of pairs (Interactions.save)")
     parser.add_argument("--model", help="for --by evolution: the model to measure on (default: the table's)")
     parser.add_argument("--trust", action="store_true", help="let the table import a factory or loader that it names")
     parser.add_argument("--dataset", help="for --by evolution: its data (default: the table's)")

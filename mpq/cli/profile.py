@@ -29,7 +29,7 @@ def add(command: AddCommand) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from mpq.core.formats import DEFAULT_FORMATS
-    from mpq.network.parallel import own_device, place, processes
+    from mpq.network.parallel import own_device, processes, rank_and_count
     from mpq.sensitivity.profile import profile
 
     settings, kv_formats = profiling_of(options), kv_formats_of(options)
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
             provenance={"model": source.name, "dataset": source.data}, cache=kv_formats or (),
             offload=own_device(options.device) if options.offload else None, **settings,
         )  # fmt: skip
-        if place()[0] > 0:
+        if rank_and_count()[0] > 0:
             return
     table.save(options.output)
     say(options, f"{options.output}: {len(table.layers)} layers x {len(table.schemes)} formats, metric {table.metric}")

@@ -4,6 +4,7 @@ A registry holds the package's entries. Plugins add more through the registry's 
 names a function, or an `Entry` of the registry's kind to set flags.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -129,8 +130,11 @@ class Registry(Mapping[str, E], Generic[E]):
     2
     """
 
-    def __init__(self, kind: type[E], what: str, group: str, entries: list[E]) -> None:
+    def __init__(
+        self, kind: type[E], what: str, group: str, entries: list[E], former: Mapping[str, str] | None = None
+    ) -> None:
         self.kind, self.what, self.group = kind, what, group
+        self.former = dict(former or {})  # names of entries in version 0.1, with what they are called now
         self.entries = {entry.name: entry for entry in entries}
 
     def __getitem__(self, name: str) -> E:
@@ -148,6 +152,10 @@ class Registry(Mapping[str, E], Generic[E]):
         Raises:
             MpqError: an unknown name (with the nearest), or a plugin that cannot be imported.
         """
+        if name in self.former:
+            new = self.former[name]
+            warnings.warn(f"the {self.what} {name!r} is {new!r} now; the old name goes in version 0.2", stacklevel=2)
+            return self.entries[new]
         if name in self.names():
             return self.entries[name]
         family, colon, text = name.partition(":")

@@ -105,9 +105,9 @@ def embedding_named(prefix: str, layers: Mapping[str, Any], rows: int, cols: int
     if prefix:
         return prefix
     fitting = {
-        facts["stored"]: name
-        for name, facts in reversed(list(layers.items()))  # its first name is the embedding's
-        if facts["kind"] == "embedding" and (facts["rows"], facts["cols"]) == (rows, cols)
+        record["stored"]: name
+        for name, record in reversed(list(layers.items()))  # its first name is the embedding's
+        if record["kind"] == "embedding" and (record["rows"], record["cols"]) == (rows, cols)
     }
     if len(fitting) > 1:
         raise MpqError(

@@ -18,7 +18,7 @@ from mpq.core.errors import MpqError
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
 
-_place: ContextVar[tuple[int, int]] = ContextVar("place", default=(0, 1))
+_rank: ContextVar[tuple[int, int]] = ContextVar("rank", default=(0, 1))
 
 
 def launched() -> int:
@@ -48,24 +48,24 @@ def processes(device: str = "cpu") -> Iterator[None]:
         raise MpqError("this PyTorch was built without torch.distributed: run one process, without torchrun")
     own = not distributed.is_initialized()
     if own:
-        # Functions there have the group of the moment of import as a default argument. Imported later, inside the
-        # block, they would keep it alive past its end, and its threads could abort the process while Python ends.
+        # Functions there take the current group as a default argument when they are imported. Imported inside the block
+        # they would keep it alive past its end, and its threads could abort the process while Python ends.
         import_module("torch.distributed.nn.functional")
         if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    token = _place.set((distributed.get_rank(), distributed.get_world_size()))
+    token = _rank.set((distributed.get_rank(), distributed.get_world_size()))
     try:
         yield
     finally:
-        _place.reset(token)
+        _rank.reset(token)
         if own:
             distributed.destroy_process_group()
 
 
-def place() -> tuple[int, int]:
+def rank_and_count() -> tuple[int, int]:
     """This process's rank, and the number of processes."""
-    return _place.get()
+    return _rank.get()
 
 
 def share(items: Sequence[Item], adjacent: bool = False) -> Sequence[Item]:
@@ -74,7 +74,7 @@ def share(items: Sequence[Item], adjacent: bool = False) -> Sequence[Item]:
     >>> share([1, 2, 3])
     [1, 2, 3]
     """
-    rank, count = place()
+    rank, count = rank_and_count()
     if adjacent:
         return items[len(items) * rank // count : len(items) * (rank + 1) // count]
     return items[rank::count]
@@ -82,16 +82,16 @@ def share(items: Sequence[Item], adjacent: bool = False) -> Sequence[Item]:
 
 def gathered(values: Mapping[Key, Any]) -> dict[Key, Any]:
     """Collective: the values of all processes by name, in the order of ranks."""
-    if place()[1] == 1:
+    if rank_and_count()[1] == 1:
         return dict(values)
-    parts: list[Any] = [None] * place()[1]
+    parts: list[Any] = [None] * rank_and_count()[1]
     distributed.all_gather_object(parts, dict(values))
     return {name: value for part in parts for name, value in part.items()}
 
 
 def total(sums: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
     """Collective: each tensor's sum over all processes, by name; missing tensors count as zero."""
-    if place()[1] == 1:
+    if rank_and_count()[1] == 1:
         return dict(sums)
     wire = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     totals: dict[Key, Tensor] = {}

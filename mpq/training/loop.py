@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mpq.core.errors import NotFiniteError
 from mpq.network.calibration import Batch, LossFn, evaluating, samples_in, seeded, take, tensors_in
 from mpq.network.fingerprint import fingerprint
-from mpq.network.parallel import place, total
+from mpq.network.parallel import rank_and_count, total
 from mpq.training.batchnorm import freeze_batchnorm
 from mpq.training.checkpoint import resume, save
 from mpq.training.objective import objective_loss
@@ -101,7 +101,7 @@ def train(
             losses.append(_step(student, teacher, next(order), loss_fn, settings, optimizer, step))
             bar.set_postfix(loss=f"{losses[-1]:.4g}", refresh=False)
             bar.update()
-            if checkpoint is not None and (step + 1) % settings.save_every == 0 and place()[0] == 0:
+            if checkpoint is not None and (step + 1) % settings.save_every == 0 and rank_and_count()[0] == 0:
                 save(checkpoint, identity, student, optimizer, losses)
     student.eval()
     group = optimizer.param_groups[0]
@@ -173,13 +173,13 @@ def _set_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, stages: 
 
 
 def _own_part(batch: Batch) -> Batch | None:
-    rank, count = place()
+    rank, count = rank_and_count()
     samples = list(range(rank, samples_in(batch), count))
     return batch if count == 1 else take(batch, samples) if samples else None
 
 
 def _sum_gradients(student: nn.Module) -> None:
-    if place()[1] == 1:
+    if rank_and_count()[1] == 1:
         return
     parameters = dict(student.named_parameters())
     known = {name: one.grad for name, one in parameters.items() if one.grad is not None}

@@ -64,3 +64,11 @@ def test_tables_name_every_entry(metrics):
     assert metrics.markdown().splitlines()[2:] == ["| `length` | how long |", "| `power:...` | value ** N |"]
     assert metrics.help() == "  length  how long\n  power   value ** N"
     assert Registry(Search, "search", "mpq.tests", []).names() == ()
+
+
+def test_a_former_name_is_understood_and_told():
+    from mpq.search import SEARCHES
+
+    with pytest.warns(UserWarning, match="search 'quadratic' is 'pairwise' now"):
+        assert SEARCHES.named("quadratic").name == "pairwise"
+    assert "quadratic" not in SEARCHES

@@ -13,7 +13,7 @@ import torch
 from torch import distributed, multiprocessing
 
 from mpq.core.table import SensitivityTable
-from mpq.network.parallel import gathered, place, processes, share, total
+from mpq.network.parallel import gathered, processes, rank_and_count, share, total
 from mpq.sensitivity.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,9 +56,9 @@ def work(rank: int, count: int, folder: Path) -> None:
     torch.set_num_threads(1)
     import_module("torch.distributed.nn.functional")  # before there is a group, as in mpq.network.parallel
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
-    assert place() == (0, 1)  # outside of the block nobody waits for anybody
+    assert rank_and_count() == (0, 1)  # outside of the block nobody waits for anybody
     with processes():
-        assert place() == (rank, count)
+        assert rank_and_count() == (rank, count)
         assert share(range(5)) == range(rank, 5, 2)
         assert share(range(5), adjacent=True) == (range(2), range(2, 5))[rank]
         assert gathered({rank: rank, "last": rank}) == {0: 0, 1: 1, "last": 1}
@@ -146,7 +146,7 @@ def test_only_profiling_is_shared_by_processes(monkeypatch, capsys):
 
 def test_one_process_is_not_asked_to_meet():
     with processes():
-        assert place() == (0, 1)
+        assert rank_and_count() == (0, 1)
         assert share([1, 2]) == [1, 2]
         assert total({"a": torch.ones(1)})["a"].item() == 1
 

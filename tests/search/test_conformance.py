@@ -37,7 +37,7 @@ class TestMonotone(SearchConformance):
 
 
 class TestQuadratic(SearchConformance):
-    search = staticmethod(search_named("quadratic"))
+    search = staticmethod(search_named("pairwise"))
     options = {
         "interactions": Interactions(
             tuple(f"layer{i}" for i in range(5)), SCHEMES, np.ones((5, 4)) * [4, 3, 2, 1], np.zeros((5, 4, 5, 4))
@@ -51,7 +51,7 @@ class TestEvolution(SearchConformance):
 
 
 def test_every_search_is_here():
-    assert set(SEARCHES) == {"exact", "integer", "cheapest", "monotone", "quadratic", "evolution"}
+    assert set(SEARCHES) == {"exact", "integer", "cheapest", "monotone", "pairwise", "evolution"}
     with pytest.raises(MpqError, match="unknown search 'exakt': did you mean exact"):
         search_named("exakt")
 

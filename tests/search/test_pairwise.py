@@ -13,7 +13,7 @@ from mpq.core.interactions import Interactions
 from mpq.core.problem import build_problem
 from mpq.search import frontier_of
 from mpq.search.integer import integer
-from mpq.search.quadratic import quadratic
+from mpq.search.pairwise import pairwise
 
 
 def make_interactions(problem, seed, strength=1.0, density=1.0):
@@ -50,7 +50,7 @@ def test_the_optimum_is_that_of_enumeration(seed, layers, share, density, tie):
     choices = every_choice(problem)
     sizes = problem.costs["size"][np.arange(len(problem.groups)), choices].sum(1)
     best = min(total(problem, interactions, c) for c in choices[sizes <= problem.budgets["size"] * (1 + 1e-9)])
-    found = quadratic(problem, interactions=interactions)
+    found = pairwise(problem, interactions=interactions)
     assert found.losses[0] == pytest.approx(best, rel=1e-6, abs=1e-6)
     assert total(problem, interactions, found.choices[0]) == pytest.approx(found.losses[0], rel=1e-9, abs=1e-9)
     assert found.gap == 0
@@ -63,7 +63,7 @@ def test_without_interactions_it_is_the_integer_program():
     alone = replace(problem, losses=interactions.losses[
         np.ix_([interactions.layers.index(layer.name) for layer in problem.layers],
                [interactions.schemes.index(scheme) for scheme in problem.schemes])])  # fmt: skip
-    found = quadratic(problem, interactions=interactions)
+    found = pairwise(problem, interactions=interactions)
     assert found.losses[0] == pytest.approx(integer(alone).losses[0], rel=1e-6)
     assert found.allocation(0).loss == pytest.approx(found.losses[0])
 
@@ -72,7 +72,7 @@ def test_stopped_early_it_says_how_far_it_can_be_off():
     problem = make_problem(1, 40)
     problem = replace(problem, budgets={"size": float(problem.costs["size"].mean(1).sum())})
     interactions = make_interactions(problem, 1, strength=0.3)
-    found = quadratic(problem, interactions=interactions, time_limit=4.0)
+    found = pairwise(problem, interactions=interactions, time_limit=4.0)
     assert found.gap > 0
     assert problem.totals(found.choices[0])["size"] <= problem.budgets["size"] * (1 + 1e-9)
 
@@ -81,13 +81,13 @@ def test_mistakes_are_told():
     problem = replace(make_problem(1), budgets={"size": 1e9})
     interactions = make_interactions(problem, 1)
     with pytest.raises(MpqError, match="needs at least one"):
-        quadratic(replace(problem, budgets={}), interactions=interactions)
+        pairwise(replace(problem, budgets={}), interactions=interactions)
     with pytest.raises(MpqError, match="know no layer layer4"):
-        quadratic(problem, interactions=make_interactions(make_problem(1, 4), 1))
+        pairwise(problem, interactions=make_interactions(make_problem(1, 4), 1))
     with pytest.raises(MpqError, match="below the smallest allocation"):
-        quadratic(replace(problem, budgets={"size": 1.0}), interactions=interactions)
+        pairwise(replace(problem, budgets={"size": 1.0}), interactions=interactions)
 
 
 def test_what_a_search_needs_is_told():
-    with pytest.raises(MpqError, match="the search quadratic also needs interactions: measure"):
-        frontier_of(make_table(0, 3), search="quadratic", budgets={"size": 1e6})
+    with pytest.raises(MpqError, match="the search pairwise also needs interactions: measure"):
+        frontier_of(make_table(0, 3), search="pairwise", budgets={"size": 1e6})

@@ -16,7 +16,7 @@ from mpq.search.integer import OBJECTIVE_RANGE, check_budgets
 ROUNDING = 1e-9  # relative slack by which limits are tightened against the solver's tolerance
 
 
-def quadratic(
+def pairwise(
     problem: Problem, *, interactions: Interactions, cost: str = "size", time_limit: float | None = None
 ) -> Frontier:
     """The allocation of least loss, interactions counted, that meets every budget, as a frontier of one point.
