@@ -90,15 +90,12 @@ class _Search:
         self.zeros: Tensor | None = None
         self.minima: Tensor | None = None
         self.errors = torch.full(elements.shape[:-1], torch.inf)
+        self.is_compiled = elements.shape[-1] > 0 and compiled.serves(format.grid, elements, weights)
 
     def offer(self, scales: Tensor, zeros: Tensor | None = None, minima: Tensor | None = None) -> None:
         """Keep the offered scales where they have a smaller error."""
         scales, minima = self._storable(scales, minima)
-        factor = real_scales(scales, self.tensor_scale).unsqueeze(-1)
-        numbers = self._units(factor, zeros, minima).mul_(factor)
-        if minima is not None:
-            numbers.add_(minima.unsqueeze(-1))
-        errors = numbers.sub_(self.elements).square_().mul_(self.weights).sum(-1)
+        errors = self._errors(scales, zeros, minima)
         better = errors < self.errors
         self.errors = torch.where(better, errors, self.errors)
         self.scales = torch.where(better, scales, self.scales)
@@ -110,7 +107,7 @@ class _Search:
     def offer_all(self, candidates: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         """Offer several scales with their zero points; compiled code takes one pass over the elements."""
         grid = self.format.grid
-        if not compiled.serves(grid, self.elements, self.weights) or self.elements.shape[-1] == 0:
+        if not self.is_compiled:
             for scales, zeros in candidates:
                 self.offer(scales, zeros)
             return
@@ -127,7 +124,11 @@ class _Search:
     def refit(self, scales: Tensor | None = None, minima: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Offer least-squares scales (and minima) for the codes of these tables, or of the best so far."""
         scales, minima = (self.scales, self.minima) if scales is None else self._storable(scales, minima)
-        units = self._units(real_scales(scales, self.tensor_scale).unsqueeze(-1), self.zeros, minima)
+        factors = real_scales(scales, self.tensor_scale)
+        if self.is_compiled and minima is None:
+            fit = compiled.refit(self.elements, self.weights, factors, self.zeros, self.format.grid)
+            return torch.where(fit != 0, fit if self.tensor_scale is None else fit / self.tensor_scale, scales), None
+        units = self._units(factors.unsqueeze(-1), self.zeros, minima)
         if minima is not None:
             return self._refit_line(units, scales)
         power = (units.square() * self.weights).sum(-1)
@@ -135,6 +136,17 @@ class _Search:
         if self.tensor_scale is not None:
             fit = fit / self.tensor_scale
         return torch.where((power > 0) & (fit != 0), fit, scales), None
+
+    def _errors(self, scales: Tensor, zeros: Tensor | None, minima: Tensor | None) -> Tensor:
+        """Weighted squared error of every group."""
+        factors = real_scales(scales, self.tensor_scale)
+        if self.is_compiled and minima is None:
+            offsets = None if zeros is None else [zeros]
+            return compiled.best_scales(self.elements, self.weights, [factors], offsets, self.format.grid)[1]
+        numbers = self._units(factors.unsqueeze(-1), zeros, minima).mul_(factors.unsqueeze(-1))
+        if minima is not None:
+            numbers.add_(minima.unsqueeze(-1))
+        return numbers.sub_(self.elements).square_().mul_(self.weights).sum(-1)
 
     def _refit_line(self, units: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """Slope and intercept of the line through (code, weight); through zero where the intercept is positive."""

@@ -14,7 +14,7 @@ from mpq.core.grids import Grid
 from mpq.rounding.codes import decode, encode
 
 KINDS = {"int": 0, "float": 1, "codebook": 2}
-ROWS_OF_A_THREAD = 32  # least work for which starting a thread pays
+ELEMENTS_OF_A_THREAD = 2**19  # least work for which starting a thread pays
 _log = logging.getLogger(__name__)
 
 
@@ -76,7 +76,7 @@ def gptq_block(
             *map(ctypes.c_int64, (last - first, width, *strides)), ctypes.byref(described.struct),
         )  # fmt: skip
 
-    _by_rows(work, rows)
+    _by_rows(work, rows, width * width)
     return errors
 
 
@@ -94,14 +94,47 @@ def best_scales(
     offered = torch.stack([factor.reshape(-1) for factor in factors]).float()
     offsets = None if zeros is None else torch.stack([zero.reshape(-1) for zero in zeros]).float()
     best, least = torch.empty(groups, dtype=torch.int64), torch.empty(groups)
-    described = _described(grid)
-    _function("mpq_best_scales")(
-        ctypes.c_void_p(flat.data_ptr()), ctypes.c_void_p(shares.data_ptr()),
-        ctypes.c_int64(groups), ctypes.c_int64(size), ctypes.c_void_p(offered.data_ptr()),
-        ctypes.c_void_p(None if offsets is None else offsets.data_ptr()), ctypes.c_int64(len(offered)),
-        ctypes.c_void_p(best.data_ptr()), ctypes.c_void_p(least.data_ptr()), ctypes.byref(described.struct),
-    )  # fmt: skip
+    described, function = _described(grid), _function("mpq_best_scales")
+
+    def work(first: int, last: int) -> None:
+        function(
+            _from(flat, first * size), _from(shares, first * size), *map(ctypes.c_int64, (last - first, size)),
+            _from(offered, first), _from(offsets, first), *map(ctypes.c_int64, (len(offered), groups)),
+            _from(best, first), _from(least, first), ctypes.byref(described.struct),
+        )  # fmt: skip
+
+    _by_rows(work, groups, len(offered) * size)
     return best.reshape(shape), least.reshape(shape)
+
+
+def refit(
+    elements: Tensor,  # (rows or 1, groups, size)
+    weights: Tensor,  # the same
+    factors: Tensor,  # (rows or 1, groups)
+    zeros: Tensor | None,  # the same
+    grid: Grid,
+) -> Tensor:
+    """For each group, the scale of least weighted squared error for the codes that its factor gives; 0 where all are as
+    good.
+    """
+    size, flat, shares = elements.shape[-1], elements.contiguous(), weights.contiguous()
+    used, fits = factors.float().contiguous(), torch.empty(factors.shape)
+    offsets = None if zeros is None else zeros.float().contiguous()
+    described, function = _described(grid), _function("mpq_refit")
+
+    def work(first: int, last: int) -> None:
+        function(
+            _from(flat, first * size), _from(shares, first * size), *map(ctypes.c_int64, (last - first, size)),
+            _from(used, first), _from(offsets, first), _from(fits, first), ctypes.byref(described.struct),
+        )  # fmt: skip
+
+    _by_rows(work, fits.numel(), size)
+    return fits
+
+
+def _from(tensor: Tensor | None, element: int) -> ctypes.c_void_p:
+    """The address of an element of a contiguous tensor."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr() + element * tensor.element_size())
 
 
 class _Described:
@@ -132,9 +165,9 @@ def _function(name: str) -> Callable[..., None]:
     return function
 
 
-def _by_rows(work: Callable[[int, int], None], rows: int) -> None:
-    """Call `work(first, last)` for shares of the rows, each in its own thread."""
-    count = max(1, min(torch.get_num_threads(), rows // ROWS_OF_A_THREAD))
+def _by_rows(work: Callable[[int, int], None], rows: int, weight: int) -> None:
+    """Call `work(first, last)` for shares of the rows, each of `weight` elements, in a thread each."""
+    count = max(1, min(torch.get_num_threads(), rows * weight // ELEMENTS_OF_A_THREAD))
     ends = [rows * share // count for share in range(count + 1)]
     if count == 1:
         return work(0, rows)

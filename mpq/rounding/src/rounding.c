@@ -81,66 +81,108 @@ EVERY_LEVEL EXPORTED void mpq_gptq_block(float *pending, const float *scales, co
     }
 }
 
-/* Value of the grid nearest to x; good enough to compare scales: a codebook's values are sums of steps. */
-static inline __attribute__((always_inline)) float snap(float x, const grid_t *grid, int kind) {
-    if (kind == INTEGER) return clamp(rintf(x), grid->lowest, grid->highest);
-    float inside = clamp(x, grid->lowest, grid->highest);
-    if (kind == FLOATING) {
-        uint32_t bits;
-        float power;
-        memcpy(&bits, &inside, 4);
-        bits &= 0x7F800000u;
-        memcpy(&power, &bits, 4);
-        float step = (power > grid->smallest_power ? power : grid->smallest_power) / grid->steps; /* a power of two: exact */
-        return rintf(inside / step) * step;
+enum { CHUNK = 64 };
+
+/* Values of the grid nearest to elements / factor, of at most CHUNK elements; with a zero point, of a grid from 0 up. Good
+ * enough to compare scales: a product with 1 / factor stands for the quotient, and a codebook's values are sums of steps. */
+static inline __attribute__((always_inline)) void units_of(const float *restrict elements, int64_t count, float factor,
+                                                           const float *zero, const grid_t *grid, int kind,
+                                                           float *restrict units) {
+    const float inverse = 1.0f / factor, low = grid->lowest, high = grid->highest, steps = grid->steps;
+    const float smallest = grid->smallest_power, offset = zero ? *zero : 0.0f;
+    if (kind == INTEGER && zero) {
+        for (int64_t i = 0; i < count; i++) units[i] = clamp(rintf(elements[i] * inverse) + offset, 0.0f, high) - offset;
+    } else if (kind == INTEGER) {
+        for (int64_t i = 0; i < count; i++) units[i] = clamp(rintf(elements[i] * inverse), low, high);
+    } else if (kind == FLOATING) {
+        for (int64_t i = 0; i < count; i++) {
+            uint32_t bits;
+            float power, inside = clamp(elements[i] * inverse, low, high);
+            memcpy(&bits, &inside, 4);
+            bits &= 0x7F800000u;
+            memcpy(&power, &bits, 4);
+            float step = (power > smallest ? power : smallest) / steps; /* a power of two: exact */
+            units[i] = rintf(inside / step) * step;
+        }
+    } else {
+        float inside[CHUNK];
+        for (int64_t i = 0; i < count; i++) inside[i] = elements[i] * inverse, units[i] = grid->values[0];
+        for (int64_t value = 0; value + 1 < grid->count; value++) {
+            const float boundary = (float)grid->boundaries[value], step = grid->values[value + 1] - grid->values[value];
+            for (int64_t i = 0; i < count; i++) units[i] += inside[i] > boundary ? step : 0.0f;
+        }
     }
-    float value = grid->values[0];
-    for (int64_t i = 0; i + 1 < grid->count; i++)
-        value += inside > (float)grid->boundaries[i] ? grid->values[i + 1] - grid->values[i] : 0.0f;
-    return value;
 }
 
 static inline __attribute__((always_inline)) float group_error(const float *restrict elements,
                                                                const float *restrict weights, int64_t size,
                                                                float factor, const float *zero, const grid_t *grid,
                                                                int kind) {
-    float sum = 0;
-    if (zero) {
-        float offset = *zero;
-        for (int64_t i = 0; i < size; i++) {
-            float units = clamp(rintf(elements[i] / factor) + offset, 0.0f, grid->highest) - offset;
-            float error = units * factor - elements[i];
-            sum += error * error * weights[i];
-        }
-    } else {
-        for (int64_t i = 0; i < size; i++) {
-            float error = snap(elements[i] / factor, grid, kind) * factor - elements[i];
-            sum += error * error * weights[i];
+    float sum = 0, units[CHUNK];
+    for (int64_t first = 0; first < size; first += CHUNK) {
+        const int64_t count = size - first < CHUNK ? size - first : CHUNK;
+        units_of(elements + first, count, factor, zero, grid, kind, units);
+        for (int64_t i = 0; i < count; i++) {
+            float error = units[i] * factor - elements[first + i];
+            sum += error * error * weights[first + i];
         }
     }
     return sum;
 }
 
+/* The scale of least weighted squared error for the units that `factor` gives; 0 where any scale is as good. */
+static inline __attribute__((always_inline)) float group_fit(const float *restrict elements,
+                                                             const float *restrict weights, int64_t size, float factor,
+                                                             const float *zero, const grid_t *grid, int kind) {
+    float power = 0, product = 0, units[CHUNK];
+    for (int64_t first = 0; first < size; first += CHUNK) {
+        const int64_t count = size - first < CHUNK ? size - first : CHUNK;
+        units_of(elements + first, count, factor, zero, grid, kind, units);
+        for (int64_t i = 0; i < count; i++) {
+            float weighted = units[i] * weights[first + i];
+            power += weighted * units[i];
+            product += weighted * elements[first + i];
+        }
+    }
+    return power > 0 ? product / (power < 1.17549435e-38f ? 1.17549435e-38f : power) : 0.0f;
+}
+
+#define BY_KIND(function, zero)                                                                           \
+    (grid->kind == INTEGER && (zero) ? function(line, shares, size, factor, zero, grid, INTEGER)          \
+     : grid->kind == INTEGER         ? function(line, shares, size, factor, NULL, grid, INTEGER)          \
+     : grid->kind == FLOATING        ? function(line, shares, size, factor, NULL, grid, FLOATING)         \
+                                     : function(line, shares, size, factor, NULL, grid, CODEBOOK))
+
 /* For each group the candidate of least weighted squared error. elements, weights: (groups, size); factors, and zeros
- * where the format has zero points: (candidates, groups); out: best int64 (groups), error float (groups). */
+ * where the format has zero points: (candidates, groups), candidates `stride` apart; out: best int64 (groups), error
+ * float (groups). */
 EVERY_LEVEL EXPORTED void mpq_best_scales(const float *elements, const float *weights, int64_t groups, int64_t size,
                                           const float *factors, const float *zeros, int64_t candidates,
-                                          int64_t *best, float *least, const grid_t *grid) {
+                                          int64_t stride, int64_t *best, float *least, const grid_t *grid) {
     for (int64_t group = 0; group < groups; group++) {
         const float *line = elements + group * size, *shares = weights + group * size;
         float smallest = INFINITY;
         int64_t chosen = 0;
         for (int64_t candidate = 0; candidate < candidates; candidate++) {
-            int64_t at = candidate * groups + group;
-            const float *zero = zeros ? zeros + at : 0;
-            float error;
-            if (grid->kind == INTEGER) error = group_error(line, shares, size, factors[at], zero, grid, INTEGER);
-            else if (grid->kind == FLOATING) error = group_error(line, shares, size, factors[at], 0, grid, FLOATING);
-            else error = group_error(line, shares, size, factors[at], 0, grid, CODEBOOK);
+            int64_t at = candidate * stride + group;
+            const float *zero = zeros ? zeros + at : NULL;
+            const float factor = factors[at];
+            float error = BY_KIND(group_error, zero);
             if (error < smallest) smallest = error, chosen = candidate;
         }
         best[group] = chosen;
         least[group] = smallest;
+    }
+}
+
+/* For each group the scale of least weighted squared error for the units that its factor gives: `group_fit`. */
+EVERY_LEVEL EXPORTED void mpq_refit(const float *elements, const float *weights, int64_t groups, int64_t size,
+                                    const float *factors, const float *zeros, float *fits, const grid_t *grid) {
+    for (int64_t group = 0; group < groups; group++) {
+        const float *line = elements + group * size, *shares = weights + group * size;
+        const float *zero = zeros ? zeros + group : NULL;
+        const float factor = factors[group];
+        fits[group] = BY_KIND(group_fit, zero);
     }
 }
 
