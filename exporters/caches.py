@@ -54,7 +54,7 @@ def kv_cache_scheme(cache: CacheFormats | None) -> dict[str, object] | None:
 
 
 def vllm_options(cache: CacheFormats) -> str:
-    """What vLLM is told of a cache: fp8, and the layers that stay in floating point."""
+    """vLLM's options for a cache: fp8, and the layers that stay in floating point."""
     floats = [
         entry.name.split(".")[1]
         for entry, name in zip(cache.entries, cache.names, strict=True)
@@ -66,7 +66,7 @@ def vllm_options(cache: CacheFormats) -> str:
 
 
 def llama_options(cache: CacheFormats) -> str:
-    """What llama.cpp is told of a cache."""
+    """llama.cpp's options for a cache."""
     types = {}
     for entry, name in zip(cache.entries, cache.names, strict=True):
         types[entry.kind] = LLAMA_TYPES[name]

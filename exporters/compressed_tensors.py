@@ -74,7 +74,7 @@ def quantization_config(model: nn.Module, allocation: Allocation, ranges: Ranges
 
 
 def group_entry(scheme: Scheme, static: bool = False) -> dict[str, Any]:
-    """How a scheme is spelt in `config_groups`."""
+    """The `config_groups` entry of a scheme."""
     return {
         "format": compressed_tensors_format(scheme),
         "weights": _arguments(scheme.weight),

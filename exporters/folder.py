@@ -114,7 +114,7 @@ def write_checksums(folder: Path, tensors: Mapping[str, dict[str, str]]) -> None
 
 
 def read_checksums(folder: Path) -> Checksums:
-    """What `write_checksums` noted.
+    """The checksums that `write_checksums` wrote.
 
     Raises:
         MpqError: no such file, a damaged one, or one that names a file outside of the folder.

@@ -117,7 +117,7 @@ class Held:
 
     @property
     def sentence(self) -> str:
-        """What cannot be held, in one sentence; "" where all layers can have some scheme."""
+        """Layers that cannot be held, in one sentence; "" where all layers can have some scheme."""
         if not self.floats:
             return ""
         name, why = next(iter(self.floats.items()))

@@ -1,4 +1,4 @@
-"""What an exporter is asked to write: a model, its allocation, and what the files of some targets need beside them."""
+"""The request to an exporter: a model, its allocation, and further inputs of some targets."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What each kind of file can hold: rules on a layer and its scheme, in half a sentence where they refuse."""
+"""Rules of each kind of file: a refusal of a layer's scheme in half a sentence, or ""."""
 
 from typing import Any
 
@@ -168,7 +168,7 @@ MLX_FALLBACKS = {
 
 
 def mlx_mode(format: Format) -> dict[str, Any] | None:
-    """How MLX spells a format whose numbers it holds exactly, None where it has none.
+    """MLX's name of a format whose numbers it holds exactly, None where it has none.
 
     >>> mlx_mode(parse_format("uint3-g64-mfp16"))
     {'group_size': 64, 'bits': 3, 'mode': 'affine'}
@@ -220,7 +220,7 @@ def served_names(layer: str) -> tuple[str, ...]:
 
 
 def vllm_cpu(layer: Layer, scheme: Scheme) -> str:
-    """What vLLM's kernels for CPUs leave out of compressed-tensors' schemes."""
+    """compressed-tensors' schemes that vLLM's CPU kernels lack."""
     weight, activation = scheme.weight, scheme.activation
     if weight.is_float_copy:
         return ""
@@ -235,7 +235,7 @@ def vllm_cpu(layer: Layer, scheme: Scheme) -> str:
 
 
 def openvino(layer: Layer, scheme: Scheme) -> str:
-    """What OpenVINO leaves out of ONNX Runtime's operators."""
+    """ONNX Runtime's operators that OpenVINO lacks."""
     weight = scheme.weight
     if weight.grid.family == "int" and weight.grid.bits == 2:
         return "it has no 2-bit integers"

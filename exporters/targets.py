@@ -1,4 +1,4 @@
-"""Who runs the models: one registry for `--for` and `--to`. Plugins add some through the entry-point group
+"""Consumers of exported models: one registry for `--for` and `--to`. Plugins add some through the entry-point group
 "mpq.exporters": a function that writes files, or a `Target` with rules.
 
 Every function takes an `mpq.exporters.request.ExportRequest` and gives the folder.

@@ -37,8 +37,8 @@ PIECE = 2**22  # elements that are compared at once
 
 
 def runner(inputs: Inputs) -> Run:
-    """What runs a model on its inputs: a tensor, a tuple of arguments, a mapping of keyword arguments, or a function
-    that does it itself.
+    """A function that runs a model on inputs: a tensor, a tuple of arguments, a mapping of keyword arguments, or a
+    function that runs the model itself.
     """
     if isinstance(inputs, Mapping):
         return lambda model: model(**inputs)
@@ -174,7 +174,7 @@ class Call:
     outputs: list[Kept]
 
     def allowed(self, output: Any) -> list[Tensor] | None:
-        """How far a packed layer's output may be off; None for equal operations."""
+        """Tolerance of a packed layer's output; None for equal operations."""
         if not (self.name and isinstance(output, Tensor) and self.outputs):
             return None
         return [kernel_error(self.module, None if self.used is None else self.used(), self.outputs[0]())]

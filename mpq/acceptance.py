@@ -61,7 +61,7 @@ class Acceptance:
 
     @property
     def chosen(self) -> Candidate:
-        """What is handed over."""
+        """The candidate that is exported."""
         return self.candidates[0]
 
     @property

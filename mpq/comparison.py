@@ -37,7 +37,7 @@ class Measured:
 
     @property
     def harm(self) -> tuple[float, float]:
-        """What predictions are of, with its standard error: KL from the original, or the loss increase."""
+        """The predicted quantity as measured, with its standard error: KL from the original, or the loss increase."""
         divergence = self.quality.divergence
         return (self.increase, self.error) if divergence is None else divergence.mean()
 
@@ -162,7 +162,7 @@ def _with_error(value: float, error: float) -> str:
 
 
 def megabytes(size: float) -> str:
-    """Bytes as readers like them: kB below a million, MB (10**6) above.
+    """Bytes as text: kB below a million, MB (10**6) above.
 
     >>> megabytes(1_234_567), megabytes(65_000)
     ('1.23 MB', '65.0 kB')

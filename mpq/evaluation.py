@@ -1,4 +1,4 @@
-"""How good a model is on data it has not seen: accuracy or perplexity, its standard error, and each sample's part."""
+"""Quality of a model on unseen data: accuracy or perplexity, its standard error, and each sample's part."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ WIDE = 2**10  # classes; of more, the original's log-probabilities are kept in f
 
 @dataclass(frozen=True, eq=False)
 class Divergence:
-    """How far predictions are from the original model's, sample by sample."""
+    """Divergence of predictions from the original model's, sample by sample."""
 
     kl: NDArray[np.float64]  # (samples,), mean KL(original || model) of each sample's predictions, nats
     agreement: NDArray[np.float64]  # (samples,), share of predictions whose top choice is the original's
@@ -64,7 +64,7 @@ class Divergence:
 
 @dataclass(frozen=True, eq=False)
 class Quality:
-    """What was measured on `len(losses)` samples (sequences, for a language model)."""
+    """Measurements on `len(losses)` samples (sequences, for a language model)."""
 
     kind: str  # one of KINDS
     value: float  # share of right answers, exp(mean loss per token), distance relative to the outputs, or mean loss
@@ -187,7 +187,7 @@ def _evaluate(
 
 
 class _Part(NamedTuple):
-    """What some samples gave: (samples,) each, but the KL of single predictions."""
+    """Measurements of some samples: (samples,) each, but the KL of single predictions."""
 
     losses: Tensor
     weights: Tensor  # predictions of each

@@ -32,7 +32,7 @@ COMPARED = 2  # samples on which the written model is compared with the trained 
 
 @dataclass(frozen=True, eq=False)
 class FinetunedFolder:
-    """What `finetune_folder` did."""
+    """Result of `finetune_folder`."""
 
     folder: Path
     finetuned: Finetuned
@@ -42,7 +42,7 @@ class FinetunedFolder:
     after: Quality
 
     def words(self) -> tuple[str, ...]:
-        """What changed, in sentences."""
+        """The changes, in sentences."""
         said = [self.finetuned.verdict()]
         if self.before.divergence is not None and self.after.divergence is not None:
             (one, _), (other, _) = self.before.divergence.mean(), self.after.divergence.mean()

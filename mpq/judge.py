@@ -38,7 +38,7 @@ class Interval:
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """How well one metric predicts."""
+    """Quality of one metric's predictions."""
 
     metric: str
     spearman: Interval  # over all allocations: mostly of size
@@ -56,7 +56,7 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
-    """What was measured, what was predicted, and the verdicts."""
+    """Measurements, predictions and verdicts."""
 
     budgets: tuple[float, ...]  # average bits per weight
     stratum: NDArray[np.intp]  # (allocations,), index of the budget
@@ -247,7 +247,7 @@ def at_fixed_size(predicted: Array, measured: Array, stratum: NDArray[np.intp]) 
 
 
 def facts_of(judgement: Judgement) -> tuple[tuple[str, Array, Array, NDArray[np.intp]], ...]:
-    """What the figure shows: (metric, predicted, measured, budget index of each point), best metric first."""
+    """Data of the figure: (metric, predicted, measured, budget index of each point), best metric first."""
     return tuple(
         (verdict.metric, judgement.predicted[verdict.metric], judgement.measured, judgement.stratum)
         for verdict in judgement.verdicts

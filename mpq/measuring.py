@@ -136,7 +136,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 def measuring(source: Source, method: str) -> Callable[[Allocation, float], tuple[float, float]]:
-    """What evolution asks: the loss that an allocation adds on the first share of the calibration batches.
+    """The objective of evolution: the loss that an allocation adds on the first share of the calibration batches.
 
     With its standard error, from the differences on single samples: the spread that the samples have anyway drops out.
     """

@@ -35,7 +35,7 @@ DOUBTS = (1.0, 0.5, 2.0)  # factors of all scores of the cache beside those of t
 
 @dataclass(frozen=True)
 class Serving:
-    """How a model is served: texts of `context` tokens, `batch` at once, in so much memory, or a cache of so many bits.
+    """Serving conditions: texts of `context` tokens, `batch` at once, in so much memory, or a cache of so many bits.
 
     Raises:
         MpqError: a budget without meaning.
@@ -65,7 +65,7 @@ class Serving:
 def serving_of(
     source: Source, memory: float | str | None, kv_bits: float | None, context: int | None, batch: int
 ) -> Serving | None:
-    """What was asked of memory and cache; None for nothing.
+    """The requested memory and cache; None without a request.
 
     Raises:
         MpqError: a memory without a context, a context without either budget, or one beyond the model's.
@@ -133,7 +133,7 @@ def _numbers(serving: Serving, entries: Sequence[Layer]) -> int:
 
 @dataclass(frozen=True)
 class Request:
-    """What a cache is chosen for, beside the table."""
+    """Conditions of the choice of a cache, beside the table."""
 
     model: nn.Module  # whose other tensors take memory too
     serving: Serving

@@ -1,4 +1,4 @@
-"""The stages in a row: profile, search, export, reload, measure, report; every artefact a file in one folder."""
+"""The whole job: profile, search, export, reload, measure, report; every artefact a file in one folder."""
 
 import copy
 import logging
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `quantize_model` did."""
+    """Result of `quantize_model`."""
 
     folder: Path
     table: SensitivityTable
@@ -70,7 +70,7 @@ class Outcome:
     serving: Serving | None = None  # the memory or bits of a cache that were asked for
 
     def words(self) -> tuple[str, ...]:
-        """What was measured, in sentences."""
+        """The measurements, in sentences."""
         said = (self.accepted.verdict(), *self.accepted.corrections(), *sentences(self.measured, self.accepted))
         if self.serving is not None:
             said = (*in_words(self.allocation, self.serving, self.measured[-1].size), *said)
@@ -243,7 +243,7 @@ def quantize_model(
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model may take: `bits` a weight and bytes of its file, the KL divergence alone, and other costs."""
+    """Limits of the model: `bits` a weight and bytes of its file, the KL divergence alone, and other costs."""
 
     bits: float | None
     size: float | None
@@ -354,7 +354,7 @@ def _write_artefacts(outcome: Outcome, source: Source, target: Target) -> None:
 
 
 def _circumstances(model: nn.Module, seconds: float) -> dict[str, object]:
-    """What the report says of how it came about."""
+    """Versions, command, device and seconds for the report."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     ours = sys.modules["mpq"].__version__
     return {

@@ -52,7 +52,7 @@ class Point(NamedTuple):
 
 
 class FrontierFacts(NamedTuple):
-    """What a frontier plot shows."""
+    """Data of a frontier plot."""
 
     curves: tuple[Curve, ...]
     uniform: tuple[Mark, ...]

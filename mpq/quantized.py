@@ -112,7 +112,7 @@ def round_cache(model: nn.Module, cache: CacheFormats | None) -> list[torch.util
 
 
 class CacheRounding:
-    """What keys and values pass through on their way into a cache."""
+    """Rounds keys and values on their way into a cache."""
 
     def __init__(self, cache: CacheFormats) -> None:
         self.cache, self.format_of = cache, cache.format_of

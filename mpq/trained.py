@@ -1,4 +1,4 @@
-"""What a trainable simulation computes with, for exporters: its numbers are not rounded again."""
+"""Export of a trainable simulation: its numbers are not rounded again."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def is_simulation(model: nn.Module) -> bool:
 
 
 def as_trained(model: nn.Module, allocation: Allocation, otherwise: Rounder) -> tuple[nn.Module, Rounder]:
-    """What to write of a trainable simulation: a plain model, and a rounder that gives the numbers it computes with.
+    """A trainable simulation for exporters: a plain model, and a rounder that gives the numbers it computes with.
 
     Args:
         model: a simulation; left as it is.
@@ -60,7 +60,7 @@ def as_trained(model: nn.Module, allocation: Allocation, otherwise: Rounder) -> 
 
 
 def _latent(module: nn.Module) -> Tensor:
-    """What the module's WeightRounding, its only parametrization, rounds."""
+    """The weight before the module's WeightRounding, its only parametrization."""
     parametrizations: Any = module.parametrizations
     original: Tensor = parametrizations["weight"].original
     return original

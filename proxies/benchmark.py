@@ -44,7 +44,7 @@ class Benchmark:
 
     @property
     def quality(self) -> NDArray[np.float64]:
-        """What proxies should rank, (rows,), more is better: accuracy where it was measured, else minus the loss."""
+        """Target of the ranking, (rows,), more is better: accuracy where it was measured, else minus the loss."""
         return -self.losses if np.isnan(self.accuracies).any() else self.accuracies
 
     @property

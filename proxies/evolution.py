@@ -63,7 +63,7 @@ class Individual:
 
     @property
     def program(self) -> Program:
-        """What it computes."""
+        """The program."""
         return program_of(self.genome)
 
     @property
@@ -74,7 +74,7 @@ class Individual:
 
 @dataclass(frozen=True)
 class Evolution:
-    """What an evolution found."""
+    """Result of an evolution."""
 
     best: Individual  # of all that ever lived
     population: tuple[Individual, ...]  # oldest first
@@ -229,7 +229,7 @@ class _State:
         )  # fmt: skip
 
     def settings_for_file(self) -> dict[str, Any]:
-        """What must be the same in a run that goes on."""
+        """Settings that a resumed run must share."""
         settings = asdict(replace(self.settings, generations=0))
         choices = self.judge.benchmark.choices
         settings["rows"] = [len(choices), int((choices * (1 + np.arange(choices.size).reshape(choices.shape))).sum())]

@@ -52,7 +52,7 @@ class Genome:
 
 @dataclass(frozen=True)
 class Pool:
-    """What genes are drawn from, and whether operation sampling is prioritized."""
+    """Options that genes are drawn from, and whether operation sampling is prioritized."""
 
     shapes: tuple[str, ...] = tuple(SHAPES)
     inputs: tuple[str, ...] = SOURCES

@@ -55,7 +55,7 @@ def load_history(path: str | os.PathLike[str]) -> tuple[Generation, ...]:
 
 
 class Curves(NamedTuple):
-    """What the figure shows."""
+    """Data of the figure."""
 
     judged: tuple[int, ...]
     best: tuple[float, ...]

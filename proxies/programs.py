@@ -15,7 +15,7 @@ LAYER = "layer"  # the space of one number per layer; all others have a matrix p
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value is: where its numbers live, and whether they depend on the layer's scheme."""
+    """Type of a value: where its numbers live, and whether they depend on the layer's scheme."""
 
     space: str  # "layer", "weight", "activation", or "weight'" and "activation'" for products of rows with rows
     by_scheme: bool = False

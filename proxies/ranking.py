@@ -1,4 +1,4 @@
-"""How well a score ranks measured configurations: Spearman's correlation at the top, at fixed size, with intervals."""
+"""Ranking of measured configurations by a score: Spearman's correlation at the top, at fixed size, with intervals."""
 
 from typing import Any
 

@@ -30,7 +30,7 @@ DEFAULT_SCHEMES = ("int2-channel", "int3-channel", "int4-channel")
 
 @dataclass(frozen=True)
 class Standing:
-    """How well one proxy ranks rows."""
+    """Quality of one proxy's ranking of rows."""
 
     name: str
     formula: str
@@ -129,7 +129,7 @@ def run_show(
     seed: int = 0,
     progress: bool = True,
 ) -> list[Standing]:
-    """How proxies rank a benchmark's rows, best first.
+    """Proxies by how well they rank a benchmark's rows, best first.
 
     Args:
         model, batches, loss_fn: as of `run_evolve`.

@@ -61,7 +61,7 @@ class Judge:
         return fitness(losses, self.benchmark) if fate == "judged" and losses is not None else None
 
     def losses(self, genome: Genome) -> tuple[str, NDArray[np.float64] | None]:
-        """What screening says, and the predicted loss of each row, (rows,)."""
+        """The screening's summary, and the predicted loss of each row, (rows,)."""
         try:
             program = program_of(genome)
         except MpqError:

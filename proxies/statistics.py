@@ -125,6 +125,6 @@ class Statistics:
 
 
 def expected_length(name: str, spaces: Mapping[str, Space], layers: int) -> int:
-    """How many numbers an input has for a scheme."""
+    """Number of an input's values for a scheme."""
     space = INPUTS[name][0].space
     return layers if space == LAYER else int(spaces[space].counts.sum())

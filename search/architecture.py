@@ -29,7 +29,7 @@ class Width:
 
     @property
     def options(self) -> int:
-        """How many widths."""
+        """Number of widths."""
         return len(self.shares)
 
 
@@ -42,7 +42,7 @@ class Kernel:
 
     @property
     def options(self) -> int:
-        """How many sizes."""
+        """Number of sizes."""
         return len(self.sizes)
 
 
@@ -123,7 +123,7 @@ class Architecture:
         return tuple(found)
 
     def masks(self, layers: Sequence[Layer], options: Sequence[int]) -> dict[str, Tensor]:
-        """What each layer's matrix is multiplied with, (1, cols), by name; rows that nobody reads are left alone."""
+        """Factor of each layer's matrix, (1, cols), by name; rows that nobody reads are left alone."""
         pairs = zip(layers, self.kept(layers, options), strict=True)
         masks = {layer.name: torch.zeros(1, layer.cols).index_fill_(1, columns, 1) for layer, (_, columns) in pairs}
         return {name: mask for name, mask in masks.items() if not bool(mask.all())}

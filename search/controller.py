@@ -24,7 +24,7 @@ ENTROPIES: Mapping[str, Callable[[float], float]] = {  # share of the weight by 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a policy learns.
+    """Settings of a policy's learning.
 
     Raises:
         MpqError: a delay that leaves no step to learn in, or a number out of its range.
@@ -147,7 +147,7 @@ class Controller:
         self._optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: tensors, numbers and names only."""
+        """State for a checkpoint: tensors, numbers and names only."""
         return {
             "schedule": asdict(self.schedule), "seed": self.seed, "step": self.step, "baseline": self.baseline,
             "logits": self.logits.detach().clone(), "optimizer": self._optimizer.state_dict(),

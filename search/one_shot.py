@@ -220,7 +220,7 @@ class OneShot:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of the training needs of the search, beside the model's and the optimizer's own."""
+        """The search's state for a checkpoint, beside the model's and the optimizer's own."""
         return {"controller": self.controller.state_dict(), "quantization": self.quantization.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

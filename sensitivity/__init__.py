@@ -1,4 +1,4 @@
-"""How much a loss rises when a layer takes a format: one metric, one file; `mpq.sensitivity.profile.profile` makes the
+"""Predicted loss of each layer in each format: one metric, one file; `mpq.sensitivity.profile.profile` makes the
 table. Plugins add metrics through the entry-point group "mpq.metrics".
 """
 

@@ -35,7 +35,7 @@ class Piece:
 
     @property
     def samples(self) -> int:
-        """How many they are."""
+        """Number of samples."""
         return samples_in(self.batch)
 
     def split(self, size: int) -> "Iterator[Piece]":

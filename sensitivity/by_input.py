@@ -22,7 +22,7 @@ HELD = 2**27  # numbers of weight errors held at a time; the data passes once fo
 
 @dataclass
 class InputCurvature:
-    """What a layer's weight errors do along the gradients of single inputs, summed over inputs and draws."""
+    """A layer's weight errors along the gradients of single inputs, summed over inputs and draws."""
 
     layer: Layer
     errors: Tensor  # (rows, cols, weight formats), Q(W) - W

@@ -94,7 +94,7 @@ class PositionCurvature:
         return sums.clamp(min=0)
 
     def inputs(self, format: Format | None) -> float:
-        """What rounding the inputs to an activation format costs, summed over the samples."""
+        """Cost of rounding the inputs to an activation format, summed over the samples."""
         return self.sums[format].item() if format in self.sums else 0.0
 
     def relative_error(self) -> float:

@@ -200,7 +200,7 @@ def keeps_samples(use: Use, samples: int) -> bool:
 
 @dataclass(frozen=True)
 class Draw:
-    """What random slopes are drawn from: seeds, and row and order of the design where there is one."""
+    """Source of random slopes: seeds, and row and order of the design where there is one."""
 
     seeds: tuple[object, ...]
     design: tuple[int, int] | None = None

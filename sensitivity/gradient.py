@@ -83,7 +83,7 @@ def _meeting(task: Task, meet: Meet, labels: str, draws: int) -> Scores:
 
 
 def _portions(task: Task, passes: Sequence[tuple[int, int]], labels: str) -> Iterator[list[Pass]]:
-    """What several passes (batch, draw) recorded, as many together as HELD allows."""
+    """Records of several passes (batch, draw), as many together as HELD allows."""
     portion: list[Pass] = []
     held = 0
     for index, draw in task.track(passes, "output gradients"):

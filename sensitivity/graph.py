@@ -1,4 +1,4 @@
-"""What a graph of derivatives is built with: which parameters count, which outputs came, which attention runs."""
+"""Setting of a graph of derivatives: which parameters count, which outputs came, which attention runs."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +59,7 @@ def _nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
 class _Plain:
     @staticmethod
     def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        """What `CheckpointFunction.apply` gives, its graph kept."""
+        """The function's result, with its graph."""
         return function(*args)
 
 

@@ -22,7 +22,7 @@ from mpq.sensitivity.task import Task
 
 @dataclass(frozen=True)
 class InputError:
-    """What a layer's inputs a lose in each activation format."""
+    """Rounding errors of a layer's inputs a in each activation format."""
 
     numbers: float  # in one sample's inputs, all calls of the layer together
     squared: Mapping[Format, float]  # mean of ||Q(a) - a||^2 over samples

@@ -74,7 +74,7 @@ def activation_formats(task: Task) -> tuple[Format | None, ...]:
 
 
 def joint_error(task: Task, layer: Layer, scheme: Scheme, difference: Tensor) -> Tensor:
-    """What multiplies `joint_inputs` to give the error of outputs: dW, or [dW, W] when inputs are quantized too."""
+    """Factor of `joint_inputs` in the error of outputs: dW, or [dW, W] when inputs are quantized too."""
     if scheme.activation is None:
         return difference
     return torch.cat([difference, weight_matrix(task.module(layer)).detach().float().to(difference.device)], 1)

@@ -1,4 +1,4 @@
-"""How the samples lie in the batches: along the first dimension, along the second, or not to be taken apart."""
+"""Arrangement of samples in batches: along the first dimension, along the second, or inseparable."""
 
 import logging
 import math

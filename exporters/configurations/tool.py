@@ -1,4 +1,4 @@
-"""What a configuration of another quantizer is made of: how it spells the format of one layer."""
+"""Parts of another quantizer's configuration: its spelling of one layer's format."""
 
 import json
 from collections import Counter

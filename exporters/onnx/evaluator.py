@@ -26,7 +26,7 @@ def nbits_matrix(codes: Tensor, zeros: Tensor, values: dict[str, int]) -> tuple[
 
 
 def reference_outputs(file: Path, inputs: tuple[Any, ...]) -> list[Tensor]:
-    """What the graph gives, in float32, operation by operation as the standard defines them.
+    """The graph's outputs, in float32, operation by operation as the standard defines them.
 
     Raises:
         Exception: of many kinds, for operators that the installed onnx does not evaluate.

@@ -1,4 +1,4 @@
-"""What an ONNX graph holds and computes: weights read by us, outputs by ONNX Runtime, or by onnx's own evaluator where
+"""Verification of an ONNX graph: weights read by us, outputs by ONNX Runtime, or by onnx's own evaluator where
 that is not installed.
 """
 
@@ -93,7 +93,7 @@ def _array(tensor: Any, folder: Path) -> Tensor:
 
 
 def _outputs(file: Path, inputs: tuple[Any, ...]) -> tuple[str, list[Tensor]]:
-    """Who ran the graph, and its outputs; none, with a warning in the log, where an operator is missing."""
+    """The graph's runner and its outputs; none, with a warning in the log, where an operator is missing."""
     if find_spec("onnxruntime") is not None and (outputs := _runtime_outputs(file, inputs)) is not None:
         return "ONNX Runtime", outputs
     try:
@@ -109,7 +109,7 @@ def _outputs(file: Path, inputs: tuple[Any, ...]) -> tuple[str, list[Tensor]]:
 
 
 def _runtime_outputs(file: Path, inputs: tuple[Any, ...]) -> list[Tensor] | None:
-    """What ONNX Runtime computes, without optimizations that round once more; None where it lacks an operator."""
+    """ONNX Runtime's outputs, without optimizations that round once more; None where it lacks an operator."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

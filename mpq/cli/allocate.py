@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _evolving(options: argparse.Namespace, table: "SensitivityTable") -> dict[str, Any]:
-    """What evolution needs besides the problem: the model, to measure allocations on."""
+    """Evolution's options besides the problem: the model, to measure allocations on."""
     from mpq.measuring import measuring
     from mpq.sources import names_in, open_source
 

@@ -55,7 +55,7 @@ def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 
 
 def data_options(parser: argparse.ArgumentParser) -> None:
-    """Where samples come from."""
+    """Options of the data."""
     parser.add_argument("--dataset", help="data: a file, datasets:ID, package.module:loader (default: the model's own)")
     parser.add_argument("--nsamples", type=int, default=128, help="calibration samples (default: 128)")
     parser.add_argument(
@@ -68,7 +68,7 @@ def data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def profile_options(parser: argparse.ArgumentParser, *, metric: bool = True) -> None:
-    """What a sensitivity table is made of."""
+    """Options of a sensitivity table."""
     parser.add_argument("--formats", help="candidates, separated by commas (default: integers of 2 to 8 bits)")
     if metric:
         parser.add_argument("--metric", help=f"sensitivity metric, see below (default: {DEFAULT_METRIC})")
@@ -126,7 +126,7 @@ def kv_formats_of(options: argparse.Namespace) -> tuple[str, ...] | None:
 
 
 def target_option(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Who will run the model."""
+    """The option of the target."""
     told = "who will run it: vllm, llama.cpp, ...: layers get only what it can hold"
     parser.add_argument("--for", "--target", dest="target", default=default, metavar="TARGET", help=told)
     parser.epilog = f"{parser.epilog or ''}\n\ntargets:\n{TARGETS.help()}".strip()
@@ -154,7 +154,7 @@ def number_of(name: str, text: str) -> float:
 
 
 def search_options(parser: argparse.ArgumentParser) -> None:
-    """How a search goes about it."""
+    """Options of a search."""
     further_budgets(parser)
     parser.add_argument(
         "--batch", type=int, default=1, help="tokens at a time, for --latency; texts, for --memory (default: 1)"
@@ -182,7 +182,7 @@ def search_options(parser: argparse.ArgumentParser) -> None:
 
 
 def choice_options(parser: argparse.ArgumentParser) -> None:
-    """What a search may choose."""
+    """Options that restrict a search's choice."""
     parser.add_argument("--pin", action="append", default=[], metavar="LAYERS=FORMAT", help="fix layers to a format")
     parser.add_argument("--no-ties", action="store_true", help="let fused layers (q/k/v, gate/up) differ")
 

@@ -1,4 +1,4 @@
-"""What commands print of their results."""
+"""Printing of results."""
 
 import argparse
 import json
@@ -49,7 +49,7 @@ def _plain(value: Any) -> Any:
 
 
 def allocation_facts(frontier: "Frontier", allocation: "Allocation") -> dict[str, Any]:
-    """What --json tells of a chosen allocation."""
+    """JSON values of a chosen allocation."""
     return {
         "bits": allocation.bits, "bytes": allocation.total,
         ("loss" if predicts_loss(allocation.metric) else "score"): allocation.loss, "error": allocation.error,
@@ -61,7 +61,7 @@ def allocation_facts(frontier: "Frontier", allocation: "Allocation") -> dict[str
 
 
 def cache_facts(cache: "CacheFormats") -> dict[str, Any]:
-    """What --json tells of keys and values."""
+    """JSON values of the cache's formats."""
     formats = dict(zip((entry.name for entry in cache.entries), cache.names, strict=True))
     return {"bits": cache.bits, "bytes_per_token": cache.token_bytes, "formats": formats}
 

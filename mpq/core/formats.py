@@ -21,7 +21,7 @@ from mpq.core.registry import load_plugin, plugins_of
 
 @dataclass(frozen=True)
 class Format:
-    """How the numbers of one weight are stored.
+    """Storage format of one weight's numbers.
 
 
     The weight is a matrix (rows, cols), one row for each output channel. `granularity` says how many elements share a

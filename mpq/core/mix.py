@@ -109,7 +109,7 @@ class Mix(Format):
         return places
 
     def counts(self, rows: int, cols: int) -> list[int]:
-        """How many rows have each of the formats; MpqError as `assigned`."""
+        """Number of rows in each format; MpqError as `assigned`."""
         counted: list[int] = np.bincount(self.assigned(rows, cols), minlength=len(self.formats)).tolist()
         return counted
 

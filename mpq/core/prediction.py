@@ -1,4 +1,4 @@
-"""What the sum of a table's scores is called: a predicted loss, unless the metric has a scale of its own."""
+"""Name of the sum of a table's scores: a predicted loss, unless the metric has a scale of its own."""
 
 PROXY = "proxy:"
 

@@ -76,7 +76,7 @@ class Search(Entry):
 
 @dataclass(frozen=True)
 class Target(Entry):
-    """Who runs a model: `function(request)` writes the files of an `ExportRequest`.
+    """A consumer of exported models: `function(request)` writes the files of an `ExportRequest`.
 
     `objection` says in half a sentence why a layer cannot have a scheme, "" when it can. `schemes` are the well-known
     ones, of which the nearest is named in a refusal; `fallbacks` is the target's own rule of what comes instead of what

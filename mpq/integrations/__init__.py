@@ -1,1 +1,1 @@
-"""How other libraries run our checkpoints."""
+"""Integrations with libraries that run our checkpoints."""

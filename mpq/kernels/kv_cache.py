@@ -118,7 +118,7 @@ def dequantize_heads(heads: Heads) -> Tensor:
 
 
 def round_vectors(vectors: Tensor, format: Format) -> Tensor:
-    """What a cache of this format gives back for vectors (batch, heads, tokens, width), in their own type.
+    """Vectors as a cache of this format returns them (batch, heads, tokens, width), in their own type.
 
     Of blocks of tokens, for a text from its beginning.
     """

@@ -20,12 +20,12 @@ def vectors_of(columns: Tensor, heads: int) -> Tensor:
 
 
 def whole(tokens: int, format: TokenBlocks) -> int:
-    """How many of the first tokens fill blocks."""
+    """Number of first tokens that fill blocks."""
     return tokens // format.tokens * format.tokens
 
 
 def round_blocks(vectors: Tensor, format: TokenBlocks) -> Tensor:
-    """What a cache gives back for a text's vectors from its beginning; the newest, which fill no block, as they are."""
+    """A text's vectors as a cache returns them, from its beginning; the newest, which fill no block, as they are."""
     filled = whole(vectors.shape[2], format)
     rounded = vectors.detach().clone()
     if filled:

@@ -66,7 +66,7 @@ class PackedWeight(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """Device of the tensors."""
         return self.tensors[0].device
 
     def arrange(self, layout: str | None = None) -> None:

@@ -64,7 +64,7 @@ def operand_gradient(
 
 
 def _share(elements: Tensor, scale_gradient: str) -> Tensor:
-    """How much of a scale's gradient reaches each element, (tiles, elements), sums of one."""
+    """Share of a scale's gradient that reaches each element, (tiles, elements), sums of one."""
     sizes = elements.abs()
     if scale_gradient == "softmax":
         return sizes.softmax(-1)

@@ -1,4 +1,4 @@
-"""How much a model's greedy answers depend on how they are computed (arXiv 2506.09501, section 3).
+"""Dependence of a model's greedy answers on how they are computed (arXiv 2506.09501, section 3).
 
 The same prompts run in several configurations, which mathematically give the same: batch sizes, padding, threads. The
 paper's measures say how far the answers drift apart, in each precision side by side.
@@ -27,7 +27,7 @@ PRECISIONS = ("bfloat16", "layercast", "float32")
 
 @dataclass(frozen=True)
 class Configuration:
-    """How prompts run: in batches, with tokens after their ends that nothing attends to, on some threads."""
+    """A way to run prompts: in batches, with tokens after their ends that nothing attends to, on some threads."""
 
     batch: int = 1
     padding: int = 0
@@ -47,7 +47,7 @@ CONFIGURATIONS = (
 
 @dataclass(frozen=True)
 class Reproducibility:
-    """What the configurations gave in one precision."""
+    """Results of the configurations in one precision."""
 
     precision: str
     spread: float  # Avg_Std@top1_prob

@@ -26,7 +26,7 @@ OptimizerFactory: TypeAlias = Callable[[Iterable[Tensor], float], torch.optim.Op
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what, and how it is judged."""
+    """A training task: model, data and evaluation."""
 
     name: str
     build: Callable[[int], nn.Module]  # seed -> an untrained model
@@ -134,7 +134,7 @@ def mean_with_error(values: NDArray[np.float64]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class EarlyWarning:
-    """How well the sharpness halfway foretells the end of a run."""
+    """Quality of the sharpness halfway as a predictor of a run's end."""
 
     correlation: float  # Spearman, with the final loss above the base's
     auc: float  # chance that a failed run was sharper than one that did not fail; NaN where all or none failed

@@ -23,7 +23,7 @@ ARGUMENTS = ("cache", "past_key_values")  # names that transformers has had for 
 
 
 class CachePoint(nn.Module):
-    """What a model of one's own passes keys or values through, (batch, heads, tokens, width), before it caches them."""
+    """A module for custom models, which pass keys or values (batch, heads, tokens, width) through it before caching."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

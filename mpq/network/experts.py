@@ -68,7 +68,7 @@ def unstack(model: nn.Module, keep: Collection[str] = ()) -> nn.Module:
     return model
 
 
-def say_stacked(model: nn.Module) -> None:
+def warn_about_stacks(model: nn.Module) -> None:
     """Warn in the log about stacked experts, which are not quantized."""
     names = [name for name, _ in _stacked(model)]
     if names:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.patterns import match_names
-from mpq.network.experts import say_stacked
+from mpq.network.experts import warn_about_stacks
 from mpq.network.prepare import computes_weight
 
 # Serving kernels compute these siblings in one product, so they must share a format.
@@ -92,7 +92,7 @@ def find_layers(
     for name, module in model.named_modules(remove_duplicate=False):
         if layer_kind(module) is not None:
             holders.setdefault(id(module._parameters.get("weight", module)), []).append((name, module))
-    say_stacked(model)
+    warn_about_stacks(model)
     names = [name for modules in holders.values() for name, _ in modules]
     if not names:
         raise MpqError(f"{type(model).__name__} has no layer to quantize: expected a Linear, convolution or Embedding")

@@ -12,9 +12,9 @@ from mpq.core.layer import Layer
 
 def state_bytes(model: nn.Module, without: Iterable[Tensor] = ()) -> int:
     """Bytes of the tensors in a model's state except those of `without`; shared ones count once."""
-    left_out = {_place(tensor) for tensor in without}
+    left_out = {_memory_key(tensor) for tensor in without}
     state = (tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor))
-    tensors = {_place(tensor): tensor for tensor in state}
+    tensors = {_memory_key(tensor): tensor for tensor in state}
     return sum(tensor.numel() * tensor.element_size() for place, tensor in tensors.items() if place not in left_out)
 
 
@@ -24,7 +24,7 @@ def other_bytes(model: nn.Module, layers: Iterable[Layer]) -> int:
     return state_bytes(model, weights)
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def _memory_key(tensor: Tensor) -> tuple[Any, ...]:
     """A key equal for tensors that share memory, or, on "meta", are the same object."""
     address = tensor.untyped_storage().data_ptr()
     if not address:

@@ -19,7 +19,7 @@ See: TypeAlias = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
 
 
 def _without_weights(cls: type[Any]) -> Any:
-    """The class, but for the first numbers of its weights: drawing them is an error under `torch.vmap`."""
+    """The class without weight initialization, which `torch.vmap` refuses."""
     return type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
 
 

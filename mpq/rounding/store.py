@@ -1,4 +1,4 @@
-"""Who rounds a model's layers: a method, a store that keeps what it rounded, or tables that were finished elsewhere.
+"""Rounders of a model's layers: a method, a store that keeps what it rounded, or tables that were finished elsewhere.
 
 Each layer is rounded once in each format: evaluating an allocation then costs a forward pass and nothing else.
 """

@@ -25,7 +25,7 @@ from mpq.training.stages import quantize_only
 
 @dataclass(frozen=True)
 class Trained:
-    """What training did."""
+    """Result of training."""
 
     losses: tuple[float, ...]  # the objective at every step
     lr: float  # largest, of weights
@@ -217,7 +217,7 @@ def _steps(batches: Sequence[Batch], settings: Finetuning) -> Iterator[list[Batc
 
 
 def _identity(student: nn.Module, batches: Sequence[Batch], settings: Finetuning) -> dict[str, str]:
-    """What must be the same for a training to go on."""
+    """Settings and data that a resumed training must share."""
     values = {name: str(value) for name, value in asdict(settings).items() if name != "save_every"}
     start = fingerprint(list(student.state_dict().values()))
     return {

@@ -1,4 +1,4 @@
-"""What fine-tuning lowers: the loss on the data, the divergence from the float model, the distance of block outputs."""
+"""Objectives of fine-tuning: the loss on data, the divergence from the float model, the distance of block outputs."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -76,7 +76,7 @@ def divergences(logits: Tensor, wanted: Tensor, batch: Batch, temperature: float
 def harms(
     student: nn.Module, teacher: nn.Module, batches: Iterable[Batch], loss_fn: LossFn, objective: Objective
 ) -> Tensor:
-    """What a student suffers on each sample, float64 (samples,): mean divergence, or the loss where none is asked for.
+    """A student's harm on each sample, float64 (samples,): mean divergence, or the loss where none is asked for.
 
     Both models are run as they are: set them to evaluation mode.
     """

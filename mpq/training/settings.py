@@ -11,7 +11,7 @@ OPTIMIZERS = ("adam", "sgd")
 
 @dataclass(frozen=True)
 class Finetuning:
-    """How a student is trained.
+    """Settings of a student's training.
 
     Raises:
         MpqError: a number out of its range.

@@ -39,7 +39,7 @@ from mpq.rounding.reference import Quantized, dequantize, group_scales, storable
 
 @dataclass(frozen=True)
 class Tuning:
-    """How long and how fast scales are tuned; the learning rate is relative to each scale."""
+    """Steps and rates of tuning scales; the learning rate is relative to each scale."""
 
     steps: int = 60
     samples: int = 4  # of a step; images say less than texts, so that 32 of them are a step
@@ -186,7 +186,7 @@ class ScaledWeight(nn.Module):
         return self.place(numbers).to(self.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Whatever weight is written: it is not used."""
+        """Required by torch; the written weight is not used."""
         return weight
 
     @torch.no_grad()

@@ -82,7 +82,7 @@ class Decoder(ctypes.Structure):
 
 
 class Vectors(ctypes.Structure):
-    """How a cache stores vectors of keys or values; without a weight they are floats."""
+    """Storage of a cache's vectors of keys or values; without a weight they are floats."""
 
     _fields_ = [
         ("weight", POINTER(Weight)), ("width", c_int64),

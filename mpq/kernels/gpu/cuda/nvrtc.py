@@ -60,7 +60,7 @@ def compile_source(source: str, options: tuple[str, ...]) -> bytes:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels and tuned tables are kept: $XDG_CACHE_HOME/mpq, by default ~/.cache/mpq."""
+    """Folder of compiled kernels and tuned tables: $XDG_CACHE_HOME/mpq, by default ~/.cache/mpq."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpq"
 
 

@@ -69,7 +69,7 @@ def check(backend: str, device: torch.device) -> str:
 
 
 def complaint_about(product: Callable[..., Tensor], device: torch.device) -> str:
-    """What is wrong with a product over fragments: "" or the first case that differs from the reference."""
+    """Fault of a product over fragments: "" or the first case that differs from the reference."""
     for name, dtype, count, rows, cols, shares in CASES:
         random = torch.Generator().manual_seed(rows)
         quantized = quantize(torch.randn(rows, cols, generator=random), parse_format(name))

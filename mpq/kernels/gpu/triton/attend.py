@@ -21,7 +21,7 @@ SPLITS = 32  # programs that share a key head's blocks, at most
 
 @dataclass(frozen=True)
 class Stored:
-    """What the kernel knows of a cache's format; a number is (code - offset) * scale + minimum, or a float."""
+    """A cache's format as the kernel needs it; a number is (code - offset) * scale + minimum, or a float."""
 
     bits: int
     offset: int

@@ -16,7 +16,7 @@ from mpq.kernels.gpu.triton.product import block_sums, put_block
 
 @dataclass(frozen=True)
 class Stream:
-    """How blocks of `steps` steps are shared: `waves` whole blocks a program, then `quota` steps of the rest."""
+    """Distribution of blocks of `steps` steps: `waves` whole blocks a program, then `quota` steps of the rest."""
 
     programs: int
     blocks: int

@@ -59,7 +59,7 @@ def table_of(device_name: str) -> dict[str, Config]:
 
 
 def provenance_of(device_name: str) -> str:
-    """Where a device's block sizes come from, and whether any was measured."""
+    """Origin of a device's block sizes, and whether any was measured."""
     if tuned_path(device_name).is_file():
         return f"tuned here ({tuned_path(device_name)}), defaults where not"
     return "the defaults, never measured: 'mpq bench --device cuda --tune' measures"
