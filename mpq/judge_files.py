@@ -42,8 +42,8 @@ class Contestant:
 
 
 def read_contestant(file: str, layers: Sequence[Layer]) -> Contestant:
-    """The allocation that a file describes: one of another quantizer (`mpq.exporters.configurations`, "TOOL=FILE" where it
-    is not recognized), config.json of a quantized checkpoint, a GGUF file, or an allocation of ours.
+    """The allocation that a file describes: one of another quantizer (`mpq.exporters.configurations`, "TOOL=FILE" where
+    it is not recognized), config.json of a quantized checkpoint, a GGUF file, or an allocation of ours.
 
     Raises:
         MpqError: no such file, or one that describes none of the layers.
