@@ -17,7 +17,7 @@ from mpq.network.layers import find_layers
 from mpq.network.prepare import prepared
 from mpq.rounding.store import RoundingStore, moments_needed
 from mpq.sensitivity.loss import batch_losses, batch_shares, in_scheme
-from mpq.sensitivity.predictions import predictions
+from mpq.sensitivity.predictions import classes_last, predictions
 from mpq.sensitivity.task import Task
 
 WAYS = ("outputs", "measured")
@@ -118,6 +118,7 @@ def _run(task: Task, index: int) -> tuple[float, list[Tensor]]:
 
 def _rooted(change: Tensor, logits: Tensor, weights: Tensor) -> Tensor:
     """B^(1/2) z, flat: u . u' = w (z^T diag(p) z' - (p . z) (p . z')), the covariance of z and z' under p."""
+    change, logits = classes_last(change, weights), classes_last(logits, weights)
     chances = logits.softmax(-1)
     centred = change - (chances * change).sum(-1, keepdim=True)
     return (weights.float().sqrt().unsqueeze(-1) * chances.sqrt() * centred).flatten()

@@ -9,7 +9,7 @@ from torch import Tensor
 from mpq.core.errors import MpqError
 from mpq.network.calibration import outputs_of
 from mpq.sensitivity.loss import ByBatch, measured
-from mpq.sensitivity.predictions import Predictions, predictions
+from mpq.sensitivity.predictions import Predictions, classes_last, predictions
 from mpq.sensitivity.task import Scores, Task
 
 
@@ -19,13 +19,14 @@ def divergence(task: Task) -> Scores:
     It needs no labels, is never negative, and does not reward errors that happen to help. The unquantized model's
     log-probabilities of all batches are kept in memory. The standard error is over batches.
     """
-    reference = [[logits.log_softmax(-1) for logits in _logits(task, index)] for index in range(len(task.batches))]
+    asked = _asked(task)
+    reference = [[logits.log_softmax(-1) for logits in _logits(task, index, each)] for index, each in enumerate(asked)]
 
     def measure(index: int, call: int, logits: Tensor) -> Tensor:
         known = reference[index][call]
         return (known.exp() * (known - logits.log_softmax(-1))).sum(-1)
 
-    return _measured(task, measure)
+    return _measured(task, measure, asked)
 
 
 def wrong(task: Task) -> Scores:
@@ -45,16 +46,13 @@ def _asked(task: Task) -> list[list[Predictions]]:
     return [predictions(task.model, batch, task.loss_fn) for batch in task.batches]
 
 
-def _measured(
-    task: Task, measure: Callable[[int, int, Tensor], Tensor], asked: list[list[Predictions]] | None = None
-) -> Scores:
+def _measured(task: Task, measure: Callable[[int, int, Tensor], Tensor], asked: list[list[Predictions]]) -> Scores:
     """Change of the weighted mean of `measure(batch, call, logits)`, one number for each prediction."""
-    asked = asked or _asked(task)
 
     def by_batch() -> ByBatch:
         means = []
         for index, prediction in enumerate(asked):
-            logits = _logits(task, index)
+            logits = _logits(task, index, prediction)
             total = sum(
                 (part.weights * measure(index, call, logits[call]).double()).sum().item()
                 for call, part in enumerate(prediction)
@@ -68,7 +66,8 @@ def _measured(
 
 
 @torch.no_grad()
-def _logits(task: Task, index: int) -> list[Tensor]:
+def _logits(task: Task, index: int, asked: list[Predictions]) -> list[Tensor]:
+    """Logits (..., classes) of each call on a batch."""
     with outputs_of(task.model) as outputs:
         task.loss_fn(task.model, task.batches[index])
-    return [logits.float() for logits in outputs]
+    return [classes_last(logits.float(), part.weights) for logits, part in zip(outputs, asked, strict=True)]

@@ -21,7 +21,7 @@ class OtherLossError(MpqError):
 
 @dataclass(frozen=True)
 class Predictions:
-    """Cross-entropy as seen from the logits (..., classes) of one call of the model."""
+    """Cross-entropy as seen from the logits of one call of the model: (..., classes), or (samples, classes, ...)."""
 
     weights: Tensor  # (...), float64: each prediction's share of the loss; 0 where it is not asked for (padding)
     targets: Tensor  # (...), int64: target class; undefined where the weight is 0
@@ -81,9 +81,21 @@ def replaying(model: nn.Module, outputs: Sequence[Any] | None) -> Iterator[None]
             model.forward = own
 
 
+def classes_last(logits: Tensor, weights: Tensor) -> Tensor:
+    """Logits (..., classes) for the weights (...) of their predictions, wherever the classes stand."""
+    return logits if weights.shape == logits.shape[:-1] else logits.movedim(1, -1)
+
+
 def _predictions(loss: Tensor, logits: Tensor) -> Predictions:
+    """Classes are the last dimension, or else the second, as in segmentation."""
     slopes = torch.autograd.grad(loss, logits, retain_graph=True, materialize_grads=True)[0]
+    seconds = logits.movedim(1, -1).shape if logits.ndim > 2 else logits.shape
+    second = seconds[:-1] != logits.shape[:-1]  # where both could be, shapes do not tell which it is
     found = _one_label_each(logits, slopes)
+    if found is None and second:
+        found = _one_label_each(logits.movedim(1, -1), slopes.movedim(1, -1))
+        if found is not None:
+            return Predictions(*(tensor.reshape(seconds[:-1]) for tensor in found))
     if found is None:
         found = _soft_labels(loss, logits)
     return Predictions(*(tensor.reshape(logits.shape[:-1]) for tensor in found))
@@ -147,16 +159,19 @@ def _step(logits: Tensor) -> int:
 
 
 def random_slopes(
-    logits: Tensor,  # (..., classes)
-    weights: Tensor,  # (...)
+    logits: Tensor,  # (..., classes), or (samples, classes, ...)
+    weights: Tensor,  # (...), or (samples, ...)
     generator: torch.Generator,
-    flips: Tensor | None = None,  # (..., classes), of one sample
+    flips: Tensor | None = None,  # as one sample of the logits
 ) -> Tensor:
-    """Random d (..., classes) with E[d d^T] = w (diag(p) - p p^T), independent between predictions.
+    """Random d, as the logits, with E[d d^T] = w (diag(p) - p p^T), independent between predictions.
 
     d = sqrt(w) (sqrt(p) e - p (sqrt(p) . e)) with random signs e: all classes take part, which varies less than a
     label drawn from p. With `flips`, such as rows of an orthogonal design, the signs are e * flips.
     """
+    if weights.shape != logits.shape[:-1]:
+        turned = None if flips is None else flips.movedim(0, -1)
+        return random_slopes(logits.movedim(1, -1), weights, generator, turned).movedim(-1, 1)
     asked = weights > 0  # others, such as padding, draw nothing, so that they change nothing for those that count
     signs = torch.ones(logits.shape, dtype=torch.int8)
     signs[asked.cpu()] = torch.randint(

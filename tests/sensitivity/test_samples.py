@@ -187,3 +187,35 @@ def test_logits_may_be_an_entry_of_a_mapping():
         Named(*plain), [batch], lambda m, b: functional.cross_entropy(m(b[0])["logits"], b[1]), "kl-curvature"
     )
     np.testing.assert_array_equal(found, scores(plain, [batch], last_step, "kl-curvature"))
+
+
+class ClassesLast(nn.Module):
+    """A segmentation network whose logits are (samples, height, width, classes)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).movedim(1, -1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "room"),
+    [("kl-curvature", 0.3), ("kronecker", 0.3), ("divergence", 1e-3), ("wrong", 1e-3), ("loss", 1e-3)],
+)
+def test_segmentation_has_the_scores_of_classes_last(metric, room):
+    """Classes as the second dimension, (samples, classes, height, width), are what cross_entropy takes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 5, 1))
+    batch = torch.randn(4, 2, 6, 7, generator=seeded(4)), torch.randint(0, 5, (4, 6, 7), generator=seeded(5))
+
+    def second(model, batch):
+        return functional.cross_entropy(model(batch[0]), batch[1])
+
+    def last(model, batch):
+        return functional.cross_entropy(model(batch[0]).flatten(0, 2), batch[1].flatten())
+
+    found, known = scores(model, [batch], second, metric), scores(ClassesLast(model), [batch], last, metric)
+    assert found.any()
+    np.testing.assert_allclose(found, known, rtol=room, atol=1e-6)
