@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Iterable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 
@@ -12,8 +14,16 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(memoryview(as_bytes(tensor)))
     return digest.hexdigest()
+
+
+def as_bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """The bytes of its elements in order, copied only where they are not in one piece on the CPU."""
+    flat = tensor.detach().cpu().contiguous()
+    # A single element is contiguous whatever its stride, and not every stride can be seen as bytes.
+    bytewise: NDArray[np.uint8] = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy()
+    return bytewise
 
 
 def model_fingerprint(model: nn.Module) -> str:

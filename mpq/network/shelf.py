@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpq.network.fingerprint import as_bytes
+
 LIMIT = 2**28  # bytes in memory
 
 Kept: TypeAlias = Callable[[], Tensor]  # gives the tensor
@@ -31,5 +33,5 @@ class Shelf:
             self._folder = TemporaryDirectory(prefix="mpq-")
         path, dtype, shape = Path(self._folder.name) / str(self.written), tensor.dtype, tensor.shape
         self.written += 1
-        tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tofile(path)
+        as_bytes(tensor).tofile(path)
         return lambda: torch.from_numpy(np.fromfile(path, np.uint8)).view(dtype).view(shape)
