@@ -71,7 +71,8 @@ def held_or_resolved(
         strict: whether to refuse instead.
 
     Raises:
-        MpqError: the target's refusal, where it is strict or there is no table; a table of other layers.
+        MpqError: the target's refusal, where it is strict or there is no table; a table of other layers, or
+            of formats that it cannot hold at all.
     """
     try:
         check(target, allocation)
@@ -86,6 +87,11 @@ def held_or_resolved(
     if tuple(layer.name for layer in table.layers) != tuple(layer.name for layer in allocation.layers):
         raise MpqError(f"{why}, and its table has other layers: name the table that it was made from (--table)")
     held = restrict(table, target)
+    if len(held.floats) == len(table.layers):
+        raise MpqError(
+            f"{why}, and no layer in any format of its table: quantize with --for {target.name}, whose formats are the "
+            "candidates then"
+        )
     float_bytes = _bytes(held.floats, allocation, FLOAT)
     budget = allocation.size - _bytes(held.floats, allocation) + float_bytes
     frontier = frontier_of(held.table, forbid=held.forbid)

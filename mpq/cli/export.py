@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
     from mpq.core.allocation import Allocation
     from mpq.core.table import SensitivityTable
     from mpq.exporters.caches import check_cache
-    from mpq.exporters.holding import check_packages
+    from mpq.exporters.holding import check_model, check_packages
     from mpq.exporters.targets import TARGETS
     from mpq.resolving import held_or_resolved, table_beside
     from mpq.rounding import DEFAULT_METHOD, METHODS
@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> None:
     from mpq.measuring import Measurer, store_for
 
     source = source_of(options)
+    check_model(target, source.model)
     store = store_for(method, source, allocation.layers)
     if resolved is not None:
         say(options, resolved.sentence())

@@ -14,7 +14,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(as_bytes(tensor)))
+        digest.update(as_bytes(tensor).data)
     return digest.hexdigest()
 
 
