@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
+from mpq.core.pieces import PIECE
 from mpq.core.scheme import Scheme
 from mpq.kernels.tolerance import kernel_error, same_code_error
 from mpq.kernels.weight import PackedWeight
@@ -33,7 +34,6 @@ Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any] | Run
 Digests: TypeAlias = dict[str, str]  # of each layer's rounded numbers, by layer name
 
 HELD = 2**26  # bytes of the simulated layers' inputs and outputs in memory; the rest waits in files
-PIECE = 2**22  # elements that are compared at once
 
 
 def runner(inputs: Inputs) -> Run:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mpq.core.formats import Format
 from mpq.core.layer import Layer
+from mpq.core.pieces import rows_at_once
 from mpq.network.calibration import samples_in
 from mpq.network.moments import half_gram, whole_gram
 from mpq.network.parallel import gathered, rank_and_count, total
@@ -19,7 +20,6 @@ from mpq.sensitivity.rows import FLOOR, TEMPER, TOKENS_FLOOR, tempered
 from mpq.sensitivity.standard_error import power_sums, relative_error
 from mpq.sensitivity.task import RowScores, Task
 
-PIECE = 2**22  # weight errors multiplied at once
 OUTLIER = 1 / 32  # of a piece's sum of |g_t|^2 |x_t|^2: what makes a position an outlier
 
 
@@ -83,7 +83,7 @@ class PositionCurvature:
                 share = squares / squares.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
                 blocks = difference.reshape(len(squares), -1, self.layer.cols)
                 whole = whole_gram(self.sums[moment], self.layer.cols)
-                parts = torch.split(blocks, max(1, PIECE // self.layer.cols), 1)
+                parts = torch.split(blocks, rows_at_once(self.layer.cols), 1)
                 errors = torch.cat([((part @ whole) * part).sum(-1) for part in parts], 1)
                 for costs, exponent in zip(sums, exponents, strict=True):
                     costs += (errors.double() * tempered(share, exponent, floor)).flatten()

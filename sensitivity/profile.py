@@ -106,10 +106,9 @@ def profile(
         covered = coverage(model, layers, macs)
         with reaching(model, layers) as reached:
             reference = mean_loss(model, batches, loss_fn)
-        names = tuple(scheme.name for scheme in scheme_tuple)
         settings = {
             "metric": metric, "options": dict(options or {}), "method": rounding, "seed": seed,
-            "schemes": names, "layers": [layer.name for layer in layers],
+            "schemes": tuple(scheme.name for scheme in scheme_tuple), "layers": [layer.name for layer in layers],
             "weights": model_fingerprint(model), "loss": f"{_name_of(loss_fn)}: {reference:.4g}",
             "data": fingerprint(tensor for batch in batches for tensor in tensors_in(batch)),
             "granularity": granularity, **({"cache": list(map(cache_name, cache_formats))} if cache else {}),
@@ -123,15 +122,7 @@ def profile(
             model, batches, loss_fn, layers, scheme_tuple, rounder, seed, journal, progress, flat,
             samples.second, samples.together,
         )  # fmt: skip
-        try:
-            mixed = _scored(task, scorer, granularity, options or {})
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # autograd's own, of many kinds
-            raise MpqError(
-                f"the metric {metric} cannot be taken of this model ({str(error).splitlines()[0]}): take 'loss', which "
-                "only runs it"
-            ) from error
+        mixed = _scored(task, scorer, granularity, options or {})
         _check_finite(layers, scheme_tuple, metric, mixed.scores)
         (scores, errors), reasons = without_evidence(task, mixed.scores, reached, scorer.compares_losses)
         cached = cache_scores(task, entries, cache_formats) if cache else None
@@ -141,8 +132,8 @@ def profile(
         "overhead": other_bytes(model, layers), "coverage": covered.to_json(),
         **({"granularity": granularity} if mixed.assignments else {}), **(provenance or {}),
     }  # fmt: skip
-    names = tuple(scheme.name for scheme in mixed.schemes)
     assignments = {name: own for name, own in mixed.assignments.items() if own and name not in reasons}
+    names = tuple(scheme.name for scheme in mixed.schemes)
     table = SensitivityTable(layers, names, scores, errors, metric, recorded, reasons, assignments)
     if cached is not None:
         table = table.with_entries(entries, [Scheme(one, cached=True).name for one in cache_formats], *cached)
@@ -156,10 +147,23 @@ def _known(method: str | Rounder) -> str:
 
 
 def _scored(task: Task, metric: Metric, granularity: str, options: Mapping[str, Any]) -> Mixed:
-    if granularity == "layer":
-        return Mixed(task.schemes, metric.load()(task, **options), {})
-    found: Mixed = Entry(metric.name, metric.rows).load()(task, ladder(task.schemes), **options)
-    return found
+    """The metric's scores of all schemes, and of mixes where rows have formats of their own.
+
+    Raises:
+        MpqError: autograd refuses the model.
+    """
+    try:
+        if granularity == "layer":
+            return Mixed(task.schemes, metric.load()(task, **options), {})
+        mixed: Mixed = Entry(metric.name, metric.rows).load()(task, ladder(task.schemes), **options)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise MpqError(
+            f"the metric {metric.name} cannot be taken of this model ({str(error).splitlines()[0]}): take 'loss', "
+            "which only runs it"
+        ) from error
+    return mixed
 
 
 def _check_options(metric: Metric, options: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.grids import Grid
+from mpq.core.pieces import rows_at_once
 from mpq.rounding import compiled
 from mpq.rounding.clip_search import clip_search
 from mpq.rounding.codes import decode, encode
@@ -22,7 +23,6 @@ from mpq.rounding.reference import (
     to_groups,
 )
 
-PIECE = 2**22  # weights rounded at once: a dozen numbers for each stand in memory
 BLOCK = 128  # columns whose corrections are applied to the rest in one product (section 3.3, step 2)
 
 
@@ -73,7 +73,7 @@ def _parts(weight: Tensor, format: Format, blocks: int) -> tuple[Tensor, ...]:
     """The weight in rows that are rounded at once; whole where rows share a scale or a product."""
     if format.granularity == "tensor" or format.tensor_scale or blocks > 1:
         return (weight,)
-    return torch.split(weight, max(1, PIECE // weight.shape[1]))
+    return torch.split(weight, rows_at_once(weight.shape[1]))
 
 
 def row_errors(weight: Tensor, quantized: Quantized, hessian: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from mpq.core.errors import MpqError
 from mpq.core.formats import Format
 from mpq.core.grids import INTEGER_SCALES, SCALES
 from mpq.core.mix import Mix
+from mpq.core.pieces import rows_at_once
 from mpq.rounding.codes import decode, encode, round_scales, to_float_copy
 
-PIECE = 2**22  # numbers that are decoded at once: several for each stand in memory
 TABLES = ("scales", "zeros", "tensor_scale", "minima", "super_scales", "super_minima")
 
 
@@ -142,10 +142,10 @@ def dequantize(quantized: Quantized) -> Tensor:
         return whole
     if format.is_float_copy:
         return quantized.codes.float()
-    if quantized.codes.numel() <= PIECE or format.granularity == "tensor":
+    step = rows_at_once(quantized.shape[1])
+    if quantized.shape[0] <= step or format.granularity == "tensor":
         return _numbers(quantized)
     whole = torch.empty(quantized.shape, device=quantized.codes.device)
-    step = max(1, PIECE // quantized.shape[1])
     for first in range(0, quantized.shape[0], step):
         some = slice(first, first + step)
         whole[some] = _numbers(_some_rows(quantized, some))

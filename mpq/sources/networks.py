@@ -25,7 +25,7 @@ SIDE_FILES = (
     "video_preprocessor_config.json",
 )  # fmt: skip
 PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
-PIECE = 2**20  # characters that are tokenized at once
+CHARACTERS = 2**20  # tokenized at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +175,7 @@ def encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:
         ids: list[int] = []
         start = 0
         while start < len(text):
-            end = start + PIECE
+            end = start + CHARACTERS
             if end < len(text):
                 end = text.rfind("\n", start, end) + 1 or end
             ids += tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]

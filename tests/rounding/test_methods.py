@@ -185,6 +185,6 @@ def test_gptq_rounds_a_large_weight_in_parts_alike(name, monkeypatch):
     weight, inputs = layer()
     moment = inputs.mT @ inputs
     whole = gptq(weight, parse_format(name), moment)
-    monkeypatch.setattr(sys.modules[gptq.__module__], "PIECE", 5 * weight.shape[1])
+    monkeypatch.setattr("mpq.core.pieces.PIECE", 5 * weight.shape[1])
     parts = gptq(weight, parse_format(name), moment)
     assert torch.allclose(dequantize(parts), dequantize(whole), atol=1e-5)

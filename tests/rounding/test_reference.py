@@ -155,5 +155,5 @@ def test_large_weights_are_decoded_in_parts_alike(name, monkeypatch):
     weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(0))
     quantized = quantize(weight, parse_format(name))
     whole = dequantize(quantized)
-    monkeypatch.setattr("mpq.rounding.reference.PIECE", 5 * 256)
+    monkeypatch.setattr("mpq.core.pieces.PIECE", 5 * 256)
     assert torch.equal(dequantize(quantized), whole)

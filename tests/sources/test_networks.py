@@ -126,7 +126,7 @@ def test_long_texts_are_tokenized_in_pieces_of_whole_lines(monkeypatch):
         seen.append(text)
         return {"input_ids": [ord(character) for character in text]}
 
-    monkeypatch.setattr("mpq.sources.networks.PIECE", 10)
+    monkeypatch.setattr("mpq.sources.networks.CHARACTERS", 10)
     text = "one two\nthree\n\nfour and five and six\n"
     assert encoder_of(tokenizer)(text) == [ord(character) for character in text]
     assert seen[0] == "one two\n"
