@@ -133,6 +133,19 @@ def along(frontier: Frontier, chosen: Allocation, measurer: Measurer) -> dict[in
     return {index: candidate for index, candidate in candidates.items() if candidate is not None}
 
 
+def on_other_text(measurer: Measurer, acceptance: Acceptance, packed: nn.Module | None) -> str:
+    """One sentence: the divergence on text of another kind than all the rest; "" where the source has none."""
+    source, chosen = measurer.source, acceptance.chosen
+    if not source.other:
+        return ""
+    if packed is None:
+        quality = measurer.quality(chosen.allocation, "other", chosen.means, chosen.rounder)
+    else:
+        quality = measurer.quality_of(packed, "other")
+    kl, error = quality.harm_with_error()
+    return f"On text of another kind ({source.other_name}) the KL divergence is {_with_error(kl, error)}."
+
+
 def sentences(measured: Sequence[Measured], acceptance: Acceptance) -> tuple[str, ...]:
     """The table in words: what was gained over the best uniform format, how far predictions were off."""
     chosen, uniform = measured[-1], acceptance.uniform

@@ -123,7 +123,7 @@ def judge_files(
         names = dict.fromkeys(parse_scheme(name).name for name in (*(formats or DEFAULT_FORMATS), *held))
         table = profile(
             source.model, source.calibration, source.loss_fn, list(names), metric=metric, method=store, seed=seed,
-            progress=progress, provenance={"model": source.name, "dataset": source.data},
+            progress=progress, provenance=source.provenance(),
         )  # fmt: skip
     overhead = other_bytes(source.model, table.layers)
     measurer = Measurer(source, store, progress)

@@ -66,6 +66,7 @@ class Measurer:
             "search": self._searched(),
             "acceptance": source.acceptance or source.calibration,
             "evaluation": source.evaluation,
+            "other": source.other,
         }
         if part not in parts:
             raise MpqError(f"there is no part {part!r} of the data: {nearest_names(part, parts)}")

@@ -19,7 +19,7 @@ from torch import nn
 
 from mpq.acceptance import SAMPLES, STEPS, Acceptance, Candidate, accept, with_tuned_scales
 from mpq.card import write_card
-from mpq.comparison import Measured, along, compare, sentences
+from mpq.comparison import Measured, along, compare, on_other_text, sentences
 from mpq.core.allocation import Allocation
 from mpq.core.cache_formats import CacheFormats
 from mpq.core.files import write_atomically
@@ -67,11 +67,13 @@ class Outcome:
     points: Mapping[int, Candidate]  # of the frontier, by index, measured on acceptance data
     seconds: float  # that the job took
     max_kl: float | None = None  # the limit that was asked for
+    elsewhere: str = ""  # how the model is on text of another kind
     serving: Serving | None = None  # the memory or bits of a cache that were asked for
 
     def words(self) -> tuple[str, ...]:
         """The measurements, in sentences."""
         said = (self.accepted.verdict(), *self.accepted.corrections(), *sentences(self.measured, self.accepted))
+        said = (*said, *filter(None, [self.elsewhere]))
         if self.serving is not None:
             said = (*in_words(self.allocation, self.serving, self.measured[-1].size), *said)
         if self.max_kl is None:
@@ -199,7 +201,7 @@ def quantize_model(
             source.model, source.calibration, source.loss_fn, formats, metric=metric, method=store, include=include,
             exclude=exclude, seed=seed, progress=progress, resume=folder / "table.csv.unfinished",
             options=metric_options, granularity=granularity, cache=cached,
-            provenance={"model": source.name, "dataset": source.data},
+            provenance=source.provenance(),
         )  # fmt: skip
     release_memory()
     held = restrict(table, reader)
@@ -233,9 +235,11 @@ def quantize_model(
         measurer, frontier, accepted, packed, state_bytes(source.model),
         sized,
     )  # fmt: skip
+    elsewhere = on_other_text(measurer, accepted, packed) if effort != "fast" else ""
     points = along(frontier, allocation, measurer) if source.kind != "loss" and effort != "fast" else {}
     outcome = Outcome(
-        folder, table, frontier, allocation, measured, accepted, points, time.monotonic() - started, max_kl, serving
+        folder, table, frontier, allocation, measured, accepted, points, time.monotonic() - started, max_kl, elsewhere,
+        serving,
     )  # fmt: skip
     _write_artefacts(outcome, source, reader)
     return outcome

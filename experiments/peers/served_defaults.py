@@ -32,7 +32,7 @@ def served(target: str, python: str, nsamples: int, folder: Path) -> list[str]:
     tokens = reference_models.wikitext_tokens("test", WINDOWS)
     source = open_source(str(reference_models.data_file("wikitext2_llama_5m")), nsamples=nsamples)
     outcome = quantize_model(source, folder, bits=BITS, target=target, exclude=EXCLUDED[target], progress=False)
-    simulated = math.exp(mean_loss(open_any(folder).model.float(), [tokens], next_token_loss))
+    simulated = math.exp(mean_loss(open_any(folder).model, [tokens], next_token_loss))
     if target == "llama.cpp":
         found = llama_exports.served_perplexity(python, folder, tokens)
     else:

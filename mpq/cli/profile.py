@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     with processes(options.device):
         table = profile(
             source.model, source.calibration, source.loss_fn, resume=f"{options.output}.unfinished",
-            provenance={"model": source.name, "dataset": source.data}, cache=kv_formats or (),
+            provenance=source.provenance(), cache=kv_formats or (),
             offload=own_device(options.device) if options.offload else None, **settings,
         )  # fmt: skip
         if rank_and_count()[0] > 0:

@@ -39,7 +39,7 @@ def _proxy_bench(options: argparse.Namespace) -> None:
     benchmark = run_bench(
         source.model, source.evaluation, source.loss_fn, options.output, rows=options.rows,
         pin=pairs_of(options.pin, "pin"), seed=options.seed,
-        provenance={"model": source.name, "dataset": source.data},
+        provenance=source.provenance(),
     )  # fmt: skip
     print(f"{options.output}: {len(benchmark.quality)} configurations measured")
 

@@ -101,8 +101,13 @@ def novel_batches(
     skip: int = 0,
 ) -> tuple[Tensor, ...]:
     """Token windows of Jane Austen: "calibration" (Pride and Prejudice), "evaluation" (Persuasion, unseen)."""
-    text = (files(__name__) / f"tiny_lm_{use}.txt").read_text("utf-8")
+    text = novel_text(use)
     return text_batches(text, encode, seqlen=seqlen, batch_size=batch_size, samples=samples, seed=seed, skip=skip)
+
+
+def novel_text(use: str) -> str:
+    """Jane Austen: "calibration" (Pride and Prejudice), "evaluation" (Persuasion)."""
+    return (files(__name__) / f"tiny_lm_{use}.txt").read_text("utf-8")
 
 
 def digit_batches(

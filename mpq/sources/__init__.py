@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import Batch, LossFn, cross_entropy, mapped, next_token_loss
+from mpq.network.calibration import Batch, LossFn, cross_entropy, mapped, next_token_loss, tensors_in
+from mpq.network.fingerprint import fingerprint
 from mpq.sources.data import Data, open_data
 from mpq.sources.networks import Network, network_in, open_network, skeleton
 from mpq.sources.objectives import with_objective
@@ -46,7 +47,14 @@ class Source:
     data: str = "own"  # name of the data
     tokenizer: Any = None
     acceptance: tuple[Batch, ...] = ()  # samples in neither, for comparing finished candidates
+    other: tuple[Batch, ...] = ()  # text of another kind, `other_name`, for the report only
+    other_name: str = ""
     side_files: tuple[Path, ...] = ()  # tokenizer, processor and the like: copied into every export
+
+    def provenance(self) -> dict[str, str]:
+        """What tables and allocations record of it: names, and the SHA-256 of the calibration data."""
+        data = fingerprint(tensor for batch in self.calibration for tensor in tensors_in(batch))
+        return {"model": self.name, "dataset": self.data, "calibration": data}
 
 
 def open_source(
@@ -69,8 +77,9 @@ def open_source(
         model_name: a bundled model (`tiny-lm`, `tiny-cnn`), a Hugging Face folder or hub id, a GGUF file or a folder
             with one, `timm:NAME`, or `package.module:factory`, called without arguments (the current folder is
             searched too).
-        data_name: `novels` or `digits` (bundled), a .txt, .jsonl, .npz or .parquet file, `datasets:ID[:CONFIG]`, or
-            `package.module:loader`. By default bundled models take their own data and language models the novels.
+        data_name: `novels`, `chat` or `digits` (bundled), a .txt, .jsonl, .npz or .parquet file,
+            `datasets:ID[:CONFIG]`, or `package.module:loader`. By default bundled models take their own data, language
+            models the novels, and those with a chat template `chat`: prose, dialogue and code as conversations.
         nsamples: calibration samples (windows of text, images), drawn from the seed.
         seqlen: tokens in a window; by default 256, or the model's context where shorter.
         batch_size: samples in a batch; by default 16, or fewer where a large vocabulary makes their logits large.
@@ -107,6 +116,8 @@ def open_source(
         tokenizer=network.tokenizer,
         side_files=network.side_files,
         acceptance=tuple(to_device(batch, device) for batch in data.acceptance),
+        other=tuple(to_device(batch, device) for batch in data.other),
+        other_name=data.other_name,
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from torch.nn import functional
 
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.reading import reading
-from mpq.models import EVERYTHING, digit_batches, novel_batches
+from mpq.models import EVERYTHING, digit_batches, novel_text
+from mpq.models.conversations import chat_text, has_template
 from mpq.models.data import image_batches, token_windows, window_batches
 from mpq.network.calibration import Batch, LossFn, check_batches, tensors_in
 from mpq.sources.extras import import_object, need
 from mpq.sources.networks import Network
 
-BUNDLED_DATA = {"novels": "perplexity", "digits": "accuracy"}
+BUNDLED_DATA = {"novels": "perplexity", "digits": "accuracy", "chat": "perplexity"}
+OTHER = 8  # windows of text of another kind
 HELD_OUT = 0.2  # share of a file's end that is for evaluation only
 SEQLEN = 256
 # Evaluation samples by kind, relative to calibration: a window of text has hundreds of predictions, an image one.
@@ -40,6 +42,8 @@ class Data:
     kind: str  # "accuracy", "perplexity" or "loss"
     loss_fn: LossFn | None = None
     acceptance: tuple[Batch, ...] = ()  # empty where there are too few samples
+    other: tuple[Batch, ...] = ()  # of another kind of text, for the report
+    other_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,24 @@ def open_data(
     wanted = Wanted(nsamples, seqlen, batch_size, seed, evaluation_samples)
     if name is None:
         name = _default(network)
+    data = _named(name, network, wanted, untrusted)
+    return with_other(data, network, wanted) if data.kind == network.kind == "perplexity" else data
+
+
+def with_other(data: Data, network: Network, wanted: Wanted) -> Data:
+    """The data with some text of another kind: the novels, or conversations beside those."""
+    name = "chat" if data.name == "novels" else "novels"
+    if network.encode is None or (name == "chat" and not has_template(network.tokenizer)):
+        return data
+    try:
+        windows = token_windows(network.encode(_text(name, "evaluation", network)), wanted.seqlen)
+    except MpqError:  # too short for such long windows
+        return data
+    batches = window_batches(windows, batch_size=wanted.batch_size, samples=OTHER, seed=wanted.seed)
+    return replace(data, other=batches, other_name=name)
+
+
+def _named(name: str, network: Network, wanted: Wanted, untrusted: Collection[str]) -> Data:
     if name in BUNDLED_DATA:
         return _bundled(name, network, wanted)
     if name.startswith("datasets:"):
@@ -122,6 +144,8 @@ def _fitting(network: Network, seqlen: int) -> int:
 def _default(network: Network) -> str:
     if network.recipe.get("name") == "tiny-cnn":
         return "digits"
+    if network.kind == "perplexity" and has_template(network.tokenizer):
+        return "chat"
     if network.kind == "perplexity" or (network.kind in ("distance", "seq2seq") and network.encode is not None):
         return "novels"
     raise MpqError(
@@ -142,15 +166,23 @@ def _bundled(name: str, network: Network, wanted: Wanted) -> Data:
             limited += [(inputs[:left], labels[:left])] if left > 0 else []
         return Data(name, calibration, tuple(limited), kind, acceptance=held)
     encode = _encoder(network)
-    texts = [
-        novel_batches(use, encode, seqlen=wanted.seqlen, **options)
-        for use, options in (
-            ("calibration", wanted.calibration()),
-            ("calibration", wanted.acceptance(kind)),
-            ("evaluation", wanted.evaluation(kind)),
-        )
-    ]
-    return Data(name, texts[0], texts[2], kind, acceptance=texts[1])
+    if name == "chat" and not has_template(network.tokenizer):
+        raise MpqError(f"{network.name} has no chat template: take the data novels, or a file")
+    windows = {
+        use: token_windows(encode(_text(name, use, network)), wanted.seqlen) for use in ("calibration", "evaluation")
+    }
+    return Data(
+        name,
+        window_batches(windows["calibration"], **wanted.calibration()),
+        window_batches(windows["evaluation"], **wanted.evaluation(kind)),
+        kind,
+        acceptance=window_batches(windows["calibration"], **wanted.acceptance(kind)),
+    )
+
+
+def _text(name: str, use: str, network: Network) -> str:
+    """Bundled text for "calibration" or "evaluation"."""
+    return novel_text(use) if name == "novels" else chat_text(network.tokenizer, use)
 
 
 def _from_text(path: Path, network: Network, wanted: Wanted) -> Data:
