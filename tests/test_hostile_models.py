@@ -78,9 +78,16 @@ def volumes() -> nn.Module:
     return net(shaped, nn.Conv3d(1, 4, 2), nn.ReLU(), nn.ConvTranspose3d(4, 2, 2), nn.Flatten(), nn.Linear(32, 4))
 
 
+class CompiledMethod(nn.Sequential):
+    @torch.compile(backend="eager")
+    def forward(self, x):
+        return super().forward(x)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "compiled forward": compiled_forward,
     "compiled child": compiled_child,
+    "compiled method": lambda: CompiledMethod(*net()).eval(),
     "bound forward": bound_forward,
     "hooks": with_hooks,
     "inference mode": made_in_inference_mode,
@@ -189,3 +196,15 @@ def test_products_under_vmap_are_measured():
     own = mpq.profile(Each(*net()), [(X, LABELS)], cross_entropy, ["int2-channel"], metric="loss", progress=False)
     plain = mpq.profile(net(), [(X, LABELS)], cross_entropy, ["int2-channel"], metric="loss", progress=False)
     torch.testing.assert_close(torch.tensor(own.scores), torch.tensor(plain.scores), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["int4-g4", "nf4-g4", "mxfp4", "int8-channel+a:int8-token"])
+def test_a_trainable_simulation_compiles(scheme):
+    model = net(nn.Linear(32, 12), nn.ReLU(), nn.Linear(12, 4))
+    allocation = Allocation(find_layers(model), (scheme, "int8-channel"))
+    student = mpq.simulate(model, allocation)
+    compiled = torch.compile(student, backend="eager")
+    inputs = torch.randn(3, 32, generator=seeded(2))
+    torch.testing.assert_close(compiled(inputs), student(inputs))
+    compiled(inputs).sum().backward()
+    assert student[0].parametrizations.weight.original.grad.any()

@@ -44,7 +44,7 @@ class Grid:
 
     def values(self) -> NDArray[np.float64]:
         """Value of every code, (2**bits,), NaN where a code is not a finite number; for grids of up to 16 bits."""
-        return _values(self)
+        return _values(self).copy()
 
     @property
     def offset(self) -> int:
@@ -98,7 +98,6 @@ def _values(grid: Grid) -> NDArray[np.float64]:
         values = np.where(codes == 2**grid.bits - 1, np.nan, np.exp2(codes.astype(np.float64) - grid.bias))
     else:
         values = _float_values(grid, codes)
-    values.setflags(write=False)
     return values
 
 
