@@ -120,8 +120,9 @@ def hessian_traces(
     """Estimates of Tr(H_ii) for every layer i, all layers at once, until the probes' part of the error is small.
 
     Where the model's outputs bend in no layer's own weight (ReLU networks, see `straight_layers`) and the loss is
-    cross-entropy, H_ii is Gauss-Newton's block, and gradients of single samples give its trace with one backward pass a
-    draw (`gauss_newton_draws`). So they do for every layer of the operator "gauss-newton".
+    cross-entropy, H_ii is Gauss-Newton's block, and gradients of single samples, where batches can be cut, give
+    its trace with one backward pass a draw (`gauss_newton_draws`). So they do for every layer of the operator
+    "gauss-newton".
 
     Elsewhere one draw is Hutchinson's: a Rademacher vector v over all layers' weights, v_j scaled by s_j, and one
     product H v on one batch; v_i . (H s v)_i / s_i has mean Tr(H_ii), since the cross terms vanish on average, and
@@ -142,7 +143,7 @@ def hessian_traces(
     if of not in CURVATURES:
         raise MpqError(f"traces are of {' or '.join(CURVATURES)}, not of {of!r}")
     rule = (min_probes, max_probes, target, settle)
-    known, order = _slopes_of(task) if of == "weights" else (False, None)
+    known, order = _slopes_of(task) if of == "weights" and not task.together else (False, None)
     straight = np.full(len(task.layers), known)
     if known and operator == "hessian":
         straight = np.array(straight_layers(task))

@@ -124,7 +124,23 @@ def test_a_loss_that_takes_no_single_sample_takes_whole_batches(caplog):
 
     batch = (torch.randn(5, 4, generator=seeded(3)), torch.arange(5) % 3)
     assert arranged(nn.Linear(4, 3), (batch,), loss).together
-    assert (scores(nn.Sequential(nn.Linear(4, 3)), [batch], loss, "kl-curvature") > 0).all()
+    model = nn.Sequential(nn.Linear(4, 3), nn.Flatten(0), nn.Unflatten(0, (5, 3)))
+    for metric in ("kl-curvature", "hessian", "loss"):
+        assert (scores(model, [batch], loss, metric) != 0).all()
+
+
+def test_images_of_several_sizes_take_whole_batches():
+    """A list of images, whose first dimension is no sample's."""
+
+    class Each(nn.Sequential):
+        def forward(self, images):
+            return torch.stack([super(Each, self).forward(image[None])[0] for image in images])
+
+    model = Each(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    batch = {"images": [torch.randn(3, size, size, generator=seeded(size)) for size in (8, 6)], "y": torch.arange(2)}
+    for metric in ("hessian", "loss"):
+        found = scores(model, [batch], lambda m, b: functional.cross_entropy(m(b["images"]), b["y"]), metric)
+        assert (found != 0).all()
 
 
 def test_samples_without_labels_do_not_hide_that_batches_can_be_cut(caplog):
