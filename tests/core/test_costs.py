@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpq.core.cache import parse_cache_format
+from mpq.core.cache import parse_cache_format, stored_bytes
 from mpq.core.costs import bitops, cache_bytes, file_bytes, kv_bytes_per_token, weight_bytes
 from mpq.core.layer import KEYS, Layer
 from mpq.core.scheme import Scheme, parse_scheme
@@ -39,3 +39,13 @@ def test_bytes_that_a_token_adds():
     assert kv_bytes_per_token(2, 3, 5, 16) == 2 * 2 * 3 * 10  # no scale
     assert kv_bytes_per_token(2, 3, 5, 4) == 2 * 2 * 3 * (3 + 4)  # 20 bits in whole bytes, scale and zero
     assert kv_bytes_per_token(2, 3, 5, 8, parameter_bytes=2) == 2 * 2 * 3 * 7
+
+
+def test_bytes_of_blocks_of_tokens():
+    """Blocks of 64 tokens by 32 columns: 768 bytes of codes, a scale and a zero a column; the newest 64 as floats."""
+    blocks = parse_cache_format("int3-t64-asym")
+    whole, newest = 64 * 32 * 3 // 8 + 32 * 4, 64 * 32 * 2
+    assert [stored_bytes(blocks, 32, tokens) for tokens in (0, 10, 63)] == [0, 10 * 64, 63 * 64]
+    assert [stored_bytes(blocks, 32, tokens) for tokens in (64, 65, 127)] == [whole + newest] * 3
+    assert stored_bytes(blocks, 32, 200) == 3 * whole + newest
+    assert stored_bytes(parse_cache_format("int8-token"), 32, 5) == 5 * 34
