@@ -20,9 +20,11 @@ from mpq.network.calibration import (
     check_loss,
     evaluating,
     logits_of,
+    next_token_loss,
     split_batch,
 )
 from mpq.network.distance import relative_distance
+from mpq.network.samples import Samples, arranged
 from mpq.network.shelf import Kept, Shelf
 
 KINDS = ("accuracy", "perplexity", "distance", "loss")
@@ -119,9 +121,9 @@ class Reference:
         self, model: nn.Module, batches: Iterable[Batch], kind: str, loss_fn: LossFn | None = None,
         progress: bool = False,
     ) -> None:  # fmt: skip
-        self.batches, self.kind, self.loss_fn = check_batches(batches), kind, loss_fn
+        self.kind, self.samples = kind, _samples(model, check_batches(batches), kind, loss_fn)
         self._shelf, self._known = Shelf(), list[Kept]()
-        self.quality = _evaluate(model, self.batches, kind, loss_fn, progress, self._keep)
+        self.quality = _evaluate(model, self.samples, kind, progress, self._keep)
 
     def _keep(self, part: int, log_probs: Tensor) -> Tensor:
         dtype = torch.float16 if log_probs.shape[-1] > WIDE else torch.float32
@@ -130,7 +132,7 @@ class Reference:
 
     def measure(self, model: nn.Module, progress: bool = False) -> Quality:
         """The quality of another model on the same batches, with its divergence from the original."""
-        return _evaluate(model, self.batches, self.kind, self.loss_fn, progress, self._recall)
+        return _evaluate(model, self.samples, self.kind, progress, self._recall)
 
     def _recall(self, part: int, log_probs: Tensor) -> Tensor:
         return self._known[part]().to(log_probs.device).float().log_softmax(-1)  # normalized again after rounding
@@ -145,33 +147,44 @@ def evaluate(
         model: gives logits, or an object that has them: (batch, classes), or (batch, time, vocabulary).
         batches: (inputs, labels) for "accuracy"; tokens, as in `next_token_loss`, for "perplexity".
         kind: "accuracy", "perplexity", "distance" (batches of
-            `mpq.network.distance.with_targets`), or "loss", which asks `loss_fn` for one sample after the other.
+            `mpq.network.distance.with_targets`), or "loss", which asks `loss_fn` for one sample after the other, or
+            for whole batches where samples have no loss of their own (`mpq.network.samples`).
         loss_fn: only for the kind "loss".
         progress: show a progress bar.
 
     Raises:
         MpqError: an unknown kind, empty or NaN data, a loss that is NaN or infinite (naming the batch).
     """
-    return _evaluate(model, check_batches(batches), kind, loss_fn, progress, None)
+    return _evaluate(model, _samples(model, check_batches(batches), kind, loss_fn), kind, progress, None)
 
 
 Known = Callable[[int, Tensor], Tensor]  # number of a part of the data, log-probabilities -> the original's
 
 
-def _evaluate(
-    model: nn.Module, batches: Sequence[Batch], kind: str, loss_fn: LossFn | None, progress: bool, known: Known | None
-) -> Quality:
+def _samples(model: nn.Module, batches: tuple[Batch, ...], kind: str, loss_fn: LossFn | None) -> Samples:
+    """The batches as the kind takes them, samples first where it splits them.
+
+    Raises:
+        MpqError: an unknown kind, or the kind "loss" without a loss.
+    """
     if kind not in KINDS or (kind == "loss" and loss_fn is None):
         raise MpqError(f"quality is one of {', '.join(KINDS)} (the last with a loss_fn), not {kind!r}")
+    if kind != "loss" or loss_fn is None:
+        return Samples(batches, loss_fn or next_token_loss)  # no loss is asked
+    with evaluating(model):
+        return arranged(model, batches, loss_fn, warn=False)
+
+
+def _evaluate(model: nn.Module, samples: Samples, kind: str, progress: bool, known: Known | None) -> Quality:
     parts: list[_Part] = []
     with torch.no_grad(), evaluating(model):
         for index, batch in enumerate(
-            tqdm(batches, desc="evaluation", disable=None if progress else True, leave=False)
+            tqdm(samples.batches, desc="evaluation", disable=None if progress else True, leave=False)
         ):
             if kind == "loss":
-                assert loss_fn is not None
+                singles = [batch] if samples.together else split_batch(batch)
                 losses = torch.stack(
-                    [check_loss(loss_fn(model, sample), index).reshape(()) for sample in split_batch(batch)]
+                    [check_loss(samples.loss_fn(model, single), index).reshape(()) for single in singles]
                 )
                 batch_parts = [_Part(losses, torch.ones_like(losses))]
             elif kind == "distance":

@@ -25,6 +25,7 @@ from mpq.network.layers import find_layers
 from mpq.network.macs import count_all_macs
 from mpq.network.offload import offloaded
 from mpq.network.prepare import prepared
+from mpq.network.samples import arranged
 from mpq.network.storage import other_bytes
 from mpq.rounding import METHODS
 from mpq.rounding.store import MethodRounder, Rounder, moments_needed
@@ -33,7 +34,6 @@ from mpq.sensitivity.cached import cache_scores
 from mpq.sensitivity.evidence import flat_loss, reaching, without_evidence
 from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.rows import Mixed, ladder
-from mpq.sensitivity.samples import arranged
 from mpq.sensitivity.task import Scores, Task
 
 

@@ -1,59 +1,11 @@
-"""Arrangement of samples in batches: along the first dimension, along the second, or inseparable."""
-
-import logging
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import wraps
+"""The check of metrics that take samples one by one: independent samples."""
 
 import torch
-from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import Batch, LossFn, check_loss, mapped, outputs_of, samples_in, take, tensors_in
+from mpq.network.calibration import Batch, samples_in, take
+from mpq.network.samples import ends_with, run_loss, turned
 from mpq.sensitivity.task import Task
-
-log = logging.getLogger(__name__)
-
-TOLERANCE = 1e-3  # relative; float32 errs by about 1e-6
-TOGETHER = 0.02  # relative difference of a sample's loss alone and given twice; bfloat16 errs by about 0.005
-TRIED = 4  # samples, for some may have no loss: all their labels are ignored
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Batches whose first dimension counts samples, and the loss that takes them."""
-
-    batches: tuple[Batch, ...]
-    loss_fn: LossFn
-    second: bool = False  # as they came, and so in the layers' inputs, the samples lie along the second dimension
-    together: bool = False  # a batch cannot be cut: no sample has a loss of its own
-
-
-@torch.no_grad()
-def arranged(model: nn.Module, batches: tuple[Batch, ...], loss_fn: LossFn) -> Samples:
-    """The batches with samples first, whether they came so or not.
-
-    Samples lie along a dimension when one of them has a loss of its own, which does not change when it is given twice,
-    and gives the same outputs twice. Where they lie along the second, as in time-first recurrent networks, the batches
-    are transposed, and back for the loss. Where they lie along neither, as under contrastive losses and statistics over
-    a batch, the log says so and batches stay whole.
-
-    Raises:
-        MpqError: a loss that adds up over samples.
-    """
-    if _apart(model, batches[0], loss_fn) or samples_in(batches[0]) == 1 or _is_random(model, batches[0], loss_fn):
-        return Samples(batches, loss_fn)
-    swaps = _second_dimensions(batches[0])
-    swapped, loss_of_swapped = tuple(_swapped(batch, swaps) for batch in batches), _on_swapped(loss_fn, swaps)
-    if any(swaps) and _apart(model, swapped[0], loss_of_swapped, second=True):
-        return Samples(swapped, loss_of_swapped, second=True)
-    log.warning(
-        "the samples of a batch have no loss of their own: one alone loses something else than when it is given twice, "
-        "as under contrastive losses and statistics over a batch, or cannot be taken. Scores by samples are rough "
-        "then; the metrics 'loss' and 'hessian' see whole batches"
-    )
-    return Samples(batches, loss_fn, together=True)
 
 
 @torch.no_grad()
@@ -63,9 +15,9 @@ def check_independent(task: Task, batch: Batch, index: int) -> None:
     So it is where samples are compared with each other. A model whose outputs are not seen is not asked.
     """
     count = samples_in(batch)
-    whole, alone = (_run(task.model, part, task.loss_fn)[1] for part in (batch, take(batch, [count - 1])))
+    whole, alone = (run_loss(task.model, part, task.loss_fn)[1] for part in (batch, take(batch, [count - 1])))
     same = all(
-        _ends_with(together, single, count) or (task.second and _ends_with(_turned(together), _turned(single), count))
+        ends_with(together, single, count) or (task.second and ends_with(turned(together), turned(single), count))
         for together, single in zip(whole, alone, strict=False)
     )
     if task.together or not same:
@@ -73,74 +25,3 @@ def check_independent(task: Task, batch: Batch, index: int) -> None:
             f"the samples of calibration batch {index} depend on each other, and this metric takes them one by one: "
             "take a metric that sees whole batches, 'loss' or 'hessian'"
         )
-
-
-def _apart(model: nn.Module, batch: Batch, loss_fn: LossFn, second: bool = False) -> bool:
-    """Whether single samples along the first dimension have losses and outputs of their own."""
-    for sample in range(min(TRIED, samples_in(batch))):
-        once, _ = _run(model, take(batch, [sample]), loss_fn)
-        twice, outputs = _run(model, take(batch, [sample, sample]), loss_fn)
-        if once is None or twice is None:
-            continue
-        if once != 0 and abs(twice - 2 * once) <= TOLERANCE * abs(once):
-            raise MpqError("the loss function returns a sum over the batch's samples: return their mean")
-        alike = all(_repeats(output) or (second and _repeats(_turned(output))) for output in outputs if output.ndim)
-        return alike and abs(twice - once) <= TOGETHER * max(abs(once), abs(twice))
-    return False
-
-
-def _run(model: nn.Module, batch: Batch, loss_fn: LossFn) -> tuple[float | None, list[Tensor]]:
-    """The loss, None where it cannot be computed, and the model's outputs."""
-    with outputs_of(model) as outputs:
-        try:
-            loss = check_loss(loss_fn(model, batch), 0).item()
-        except (ArithmeticError, AssertionError, IndexError, MpqError, RuntimeError, TypeError, ValueError):
-            loss = None
-    return loss, [output.float() for output in outputs]
-
-
-def _turned(output: Tensor) -> Tensor:
-    """With the first two dimensions exchanged, where there are two."""
-    return output.transpose(0, 1) if output.ndim > 1 else output
-
-
-def _repeats(output: Tensor) -> bool:
-    """Whether both halves of the outputs are the same."""
-    return _ends_with(output, output[: len(output) // 2], 2)
-
-
-def _ends_with(whole: Tensor, last: Tensor, count: int) -> bool:
-    """Whether the outputs for `count` samples end with those for their last one; other shapes than such do not."""
-    if whole.shape != (count * len(last), *last.shape[1:]):
-        return False
-    room = TOLERANCE * float(whole.abs().max())
-    return torch.allclose(whole[len(whole) - len(last) :], last, rtol=TOLERANCE, atol=room)
-
-
-def _is_random(model: nn.Module, batch: Batch, loss_fn: LossFn) -> bool:
-    one, other = (_run(model, batch, loss_fn)[0] for _ in range(2))
-    if one is None or other is None or math.isclose(one, other, rel_tol=TOLERANCE):
-        return False
-    log.warning("the loss is random: the same batch loses %.4g, then %.4g; scores vary as much", one, other)
-    return True
-
-
-def _second_dimensions(batch: Batch) -> tuple[bool, ...]:
-    """Which tensors, depth first, have the second dimension's length of the first one that has two."""
-    tensors = tensors_in(batch)
-    length = next((tensor.shape[1] for tensor in tensors if tensor.ndim > 1), None)
-    return tuple(tensor.ndim > 1 and tensor.shape[1] == length for tensor in tensors)
-
-
-def _swapped(batch: Batch, swaps: Sequence[bool]) -> Batch:
-    """The batch with the first two dimensions exchanged in these tensors, counted depth first."""
-    coming = iter(swaps)
-    return mapped(batch, lambda tensor: tensor.transpose(0, 1) if next(coming, False) else tensor)
-
-
-def _on_swapped(loss_fn: LossFn, swaps: Sequence[bool]) -> LossFn:
-    @wraps(loss_fn)
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return loss_fn(model, _swapped(batch, swaps))
-
-    return loss

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mpq.core.errors import MpqError
 from mpq.evaluation import Reference, evaluate
@@ -138,3 +139,30 @@ def test_large_vocabularies_are_kept_in_half_the_bytes_and_stay_normalized():
     with torch.no_grad():
         one, other = (model(tokens[:, :-1]).double().log_softmax(-1) for model in (first, second))
     assert found.kl == pytest.approx((one.exp() * (one - other)).sum(-1).mean(1).numpy(), rel=1e-3)
+
+
+def test_losses_that_compare_samples_are_measured_on_whole_batches():
+    """Of a contrastive loss, each sample alone loses nothing; of time-first batches, no step has a loss."""
+
+    def contrastive(model, batch):
+        one, other = (functional.normalize(model(part), dim=-1) for part in batch)
+        return functional.cross_entropy(one @ other.T / 0.1, torch.arange(len(one)))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4))
+    batches = [(torch.randn(5, 8), torch.randn(5, 8)) for _ in range(3)]
+    quality = evaluate(model, batches, "loss", contrastive)
+    assert quality.losses.tolist() == pytest.approx([contrastive(model, batch).item() for batch in batches])
+    reference = Reference(model, batches, "loss", contrastive)
+    other = reference.measure(nn.Sequential(nn.Linear(8, 4)))
+    assert len(other.losses) == len(reference.quality.losses) == 3
+
+
+def test_time_first_losses_are_measured_by_sample():
+    def next_step(model, batch):
+        return functional.cross_entropy(model(batch)[:-1].flatten(0, 1), batch[1:].flatten())
+
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+    tokens = torch.randint(0, 9, (7, 3))
+    quality = evaluate(model, [tokens], "loss", next_step)
+    assert quality.losses.tolist() == pytest.approx([next_step(model, tokens[:, [i]]).item() for i in range(3)])

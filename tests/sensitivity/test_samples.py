@@ -12,7 +12,7 @@ from torch.nn import functional
 import mpq
 from mpq.core.errors import MpqError
 from mpq.network.calibration import samples_in, seeded, take
-from mpq.sensitivity.samples import arranged
+from mpq.network.samples import arranged
 
 FORMATS = ["int2-channel", "int4-channel"]
 
