@@ -15,7 +15,7 @@ from mpq.core.errors import MpqError
 from mpq.finetuning import finetune
 from mpq.network.calibration import cross_entropy, next_token_loss, seeded
 from mpq.network.layers import find_layers
-from mpq.training.objective import Objective, block_names, objective_loss
+from mpq.training.objective import Objective, block_names, harms, objective_loss
 from mpq.training.settings import Finetuning
 from tests.sensitivity.small_models import TiedLanguageModel, seed_weights, token_batches
 from tests.two_processes import on_two_processes
@@ -278,3 +278,15 @@ def test_models_without_logits_need_another_objective():
     assert finetune(model, allocation, data, loss, settings).kept
     with pytest.raises(MpqError, match="one of them positive"):
         Objective(kl=0)
+
+
+def test_harms_of_contrastive_losses_are_of_whole_batches():
+    def contrastive(model, batch):
+        one, other = (torch.nn.functional.normalize(model(part), dim=-1) for part in batch)
+        return torch.nn.functional.cross_entropy(one @ other.T / 0.1, torch.arange(len(one)))
+
+    torch.manual_seed(0)
+    student, teacher = nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 4))
+    batches = [(torch.randn(5, 8), torch.randn(5, 8)) for _ in range(3)]
+    found = harms(student, teacher, batches, contrastive, Objective(kl=0.0, task=1.0))
+    assert found.tolist() == pytest.approx([contrastive(student, batch).item() for batch in batches])

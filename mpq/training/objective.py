@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import Batch, LossFn, check_gradient, counted_positions, outputs_of, samples_in, take
+from mpq.network.calibration import Batch, LossFn, check_gradient, counted_positions, outputs_of, split_batch
+from mpq.network.samples import arranged
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,10 @@ def harms(
 
     Both models are run as they are: set them to evaluation mode.
     """
+    if not objective.kl:
+        return _harms_by_loss(student, teacher, tuple(batches), loss_fn, objective)
     found: list[Tensor] = []
     for batch in batches:
-        if not objective.kl:
-            singles = (take(batch, slice(index, index + 1)) for index in range(samples_in(batch)))
-            found += [objective_value(student, teacher, one, loss_fn, objective).reshape(1) for one in singles]
-            continue
         with outputs_of(teacher) as wanted:
             loss_fn(teacher, batch)
         with outputs_of(student) as given:
@@ -93,6 +92,16 @@ def harms(
         each, weights = (part.reshape(len(part), -1) for part in divergences(_single(given), _single(wanted), batch))
         found.append((each * weights).sum(1) / weights.sum(1).clamp(min=1))
     return torch.cat([harm.double().cpu() for harm in found])
+
+
+def _harms_by_loss(
+    student: nn.Module, teacher: nn.Module, batches: tuple[Batch, ...], loss_fn: LossFn, objective: Objective
+) -> Tensor:
+    """The objective of each sample, or of each batch where samples have no loss of their own."""
+    samples = arranged(teacher, batches, loss_fn, warn=False)
+    singles = [one for batch in samples.batches for one in ([batch] if samples.together else split_batch(batch))]
+    values = [objective_value(student, teacher, one, samples.loss_fn, objective).reshape(1) for one in singles]
+    return torch.cat(values).double().cpu()
 
 
 def objective_value(
