@@ -70,7 +70,7 @@ def run_case(case: Case, folder: Path) -> Row:
 def through(case: Case, model: torch.nn.Module, folder: Path, started: float) -> Row:
     """Profile, search, simulate, tune scales, export (compared layer by layer), load, and compare again."""
     batches = case.batches(model)
-    table = mpq.profile(model, batches, case.loss_fn, formats=FORMATS, progress=False)
+    table = mpq.profile(model, batches, case.loss_fn, formats=FORMATS, granularity="row", progress=False)
     allocation = mpq.frontier(table).at(bits=BITS)
 
     def run(model: torch.nn.Module) -> torch.Tensor:

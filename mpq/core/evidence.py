@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpq.core.errors import MpqError
+from mpq.core.mix import is_mix
 from mpq.core.table import SensitivityTable
 
 Array = NDArray[np.float64]
@@ -17,8 +18,9 @@ def supported(table: SensitivityTable, pinned: Set[str] = frozenset()) -> tuple[
     """Scores and standard errors (layers, schemes) with missing layers filled in, and what to add to the provenance.
 
     A layer without scores (listed in `table.reasons`) gets, in each scheme, the median score per weight of the layers
-    of its kind, times its number of weights; the standard error equals the score. A pinned layer that is the only one
-    of its kind gets 0, since it has no choice.
+    of its kind, times its number of weights; the standard error equals the score. A mix of rows it cannot have: nothing
+    says which row would take which format. A pinned layer that is the only one of its kind gets 0, since it has no
+    choice.
 
     Raises:
         MpqError: a layer that is not pinned, when no layer of its kind has scores.
@@ -36,6 +38,7 @@ def supported(table: SensitivityTable, pinned: Set[str] = frozenset()) -> tuple[
             )
         per_weight = np.array([table.scores[j] / table.layers[j].params for j in peers])
         scores[i] = _medians(per_weight) * layer.params if peers else 0.0
+        scores[i, [is_mix(name) for name in table.schemes]] = np.nan
         errors[i] = np.abs(np.nan_to_num(scores[i]))
     return scores, errors, {ASSUMED: dict(table.reasons)} if table.reasons else {}
 

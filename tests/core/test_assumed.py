@@ -59,3 +59,16 @@ def test_the_fewest_bits_do_not_go_to_what_is_unknown():
     frontier = frontier_of(table([[4.0, 3.9], NAN, [8.0, 0.1]], reasons={"l1": "why"}))
     chosen = {allocation.schemes for allocation in frontier}
     assert ("int2-channel", "int4-channel", "int4-channel") in chosen
+
+
+def test_it_gets_no_mix_of_rows_which_nothing_deals_out():
+    layers = (Layer("a", "linear", 8, 64), Layer("b", "linear", 8, 64))
+    schemes = ("int2-g32", "int4-g32", "int2-g32/int4-g32@3.75")
+    scores = np.array([[4.0, 1.0, 2.0], [np.nan] * 3])
+    found = SensitivityTable(
+        layers, schemes, scores, scores * 0, "x", {}, {"b": "no gradient"}, {"a": {schemes[2]: "00001111"}}
+    )
+    problem = build_problem(found)
+    assert problem.losses[1].tolist() == [4.0, 1.0, np.inf]
+    for choice in frontier_of(found).choices:
+        assert problem.schemes[choice[1]] != schemes[2]
