@@ -261,16 +261,21 @@ int64_t mpq_conv(const mpq_weight *weight, const mpq_call *call, const mpq_image
 
 typedef struct {
   linear_job *jobs;
-  int64_t count;
+  int64_t count, threads;
+  atomic_int arrived;
 } parts_job;
 
+/* Threads begin with different parts: short codes keep the arithmetic busy, long ones the memory. */
 static void multiply_parts(void *argument) {
-  const parts_job *all = argument;
+  parts_job *all = argument;
+  const int64_t start = atomic_fetch_add(&all->arrived, 1) % all->threads * all->count / all->threads;
+  const linear_job *last = NULL;
   mpq_activation x;
   for (int64_t i = 0; i < all->count; i++) {
-    linear_job *job = &all->jobs[i];
-    if (i && atomic_load(&job[-1].failed)) return;
-    x = multiply_share(job, i && same_activations(job, job - 1) ? &x : NULL);
+    linear_job *job = &all->jobs[(start + i) % all->count];
+    if (last && atomic_load(&last->failed)) return;
+    x = multiply_share(job, last && same_activations(job, last) ? &x : NULL);
+    last = job;
   }
 }
 
@@ -282,7 +287,7 @@ int64_t mpq_linear_parts(const mpq_weight *const *given, const mpq_call *calls, 
   if (calls->skipped || calls->tokens >= SHARED_QUANTIZE_MIN_TOKENS) return multiply(weights, calls, count, NULL);
   int8_t *skips = scratch(SCRATCH_SKIPPED, CHUNK_TOKENS);
   const int threads = calls->threads < MAX_THREADS ? calls->threads : MAX_THREADS;
-  parts_job all = {scratch(SCRATCH_PARTS, count * sizeof(linear_job)), count};
+  parts_job all = {.jobs = scratch(SCRATCH_PARTS, count * sizeof(linear_job)), .count = count, .threads = threads};
   if (!skips || !all.jobs) return -1;
   for (int64_t i = 0; i < count; i++) {
     linear_job *job = &all.jobs[i];
