@@ -18,7 +18,7 @@ from mpq.core.formats import Format
 from mpq.core.grids import INTEGER_SCALES
 from mpq.core.mix import Mix
 from mpq.rounding.codes import COPY_DTYPES, SCALE_DTYPES, decode_scales, encode_scales
-from mpq.rounding.reference import Quantized
+from mpq.rounding.reference import Quantized, no_codes
 
 ROWS = "rows"
 ASSIGNMENT = "assignment"  # tensor of a mix
@@ -127,7 +127,7 @@ def unpack(packed: Packed) -> Quantized:
     format, (rows, cols), tensors = packed.format, packed.shape, packed.tensors
     if isinstance(format, Mix):
         parts = tuple(map(unpack, parts_of(packed)))
-        return Quantized(format, packed.shape, parts[0].codes[:0], parts=parts)
+        return Quantized(format, packed.shape, no_codes(parts[0].codes), parts=parts)
     if format.is_float_copy:
         return Quantized(format, packed.shape, tensors["packed"])
     bits, groups = format.grid.bits, format.groups(cols)

@@ -16,6 +16,7 @@ from mpq.rounding.reference import (
     from_groups,
     group_minima,
     group_scales,
+    no_codes,
     recode,
     storable_scales,
     to_groups,
@@ -98,7 +99,7 @@ class GridRounding(nn.Module):
 
 def _without_codes(quantized: Quantized) -> Quantized:
     parts = tuple(_without_codes(part) for part in quantized.parts)
-    return replace(quantized, codes=quantized.codes[:0], parts=parts)
+    return replace(quantized, codes=no_codes(quantized.codes), parts=parts)
 
 
 class _LearnedStep(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor
 from mpq.core.formats import Format
 from mpq.core.mix import Mix
 from mpq.rounding import Method
-from mpq.rounding.reference import Quantized
+from mpq.rounding.reference import Quantized, no_codes
 
 
 def mixed(mix: Mix, wholes: Sequence[Quantized]) -> Quantized:
@@ -22,7 +22,7 @@ def mixed(mix: Mix, wholes: Sequence[Quantized]) -> Quantized:
     places = torch.from_numpy(mix.assigned(*shape))
     rows = [(places == place).nonzero().flatten() for place in range(len(wholes))]
     parts = tuple(take_rows(whole, own) for whole, own in zip(wholes, rows, strict=True) if len(own))
-    return Quantized(mix, shape, wholes[0].codes[:0], parts=parts)
+    return Quantized(mix, shape, no_codes(wholes[0].codes), parts=parts)
 
 
 def in_format(method: Method, weight: Tensor, format: Format, second_moment: Tensor | None = None) -> Quantized:

@@ -104,6 +104,11 @@ def check_weight(weight: Tensor) -> None:
         raise MpqError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinite values and cannot be quantized")
 
 
+def no_codes(codes: Tensor) -> Tensor:
+    """No rows of such codes, (0, cols), in memory of their own: an empty slice would keep all of theirs."""
+    return codes.new_empty((0, codes.shape[1]))
+
+
 def stacked(parts: Sequence[Quantized]) -> Quantized:
     """Concatenate rows of matrices with one format, tensor scale and number of columns."""
     first = parts[0]

@@ -17,7 +17,7 @@ from mpq.network.moments import second_moments
 from mpq.network.shelf import LIMIT, Kept, Shelf
 from mpq.rounding import METHODS, Method, method_named
 from mpq.rounding.mixed import mixed
-from mpq.rounding.reference import Quantized
+from mpq.rounding.reference import Quantized, no_codes
 
 Moments: TypeAlias = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None
 
@@ -86,7 +86,10 @@ class RoundingStore(MethodRounder):
         key = (layer.name, scheme.weight.name)
         if key not in self._rounded:
             quantized = super()._in_one_format(layer, weight, scheme)
-            self._rounded[key] = (replace(quantized, codes=quantized.codes[:0]), self._shelf.keep(quantized.codes))
+            self._rounded[key] = (
+                replace(quantized, codes=no_codes(quantized.codes)),
+                self._shelf.keep(quantized.codes),
+            )
         tables, codes = self._rounded[key]
         return replace(tables, codes=codes())
 

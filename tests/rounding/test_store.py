@@ -36,6 +36,15 @@ def test_a_layer_is_rounded_once_and_simulated_alike_from_memory_and_from_files(
         assert bool((dequantize(first) != weight).any())
 
 
+def test_what_lies_in_files_takes_no_memory():
+    """An empty slice of codes would keep all of them."""
+    model = small_cnn()
+    store = RoundingStore("nearest", None, limit=0)
+    simulate(model, allocation(model, "int3-channel", "int4-g32", "int2-g32-asym"), store, trainable=False)
+    assert store._rounded
+    assert all(tables.codes.untyped_storage().nbytes() == 0 for tables, _ in store._rounded.values())
+
+
 def test_a_trial_takes_on_one_allocation_after_the_other():
     model = small_cnn()
     trial = Trial(model, RoundingStore())
