@@ -90,8 +90,8 @@ class RoundingStore(MethodRounder):
                 replace(quantized, codes=no_codes(quantized.codes)),
                 self._shelf.keep(quantized.codes),
             )
-        tables, codes = self._rounded[key]
-        return replace(tables, codes=codes())
+        tables, kept = self._rounded[key]
+        return replace(tables, codes=kept())
 
 
 @dataclass(frozen=True, eq=False)
