@@ -130,8 +130,7 @@ def accept(
     Raises:
         MpqError: an unknown effort, or no candidate that gives finite numbers.
     """
-    if effort not in ROUNDS:
-        raise MpqError(f"unknown effort {effort!r}: {nearest_names(effort, ROUNDS)}")
+    check_effort(effort)
     problem = frontier.problem
     size = min(size, float(frontier.costs[-1]))
     begun = [(name, choices) for name, choices in starts(frontier, size) if fits(problem.allocation(choices))]
@@ -148,6 +147,12 @@ def accept(
     if not finite:
         raise MpqError("no allocation within the budget gives finite numbers: raise the budget or add formats")
     return Acceptance(tuple(sorted(finite, key=Candidate.harm)), bool(measurer.source.acceptance))
+
+
+def check_effort(effort: str) -> None:
+    """MpqError for an unknown effort."""
+    if effort not in ROUNDS:
+        raise MpqError(f"unknown effort {effort!r}: {nearest_names(effort, ROUNDS)}")
 
 
 def with_tuned_scales(acceptance: Acceptance, measurer: Measurer, tuning: Tuning) -> Acceptance:

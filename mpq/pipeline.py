@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpq.acceptance import SAMPLES, STEPS, Acceptance, Candidate, accept, with_tuned_scales
+from mpq.acceptance import SAMPLES, STEPS, Acceptance, Candidate, accept, check_effort, with_tuned_scales
 from mpq.card import write_card
 from mpq.comparison import Measured, along, compare, on_other_text, sentences
 from mpq.core.allocation import Allocation
@@ -164,6 +164,7 @@ def quantize_model(
         MpqError: anything asked for that cannot be had.
     """
     started = time.monotonic()
+    check_effort(effort)
     folder = Path(folder)
     wanted = Wanted(
         bits, size, max_kl, memory, context, batch, kv_bits, kv_formats, formats, metric, include, exclude, pin, ties,

@@ -65,12 +65,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _judge_files(options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    from mpq.acceptance import check_effort
     from mpq.core.table import SensitivityTable
     from mpq.judge_files import judge_files
     from mpq.report import HEADINGS
 
     table = SensitivityTable.load(options.table) if options.table else None
     wanted = {name: settings[name] for name in ("formats", "method", "seed", "progress")}
+    check_effort(options.effort)
     rows = judge_files(source_of(options), options.config, table=table, effort=options.effort, **wanted)
     if options.json:
         say_json({"measured": [row.to_json() for row in rows]})

@@ -53,6 +53,7 @@ def add(command: AddCommand) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
+    from mpq.acceptance import check_effort
     from mpq.core.latency import load_latencies
     from mpq.core.table import SensitivityTable
     from mpq.exporters.holding import check_packages
@@ -61,6 +62,7 @@ def run(options: argparse.Namespace) -> None:
     recipe.fill(options)
     steps = recipe.recipe_of(options)
     recipe.check_output(options.output, steps, options.force)
+    check_effort(options.effort)
     settings, pin, kv_formats = profiling_of(options), pins_of(options), kv_formats_of(options)
     budgets = budgets_of(options)
     latencies = load_latencies(options.latency) if options.latency else None

@@ -213,6 +213,8 @@ def test_formats_lists_and_tells(capsys):
         (["quantize", "hub/model", "--bits", "4", "-o", "x", "--for", "vlm"], "vllm"),
         (["quantize", "hub/model", "--bits", "4", "-o", "x", "--metric", "hesian"], "did you mean hessian"),
         (["quantize", "hub/model", "--bits", "4", "-o", "x", "--pin", "a"], "expected LAYERS=FORMAT"),
+        (["quantize", "hub/model", "--bits", "4", "-o", "x", "--effort", "fasst"], "did you mean fast"),
+        (["judge", "hub/model", "--config", "none.yaml", "--effort", "0"], "unknown effort '0'"),
         (["judge", "hub/model", "--metrics", "fishr"], "did you mean fisher"),
         (["plot", "none.csv", "-o", "x.gif"], "expected .png"),
         (["bench", "--device", "gpu"], "expected cpu, cuda or cuda:N"),
