@@ -17,6 +17,7 @@ from mpq.core.scheme import Scheme
 from mpq.network.calibration import Batch, LossFn, take
 from mpq.network.layers import weight_matrix
 from mpq.network.parallel import rank_and_count, share
+from mpq.network.storage import release_memory
 from mpq.rounding.reference import dequantize
 from mpq.rounding.store import Rounder
 from mpq.sensitivity import METRICS
@@ -76,6 +77,7 @@ class Task:
         missing = share([name for name in items if self.journal.recall(name) is None], adjacent)
         for name, numbers in zip(missing, work([items[name] for name in missing]), strict=True):
             self.journal.note(name, numbers)
+            release_memory()  # one layer's tensors leave gaps that the next one's do not fit
         return self.journal.agree(items)
 
     def track(self, items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
