@@ -18,9 +18,13 @@ pytestmark = pytest.mark.skipif(cpu.native() is None, reason="the kernels are no
 TOKENS = torch.randint(0, 50, (2, 9), generator=seeded(1))
 
 
-def packed(*schemes, bias=False, config=None):
-    """A TinyLM whose layers take the schemes in turn."""
+def packed(*schemes, bias=False, config=None, grown=()):
+    """A TinyLM whose layers take the schemes in turn; the `grown` ones have weights 8 times as large."""
     model = seed_weights(TinyLM(config or LMConfig(50, 128, 192, 2, kv_heads=2)), 0.1).eval()
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name.endswith(grown) and grown:
+                module.weight.mul_(8)
     if bias:
         for block in model.blocks:
             for name in ("q_proj", "k_proj", "v_proj"):
@@ -80,14 +84,14 @@ def test_nothing_more_is_stored():
     ("schemes", "config"),
     [
         (("int4-g64", "int3-g64"), None),  # siblings differ
-        (("nvfp4",), None),  # a scale for each tensor
+        (("nvfp4",), None),  # a scale of its own for each tensor
         (("int8",), None),
         (("bf16",), None),  # not in panels
         (("int4-g32",), LMConfig(50, 96, 160, 2, heads=3, kv_heads=3)),  # 96 and 160 rows are no whole panels
     ],
 )
 def test_others_stay_apart(schemes, config):
-    model = packed(*schemes, config=config)
+    model = packed(*schemes, config=config, grown=("k_proj", "up_proj"))
     with torch.no_grad():
         expected = model(TOKENS)
         fused = fuse(model)
