@@ -38,8 +38,8 @@ def compressed_tensors(layer: Layer, scheme: Scheme) -> str:
     """Checkpoints of compressed-tensors."""
     if scheme.weight.is_float_copy and scheme.activation is None:
         return ""
-    if layer.kind != "linear" or layer.aliases:
-        return f"it quantizes linear layers with weights of their own, not {layer.kind}"
+    if why := _not_linear(layer):
+        return why
     if compressed_tensors_format(scheme) is None:
         return "it has no such scheme"
     return _whole_groups(layer, scheme.weight)
@@ -113,6 +113,13 @@ def onnx(layer: Layer, scheme: Scheme) -> str:
     return "" if weight.grid.name in ("e4m3", "e5m2") else "it has no such scheme"
 
 
+def _not_linear(layer: Layer) -> str:
+    """Why consumers that quantize nothing but linear layers refuse a layer; "" where they do not."""
+    if layer.kind == "linear" and not layer.aliases:
+        return ""
+    return f"it quantizes linear layers with weights of their own, not {layer.kind}"
+
+
 def gptq(layer: Layer, scheme: Scheme) -> str:
     """The GPTQ layout."""
     weight = scheme.weight
@@ -120,8 +127,8 @@ def gptq(layer: Layer, scheme: Scheme) -> str:
         return "its activations stay in floating point"
     if weight.is_float_copy:
         return ""
-    if layer.kind != "linear" or layer.aliases:
-        return f"it quantizes linear layers with weights of their own, not {layer.kind}"
+    if why := _not_linear(layer):
+        return why
     if weight.grid.name not in ("int2", "int3", "int4", "int8") or weight.granularity == "tensor":
         return "it has symmetric integers of 2, 3, 4 and 8 bits by group or channel"
     if weight.scale != "fp16":
@@ -145,8 +152,8 @@ def modelopt(layer: Layer, scheme: Scheme) -> str:
     """ModelOpt's checkpoints of several precisions."""
     if scheme.weight.is_float_copy and scheme.activation is None:
         return ""
-    if layer.kind != "linear" or layer.aliases:
-        return f"it quantizes linear layers with weights of their own, not {layer.kind}"
+    if why := _not_linear(layer):
+        return why
     if scheme.name not in MODELOPT_ALGORITHMS:
         return "it has no such algorithm"
     return _whole_groups(layer, scheme.weight)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from experiments.in_turn import in_turn
 from experiments.models import reference_models
 from experiments.peers import llama_exports
 from experiments.result import result
@@ -43,10 +44,8 @@ ONNX = {
 def mixed(model: nn.Module, schemes: tuple[str, ...], embeddings: str = "bf16") -> Allocation:
     """Tied layers and the others take the schemes in turn; embeddings and what shares their weights `embeddings`."""
     layers = find_layers(model)
-    keys = list(dict.fromkeys(layer.tie or layer.name for layer in layers))
-    turn = {key: schemes[index % len(schemes)] for index, key in enumerate(keys)}
-    picked = (embeddings if layer.kind == "embedding" else turn[layer.tie or layer.name] for layer in layers)
-    return Allocation(layers, tuple(picked))
+    pairs = zip(layers, in_turn(layers, schemes), strict=True)
+    return Allocation(layers, tuple(embeddings if layer.kind == "embedding" else own for layer, own in pairs))
 
 
 def promised(model: nn.Module, allocation: Allocation) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experiments.papers.fliqs_ablation import SPACE, Data, optimizer_of, step_of, uniform
+from experiments.papers.fliqs_ablation import SPACE, Data, sampled_steps, uniform
 from experiments.result import result
 from mpq.search.architecture import Choice, Kernel, Width
 from mpq.search.controller import Schedule
@@ -90,14 +90,8 @@ def run(data: Data, way: str, seed: int, steps: int) -> Found:
         architecture=ARCHITECTURE if way == "fliqnas" else (),
         schedule=Schedule(steps=round(0.7 * steps), rate=0.2, cost_weight=2.0, entropy_weight=0.2),
     )  # fmt: skip
-    optimizer, decay = optimizer_of(model, list(search.parameters()), steps)
-    for step in range(steps):
-        inputs, labels = data.batch(seed, step)
-        with search.sample():
-            loss = functional.cross_entropy(model(inputs), labels)
-        step_of(model, optimizer, loss)
-        decay.step()  # type: ignore[attr-defined]
-        search.update(quality=-loss.item())
+    for _ in sampled_steps(search, model, data, seed, steps):
+        pass
     with search.chosen() as schemes:
         judged = data.judge(model)
     allocation = search.allocation()

@@ -11,7 +11,7 @@ narrower formats; early is after a quarter of the steps.
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -96,14 +96,9 @@ def optimizer_of(model: nn.Module, scales: Sequence[nn.Parameter], steps: int) -
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
-def searched(data: Data, schedule: Schedule, cost: str, seed: int, steps: int) -> Found:
-    """A one-shot search."""
-    model = network(seed)
-    target = share_of(data, cost)
-    schedule = replace(schedule, steps=round(LEARNING * steps), rate=0.2, cost_weight=2.0)
-    search = OneShot(model, SPACE, cost, target, learned=True, seed=seed, schedule=schedule)
+def sampled_steps(search: OneShot, model: nn.Module, data: Data, seed: int, steps: int) -> Iterator[int]:
+    """Train a model and its search step by step; yields each step when it is done."""
     optimizer, decay = optimizer_of(model, list(search.parameters()), steps)
-    early = 0.0
     for step in range(steps):
         inputs, labels = data.batch(seed, step)
         with search.sample():
@@ -111,6 +106,17 @@ def searched(data: Data, schedule: Schedule, cost: str, seed: int, steps: int) -
         step_of(model, optimizer, loss)
         decay.step()  # type: ignore[attr-defined]
         search.update(quality=-loss.item())
+        yield step
+
+
+def searched(data: Data, schedule: Schedule, cost: str, seed: int, steps: int) -> Found:
+    """A one-shot search."""
+    model = network(seed)
+    target = share_of(data, cost)
+    schedule = replace(schedule, steps=round(LEARNING * steps), rate=0.2, cost_weight=2.0)
+    search = OneShot(model, SPACE, cost, target, learned=True, seed=seed, schedule=schedule)
+    early = 0.0
+    for step in sampled_steps(search, model, data, seed, steps):
         if step == steps // 4:
             errors = search.switching_errors(lambda: data.judge(model, FEW)[1])
             early = float(errors[errors != 0].mean())

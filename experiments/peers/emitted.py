@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch import nn
 
+from experiments.in_turn import in_turn
 from experiments.models import reference_models
 from experiments.result import result
 from mpq.core.allocation import Allocation
@@ -41,11 +42,9 @@ FORMATS = {
 def mixed(model: nn.Module, holder: Tool | Target, formats: tuple[str, ...]) -> Allocation:
     """Tied layers and the others take the formats in turn, or the nearest that the tool has; bf16 where it has none."""
     layers = find_layers(model)
-    keys = list(dict.fromkeys(layer.tie or layer.name for layer in layers))
-    turn = {key: formats[index % len(formats)] for index, key in enumerate(keys)}
     schemes = []
-    for layer in layers:
-        wanted = parse_scheme(turn[layer.tie or layer.name])
+    for layer, own in zip(layers, in_turn(layers, formats), strict=True):
+        wanted = parse_scheme(own)
         plain = layer.kind == "embedding" or layer.name == "lm_head"
         held = wanted.name if not holder.refusal(layer, wanted) else nearest(holder, layer, wanted)
         schemes.append("bf16" if plain else str(held or "bf16"))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from torch import nn
 
+from experiments.in_turn import in_turn
 from experiments.models import reference_models
 from experiments.result import result
 from mpq.core.allocation import Allocation
@@ -42,11 +43,9 @@ JOBS = {  # target: schemes in turn, whether embeddings and the output layer sta
 def mixed(model: nn.Module, schemes: tuple[str, ...], floats: bool) -> Allocation:
     """Tied layers and the others take the schemes in turn."""
     layers = find_layers(model)
-    keys = list(dict.fromkeys(layer.tie or layer.name for layer in layers))
-    turn = {key: schemes[index % len(schemes)] for index, key in enumerate(keys)}
     ends = [floats and (layer.kind == "embedding" or layer.name == "lm_head") for layer in layers]
-    pairs = zip(layers, ends, strict=True)
-    return Allocation(layers, tuple("bf16" if end else turn[layer.tie or layer.name] for layer, end in pairs))
+    pairs = zip(in_turn(layers, schemes), ends, strict=True)
+    return Allocation(layers, tuple("bf16" if end else own for own, end in pairs))
 
 
 def by_rows(model: nn.Module, schemes: tuple[str, ...], bits: float = 3.25) -> Allocation:

@@ -17,6 +17,7 @@ from mpq.search.architecture import Architecture, Kernel, Width
 from mpq.search.controller import Controller, Schedule
 from mpq.search.one_shot import OneShot
 from mpq.search.repair import likely_within
+from tests.one_shot_loop import loop
 
 SPACE = ("int2-channel+a:int8-token", "int4-channel+a:int8-token", "int8-channel+a:int8-token")
 
@@ -65,19 +66,6 @@ def search_of(model, **options):
     return OneShot(model, SPACE, **options)
 
 
-def loop(model, search, steps, optimizer=None):
-    data = batches()
-    for step in range(steps):
-        inputs, labels = data[step % len(data)]
-        with search.sample():
-            loss = functional.cross_entropy(model(inputs), labels)
-        if optimizer is not None:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        search.update(quality=-loss.item())
-
-
 def test_what_is_used_is_the_first_channels_and_the_middle_of_kernels():
     model = network()
     layers = count_macs(model, find_layers(model), batches()[0], cross_entropy)
@@ -101,7 +89,7 @@ def test_what_is_used_is_the_first_channels_and_the_middle_of_kernels():
 def test_costs_are_of_formats_and_architecture_together(cost, target):
     model = network()
     search = search_of(model, cost=cost, target=target)
-    loop(model, search, 1)
+    loop(model, search, batches(), 1)
     layers = search.layers
     formats, options = [0, 1, 2, 1, 0], [0, 1, 0, 1, 0]
     scaled = search.architecture.scaled(layers, options)
@@ -119,7 +107,7 @@ def test_costs_are_of_formats_and_architecture_together(cost, target):
 def test_the_cut_network_computes_what_was_trained_and_is_packed_so(learned, tmp_path):
     model = network()
     search = search_of(model, learned=learned, seed=2)
-    loop(model, search, 34, torch.optim.Adam([*model.parameters(), *search.parameters()], lr=0.01))
+    loop(model, search, batches(), 34, torch.optim.Adam([*model.parameters(), *search.parameters()], lr=0.01))
     model.eval()
     inputs = batches()[0][0]
     with search.chosen() as schemes:

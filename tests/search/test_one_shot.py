@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 import mpq
 from mpq.core.costs import bitops
@@ -19,6 +18,7 @@ from mpq.network.macs import count_macs
 from mpq.search.controller import Schedule
 from mpq.search.one_shot import OneShot
 from mpq.search.repair import likeliest_within
+from tests.one_shot_loop import loop
 from tests.sensitivity.small_models import Convolutions, class_batches, seed_weights
 
 SPACE = ("int2-channel+a:int2", "int4-channel+a:int4", "fp8-e4m3-channel+a:fp8-e4m3")
@@ -39,18 +39,6 @@ class Blocks(nn.Module):
         for block in (self.block1, self.block2):
             x = x + block["o_proj"](torch.tanh(block["q_proj"](x) * block["k_proj"](x) + block["v_proj"](x)))
         return self.head(x)
-
-
-def loop(model, search, batches, steps, optimizer=None):
-    for step in range(steps):
-        inputs, labels = batches[step % len(batches)]
-        with search.sample():
-            loss = functional.cross_entropy(model(inputs), labels)
-        if optimizer is not None:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        search.update(quality=-loss.item())
 
 
 def test_costs_are_shares_of_the_target_in_bit_operations():

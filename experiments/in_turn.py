@@ -1,0 +1,12 @@
+"""Schemes for layers that take them in turn: mixed allocations for exports, without a search."""
+
+from collections.abc import Sequence
+
+from mpq.core.layer import Layer
+
+
+def in_turn(layers: Sequence[Layer], schemes: Sequence[str]) -> list[str]:
+    """A scheme for each layer; tied layers take their turn together."""
+    keys = list(dict.fromkeys(layer.tie or layer.name for layer in layers))
+    turn = {key: schemes[index % len(schemes)] for index, key in enumerate(keys)}
+    return [turn[layer.tie or layer.name] for layer in layers]
