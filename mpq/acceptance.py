@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from mpq.core.problem import Choices, Problem
 from mpq.evaluation import Quality
 from mpq.measuring import Measurer
 from mpq.rounding.store import Rounder
-from mpq.search.measured import polish, starts
+from mpq.search.measured import polish, ranked, starts
 from mpq.training.tuned_scales import Tuning
 
 ROUNDS = {"fast": 0, "normal": 8, "best": 64}  # allocations that polishing measures, by effort
@@ -192,11 +193,11 @@ def _polished(
 ) -> list[tuple[str, Choices]]:
     """The starts by what they harm calibration data, least first; before them the best, improved, where it can be."""
 
-    def measure(choices: Choices) -> NDArray[np.float64]:
+    def measure(choices: Choices, part: str) -> NDArray[np.float64]:
         allocation = frontier.problem.allocation(choices)
-        reference = measurer.reference("search").quality
+        reference = measurer.reference(part).quality
         try:
-            quality = measurer.quality(allocation, "search", measurer.means(allocation, searching=True))
+            quality = measurer.quality(allocation, part, measurer.means(allocation, searching=True))
         except NotFiniteError:
             return np.full(len(reference.losses), np.inf)
         harm = quality.harm if quality.divergence is not None else quality.harm - reference.harm
@@ -205,11 +206,11 @@ def _polished(
 
     if bool((np.isfinite(frontier.problem.losses).sum(1) == 1).all()):
         return begun  # nothing to choose
-    measured = [float(measure(choices).mean()) for _, choices in begun]
-    ordered = [begun[place] for place in np.argsort(measured, kind="stable")]
+    measures = [partial(measure, part=part) for part in measurer.searching]
+    ordered, losses = ranked(begun, measures)
     best = ordered[0][1]
-    polished = polish(frontier.problem, best, size, measure, rounds=rounds, seed=seed).choices
-    return ordered if np.array_equal(polished, best) else [("polished", polished), *ordered]
+    polished = polish(frontier.problem, best, size, measures, rounds=rounds, seed=seed, measured=losses).choices
+    return list(ordered) if np.array_equal(polished, best) else [("polished", polished), *ordered]
 
 
 def _is_uniform(problem: Problem, choices: Choices) -> bool:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 HALVES = (torch.float16, torch.bfloat16)
 SEARCHED = 0.25  # share of the calibration batches that a search measures on,
 SEARCHED_LEAST = {"perplexity": 4}  # but at least so many samples, or 64
+SCREENED = 0.25  # share of these that shows what is clearly worse,
+SCREENED_LEAST = 8  # where it has so many samples
 
 
 def store_for(method: str, source: Source, layers: Sequence[Layer]) -> RoundingStore:
@@ -41,8 +43,8 @@ def store_for(method: str, source: Source, layers: Sequence[Layer]) -> RoundingS
 class Measurer:
     """One simulated copy of a source's model, measured on any part of its data.
 
-    Parts are "search" (some of the calibration data), "acceptance" (data that no score has seen; calibration data where
-    the source has none) and "evaluation".
+    Parts are "search" (some of the calibration data; its beginning is "screening", what is left "rest"), "acceptance"
+    (data that no score has seen; calibration data where the source has none) and "evaluation".
     """
 
     def __init__(self, source: Source, store: RoundingStore, progress: bool = False) -> None:
@@ -64,6 +66,8 @@ class Measurer:
         source = self.source
         parts = {
             "search": self._searched(),
+            "screening": self._searched()[: self._screened()],
+            "rest": self._searched()[self._screened() :],
             "acceptance": source.acceptance or source.calibration,
             "evaluation": source.evaluation,
             "other": source.other,
@@ -72,10 +76,22 @@ class Measurer:
             raise MpqError(f"there is no part {part!r} of the data: {nearest_names(part, parts)}")
         return parts[part]
 
+    @property
+    def searching(self) -> tuple[str, ...]:
+        """The parts of "search", in the order in which they are measured: what is clearly worse has only the first."""
+        return ("screening", "rest") if self._screened() else ("search",)
+
     def _searched(self) -> tuple[Batch, ...]:
         sizes = np.cumsum([samples_in(batch) for batch in self.source.calibration])
         count = max(SEARCHED_LEAST.get(self.source.kind, 64), SEARCHED * sizes[-1])
         return self.source.calibration[: int(np.searchsorted(sizes, count)) + 1]
+
+    def _screened(self) -> int:
+        """Batches of "screening"; none where "search" is too small to be parted."""
+        sizes = np.cumsum([samples_in(batch) for batch in self._searched()])
+        count = max(SCREENED_LEAST, SCREENED * sizes[-1])
+        batches = int(np.searchsorted(sizes, count)) + 1
+        return batches if batches < len(sizes) else 0
 
     def means(self, allocation: Allocation, searching: bool = False) -> dict[str, Tensor]:
         """Running means estimated anew in the rounded network, on few samples while searching.

@@ -3,7 +3,8 @@
 A table of scores is right about most layers and wrong about some; measuring whole allocations tells which. The table is
 a Gaussian belief about each choice's loss. A draw from it is solved exactly within a radius of changes around the best
 allocation known (Thompson sampling), the proposal is measured, and the belief is conditioned on what came (a Kalman
-update). Nothing here knows what is measured: `measure` gives the loss of every sample.
+update). Nothing here knows what is measured: each of `measures` gives the loss of every sample of a part of the data,
+and what is clearly worse on the first parts is not measured on the others.
 """
 
 import re
@@ -20,7 +21,7 @@ from mpq.search.exact import exact
 from mpq.search.integer import integer
 from mpq.search.rules import rules
 
-Measure = Callable[[Choices], Array]  # losses (samples,), not finite where the model breaks
+Measure = Callable[[Choices], Array]  # losses (samples,) of a part of the data, not finite where the model breaks
 
 NEAR = 0.97  # of the budget: smaller uniform formats are no start
 FEWER = 2  # of the smallest widths are left out in turn
@@ -29,6 +30,7 @@ MISFIT = 0.1  # of a measured difference: what no additive table explains
 SMALLEST_RADIUS = 2
 PATIENCE = 4  # proposals in a row that were known already
 SECONDS = 5.0  # of the integer program for one proposal
+CLEAR = 2.0  # standard errors of a paired difference beyond which nothing more is measured
 
 
 def starts(frontier: Frontier, size: float) -> tuple[tuple[str, Choices], ...]:
@@ -143,26 +145,77 @@ class Belief:
         return table + (gain @ covariances).reshape(table.shape)
 
 
+def race(choices: Choices, measures: Sequence[Measure], best: Array | None = None) -> Array:
+    """Losses of all samples, part after part, or of the first parts where they are clearly above the best ones there.
+
+    Args:
+        choices: to measure.
+        measures: of the parts of the data.
+        best: losses (samples,) of the best choices known, on all parts.
+    """
+    losses = np.empty(0)
+    for measure in measures:
+        losses = np.concatenate([losses, measure(choices)])
+        if best is None:
+            continue
+        gap, error = _paired(losses, best[: len(losses)])
+        if not gap <= CLEAR * error:  # also where it is no number
+            break
+    return losses
+
+
+def ranked(
+    starts: Sequence[tuple[str, Choices]], measures: Sequence[Measure]
+) -> tuple[tuple[tuple[str, Choices], ...], Array]:
+    """Named choices by what they lose, least first, and the losses (samples,) of the first one."""
+    best = race(starts[0][1], measures)
+    gaps = [0.0]
+    for _, choices in starts[1:]:
+        losses = race(choices, measures, best if np.isfinite(best).all() else None)
+        gap = _paired(losses, best[: len(losses)])[0]
+        if len(losses) == len(best) and gap < 0:
+            gaps, best, gap = [other - gap for other in gaps], losses, 0.0
+        gaps.append(gap)
+    order = np.argsort(np.nan_to_num(gaps, nan=np.inf), kind="stable")
+    return tuple(starts[place] for place in order.tolist()), best
+
+
 @dataclass(frozen=True, eq=False)
 class Polished:
     """Result of `polish`."""
 
     choices: Choices  # (groups,)
-    measured: tuple[tuple[Choices, float], ...]  # everything that was measured, with its mean loss, in order
+    measured: tuple[tuple[Choices, float], ...]  # everything that was measured, with its loss above the start's
 
 
 def polish(
-    problem: Problem, start: Choices, size: float, measure: Measure, *, rounds: int = 24, seed: int = 0
+    problem: Problem,
+    start: Choices,
+    size: float,
+    measures: Sequence[Measure],
+    *,
+    rounds: int = 24,
+    seed: int = 0,
+    measured: Array | None = None,
 ) -> Polished:
     """Improve choices by measuring: at most `rounds` allocations besides the start, none above `size` bytes.
 
     A proposal is accepted when it is better by more than a standard error of the paired difference. The radius of
     changes grows with success and shrinks with failure.
+
+    Args:
+        problem: whose losses are the scores to begin with.
+        start: choices to begin with.
+        size: bytes that the layers may take.
+        measures: of the parts of the data.
+        rounds: allocations to measure.
+        seed: of the proposals.
+        measured: losses (samples,) of the start, where they are known.
     """
     generator = np.random.default_rng(seed)
     best = np.asarray(start, dtype=np.intp)
-    losses = origin = measure(best)
-    history = [(best, float(losses.mean()))]
+    losses = origin = race(best, measures) if measured is None else measured
+    history = [(best, 0.0)]
     fixed = bool((np.isfinite(problem.losses).sum(1) == 1).all())
     if not np.isfinite(losses).all() or rounds < 1 or fixed:
         return Polished(best, tuple(history))
@@ -178,14 +231,15 @@ def polish(
             continue
         idle = 0
         known.add(tuple(proposal.tolist()))
-        new = measure(proposal)
-        history.append((proposal, float(new.mean())))
+        new = race(proposal, measures, losses)
+        difference, its_error = _paired(new, origin[: len(new)])
+        history.append((proposal, difference))
         if not np.isfinite(new).all():
             radius = max(SMALLEST_RADIUS, radius // 2)
             continue
-        belief.learn(proposal, *_paired(new, origin))
-        gain, error = _paired(new, losses)
-        if gain < -error:
+        belief.learn(proposal, difference, its_error)
+        gap, error = _paired(new, losses[: len(new)])
+        if len(new) == len(losses) and gap < -error:
             best, losses, radius = proposal, new, min(2 * radius, len(best))
         else:
             radius = max(SMALLEST_RADIUS, 2 * radius // 3)
@@ -204,7 +258,8 @@ def nearby(problem: Problem, table: Array, center: Choices, radius: int, size: f
 
 
 def _paired(losses: Array, others: Array) -> tuple[float, float]:
-    difference = losses - others
-    if len(difference) < 2:
-        return float(difference.mean()), 0.0
-    return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+    """Mean difference of losses on the same samples, and its standard error."""
+    with np.errstate(invalid="ignore"):  # infinite ones
+        difference = losses - others
+        error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
+        return float(difference.mean()), float(error)

@@ -1,5 +1,8 @@
-"""The noise floor is the original against itself, in float32 where it is stored in 16 bits; it stays as it was."""
+"""The noise floor is the original against itself; searches measure on parts that make up their data."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from mpq.measuring import Measurer
@@ -18,3 +21,15 @@ def test_the_noise_floor_of_16_bits_is_above_that_of_float32():
         floors[dtype] = floor.divergence.mean()[0]
     assert abs(floors[torch.float32]) < 1e-6
     assert 1e-6 < floors[torch.bfloat16] < 1e-2
+
+
+@pytest.mark.parametrize(("samples", "parts"), [(256, ("screening", "rest")), (16, ("search",))])
+def test_the_parts_that_a_search_measures_on_are_its_data(samples, parts):
+    source = open_source("tiny-lm", nsamples=4, evaluation_samples=4)
+    source = replace(source, calibration=torch.arange(samples * 8).view(samples, 8).split(2))
+    measurer = Measurer(source, RoundingStore("nearest"))
+    assert measurer.searching == parts
+    found = torch.cat([batch for part in parts for batch in measurer._batches(part)])
+    assert torch.equal(found, torch.cat(measurer._batches("search")))
+    if len(parts) == 2:
+        assert 8 <= sum(map(len, measurer._batches(parts[0]))) < len(found) / 2

@@ -10,7 +10,7 @@ from mpq.core.layer import Layer
 from mpq.core.problem import build_problem
 from mpq.core.table import SensitivityTable
 from mpq.search.exact import exact
-from mpq.search.measured import Belief, nearby, polish, starts
+from mpq.search.measured import Belief, nearby, polish, race, ranked, starts
 
 
 def sizes(problem, choices):
@@ -88,7 +88,7 @@ def test_polishing_recovers_from_a_table_that_is_wrong_about_two_layers(seed):
         each = truth[groups, choices].sum()
         return each * (1 + 0.05 * np.random.default_rng(7).standard_normal(64))  # the same samples each time
 
-    found = polish(told, start, size, measure, rounds=30, seed=seed)
+    found = polish(told, start, size, [measure], rounds=30, seed=seed)
     best = exact(problem)
     optimum, before, after = (
         truth[groups, choices].sum() for choices in (best.choices[best.index_at(cost=size)], start, found.choices)
@@ -106,14 +106,14 @@ def test_what_cannot_be_measured_is_not_taken():
     def measure(choices):
         return np.full(8, 1.0 if (choices == start).all() else np.nan)
 
-    assert polish(problem, start, 2 * sizes(problem, start), measure, rounds=5).choices.tolist() == start.tolist()
+    assert polish(problem, start, 2 * sizes(problem, start), [measure], rounds=5).choices.tolist() == start.tolist()
 
 
 def test_where_there_is_one_choice_nothing_is_proposed():
     problem = build_problem(make_table(1, 3, ("int4-channel",)))
     only = np.zeros(3, dtype=np.intp)
     assert nearby(problem, problem.losses * 0, only, 2, sizes(problem, only)).tolist() == [0, 0, 0]
-    found = polish(problem, only, sizes(problem, only), lambda choices: np.ones(4), rounds=9)
+    found = polish(problem, only, sizes(problem, only), [lambda choices: np.ones(4)], rounds=9)
     assert len(found.measured) == 1
 
 
@@ -125,3 +125,44 @@ def test_scores_averaged_over_a_kind_are_a_start():
     found = dict(starts(exact(problem), size))
     assert found["searched by kind"].tolist() == [0, 1] * 4
     assert found["searched"].tolist() == [0, 1, 1, 0, 0, 1, 0, 1]
+
+
+def test_what_is_clearly_worse_is_not_measured_to_the_end():
+    best = np.random.default_rng(0).standard_normal(16)
+    parts = [lambda choices: best[:8] + choices[0], lambda choices: best[8:] + choices[0]]
+    assert len(race(np.array([3]), parts, best)) == 8
+    assert len(race(np.array([-3]), parts, best)) == 16
+    assert len(race(np.array([3]), parts)) == 16
+    broken = [lambda choices: np.full(8, np.inf), lambda choices: pytest.fail("measured on")]
+    assert np.isinf(race(np.array([0]), broken, best)).all()
+
+
+def test_starts_are_ranked_by_what_they_lose_wherever_measuring_stopped():
+    noise = np.random.default_rng(1).standard_normal(32)
+    asked = []
+
+    def part(own):
+        def measure(choices):
+            asked.append(len(own))
+            return own + (np.inf if choices[0] == 9 else choices[0])
+
+        return measure
+
+    starts = [(str(number), np.array([number])) for number in (9, 5, 2, 7, 3, 1)]
+    found, losses = ranked(starts, [part(noise[:8]), part(noise[8:])])
+    assert [name for name, _ in found] == ["1", "2", "3", "5", "7", "9"]
+    assert losses == pytest.approx(noise + 1)
+    assert asked.count(24) == 4  # 9, the first; 5, 2 and 1, better than all before
+
+
+def test_polishing_takes_what_it_knows_of_the_start():
+    problem = make_problem(1, 6)
+    start = np.full(6, 1)
+    asked = []
+
+    def measure(choices):
+        asked.append(choices.tolist())
+        return np.ones(16) * problem.prediction(choices)[0]
+
+    polish(problem, start, sizes(problem, start), [measure], rounds=3, measured=measure(start))
+    assert asked.count(start.tolist()) == 1
