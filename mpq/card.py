@@ -1,8 +1,14 @@
 """README.md of an output folder: what it holds, how it was made, its quality and what runs it."""
 
 import logging
+import platform
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from mpq.core.cache_formats import CacheFormats
 from mpq.core.files import write_atomically
@@ -33,13 +39,27 @@ def write_card(
     command = target.serving(".", cache)
     run = f"\n## Run\n\n```sh\n{command}\n```\n" if command else ""
     made = "".join(f"- {name}: {value}\n" for name, value in settings.items())
+    table = f"{_table(rows)}\n" if rows else ""
+    report = ", `report.html` shows more" if (folder / "report.html").exists() else ""
     text = (
         f"{MARK}\n# {title}\n\nQuantized layer by layer for {target.readers or target.name}; `allocation.json` says "
-        f"which format each layer has, `report.html` shows more.\n{run}\n## Quality on unseen data\n\n{_table(rows)}\n"
-        f"{' '.join(words)}\n\n## How it was made\n\n{made}"
+        f"which format each layer has{report}.\n{run}\n## Quality on unseen data\n\n{table}{' '.join(words)}\n\n"
+        f"## How it was made\n\n{made}"
     )
     with write_atomically(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def circumstances(model: nn.Module, seconds: float) -> dict[str, object]:
+    """Versions, command, device and seconds."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    ours = sys.modules["mpq"].__version__
+    return {
+        "versions": f"mpq {ours}, torch {torch.__version__}, Python {platform.python_version()}",
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": f"{device}, {platform.machine()}, {torch.get_num_threads()} threads",
+        "seconds": f"{seconds:.0f}",
+    }
 
 
 def _table(rows: Sequence[Row]) -> str:

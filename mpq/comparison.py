@@ -146,14 +146,16 @@ def on_other_text(measurer: Measurer, acceptance: Acceptance, packed: nn.Module 
     return f"On text of another kind ({source.other_name}) the KL divergence is {_with_error(kl, error)}."
 
 
-def sentences(measured: Sequence[Measured], acceptance: Acceptance) -> tuple[str, ...]:
-    """The table in words: what was gained over the best uniform format, how far predictions were off."""
-    chosen, uniform = measured[-1], acceptance.uniform
+def sentences(measured: Sequence[Measured], acceptance: Acceptance | None = None) -> tuple[str, ...]:
+    """The table in words: what the last line's harm is, what was gained over the best uniform format that was accepted,
+    how far predictions were off.
+    """
+    chosen, uniform = measured[-1], None if acceptance is None else acceptance.uniform
     assert chosen.allocation is not None
     what = "KL divergence from the original" if chosen.quality.divergence is not None else "loss increase"
     harm, error = chosen.harm
     said = [f"On unseen data the {what} is {_with_error(harm, error)}."]
-    if uniform is not None and uniform is not acceptance.chosen:
+    if acceptance is not None and uniform is not None and uniform is not acceptance.chosen:
         best = next(one for one in measured if one.name == uniform.name)
         difference, difference_error = chosen.quality.harm_above(best.quality)
         share = f", {100 * -difference / best.harm[0]:.0f} % less" if difference < 0 < best.harm[0] else ""
@@ -165,8 +167,8 @@ def sentences(measured: Sequence[Measured], acceptance: Acceptance) -> tuple[str
     if predicted > 0 and harm > 0 and predicts_loss(chosen.allocation.metric):
         ratio = harm / predicted
         side = f"{ratio:.2g} times too low" if ratio >= 1 else f"{1 / ratio:.2g} times too high"
-        tuned = ", for scales as they were rounded" if acceptance.untuned is not None else ""
-        said.append(f"Predicted was {predicted:.4g}{tuned}, {side}.")
+        untuned = acceptance is not None and acceptance.untuned is not None
+        said.append(f"Predicted was {predicted:.4g}{', for scales as they were rounded' if untuned else ''}, {side}.")
     return tuple(said)
 
 

@@ -4,9 +4,6 @@ import copy
 import logging
 import math
 import os
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +15,7 @@ import torch
 from torch import nn
 
 from mpq.acceptance import SAMPLES, STEPS, Acceptance, Candidate, accept, check_effort, with_tuned_scales
-from mpq.card import write_card
+from mpq.card import circumstances, write_card
 from mpq.comparison import Measured, along, compare, on_other_text, sentences
 from mpq.core.allocation import Allocation
 from mpq.core.cache_formats import CacheFormats
@@ -340,31 +337,14 @@ def _write_artefacts(outcome: Outcome, source: Source, target: Target) -> None:
         if found.allocation is not None and not math.isnan(found.allocation.loss)
     ]
     title = f"{source.name} at {outcome.allocation.bits:.2f} bits per weight"
-    settings = _circumstances(source.model, outcome.seconds)
-    write_card(
-        outcome.folder,
-        title=title,
-        target=target,
-        rows=outcome.rows(),
-        words=outcome.words(),
-        settings=settings,
-        cache=outcome.allocation.cache,
-    )
+    settings = circumstances(source.model, outcome.seconds)
     write_report(
         outcome.folder / "report.html", title=title,
         table=outcome.table, frontier=outcome.frontier, allocation=outcome.allocation, rows=outcome.rows(),
         predictions=predictions, words=outcome.words(), points=points, tokens=outcome.tokens(),
         settings=settings,
     )  # fmt: skip
-
-
-def _circumstances(model: nn.Module, seconds: float) -> dict[str, object]:
-    """Versions, command, device and seconds for the report."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    ours = sys.modules["mpq"].__version__
-    return {
-        "versions": f"mpq {ours}, torch {torch.__version__}, Python {platform.python_version()}",
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "device": f"{device}, {platform.machine()}, {torch.get_num_threads()} threads",
-        "seconds": f"{seconds:.0f}",
-    }
+    write_card(
+        outcome.folder, title=title, target=target, rows=outcome.rows(), words=outcome.words(), settings=settings,
+        cache=outcome.allocation.cache,
+    )  # fmt: skip

@@ -12,8 +12,8 @@ from mpq.core.errors import MpqError
 from mpq.core.registry import Target
 from mpq.core.scheme import parse_scheme
 from mpq.core.table import SensitivityTable
+from mpq.evaluation import Quality
 from mpq.exporters.holding import FLOAT, check, restrict
-from mpq.measuring import Measurer
 from mpq.search import frontier_of
 
 TABLE = "table.csv"  # beside the allocation, in the folder of a whole job
@@ -38,14 +38,13 @@ class Resolved:
             f"formats{kept}; {self.allocation.bits:.3f} bits instead of {self.before.bits:.3f}"
         )
 
-    def measured(self, measurer: Measurer) -> str:
+    def measured(self, new: Quality, old: Quality) -> str:
         """How both measure on unseen data."""
-        new, old = (measurer.quality(one, "evaluation") for one in (self.allocation, self.before))
         difference, error = new.harm_above(old)
         what = "loss" if new.divergence is None else "KL from the original"
         return (
             f"Measured on unseen data: {new} instead of {old}; {what} {new.harm_with_error()[0]:.4g} instead of "
-            f"{old.harm_with_error()[0]:.4g} (difference {difference:.3g} +- {error:.1g})"
+            f"{old.harm_with_error()[0]:.4g} (difference {difference:.3g} +- {error:.1g})."
         )
 
 

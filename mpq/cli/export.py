@@ -17,6 +17,9 @@ def add(command: AddCommand) -> None:
     export.add_argument("--to", default="mpq", help="mpq (default), compressed-tensors, gguf, ...")
     export.add_argument("--table", help="the allocation's table, to solve again for --to (default: the one beside it)")
     export.add_argument("--strict", action="store_true", help="refuse what --to cannot hold, instead of solving again")
+    export.add_argument(
+        "--no-measure", action="store_true", help="leave the quality unmeasured, but for what is solved again"
+    )
     export.add_argument("--force", action="store_true", help="overwrite a result of other settings")
     export.add_argument("-o", "--output", required=True, help="folder to write")
 
@@ -45,19 +48,22 @@ def run(options: argparse.Namespace) -> None:
     allocation = allocation if resolved is None else resolved.allocation
     check_cache(target, allocation)
 
-    from mpq.exporting import export_to
-    from mpq.measuring import Measurer, store_for
+    from mpq.exported_folder import export_folder
+    from mpq.measuring import store_for
 
     source = source_of(options)
     check_model(target, source.model)
     store = store_for(method, source, allocation.layers)
-    if resolved is not None:
-        say(options, resolved.sentence())
-        say(options, resolved.measured(Measurer(source, store, not options.quiet)))
-    written = export_to(options.to, source, allocation, options.output, store)
+    exported = export_folder(
+        source, allocation, options.output, target=options.to, store=store, resolved=resolved,
+        measure=resolved is not None or not options.no_measure, progress=not options.quiet,
+    )  # fmt: skip
+    written = exported.folder
     if written.is_dir():
         recipe.begin(options.output, steps)
         recipe.finish(options.output)
+    for sentence in exported.words():
+        say(options, sentence)
     files = [written] if written.is_file() else [path for path in written.iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     say(options, f"{written}: {megabytes(size)}, {allocation.bits:.3f} bits per weight")

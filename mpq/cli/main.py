@@ -24,6 +24,7 @@ from mpq.cli import (
 )
 from mpq.cli import recipe as recipes
 from mpq.cli.options import adding_to
+from mpq.core import libraries
 from mpq.core.errors import MpqError
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=level, format="mpq: %(message)s")
         if os.environ.get("WORLD_SIZE", "1") != "1" and options.run is not profile.run:
             raise MpqError("only 'mpq profile' supports torchrun; pass its table with quantize --table")
+        libraries.tell_missing()
         options.run(options)
     except MpqError as error:
         print(f"mpq: {error}", file=sys.stderr)

@@ -1,8 +1,6 @@
 """The compiled inner loops of rounding (`src/rounding.c`); without them PyTorch computes the same results, slower."""
 
 import ctypes
-import importlib
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -10,12 +8,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from mpq.core import libraries
 from mpq.core.grids import Grid
 from mpq.rounding.codes import decode, encode
 
 KINDS = {"int": 0, "float": 1, "codebook": 2}
 ELEMENTS_OF_A_THREAD = 2**19  # least work for which starting a thread pays
-_log = logging.getLogger(__name__)
 
 
 class GridStruct(ctypes.Structure):
@@ -38,13 +36,9 @@ class GridStruct(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The library, or None where the package was installed without a compiler (logged once)."""
-    try:
-        path = importlib.import_module("mpq.rounding._native").__file__
-    except ImportError:
-        _log.warning("mpq was installed without its compiled rounding: PyTorch computes it, several times slower")
-        return None
-    return ctypes.CDLL(path)
+    """The library, or None where the package was installed without a compiler."""
+    path = libraries.path_of(libraries.ROUNDING)
+    return None if path is None else ctypes.CDLL(path)
 
 
 def serves(grid: Grid, *tensors: Tensor) -> bool:

@@ -8,7 +8,6 @@ each token, as in the reference.
 """
 
 import ctypes
-import importlib
 import logging
 import math
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mpq.core import libraries
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
 from mpq.kernels import reference
@@ -52,11 +52,9 @@ class Native:
 
 @lru_cache(maxsize=1)
 def native() -> Native | None:
-    """The library, or None where the package was installed without a compiler (logged once)."""
-    try:
-        path = importlib.import_module("mpq.kernels.cpu._native").__file__
-    except ImportError:
-        _log.warning("mpq was installed without its compiled kernels: packed layers run in plain PyTorch")
+    """The library, or None where the package was installed without a compiler."""
+    path = libraries.path_of(libraries.KERNELS)
+    if path is None:
         return None
     library = ctypes.CDLL(path)
     abi.declare(library)
