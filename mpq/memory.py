@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
@@ -12,9 +12,10 @@ from mpq.core.allocation import Allocation
 from mpq.core.cache import CACHE_FORMATS, EVERY, cache_name, head_bytes, parse_cache_format
 from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError, NotFiniteError
+from mpq.core.latency import LatencyTable
 from mpq.core.layer import Layer
 from mpq.core.prediction import predicts_loss
-from mpq.core.problem import Problem, build_problem
+from mpq.core.problem import Array, Problem, build_problem
 from mpq.core.registry import Target
 from mpq.core.scheme import parse_scheme
 from mpq.core.sizes import parse_size
@@ -26,6 +27,7 @@ from mpq.measuring import Measurer
 from mpq.network.cached import context_of, find_cached
 from mpq.network.calibration import take
 from mpq.search import frontier_of
+from mpq.search.choice import beside_cache, costs_of
 from mpq.search.exact import exact
 from mpq.search.integer import integer
 from mpq.sources import Source
@@ -141,6 +143,12 @@ class Request:
     pin: Mapping[str, str] | None = None
     ties: bool = True  # whether fused layers share a scheme
     weights: float | None = None  # bytes that the layers' weights may take, where they have a budget of their own
+    budgets: Mapping[str, float] = field(default_factory=dict)  # largest totals of "bitops" and "latency"
+    latencies: LatencyTable | None = None
+
+    def costs(self, table: SensitivityTable) -> dict[str, Array]:
+        """Further costs of a table's layers, keys and values."""
+        return costs_of(table, self.latencies, self.serving.batch, self.serving.context)
 
 
 def splits(held: Held, request: Request) -> list[CacheFormats]:
@@ -199,7 +207,15 @@ def weights_within(held: Held, request: Request, cache: CacheFormats) -> Allocat
         room = serving.memory - cache.nbytes(serving.context, serving.batch)
         allocation = frontier.allocation(0)
         budget = min(budget, room - checkpoint.file_size(request.model, allocation) + allocation.size)
-    return frontier.at(cost=max(min(budget, float(frontier.costs[-1])), float(frontier.costs[0])))
+    budget = max(min(budget, float(frontier.costs[-1])), float(frontier.costs[0]))
+    if not request.budgets:
+        return frontier.at(cost=budget)
+    table = held.table.weights()
+    left = beside_cache(request.budgets, cache, request.latencies, serving.batch, serving.context)
+    return frontier_of(
+        table, search="integer", pin=request.pin, forbid=held.forbid, ties=request.ties or held.fuses, cache=cache,
+        costs=request.costs(table), budgets={**left, "size": budget},
+    ).allocation(0)  # fmt: skip
 
 
 def _harm(allocation: Allocation, measurer: Measurer) -> float:
@@ -238,15 +254,17 @@ def joint_problem(held: Held, request: Request, budgets: Mapping[str, float] | N
     """Weights and cache as one problem."""
     serving = request.serving
     return build_problem(
-        held.table, pin=request.pin, forbid=held.forbid, ties=request.ties or held.fuses, budgets=budgets,
-        context=serving.context, batch=serving.batch,
+        held.table, pin=request.pin, forbid=held.forbid, ties=request.ties or held.fuses,
+        costs=request.costs(held.table), budgets=budgets, context=serving.context, batch=serving.batch,
     )  # fmt: skip
 
 
 def _optimum(held: Held, request: Request) -> Allocation | None:
     """The optimum within all budgets, a file's header counted; None where they cannot be met."""
     serving = request.serving
-    others: dict[str, float] = {} if request.weights is None else {"size": request.weights}
+    others = dict(request.budgets)
+    if request.weights is not None:
+        others["size"] = request.weights
     if serving.kv_bits is not None:
         others["cache"] = serving.kv_bits * _numbers(serving, held.table.entries) / 8
     memory = math.inf if serving.memory is None else serving.memory

@@ -40,7 +40,7 @@ from mpq.plots import Point, Prediction, draw_frontier, frontier_facts
 from mpq.report import Row, write_report
 from mpq.rounding import DEFAULT_METHOD
 from mpq.search import frontier_of
-from mpq.search.choice import check_budgets, keeps, latency_cost
+from mpq.search.choice import beside_cache, check_budgets, costs_of, keeps
 from mpq.sensitivity import DEFAULT_METRIC, METRICS
 from mpq.sensitivity.profile import profile
 from mpq.smallest import check_limit, smallest, within_limit
@@ -134,7 +134,8 @@ def quantize_model(
         kv_bits: largest average of stored bits of a cached number, with any other budget, or alone: weights stay.
         kv_formats: candidates of keys and values (`mpq.core.cache`); left out, what the target serves.
         budgets: largest totals of other costs beside those: "bitops" of a sample, "latency" in seconds of `latencies`.
-        latencies: measured seconds of layers (`mpq bench`), for `batch` tokens at a time.
+        latencies: measured seconds of layers (`mpq bench`), for `batch` tokens at a time, and of attention to the
+            context where it was measured too.
         formats: candidate schemes; left out, integers of 2 to 8 bits, or what the target holds.
         target: who will run the model (`mpq.exporters.targets`): layers get only what it can hold, and the folder is
             the one that it opens.
@@ -203,12 +204,13 @@ def quantize_model(
         )  # fmt: skip
     release_memory()
     held = restrict(table, reader)
-    limits = Limits(bits, None if size is None else parse_size(size), max_kl, budgets or {}, latencies, batch)
+    served = 0 if serving is None else serving.context
+    limits = Limits(bits, None if size is None else parse_size(size), max_kl, budgets or {}, latencies, batch, served)
     measurer = Measurer(source, store, progress)
     cache = None
     if serving:
         weights = sum(layer.params for layer in layers)
-        request = Request(source.model, serving, reader, pin, ties, limits.most(weights))
+        request = Request(source.model, serving, reader, pin, ties, limits.most(weights), limits.budgets, latencies)
         cache = choose_cache(held, request, measurer, measured=effort != "fast")
         if serving.memory is not None:
             left = serving.memory - cache.nbytes(serving.context, serving.batch)
@@ -253,6 +255,7 @@ class Limits:
     budgets: Mapping[str, float]
     latencies: LatencyTable | None
     batch: int
+    context: int  # tokens whose attention counts in "latency"
 
     def most(self, weights: int) -> float | None:
         """Bytes of so many weights, or of the file, as far as they are limited."""
@@ -260,7 +263,7 @@ class Limits:
 
     def hold(self, sized: Callable[[Allocation], int], allocation: Allocation) -> bool:
         """Whether an allocation's file and other costs are within them."""
-        within = keeps(allocation, self.budgets, self.latencies, self.batch)
+        within = keeps(allocation, self.budgets, self.latencies, self.batch, self.context)
         return within and (self.size is None or sized(allocation) <= self.size)
 
 
@@ -280,10 +283,10 @@ def _searched(
     if not limits.budgets:
         return frontier, budget
     table = held.table.weights()
-    costs = {} if limits.latencies is None else {"latency": latency_cost(table, limits.latencies, limits.batch)}
+    left = beside_cache(limits.budgets, cache, limits.latencies, limits.batch, limits.context)
     frontier = frontier_of(
-        table, search="integer", pin=pin, forbid=held.forbid, ties=ties, cache=cache, costs=costs,
-        budgets={**limits.budgets, "size": budget},
+        table, search="integer", pin=pin, forbid=held.forbid, ties=ties, cache=cache,
+        costs=costs_of(table, limits.latencies, limits.batch), budgets={**left, "size": budget},
     )  # fmt: skip
     return frontier, budget
 

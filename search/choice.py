@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from mpq.core.allocation import Allocation
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
 from mpq.core.frontier import Frontier
 from mpq.core.latency import LatencyTable
 from mpq.core.prediction import predicts_loss
 from mpq.core.problem import Array
-from mpq.core.scheme import parse_scheme
+from mpq.core.scheme import Scheme, parse_scheme
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 from mpq.search import SEARCHES, frontier_of
@@ -61,7 +62,7 @@ def allocate(
         pin: scheme by layer pattern.
         forbid: scheme patterns by layer pattern.
         ties: whether layers that serving kernels fuse share a scheme.
-        latencies: measured seconds of layers: adds the cost "latency".
+        latencies: measured seconds of layers, and of attention to the context: adds the cost "latency".
         batch: tokens at a time, for `latencies`; texts that are cached at once, for `memory`.
         whole_frontier: for a search on measured loss: lower loss and size together.
         options: the search's own, such as evolution's `evaluate` and `trials`.
@@ -75,12 +76,13 @@ def allocate(
     if memory is not None or kv_bits is not None:
         return _with_cache(
             table, bits, size, memory, kv_bits, context, batch,
-            pin=pin, forbid=forbid, ties=ties, costs=_costs(table, latencies, batch), budgets=dict(budgets or {}),
+            pin=pin, forbid=forbid, ties=ties, budgets=dict(budgets or {}),
+            costs=costs_of(table, latencies, batch, context),
         )  # fmt: skip
     table = table.weights()
     search = search or ("cheapest" if loss is not None else "integer" if budgets else "exact")
     check_choice(search, loss is not None, bool(budgets), whole_frontier)
-    costs = _costs(table, latencies, batch)
+    costs = costs_of(table, latencies, batch)
     limits: dict[str, float | str] = dict(budgets or {})
     request: dict[str, Any] = {
         "search": search, "pin": pin, "forbid": forbid, "ties": ties, "costs": costs, "budgets": limits, **options,
@@ -143,18 +145,40 @@ def check_budgets(budgets: Mapping[str, float], latencies: LatencyTable | None, 
 
 
 def keeps(
-    allocation: Allocation, budgets: Mapping[str, float], latencies: LatencyTable | None = None, batch: int = 1
+    allocation: Allocation,
+    budgets: Mapping[str, float],
+    latencies: LatencyTable | None = None,
+    batch: int = 1,
+    context: int = 0,
 ) -> bool:
-    """Whether an allocation's weights are within budgets of "bitops" and "latency"."""
+    """Whether an allocation is within budgets of "bitops" and "latency", attention to a context counted."""
     totals = {"bitops": allocation.bitops}
     if latencies is not None:
-        seconds = latencies.cost(batch)
-        totals["latency"] = sum(seconds(layer, allocation.scheme_of[layer.name]) for layer in allocation.layers)
+        seconds = latencies.cost(batch, context)
+        weights = sum(seconds(layer, allocation.scheme_of[layer.name]) for layer in allocation.layers)
+        totals["latency"] = weights + cache_seconds(allocation.cache, latencies, batch, context)
     return all(totals[name] <= limit for name, limit in budgets.items())
 
 
-def _costs(table: SensitivityTable, latencies: LatencyTable | None, batch: int) -> dict[str, Array]:
-    return {"latency": latency_cost(table, latencies, batch)} if latencies is not None else {}
+def cache_seconds(cache: CacheFormats | None, latencies: LatencyTable, batch: int = 1, context: int = 0) -> float:
+    """Measured seconds of one token's attention; 0 where none was measured or nothing is cached."""
+    seconds, formats = latencies.cost(batch, context), {} if cache is None else cache.format_of
+    entries = () if cache is None else cache.entries
+    return sum(seconds(entry, Scheme(formats[entry.name], cached=True)) for entry in entries)
+
+
+def beside_cache(
+    budgets: Mapping[str, float], cache: CacheFormats | None, latencies: LatencyTable | None, batch: int, context: int
+) -> dict[str, float]:
+    """What a cache leaves of budgets to the weights."""
+    if latencies is None or "latency" not in budgets:
+        return dict(budgets)
+    return {**budgets, "latency": budgets["latency"] - cache_seconds(cache, latencies, batch, context)}
+
+
+def costs_of(table: SensitivityTable, latencies: LatencyTable | None, batch: int, context: int = 0) -> dict[str, Array]:
+    """Costs of a table's layers beside their bytes and bit operations, name -> (layers, schemes)."""
+    return {"latency": latency_cost(table, latencies, batch, context)} if latencies is not None else {}
 
 
 def check_choice(search: str, by_loss: bool, by_budgets: bool, whole_frontier: bool) -> None:
@@ -168,13 +192,16 @@ def check_choice(search: str, by_loss: bool, by_budgets: bool, whole_frontier: b
         raise MpqError("a measured frontier needs a search on measured loss (evolution), and no other budget")
 
 
-def latency_cost(table: SensitivityTable, latencies: LatencyTable, batch: int = 1) -> Array:
-    """Seconds of every layer in every scheme, (layers, schemes); MpqError when one was not measured."""
-    seconds = latencies.cost(batch)
+def latency_cost(table: SensitivityTable, latencies: LatencyTable, batch: int = 1, context: int = 0) -> Array:
+    """Seconds of every layer in every scheme, (layers, schemes); MpqError when one was not measured.
+
+    Keys and values count as `LatencyTable.cost` says.
+    """
+    seconds = latencies.cost(batch, context)
     schemes = [parse_scheme(name) for name in table.schemes]
     return np.array(
         [
-            [0.0 if scheme.cached or layer.is_cached else seconds(layer, scheme) for scheme in schemes]
+            [seconds(layer, scheme) if scheme.cached == layer.is_cached else 0.0 for scheme in schemes]
             for layer in table.layers
         ]
     )

@@ -9,11 +9,14 @@ from small_cnn import images, small_cnn
 import mpq
 from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
+from mpq.core.latency import Latency, LatencyTable
+from mpq.core.scheme import parse_scheme
 from mpq.exporters.holding import restrict
 from mpq.exporters.targets import TARGETS
 from mpq.measuring import Measurer, store_for
 from mpq.memory import Request, Serving, choose_cache, serving_of, splits, weights_within
 from mpq.network.calibration import cross_entropy
+from mpq.search.choice import allocate, cache_seconds, keeps
 from mpq.sensitivity.profile import profile
 from mpq.sources import Source, open_source
 
@@ -103,6 +106,33 @@ def test_budgets_join(source: Source, table: mpq.SensitivityTable) -> None:
         splits(held, request_of(source, Serving(256, 8, 4e5)))
     with pytest.raises(MpqError, match="matches nothing"):
         splits(held, request_of(source, Serving(256, 8, 1.2e6), pin={"nothing": "int8-channel"}))
+
+
+def test_a_budget_of_seconds_counts_attention(source: Source, table: mpq.SensitivityTable) -> None:
+    """A table in which attention takes as many seconds as its format has bits, and layers next to none."""
+    layers = [Latency(name, 64, 64, 8, 1e-9) for name in table.weights().schemes]
+    attention = [
+        Latency(name, entry.rows, entry.cols, 8, float(parse_scheme(name).weight.grid.bits), entry.kind, 256)
+        for name in table.schemes
+        for entry in table.entries[:2]
+        if parse_scheme(name).cached
+    ]
+    latencies = LatencyTable((*layers, *attention))
+    held, serving = restrict(table, TARGETS.named("mpq")), Serving(256, 8, 1.9e6)
+    free, limit = splits(held, request_of(source, serving))[0], 3.01 * len(table.entries)
+    assert cache_seconds(free, latencies, 8, 256) > limit
+    request = request_of(source, serving, budgets={"latency": limit}, latencies=latencies)
+    for cache in splits(held, request):
+        assert 0.7 * limit < cache_seconds(cache, latencies, 8, 256) <= limit
+        chosen = weights_within(held, request, cache)
+        assert chosen.memory(256, 8) <= 1.9e6
+        assert keeps(chosen, request.budgets, latencies, 8, 256)
+        assert not keeps(chosen, {"latency": limit / 2}, latencies, 8, 256)
+    choice = allocate(
+        table, memory=1.9e6, context=256, batch=8, budgets={"latency": limit}, latencies=latencies
+    ).allocation
+    assert keeps(choice, {"latency": limit}, latencies, 8, 256)
+    assert keeps(choice, {"latency": 0.1}, latencies, 8, 0)  # layers alone
 
 
 def test_the_split_that_measures_best_is_taken(source: Source, table: mpq.SensitivityTable) -> None:

@@ -15,50 +15,26 @@ from functools import partial
 from itertools import cycle
 
 import torch
-from torch import Tensor
 
 import mpq.kernels.cpu.attention  # noqa: F401  (its kernel)
 from experiments.result import result
-from mpq.core.cache import parse_cache_format
-from mpq.kernels.blocks import TOKENS, arrange
+from mpq.kernels.bench_attention import attention_calls
 from mpq.kernels.cpu import native as cpu
 from mpq.kernels.cpu.pages import empty_on_large_pages
-from mpq.kernels.kv_cache import quantize_heads
 
-HEADS, KEY_HEADS, WIDTH = 32, 8, 128
+HEADS = (32, 8, 128)  # query heads, key heads, width
 FORMATS = ("fp16", "int8-token", "int8-asym", "int4-token", "int4-asym", "int4-g32", "fp8-e4m3", "mxfp4")
 INT8_QUERIES = "int8-channel"
 BEYOND = 96 << 20  # bytes of all copies, and of a plain read
 ROOF, OVER_FP16 = 0.8, {"int8-token": 1.8, "int8-asym": 1.8, "int4-token": 3.0, "int4-asym": 3.0}  # at 32,768 tokens
 
 
-def slab_of(name: str, tokens: int, values: bool) -> Tensor:
-    """A cache of random numbers, of which the same 1,024 tokens are repeated."""
-    random = torch.randn(1, KEY_HEADS, 16 * TOKENS, WIDTH, generator=torch.Generator().manual_seed(int(values)))
-    piece = arrange(quantize_heads(random, parse_cache_format(name)), values)
-    slab = empty_on_large_pages((KEY_HEADS, tokens // TOKENS, piece.shape[2]), torch.uint8)
-    for start in range(0, slab.shape[1], piece.shape[1]):
-        slab[:, start : start + piece.shape[1]] = piece[:, : slab.shape[1] - start]
-    return slab
-
-
-def contestants(tokens: int) -> Iterator[tuple[str, int, list[Callable[[], object]]]]:
+def contestants(tokens: int) -> Iterator[tuple[str, int, Sequence[Callable[[], object]]]]:
     """(name, bytes read, calls) of each format, and of each with int8 queries."""
-    query = torch.randn(1, HEADS, WIDTH, generator=torch.Generator().manual_seed(2))
     for name in FORMATS:
-        first = [slab_of(name, tokens, values) for values in (False, True)]
-        size = sum(slab.nbytes for slab in first)
-        copies = [first]
-        while size * len(copies) < BEYOND:
-            copies.append([empty_on_large_pages(slab.shape, slab.dtype).copy_(slab) for slab in first])
         for queries in ("", INT8_QUERIES) if name.startswith("int") else ("",):
-            calls = [
-                partial(
-                    torch.ops.mpq.attend, query, [keys], [values], [tokens], name, name, queries, WIDTH**-0.5, 0, None
-                )
-                for keys, values in copies
-            ]
-            yield name + (" q:int8" if queries else ""), size, calls
+            size, timed = attention_calls(name, name, HEADS, tokens, beyond=BEYOND, queries=queries)
+            yield name + (" q:int8" if queries else ""), size, timed.calls
 
 
 @torch.inference_mode()
@@ -101,7 +77,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"{HEADS} query heads, {KEY_HEADS} key heads of {WIDTH}, {arguments.threads} threads, {cpu.level_name()}")
+    print(
+        f"{HEADS[0]} query heads, {HEADS[1]} key heads of {HEADS[2]}, {arguments.threads} threads, {cpu.level_name()}"
+    )
     for tokens in (32768,) if arguments.quick else (2048, 8192, 32768):
         measure(tokens, 7 if arguments.quick else 25)
 

@@ -3,11 +3,13 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from mpq.cli.options import AddCommand, print_table
+from mpq.cli.options import AddCommand, kv_formats_of, print_table
 from mpq.core.errors import MpqError
 
 if TYPE_CHECKING:
     import torch
+
+    from mpq.kernels.bench_attention import AttentionTiming
 
 
 def add(command: AddCommand) -> None:
@@ -19,7 +21,12 @@ def add(command: AddCommand) -> None:
         help="separated by commas; a mix of rows as int2-g128/int4-g128@3.125",
     )
     bench.add_argument("--shapes", default="4096x4096", help="rows x columns of layers (default: 4096x4096)")
-    bench.add_argument("--batches", default="1,16", help="tokens at a time (default: 1,16)")
+    bench.add_argument("--batches", default="1,16", help="tokens at a time, one of each text (default: 1,16)")
+    bench.add_argument(
+        "--attention", metavar="SHAPES", help="also time attention, by heads x key heads x width, as 32x8x128"
+    )
+    bench.add_argument("--contexts", default="4096", help="tokens that attention sees (default: 4096)")
+    bench.add_argument("--kv-formats", help="of keys and values (default: all candidates of a search)")
     bench.add_argument("--repeats", type=int, default=30, help="timed calls of each")
     bench.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     bench.add_argument(
@@ -64,8 +71,33 @@ def run(options: argparse.Namespace) -> None:
         where = (timing.scheme, f"{timing.rows} x {timing.cols}", str(timing.batch), _microseconds(timing.seconds))
         rows.append((*where, speed, f"{100 * timing.roof:.0f} %", *ratios))
     print_table(rows)
+    attention = [timing.latency for timing in _attention(options, batches, device)] if options.attention else []
     if options.output:
-        latency_table(timings, device).save(options.output)
+        latency_table(timings, device, attention).save(options.output)
+
+
+def _attention(options: argparse.Namespace, batches: list[int], device: "torch.device") -> "list[AttentionTiming]":
+    """Time attention, and print it."""
+    from mpq.core.cache import CACHE_FORMATS
+    from mpq.kernels.bench_attention import measure_attention
+
+    try:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in options.attention.split(",")]
+        heads = [(count, keys, width) for count, keys, width in shapes]
+        contexts = [int(context) for context in options.contexts.split(",")]
+    except ValueError as error:
+        raise MpqError(
+            f"attention is written 32x8x128,..., contexts 4096,...: not {options.attention}, {options.contexts}"
+        ) from error
+    formats = kv_formats_of(options) or CACHE_FORMATS
+    timings = list(measure_attention(heads, contexts, batches, formats, repeats=options.repeats, device=device))
+    rows = [("cache", "heads", "context", "batch", "of", "us", "GB/s")]
+    for one in timings:
+        speed = f"{one.nbytes / one.seconds / 1e9:.1f}" if one.seconds else ""
+        where = (one.format, "x".join(map(str, one.heads)), str(one.context), str(one.batch), one.kind)
+        rows.append((*where, _microseconds(one.seconds), speed))
+    print_table(rows)
+    return timings
 
 
 def _microseconds(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,19 @@ from mpq.core.scheme import Scheme, parse_scheme
 
 @dataclass(frozen=True)
 class Latency:
-    """One measurement: the median seconds of a (rows, cols) layer in a scheme for `batch` tokens."""
+    """One measurement: the median seconds of a (rows, cols) layer in a scheme for `batch` tokens.
+
+    Or the share of keys or values, `rows` heads of `cols`, in one token's attention to `context` tokens of each of
+    `batch` texts.
+    """
 
     scheme: str  # canonical name
     rows: int
     cols: int
     batch: int
     seconds: float
+    kind: str = ""  # "keys" or "values"; "" for a layer
+    context: int = 0  # tokens of keys or values
 
 
 @dataclass(frozen=True)
@@ -65,14 +71,28 @@ class LatencyTable:
         for entry in entries:
             if (entry.rows, entry.cols) == (rows, cols):
                 return entry.seconds
-        points = sorted((entry.rows * entry.cols, entry.seconds) for entry in entries)
-        sizes, times = np.array(points, dtype=float).T
-        size = float(rows * cols)
-        if size <= sizes[0]:
-            return float(times[0] * size / sizes[0])
-        if size >= sizes[-1]:
-            return float(times[-1] * size / sizes[-1])
-        return float(np.interp(size, sizes, times))
+        return _between(((entry.rows * entry.cols, entry.seconds) for entry in entries), rows * cols)
+
+    def attention_seconds(self, scheme: Scheme, entry: Layer, context: int, batch: int = 1) -> float:
+        """Seconds that keys or values in a format take of one token's attention to `context` tokens of each text.
+
+        Interpolated as layers are, by cached numbers.
+
+        Raises:
+            MpqError: nothing was measured for the format and the batch.
+        """
+        found = [
+            (one.rows * one.cols * one.context, one.seconds)
+            for one in self.entries
+            if (one.scheme, one.kind, one.batch) == (scheme.name, entry.kind, batch)
+        ]
+        if not found:
+            known = sorted({f"{one.scheme} at batch {one.batch}" for one in self.entries if one.kind == entry.kind})
+            raise MpqError(
+                f"no measured latency for {entry.kind} in {scheme.name} at batch {batch}: "
+                f"{nearest_names(f'{scheme.name} at batch {batch}', known)}; 'mpq bench --attention' measures it"
+            )
+        return _between(found, entry.params * entry.tokens(context))
 
     def _interpolated(self, scheme: Scheme, rows: int, cols: int, batch: int) -> float:
         """Between the seconds of a mix's formats, by their stored bits."""
@@ -83,19 +103,44 @@ class LatencyTable:
         return float(np.interp(scheme.mix.bits, bits, times))
 
     @property
+    def has_attention(self) -> bool:
+        """Whether attention was measured: otherwise keys and values count nothing."""
+        return any(entry.kind for entry in self.entries)
+
+    @property
     def has_mixes(self) -> bool:
         """Whether some mix of formats was measured."""
         return any(is_mix(entry.scheme) for entry in self.entries)
 
-    def cost(self, batch: int = 1) -> Callable[[Layer, Scheme], float]:
-        """Seconds of a layer in a scheme: a cost function."""
-        return lambda layer, scheme: self.seconds(scheme, layer.rows, layer.cols, batch)
+    def cost(self, batch: int = 1, context: int = 0) -> Callable[[Layer, Scheme], float]:
+        """Seconds of a layer in a scheme: a cost function.
+
+        Keys and values count where attention was measured and there is a context.
+        """
+        counted = self.has_attention and context > 0
+
+        def seconds(layer: Layer, scheme: Scheme) -> float:
+            if layer.is_cached:
+                return self.attention_seconds(scheme, layer, context, batch) if counted else 0.0
+            return self.seconds(scheme, layer.rows, layer.cols, batch)
+
+        return seconds
 
     def save(self, path: str | Path) -> None:
         """Write JSON, atomically."""
         content = {"provenance": dict(self.provenance), "entries": [asdict(entry) for entry in self.entries]}
         with write_atomically(path) as draft:
             draft.write_text(json.dumps(content, indent=1))
+
+
+def _between(measured: Iterable[tuple[int, float]], size: int) -> float:
+    """Seconds of a size, from (size, seconds): proportional to it outside of what was measured."""
+    sizes, times = np.array(sorted(measured), dtype=float).T
+    if size <= sizes[0]:
+        return float(times[0] * size / sizes[0])
+    if size >= sizes[-1]:
+        return float(times[-1] * size / sizes[-1])
+    return float(np.interp(size, sizes, times))
 
 
 def load_latencies(path: str | Path) -> LatencyTable:

@@ -174,8 +174,10 @@ def placed(packed: Packed) -> PackedWeight:
     return weight
 
 
-def latency_table(timings: Sequence[Timing], device: torch.device = CPU) -> LatencyTable:
-    """The latency table of timings, for searches."""
+def latency_table(
+    timings: Sequence[Timing], device: torch.device = CPU, attention: Sequence[Latency] = ()
+) -> LatencyTable:
+    """The latency table of timings of layers and of attention, for searches."""
     if device.type == "cuda":
         provenance: dict[str, object] = {
             "device": torch.cuda.get_device_name(device),
@@ -186,4 +188,4 @@ def latency_table(timings: Sequence[Timing], device: torch.device = CPU) -> Late
         provenance = {"threads": torch.get_num_threads(), "instructions": cpu.level_name()}
     if timings:
         provenance["bandwidth"] = statistics.median(timing.bandwidth for timing in timings)
-    return LatencyTable(tuple(timing.latency for timing in timings), provenance)
+    return LatencyTable((*(timing.latency for timing in timings), *attention), provenance)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from mpq.core.errors import MpqError
@@ -70,3 +72,24 @@ def test_seconds_between_and_beyond_the_measured_shapes():
     assert table.seconds("int4-g32", 1, 5) == 10.0
     assert table.seconds("int4-g32", 1, 60) == 120.0
     assert table.seconds("int4-g32", 1, 15) == 60.0
+
+
+def test_keys_and_values_count_by_their_format_and_context():
+    keys, values = (Layer(f"cache.0.{kind}", kind, 2, 16) for kind in ("keys", "values"))
+    scheme, layer = parse_scheme("kv:int4-asym"), Layer("a", "linear", 100, 100)
+    measured = (
+        Latency(scheme.name, 2, 16, 1, 4e-3, "keys", 1000),
+        Latency(scheme.name, 2, 16, 1, 8e-3, "keys", 2000),
+        Latency(scheme.name, 2, 16, 1, 1e-3, "values", 1000),
+    )
+    table = LatencyTable((*TABLE.entries, *measured))
+    seconds = table.cost(1, 1500)
+    assert seconds(keys, scheme) == pytest.approx(6e-3)
+    assert seconds(values, scheme) == pytest.approx(1.5e-3)
+    assert seconds(replace(keys, window=500), scheme) == pytest.approx(2e-3)
+    assert seconds(layer, parse_scheme("int4-g128")) == 1e-3
+    assert table.cost(1)(keys, scheme) == TABLE.cost(1, 1500)(keys, scheme) == 0
+    with pytest.raises(MpqError, match=r"values in kv:int3-token at batch 1.*bench --attention"):
+        seconds(values, parse_scheme("kv:int3"))
+    with pytest.raises(MpqError, match="batch 2"):
+        table.cost(2, 1500)(values, scheme)
