@@ -23,7 +23,18 @@ from mpq.kernels.cpu import native as cpu
 from mpq.kernels.cpu.pages import empty_on_large_pages
 
 HEADS = (32, 8, 128)  # query heads, key heads, width
-FORMATS = ("fp16", "int8-token", "int8-asym", "int4-token", "int4-asym", "int4-g32", "fp8-e4m3", "mxfp4")
+FORMATS = (
+    "fp16",
+    "int8-token",
+    "int8-asym",
+    "int4-token",
+    "int4-asym",
+    "int4-g32",
+    "int4-t64-asym",
+    "int3-t64-asym",
+    "fp8-e4m3",
+    "mxfp4",
+)
 INT8_QUERIES = "int8-channel"
 BEYOND = 96 << 20  # bytes of all copies, and of a plain read
 ROOF, OVER_FP16 = 0.8, {"int8-token": 1.8, "int8-asym": 1.8, "int4-token": 3.0, "int4-asym": 3.0}  # at 32,768 tokens

@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 from experiments.models import reference_models
 from experiments.result import result
 from mpq.core.allocation import Allocation
-from mpq.core.cache import BLOCK_FORMATS, CACHE_FORMATS
+from mpq.core.cache import CACHE_FORMATS
 from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
 from mpq.core.table import SensitivityTable
@@ -85,7 +85,7 @@ def table_of(source: Source) -> SensitivityTable:
         WEIGHTS,
         method=store,
         progress=False,
-        cache=(*CACHE_FORMATS, *BLOCK_FORMATS),
+        cache=CACHE_FORMATS,
     )
 
 

@@ -14,9 +14,10 @@ from mpq.core.cache_formats import CacheFormats
 from mpq.core.formats import Format
 from mpq.core.layer import KEYS, VALUES
 from mpq.kernels import blocks
+from mpq.kernels.attention import numbers_of
 from mpq.kernels.cpu import attention as cpu
 from mpq.kernels.cpu.pages import empty_on_large_pages
-from mpq.kernels.kv_cache import dequantize_heads, round_vectors
+from mpq.kernels.kv_cache import round_vectors
 from mpq.kernels.token_blocks import whole
 from mpq.network.cached import entry_name
 from mpq.rounding.codes import COPY_DTYPES
@@ -70,7 +71,7 @@ def enlarge(memory: Memory, capacity: int) -> None:
         capacity = -(-capacity // blocks.TOKENS) * blocks.TOKENS
     for parts in (memory.keys, memory.values):
         for slabs in parts:
-            heads, size = slabs[0].shape[0], slabs[0].shape[2]
+            heads, size = slabs[-1].shape[0], slabs[-1].shape[2]
             if memory.packed:
                 slabs.append(_slab(heads, (capacity - memory.capacity) // blocks.TOKENS, size))
                 continue
@@ -84,6 +85,13 @@ def _slab(heads: int, count: int, size: int) -> Tensor:
     return empty_on_large_pages((heads, count, size), torch.uint8)
 
 
+def _first_slabs(memory: Memory, format: Format, like: Tensor) -> list[Tensor]:  # (1, key heads, time, head width)
+    """Slabs for the cache's capacity, and before them what `TokenBlocks` have for the newest tokens."""
+    heads, width = like.shape[1], like.shape[3]
+    newest = [like.new_empty((heads, blocks.TOKENS, width))] if isinstance(format, TokenBlocks) else []
+    return [*newest, _slab(heads, memory.capacity // blocks.TOKENS, blocks.block_bytes(format, width))]
+
+
 def store(memory: Memory, index: int, k: Tensor, v: Tensor) -> None:  # (1, key heads, time, head width)
     """Write the next tokens' keys and values of a block, rounded to their formats."""
     first, last = memory.length, memory.length + k.shape[2]
@@ -91,8 +99,7 @@ def store(memory: Memory, index: int, k: Tensor, v: Tensor) -> None:  # (1, key 
     for parts, new, name, values in ((memory.keys, k, names[0], False), (memory.values, v, names[1], True)):
         if memory.packed:
             if index == len(parts):
-                size = blocks.block_bytes(parse_cache_format(name), k.shape[3])
-                parts.append([_slab(k.shape[1], memory.capacity // blocks.TOKENS, size)])
+                parts.append(_first_slabs(memory, parse_cache_format(name), new))
             torch.ops.mpq.append(new[0], parts[index], name, values, first)
             continue
         if index == len(parts):
@@ -163,14 +170,12 @@ def attend_each(
 
 def _filled(slabs: list[Tensor], count: int) -> list[Tensor]:
     """Slabs, with empty ones up to a count."""
-    return slabs + [slabs[0][:, :0]] * (count - len(slabs))
+    return slabs + [slabs[-1][:, :0]] * (count - len(slabs))
 
 
 def _read(slabs: list[Tensor], name: str, last: int, like: Tensor, values: bool) -> Tensor:
     """The first tokens of a block's keys or values, (1, key heads, last, width), in the model's type."""
-    format = parse_cache_format(name)
-    parts = [dequantize_heads(blocks.restore(slab, format, like.shape[3], values)) for slab in slabs]
-    return torch.cat(parts, 2)[:, :, :last].to(like.dtype)
+    return numbers_of(slabs, name, like.shape[3], values, last).unsqueeze(0).to(like.dtype)
 
 
 def attend_floats(q: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:

@@ -5,10 +5,11 @@
     append(vectors (key heads, tokens, width), slabs, format, values, position): round tokens into a sequence's slabs
 
 `keys` and `values` are slabs, uint8 (key heads, blocks, bytes) as `mpq.kernels.blocks` arranges them, of one sequence
-after the other: as many for each. A sequence sees the newest `window` of its `lengths` tokens (0: all). `sinks` are
+after the other, as many for each. A sequence sees the newest `window` of its `lengths` tokens (0: all). `sinks` are
 scores of nothing: they take their share of the softmax. `query_format` is "" or the format that queries are rounded to
-first. The reference restores all numbers and multiplies them; a backend adds its kernels for a device type to `KERNELS`
-and `APPENDS`.
+first. Of blocks of tokens with scales for their columns (`TokenBlocks`) a sequence's first slab has the newest tokens,
+which fill no block yet, as floats (key heads, 64, width). The reference restores all numbers and multiplies them; a
+backend adds its kernels for a device type to `KERNELS` and `APPENDS`.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from mpq.core.cache import parse_cache_format
 from mpq.core.errors import MpqError
+from mpq.core.formats import Format
 from mpq.kernels import blocks, reference
 from mpq.kernels.gpu import backend as gpu
-from mpq.kernels.kv_cache import dequantize_heads, quantize_heads
+from mpq.kernels.kv_cache import quantize_heads
 from mpq.kernels.ops import LIBRARY, check_floats
 
 SCHEMA = (
@@ -39,14 +41,13 @@ def attend_plainly(
     value_format: str, query_format: str, scale: float, window: int, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The plain reference of `attend`: restore, multiply, softmax, in float32."""
-    each = len(keys) // len(lengths)
     q = reference.quantize_activation(query, query_format) if query_format else query
     outputs = []
     for index, length in enumerate(lengths):
         seen = slice(max(0, length - window) if window else 0, length)
-        own = slice(index * each, (index + 1) * each)
-        k = _numbers(keys[own], key_format, query.shape[2], False)[:, seen]
-        v = _numbers(values[own], value_format, query.shape[2], True)[:, seen]
+        own = [slabs_of(slabs, index, len(lengths)) for slabs in (keys, values)]
+        k = numbers_of(own[0], key_format, query.shape[2], False, length)[:, seen]
+        v = numbers_of(own[1], value_format, query.shape[2], True, length)[:, seen]
         grouped = q[index].float().reshape(len(k), -1, query.shape[2])
         scores = grouped @ k.transpose(1, 2) * scale
         if sinks is not None:
@@ -56,36 +57,72 @@ def attend_plainly(
     return torch.stack(outputs).to(query.dtype)
 
 
-def _numbers(slabs: Sequence[Tensor], format: str, width: int, values: bool) -> Tensor:
-    """Float32 (key heads, tokens, width)."""
+def slabs_of(slabs: Sequence[Tensor], index: int, sequences: int) -> Sequence[Tensor]:
+    """Those of one of several sequences, which have as many each."""
+    each = len(slabs) // sequences
+    return slabs[index * each : (index + 1) * each]
+
+
+def numbers_of(slabs: Sequence[Tensor], format: str, width: int, values: bool, length: int) -> Tensor:
+    """The first `length` tokens of a cache, float32 (key heads, length, width)."""
     parsed = parse_cache_format(format)
-    parts = [dequantize_heads(blocks.restore(slab, parsed, width, values))[0] for slab in slabs]
-    return torch.cat(parts, 1)
+    newest, held = blocks.parted(slabs, parsed)
+    numbers = torch.cat([blocks.numbers_of(slab, parsed, width, values) for slab in held], 1)
+    if newest is None:
+        return numbers[:, :length]
+    filled = length - length % blocks.TOKENS
+    return torch.cat([numbers[:, :filled], newest[:, : length - filled].float()], 1)
 
 
 def append_plainly(vectors: Tensor, slabs: Sequence[Tensor], format: str, values: bool, position: int) -> None:
     """The plain reference of `append`: the blocks concerned are restored, changed and arranged again."""
     parsed, (_, tokens, width) = parse_cache_format(format), vectors.shape
+    newest, held = blocks.parted(slabs, parsed)
+    if newest is not None:
+        return _append_blocks(vectors, newest, held, parsed, values, position)
     new, start = quantize_heads(vectors.unsqueeze(0), parsed), 0
     for slab in slabs:
         end = start + slab.shape[1] * blocks.TOKENS
         first, last = max(position, start), min(position + tokens, end)
         if first < last:
             touched = slab[:, (first - start) // blocks.TOKENS : -(-(last - start) // blocks.TOKENS)]
-            held = blocks.restore(touched, parsed, width, values)
+            present = blocks.restore(touched, parsed, width, values)
             offset = (first - start) % blocks.TOKENS
-            for old, own in zip(held.tensors, new.tensors, strict=True):
+            for old, own in zip(present.tensors, new.tensors, strict=True):
                 old[:, :, offset : offset + last - first] = own[:, :, first - position : last - position]
-            touched.copy_(blocks.arrange(held, values))
+            touched.copy_(blocks.arrange(present, values))
         start = end
+    return None
+
+
+def _append_blocks(
+    vectors: Tensor, newest: Tensor, slabs: Sequence[Tensor], format: Format, values: bool, position: int
+) -> None:
+    """The same of blocks of tokens, which are rounded as they are filled."""
+    for vector in vectors.unbind(1):
+        newest[:, position % blocks.TOKENS] = vector
+        position += 1
+        if position % blocks.TOKENS:
+            continue
+        place = position // blocks.TOKENS - 1
+        for slab in slabs:
+            if 0 <= place < slab.shape[1]:
+                slab[:, place] = blocks.packed_blocks(newest, format, values)[:, 0]
+            place -= slab.shape[1]
 
 
 def check_slabs(slabs: Sequence[Tensor], format: str, width: int) -> None:
     """MpqError for slabs that do not hold vectors of this format and width."""
     parsed = parse_cache_format(format)
     if not blocks.supports(parsed, width):
-        raise MpqError(f"a cache of {format} cannot stand in blocks: its groups are no multiples of {blocks.LANES}")
+        raise MpqError(
+            f"a cache of {format} cannot stand in blocks: its groups are no multiples of {blocks.LANES}, or its blocks "
+            f"are not of {blocks.TOKENS} tokens"
+        )
     expected = blocks.block_bytes(parsed, width)
+    newest, slabs = blocks.parted(slabs, parsed)
+    if newest is not None and (newest.shape[1:] != (blocks.TOKENS, width) or not newest.is_floating_point()):
+        raise MpqError(f"a first slab of another shape came: expected floats (key heads, 64, {width}) of {format}")
     if any(slab.ndim != 3 or slab.dtype != torch.uint8 or slab.shape[2] != expected for slab in slabs):
         raise MpqError(f"slabs of another shape came: expected uint8 (key heads, blocks, {expected}) of {format}")
 
@@ -97,12 +134,12 @@ def check_call(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], 
     if query.ndim != 3 or len(lengths) != len(query) or not lengths:
         raise MpqError(f"queries of shape {tuple(query.shape)} came for {len(lengths)} sequences: expected one each")
     for slabs, format in ((keys, key_format), (values, value_format)):
-        check_slabs(slabs, format, query.shape[2])
-        each = len(slabs) // len(lengths)
-        if len(slabs) % len(lengths) or any(query.shape[1] % len(slab) for slab in slabs):
+        if not slabs or len(slabs) % len(lengths) or any(query.shape[1] % len(slab) for slab in slabs):
             raise MpqError(f"{len(slabs)} slabs came for {len(lengths)} sequences and {query.shape[1]} heads")
         for index, length in enumerate(lengths):
-            held = blocks.TOKENS * sum(slab.shape[1] for slab in slabs[index * each : (index + 1) * each])
+            own = slabs_of(slabs, index, len(lengths))
+            check_slabs(own, format, query.shape[2])
+            held = blocks.TOKENS * sum(slab.shape[1] for slab in blocks.parted(own, parse_cache_format(format))[1])
             if not 0 < length <= held:
                 raise MpqError(
                     f"a cache of {held} tokens cannot have {length}: expected at least one, and room for all"
@@ -121,7 +158,7 @@ def _attend(
 def _append(vectors: Tensor, slabs: Sequence[Tensor], format: str, values: bool, position: int) -> None:
     check_floats(vectors)
     check_slabs(slabs, format, vectors.shape[-1])
-    room = blocks.TOKENS * sum(slab.shape[1] for slab in slabs)
+    room = blocks.TOKENS * sum(slab.shape[1] for slab in blocks.parted(slabs, parse_cache_format(format))[1])
     if vectors.ndim != 3 or any(len(slab) != len(vectors) for slab in slabs):
         raise MpqError(f"vectors of shape {tuple(vectors.shape)} came: expected as many heads as the slabs have")
     if not 0 <= position <= room - vectors.shape[1]:

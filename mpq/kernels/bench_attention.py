@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import mpq.kernels.cpu.attention  # noqa: F401  (the op, and its kernel)
-from mpq.core.cache import CACHE_FORMATS, cache_name, parse_cache_format
+from mpq.core.cache import CACHE_FORMATS, TokenBlocks, cache_name, parse_cache_format
 from mpq.core.errors import MpqError
 from mpq.core.latency import Latency
 from mpq.core.layer import KEYS, VALUES
@@ -19,7 +19,6 @@ from mpq.kernels import blocks
 from mpq.kernels.bench import BEYOND, CPU
 from mpq.kernels.clock import Contestant, interleaved
 from mpq.kernels.cpu.pages import empty_on_large_pages
-from mpq.kernels.kv_cache import quantize_heads
 from mpq.network.calibration import seeded
 
 Heads: TypeAlias = tuple[int, int, int]  # query heads, key heads and width of a head
@@ -47,15 +46,16 @@ class AttentionTiming:
         return Latency(scheme, key_heads, width, self.batch, self.seconds, self.kind, self.context)
 
 
-def slab_of(name: str, heads: Heads, tokens: int, values: bool) -> Tensor:
-    """A cache in one slab, (key heads, blocks, bytes), of `REPEATED` random tokens again and again."""
-    _, key_heads, width = heads
-    random = torch.randn(1, key_heads, REPEATED, width, generator=seeded(0, "cache", values))
-    piece = blocks.arrange(quantize_heads(random, parse_cache_format(name)), values)
+def cache_of(name: str, heads: Heads, tokens: int, values: bool) -> list[Tensor]:
+    """A cache as `torch.ops.mpq.attend` takes it, in one slab of `REPEATED` random tokens again and again."""
+    (_, key_heads, width), format = heads, parse_cache_format(name)
+    random = torch.randn(key_heads, REPEATED, width, generator=seeded(0, "cache", values))
+    piece = blocks.packed_blocks(random, format, values)
     slab = empty_on_large_pages((key_heads, -(-tokens // blocks.TOKENS), piece.shape[2]), torch.uint8)
     for start in range(0, slab.shape[1], piece.shape[1]):
         slab[:, start : start + piece.shape[1]] = piece[:, : slab.shape[1] - start]
-    return slab
+    newest = [random[:, : blocks.TOKENS].half()] if isinstance(format, TokenBlocks) else []
+    return [*newest, slab]
 
 
 def attention_calls(
@@ -65,10 +65,17 @@ def attention_calls(
     """Bytes read, and calls of the op to time: copies of the caches fill `beyond` bytes, to defeat the cache."""
     count, _, width = heads
     query = torch.randn(batch, count, width, generator=seeded(1, "query", *heads)).to(device)
-    slabs = [slab_of(name, heads, context, which) for name, which in ((keys, False), (values, True))]
-    nbytes = batch * sum(slab.nbytes for slab in slabs)
+    caches = [cache_of(name, heads, context, which) for name, which in ((keys, False), (values, True))]
+    nbytes = batch * sum(slab.nbytes for slabs in caches for slab in slabs)
     copies = [
-        [[empty_on_large_pages(slab.shape, slab.dtype).copy_(slab).to(device) for _ in range(batch)] for slab in slabs]
+        [
+            [
+                empty_on_large_pages(slab.shape, slab.dtype).copy_(slab).to(device)
+                for _ in range(batch)
+                for slab in slabs
+            ]
+            for slabs in caches
+        ]
         for _ in range(max(2, beyond // nbytes))
     ]
     attend = torch.ops.mpq.attend.default

@@ -2,9 +2,11 @@
 
 cpu/src/abi.h specifies the bytes. Floats of 8, 16 and 32 bits stand token after token. Other codes stand in steps of
 64: of keys 4 columns of 16 tokens, of values 4 tokens of 16 columns, so that a kernel's 16 lanes are tokens of keys and
-columns of values. A block's scales and zeros, 64 for each group of columns, follow its codes.
+columns of values. A block's scales and zeros, 64 for each group of columns, follow its codes; of `TokenBlocks` one for
+each column. Their newest tokens, which fill no block, are floats in a slab of their own, the first.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -13,8 +15,9 @@ from torch.nn.functional import pad
 
 from mpq.core.cache import TokenBlocks
 from mpq.core.formats import Format
-from mpq.kernels.kv_cache import Heads
+from mpq.kernels.kv_cache import Heads, dequantize_heads, quantize_heads
 from mpq.kernels.layout import pack_bits, unpack_bits
+from mpq.kernels.token_blocks import columns, vectors_of
 from mpq.rounding.codes import COPY_DTYPES, SCALE_DTYPES
 
 TOKENS = 64  # of a block
@@ -22,9 +25,11 @@ LANES = 16
 
 
 def supports(format: Format, width: int) -> bool:
-    """Whether vectors of a format can stand in blocks: each has scales of its own, of whole 16 lanes or one."""
+    """Whether vectors of a format can stand in blocks: each has scales of its own, of whole 16 lanes or one; or its
+    blocks of tokens are these.
+    """
     if isinstance(format, TokenBlocks):
-        return False
+        return format.tokens == TOKENS
     return format.groups(width) < 2 or format.group_size % LANES == 0
 
 
@@ -47,8 +52,46 @@ def scale_groups(format: Format, width: int) -> int:
 def block_bytes(format: Format, width: int) -> int:
     """Bytes of 64 tokens of a head."""
     scale, zero = SCALE_DTYPES[format.scale or "fp32"].itemsize, SCALE_DTYPES[format.minimum or "fp32"].itemsize
-    table = scale_groups(format, width) * (scale + zero * bool(format.minimum)) * TOKENS
+    entries = padded(width) if isinstance(format, TokenBlocks) else scale_groups(format, width) * TOKENS
+    table = entries * (scale + zero * bool(format.minimum))
     return table + TOKENS * (width if in_rows(format) else padded(width)) * format.grid.bits // 8
+
+
+def parted(slabs: Sequence[Tensor], format: Format) -> tuple[Tensor | None, Sequence[Tensor]]:
+    """The newest tokens' floats (key heads, 64, width), of `TokenBlocks`, and the slabs of blocks."""
+    return (slabs[0], slabs[1:]) if isinstance(format, TokenBlocks) else (None, slabs)
+
+
+def packed_blocks(vectors: Tensor, format: Format, values: bool) -> Tensor:  # float (heads, tokens, width)
+    """Vectors of whole blocks, rounded: uint8 (heads, blocks, bytes)."""
+    if not isinstance(format, TokenBlocks):
+        return arrange(quantize_heads(vectors.unsqueeze(0), format), values)
+    heads, tokens, width = vectors.shape
+    rounded = quantize_heads(columns(vectors.unsqueeze(0), format), format.within)
+    codes = unpack_bits(rounded.codes.flatten(0, 2), format.grid.bits, TOKENS).reshape(1, -1, width, TOKENS)
+    flat = pad(vectors_of(codes, heads)[0], (0, -width % LANES))
+    tables = [
+        pad(part.reshape(heads, tokens // TOKENS, width), (0, -width % LANES)).contiguous().view(torch.uint8)
+        for part in rounded.tensors[1:]
+    ]
+    return torch.cat([_bytes_of(_steps(flat, values), format.grid.bits).reshape(*tables[0].shape[:2], -1), *tables], 2)
+
+
+def numbers_of(blocks: Tensor, format: Format, width: int, values: bool) -> Tensor:  # uint8 (heads, blocks, bytes)
+    """The inverse, float32 (heads, tokens, width)."""
+    if not isinstance(format, TokenBlocks):
+        return dequantize_heads(restore(blocks, format, width, values))[0]
+    heads, count, bits = len(blocks), blocks.shape[1], format.grid.bits
+    kinds = [SCALE_DTYPES[kind] for kind in (format.scale, format.minimum) if kind]
+    sizes = [padded(width) * kind.itemsize for kind in kinds]
+    codes, *parts = torch.split(blocks, [blocks.shape[2] - sum(sizes), *sizes], 2)
+    tables = [
+        part.contiguous().view(kind)[..., :width].reshape(1, heads * count, width, 1)
+        for part, kind in zip(parts, kinds, strict=True)
+    ]
+    flat = _flat(_steps_of(codes.reshape(heads, count, -1), bits), width, values).reshape(1, heads, -1, width)
+    stream = pack_bits(columns(flat, format).reshape(-1, TOKENS), bits).reshape(1, heads * count, width, -1)
+    return vectors_of(dequantize_heads(Heads(format.within, TOKENS, stream, *tables)), heads)[0]
 
 
 def arrange(heads: Heads, values: bool) -> Tensor:
@@ -83,12 +126,7 @@ def restore(blocks: Tensor, format: Format, width: int, values: bool) -> Heads:
     if in_rows(format):
         kind = COPY_DTYPES[format.grid.name] if format.is_float_copy else torch.uint8
         return Heads(format, width, codes.contiguous().view(kind).reshape(1, count, tokens, width), *tables)
-    steps = _steps_of(codes.reshape(count, blocks.shape[1], -1), bits)
-    if values:  # (heads, blocks, strips, 4 tokens, 16 columns, 4)
-        parted = steps.reshape(count, -1, padded(width) // LANES, TOKENS // 4, LANES, 4).permute(0, 1, 3, 5, 2, 4)
-    else:  # (heads, blocks, strips, 4 columns, 16 tokens, 4)
-        parted = steps.reshape(count, -1, TOKENS // LANES, padded(width) // 4, LANES, 4).permute(0, 1, 2, 4, 3, 5)
-    flat = parted.reshape(count * tokens, padded(width))[:, :width]
+    flat = _flat(_steps_of(codes.reshape(count, blocks.shape[1], -1), bits), width, values)
     return Heads(format, width, pack_bits(flat, bits).reshape(1, count, tokens, -1), *tables)
 
 
@@ -101,6 +139,16 @@ def _steps(codes: Tensor, values: bool) -> Tensor:  # uint8 (heads, tokens, colu
     else:
         parted = blocks.reshape(*blocks.shape[:2], TOKENS // LANES, LANES, columns // 4, 4).permute(0, 1, 2, 4, 3, 5)
     return parted.reshape(heads, tokens // TOKENS, -1, 64)
+
+
+def _flat(steps: Tensor, width: int, values: bool) -> Tensor:  # uint8 (heads, blocks, steps, 64)
+    """The inverse, (heads * tokens, width)."""
+    count = len(steps)
+    if values:  # (heads, blocks, strips, 4 tokens, 16 columns, 4)
+        parted = steps.reshape(count, -1, padded(width) // LANES, TOKENS // 4, LANES, 4).permute(0, 1, 3, 5, 2, 4)
+    else:  # (heads, blocks, strips, 4 columns, 16 tokens, 4)
+        parted = steps.reshape(count, -1, TOKENS // LANES, padded(width) // 4, LANES, 4).permute(0, 1, 2, 4, 3, 5)
+    return parted.reshape(-1, padded(width))[:, :width]
 
 
 def _bytes_of(steps: Tensor, bits: int) -> Tensor:  # uint8 (heads, blocks, steps, 64)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpq.core.cache import BLOCK_FORMATS, CACHE_FORMATS, affine, cache_name, head_bytes, parse_cache_format
+from mpq.core.cache import CACHE_FORMATS, affine, cache_name, head_bytes, parse_cache_format
 from mpq.core.errors import MpqError
 
 OTHERS = (
@@ -10,7 +10,7 @@ OTHERS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*CACHE_FORMATS, *BLOCK_FORMATS, *OTHERS])
+@pytest.mark.parametrize("name", [*CACHE_FORMATS, *OTHERS])
 def test_names_parse_and_print_the_same(name: str) -> None:
     format = parse_cache_format(name)
     assert parse_cache_format(cache_name(format)) == format

@@ -20,7 +20,14 @@ from tests.generation.test_compiled_step import TOKENS, llama, tiny
 from tests.generation.test_decoder import llama as plain_llama
 
 compiled = pytest.mark.skipif(cpu.native() is None, reason="the kernels are not compiled here")
-CASES = [("int8-token", "int4-g32-asym"), ("int4-asym", "fp16"), ("fp8-e4m3", "int8-asym"), ("mxfp4", "nvfp4")]
+CASES = [
+    ("int8-token", "int4-g32-asym"),
+    ("int4-asym", "fp16"),
+    ("fp8-e4m3", "int8-asym"),
+    ("mxfp4", "nvfp4"),
+    ("int3-t64-asym", "int4-asym"),
+    ("int4-t64", "int2-t64-asym"),
+]
 
 
 def formats_of(decoder, *names, count=None):
@@ -118,7 +125,7 @@ def test_growing_copies_nothing():
 
 
 @compiled
-@pytest.mark.parametrize("name", ["nf4", "int4-g20", "int4-t64"])
+@pytest.mark.parametrize("name", ["nf4", "int4-g20", "int4-t32"])
 def test_formats_without_a_kernel_are_rounded_in_floats(name):
     decoder = decoder_of(plain_llama(head_dim=40))
     assert not can_pack(formats_of(decoder, name, "int8-token"), 40, torch.device("cpu"))

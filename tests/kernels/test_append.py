@@ -11,7 +11,7 @@ from mpq.kernels import attention
 from mpq.kernels.blocks import block_bytes, restore
 from mpq.kernels.cpu import attention as compiled_attention
 from mpq.kernels.cpu import native as cpu
-from mpq.kernels.kv_cache import quantize_heads
+from mpq.kernels.kv_cache import quantize_heads, round_vectors
 from mpq.network.calibration import seeded
 
 COMPILED = (
@@ -63,6 +63,32 @@ def test_tokens_are_those_of_the_reference(name, values):
     for positions in ((150,), (1, 2, 63, 64, 65, 130, 150)):
         same(appended(attention.append_plainly, vectors, name, values, positions), expected)
         same(appended(torch.ops.mpq.append, vectors, name, values, positions), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("name", ["int4-t64-asym", "int3-t64", "int2-t64-asym", "int8-t64"])
+def test_blocks_are_rounded_as_they_are_filled(name, values, dtype):
+    vectors = torch.randn(2, 300, 20, generator=seeded(0, name)) * torch.logspace(-4, 3, 20)
+    vectors[0, 3, 5], vectors[1, 70, 6], vectors[0, 200:, 7], vectors[1, :, 8] = torch.nan, torch.inf, 0, 2.5
+    vectors, format, found = vectors.to(dtype), parse_cache_format(name), []
+    size = block_bytes(format, 20)
+    for append in (attention.append_plainly, torch.ops.mpq.append):
+        slabs = [torch.full((2, 64, 20), 9, dtype=dtype), *(torch.zeros(2, n, size, dtype=torch.uint8) for n in (1, 4))]
+        start = 0
+        for end in (1, 2, 63, 64, 65, 130, 300):
+            append(vectors[:, start:end], slabs, name, values, start)
+            start = end
+        found.append(slabs)
+    same(*found)
+    numbers = attention.numbers_of(found[1], name, 20, values, 300)
+    expected = round_vectors(vectors.unsqueeze(0).float(), format)[0]
+    finite = expected.isfinite()
+    assert not finite.all()
+    assert torch.equal(numbers.isfinite(), finite) or dtype != torch.float32
+    torch.testing.assert_close(numbers[:, :256].nan_to_num(), expected[:, :256].nan_to_num(), rtol=0, atol=0)
+    filled = vectors.float().clamp(-3e38, 3e38)[:, 256:]
+    torch.testing.assert_close(numbers[:, 256:], filled, rtol=0, atol=0)
 
 
 @settings(max_examples=80, deadline=None)

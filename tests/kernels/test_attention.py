@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq.core.cache import parse_cache_format
+from mpq.core.cache import TokenBlocks, parse_cache_format
 from mpq.core.errors import MpqError
 from mpq.kernels import attention
-from mpq.kernels.blocks import TOKENS, arrange
+from mpq.kernels.blocks import TOKENS, arrange, packed_blocks
 from mpq.kernels.cpu import attention as compiled_attention
 from mpq.kernels.cpu import native as cpu
 from mpq.kernels.kv_cache import attention as plain_attention
@@ -20,6 +20,7 @@ from mpq.network.calibration import seeded
 FORMATS = (
     "fp32", "fp16", "bf16", "fp8-e4m3", "fp8-e4m3-token", "int8-token", "int8-asym", "int6-asym", "int4-token",
     "int4-asym", "int4-g32", "int4-g32-asym", "int3-g32", "int2-asym", "mxfp4", "nvfp4", "nf4", "fp8-e5m2",
+    "int4-t64-asym", "int3-t64-asym", "int2-t64", "int8-t64-asym",
 )  # fmt: skip
 # Probabilities times scales, and queries of codes, are rounded to 1/32639 of the largest of a block or a head: half
 # such a step in each of the columns of a score, whose exponential it multiplies, and in each of a block's values.
@@ -33,10 +34,24 @@ def level(request, monkeypatch):
     monkeypatch.setattr(cpu, "native", lambda: found)
 
 
-def slabs_of(vectors, name, values, first=1):
-    """A cache (key heads, tokens, width) in slabs: the first has so many blocks, the next has the rest."""
-    blocks = arrange(quantize_heads(vectors.unsqueeze(0), parse_cache_format(name)), values)
-    return [part.contiguous() for part in (blocks[:, :first], blocks[:, first:]) if part.shape[1]]
+def slabs_of(vectors, name, values, length=0, first=1):
+    """A cache (key heads, tokens, width) in slabs: the first has so many blocks, the next has the rest.
+
+    Of blocks of tokens, those after the last whole one stand before them, among what does not matter.
+    """
+    format = parse_cache_format(name)
+    blocks = packed_blocks(vectors, format, values)
+    slabs = [part.contiguous() for part in (blocks[:, :first], blocks[:, first:]) if part.shape[1]]
+    if not isinstance(format, TokenBlocks):
+        return slabs
+    filled = length - length % TOKENS
+    newest = torch.full((len(vectors), TOKENS, vectors.shape[2]), torch.nan)
+    newest[:, : length - filled] = vectors[:, filled:length]
+    for slab in slabs:
+        if 0 <= filled // TOKENS < slab.shape[1]:
+            slab[:, filled // TOKENS :] = 255
+        filled -= slab.shape[1] * TOKENS
+    return [newest, *slabs]
 
 
 def call(key_format="int8-token", value_format="int8-token", *, lengths=(100,), heads=4, key_heads=2, width=64, seed=0,
@@ -53,8 +68,8 @@ def call(key_format="int8-token", value_format="int8-token", *, lengths=(100,), 
         change(k, v)
         blocks = -(-max(lengths) // TOKENS)
         full = [torch.nn.functional.pad(x, (0, 0, 0, blocks * TOKENS - length)) for x in (k, v)]
-        keys += slabs_of(full[0], key_format, False)
-        values += slabs_of(full[1], value_format, True)
+        keys += slabs_of(full[0], key_format, False, length)
+        values += slabs_of(full[1], value_format, True, length)
     query = random("q", len(lengths), heads, width) * 2
     return (query, keys, values, list(lengths), key_format, value_format, query_format, width**-0.5, window,
             random("sinks", heads) if sinks else None)  # fmt: skip
@@ -78,7 +93,8 @@ def test_every_pair_of_formats(key_format, value_format):
 
 @compiled
 @pytest.mark.parametrize("formats", [("int8-token", "int4-g32-asym"), ("int4-asym", "mxfp4"), ("bf16", "fp8-e4m3"),
-                                     ("int3-g32", "fp16"), ("fp8-e4m3-token", "nvfp4")])  # fmt: skip
+                                     ("int3-g32", "fp16"), ("fp8-e4m3-token", "nvfp4"), ("int4-t64-asym", "int3-t64"),
+                                     ("int8-t64-asym", "int8-asym")])  # fmt: skip
 @pytest.mark.parametrize("width", [16, 20, 64, 80, 96, 128, 256])
 def test_widths_at_every_level(formats, width, level):
     check(call(*formats, width=width, lengths=(70, 129)))
@@ -99,7 +115,7 @@ def test_any_call(key_format, value_format, lengths, group, key_heads, width, qu
 def test_the_reference_is_the_plain_attention():
     arguments = call("int4-g32-asym", "fp8-e4m3", lengths=(100,))
     query, keys, values = arguments[:3]
-    k, v = (attention._numbers(slabs, name, 64, which)[:, :100] for slabs, name, which in
+    k, v = (attention.numbers_of(slabs, name, 64, which, 100) for slabs, name, which in
             ((keys, "int4-g32-asym", False), (values, "fp8-e4m3", True)))  # fmt: skip
     expected = plain_attention(query.reshape(1, 4, 1, 64), k.unsqueeze(0), v.unsqueeze(0))
     torch.testing.assert_close(attention.attend_plainly(*arguments), expected.reshape(1, 4, 64))
@@ -108,14 +124,23 @@ def test_the_reference_is_the_plain_attention():
 def test_a_window_and_sinks_are_those_of_a_longer_softmax():
     arguments = call("fp32", "fp32", window=10, sinks=True)
     query, keys, values, _, *_, sinks = arguments
-    k, v = (attention._numbers(part, "fp32", 64, False)[:, 90:100].repeat_interleave(2, 0) for part in (keys, values))
+    k, v = (
+        attention.numbers_of(part, "fp32", 64, False, 100)[:, 90:].repeat_interleave(2, 0) for part in (keys, values)
+    )
     weights = torch.cat([k @ query[0, :, :, None] / 8, sinks.reshape(4, 1, 1)], 1).softmax(1)[:, :10]
     torch.testing.assert_close(attention.attend_plainly(*arguments)[0], (weights * v).sum(1))
 
 
 @compiled
 @pytest.mark.parametrize(
-    "formats", [("int8-asym", "int4-g32"), ("mxfp4", "nvfp4"), ("fp16", "bf16"), ("fp8-e4m3", "fp32")]
+    "formats",
+    [
+        ("int8-asym", "int4-g32"),
+        ("mxfp4", "nvfp4"),
+        ("fp16", "bf16"),
+        ("fp8-e4m3", "fp32"),
+        ("int3-t64-asym", "int4-t64-asym"),
+    ],
 )
 @pytest.mark.parametrize("where", ["keys", "values"])
 def test_nan_reaches_the_heads_that_see_it(formats, where, level):
@@ -150,7 +175,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish(level):
 
 
 @compiled
-@pytest.mark.parametrize("formats", [("int8-token", "int4-g32"), ("fp16", "bf16")])
+@pytest.mark.parametrize("formats", [("int8-token", "int4-g32"), ("fp16", "bf16"), ("int3-t64-asym", "int4-t64")])
 def test_the_same_bits_whatever_the_threads(formats, level):
     arguments, before, found = call(*formats, lengths=(1500, 3, 700), heads=6), torch.get_num_threads(), []
     try:

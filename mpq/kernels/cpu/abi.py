@@ -87,7 +87,8 @@ class Vectors(ctypes.Structure):
     _fields_ = [
         ("weight", POINTER(Weight)), ("width", c_int64),
         *[(name, c_int32) for name in (
-            "element", "element_bytes", "group", "scale_kind", "scale_bytes", "has_minimum",
+            "element", "element_bytes", "group", "scale_kind", "scale_bytes", "has_minimum", "by_column",
+            "newest",
         )],
     ]  # fmt: skip
 

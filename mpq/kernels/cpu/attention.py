@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mpq.core.cache import parse_cache_format
+from mpq.core.cache import TokenBlocks, parse_cache_format
 from mpq.kernels import attention, blocks, reference
 from mpq.kernels.cpu import abi, panels
 from mpq.kernels.cpu import native as cpu
@@ -15,20 +15,27 @@ from mpq.rounding.codes import SCALE_DTYPES
 
 INT8_QUERIES = "int8-channel"  # rounded by the kernel itself
 MAX_WIDTH = 256  # of a head, so that its products fit 32 bits
+NEWEST = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as ELEMENTS
 ELEMENTS = {"fp32": 0, "fp16": 1, "bf16": 2, "e4m3": 4}  # as src/abi.h numbers MPQ_SCALE_*
 
 
 @lru_cache(maxsize=256)
-def vectors_of(format_name: str, width: int) -> abi.Vectors | None:
-    """A cache format as the library takes it; None where it has no kernel."""
+def vectors_of(format_name: str, width: int, newest: torch.dtype = torch.float32) -> abi.Vectors | None:
+    """A cache format as the library takes it; None where it has no kernel.
+
+    `newest` is the type of the tokens that fill no block yet, of `TokenBlocks`.
+    """
     format = parse_cache_format(format_name)
     if not blocks.supports(format, width) or (format.scale and format.scale not in cpu.SCALE_KINDS):
+        return None
+    by_column = isinstance(format, TokenBlocks)
+    if by_column and newest not in NEWEST:
         return None
     scaled = blocks.scale_groups(format, width) > 0
     kind = cpu.SCALE_KINDS.index(format.scale) if scaled else 0
     scale_bytes = SCALE_DTYPES[format.scale].itemsize if scaled else 0
     group = format.group_size if format.granularity == "group" else blocks.padded(width)
-    rest = (group, kind, scale_bytes, bool(format.minimum))
+    rest = (group, kind, scale_bytes, bool(format.minimum), by_column, NEWEST.get(newest, 0))
     if blocks.in_rows(format):
         if format.grid.name not in ELEMENTS or blocks.scale_groups(format, width) > 1 or format.minimum:
             return None
@@ -45,7 +52,7 @@ def vectors_of(format_name: str, width: int) -> abi.Vectors | None:
 
 def slabs_of(slabs: Sequence[Tensor]) -> ctypes.Array[abi.Slab]:
     """Slabs as the library takes them; the caller keeps the tensors."""
-    found = [abi.Slab(slab.data_ptr(), slab.shape[1], slab.stride(0)) for slab in slabs]
+    found = [abi.Slab(slab.data_ptr(), slab.shape[1], slab.stride(0) * slab.itemsize) for slab in slabs]
     return (abi.Slab * len(found))(*found)
 
 
@@ -55,25 +62,28 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """torch.ops.mpq.attend on a CPU."""
     loaded, width = cpu.native(), query.shape[2]
-    formats = [vectors_of(name, width) for name in (key_format, value_format)]
+    formats = [_vectors_of(name, width, slabs) for name, slabs in ((key_format, keys), (value_format, values))]
     fits = all(slab.stride()[1:] == (slab.shape[2], 1) for slab in (*keys, *values)) and width <= MAX_WIDTH
     if loaded is None or not all(formats) or not fits:
         return attention.attend_plainly(
             query, keys, values, lengths, key_format, value_format, query_format, scale, window, sinks
         )
     planes = 2
-    if query_format == INT8_QUERIES and formats[0] is not None and formats[0].weight:
+    if query_format == INT8_QUERIES and formats[0] is not None and formats[0].weight and not formats[0].by_column:
         planes = 1
     elif query_format:
         query = reference.quantize_activation(query, query_format)
-    q, each = query.float().contiguous(), len(keys) // len(lengths)
+    q = query.float().contiguous()
     out = torch.empty_like(q)
     sinks = None if sinks is None else sinks.float().contiguous()
     described = [slabs_of(slabs) for slabs in (keys, values)]
     size = q.stride(0) * 4
     sequences = [
         abi.Sequence(q.data_ptr() + index * size, out.data_ptr() + index * size, *(
-            ctypes.cast(ctypes.byref(slabs, index * each * ctypes.sizeof(abi.Slab)), ctypes.POINTER(abi.Slab))
+            ctypes.cast(
+                ctypes.byref(slabs, index * (len(slabs) // len(lengths)) * ctypes.sizeof(abi.Slab)),
+                ctypes.POINTER(abi.Slab),
+            )
             for slabs in described
         ), length)
         for index, length in enumerate(lengths)
@@ -86,6 +96,10 @@ def attend(
     if loaded.library.mpq_attend(call):
         raise MemoryError("out of memory for the CPU kernel's scratch buffers")
     return out.to(query.dtype)
+
+
+def _vectors_of(name: str, width: int, slabs: Sequence[Tensor]) -> abi.Vectors | None:
+    return vectors_of(name, width, slabs[0].dtype) if slabs[0].dtype in NEWEST else vectors_of(name, width)
 
 
 def rounds(vectors: abi.Vectors | None) -> bool:
@@ -101,7 +115,7 @@ def rounds(vectors: abi.Vectors | None) -> bool:
 
 def append(vectors: Tensor, slabs: Sequence[Tensor], format: str, values: bool, position: int) -> None:
     """torch.ops.mpq.append on a CPU."""
-    loaded, described = cpu.native(), vectors_of(format, vectors.shape[2])
+    loaded, described = cpu.native(), _vectors_of(format, vectors.shape[2], slabs)
     fits = all(slab.stride()[1:] == (slab.shape[2], 1) for slab in slabs) and vectors.shape[2] <= MAX_WIDTH
     if loaded is None or not rounds(described) or not fits:
         return attention.append_plainly(vectors, slabs, format, values, position)

@@ -273,11 +273,11 @@ static int decode(const test_case *one, int64_t position, int is_bf16) {
   return 0;
 }
 
-/* Slabs of one block and of the rest, each of exact size, and the format that they have. */
+/* Slabs of one block and of the rest, each of exact size, before them by column the newest tokens; and the format they have. */
 typedef struct {
   mpq_weight weight;
   mpq_vectors vectors;
-  mpq_slab slabs[2];
+  mpq_slab slabs[3];
 } cache;
 
 /* Numbers as a stream of float16, of scales or of elements; bytes of codes. */
@@ -285,6 +285,14 @@ static void fill_cache(cache *made, int64_t heads, int64_t tokens) {
   const mpq_vectors *vectors = &made->vectors;
   const int64_t blocks = (tokens + BLOCK - 1) / BLOCK, bytes = mpq_block_bytes(vectors);
   const int64_t start = vectors->weight ? mpq_codes_bytes(vectors) : 0;
+  mpq_slab *slabs = made->slabs;
+  made->slabs[2].data = NULL;
+  if (vectors->by_column) {
+    const int64_t size = heads * BLOCK * vectors->width;
+    uint16_t *newest = malloc(2 * size);
+    for (int64_t i = 0; i < size; i++) newest[i] = (uint16_t)(0x2c00 + i * 31 % 2048);
+    *slabs++ = (mpq_slab){(uint8_t *)newest, 1, 2 * BLOCK * vectors->width};
+  }
   for (int slab = 0; slab < 2; slab++) {
     const int64_t own = slab ? blocks - 1 : 1;
     uint8_t *data = malloc(heads * own * bytes);
@@ -295,7 +303,7 @@ static void fill_cache(cache *made, int64_t heads, int64_t tokens) {
         if (vectors->element_bytes != 1) memcpy(data + block * bytes + start + 2 * i, &half, 2);
       }
     if (vectors->element_bytes == 1) for (int64_t i = 0; i < heads * own * bytes; i++) data[i] &= 0xbf; /* below 2 */
-    made->slabs[slab] = (mpq_slab){data, own, own * bytes};
+    slabs[slab] = (mpq_slab){data, own, own * bytes};
   }
 }
 
@@ -351,7 +359,7 @@ static int attend_caches(cache *keys, cache *values, int group, int planes, int6
     else remember((uint8_t *)(first = alone), size * sizeof *first);
   }
   for (int i = 0; i < 2; i++)
-    for (int j = 0; j < 4; j++) free(copies[i][j / 2].slabs[j % 2].data);
+    for (int j = 0; j < 6; j++) free(copies[i][j / 3].slabs[j % 3].data);
   free(q), free(sinks), free(first);
   return 0;
 }
@@ -363,6 +371,11 @@ static int attend_all(const test_case *one) {
     cache floats = new_cache(one, 40, 0, MPQ_SCALE_BF16, 0);
     TRY(attend_caches(&keys, &floats, 5, 1, 100));
     TRY(attend_caches(&keys, &values, 7, 2, 0));
+    if (!minimum) return 0;
+    keys.vectors.by_column = values.vectors.by_column = 1, values.vectors.has_minimum = 0;
+    keys.vectors.newest = values.vectors.newest = MPQ_SCALE_FP16;
+    TRY(attend_caches(&keys, &values, 7, 2, 0));
+    TRY(attend_caches(&keys, &floats, 2, 2, 100));
     return 0;
   }
   const int elements[] = {MPQ_SCALE_FP32, MPQ_SCALE_FP16, MPQ_SCALE_BF16, MPQ_SCALE_E4M3};

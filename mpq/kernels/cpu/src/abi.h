@@ -121,7 +121,8 @@ ABI_ASSERT(mpq_decoder, 120, norm, 112);
 /* How a cache stores vectors of keys or values, one for each token and head, in blocks of 64 tokens. Floats stand token after
  * token. Codes stand in steps of 64, as a weight's do. Of keys, a step holds 4 columns of 16 tokens; the steps of a
  * block are ordered by (16 tokens, 4 columns). Of values it holds 4 tokens of 16 columns, ordered by (16 columns, 4 tokens). After
- * them stand the block's scales (groups, 64), then its float16 minima; columns are padded to a multiple of 16.
+ * them stand the block's scales (groups, 64), or (padded columns,), then its float16 minima; columns are padded to a multiple
+ * of 16.
  * A number is factor * (level - offset) * scale + minimum. */
 typedef struct {
   const mpq_weight *weight; /* bits, kind (INTEGER or TABLE8), offset, factor and tables of the codes; NULL: floats */
@@ -130,10 +131,13 @@ typedef struct {
   int32_t group;                  /* columns that share a scale: a multiple of 16, or all */
   int32_t scale_kind, scale_bytes; /* 0 bytes: no scales, of floats only */
   int32_t has_minimum;
+  int32_t by_column; /* a block's columns have a scale and a minimum each, which its tokens share; integers with float16 scales */
+  int32_t newest;    /* by_column: MPQ_SCALE_FP32, FP16 or BF16 of the newest tokens, which fill no block yet */
 } mpq_vectors;
-ABI_ASSERT(mpq_vectors, 40, has_minimum, 36);
+ABI_ASSERT(mpq_vectors, 48, newest, 44);
 
-/* Memory for some blocks of every key head: (key heads, blocks, bytes). */
+/* Memory for some blocks of every key head: (key heads, blocks, bytes). By column, the first slab of a cache holds the newest
+ * tokens as floats, (key heads, 64, width). */
 typedef struct {
   uint8_t *data;
   int64_t blocks, head_bytes; /* blocks of a head; bytes between heads */

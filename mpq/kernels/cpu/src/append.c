@@ -91,13 +91,12 @@ static void place(uint8_t *codes, int bits, int64_t step, int index, unsigned co
   }
 }
 
-/* Codes of some columns, at the place of token `token` of a block. */
-static void place_codes(const mpq_append *call, uint8_t *block, int token, int64_t first, int64_t last, const uint8_t *codes) {
+/* The code of a token's column at its place in a block. */
+static void place_code(const mpq_append *call, uint8_t *block, int token, int64_t column, unsigned code) {
   const int bits = call->vectors->weight->bits;
   const int64_t steps = mpq_padded_width(call->vectors) / 4;
-  for (int64_t column = first; column < last; column++)
-    if (call->values) place(block, bits, column / 16 * (BLOCK / 4) + token / 4, (int)(column % 16 * 4 + token % 4), codes[column]);
-    else place(block, bits, token / 16 * steps + column / 4, (int)(token % 16 * 4 + column % 4), codes[column]);
+  if (call->values) place(block, bits, column / 16 * (BLOCK / 4) + token / 4, (int)(column % 16 * 4 + token % 4), code);
+  else place(block, bits, token / 16 * steps + column / 4, (int)(token % 16 * 4 + column % 4), code);
 }
 
 /* Finite numbers of a group, 0 for the others; returns whether all are. */
@@ -112,27 +111,64 @@ static int copy_finite(const float *x, int64_t count, float *out, float *low, fl
   return all;
 }
 
-/* Integers of one group: columns `first` to `last` of token `token`. */
-static void append_integers(const mpq_append *call, const float *x, uint8_t *block, int token, int64_t group, int64_t first,
-                            int64_t last) {
-  const mpq_vectors *vectors = call->vectors;
+/* Codes of numbers that share the scale and the minimum at `index` of a block's tables. */
+static void round_group(const mpq_vectors *vectors, const float *x, int64_t count, uint8_t *block, int64_t index, uint8_t *codes) {
   const int bits = vectors->weight->bits, offset = vectors->weight->offset;
   const float most = (float)((1 << bits) - 1 - offset), least = (float)-offset;
   uint8_t *scales = block + mpq_codes_bytes(vectors);
-  uint16_t *minima = (uint16_t *)(scales + mpq_groups(vectors) * BLOCK * vectors->scale_bytes);
+  uint16_t *minima = (uint16_t *)(scales + mpq_table_entries(vectors) * vectors->scale_bytes);
   float finite[MAX_HEAD_WIDTH], low = 0, high = 0, minimum = 0;
-  uint8_t codes[MAX_HEAD_WIDTH];
-  const int all = copy_finite(x + first, last - first, finite, &low, &high);
+  const int all = copy_finite(x, count, finite, &low, &high);
   const float size = -low > high ? -low : high;
   const float wanted = (vectors->has_minimum ? high - low : size) / most;
-  const float scale = store_scale(vectors, scales, group * BLOCK + token, wanted, all);
+  const float scale = store_scale(vectors, scales, index, wanted, all);
   if (vectors->has_minimum) {
-    minima[group * BLOCK + token] = to_half(clamp(low, -HALF_MAX, HALF_MAX));
-    minimum = from_half(minima[group * BLOCK + token]);
+    minima[index] = to_half(clamp(low, -HALF_MAX, HALF_MAX));
+    minimum = from_half(minima[index]);
   }
-  for (int64_t i = 0; i < last - first; i++)
-    codes[first + i] = (uint8_t)(nearest(clamp((finite[i] - minimum) / scale, least, most)) + (float)offset);
-  place_codes(call, block, token, first, last, codes);
+  for (int64_t i = 0; i < count; i++)
+    codes[i] = (uint8_t)(nearest(clamp((finite[i] - minimum) / scale, least, most)) + (float)offset);
+}
+
+/* A token's vector, each group of columns for itself. */
+static void append_integers(const mpq_append *call, const float *x, uint8_t *block, int token) {
+  const mpq_vectors *vectors = call->vectors;
+  uint8_t codes[MAX_HEAD_WIDTH];
+  for (int64_t group = 0, first = 0; first < vectors->width; group++, first += vectors->group) {
+    const int64_t end = first + vectors->group, last = end < vectors->width ? end : vectors->width;
+    round_group(vectors, x + first, last - first, block, group * BLOCK + token, codes);
+    for (int64_t column = first; column < last; column++) place_code(call, block, token, column, codes[column - first]);
+  }
+}
+
+/* A float of a type that the newest tokens may have. */
+static float newest_float(int element, const uint8_t *from, int64_t index) {
+  if (element != MPQ_SCALE_FP16) return load_float(from, element == MPQ_SCALE_BF16, index);
+  const uint16_t half = ((const uint16_t *)from)[index];
+  return (half & 0x7c00) == 0x7c00 ? __builtin_nanf("") : from_half(half);
+}
+
+/* A block of 64 tokens, each column for itself. */
+static void append_columns(const mpq_append *call, const uint8_t *newest, uint8_t *block) {
+  const mpq_vectors *vectors = call->vectors;
+  const int64_t width = vectors->width, entries = mpq_table_entries(vectors);
+  memset(block + mpq_codes_bytes(vectors), 0, entries * (vectors->scale_bytes + (vectors->has_minimum ? 2 : 0)));
+  for (int64_t column = 0; column < width; column++) {
+    float x[BLOCK];
+    uint8_t codes[BLOCK];
+    for (int token = 0; token < BLOCK; token++) x[token] = newest_float(vectors->newest, newest, token * width + column);
+    round_group(vectors, x, BLOCK, block, column, codes);
+    for (int token = 0; token < BLOCK; token++) place_code(call, block, token, column, codes[token]);
+  }
+}
+
+/* One of the newest tokens, whose infinities stay: rounding their block finds them. */
+static void append_newest(const mpq_vectors *vectors, const float *x, uint8_t *newest, int token) {
+  const int64_t width = vectors->width, start = token * width;
+  for (int64_t i = 0; i < width; i++) {
+    if (vectors->newest != MPQ_SCALE_FP16) store_float(newest, vectors->newest == MPQ_SCALE_BF16, start + i, x[i]);
+    else ((uint16_t *)newest)[start + i] = fabsf(x[i]) > HALF_MAX ? (x[i] < 0 ? 0xfc00 : 0x7c00) : to_half(x[i]);
+  }
 }
 
 static void append_floats(const mpq_append *call, const float *x, uint8_t *block, int token) {
@@ -159,17 +195,19 @@ static void append_floats(const mpq_append *call, const float *x, uint8_t *block
 void mpq_append_head(const mpq_append *call, int64_t head) {
   const mpq_vectors *vectors = call->vectors;
   const mpq_slab *slab = call->slabs;
+  uint8_t *newest = slab->data + head * slab->head_bytes; /* by column */
   int64_t before = 0;
+  if (vectors->by_column) slab++;
   for (int64_t i = 0; i < call->tokens; i++) {
     const float *x = call->x + head * call->head_stride + i * call->token_stride;
-    const int64_t token = call->position + i, group = vectors->group;
-    uint8_t *block = mpq_find_block(&slab, &before, token / BLOCK, head, mpq_block_bytes(vectors));
-    if (!vectors->weight) append_floats(call, x, block, (int)(token % BLOCK));
-    else
-      for (int64_t g = 0; g * group < vectors->width; g++) {
-        const int64_t end = (g + 1) * group;
-        append_integers(call, x, block, (int)(token % BLOCK), g, g * group, end < vectors->width ? end : vectors->width);
-      }
+    const int64_t position = call->position + i;
+    const int token = (int)(position % BLOCK);
+    uint8_t *block = mpq_find_block(&slab, &before, position / BLOCK, head, mpq_block_bytes(vectors));
+    if (vectors->by_column) {
+      append_newest(vectors, x, newest, token);
+      if (token == BLOCK - 1) append_columns(call, newest, block);
+    } else if (vectors->weight) append_integers(call, x, block, token);
+    else append_floats(call, x, block, token);
   }
 }
 

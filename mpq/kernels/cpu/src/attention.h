@@ -30,9 +30,20 @@ static inline int64_t mpq_codes_bytes(const mpq_vectors *vectors) {
   return vectors->weight ? 8 * vectors->weight->bits * mpq_padded_width(vectors) : BLOCK * width * vectors->element_bytes;
 }
 
+/* Entries of a block's table of scales, and of minima. */
+static inline int64_t mpq_table_entries(const mpq_vectors *vectors) {
+  return vectors->by_column ? mpq_padded_width(vectors) : mpq_groups(vectors) * BLOCK;
+}
+
 /* Bytes of 64 tokens of one head. */
 static inline int64_t mpq_block_bytes(const mpq_vectors *vectors) {
-  return mpq_codes_bytes(vectors) + mpq_groups(vectors) * BLOCK * (vectors->scale_bytes + (vectors->has_minimum ? 2 : 0));
+  return mpq_codes_bytes(vectors) + mpq_table_entries(vectors) * (vectors->scale_bytes + (vectors->has_minimum ? 2 : 0));
+}
+
+/* The format of the newest tokens, which fill no block yet: floats. */
+static inline mpq_vectors mpq_newest(const mpq_vectors *vectors) {
+  return (mpq_vectors){.width = vectors->width, .element = vectors->newest, .element_bytes = vectors->newest == MPQ_SCALE_FP32 ? 4 : 2,
+                       .group = vectors->group};
 }
 
 /* Where a block of a key head is. `slab` and `before`, the blocks before it, are kept between ascending calls. */

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mpq.core.cache import parse_cache_format
+from mpq.core.cache import TokenBlocks, parse_cache_format
 from mpq.kernels import blocks, reference
 from mpq.kernels.attention import attend_plainly
 from mpq.kernels.gpu.triton.attend_kernel import attend_kernel
@@ -36,7 +36,7 @@ class Stored:
 def stored_of(name: str, width: int) -> Stored | None:
     """The format as the kernel takes it; None where there is none: floats, and integers of 2, 4 and 8 bits."""
     format = parse_cache_format(name)
-    if not blocks.supports(format, width):
+    if isinstance(format, TokenBlocks) or not blocks.supports(format, width):
         return None
     integer = format.grid.family == "int" and 8 % format.grid.bits == 0 and format.scale == "fp16"
     if not integer and not format.is_float_copy:

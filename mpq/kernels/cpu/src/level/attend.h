@@ -2,25 +2,53 @@
  * 1805.02867) over blocks of 64: each block of keys and values is read once. */
 #ifndef MPQ_ATTEND_H
 #define MPQ_ATTEND_H
+#include "attend_columns.h"
 #include "attend_floats.h"
 #include "decoder_ops.h"
 
 /* A part's queries, and where it stands. */
 typedef struct {
   const mpq_attention_part *part;
-  const float *q; /* (heads, padded width), times the scale of scores; for keys of codes unused */
+  const float *q; /* (heads, padded width), times the scale of scores; for keys of codes by token unused */
   integer_queries integers;
   uint8_t *levels[2]; /* decoded keys and values */
 } attention_state;
 
 /* A block of keys or values: its decoded levels or rows of floats, its scales, and where the next block is. */
 typedef struct {
+  const mpq_vectors *vectors;
   const uint8_t *levels, *scales, *ahead;
 } cache_block;
 
+/* A sequence's keys or values of one head, block after block. */
+typedef struct {
+  const mpq_vectors *vectors;
+  mpq_vectors newest_vectors;
+  const uint8_t *newest;   /* by column: the newest tokens, which stand in place of the block `filled` */
+  const mpq_slab *slab;
+  int64_t before, filled, key_head;
+  uint8_t *buffer;
+} cache_stream;
+
+INLINE cache_stream stream_of(const mpq_attention_part *part, const mpq_vectors *vectors, const mpq_slab *slabs, uint8_t *buffer) {
+  cache_stream stream = {.vectors = vectors, .slab = slabs, .filled = -1, .key_head = part->key_head, .buffer = buffer};
+  if (!vectors->by_column) return stream;
+  stream.newest_vectors = mpq_newest(vectors);
+  stream.newest = slabs->data + part->key_head * slabs->head_bytes;
+  stream.slab++, stream.filled = part->sequence->length / BLOCK;
+  return stream;
+}
+
 INLINE cache_block open_block(const mpq_vectors *vectors, const uint8_t *data, uint8_t *buffer) {
   const uint8_t *levels = vectors->weight ? levels_of(vectors, data, buffer) : data;
-  return (cache_block){levels, data + mpq_codes_bytes(vectors), data + mpq_block_bytes(vectors)};
+  return (cache_block){vectors, levels, data + mpq_codes_bytes(vectors), data + mpq_block_bytes(vectors)};
+}
+
+/* Blocks are asked for in ascending order. */
+INLINE cache_block block_of(cache_stream *from, int64_t block) {
+  if (block == from->filled) return open_block(&from->newest_vectors, from->newest, from->buffer);
+  const int64_t bytes = mpq_block_bytes(from->vectors);
+  return open_block(from->vectors, mpq_find_block(&from->slab, &from->before, block, from->key_head, bytes), from->buffer);
 }
 
 INLINE void prepare_queries(const mpq_attention_part *part, attention_state *state) {
@@ -34,7 +62,7 @@ INLINE void prepare_queries(const mpq_attention_part *part, attention_state *sta
     float *row = q + i * padded;
     memset(row, 0, padded * sizeof *row);
     memcpy(row, from + i * width, width * sizeof *row);
-    if (call->keys->weight)
+    if (call->keys->weight && !call->keys->by_column)
       scale[i] = call->scale * to_integers(row, padded, call->planes, 16, integers + i * padded * PLANES_BYTES(call->planes),
                                            sums + i * (padded / 16));
     else
@@ -63,11 +91,13 @@ INLINE void scale_tokens(const mpq_vectors *vectors, const uint8_t *block, const
 
 INLINE void score_block(const attention_state *state, const cache_block *keys, int first, int last, int64_t head,
                         const int count, float *out) {
-  const mpq_vectors *vectors = state->part->call->keys;
+  const mpq_vectors *vectors = keys->vectors;
   if (vectors->weight) {
     const block_scales scales = scales_of(vectors, keys->scales);
     const uint8_t *ahead = head ? NULL : keys->ahead;
-    if (state->part->call->planes == 2)
+    if (vectors->by_column)
+      score_by_column(&scales, keys->levels, ahead, state->q + head * mpq_padded_width(vectors), count, out);
+    else if (state->part->call->planes == 2)
       score_codes(&scales, keys->levels, ahead, &state->integers, head, count, 2, out);
     else
       score_codes(&scales, keys->levels, ahead, &state->integers, head, count, 1, out);
@@ -81,11 +111,13 @@ INLINE void score_block(const attention_state *state, const cache_block *keys, i
 
 INLINE void mix_block(const attention_state *state, const cache_block *values, int first, int last, const vint32 *valid,
                       const float *p, const float *decay, int64_t head, const int count) {
-  const mpq_vectors *vectors = state->part->call->values;
+  const mpq_vectors *vectors = values->vectors;
   float *out = state->part->mixed + head * mpq_padded_width(vectors), scaled[4 * BLOCK];
   if (vectors->weight) {
     const block_scales scales = scales_of(vectors, values->scales);
-    mix_codes(&scales, values->levels, head ? NULL : values->ahead, valid, p, decay, count, out);
+    const uint8_t *ahead = head ? NULL : values->ahead;
+    if (vectors->by_column) mix_by_column(&scales, values->levels, ahead, p, decay, count, out);
+    else mix_codes(&scales, values->levels, ahead, valid, p, decay, count, out);
     return;
   }
   const int element = vectors->element;
@@ -145,12 +177,11 @@ static TARGET void attend(const void *argument) {
   const mpq_attention_part *part = argument;
   const mpq_attention *call = part->call;
   const int64_t group = call->heads / call->key_heads, padded = mpq_padded_width(call->values);
-  const int64_t key_bytes = mpq_block_bytes(call->keys), value_bytes = mpq_block_bytes(call->values);
-  const mpq_slab *key_slab = part->sequence->keys, *value_slab = part->sequence->values;
-  int64_t before_keys = 0, before_values = 0;
   const vint32 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   attention_state state;
   prepare_queries(part, &state);
+  cache_stream keys = stream_of(part, call->keys, part->sequence->keys, state.levels[0]);
+  cache_stream values = stream_of(part, call->values, part->sequence->values, state.levels[1]);
   for (int64_t i = 0; i < group; i++) part->largest[i] = -__builtin_inff(), part->total[i] = 0;
   memset(part->mixed, 0, group * padded * sizeof(float));
   for (int64_t token = part->first; token < part->last;) {
@@ -158,10 +189,7 @@ static TARGET void attend(const void *argument) {
     const int first = (int)(token - start), last = (int)(end - start);
     vint32 valid[4];
     for (int i = 0; i < 4; i++) valid[i] = (lanes + 16 * i >= first) & (lanes + 16 * i < last);
-    const uint8_t *keys = mpq_find_block(&key_slab, &before_keys, block, part->key_head, key_bytes);
-    const uint8_t *values = mpq_find_block(&value_slab, &before_values, block, part->key_head, value_bytes);
-    const cache_block key_block = open_block(call->keys, keys, state.levels[0]);
-    const cache_block value_block = open_block(call->values, values, state.levels[1]);
+    const cache_block key_block = block_of(&keys, block), value_block = block_of(&values, block);
     int64_t head = 0;
     for (; head + 4 <= group; head += 4) attend_four(&state, &key_block, &value_block, first, last, valid, head);
     for (; head + 2 <= group; head += 2) attend_two(&state, &key_block, &value_block, first, last, valid, head);

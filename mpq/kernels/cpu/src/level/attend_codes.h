@@ -48,7 +48,7 @@ typedef struct {
 INLINE block_scales scales_of(const mpq_vectors *vectors, const uint8_t *at) {
   const int32_t offset = vectors->weight->offset, middle = vectors->has_minimum ? 1 << (vectors->weight->bits - 1) : offset;
   const float factor = vectors->weight->factor;
-  const int64_t scales = mpq_groups(vectors) * BLOCK * vectors->scale_bytes;
+  const int64_t scales = mpq_table_entries(vectors) * vectors->scale_bytes;
   return (block_scales){vectors, at, vectors->has_minimum ? at + scales : NULL, factor, factor * (middle - offset), middle};
 }
 
