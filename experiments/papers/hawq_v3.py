@@ -1,4 +1,7 @@
-"""HAWQ-V3's integer programs for ResNet-18 and ResNet-50 as problems, from the inputs that its authors published."""
+"""HAWQ-V3's integer programs for ResNet-18 and ResNet-50 as problems, from the inputs that its authors published.
+
+The inputs and configurations in hawq_v3_ilp.json are from HAWQ (Zhen-Dong/HAWQ), under the MIT licence.
+"""
 
 import json
 from pathlib import Path
@@ -9,6 +12,7 @@ import numpy as np
 from mpq.core.layer import Layer
 from mpq.core.problem import Problem
 
+PUBLISHED = Path(__file__).with_name("hawq_v3_ilp.json")
 BITS = (4, 8)
 COSTS = ("size", "bops", "latency")
 

@@ -1,15 +1,12 @@
 """The integer program on HAWQ-V3's published inputs gives its authors' configurations, or a better one."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from experiments.papers.hawq_v3 import hawq_v3_problem, published_choices, read_published
+from experiments.papers.hawq_v3 import PUBLISHED, hawq_v3_problem, published_choices, read_published
 from mpq.search.exact import exact
 from mpq.search.integer import integer
 
-DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "hawq_v3_ilp.json"
 BETTER = ("resnet50", "size_0.25")  # the one published configuration that is not optimal
 CONFIGURATIONS = [
     (net, f"{cost}_{fraction}")
@@ -19,10 +16,9 @@ CONFIGURATIONS = [
 ]
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the published inputs are not here")
 @pytest.mark.parametrize(("net", "name"), CONFIGURATIONS)
 def test_published_configurations(net, name):
-    published = read_published(DATA)[net]
+    published = read_published(PUBLISHED)[net]
     problem = hawq_v3_problem(published, name)
     cost = name.split("_")[0]
     (choices,) = integer(problem, cost=cost).choices
