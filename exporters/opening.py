@@ -75,14 +75,20 @@ def load(
     """
     if kind_of(folder) == "mpq":
         return checkpoint.load(folder, model=model, device=device, trust=trust)
-    return open_any(folder, trust=trust).model.to(device)
+    return open_any(folder, device=device, trust=trust).model
 
 
-def open_any(folder: str | os.PathLike[str], *, trust: bool = False) -> Opened:
-    """The folder's model and allocation; MpqError as `load`."""
+def open_any(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu", trust: bool = False) -> Opened:
+    """The folder's model, on the device, and its allocation; MpqError as `load`."""
     path, kind = Path(folder), kind_of(folder)
-    if kind == "mpq":
-        return Opened(checkpoint.load(path, trust=trust), read_allocation(path), kind)
+    if kind == "mpq":  # arranged for the device as it is read
+        return Opened(checkpoint.load(path, device=device, trust=trust), read_allocation(path), kind)
+    opened = _opened(path, kind)
+    opened.model.to(device)
+    return opened
+
+
+def _opened(path: Path, kind: str) -> Opened:
     if kind == "gguf":
         network = open_network(str(path))
         layers = find_layers(network.model)

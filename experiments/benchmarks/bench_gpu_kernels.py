@@ -28,6 +28,7 @@ from mpq.kernels.layout import pack, to_layout
 from mpq.rounding.reference import quantize
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
+PARTS = ["table", "peers", "mixed"]
 BATCHES = [1, 4, 16, 32, 64, 128, 256]
 INT4 = "int4-g128"
 FORMATS = [
@@ -47,6 +48,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one small shape, two formats, no peers, one allocation")
     parser.add_argument("--tune", action="store_true", help="choose blocks by timing first, into the user's cache")
     parser.add_argument("--table", help="where to write the latency table")
+    parser.add_argument("--formats", help="of the first part, separated by commas (default: all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run (default: all)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if not torch.cuda.is_available():
@@ -61,17 +64,20 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
     shapes = [(512, 512)] if options.quick else SHAPES
     batches = [1, 16] if options.quick else BATCHES
-    schemes = [INT4, "mxfp4"] if options.quick else [*FORMATS, *ROUNDED]
+    schemes = options.formats.split(",") if options.formats else [*FORMATS, *ROUNDED]
+    schemes = [INT4, "mxfp4"] if options.quick else schemes
     if options.tune:
         for scheme in schemes:
             for rows, cols in dict.fromkeys([*shapes, *([] if options.quick else BLOCK)]):
                 for batch in batches:
                     tune(scheme, rows, cols, batch, device)
-    timings = table_of(schemes, shapes, batches, device, quick=options.quick)
+    timed = schemes if "table" in options.parts else []
+    timings = table_of(timed, shapes, batches, device, quick=options.quick) if timed else []
     results_of_table(timings)
-    if not options.quick:
+    if "peers" in options.parts and not options.quick:
         against_peers(shapes, batches, device)
-    mixed(device, quick=options.quick)
+    if "mixed" in options.parts:
+        mixed(device, quick=options.quick)
     if options.table:
         latency_table(timings, device).save(options.table)
 
@@ -103,7 +109,9 @@ def results_of_table(timings: Sequence[Timing]) -> None:
             tell(f"speedup_over_bf16/{name}", speedup, {64: 2.5, 128: 1.5, 256: 1.0}[timing.batch])
         if timing.scheme != INT4 and timing.batch == 1 and "+a:" not in timing.scheme:
             tell(f"share_of_copy/{name}", timing.roof, 0.80)
-            base = int4[timing.rows, timing.cols]
+            base = int4.get((timing.rows, timing.cols))
+            if base is None:
+                continue
             promised = base.seconds * timing.nbytes / base.nbytes
             tell(f"time_over_promised/{name}", timing.seconds / promised, 1.15, most=True)
 

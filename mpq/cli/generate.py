@@ -18,6 +18,7 @@ def add(command: AddCommand) -> None:
     generate.add_argument(
         "--kv-cache", metavar="FORMAT", help="cache keys and values in this format, such as int8-token or int4-g32-asym"
     )
+    generate.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     generate.add_argument("--trust", action="store_true", help="let the folder import a factory that it names")
     generate.add_argument("--compare", action="store_true", help="also time the original model in bfloat16")
 
@@ -29,11 +30,13 @@ def run(options: argparse.Namespace) -> None:
     from mpq.exporters.opening import open_any
     from mpq.generation.generate import compare_speeds, generate
     from mpq.generation.serving import serve_format
+    from mpq.kernels.bench import device_of
     from mpq.quantized import fuse
     from mpq.sources import names_in, open_network
     from mpq.sources.networks import encoder_of, tokenizer_in
 
-    opened = open_any(options.folder, trust=options.trust)
+    device = device_of(options.device)
+    opened = open_any(options.folder, device=device, trust=options.trust)
     model = fuse(opened.model)
     if options.kv_cache is not None:
         serve_format(model, options.kv_cache)
@@ -47,12 +50,12 @@ def run(options: argparse.Namespace) -> None:
     if tokenizer is None:
         raise MpqError(f"{options.folder} has no tokenizer: only language models can continue a prompt")
     encode = encoder_of(tokenizer) if callable(tokenizer) else tokenizer.encode
-    prompt = torch.tensor(encode(options.prompt))
+    prompt = torch.tensor(encode(options.prompt), device=device)
     generation = generate(
         model, prompt, max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
     )
     print(options.prompt + tokenizer.decode(list(generation.tokens)))
     print(f"\n{generation.tokens_per_second:.1f} tokens per second")
     if options.compare and network is not None:
-        speeds = compare_speeds({"packed": model, "bfloat16": network.model.to(torch.bfloat16)}, prompt)
+        speeds = compare_speeds({"packed": model, "bfloat16": network.model.to(device, torch.bfloat16)}, prompt)
         print(", ".join(f"{which} {speed:.1f}" for which, speed in speeds.items()))
