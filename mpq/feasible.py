@@ -6,17 +6,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from mpq.core.cache import cache_name, parse_cache_format
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.registry import Target
+from mpq.core.scheme import parse_scheme
 from mpq.core.table import SensitivityTable
 from mpq.exporters.holding import Held, check_model, restrict, unscored
 from mpq.exporters.targets import formats_of
+from mpq.kernels.cpu.attention import rounds, vectors_of
 from mpq.network.layers import find_layers
 from mpq.network.storage import other_bytes
 from mpq.rounding.codes import COPY_DTYPES
 from mpq.sources.structure import structure_of
 
+INT8_TOKEN = parse_scheme("int8-channel+a:int8-token").activation  # what the kernels of layers round themselves
 SAMPLE = (1, 8)  # texts and tokens with which a structure is called to see its cache
 
 
@@ -70,6 +74,28 @@ def check_structure(name: str, target: Target, wanted: Wanted) -> None:
     _, held = held_layers(model, target, wanted)
     if wanted.memory is not None or wanted.kv_bits is not None or wanted.context is not None:
         _check_cache(name, model, target, wanted, held)
+
+
+def without_kernels(schemes: Iterable[str], cached: Iterable[str], entries: Sequence[Layer]) -> list[str]:
+    """What of these schemes and cache formats our compiled kernels do not compute, in sentences."""
+    named = [name for name in schemes if parse_scheme(name).activation is not None]
+    slow = [name for name in named if parse_scheme(name).activation != INT8_TOKEN]
+    widths = sorted({entry.cols for entry in entries})
+    floats = [
+        name for name in cached if not all(rounds(vectors_of(cache_name(parse_cache_format(name)), w)) for w in widths)
+    ]
+    told = []
+    if slow:
+        told.append(
+            f"no compiled kernel multiplies the activations of {', '.join(slow)}: they are rounded apart and take "
+            "several times as long as a:int8-token ('mpq bench --formats' times them)"
+        )
+    if floats:
+        told.append(
+            f"compiled attention does not read or write {', '.join(floats)} in heads of {', '.join(map(str, widths))}: "
+            "'mpq generate' is slow with them, or keeps their numbers as floats, in more memory than is counted"
+        )
+    return told
 
 
 def held_layers(model: nn.Module, target: Target, wanted: Wanted) -> tuple[tuple[Layer, ...], Held]:

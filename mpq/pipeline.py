@@ -30,7 +30,7 @@ from mpq.exporters.holding import Held, restrict
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.targets import TARGETS, formats_of
 from mpq.exporting import export_to, sizer_for
-from mpq.feasible import Wanted, held_layers, own_format
+from mpq.feasible import Wanted, held_layers, own_format, without_kernels
 from mpq.measuring import Measurer, store_for
 from mpq.memory import Request, Serving, candidates, check_memory, choose_cache, serving_of
 from mpq.network.batchnorm import with_means
@@ -183,6 +183,9 @@ def quantize_model(
         granularity = "layer"
     serving = serving_of(source, memory, kv_bits, context, batch)
     entries, cached = candidates(source, reader, table, kv_formats, metric) if serving else ((), ())
+    if reader.name == "mpq":
+        for sentence in without_kernels(formats or (), kv_formats or (), entries):
+            log.warning(sentence)
     layers, asked = held_layers(source.model, reader, wanted)
     sized = sizer_for(reader, source)
     if size is not None:  # of the file, header and vocabulary counted

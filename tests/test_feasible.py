@@ -7,9 +7,11 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpq.cli.main import main
+from mpq.core.cache import CACHE_FORMATS
 from mpq.core.errors import MpqError
+from mpq.core.layer import Layer
 from mpq.exporters.targets import TARGETS
-from mpq.feasible import Wanted, held_layers
+from mpq.feasible import Wanted, held_layers, without_kernels
 from mpq.network.layers import find_layers
 from mpq.network.storage import other_bytes
 from mpq.sources import open_network
@@ -79,3 +81,14 @@ def test_a_refusal_imports_no_more_than_the_structure_needs(bare, tmp_path):
 def test_a_device_that_is_not_there_is_told(tmp_path, capsys):
     assert main(["quantize", "tiny-lm", "--bits", "4", "--device", "cuda:99", "-o", str(tmp_path / "out")]) == 2
     assert "no device 'cuda:99' here" in capsys.readouterr().err
+
+
+def test_what_no_kernel_computes_is_told():
+    entries = (Layer("cache.0.keys", "keys", 2, 80), Layer("cache.0.values", "values", 2, 80))
+    fast = ("int4-g128", "int8-channel+a:int8-token", "nf4-g64", "int2-g64/int4-g64@3.25")
+    assert without_kernels(fast, CACHE_FORMATS, entries) == []
+    (told,) = without_kernels((*fast, "int4-g128+a:int4-token"), (), entries)
+    assert "int4-g128+a:int4-token" in told
+    assert "int8-channel+a:int8-token," not in told
+    (told,) = without_kernels(fast, ("int4-asym", "int4-t32-asym", "int4-g20"), entries)
+    assert "int4-t32-asym, int4-g20 in heads of 80" in told
