@@ -174,13 +174,7 @@ def quantize_model(
     refuse_foreign(folder, checkpoint.FILES)
     reader = TARGETS.named(target)
     source = replace(source, model=prepared(source.model))
-    if granularity is None:
-        timed = latencies is None or latencies.has_mixes
-        by_rows = source.kind == "perplexity" and reader.mixes and bool(METRICS.named(metric).rows) and timed
-        granularity = "row" if by_rows else "layer"
-    elif granularity == "row" and not reader.mixes:
-        log.warning("%s has one format a layer: layers stay whole", reader.name)
-        granularity = "layer"
+    granularity = _granularity(granularity, source, reader, metric, latencies)
     serving = serving_of(source, memory, kv_bits, context, batch)
     entries, cached = candidates(source, reader, table, kv_formats, metric) if serving else ((), ())
     if reader.name == "mpq":
@@ -215,9 +209,7 @@ def quantize_model(
         weights = sum(layer.params for layer in layers)
         request = Request(source.model, serving, reader, pin, ties, limits.most(weights), limits.budgets, latencies)
         cache = choose_cache(held, request, measurer, measured=effort != "fast")
-        if serving.memory is not None:
-            left = serving.memory - cache.nbytes(serving.context, serving.batch)
-            limits = replace(limits, size=min(limits.size or math.inf, left))
+        limits = limits.beside(cache, serving)
     frontier, budget = _searched(held, limits, sized, cache, pin, ties or held.fuses)
     table.save(folder / "table.csv")
     steps = STEPS[effort] if tuning_steps is None else tuning_steps
@@ -234,10 +226,7 @@ def quantize_model(
     corrected = replace(source, model=with_means(source.model, accepted.chosen.means))
     export_to(target, corrected, allocation, folder, rounder)
     packed = _packed(source, folder, trust) if reader.name == "mpq" else None
-    measured = compare(
-        measurer, frontier, accepted, packed, state_bytes(source.model),
-        sized,
-    )  # fmt: skip
+    measured = compare(measurer, frontier, accepted, packed, state_bytes(source.model), sized)
     elsewhere = on_other_text(measurer, accepted, packed) if effort != "fast" else ""
     points = along(frontier, allocation, measurer) if source.kind != "loss" and effort != "fast" else {}
     outcome = Outcome(
@@ -246,6 +235,18 @@ def quantize_model(
     )  # fmt: skip
     _write_artefacts(outcome, source, reader)
     return outcome
+
+
+def _granularity(asked: str | None, source: Source, target: Target, metric: str, latencies: LatencyTable | None) -> str:
+    """What is asked for as far as the target holds it; the default of `quantize_model` where nothing is."""
+    if asked is None:
+        timed = latencies is None or latencies.has_mixes
+        by_rows = source.kind == "perplexity" and target.mixes and bool(METRICS.named(metric).rows) and timed
+        return "row" if by_rows else "layer"
+    if asked == "row" and not target.mixes:
+        log.warning("%s has one format a layer: layers stay whole", target.name)
+        return "layer"
+    return asked
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,13 @@ class Limits:
     def most(self, weights: int) -> float | None:
         """Bytes of so many weights, or of the file, as far as they are limited."""
         return self.size if self.bits is None else self.bits * weights / BITS_PER_BYTE
+
+    def beside(self, cache: CacheFormats, serving: Serving) -> "Limits":
+        """The limits that are left beside a cache."""
+        if serving.memory is None:
+            return self
+        left = serving.memory - cache.nbytes(serving.context, serving.batch)
+        return replace(self, size=min(self.size or math.inf, left))
 
     def hold(self, sized: Callable[[Allocation], int], allocation: Allocation) -> bool:
         """Whether an allocation's file and other costs are within them."""
