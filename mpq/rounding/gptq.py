@@ -22,6 +22,7 @@ from mpq.rounding.reference import (
     stacked,
     to_groups,
 )
+from mpq.rounding.scale_fit import fit_scales
 
 BLOCK = 128  # columns whose corrections are applied to the rest in one product (section 3.3, step 2)
 
@@ -36,9 +37,10 @@ def gptq(
 ) -> Quantized:
     """Codes of small output error: sum over rows of dw H dw^T, with H the inputs' second moment.
 
-    Scales come first, from a clip search with column errors weighted by H's diagonal, so that columns can be taken in
-    order of falling diagonal without changing groups. Every row gets the better of GPTQ's and that search's codes by
-    dw (H + damping) dw^T. Without a second moment this is clip search.
+    Scales come first, from a clip search, so that columns can be taken in order of falling diagonal of H without
+    changing groups; that search counts all columns alike, since the error of each is compensated in others. Every row
+    gets the better of GPTQ's and that search's codes by dw (H + damping) dw^T, and then the scales that fit these codes
+    (`mpq.rounding.scale_fit`). Without a second moment this is clip search.
 
     Raises:
         MpqError: a second moment of another shape, or not finite.
@@ -56,12 +58,13 @@ def gptq(
     if len(parts) > 1:
         return stacked([gptq(part, format, second_moment, damping=damping) for part in parts])
     weight = weight.detach().float()
-    start = clip_search(weight, format, importance=_importance(hessian, rows))
+    start = clip_search(weight, format)
     factor = _factor(second_moment, damping)
     codes, errors = _compensate(weight, start, factor)
     others = row_errors(weight, start, hessian)
     others += factor.ridge.repeat_interleave(rows // len(hessian)) * (dequantize(start) - weight).square().sum(-1)
-    return replace(start, codes=torch.where(_better(errors, others, format).unsqueeze(-1), codes, start.codes))
+    rounded = replace(start, codes=torch.where(_better(errors, others, format).unsqueeze(-1), codes, start.codes))
+    return fit_scales(weight, rounded, hessian + torch.diag_embed(factor.ridge.unsqueeze(-1).expand(hessian.shape[:2])))
 
 
 def _better(errors: Tensor, others: Tensor, format: Format) -> Tensor:
@@ -80,12 +83,6 @@ def row_errors(weight: Tensor, quantized: Quantized, hessian: Tensor) -> Tensor:
     """dw H dw^T of each row: the squared error of the layer's outputs, summed over the samples in H. (rows,)."""
     difference = (dequantize(quantized) - weight.float()).reshape(hessian.shape[0], -1, hessian.shape[-1])
     return (difference @ hessian).mul_(difference).sum(-1).flatten()
-
-
-def _importance(hessian: Tensor, rows: int) -> Tensor:
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
-    floor = 1e-4 * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
-    return (diagonal + floor).repeat_interleave(rows // len(diagonal), 0)
 
 
 @dataclass(frozen=True)

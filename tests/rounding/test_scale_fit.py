@@ -1,0 +1,72 @@
+"""Fitted scales leave no row a larger error, are the best where a row has one, and keep codes and types."""
+
+import pytest
+import torch
+
+from mpq.core.formats import FORMATS, parse_format
+from mpq.rounding.clip_search import clip_search
+from mpq.rounding.gptq import row_errors
+from mpq.rounding.reference import dequantize, quantize, storable_scales
+from mpq.rounding.scale_fit import fit_scales, fits
+
+FITTED = sorted(name for name, format in FORMATS.items() if fits(format))
+
+
+def layer(rows=12, cols=160, blocks=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(blocks, 400, cols, generator=generator) @ torch.randn(cols, cols, generator=generator)
+    return torch.randn(rows, cols, generator=generator), inputs.mT @ inputs / 400
+
+
+@pytest.mark.parametrize("name", FITTED)
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_no_row_errs_more_and_codes_and_types_stay(name, blocks):
+    weight, hessian = layer(blocks=blocks)
+    before = quantize(weight, parse_format(name))
+    after = fit_scales(weight, before, hessian)
+    assert torch.equal(after.codes, before.codes)
+    assert torch.equal(storable_scales(after.scales, after.format), after.scales)
+    errors, others = row_errors(weight, after, hessian), row_errors(weight, before, hessian)
+    assert (errors <= others * (1 + 1e-4)).all()
+    if after.format.scale != "e8m0" and after.format.grid.bits < 8:
+        assert errors.sum() < others.sum()
+
+
+def test_the_scale_of_a_row_that_has_one_is_the_best_of_many():
+    weight, hessian = layer()
+    rounded = clip_search(weight, parse_format("int3-channel-sfp32"))
+    fitted = row_errors(weight, fit_scales(weight, rounded, hessian), hessian)
+    ratios = torch.linspace(0.5, 1.5, 2001)
+    tried = [row_errors(weight, rounded.map_tables(lambda _, scales, r=r: r * scales), hessian) for r in ratios]
+    best = torch.stack(tried).amin(0)
+    assert (fitted <= best * (1 + 1e-5)).all()
+    assert (fitted > 0.99 * best).all()
+
+
+def test_each_group_in_turn_takes_its_best_scale():
+    """The slow truth: one group after the other, its scale by least squares over samples, the later ones as before."""
+    weight, _ = layer(rows=3, cols=96)
+    inputs = torch.randn(500, 96, generator=torch.Generator().manual_seed(1)) @ torch.randn(96, 96)
+    hessian = (inputs.T @ inputs)[None]
+    rounded = quantize(weight, parse_format("int4-g32-sfp32"))
+    numbers = dequantize(rounded)
+    for row in range(3):
+        for start in (0, 32, 64):
+            own = inputs[:, start : start + 32] @ numbers[row, start : start + 32]
+            others = inputs @ numbers[row] - own
+            ratio = own @ (inputs @ weight[row] - others) / (own @ own)
+            numbers[row, start : start + 32] *= ratio
+    torch.testing.assert_close(dequantize(fit_scales(weight, rounded, hessian)), numbers, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int4-tensor", "q4_k", "bf16"])
+def test_scales_that_are_not_a_row_s_own_stay(name):
+    weight, hessian = layer(cols=256)
+    rounded = quantize(weight, parse_format(name))
+    assert fit_scales(weight, rounded, hessian) is rounded
+
+
+def test_rows_of_zeros_stay_finite():
+    weight, hessian = layer()
+    weight[0] = 0
+    assert torch.isfinite(dequantize(fit_scales(weight, quantize(weight, parse_format("int4-g32")), hessian))).all()
