@@ -1,10 +1,11 @@
-"""Measure the ranking benchmarks of ResNet-20, ResNet-56 and the language model: experiments/results/benchmark_*.csv.
+"""Measure the ranking benchmarks of four models: experiments/results/benchmark_*.csv.
 
-    nice python -m experiments.papers.build_benchmarks [resnet20] [resnet56] [llama5m] [--threads 1]
+    nice python -m experiments.papers.build_benchmarks [resnet20] [resnet56] [llama5m] [efficientnet_lite0]
 
-Weights are rounded per output channel to 2, 3 or 4 bits with scales of least squared error; the first and last layer
-take 8 bits, as in EMQ (arXiv 2307.10554). Activations stay in floating point: EMQ's 8 bits would double the time of a
-row; `--check-activations` measures what they change. Finished rows are kept, so an interrupted run goes on.
+Weights are rounded per output channel to 2, 3 or 4 bits (EfficientNet-Lite0, which 4 bits ruin: 4, 5 or 6) with scales
+of least squared error; the first and last layer take 8 bits, as in EMQ (arXiv 2307.10554). Activations stay in floating
+point: EMQ's 8 bits would double the time of a row; `--check-activations` measures what they change. Finished rows are
+kept, so an interrupted run goes on.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from mpq.rounding.reference import dequantize
 
 RESULTS = reference_models.Path(__file__).resolve().parents[1] / "results"
 SCHEMES = ("int2-channel", "int3-channel", "int4-channel")
-ROWS = {"resnet20": 425, "resnet56": 150, "llama5m": 150}
-IMAGES = {"resnet20": 1000, "resnet56": 500}
+WIDER = {"efficientnet_lite0": ("int4-channel", "int5-channel", "int6-channel")}
+ROWS = {"resnet20": 425, "resnet56": 150, "llama5m": 150, "efficientnet_lite0": 100}
+IMAGES = {"resnet20": 1000, "resnet56": 500, "efficientnet_lite0": 96}
 
 
 def load(name: str) -> tuple[torch.nn.Module, tuple[Batch, ...], LossFn, dict[str, str], str]:
@@ -38,6 +40,10 @@ def load(name: str) -> tuple[torch.nn.Module, tuple[Batch, ...], LossFn, dict[st
         fixed = {"*embed_tokens": "int8-channel", "lm_head": "int8-channel"}
         return reference_models.wikitext_llama(), windows.split(4), next_token_loss, fixed, "wikitext2 valid, 16 x 256"
     images = IMAGES[name]
+    if name == "efficientnet_lite0":
+        sample = reference_models.imagenet_sample(0, images, 32)
+        fixed = {"conv_stem": "int8-channel", "fc": "int8-channel"}
+        return reference_models.efficientnet_lite0(), sample, cross_entropy, fixed, f"imagenet sample, {images} images"
     batches = reference_models.cifar10_test(batch_size=50)[: images // 50]
     fixed = {"conv1": "int8-channel", "linear": "int8-channel"}
     return reference_models.resnet(int(name[6:])), batches, cross_entropy, fixed, f"cifar10 test, {images} images"
@@ -46,7 +52,7 @@ def load(name: str) -> tuple[torch.nn.Module, tuple[Batch, ...], LossFn, dict[st
 def build(name: str, rows: int, seed: int) -> Benchmark:
     model, batches, loss_fn, fixed, data = load(name)
     return build_benchmark(
-        model, batches, loss_fn, SCHEMES, rows, fixed=fixed, seed=seed,
+        model, batches, loss_fn, WIDER.get(name, SCHEMES), rows, fixed=fixed, seed=seed,
         resume=RESULTS / f".benchmark_{name}.part",
         provenance={"model": name, "dataset": data, "activations": "fp32"},
     )  # fmt: skip
@@ -76,7 +82,7 @@ def check_activations(name: str, rows: int = 40) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=list(ROWS), metavar="NAME", help=", ".join(ROWS))
-    parser.add_argument("--rows", type=int, default=None, help="rows of each (default: 425, 150, 150)")
+    parser.add_argument("--rows", type=int, default=None, help="rows of each (default: 425, 150, 150, 100)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--check-activations", action="store_true", help="what 8-bit activations change, on 40 rows")

@@ -43,6 +43,7 @@ RECIPES: dict[str, Recipe] = {
     "nvfp4, reciprocal": Recipe("nvfp4", convention="reciprocal"),
     "e4m3": Recipe(E4M3),
     "e4m3, loss scale 2^14": Recipe(E4M3, loss_scale=2.0**14),
+    "e4m3, dynamic loss scale": Recipe(E4M3, loss_scale="dynamic"),
     "e4m3, reciprocal": Recipe(E4M3, convention="reciprocal"),
     "ue5m3": Recipe(UE5M3),
     "ue5m3, tensor scale": Recipe(f"{UE5M3}-ts"),

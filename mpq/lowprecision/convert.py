@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
 from mpq.core.patterns import match_names
+from mpq.lowprecision.loss_scale import DynamicScale
 from mpq.lowprecision.products import AnyRecipe, products
-from mpq.lowprecision.recipe import Recipe
+from mpq.lowprecision.recipe import DYNAMIC, Recipe
 from mpq.network.calibration import seeded
 from mpq.network.layers import input_matrix, layer_kind, own_code, weight_matrix
 
@@ -27,6 +28,7 @@ class LowPrecisionLayer(nn.Module):
 
     recipe: AnyRecipe
     stream: int  # seed of the layer's own random numbers
+    dynamic: DynamicScale | None  # loss scale, where the recipe's is dynamic; checkpoints do not hold it
     _generators: dict[torch.device, torch.Generator]
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -47,7 +49,7 @@ class LowPrecisionLayer(nn.Module):
     def multiply(self, rows: Tensor, weight: Tensor) -> Tensor:
         """The product of (rows, in) with (out, in) by the recipe, in the inputs' type."""
         with torch.autocast(rows.device.type, enabled=False):  # rounded operands are multiplied as they are
-            return products(rows, weight, self.recipe, self.generator(rows.device)).to(rows.dtype)
+            return products(rows, weight, self.recipe, self.generator(rows.device), self.dynamic).to(rows.dtype)
 
 
 class _LowPrecisionMatrix(LowPrecisionLayer):
@@ -169,7 +171,8 @@ def convertible(model: nn.Module) -> dict[str, nn.Module]:
 def _converted(module: nn.Module, recipe: AnyRecipe, stream: int) -> LowPrecisionLayer:
     kind = type(module) if isinstance(module, LowPrecisionLayer) else KINDS[layer_kind(module)]
     layer = kind.__new__(kind)
-    vars(layer).update(vars(module), recipe=recipe, stream=stream, _generators={})
+    dynamic = DynamicScale() if isinstance(recipe, Recipe) and recipe.loss_scale == DYNAMIC else None
+    vars(layer).update(vars(module), recipe=recipe, stream=stream, dynamic=dynamic, _generators={})
     return layer
 
 

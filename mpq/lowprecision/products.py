@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mpq.lowprecision.loss_scale import DynamicScale
 from mpq.lowprecision.masking import Mask, masked
 from mpq.lowprecision.operands import operand_gradient, round_operand
 from mpq.lowprecision.recipe import BY_INPUTS, BY_WEIGHT, FORWARD, Recipe
@@ -19,9 +20,13 @@ def products(
     weight: Tensor,  # (out, in)
     recipe: AnyRecipe,
     generator: torch.Generator,
+    dynamic: DynamicScale | None = None,
 ) -> Tensor:
-    """inputs @ weight.T, float32 (rows, out), whose gradients are products in few bits, too."""
-    outputs: Tensor = _Products.apply(inputs, weight, recipe, generator)  # type: ignore[no-untyped-call]
+    """inputs @ weight.T, float32 (rows, out), whose gradients are products in few bits, too.
+
+    `dynamic` is the layer's loss scale where the recipe's is "dynamic"; the backward pass changes it.
+    """
+    outputs: Tensor = _Products.apply(inputs, weight, recipe, generator, dynamic)  # type: ignore[no-untyped-call]
     return outputs
 
 
@@ -75,34 +80,42 @@ def product(
     recipe: AnyRecipe,
     generator: torch.Generator,
     roles: tuple[str, str] = FORWARD,
+    dynamic: DynamicScale | None = None,
 ) -> Tensor:
     """left @ right.T with both operands rounded along k, or masked; float32 (m, n)."""
     if isinstance(recipe, Mask):
         return functional.linear(masked(left.float(), recipe), masked(right.float(), recipe))
-    scale = recipe.loss_scale if "gradients" in roles else 1.0
+    scale = 1.0
+    if "gradients" in roles:
+        scale = dynamic.value if dynamic is not None else recipe.fixed_loss_scale
     operands = operands_of(left * scale if scale != 1 else left, right, recipe, generator, roles)
+    if dynamic is not None and "gradients" in roles:
+        dynamic.update(operands.exact[0], operands.rounded[0])
     outputs = functional.linear(*operands.rounded)
     return outputs / scale if scale != 1 else outputs
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, recipe: AnyRecipe, generator: torch.Generator) -> Tensor:
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, recipe: AnyRecipe, generator: torch.Generator,
+        dynamic: DynamicScale | None,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(inputs, weight)
-        ctx.recipe, ctx.generator, ctx.operands = recipe, generator, None
+        ctx.recipe, ctx.generator, ctx.operands, ctx.dynamic = recipe, generator, None, dynamic
         if isinstance(recipe, Mask) or recipe.plain_gradient:
             return product(inputs, weight, recipe, generator)
         ctx.operands = operands_of(inputs, weight, recipe, generator)
         return functional.linear(*ctx.operands.rounded)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         inputs, weight = ctx.saved_tensors
-        by_inputs = product(gradient, weight.t(), ctx.recipe, ctx.generator, BY_INPUTS)
-        by_weight = product(gradient.t(), inputs.t(), ctx.recipe, ctx.generator, BY_WEIGHT)
+        by_inputs = product(gradient, weight.t(), ctx.recipe, ctx.generator, BY_INPUTS, ctx.dynamic)
+        by_weight = product(gradient.t(), inputs.t(), ctx.recipe, ctx.generator, BY_WEIGHT, ctx.dynamic)
         if ctx.operands is not None:
             by_inputs, by_weight = _through(ctx.operands, (by_inputs, by_weight), ctx.recipe)
-        return by_inputs, by_weight, None, None
+        return by_inputs, by_weight, None, None, None
 
 
 def _through(operands: Operands, gradients: tuple[Tensor, Tensor], recipe: Recipe) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from mpq.lowprecision.relaxation import RELAXATIONS
 
 WHERE = ("none", "forward", "backward", "all")
 CONVENTIONS = ("divide", "reciprocal")
+DYNAMIC = "dynamic"
 SCALE_ROUNDINGS = ("nearest", "up")
 SCALE_GRADIENTS = ("none", "absmax", "softmax")
 FORWARD, BY_INPUTS, BY_WEIGHT = ("activations", "weights"), ("gradients", "weights"), ("gradients", "activations")
@@ -33,7 +34,8 @@ class Recipe:
     steepness: k of the relaxations "power" and "sigmoid".
     scale_gradient: "none" treats scales as constants; "absmax" lets the gradient of a scale pass to the element of
         largest magnitude, "softmax" to all elements in proportion to exp(|element| / scale).
-    loss_scale: gradients are multiplied by it before they are rounded, and the products divided by it.
+    loss_scale: gradients are multiplied by it before they are rounded, and the products divided by it; "dynamic" lets
+        each layer find its own (`mpq.lowprecision.loss_scale`).
     """
 
     format: str
@@ -47,7 +49,7 @@ class Recipe:
     relaxation: str = "straight-through"
     steepness: float = 5.0
     scale_gradient: str = "none"
-    loss_scale: float = 1.0
+    loss_scale: float | str = 1.0
     rotation_block: int = 16
 
     def __post_init__(self) -> None:
@@ -64,10 +66,16 @@ class Recipe:
                 raise MpqError(f"invalid training format: expected a symmetric one of up to 8 bits, not {name}")
         if self.square_weights and self.format_of("weights").granularity != "group":
             raise MpqError(f"square tiles need a format with groups, not {self.format}")
-        if not 0 < self.loss_scale < float("inf") or not 0 < self.steepness < float("inf"):
-            raise MpqError(
-                f"loss_scale and steepness are positive numbers, not {self.loss_scale!r} and {self.steepness!r}"
-            )
+        fixed = self.loss_scale
+        if fixed != DYNAMIC and (isinstance(fixed, str) or not 0 < fixed < float("inf")):
+            raise MpqError(f"loss_scale is a positive number or {DYNAMIC!r}, not {fixed!r}")
+        if not 0 < self.steepness < float("inf"):
+            raise MpqError(f"steepness is a positive number, not {self.steepness!r}")
+
+    @property
+    def fixed_loss_scale(self) -> float:
+        """The loss scale of products that are given no dynamic one."""
+        return 1.0 if isinstance(self.loss_scale, str) else self.loss_scale
 
     def format_of(self, role: str) -> Format:
         """The format of "weights", "activations" or "gradients"."""
