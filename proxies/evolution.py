@@ -24,7 +24,8 @@ from mpq.proxies.evaluate import Evaluator
 from mpq.proxies.genomes import Genome, Pool, cross, program_of
 from mpq.proxies.history import Generation, History
 from mpq.proxies.programs import Program, formula
-from mpq.proxies.screening import Judge, check_fit
+from mpq.proxies.ranking import steady_fitness
+from mpq.proxies.screening import Judge, Judges, check_fit
 from mpq.proxies.statistics import Statistics
 
 TRIES = 20  # genomes drawn for one child before its place stays empty
@@ -113,7 +114,39 @@ def evolve(
         state.load(resume)
     elif not state.population:
         state.populate()
-    done = len(state.history) - 1
+    _advance(state, progress, resume)
+    if resume is not None:
+        state.save(resume)
+    return Evolution(state.best, tuple(state.population), tuple(state.history), dict(judge.fates))
+
+
+def evolve_across(
+    models: Sequence[tuple[Benchmark, Statistics]], settings: Settings | None = None, *, progress: bool = True
+) -> Evolution:
+    """Find a proxy that ranks the rows of every one of several models.
+
+    Its fitness is the mean over the models of the rank correlations with quality of all rows, plain and at fixed size:
+    the top of few rows is left out, which evolution would fit the noise of.
+
+    Raises:
+        MpqError: no models, or statistics of another model than their benchmark's.
+    """
+    if not models:
+        raise MpqError("no models to evolve a proxy on: pass at least one benchmark with its statistics")
+    settings = settings or Settings()
+    for benchmark, statistics in models:
+        check_fit(benchmark, statistics)
+    judges = tuple(Judge(rows, Evaluator(numbers), measure=steady_fitness) for rows, numbers in models)
+    judge = Judges(judges)
+    state = _State(judge, settings)
+    state.populate()
+    _advance(state, progress)
+    return Evolution(state.best, tuple(state.population), tuple(state.history), dict(judge.fates))
+
+
+def _advance(state: "_State", progress: bool, resume: str | os.PathLike[str] | None = None) -> None:
+    """The generations that are missing."""
+    settings, done = state.settings, len(state.history) - 1
     with tqdm(total=settings.generations, initial=done, disable=None if progress else True, dynamic_ncols=True) as bar:
         for generation in range(done + 1, settings.generations + 1):
             state.step(generation)
@@ -121,9 +154,6 @@ def evolve(
             bar.set_postfix_str(f"{state.best.fitness:.3f} {state.best.formula[:60]}", refresh=False)
             if resume is not None and generation % SAVE_EVERY == 0:
                 state.save(resume)
-    if resume is not None:
-        state.save(resume)
-    return Evolution(state.best, tuple(state.population), tuple(state.history), dict(judge.fates))
 
 
 def random_search(
@@ -154,7 +184,7 @@ def valid_fraction(benchmark: Benchmark, statistics: Statistics, pool: Pool, dra
 class _State:
     """An evolution under way; everything random in a generation comes from the seed and the generation's number."""
 
-    def __init__(self, judge: Judge, settings: Settings) -> None:
+    def __init__(self, judge: Judge | Judges, settings: Settings) -> None:
         self.judge, self.settings = judge, settings
         self.population: list[Individual] = []  # oldest first
         self.history: list[Generation] = []
@@ -230,6 +260,7 @@ class _State:
 
     def settings_for_file(self) -> dict[str, Any]:
         """Settings that a resumed run must share."""
+        assert isinstance(self.judge, Judge)
         settings = asdict(replace(self.settings, generations=0))
         choices = self.judge.benchmark.choices
         settings["rows"] = [len(choices), int((choices * (1 + np.arange(choices.size).reshape(choices.shape))).sum())]
@@ -239,6 +270,7 @@ class _State:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state."""
+        assert isinstance(self.judge, Judge)
         content = {
             "settings": self.settings_for_file(), "population": [asdict(one) for one in self.population],
             "best": asdict(self.best), "history": self.history, "fates": self.judge.fates,
@@ -249,6 +281,7 @@ class _State:
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take up the state that `save` wrote."""
+        assert isinstance(self.judge, Judge)
         with reading(path, "state of an evolution", "delete it to start anew"):
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             saved = dict(content["settings"])

@@ -56,6 +56,12 @@ def fitness(losses: Array, benchmark: Benchmark) -> float:
     return float(rankings(losses, benchmark.quality, benchmark.sizes.astype(np.float64)).mean())
 
 
+def steady_fitness(losses: Array, benchmark: Benchmark) -> float:
+    """The mean of the two measures that rest on all rows: their correlation, plain and at fixed size."""
+    values = rankings(losses, benchmark.quality, benchmark.sizes.astype(np.float64))
+    return float((values[0] + values[-1]) / 2)
+
+
 def bootstrap(
     losses: Array,  # (rows,), or (proxies, rows)
     benchmark: Benchmark,

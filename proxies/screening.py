@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +40,7 @@ class Judge:
     seen: set[str] = field(default_factory=set)  # behaviours that have had their fitness
     fates: Counter[str] = field(default_factory=Counter)  # kinds, finite, constant, duplicate, judged
     computed: set[Program] = field(default_factory=set)  # whose behaviour is in `seen`: no need to compute them again
+    measure: Callable[[NDArray[np.float64], Benchmark], float] = fitness
 
     def fitness(self, genome: Genome) -> float | None:
         """The genome's fitness; None when it is screened out."""
@@ -58,7 +60,7 @@ class Judge:
                 fate = "duplicate"
             self.seen.add(behaviour)
         self.fates[fate] += 1
-        return fitness(losses, self.benchmark) if fate == "judged" and losses is not None else None
+        return self.measure(losses, self.benchmark) if fate == "judged" and losses is not None else None
 
     def losses(self, genome: Genome) -> tuple[str, NDArray[np.float64] | None]:
         """The screening's summary, and the predicted loss of each row, (rows,)."""
@@ -77,6 +79,26 @@ class Judge:
         if np.ptp(losses) <= 1e-9 * np.abs(losses).max():
             return "constant", None
         return "judged", losses
+
+
+@dataclass
+class Judges:
+    """Fitness over several models, the mean of their own; a genome that one of them screens out has none."""
+
+    judges: tuple[Judge, ...]
+    fates: Counter[str] = field(default_factory=Counter)  # judged, screened
+
+    def fitness(self, genome: Genome) -> float | None:
+        """The mean fitness, None when it is screened out."""
+        values: list[float] = []
+        for judge in self.judges:
+            value = judge.fitness(genome)
+            if value is None:
+                self.fates["screened"] += 1
+                return None
+            values.append(value)
+        self.fates["judged"] += 1
+        return float(np.mean(values))
 
 
 def _behaviour(losses: NDArray[np.float64]) -> str:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from experiments.models.reference_models import CIFAR_MEAN, CIFAR_STD, cifar10_test, data_file
 from mpq.network.calibration import seeded
 
-BATCH = 64
+BATCH = 32
 BLOCKS = ((16, 16, 1), (16, 24, 2), (24, 24, 1), (24, 32, 2), (32, 32, 1))  # channels in and out, stride
 EXPANSION = 4
 

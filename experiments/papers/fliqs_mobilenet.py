@@ -210,7 +210,7 @@ def main() -> None:
     targets = options.targets[:1] if options.quick else options.targets
     runs: dict[int, dict[str, list[Found]]] = {bits: {way: [] for way in WAYS} for bits in targets}
     for seed in range(seeds):
-        start = trained(data, seed, 10 if options.quick else 2000)
+        start = trained(data, seed, 10 if options.quick else 1500)
         accuracy, loss = data.judge(start)
         print(f"seed {seed}, floating point: {100 * accuracy:.1f} %, loss {loss:.4f}", flush=True)
         for bits in targets:

@@ -7,7 +7,7 @@ from experiments.models import reference_models
 from experiments.papers.build_benchmarks import RESULTS, load
 from mpq.network.calibration import Batch
 from mpq.proxies.benchmark import Benchmark
-from mpq.proxies.collect import collect_statistics
+from mpq.proxies.collect import SAMPLES, collect_statistics
 from mpq.proxies.statistics import Statistics
 
 OUT = Path(__file__).resolve().parents[2] / "out"
@@ -21,18 +21,23 @@ def benchmark_of(name: str) -> Benchmark:
     return benchmark
 
 
+EVERY = (*NAMES, "efficientnet_lite0")
+
+
 def calibration_of(name: str) -> tuple[Batch, ...]:
     """What statistics are collected on: training data, never what the benchmark measured."""
     if name == "llama5m":
         return tuple(reference_models.wikitext_tokens("train", 8).split(8))
+    if name == "efficientnet_lite0":
+        return reference_models.imagenet_sample(500, 16, 8)
     return reference_models.cifar10_calibration({"resnet20": 256, "resnet56": 128}[name], 64)
 
 
-def statistics_of(name: str, wanted: Iterable[str], tag: str = "") -> Statistics:
+def statistics_of(name: str, wanted: Iterable[str], tag: str = "", samples: int = SAMPLES) -> Statistics:
     """The statistics of a model, from out/ when they are there."""
     model, _, loss_fn, _, _ = load(name)
-    schemes = benchmark_of(name).schemes
+    schemes = Benchmark.load(RESULTS / f"benchmark_{name}.csv").schemes
     return collect_statistics(
-        model, calibration_of(name), loss_fn, schemes, wanted=wanted, progress=True,
+        model, calibration_of(name), loss_fn, schemes, wanted=wanted, progress=True, samples=samples,
         cache=OUT / f"statistics_{name}{tag}.npz",
     )  # fmt: skip

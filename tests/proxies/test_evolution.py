@@ -17,12 +17,13 @@ from mpq.network.calibration import cross_entropy
 from mpq.proxies.benchmark import Benchmark
 from mpq.proxies.collect import collect_statistics
 from mpq.proxies.evaluate import Evaluator
-from mpq.proxies.evolution import Individual, Settings, _State, evolve, random_search, valid_fraction
+from mpq.proxies.evolution import Individual, Settings, _State, evolve, evolve_across, random_search, valid_fraction
 from mpq.proxies.formulas import parse
 from mpq.proxies.genomes import COUPLINGS, SHAPES, SOURCES, Genome, Pool, cross, program_of
 from mpq.proxies.history import curves, load_history, plot_history, save_history
 from mpq.proxies.measuring import draw_configurations
 from mpq.proxies.programs import formula, kind_of
+from mpq.proxies.ranking import steady_fitness
 from mpq.proxies.screening import Judge
 
 SCHEMES = ("int2-channel", "int3-channel", "int4-channel")
@@ -57,6 +58,26 @@ def test_it_finds_a_score_that_ranks_as_the_truth_and_beats_chance():
     judge = Judge(BENCHMARK, Evaluator(STATISTICS))
     assert judge.fitness(result.best.genome) == pytest.approx(result.best.fitness)
     assert parse(result.best.formula) == result.best.program
+
+
+def test_across_models_it_finds_what_ranks_all_of_them():
+    """Losses of the other model are those of another formula: the best alone on one is not the best on both."""
+    other = world("sum(fisher * square(error)) + 0.05 * sum(square(error))", rows=40)
+    settings = replace(SMALL, generations=40)
+    found = evolve_across([(BENCHMARK, STATISTICS), other], settings, progress=False)
+    values = [
+        steady_fitness(rows.totals(Evaluator(numbers).table(found.best.program)), rows)
+        for rows, numbers in ((BENCHMARK, STATISTICS), other)
+    ]
+    assert found.best.fitness == pytest.approx(np.mean(values))
+    assert found.best.fitness > 0.9
+    assert found.fates["judged"] > 100
+    assert found == evolve_across([(BENCHMARK, STATISTICS), other], settings, progress=False)
+    with pytest.raises(MpqError, match="no models"):
+        evolve_across([], settings)
+    stranger = replace(BENCHMARK, provenance={"weights": "others"})
+    with pytest.raises(MpqError, match="another model"):
+        evolve_across([(stranger, STATISTICS)], settings)
 
 
 @pytest.mark.parametrize("removal", ["worst", "oldest"])
