@@ -70,10 +70,10 @@ def product(name: str, rows: int, cols: int, copies: int, threads: int) -> "Peer
 class Peer:
     """A worker that stays up between calls: a module of this folder, in the environment of the library."""
 
-    def __init__(self, name: str, module: str, *arguments: object) -> None:
+    def __init__(self, name: str, module: str, *arguments: object, python: str | None = None) -> None:
         self.name = name
         self.process = subprocess.Popen(
-            [str(environment(name.partition(":")[0])), "-m", f"experiments.peers.{module}", *map(str, arguments)],
+            [python or environment(name.partition(":")[0]), "-m", f"experiments.peers.{module}", *map(str, arguments)],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
 
@@ -81,11 +81,11 @@ class Peer:
         """Whether it came up; waits until that is known."""
         return self._line() == "ready"
 
-    def answer(self, number: int) -> list[float]:
-        """What it measures for a batch or a length, now; NaN once it has failed."""
+    def answer(self, question: int | str) -> list[float]:
+        """What it measures for a batch, a length or a line of words, now; NaN once it has failed."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(f"{number}\n")
+            self.process.stdin.write(f"{question}\n")
             self.process.stdin.flush()
             return [float(word) for word in (self._line() or "nan").split()]
         except OSError:

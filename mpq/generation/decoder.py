@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mpq.generation.memory import Memory, attend, attend_each, enlarge, store
+from mpq.generation.memory import Memory, attend, attend_each, enlarge, store, store_each
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ def step_each(decoder: Decoder, tokens: Tensor, memories: Sequence[Memory]) -> T
     ]
 
     def mix(index: int, block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for place, memory in enumerate(memories):
-            store(memory, index, k[place : place + 1], v[place : place + 1])
+        store_each(memories, index, k, v)
         return attend_each(memories, index, q, k, v, decoder.scale, block.window)
 
     x = run_blocks(decoder, x, rotations, mix)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -100,7 +99,7 @@ def store(memory: Memory, index: int, k: Tensor, v: Tensor) -> None:  # (1, key 
         if memory.packed:
             if index == len(parts):
                 parts.append(_first_slabs(memory, parse_cache_format(name), new))
-            torch.ops.mpq.append(new[0], parts[index], name, values, first)
+            torch.ops.mpq.append(new, parts[index], name, values, [first])
             continue
         if index == len(parts):
             parts.append([new.new_empty((1, new.shape[1], memory.capacity, new.shape[3]))])
@@ -109,6 +108,19 @@ def store(memory: Memory, index: int, k: Tensor, v: Tensor) -> None:  # (1, key 
         if isinstance(format, TokenBlocks):
             filled = slice(whole(first, format), whole(last, format))
             buffer[:, :, filled] = round_vectors(buffer[:, :, filled], format)
+
+
+def store_each(
+    memories: Sequence[Memory], index: int, k: Tensor, v: Tensor
+) -> None:  # (sequences, key heads, 1, width)
+    """As `store`, of one token of each of several sequences."""
+    if not all(memory.packed for memory in memories):
+        for place, memory in enumerate(memories):
+            store(memory, index, k[place : place + 1], v[place : place + 1])
+        return
+    names, positions = names_of(memories[0], index, k.dtype), [memory.length for memory in memories]
+    for slabs, new, name, values in zip(_slabs_of(memories, index), (k, v), names, (False, True), strict=True):
+        torch.ops.mpq.append(new, slabs, name, values, positions)
 
 
 def _format(memory: Memory, name: str, like: Tensor) -> Format | None:
@@ -156,16 +168,20 @@ def attend_each(
         parts = [attend(memory, index, q[one], k[one], v[one], scale, window) for memory, one in
                  zip(memories, each, strict=True)]  # fmt: skip
         return torch.cat(parts)
-    names, most = names_of(memories[0], index, k.dtype), max(len(memory.keys[index]) for memory in memories)
-    slabs = [
-        [slab for memory in memories for slab in _filled(parts_of(memory)[index], most)]
-        for parts_of in (attrgetter("keys"), attrgetter("values"))
-    ]
+    names, lengths = names_of(memories[0], index, k.dtype), [memory.length + 1 for memory in memories]
     mixed = torch.ops.mpq.attend(
-        q.reshape(count, heads, width), *slabs, [memory.length + 1 for memory in memories], *names, "",
+        q.reshape(count, heads, width), *_slabs_of(memories, index), lengths, *names, "",
         width**-0.5 if scale is None else scale, window or 0, None,
     )  # fmt: skip
     return mixed.reshape(count, 1, heads * width)  # type: ignore[no-any-return]
+
+
+def _slabs_of(memories: Sequence[Memory], index: int) -> list[list[Tensor]]:
+    """Slabs of a block's keys and values, as many for each sequence."""
+    return [
+        [slab for slabs in own for slab in _filled(slabs, max(map(len, own)))]
+        for own in ([memory.keys[index] for memory in memories], [memory.values[index] for memory in memories])
+    ]
 
 
 def _filled(slabs: list[Tensor], count: int) -> list[Tensor]:

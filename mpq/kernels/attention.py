@@ -2,7 +2,7 @@
 
     attend(query (sequences, heads, width), keys, values, lengths, key_format, value_format, query_format, scale,
         window, sinks (heads,) or None) -> (sequences, heads, width) in the query's type
-    append(vectors (key heads, tokens, width), slabs, format, values, position): round tokens into a sequence's slabs
+    append(vectors (sequences, key heads, tokens, width), slabs, format, values, positions): round tokens into the slabs
 
 `keys` and `values` are slabs, uint8 (key heads, blocks, bytes) as `mpq.kernels.blocks` arranges them, of one sequence
 after the other, as many for each. A sequence sees the newest `window` of its `lengths` tokens (0: all). `sinks` are
@@ -30,7 +30,7 @@ SCHEMA = (
     "attend(Tensor query, Tensor[] keys, Tensor[] values, int[] lengths, str key_format, str value_format, "
     "str query_format, float scale, int window, Tensor? sinks) -> Tensor"
 )
-APPEND = "append(Tensor vectors, Tensor(a!)[] slabs, str format, bool values, int position) -> ()"
+APPEND = "append(Tensor vectors, Tensor(a!)[] slabs, str format, bool values, int[] positions) -> ()"
 APPENDS: dict[str, Callable[..., None]] = {}  # as KERNELS, for `append_plainly`
 # By device type, with the signature of `attend_plainly`
 KERNELS: dict[str, Callable[..., Tensor]] = {"cuda": gpu.attend}
@@ -74,25 +74,33 @@ def numbers_of(slabs: Sequence[Tensor], format: str, width: int, values: bool, l
     return torch.cat([numbers[:, :filled], newest[:, : length - filled].float()], 1)
 
 
-def append_plainly(vectors: Tensor, slabs: Sequence[Tensor], format: str, values: bool, position: int) -> None:
+def append_plainly(
+    vectors: Tensor, slabs: Sequence[Tensor], format: str, values: bool, positions: Sequence[int]
+) -> None:
     """The plain reference of `append`: the blocks concerned are restored, changed and arranged again."""
-    parsed, (_, tokens, width) = parse_cache_format(format), vectors.shape
-    newest, held = blocks.parted(slabs, parsed)
-    if newest is not None:
-        return _append_blocks(vectors, newest, held, parsed, values, position)
-    new, start = quantize_heads(vectors.unsqueeze(0), parsed), 0
+    parsed = parse_cache_format(format)
+    for index, (own, position) in enumerate(zip(vectors, positions, strict=True)):
+        newest, held = blocks.parted(slabs_of(slabs, index, len(positions)), parsed)
+        if newest is None:
+            _append_vectors(own, held, parsed, values, position)
+        else:
+            _append_blocks(own, newest, held, parsed, values, position)
+
+
+def _append_vectors(vectors: Tensor, slabs: Sequence[Tensor], format: Format, values: bool, position: int) -> None:
+    _, tokens, width = vectors.shape
+    new, start = quantize_heads(vectors.unsqueeze(0), format), 0
     for slab in slabs:
         end = start + slab.shape[1] * blocks.TOKENS
         first, last = max(position, start), min(position + tokens, end)
         if first < last:
             touched = slab[:, (first - start) // blocks.TOKENS : -(-(last - start) // blocks.TOKENS)]
-            present = blocks.restore(touched, parsed, width, values)
+            present = blocks.restore(touched, format, width, values)
             offset = (first - start) % blocks.TOKENS
             for old, own in zip(present.tensors, new.tensors, strict=True):
                 old[:, :, offset : offset + last - first] = own[:, :, first - position : last - position]
             touched.copy_(blocks.arrange(present, values))
         start = end
-    return None
 
 
 def _append_blocks(
@@ -155,16 +163,23 @@ def _attend(
     return kernel(query, keys, values, lengths, key_format, value_format, query_format, scale, window, sinks)
 
 
-def _append(vectors: Tensor, slabs: Sequence[Tensor], format: str, values: bool, position: int) -> None:
+def _append(vectors: Tensor, slabs: Sequence[Tensor], format: str, values: bool, positions: Sequence[int]) -> None:
     check_floats(vectors)
-    check_slabs(slabs, format, vectors.shape[-1])
-    room = blocks.TOKENS * sum(slab.shape[1] for slab in blocks.parted(slabs, parse_cache_format(format))[1])
-    if vectors.ndim != 3 or any(len(slab) != len(vectors) for slab in slabs):
-        raise MpqError(f"vectors of shape {tuple(vectors.shape)} came: expected as many heads as the slabs have")
-    if not 0 <= position <= room - vectors.shape[1]:
-        raise MpqError(f"{vectors.shape[1]} tokens at {position} came for a cache of {room}: add a slab first")
+    if vectors.ndim != 4 or len(positions) != len(vectors) or not slabs or len(slabs) % max(len(vectors), 1):
+        raise MpqError(
+            f"vectors of shape {tuple(vectors.shape)} and {len(slabs)} slabs came for {len(positions)} sequences: "
+            "expected (sequences, key heads, tokens, width), and as many slabs for each"
+        )
+    for index, position in enumerate(positions):
+        own = slabs_of(slabs, index, len(positions))
+        check_slabs(own, format, vectors.shape[-1])
+        room = blocks.TOKENS * sum(slab.shape[1] for slab in blocks.parted(own, parse_cache_format(format))[1])
+        if any(len(slab) != vectors.shape[1] for slab in own):
+            raise MpqError(f"vectors of shape {tuple(vectors.shape)} came: expected as many heads as the slabs have")
+        if not 0 <= position <= room - vectors.shape[2]:
+            raise MpqError(f"{vectors.shape[2]} tokens at {position} came for a cache of {room}: add a slab first")
     if vectors.numel():
-        APPENDS.get(vectors.device.type, append_plainly)(vectors, slabs, format, values, position)
+        APPENDS.get(vectors.device.type, append_plainly)(vectors, slabs, format, values, positions)
 
 
 def _shape(query: Tensor, *rest: Any) -> Tensor:

@@ -34,7 +34,7 @@ def appended(append, vectors, name, values, positions, sizes=(1, 2)):
     """The tensors of all tokens of a cache after appending pieces."""
     held, start = slabs(name, vectors.shape[2], len(vectors), sizes), 0
     for end in positions:
-        append(vectors[:, start:end], held, name, values, start)
+        append(vectors[None, :, start:end], held, name, values, [start])
         start = end
     again = restore(torch.cat(held, 1), parse_cache_format(name), vectors.shape[2], values)
     return [tensor[:, :, :start] for tensor in again.tensors]
@@ -77,7 +77,7 @@ def test_blocks_are_rounded_as_they_are_filled(name, values, dtype):
         slabs = [torch.full((2, 64, 20), 9, dtype=dtype), *(torch.zeros(2, n, size, dtype=torch.uint8) for n in (1, 4))]
         start = 0
         for end in (1, 2, 63, 64, 65, 130, 300):
-            append(vectors[:, start:end], slabs, name, values, start)
+            append(vectors[None, :, start:end], slabs, name, values, [start])
             start = end
         found.append(slabs)
     same(*found)
@@ -114,7 +114,7 @@ def test_strides_and_16_bit_floats(dtype):
 @pytest.mark.parametrize("name", ["int8-token", "nf4"])
 def test_opcheck(name):
     vectors = torch.randn(2, 70, 80, generator=seeded(1))
-    torch.library.opcheck(torch.ops.mpq.append, (vectors, slabs(name), name, False, 3))
+    torch.library.opcheck(torch.ops.mpq.append, (vectors.unsqueeze(0), slabs(name), name, False, [3]))
 
 
 @pytest.mark.parametrize(("vectors", "position", "message"), [
@@ -126,4 +126,25 @@ def test_opcheck(name):
 ])  # fmt: skip
 def test_calls_that_do_not_fit_are_named(vectors, position, message):
     with pytest.raises(MpqError, match=message):
-        torch.ops.mpq.append(vectors, slabs("int8-token"), "int8-token", False, position)
+        torch.ops.mpq.append(vectors.unsqueeze(0), slabs("int8-token"), "int8-token", False, [position])
+
+
+def test_sequences_that_do_not_fit_are_named():
+    for positions, count in (([1], 4), ([1, 2, 3], 6), ([1, 2], 3)):
+        with pytest.raises(MpqError, match="as many slabs for each"):
+            torch.ops.mpq.append(torch.ones(2, 2, 1, 80), (slabs("fp16") * 3)[:count], "fp16", False, positions)
+
+
+@pytest.mark.parametrize("name", ["int8-token", "int3-t64-asym", "nf4"])
+def test_several_sequences_are_those_of_each(name):
+    vectors, positions, size = (
+        torch.randn(3, 2, 2, 20, generator=seeded(5)),
+        [62, 0, 70],
+        block_bytes(parse_cache_format(name), 20),
+    )
+    held = [[torch.zeros(2, 64, 20)] if "-t64" in name else [] for _ in range(6)]
+    held = [[*one, *(torch.zeros(2, n, size, dtype=torch.uint8) for n in (1, 1))] for one in held]
+    torch.ops.mpq.append(vectors, [slab for own in held[:3] for slab in own], name, False, positions)
+    for own, position, one in zip(held[3:], positions, vectors, strict=True):
+        torch.ops.mpq.append(one.unsqueeze(0), own, name, False, [position])
+    same([slab for own in held[:3] for slab in own], [slab for own in held[3:] for slab in own])

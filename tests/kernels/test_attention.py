@@ -104,7 +104,8 @@ def test_widths_at_every_level(formats, width, level):
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(FORMATS), st.sampled_from(FORMATS), st.lists(st.integers(1, 400), min_size=1, max_size=3),
-    st.integers(1, 9), st.integers(1, 3), st.sampled_from([16, 40, 80]), st.sampled_from(["", "int8-channel"]),
+    st.integers(1, 9), st.integers(1, 3), st.sampled_from([16, 40, 64, 80, 96, 128, 256]),
+    st.sampled_from(["", "int8-channel"]),
     st.sampled_from([0, 1, 63, 64, 130]), st.booleans(), st.integers(0, 9),
 )  # fmt: skip
 def test_any_call(key_format, value_format, lengths, group, key_heads, width, query_format, window, sinks, seed):

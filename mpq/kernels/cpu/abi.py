@@ -163,7 +163,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.mpq_embedding.argtypes = [POINTER(Weight), *pointers, c_int64, c_void_p]
     library.mpq_step.restype, library.mpq_step.argtypes = c_int64, [POINTER(Decoder), POINTER(Token)]
     library.mpq_attend.restype, library.mpq_attend.argtypes = c_int64, [POINTER(Attention)]
-    library.mpq_append_tokens.restype, library.mpq_append_tokens.argtypes = None, [POINTER(Append)]
+    library.mpq_append_tokens.restype, library.mpq_append_tokens.argtypes = None, [POINTER(Append), c_int64]
     library.mpq_dequantize.restype = None
     library.mpq_dequantize.argtypes = [POINTER(Weight), *pointers, ctypes.c_int, c_void_p]
     library.mpq_read.argtypes = [c_void_p, c_int64, ctypes.c_int, c_void_p]

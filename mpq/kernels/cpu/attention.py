@@ -113,18 +113,25 @@ def rounds(vectors: abi.Vectors | None) -> bool:
     )
 
 
-def append(vectors: Tensor, slabs: Sequence[Tensor], format: str, values: bool, position: int) -> None:
+def append(vectors: Tensor, slabs: Sequence[Tensor], format: str, values: bool, positions: Sequence[int]) -> None:
     """torch.ops.mpq.append on a CPU."""
-    loaded, described = cpu.native(), _vectors_of(format, vectors.shape[2], slabs)
-    fits = all(slab.stride()[1:] == (slab.shape[2], 1) for slab in slabs) and vectors.shape[2] <= MAX_WIDTH
-    if loaded is None or not rounds(described) or not fits:
-        return attention.append_plainly(vectors, slabs, format, values, position)
+    count, heads, tokens, width = vectors.shape
+    loaded, described = cpu.native(), _vectors_of(format, width, slabs)
+    fits = all(slab.stride()[1:] == (slab.shape[2], 1) for slab in slabs) and width <= MAX_WIDTH
+    if loaded is None or described is None or not rounds(described) or not fits:
+        return attention.append_plainly(vectors, slabs, format, values, positions)
     x = vectors.float()
-    x = x if x.stride(2) == 1 else x.contiguous()
-    loaded.library.mpq_append_tokens(abi.Append(
-        ctypes.pointer(described), slabs_of(slabs), x.data_ptr(), x.stride(0), x.stride(1), len(x), x.shape[1],
-        position, values, torch.get_num_threads(), loaded.parallel,
+    x = x if x.stride(3) == 1 else x.contiguous()
+    held, shared, threads = slabs_of(slabs), ctypes.pointer(described), torch.get_num_threads()
+    start, size = ctypes.addressof(held), len(slabs) // count * ctypes.sizeof(abi.Slab)
+    calls = (abi.Append * count)(*(
+        abi.Append(
+            shared, ctypes.cast(start + index * size, ctypes.POINTER(abi.Slab)), x.data_ptr() + index * x.stride(0) * 4,
+            x.stride(1), x.stride(2), heads, tokens, position, values, threads, loaded.parallel,
+        )
+        for index, position in enumerate(positions)
     ))  # fmt: skip
+    loaded.library.mpq_append_tokens(calls, count)
     return None
 
 

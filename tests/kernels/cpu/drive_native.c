@@ -324,7 +324,7 @@ static void append_some(const cache *made, int values) {
   const int64_t width = made->vectors.width, tokens = 11;
   float *x = numbers(2 * tokens * width, 0);
   const mpq_append call = {&made->vectors, made->slabs, x, tokens * width, width, 2, tokens, BLOCK - 5, values, 3, NULL};
-  mpq_append_tokens(&call);
+  mpq_append_tokens(&call, 1);
   free(x);
 }
 

@@ -216,8 +216,9 @@ EXPORT int64_t mpq_step(const mpq_decoder *, const mpq_token *);
  * memory. */
 EXPORT int64_t mpq_attend(const mpq_attention *);
 
-/* Round tokens to a cache's format and store them in its blocks. */
-EXPORT void mpq_append_tokens(const mpq_append *);
+/* Round tokens of `count` sequences to a cache's format and store them in their blocks; calls differ in slabs, x and position
+ * alone. */
+EXPORT void mpq_append_tokens(const mpq_append *, int64_t count);
 
 /* out (rows, cols) = the weight; `values` maps a code to its number. */
 EXPORT void mpq_dequantize(const mpq_weight *, const uint8_t *panels, const float *tensor_scale, const float *values,

@@ -212,18 +212,20 @@ void mpq_append_head(const mpq_append *call, int64_t head) {
 }
 
 typedef struct {
-  const mpq_append *call;
+  const mpq_append *calls;
   work_ranges ranges;
 } append_job;
 
 static void append_heads(void *argument) {
   append_job *job = argument;
+  const int64_t heads = job->calls->heads;
   int own = join_range(&job->ranges);
-  for (work_item head; take_item(&job->ranges, &own, &head);) mpq_append_head(job->call, head.start);
+  for (work_item item; take_item(&job->ranges, &own, &item);) mpq_append_head(job->calls + item.start / heads, item.start % heads);
 }
 
-void mpq_append_tokens(const mpq_append *call) {
-  append_job job = {.call = call};
-  const int few = call->tokens * call->heads * call->vectors->width < 1 << 14;
-  share_work(few ? 1 : call->threads, call->parallel, append_heads, &job, &job.ranges, call->heads, 1);
+void mpq_append_tokens(const mpq_append *calls, int64_t count) {
+  append_job job = {.calls = calls};
+  const int64_t rows = count * calls->heads;
+  const int few = calls->tokens * rows * calls->vectors->width < 1 << 14;
+  share_work(few ? 1 : calls->threads, calls->parallel, append_heads, &job, &job.ranges, rows, 1);
 }

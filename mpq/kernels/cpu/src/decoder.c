@@ -54,8 +54,8 @@ static int attend(token_step *step, int64_t block, float *q, float *k, const flo
   value.vectors = cache->values, value.slabs = cache->value_slabs, value.x = v, value.values = 1;
   rotate(step, q, decoder->heads);
   rotate(step, k, decoder->key_heads);
-  mpq_append_tokens(&key);
-  mpq_append_tokens(&value);
+  mpq_append_tokens(&key, 1);
+  mpq_append_tokens(&value, 1);
   const mpq_sequence sequence = {q, out, cache->key_slabs, cache->value_slabs, token->position + 1};
   const mpq_attention attention = {
       .keys = cache->keys, .values = cache->values, .sequences = &sequence, .count = 1, .heads = decoder->heads,
