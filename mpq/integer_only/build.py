@@ -23,6 +23,7 @@ from mpq.rounding.store import Rounder
 from mpq.training.batchnorm import fold_batchnorm
 
 OUTPUT_BITS = 16  # of the network's outputs: they keep the order that int32 sums of several scales would lose
+LARGEST_BIAS = 2.0**30  # of the int32 sums
 PIECE = 64  # images that ranges are taken from at once
 THROUGH = ("aten.slice.Tensor", "aten.pad.default", "aten.flatten.using_ints", "aten.max_pool2d.default", *SAME)
 
@@ -237,12 +238,13 @@ def _layer(builder: _Builder, node: fx.Node) -> Value:
     module: Any = builder.network.get_submodule(name)
     assert quantized.scales is not None
     shape = module.weight.shape
-    weight = decode(quantized.codes, quantized.format.grid).round().long().reshape(shape)
+    weight = decode(quantized.codes, quantized.format.grid).double()
     scale = quantized.scales.double().flatten().expand(shape[0]) * inputs.scale
-    given: Tensor | None = module.bias
-    bias = (
-        torch.zeros(shape[0], dtype=torch.int64) if given is None else (given.detach().double() / scale).round().long()
-    )
+    bias = torch.zeros(shape[0]).double() if module.bias is None else module.bias.detach().double()
+    wide = bias.abs() > LARGEST_BIAS * scale.abs()  # next to such a bias the channel's weights are rounding errors
+    coarser = torch.where(wide, bias.abs() / LARGEST_BIAS, scale)
+    weight = (weight * (scale / coarser).unsqueeze(1)).round().long().reshape(shape)
+    scale, bias = coarser, (bias / coarser).round().long()
     largest = max(map(abs, inputs.bounds))
     bound = float((weight.abs().flatten(1).sum(1) * largest + bias.abs()).max())
     if bound >= 2**31:

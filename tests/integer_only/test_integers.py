@@ -1,5 +1,7 @@
 """Networks in integers alone: near the float network, exact by hand, and the same bits in ONNX Runtime."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -65,6 +67,21 @@ def test_onnx_runtime_computes_the_same_bits(network, scheme, tmp_path):
     model, images = network
     program = integer_program(model, uniform(model, images, scheme), images[:32])
     codes = program.codes(images * 1.3)  # some beyond the range
+    path = export_integer(program, tmp_path / "model.onnx", codes)
+    assert torch.equal(run_onnx(path, program, codes), run(program, codes))
+
+
+def test_a_channel_of_little_more_than_a_bias_keeps_it(network, tmp_path):
+    pytest.importorskip("onnxruntime")
+    from mpq.exporters.onnx.integer import export_integer, run_onnx
+
+    model, images = copy.deepcopy(network[0]), network[1]
+    with torch.no_grad():
+        model.norm.weight[2], model.norm.bias[2] = 1e-12, 1.5
+        wanted = model(images)
+    program = integer_program(model, uniform(model, images, "int8-channel+a:int8"), images)
+    assert (program(images) - wanted).norm() < 0.05 * wanted.norm()
+    codes = program.codes(images)
     path = export_integer(program, tmp_path / "model.onnx", codes)
     assert torch.equal(run_onnx(path, program, codes), run(program, codes))
 
