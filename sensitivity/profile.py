@@ -36,6 +36,8 @@ from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.rows import Mixed, ladder
 from mpq.sensitivity.task import Scores, Task
 
+REFERENCE = 32  # samples that the recorded loss is of: it tells a resumed run whether the loss is still the same
+
 
 def profile(
     model: nn.Module,
@@ -105,7 +107,7 @@ def profile(
         layers, macs = count_all_macs(model, layers, batches[0], loss_fn)
         covered = coverage(model, layers, macs)
         with reaching(model, layers) as reached:
-            reference = mean_loss(model, batches, loss_fn)
+            reference = mean_loss(model, _first(batches), loss_fn)
         settings = {
             "metric": metric, "options": dict(options or {}), "method": rounding, "seed": seed,
             "schemes": tuple(scheme.name for scheme in scheme_tuple), "layers": [layer.name for layer in layers],
@@ -139,6 +141,12 @@ def profile(
         table = table.with_entries(entries, [Scheme(one, cached=True).name for one in cache_formats], *cached)
     journal.close()
     return table
+
+
+def _first(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The first batches, of REFERENCE samples or all there are."""
+    counts = np.cumsum([samples_in(batch) for batch in batches])
+    return batches[: int(np.searchsorted(counts, REFERENCE)) + 1]
 
 
 def _known(method: str | Rounder) -> str:
