@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mpq.exporters.measured import table
 from mpq.exporters.targets import TARGETS
 from mpq.rounding import METHODS
 from mpq.search import SEARCHES
@@ -14,4 +15,4 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the tables in."""
     for name, registry in TABLES.items():
         markdown = markdown.replace("{{ " + name + " }}", registry.markdown())
-    return markdown
+    return markdown.replace("{{ readers }}", table(TARGETS.values()))

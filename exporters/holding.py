@@ -1,6 +1,7 @@
 """Searches kept to what a target or another quantizer can hold, and refusals that name what it could hold instead."""
 
 import glob
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from mpq.core.scheme import Scheme, parse_scheme
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 
+_log = logging.getLogger(__name__)
 FLOAT = "bf16"  # of layers that are left as they are
 
 
@@ -52,6 +54,13 @@ def check_packages(target: Target) -> None:
     if not all(find_spec(package) for package in target.packages):
         needed = " and ".join(target.packages)
         raise MpqError(f"{target.name} files are written with {needed}: pip install 'mpq[{target.extra}]'")
+
+
+def tell_versions(target: Target) -> None:
+    """Warn where the target's program is installed here in a version that was not measured."""
+    for consumer in target.consumers:
+        if why := consumer.objection():
+            _log.warning("%s: try the folder there before you rely on it", why)
 
 
 def check(holder: Holder, allocation: Allocation) -> None:

@@ -241,6 +241,11 @@ def vllm_cpu(layer: Layer, scheme: Scheme) -> str:
     return ""
 
 
+def transformers(layer: Layer, scheme: Scheme) -> str:
+    """compressed-tensors' schemes that transformers does not load."""
+    return "its loader takes no packed zero points" if scheme.weight.zero_point else ""
+
+
 def openvino(layer: Layer, scheme: Scheme) -> str:
     """ONNX Runtime's operators that OpenVINO lacks."""
     weight = scheme.weight

@@ -16,7 +16,7 @@ from mpq.core.formats import DEFAULT_FORMATS
 from mpq.core.layer import Layer
 from mpq.core.registry import Registry, Target
 from mpq.core.scheme import Scheme
-from mpq.exporters import rules
+from mpq.exporters import measured, rules
 from mpq.exporters.caches import KINDS, LAYERS, LLAMA_TYPES, llama_options, vllm_options
 
 GROUPS = ("g32", "g64", "g128", "channel")
@@ -43,7 +43,7 @@ def narrowed(
 
 MPQ = Target(
     "mpq", "mpq.exporters.mpq.checkpoint:export", "packed safetensors for mpq.load: every format, every layer",
-    readers="mpq's own loader", mixes=True, experts=True, caches=EVERY,
+    readers="mpq's own loader", mixes=True, experts=True, caches=EVERY, consumers=measured.MPQ,
     command="mpq generate {folder} --prompt 'It is a truth'",
     sizer="mpq.exporters.mpq.checkpoint:sizer",
 )  # fmt: skip
@@ -57,6 +57,7 @@ COMPRESSED_TENSORS = Target(
         *("mxfp4", "mxfp6-e2m3", "mxfp8-e4m3", "nvfp4", *rules.FLOAT_COPIES),
     ),
     objection=rules.compressed_tensors, readers="vLLM, SGLang and transformers", fuses=True, takes=_transformers,
+    consumers=measured.VLLM,
     models="transformers models", caches=("fp8-e4m3", "fp16"), caches_alike=LAYERS, cache_options=vllm_options,
     reads=("ranges",),
     sizer="mpq.exporters.compressed_tensors:sizer",
@@ -65,19 +66,21 @@ GPTQ = Target(
     "gptq", "mpq.exporters.gptq:export", "the GPTQ layout, bits and groups per layer, for gptqmodel and vLLM",
     schemes=(*(f"int{bits}-{size}" for bits in (2, 3, 4, 8) for size in GROUPS), *rules.FLOAT_COPIES),
     objection=rules.gptq, readers="gptqmodel and vLLM", fuses=True, takes=_transformers, models="transformers models",
+    consumers=measured.GPTQ,
     command="vllm serve {folder}",
     sizer="mpq.exporters.gptq:sizer",
 )  # fmt: skip
 MODELOPT = Target(
-    "modelopt", "mpq.exporters.modelopt:export", "ModelOpt's MIXED_PRECISION, for vLLM (0.32) and TensorRT-LLM",
+    "modelopt", "mpq.exporters.modelopt:export", "ModelOpt's MIXED_PRECISION, for vLLM and TensorRT-LLM",
     schemes=(*rules.MODELOPT_ALGORITHMS, *rules.FLOAT_COPIES), objection=rules.modelopt,
-    readers="vLLM and TensorRT-LLM", fuses=True, takes=_transformers,
+    readers="vLLM and TensorRT-LLM", fuses=True, consumers=measured.MODELOPT, takes=_transformers,
     models="transformers models", command="vllm serve {folder}",
     sizer="mpq.exporters.modelopt:sizer", reads=("ranges",),
 )  # fmt: skip
 GGUF = Target(
     "gguf", "mpq.exporters.gguf.file:export", "one file for llama.cpp, each layer in its own tensor type",
     schemes=tuple(rules.GGUF_TYPES), objection=rules.gguf, readers="llama.cpp", fallbacks=rules.GGUF_FALLBACKS,
+    consumers=measured.LLAMA_CPP,
     takes=_gguf, experts=True, packages=("gguf",), extra="gguf",
     models=f"transformers' {', '.join(rules.GGUF_MODELS)} models",
     command="llama-cli -m {folder}/model.gguf", caches=tuple(LLAMA_TYPES), caches_alike=KINDS,
@@ -85,13 +88,13 @@ GGUF = Target(
     sizer="mpq.exporters.gguf.file:sizer",
 )  # fmt: skip
 MLX = Target(
-    "mlx", "mpq.exporters.mlx:export", "each layer in a mode, width and group size of its own, for mlx-lm (0.32)",
+    "mlx", "mpq.exporters.mlx:export", "each layer in a mode, width and group size of its own, for mlx-lm",
     schemes=(
         *(f"uint{bits}-g{size}-mfp16" for bits in (2, 3) for size in (32, 64, 128)),
         *("q4_1", "uint4-g64-mfp16", "uint4-g128-mfp16", "uint5-g64-mfp16", "uint6-g64-mfp16", "uint8-g64-mfp16"),
         *("mxfp4", "mxfp8-e4m3", *rules.FLOAT_COPIES),
     ),
-    objection=rules.mlx, fallbacks=rules.MLX_FALLBACKS, readers="mlx-lm", takes=_mlx,
+    objection=rules.mlx, fallbacks=rules.MLX_FALLBACKS, readers="mlx-lm", consumers=measured.MLX, takes=_mlx,
     models=f"transformers' {', '.join(rules.MLX_MODELS)} models",
     command="mlx_lm.generate --model {folder} --prompt 'It is a truth'",
     sizer="mpq.exporters.mlx:sizer",
@@ -105,6 +108,7 @@ ONNX = Target(
         *("int8-channel+a:int8", "int4-channel+a:int8", "int2-channel+a:int8", "fp8-e4m3-channel+a:fp8-e4m3"),
     ),
     objection=rules.onnx, readers="ONNX Runtime", packages=("onnx", "onnxscript"), extra="onnx",
+    consumers=measured.ONNX_RUNTIME,
     reads=("inputs", "ranges"),
     sizer="mpq.exporters.onnx.file:sizer",
 )  # fmt: skip
@@ -118,6 +122,10 @@ def _narrower(file: Target, device: Callable[[Layer, Scheme], str], schemes: tup
     return {"objection": partial(narrowed, file.objection, device), "schemes": schemes}
 
 
+def _without(file: Target, part: str) -> tuple[str, ...]:
+    return tuple(name for name in file.schemes if part not in name)
+
+
 TARGETS: Registry[Target] = Registry(
     Target,
     "export target",
@@ -126,16 +134,19 @@ TARGETS: Registry[Target] = Registry(
         MPQ,
         _program(COMPRESSED_TENSORS, "vllm", "vLLM on a GPU", readers="vLLM", command="vllm serve {folder}"),
         _program(
-            COMPRESSED_TENSORS, "vllm:cpu", "vLLM on a CPU (read at 0.32)", readers="vLLM on a CPU", caches=(),
+            COMPRESSED_TENSORS, "vllm:cpu", "vLLM on a CPU", readers="vLLM on a CPU", caches=(),
+            consumers=measured.VLLM_CPU,
             command="vllm serve {folder}", **_narrower(COMPRESSED_TENSORS, rules.vllm_cpu, rules.VLLM_CPU),
         ),
         _program(
-            COMPRESSED_TENSORS, "sglang", "SGLang", readers="SGLang", caches=(),
+            COMPRESSED_TENSORS, "sglang", "SGLang", readers="SGLang", consumers=(), caches=(),
             command="python -m sglang.launch_server --model-path {folder}",
         ),
         _program(
-            COMPRESSED_TENSORS, "transformers", "transformers' from_pretrained", caches=(),
+            COMPRESSED_TENSORS, "transformers", "transformers' from_pretrained", readers="transformers", caches=(),
+            consumers=measured.TRANSFORMERS,
             command="transformers chat {folder}",
+            **_narrower(COMPRESSED_TENSORS, rules.transformers, _without(COMPRESSED_TENSORS, "-asym")),
         ),
         COMPRESSED_TENSORS,
         GPTQ,
@@ -145,8 +156,8 @@ TARGETS: Registry[Target] = Registry(
         MLX,
         _program(ONNX, "onnxruntime", "ONNX Runtime", readers="ONNX Runtime"),
         _program(
-            ONNX, "openvino", "OpenVINO (2026.4)", readers="OpenVINO",
-            **_narrower(ONNX, rules.openvino, tuple(name for name in ONNX.schemes if not name.startswith("int2"))),
+            ONNX, "openvino", "OpenVINO", readers="OpenVINO", consumers=measured.OPENVINO,
+            **_narrower(ONNX, rules.openvino, _without(ONNX, "int2-")),
         ),
         ONNX,
     ],
@@ -154,5 +165,13 @@ TARGETS: Registry[Target] = Registry(
 
 
 def formats_of(target: Target) -> Sequence[str]:
-    """The weight formats that are tried for a target when the user names none."""
-    return [name for name in target.schemes if "+a:" not in name] or DEFAULT_FORMATS
+    """The schemes that are tried for a target when the user names none.
+
+    Activations are rounded only where the target does not take such weights without: at the same bytes more is lost.
+
+    >>> [name for name in formats_of(TARGETS["modelopt"]) if "+a:" in name]
+    ['fp8-e4m3-channel+a:fp8-e4m3-token', 'fp8-e4m3+a:fp8-e4m3', 'mxfp8-e4m3+a:mxfp8-e4m3']
+    """
+    alone = {name for name in target.schemes if "+a:" not in name}
+    held = [name for name in target.schemes if name in alone or name.partition("+a:")[0] not in alone]
+    return held or DEFAULT_FORMATS

@@ -10,6 +10,7 @@ from mpq.card import circumstances, write_card
 from mpq.comparison import Measured, sentences
 from mpq.core.allocation import Allocation
 from mpq.evaluation import Quality
+from mpq.exporters.holding import tell_versions
 from mpq.exporters.targets import TARGETS
 from mpq.exporting import export_to, sizer_for
 from mpq.measuring import Measurer
@@ -66,6 +67,7 @@ def export_folder(
         MpqError: what the exporter refuses.
     """
     started, consumer = time.monotonic(), TARGETS.named(target)
+    tell_versions(consumer)
     sized = sizer_for(consumer, source)
     measured: tuple[Measured, ...] = ()
     if measure:

@@ -26,7 +26,7 @@ from mpq.core.registry import Target
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 from mpq.exporters.folder import refuse_foreign
-from mpq.exporters.holding import Held, restrict
+from mpq.exporters.holding import Held, restrict, tell_versions
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.targets import TARGETS, formats_of
 from mpq.exporting import export_to, sizer_for
@@ -173,6 +173,7 @@ def quantize_model(
     check_budgets(budgets or {}, latencies, max_kl is not None)
     refuse_foreign(folder, checkpoint.FILES)
     reader = TARGETS.named(target)
+    tell_versions(reader)
     source = replace(source, model=prepared(source.model))
     granularity = _granularity(granularity, source, reader, metric, latencies)
     serving = serving_of(source, memory, kv_bits, context, batch)

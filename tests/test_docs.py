@@ -8,6 +8,7 @@ import pytest
 from small_cnn import images, small_cnn
 
 import mpq
+from mpq.exporters.measured import table
 from mpq.exporters.targets import TARGETS
 from mpq.network.calibration import cross_entropy
 from mpq.rounding import METHODS
@@ -68,3 +69,7 @@ def test_every_file_that_papers_name_is_there():
     files = re.findall(r"(?<![\w/.])((?:sensitivity|search|proxies|mpq|tests|experiments)/[\w/.]*)", text)
     assert len(files) > 15
     assert not [name for name in files if not (ROOT / name.rstrip(".")).exists()]
+
+
+def test_the_readme_says_what_was_measured_with_which_version():
+    assert table(TARGETS.values()) in (ROOT / "README.md").read_text(encoding="utf-8")

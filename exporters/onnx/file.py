@@ -6,7 +6,8 @@ A graph of more than 2 GB, which no protobuf holds, keeps its tensors in a file 
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -171,14 +172,18 @@ def _trace(model: nn.Module, allocation: Allocation, inputs: Any, int2: bool | N
     import onnx_ir
 
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    batch = torch.export.Dim("batch")
-    open_batch = tuple({0: batch} if isinstance(part, Tensor) and part.ndim else None for part in inputs)
     int2 = _has_int2(allocation) if int2 is None else int2
-    with evaluating(model):
-        program: Any = torch.onnx.export(
-            model, inputs, dynamo=True, optimize=False, dynamic_shapes=open_batch,
-            opset_version=OPSET_INT2 if int2 else OPSET, verbose=False,
-        )  # fmt: skip
+    with evaluating(model), without_cache(model):
+        try:
+            program: Any = torch.onnx.export(
+                model, inputs, dynamo=True, optimize=False, dynamic_shapes=tuple(map(_open_sizes, inputs)),
+                opset_version=OPSET_INT2 if int2 else OPSET, verbose=False,
+            )  # fmt: skip
+        except torch.onnx.OnnxExporterError as error:
+            why = str(error.__cause__ or error).strip().split("\n")[0]
+            raise MpqError(
+                f"torch makes no graph of a {type(model).__name__} ({why}): export to mpq instead"
+            ) from error
     weights = {f"{name}.weight" for layer in allocation.layers for name in layer.names}
     stored = program.model.graph.initializers
     for name in weights & set(stored):
@@ -187,6 +192,29 @@ def _trace(model: nn.Module, allocation: Allocation, inputs: Any, int2: bool | N
     traced = _stripped(onnx_ir.to_proto(program.model))
     traced.opset_import.add(domain="com.microsoft", version=1)
     return traced, weights & {name for node in traced.graph.node for name in node.input}
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """A language model of transformers returns logits alone inside the block, without keys and values."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before is None:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
+
+
+def _open_sizes(part: Any) -> dict[int, Any] | None:
+    """The dimensions of an input that stay open: the batch, and the number of tokens."""
+    if not isinstance(part, Tensor) or not part.ndim:
+        return None
+    tokens = part.ndim == 2 and not part.is_floating_point()
+    return {0: torch.export.Dim("batch"), **({1: torch.export.Dim.AUTO} if tokens else {})}
 
 
 def _stripped(traced: Any) -> Any:

@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from mpq.core.consumers import Consumer
 from mpq.core.errors import MpqError, nearest_names
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class Target(Entry):
     extra: str = ""
     sizer: str = ""  # "module:function" of (model, tokenizer, inputs): gives a function from allocations to bytes
     reads: tuple[str, ...] = ()  # fields of the request that take a pass over data: "inputs" to trace with, "ranges"
+    consumers: tuple[Consumer, ...] = ()  # programs and versions with which its rules were measured
     command: str = ""  # what serves the folder, "{folder}" in it
     caches: tuple[str, ...] = ()  # formats of keys and values that it serves; ("*",) for all
     caches_alike: str = ""  # "layers": keys and values of a layer share one; "kinds": all keys one and all values one

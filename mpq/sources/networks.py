@@ -112,7 +112,7 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
         raise MpqError(f"{name}/{gguf} is a {class_name}: only language models are read from GGUF files")
     try:
         loaded = getattr(transformers, class_name).from_pretrained(name, dtype="auto", **gguf_options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise MpqError(f"the weights of {name} cannot be loaded: {_first_line(error)}") from error
     model = unstack(loaded).eval()
     recipe = {

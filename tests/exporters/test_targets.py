@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
+from mpq.core import consumers
 from mpq.core.allocation import Allocation
+from mpq.core.consumers import Consumer
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.problem import build_problem
@@ -9,8 +11,8 @@ from mpq.core.registry import Target
 from mpq.core.scheme import parse_scheme
 from mpq.core.table import SensitivityTable
 from mpq.exporters import exporter_named
-from mpq.exporters.holding import check, nearest, restrict, unscored
-from mpq.exporters.targets import TARGETS
+from mpq.exporters.holding import check, nearest, restrict, tell_versions, unscored
+from mpq.exporters.targets import TARGETS, formats_of
 
 LINEAR = Layer("a", "linear", 64, 256)
 CONV = Layer("c", "conv2d", 64, 72)
@@ -36,6 +38,12 @@ def test_a_program_on_a_device_may_hold_less_than_its_file():
     check(TARGETS["vllm"], three)
     with pytest.raises(MpqError, match=r"vllm:cpu cannot hold layer a in int3-g64 .*4-bit.* is int4"):
         check(TARGETS["vllm:cpu"], three)
+    with pytest.raises(
+        MpqError, match=r"transformers cannot hold layer a in int4-g128-asym .*zero points.* is int4-g128"
+    ):
+        check(TARGETS["transformers"], Allocation((LINEAR,), ("int4-g128-asym",)))
+    with pytest.raises(MpqError, match=r"openvino cannot hold layer a in int4-g96 .*blocks divide rows.* 256"):
+        check(TARGETS["openvino"], Allocation((LINEAR,), ("int4-g96",)))
     with pytest.raises(MpqError, match=r"openvino cannot hold layer a in int2-g32 .*no 2-bit"):
         check(TARGETS["openvino"], Allocation((LINEAR,), ("int2-g32",)))
 
@@ -109,3 +117,25 @@ def test_mixes_go_to_our_checkpoint_alone():
         if name != "mpq":
             with pytest.raises(MpqError, match="one format"):
                 check(target, Allocation((layer,), names[1:]))
+
+
+@pytest.mark.parametrize(("number", "warns"), [("1.0", True), ("0.32.7", False), ("0.33", False), ("0.31.9", True)])
+def test_another_version_than_the_measured_ones_is_told(number, warns, monkeypatch, caplog):
+    monkeypatch.setattr(consumers, "version", lambda package: number)
+    target = Target("mine", print, consumers=(Consumer("Mine", ("mine",), "0.32", "0.33", ""),))
+    tell_versions(target)
+    assert [f"Mine {number} is installed, while its rules here were measured with 0.32 to 0.33" in caplog.text] == [
+        warns
+    ]
+
+
+def test_a_program_that_is_not_installed_is_no_matter(caplog):
+    tell_versions(Target("mine", print, consumers=(Consumer("Mine", ("no-such-package",), "1", "2", ""),)))
+    assert not caplog.text
+
+
+def test_activations_are_rounded_by_default_only_where_weights_alone_are_not_held():
+    assert "int8-channel+a:int8-token" in formats_of(TARGETS["vllm:cpu"])
+    assert not [name for name in formats_of(TARGETS["vllm"]) if "+a:" in name]
+    assert "nvfp4+a:fp4-e2m1-g16-se4m3" not in formats_of(TARGETS["modelopt"])
+    assert "fp8-e4m3-channel+a:fp8-e4m3-token" in formats_of(TARGETS["modelopt"])

@@ -33,9 +33,9 @@ TOKENS = torch.randint(0, 64, (4, 48), generator=seeded(5))
 def ask(folder, windows, texts=()):
     for name, content in (("windows", windows.tolist()), ("texts", list(texts))):
         (folder / f"{name}.json").write_text(json.dumps(content))
-    script = ROOT / "experiments" / "peers" / "llama_perplexity.py"
-    file = sorted(folder.glob("model*.gguf"))[0]
-    command = [PYTHON, str(script), str(file), str(folder / "windows.json"), str(folder / "texts.json")]
+    script = ROOT / "experiments" / "peers" / "consumer.py"
+    files = [str(folder / "windows.json"), "--texts", str(folder / "texts.json")]
+    command = [PYTHON, str(script), "llama.cpp", str(folder), *files]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-500:]
     return json.loads(done.stdout)

@@ -24,6 +24,7 @@ from mpq.network.layers import find_layers
 from mpq.network.ranges import input_ranges
 from mpq.quantized import quantized_layers, simulate
 from mpq.rounding.reference import dequantize
+from tests.exporters.architectures import model_of
 from tests.sensitivity.small_models import Convolutions, TiedLanguageModel, seed_weights
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -247,3 +248,35 @@ def test_a_graph_that_differs_is_refused(tensor, message, tmp_path):
     onnx.save(graph, folder / "model.onnx")
     with pytest.raises(MpqError, match=message):
         read_back(folder / "model.onnx", model, allocation, matrices, (SEQUENCES,), None)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+def test_a_language_model_takes_texts_of_any_length(kind, tmp_path):
+    model = model_of(kind, num_hidden_layers=2, hidden_size=64, intermediate_size=96)
+    layers = find_layers(model)
+    allocation = Allocation(layers, tuple(("int8-g32", "int4-g32")[i % 2] for i in range(len(layers))))
+    tokens = torch.randint(3, 90, (2, 16), generator=seeded(0))
+    export(model, allocation, tmp_path / "out", to="onnx", inputs=tokens)
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    longer = torch.randint(3, 90, (3, 40), generator=seeded(1))
+    found = session.run(None, {session.get_inputs()[0].name: longer.numpy()})
+    with torch.no_grad():
+        expected = simulate(model, allocation, trainable=False)(longer).logits
+    assert len(found) == 1
+    torch.testing.assert_close(torch.from_numpy(found[0]), expected, rtol=1e-4, atol=1e-4)
+    assert model.config.use_cache
+
+
+def test_what_torch_cannot_trace_is_refused_in_one_sentence(tmp_path):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.layer(x) if float(x.sum()) > 0 else x
+
+    model = Branching()
+    allocation = Allocation(find_layers(model), ("int8-channel",))
+    with pytest.raises(MpqError, match=r"torch makes no graph of a Branching \(.*export to mpq instead"):
+        export(model, allocation, tmp_path / "out", to="onnx", inputs=torch.randn(2, 32))
