@@ -18,11 +18,13 @@ from mpq.acceptance import SAMPLES, STEPS, Acceptance, Candidate, accept, check_
 from mpq.card import circumstances, write_card
 from mpq.comparison import Measured, along, compare, on_other_text, sentences
 from mpq.core.allocation import Allocation
+from mpq.core.cache import parse_cache_format
 from mpq.core.cache_formats import CacheFormats
 from mpq.core.files import write_atomically
 from mpq.core.frontier import BITS_PER_BYTE, Frontier
 from mpq.core.latency import LatencyTable
 from mpq.core.registry import Target
+from mpq.core.scheme import Scheme
 from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 from mpq.exporters.folder import refuse_foreign
@@ -40,7 +42,7 @@ from mpq.plots import Point, Prediction, draw_frontier, frontier_facts
 from mpq.report import Row, write_report
 from mpq.rounding import DEFAULT_METHOD
 from mpq.search import frontier_of
-from mpq.search.choice import beside_cache, check_budgets, costs_of, keeps
+from mpq.search.choice import beside_cache, check_budgets, check_latencies, costs_of, keeps
 from mpq.sensitivity import DEFAULT_METRIC, METRICS
 from mpq.sensitivity.profile import profile
 from mpq.smallest import check_limit, smallest, within_limit
@@ -192,6 +194,10 @@ def quantize_model(
         formats = formats_of(reader)
     if serving:
         check_memory(serving, entries, cached, asked.least(pin=pin, ties=ties))
+    served = 0 if serving is None else serving.context
+    if latencies is not None and "latency" in (budgets or {}):
+        named = [*formats, *(Scheme(parse_cache_format(name), cached=True).name for name in cached)]
+        check_latencies(latencies, (*layers, *entries), named, batch, served)
     store = store_for(method, source, layers)
     if table is None:
         table = profile(
@@ -202,7 +208,6 @@ def quantize_model(
         )  # fmt: skip
     release_memory()
     held = restrict(table, reader)
-    served = 0 if serving is None else serving.context
     limits = Limits(bits, None if size is None else parse_size(size), max_kl, budgets or {}, latencies, batch, served)
     measurer = Measurer(source, store, progress)
     cache = None

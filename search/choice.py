@@ -12,6 +12,7 @@ from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
 from mpq.core.frontier import Frontier
 from mpq.core.latency import LatencyTable
+from mpq.core.layer import Layer
 from mpq.core.prediction import predicts_loss
 from mpq.core.problem import Array
 from mpq.core.scheme import Scheme, parse_scheme
@@ -142,6 +143,17 @@ def check_budgets(budgets: Mapping[str, float], latencies: LatencyTable | None, 
             raise MpqError(f"invalid budget {name}={limit}: expected a finite number of at least 0")
     if budgets and by_divergence:
         raise MpqError("a limit of the divergence finds the smallest model alone: leave out the other budgets")
+
+
+def check_latencies(
+    latencies: LatencyTable, layers: Iterable[Layer], schemes: Iterable[str], batch: int = 1, context: int = 0
+) -> None:
+    """MpqError when the seconds of a scheme, of layers or of keys and values, were not measured."""
+    seconds, parsed = latencies.cost(batch, context), [parse_scheme(name) for name in schemes]
+    for layer in layers:
+        for scheme in parsed:
+            if scheme.cached == layer.is_cached:
+                seconds(layer, scheme)
 
 
 def keeps(

@@ -7,6 +7,7 @@ import pytest
 
 import mpq
 from mpq.core.errors import MpqError
+from mpq.core.latency import Latency, LatencyTable
 from mpq.search.choice import keeps
 from mpq.sensitivity.profile import profile
 from mpq.sources import Source, open_source
@@ -54,3 +55,13 @@ def test_what_cannot_be_had_is_named(
         mpq.quantize(source, tmp_path / "out", table=table, budgets=budgets, **SETTINGS)
     with pytest.raises(MpqError, match=r"unknown cost|below|finite|seconds|alone"):
         mpq.quantize(source, tmp_path / "out", table=table, max_kl=0.1, budgets=budgets, formats=FORMATS)
+
+
+def test_seconds_that_were_not_measured_are_missed_before_the_profile(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpq.pipeline.profile", lambda *_, **__: pytest.fail("profiled"))
+    measured = tuple(Latency(name, 8, 8, 1, 1e-6) for name in FORMATS[:2])
+    for table in (LatencyTable(measured), LatencyTable((*measured, Latency(FORMATS[2], 8, 8, 4, 1e-6)))):
+        with pytest.raises(MpqError, match=r"no measured latency for int8-channel\+a:int8-token at batch 1"):
+            mpq.quantize(source, tmp_path / "out", latencies=table, budgets={"latency": 1.0}, **SETTINGS)
