@@ -24,6 +24,7 @@ from mpq.rounding.reference import (
 )
 from mpq.rounding.scale_fit import fit_scales
 
+FEW_BITS = 3  # up to here, scales are chosen for large weights first
 BLOCK = 128  # columns whose corrections are applied to the rest in one product (section 3.3, step 2)
 
 
@@ -38,9 +39,9 @@ def gptq(
     """Codes of small output error: sum over rows of dw H dw^T, with H the inputs' second moment.
 
     Scales come first, from a clip search, so that columns can be taken in order of falling diagonal of H without
-    changing groups; that search counts all columns alike, since the error of each is compensated in others. Every row
-    gets the better of GPTQ's and that search's codes by dw (H + damping) dw^T, and then the scales that fit these codes
-    (`mpq.rounding.scale_fit`). Without a second moment this is clip search.
+    changing groups; that search counts all columns alike, since the error of each is compensated in others, and at few
+    bits large weights more. Every row gets the better of GPTQ's and that search's codes by dw (H + damping) dw^T, and
+    then the scales that fit these codes (`mpq.rounding.scale_fit`). Without a second moment this is clip search.
 
     Raises:
         MpqError: a second moment of another shape, or not finite.
@@ -58,7 +59,7 @@ def gptq(
     if len(parts) > 1:
         return stacked([gptq(part, format, second_moment, damping=damping) for part in parts])
     weight = weight.detach().float()
-    start = clip_search(weight, format)
+    start = clip_search(weight, format, importance=_importance(weight, format.grid.bits))
     factor = _factor(second_moment, damping)
     codes, errors = _compensate(weight, start, factor)
     others = row_errors(weight, start, hessian)
@@ -83,6 +84,18 @@ def row_errors(weight: Tensor, quantized: Quantized, hessian: Tensor) -> Tensor:
     """dw H dw^T of each row: the squared error of the layer's outputs, summed over the samples in H. (rows,)."""
     difference = (dequantize(quantized) - weight.float()).reshape(hessian.shape[0], -1, hessian.shape[-1])
     return (difference @ hessian).mul_(difference).sum(-1).flatten()
+
+
+def _importance(weight: Tensor, bits: int) -> Tensor | None:
+    """Weights (rows, cols) of the squared errors by which scales are chosen; None where all count alike.
+
+    At few bits errors of large weights count more, as in llama.cpp's quantizer: less divergence at 2 and 3 bits, mixed
+    at 4 (`experiments/benchmarks/bench_importance`).
+    """
+    if bits > FEW_BITS:
+        return None
+    squares = weight.square()
+    return (squares + squares.mean(-1, keepdim=True)).sqrt()
 
 
 @dataclass(frozen=True)

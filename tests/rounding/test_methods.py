@@ -10,7 +10,7 @@ from mpq.core.errors import MpqError
 from mpq.core.formats import FORMATS, parse_format
 from mpq.rounding import METHODS, method_named
 from mpq.rounding.clip_search import clip_search
-from mpq.rounding.gptq import _compensate, _factor, gptq, row_errors
+from mpq.rounding.gptq import _compensate, _factor, _importance, gptq, row_errors
 from mpq.rounding.reference import dequantize, quantize
 
 QUANTIZED = sorted(name for name, format in FORMATS.items() if not format.is_float_copy)
@@ -125,12 +125,18 @@ def test_no_row_of_gptq_is_worse_than_its_clip_search(name):
     weight = torch.randn(500, 160, generator=torch.Generator().manual_seed(0))
     format, hessian = parse_format(name), torch.ones(160, 160) + 0.01 * torch.eye(160)
     damped = (hessian + 0.01 * hessian.diagonal().mean() * torch.eye(160))[None]
-    importance = torch.ones_like(weight)
+    importance = _importance(weight, format.grid.bits)
     rounded = (gptq(weight, format, hessian), clip_search(weight, format, importance=importance))
     best, start = (row_errors(weight, one, damped) for one in rounded)
     if format.granularity == "tensor":
         best, start = best.sum(), start.sum()
     assert (best <= start * (1 + 1e-4)).all()
+
+
+def test_large_weights_count_more_at_few_bits_alone():
+    weight = torch.tensor([[0.1, 0.2, 2.0]])
+    assert _importance(weight, 4) is None
+    torch.testing.assert_close(_importance(weight, 3), (weight.square().mean() + weight.square()).sqrt())
 
 
 def test_gptq_beats_clip_search_clearly_on_correlated_inputs():
