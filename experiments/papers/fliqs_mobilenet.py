@@ -202,15 +202,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, few steps, few images")
     parser.add_argument("--seeds", type=int)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--start-steps", type=int, help="of the training in floating point (default: 1500)")
     parser.add_argument("--targets", type=int, nargs="+", choices=(2, 3, 4), default=(3, 4))
     options = parser.parse_args()
     seeds, steps = options.seeds or (1 if options.quick else 3), options.steps or (10 if options.quick else 300)
     data = Data(options.quick)
     targets = options.targets[:1] if options.quick else options.targets
     runs: dict[int, dict[str, list[Found]]] = {bits: {way: [] for way in WAYS} for bits in targets}
-    for seed in range(seeds):
-        start = trained(data, seed, 10 if options.quick else 1500)
+    for seed in range(options.first_seed, options.first_seed + seeds):
+        start = trained(data, seed, options.start_steps or (10 if options.quick else 1500))
         accuracy, loss = data.judge(start)
         print(f"seed {seed}, floating point: {100 * accuracy:.1f} %, loss {loss:.4f}", flush=True)
         for bits in targets:
