@@ -1,4 +1,7 @@
-"""A worker of a shared study, as a process: python evolve.py STORAGE TRIALS LOG SECONDS [HANG_AFTER]."""
+"""A worker of a shared study, as a process: python evolve.py STORAGE TRIALS LOG SECONDS [COUNT FILE].
+
+All evaluations but the first COUNT wait until there is a FILE.
+"""
 
 import os
 import sys
@@ -29,7 +32,7 @@ def true_loss(allocation, share=1.0):
 
 
 def main():
-    storage, trials, log, seconds, *hang = sys.argv[1:]
+    storage, trials, log, seconds, *gate = sys.argv[1:]
     count = 0
 
     def evaluate(allocation, share):
@@ -37,7 +40,9 @@ def main():
         with open(log, "a") as stream:
             stream.write(f"{os.getpid()} {' '.join(allocation.schemes)}\n")
         count += 1
-        time.sleep(600 if hang and count > int(hang[0]) else float(seconds))
+        while gate and count > int(gate[0]) and not os.path.exists(gate[1]):
+            time.sleep(0.02)
+        time.sleep(float(seconds))
         return true_loss(allocation, share)
 
     evolution(problem_within(), evaluate=evaluate, trials=int(trials), storage=storage, heartbeat=0.5)

@@ -204,7 +204,7 @@ def test_a_killed_run_is_resumed_with_identical_results(tmp_path):
     with pytest.raises(MpqError, match=r"no study 'mpq' in .* to resume: nothing was begun there"):
         evolution(problem_within(), evaluate=true_loss, resume=True, **settings)
     assert not storage.exists()
-    victim = run(storage, 16, log, 0.01, 9)  # hangs in its tenth evaluation
+    victim = run(storage, 16, log, 0.01, 9, tmp_path / "never")  # hangs in its tenth evaluation
     wait_until(lambda: log.exists() and len(log.read_text().splitlines()) == 10)
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
@@ -236,14 +236,15 @@ def shared_storage(request, tmp_path):
 
 
 def test_three_workers_share_a_study_and_one_is_killed(shared_storage, tmp_path):
-    storage, log = shared_storage, tmp_path / "log"
-    victim = run(storage, 24, log, 0.02, 3)  # hangs in its fourth evaluation
+    storage, log, killed = shared_storage, tmp_path / "log", tmp_path / "killed"
+    victim = run(storage, 24, log, 0.02, 3, tmp_path / "never")  # hangs in its fourth evaluation
     others = []
     try:
         wait_until(lambda: log.exists() and len(log.read_text().splitlines()) == 4)
-        others = [run(storage, 24, log, 0.1) for _ in range(2)]
+        others = [run(storage, 24, log, 0.1, 0, killed) for _ in range(2)]  # neither is done before the other begins
         wait_until(lambda: len({line.split()[0] for line in log.read_text().splitlines()}) == 3)
         os.kill(victim.pid, signal.SIGKILL)
+        killed.touch()
         assert [worker.wait(120) for worker in others] == [0, 0]
     finally:
         for worker in (victim, *others):
