@@ -8,8 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import nn
-
 from mpq.core.allocation import Allocation
 from mpq.core.formats import Format
 from mpq.core.registry import Entry, Target
@@ -19,9 +17,10 @@ from mpq.exporters.mpq import checkpoint
 from mpq.exporters.request import ExportRequest
 from mpq.exporters.targets import TARGETS
 from mpq.measuring import store_for
-from mpq.network.calibration import take, tensors_in
+from mpq.network.calibration import Batch, tensors_in
 from mpq.network.prepare import prepared
 from mpq.network.ranges import Ranges, input_ranges
+from mpq.network.samples import arrangement
 from mpq.rounding import DEFAULT_METHOD
 from mpq.rounding.store import Rounder
 from mpq.sources import Source
@@ -56,6 +55,7 @@ def export_to(
     check_cache(target, allocation)
     source = replace(source, model=prepared(source.model))
     check_model(target, source.model)
+    few = few_samples(source, CHECKED)
     with TemporaryDirectory() as own:
         request = ExportRequest(
             source.model,
@@ -63,8 +63,8 @@ def export_to(
             folder,
             method=store_for(method, source, allocation.layers) if isinstance(method, str) else method,
             recipe=source.recipe or None,
-            inputs=tensors_in(source.calibration[0])[0][:CHECKED] if "inputs" in target.reads else None,
-            run=_compared_on(source),
+            inputs=tensors_in(few)[0] if "inputs" in target.reads else None,
+            run=lambda model: source.loss_fn(model, few),
             ranges=ranges_for(source, allocation) if "ranges" in target.reads else None,
             tokenizer=source.tokenizer,
             side_files=source.side_files or _tokenizer_files(source.tokenizer, Path(own)),
@@ -83,7 +83,7 @@ def sizer_for(target: Target, source: Source) -> Callable[[Allocation], int]:
     own = partial(checkpoint.file_size, model)
     if not target.sizer:
         return own
-    inputs = tensors_in(source.calibration[0])[0][:CHECKED] if "inputs" in target.reads else None
+    inputs = tensors_in(few_samples(source, CHECKED))[0] if "inputs" in target.reads else None
     sized: Callable[[Allocation], int] = Entry(target.name, target.sizer)(model, source.tokenizer, inputs)
 
     def size(allocation: Allocation) -> int:
@@ -101,7 +101,6 @@ def _tokenizer_files(tokenizer: Any, folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(path for path in folder.iterdir() if path.is_file()))
 
 
-def _compared_on(source: Source) -> Callable[[nn.Module], Any]:
-    """Runs a model on the first samples of the calibration data."""
-    batch = take(source.calibration[0], slice(0, CHECKED))
-    return lambda model: source.loss_fn(model, batch)
+def few_samples(source: Source, count: int) -> Batch:
+    """The first samples of the calibration data, or its first batch where that cannot be cut."""
+    return arrangement(source.model, source.calibration, source.loss_fn).take(source.calibration[0], slice(0, count))

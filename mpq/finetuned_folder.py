@@ -15,11 +15,11 @@ from mpq.evaluation import Quality, Reference
 from mpq.exporters import export
 from mpq.exporters.folder import read_json, refuse_foreign
 from mpq.exporters.mpq import checkpoint
+from mpq.exporting import few_samples
 from mpq.finetuning import Finetuned, finetune
 from mpq.folders import open_folder
 from mpq.kernels.layout import unpack
 from mpq.kernels.weight import PackedWeight
-from mpq.network.calibration import take
 from mpq.network.prepare import prepared
 from mpq.quantized import checked_layers
 from mpq.rounding.reference import Quantized
@@ -98,7 +98,7 @@ def finetune_folder(
         start, allocation, source.calibration, source.loss_fn, settings, acceptance=source.acceptance or None,
         method=rounder, teacher=source.model, checkpoint=target.with_name(target.name + UNFINISHED), progress=progress,
     )  # fmt: skip
-    few = take(source.calibration[0], slice(0, COMPARED))
+    few = few_samples(source, COMPARED)
     export(
         finetuned.model, allocation, target, recipe=source.recipe or None, side_files=source.side_files,
         inputs=lambda model: source.loss_fn(model, few),

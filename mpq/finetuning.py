@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, NotFiniteError
-from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, samples_in, take
+from mpq.network.calibration import Batch, LossFn, check_batches, evaluating
 from mpq.network.parallel import processes
 from mpq.network.prepare import prepared
+from mpq.network.samples import Arrangement, arrangement
 from mpq.quantized import Moments, WeightRounding, simulate
 from mpq.rounding.store import Rounder, rounder_of
 from mpq.sensitivity.eigenvalue import fine_tuning_order
@@ -92,12 +93,13 @@ def finetune(
     settings, model = settings or Finetuning(), prepared(model)
     teacher = model if teacher is None else prepared(teacher)
     data = check_batches(batches)
+    arranged = arrangement(teacher, data, loss_fn)
     unseen: tuple[Batch, ...] = ()
     established = True
     if acceptance is not None:
         unseen = check_batches(acceptance)
     else:
-        data, unseen = _held_out(data)
+        data, unseen = _held_out(data, arranged)
         established = bool(unseen)
     unseen = unseen or data
     rounder = rounder_of(method, second_moments)
@@ -107,15 +109,16 @@ def finetune(
     path = None if checkpoint is None else Path(checkpoint)
     with processes(str(next(student.parameters()).device)), evaluating(teacher):
         start = copy.deepcopy(student.state_dict())
-        before, note = harms(student.eval(), teacher, unseen, loss_fn, settings.objective), ""
+        before, note = harms(student.eval(), teacher, unseen, loss_fn, settings.objective, arranged), ""
         trained = Trained((), math.nan, math.nan)
         after = torch.full_like(before, math.nan)
         try:
             trained = train(
-                student, teacher, data, loss_fn, settings, runs=runs, find_rate=partial(_find_rate, student, settings),
+                student, teacher, data, loss_fn, settings, arranged=arranged,
+                runs=runs, find_rate=partial(_find_rate, student, settings),
                 checkpoint=path, progress=progress,
             )  # fmt: skip
-            after = harms(student, teacher, unseen, loss_fn, settings.objective)
+            after = harms(student, teacher, unseen, loss_fn, settings.objective, arranged)
         except NotFiniteError as error:
             note = str(error)
     kept = bool(after.mean() < before.mean())
@@ -130,16 +133,16 @@ def finetune(
     return Finetuned(student, trained.losses, trained.lr, trained.momentum, *harm, kept, established, note)
 
 
-def _held_out(data: tuple[Batch, ...]) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
+def _held_out(data: tuple[Batch, ...], arranged: Arrangement) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
     """Training data, and a tenth of it for acceptance: the last batches, or samples of a single batch; none of one."""
     if len(data) > 1:
         held = max(1, len(data) // HELD_OUT)
         return data[:-held], data[-held:]
-    samples = samples_in(data[0])
+    samples = arranged.count(data[0])
     cut = samples - max(1, samples // HELD_OUT)
     if not cut:
         return data, ()
-    return (take(data[0], slice(0, cut)),), (take(data[0], slice(cut, samples)),)
+    return (arranged.take(data[0], slice(0, cut)),), (arranged.take(data[0], slice(cut, samples)),)
 
 
 def _find_rate(student: nn.Module, settings: Finetuning, losses: Sequence[Callable[[], Tensor]]) -> tuple[float, float]:

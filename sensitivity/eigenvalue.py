@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
-from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, samples_in, seeded, take
+from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, samples_in, seeded
 from mpq.network.prepare import prepared
+from mpq.network.samples import arranged
 from mpq.quantized import Moments, checked_layers
 from mpq.rounding.store import Rounder, rounder_of
 from mpq.sensitivity.lanczos import Lanczos
@@ -81,8 +82,12 @@ def fine_tuning_order(
     """
     model, rounder = prepared(model), rounder_of(method, second_moments)
     checked = checked_layers(model, allocation)
-    task = Task(model, check_batches(batches), loss_fn, allocation.layers, (), rounder, seed)
     with evaluating(model):
+        data = arranged(model, check_batches(batches), loss_fn, warn=False)
+        task = Task(
+            model, data.batches, data.loss_fn, allocation.layers, (), rounder, seed,
+            second=data.second, together=data.together,
+        )  # fmt: skip
         found = top_eigenvalues(task, samples=samples)
     values = np.maximum(found.values, found.residuals)
     omegas = {
@@ -131,7 +136,7 @@ def top_eigenvalues(
     operator_named(operator)
     if backend not in ("own", "pyhessian"):
         raise MpqError(f"unknown backend {backend!r}: take 'own' or 'pyhessian'")
-    task = replace(task, batches=_first(task.batches, samples))
+    task = replace(task, batches=tuple(_first(task, samples)))
 
     def work(layers: Sequence[Layer]) -> Iterator[list[float]]:
         own = replace(task, layers=tuple(layers))
@@ -146,13 +151,11 @@ def top_eigenvalues(
     return Eigenvalues(values, residuals, int(products.sum()))
 
 
-def _first(batches: tuple[object, ...], samples: int) -> tuple[object, ...]:
-    chosen: list[object] = []
-    for batch in batches:
+def _first(task: Task, samples: int) -> Iterator[Batch]:
+    for index, batch in enumerate(task.batches):
         if samples > 0:
-            chosen.append(take(batch, slice(0, samples)) if samples_in(batch) > samples else batch)
+            yield task.few_samples(samples, index)
             samples -= samples_in(batch)
-    return tuple(chosen)
 
 
 def _lanczos(task: Task, operator: str, max_steps: int, tolerance: float) -> Iterator[list[float]]:

@@ -15,9 +15,11 @@ from mpq.core.errors import MpqError
 from mpq.finetuning import finetune
 from mpq.network.calibration import cross_entropy, next_token_loss, seeded
 from mpq.network.layers import find_layers
+from mpq.network.samples import Arrangement, arrangement
+from mpq.sensitivity.eigenvalue import fine_tuning_order
 from mpq.training.objective import Objective, block_names, harms, objective_loss
 from mpq.training.settings import Finetuning
-from tests.sensitivity.small_models import TiedLanguageModel, seed_weights, token_batches
+from tests.sensitivity.small_models import Tagger, TiedLanguageModel, seed_weights, token_batches
 from tests.two_processes import on_two_processes
 
 QUICK = Finetuning(steps=6, lr=3e-3, scale_lr=3e-3)
@@ -87,11 +89,49 @@ def test_data_for_acceptance_are_held_out():
 
     result = finetune(model, allocation, [batch], watching, QUICK)
     assert {count for training, count in seen if training} == {15}
-    assert {count for training, count in seen} == {15, 1}
+    assert {count for training, count in seen} == {16, 15, 2, 1}  # two are taken to see where samples lie
     assert result.established
     single = tuple(part[:1] for part in batch)
     alone = finetune(model, allocation, [single], cross_entropy, replace(QUICK, freeze_batchnorm=True))
     assert "Not established on unseen data" in alone.verdict()
+
+
+def next_step(model, tokens):
+    return torch.nn.functional.cross_entropy(model(tokens)[:-1].flatten(0, 1), tokens[1:].flatten())
+
+
+def test_texts_that_come_time_first_are_held_out_and_compared_whole():
+    model, tokens, seen = Tagger(batch_first=False).eval(), torch.randint(0, 9, (7, 20)), []
+
+    def watching(net, part):
+        seen.append((net.training, tuple(part.shape)))
+        return next_step(net, part)
+
+    allocation = uniform(model, "int2-channel")
+    result = finetune(model, allocation, [tokens], watching, QUICK)
+    assert {shape for training, shape in seen if training} == {(7, 18)}
+    assert result.established
+    student = mpq.simulate(model, allocation)
+    for objective in (Objective(), Objective(kl=0.0, task=1.0)):
+        each = harms(student, model, [tokens], next_step, objective, arrangement(model, [tokens], next_step))
+        alone = [
+            harms(student, model, [tokens[:, [i]]], next_step, objective, Arrangement(second=True)).item()
+            for i in range(20)
+        ]
+        assert each.tolist() == pytest.approx(alone, rel=1e-4)
+
+
+def test_the_order_of_fine_tuning_is_the_same_for_texts_that_come_time_first():
+    model, tokens = Tagger(batch_first=False).eval(), torch.randint(0, 9, (7, 20))
+    allocation, calls = uniform(model, "int2-channel"), []
+
+    def watching(net, part):
+        calls.append(tuple(part.shape))
+        return next_step(net, part)
+
+    fine_tuning_order(model, allocation, [tokens], watching, samples=4)
+    assert (7, 4) in calls
+    assert (4, 20) not in calls
 
 
 def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path):
@@ -103,7 +143,7 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path):
 
     def killing(model, batch):
         calls.append(1)
-        if len(calls) > 56:  # two passes a batch; 19 batches before training, two a step: in the fifth step
+        if len(calls) > 60:  # two passes a batch: where samples lie, 19 batches, then two a step, to the fifth
             os.kill(os.getpid(), signal.SIGKILL)
         return cross_entropy(model, batch)
 
@@ -288,5 +328,5 @@ def test_harms_of_contrastive_losses_are_of_whole_batches():
     torch.manual_seed(0)
     student, teacher = nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 4))
     batches = [(torch.randn(5, 8), torch.randn(5, 8)) for _ in range(3)]
-    found = harms(student, teacher, batches, contrastive, Objective(kl=0.0, task=1.0))
+    found = harms(student, teacher, batches, contrastive, Objective(kl=0.0, task=1.0), Arrangement(together=True))
     assert found.tolist() == pytest.approx([contrastive(student, batch).item() for batch in batches])

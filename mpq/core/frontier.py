@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -168,12 +169,11 @@ class Frontier:
         possible = np.isfinite(self.problem.losses)
         largest = np.where(possible, self.problem.costs[self.cost], -np.inf).max(1).sum() * factor + offset
         smallest = self.costs[0] * factor + offset
-        # Budgets are often computed from the same totals: tolerate rounding errors.
-        limit = budget * (1 + 1e-12)
         digits = 6 if unit == "bits" else 15
         reach = f"{smallest:.{digits}g} to {largest:.{digits}g} {unit} can be reached"
-        if not math.isfinite(budget):
-            raise MpqError(f"invalid budget of {budget} {unit}: {reach}")
+        if isinstance(budget, bool) or not isinstance(budget, Real) or not math.isfinite(budget):
+            raise MpqError(f"invalid budget of {budget!r} {unit}: {reach}")
+        limit = budget * (1 + 1e-12)  # budgets are often computed from the same totals: tolerate rounding errors
         if smallest > limit:
             raise MpqError(f"a budget of {budget:.{digits}g} {unit} is below the smallest allocation: {reach}")
         if budget * (1 - 1e-12) > largest:

@@ -28,7 +28,7 @@ def prepared(model: nn.Module) -> nn.Module:
     unwrapped.
 
     Raises:
-        MpqError: a parameter or buffer without content (named): on the device "meta", or of a lazy module.
+        MpqError: a parameter or buffer without content (named): on the device "meta", or of a lazy module; or sparse.
     """
     model = getattr(model, "_orig_mod", model)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
@@ -36,6 +36,8 @@ def prepared(model: nn.Module) -> nn.Module:
             raise MpqError(f"{name} has no content yet: call the model once, so that its lazy modules know their sizes")
         if tensor.is_meta:
             raise MpqError(f"{name} is on the device 'meta' and has no content: load the weights first")
+        if tensor.layout is not torch.strided:
+            raise MpqError(f"{name} is a sparse tensor ({tensor.layout}): make it dense first, with to_dense()")
     odd = any(_is_compiled(module) or computes_weight(module) for module in model.modules())
     if not (odd or any(_is_unusual(parameter) for parameter in model.parameters())):
         return model

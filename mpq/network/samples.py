@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import Batch, LossFn, check_loss, mapped, outputs_of, samples_in, take, tensors_in
+from mpq.network.calibration import (
+    Batch,
+    LossFn,
+    check_loss,
+    evaluating,
+    mapped,
+    outputs_of,
+    samples_in,
+    take,
+    tensors_in,
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +37,44 @@ class Samples:
     loss_fn: LossFn
     second: bool = False  # as they came, and so in the layers' inputs, the samples lie along the second dimension
     together: bool = False  # a batch cannot be cut: no sample has a loss of its own
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Where samples lie in batches, which stay as they came."""
+
+    second: bool = False  # along the second dimension
+    together: bool = False  # a batch cannot be cut
+
+    def count(self, batch: Batch) -> int:
+        """Parts that a batch can be cut into: its samples, or 1."""
+        if self.together:
+            return 1
+        return samples_in(_swapped(batch, _second_dimensions(batch)) if self.second else batch)
+
+    def take(self, batch: Batch, samples: slice | list[int]) -> Batch:
+        """Some samples of a batch, arranged as the whole; a batch that cannot be cut stays whole."""
+        if self.together:
+            return batch
+        swaps = _second_dimensions(batch) if self.second else ()
+        return _swapped(take(_swapped(batch, swaps), samples), swaps)
+
+
+SAMPLES_FIRST = Arrangement()
+
+
+@torch.no_grad()
+def arrangement(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn) -> Arrangement:
+    """Where samples lie, as in `arranged`; along the first dimension where the loss is no number, and so says nothing.
+
+    Raises:
+        MpqError: a loss that adds up over samples.
+    """
+    with evaluating(model):
+        if samples_in(batches[0]) == 1 or run_loss(model, batches[0], loss_fn)[0] is None:
+            return SAMPLES_FIRST
+        samples = arranged(model, tuple(batches), loss_fn, warn=False)
+    return Arrangement(samples.second, samples.together)
 
 
 @torch.no_grad()

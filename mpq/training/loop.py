@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mpq.core.errors import NotFiniteError
-from mpq.network.calibration import Batch, LossFn, evaluating, samples_in, seeded, take, tensors_in
+from mpq.network.calibration import Batch, LossFn, evaluating, seeded, tensors_in
 from mpq.network.fingerprint import fingerprint
 from mpq.network.parallel import rank_and_count, total
+from mpq.network.samples import SAMPLES_FIRST, Arrangement
 from mpq.training.batchnorm import freeze_batchnorm
 from mpq.training.checkpoint import resume, save
 from mpq.training.objective import objective_loss
@@ -43,6 +44,7 @@ def train(
     loss_fn: LossFn,
     settings: Finetuning,
     *,
+    arranged: Arrangement = SAMPLES_FIRST,
     runs: Sequence[Sequence[str]] = (),
     find_rate: FindRate | None = None,
     checkpoint: Path | None = None,
@@ -60,6 +62,7 @@ def train(
         batches: training data.
         loss_fn: calls a model on a batch; its value counts for the objective's task.
         settings: how.
+        arranged: where samples lie in the batches.
         runs: of layers, each quantized only when those before it have been trained for their share of the steps
             (`mpq.training.stages`); all at once by default. The rate falls to zero in every stage.
         find_rate: finds the rate and momentum where the settings leave them at "auto", from functions that give the
@@ -98,7 +101,7 @@ def train(
             stage = step * max(len(runs), 1) // settings.steps
             quantize_only(student, [name for run in runs[: stage + 1] for name in run] if runs else None)
             _set_rates(optimizer, step, settings.steps, max(len(runs), 1))
-            losses.append(_step(student, teacher, next(order), loss_fn, settings, optimizer, step))
+            losses.append(_step(student, teacher, next(order), loss_fn, settings, optimizer, step, arranged))
             bar.set_postfix(loss=f"{losses[-1]:.4g}", refresh=False)
             bar.update()
             if checkpoint is not None and (step + 1) % settings.save_every == 0 and rank_and_count()[0] == 0:
@@ -110,19 +113,19 @@ def train(
 
 def _step(
     student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, settings: Finetuning,
-    optimizer: torch.optim.Optimizer, step: int,
+    optimizer: torch.optim.Optimizer, step: int, arranged: Arrangement,
 ) -> float:  # fmt: skip
     optimizer.zero_grad()
     device = next(student.parameters()).device
     summed = torch.zeros((), dtype=torch.float64)
     with _random_numbers_of(settings.seed, step):
         for batch in batches:
-            own = _own_part(batch)
+            own = _own_part(batch, arranged)
             if own is None:
                 continue
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
                 loss = objective_loss(student, teacher, own, loss_fn, settings.objective)
-            share = samples_in(own) / samples_in(batch) / len(batches)
+            share = arranged.count(own) / arranged.count(batch) / len(batches)
             (loss * share).backward()  # type: ignore[no-untyped-call]
             summed += loss.item() * share
     value = total({"loss": summed})["loss"].item()
@@ -172,10 +175,10 @@ def _set_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, stages: 
         group["lr"] = group["initial_lr"] * rate
 
 
-def _own_part(batch: Batch) -> Batch | None:
+def _own_part(batch: Batch, arranged: Arrangement) -> Batch | None:
     rank, count = rank_and_count()
-    samples = list(range(rank, samples_in(batch), count))
-    return batch if count == 1 else take(batch, samples) if samples else None
+    samples = list(range(rank, arranged.count(batch), count))
+    return batch if count == 1 else arranged.take(batch, samples) if samples else None
 
 
 def _sum_gradients(student: nn.Module) -> None:

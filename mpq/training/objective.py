@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import Batch, LossFn, check_gradient, counted_positions, outputs_of, split_batch
-from mpq.network.samples import arranged
+from mpq.network.calibration import Batch, LossFn, check_gradient, counted_positions, outputs_of
+from mpq.network.samples import SAMPLES_FIRST, Arrangement, turned
 
 
 @dataclass(frozen=True)
@@ -75,32 +75,36 @@ def divergences(logits: Tensor, wanted: Tensor, batch: Batch, temperature: float
 
 @torch.no_grad()
 def harms(
-    student: nn.Module, teacher: nn.Module, batches: Iterable[Batch], loss_fn: LossFn, objective: Objective
-) -> Tensor:
+    student: nn.Module, teacher: nn.Module, batches: Iterable[Batch], loss_fn: LossFn, objective: Objective,
+    arranged: Arrangement = SAMPLES_FIRST,
+) -> Tensor:  # fmt: skip
     """A student's harm on each sample, float64 (samples,): mean divergence, or the loss where none is asked for.
 
     Both models are run as they are: set them to evaluation mode.
     """
     if not objective.kl:
-        return _harms_by_loss(student, teacher, tuple(batches), loss_fn, objective)
+        return _harms_by_loss(student, teacher, tuple(batches), loss_fn, objective, arranged)
     found: list[Tensor] = []
     for batch in batches:
         with outputs_of(teacher) as wanted:
             loss_fn(teacher, batch)
         with outputs_of(student) as given:
             loss_fn(student, batch)
-        each, weights = (part.reshape(len(part), -1) for part in divergences(_single(given), _single(wanted), batch))
+        parts = divergences(_single(given), _single(wanted), batch)
+        if arranged.second and parts[0].shape[1:2] == (arranged.count(batch),):
+            parts = turned(parts[0]), turned(parts[1])
+        each, weights = (part.reshape(len(part), -1) for part in parts)
         found.append((each * weights).sum(1) / weights.sum(1).clamp(min=1))
     return torch.cat([harm.double().cpu() for harm in found])
 
 
 def _harms_by_loss(
-    student: nn.Module, teacher: nn.Module, batches: tuple[Batch, ...], loss_fn: LossFn, objective: Objective
-) -> Tensor:
+    student: nn.Module, teacher: nn.Module, batches: tuple[Batch, ...], loss_fn: LossFn, objective: Objective,
+    arranged: Arrangement,
+) -> Tensor:  # fmt: skip
     """The objective of each sample, or of each batch where samples have no loss of their own."""
-    samples = arranged(teacher, batches, loss_fn, warn=False)
-    singles = [one for batch in samples.batches for one in ([batch] if samples.together else split_batch(batch))]
-    values = [objective_value(student, teacher, one, samples.loss_fn, objective).reshape(1) for one in singles]
+    singles = [arranged.take(batch, [sample]) for batch in batches for sample in range(arranged.count(batch))]
+    values = [objective_value(student, teacher, one, loss_fn, objective).reshape(1) for one in singles]
     return torch.cat(values).double().cpu()
 
 

@@ -27,11 +27,10 @@ from mpq.network.calibration import (
     counted_positions,
     evaluating,
     outputs_of,
-    samples_in,
     seeded,
-    take,
 )
 from mpq.network.layers import is_transposed, shaped
+from mpq.network.samples import Arrangement, arrangement
 from mpq.quantized import checked_layers, round_inputs
 from mpq.rounding.codes import COPY_DTYPES
 from mpq.rounding.reference import Quantized, dequantize, group_scales, storable_scales, to_groups
@@ -79,11 +78,12 @@ def tune_scales(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / tuning.steps)
     )
-    steps = _steps(batches, tuning)
+    arranged = arrangement(model, batches, loss_fn)
+    steps = _steps(batches, tuning, arranged)
     with evaluating(model), evaluating(student), torch.enable_grad():
         for _ in tqdm(range(tuning.steps), desc="tuning scales", disable=None if progress else True, leave=False):
             optimizer.zero_grad()
-            _add_gradients(model, student, next(steps), loss_fn)
+            _add_gradients(model, student, next(steps), loss_fn, arranged)
             optimizer.step()
             schedule.step()
     return {name: weight.quantized() for name, weight in scaled.items()}
@@ -107,19 +107,21 @@ def _student(
     return student, scaled
 
 
-def _add_gradients(teacher: nn.Module, student: nn.Module, batch: Batch, loss_fn: LossFn) -> None:
+def _add_gradients(
+    teacher: nn.Module, student: nn.Module, batch: Batch, loss_fn: LossFn, arranged: Arrangement
+) -> None:
     """Add the gradients of a batch's mean divergence, in parts that keep a vocabulary's logits small."""
-    samples, start, few = samples_in(batch), 0, 1
+    samples, start, few = arranged.count(batch), 0, 1
     while start < samples:
-        part = take(batch, slice(start, start + few))
+        part = arranged.take(batch, slice(start, start + few))
         with torch.no_grad():
             wanted = _logits(teacher, part, loss_fn)
         logits = _logits(student, part, loss_fn)
         counted = next((mask for mask in counted_positions(part) if mask.shape == logits.shape[:-1]), None)
         _, gradient = divergence(logits.detach(), wanted, counted)
-        logits.backward(gradient * (samples_in(part) / samples))  # type: ignore[no-untyped-call]
-        start += samples_in(part)
-        few = max(1, ELEMENTS * samples_in(part) // logits.numel())
+        logits.backward(gradient * (arranged.count(part) / samples))  # type: ignore[no-untyped-call]
+        start += arranged.count(part)
+        few = max(1, ELEMENTS * arranged.count(part) // logits.numel())
 
 
 @torch.no_grad()
@@ -139,13 +141,13 @@ def divergence(logits: Tensor, wanted: Tensor, counted: Tensor | None = None) ->
     return (each * weights).sum(), gradient.to(logits.dtype)
 
 
-def _steps(batches: Sequence[Batch], tuning: Tuning) -> Iterator[Batch]:
+def _steps(batches: Sequence[Batch], tuning: Tuning, arranged: Arrangement) -> Iterator[Batch]:
     """Batches of the wanted number of samples, all data in a new random order each time round."""
     generator = seeded(tuning.seed, "tuning scales")
     pieces = [
-        take(batch, slice(start, start + tuning.samples))
+        arranged.take(batch, slice(start, start + tuning.samples))
         for batch in batches
-        for start in range(0, samples_in(batch), tuning.samples)
+        for start in range(0, arranged.count(batch), tuning.samples)
     ]
     while True:
         for index in torch.randperm(len(pieces), generator=generator).tolist():

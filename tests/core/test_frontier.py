@@ -54,8 +54,8 @@ def test_unreachable_budgets_name_the_range():
         frontier.at(bits=1.0)
     with pytest.raises(MpqError, match="below the smallest"):
         frontier.at(bits=-1.0)
-    for budget in (math.nan, math.inf):
-        with pytest.raises(MpqError, match=f"invalid budget of {budget} bits"):
+    for budget in (math.nan, math.inf, "four", True):
+        with pytest.raises(MpqError, match=f"invalid budget of {budget!r} bits"):
             frontier.at(bits=budget)
     with pytest.raises(MpqError, match="exactly one budget"):
         frontier.at()

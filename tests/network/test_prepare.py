@@ -111,3 +111,10 @@ def test_parameters_without_content_are_refused():
         model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(MpqError, match=r"0\.weight is on the device 'meta'"):
         mpq.profile(model, [X], lambda model, batch: model(batch).mean())
+
+
+def test_sparse_weights_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse())
+    with pytest.raises(MpqError, match=r"0\.weight is a sparse tensor \(torch\.sparse_coo\): make it dense first"):
+        prepared(model)

@@ -124,3 +124,18 @@ CASES = {
     ),
     "tied": lambda **options: make_task(seed_weights(TiedLanguageModel()), token_batches(), next_token_loss, **options),
 }
+
+
+class Tagger(nn.Module):
+    """Reads tokens (time, samples), or (samples, time) when `batch_first`; the next token's logits everywhere."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(9, 6)
+        self.cell = nn.GRU(6, 6, batch_first=batch_first)
+        self.head = nn.Linear(6, 9)
+
+    def forward(self, x):
+        """Logits in the order of the tokens."""
+        return self.head(self.cell(self.embed(x))[0])

@@ -13,6 +13,7 @@ import mpq
 from mpq.core.errors import MpqError
 from mpq.network.calibration import samples_in, seeded, take
 from mpq.network.samples import arranged
+from tests.sensitivity.small_models import Tagger
 
 FORMATS = ["int2-channel", "int4-channel"]
 
@@ -32,21 +33,6 @@ class Recurrent(nn.Module):
         """(samples, 3)."""
         hidden, _ = self.cell(self.first(x))
         return self.head(hidden[:, -1] if self.batch_first else hidden[-1])
-
-
-class Tagger(nn.Module):
-    """Reads tokens (time, samples), or (samples, time) when `batch_first`; the next token's logits everywhere."""
-
-    def __init__(self, batch_first: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(9, 6)
-        self.cell = nn.GRU(6, 6, batch_first=batch_first)
-        self.head = nn.Linear(6, 9)
-
-    def forward(self, x):
-        """Logits in the order of the tokens."""
-        return self.head(self.cell(self.embed(x))[0])
 
 
 def last_step(model, batch):

@@ -15,7 +15,7 @@ from mpq.rounding.codes import round_scales
 from mpq.rounding.reference import dequantize, quantize
 from mpq.training.tuned_scales import ScaledWeight, Tuning, _student, divergence, tune_scales
 from tests.mixes import mixed_allocation
-from tests.sensitivity.small_models import TiedLanguageModel, seed_weights
+from tests.sensitivity.small_models import Tagger, TiedLanguageModel, seed_weights
 
 TOKENS = [torch.randint(0, 7, (8, 12), generator=seeded(index)) for index in range(4)]
 
@@ -110,6 +110,23 @@ def test_the_same_seed_gives_the_same_scales():
         tune_scales(model, allocation, start, TOKENS, next_token_loss, Tuning(steps=3, samples=3)) for _ in range(2)
     )
     assert all(torch.equal(one[name].scales, two[name].scales) for name in start)
+
+
+def test_texts_that_come_time_first_are_tuned_by_text():
+    tokens = torch.randint(0, 9, (8, 7), generator=seeded(6))
+
+    def by_text(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+    def by_time(model, batch):
+        return by_text(lambda tokens: model(tokens.T).transpose(0, 1), batch.T)
+
+    found = []
+    for model, data, loss_fn in ((Tagger(True), tokens, by_text), (Tagger(False), tokens.T, by_time)):
+        allocation, start = rounded(model.eval(), "int3-channel")
+        found.append(tune_scales(model, allocation, start, [data], loss_fn, Tuning(steps=3, samples=3)))
+    for name, one in found[0].items():
+        torch.testing.assert_close(found[1][name].scales, one.scales)
 
 
 def test_a_student_without_steps_is_the_simulated_model():
