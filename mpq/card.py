@@ -54,9 +54,10 @@ def circumstances(model: nn.Module, seconds: float) -> dict[str, object]:
     """Versions, command, device and seconds."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     ours = sys.modules["mpq"].__version__
+    program = "mpq" if Path(sys.argv[0]).stem == "__main__" else Path(sys.argv[0]).name  # python -m mpq.cli
     return {
         "versions": f"mpq {ours}, torch {torch.__version__}, Python {platform.python_version()}",
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([program, *sys.argv[1:]]),
         "device": f"{device}, {platform.machine()}, {torch.get_num_threads()} threads",
         "seconds": f"{seconds:.0f}",
     }

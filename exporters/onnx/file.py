@@ -5,7 +5,9 @@ whose weight alone is quantized becomes ONNX Runtime's MatMulNBits, every other 
 A graph of more than 2 GB, which no protobuf holds, keeps its tensors in a file beside it.
 """
 
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -173,7 +175,7 @@ def _trace(model: nn.Module, allocation: Allocation, inputs: Any, int2: bool | N
 
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     int2 = _has_int2(allocation) if int2 is None else int2
-    with evaluating(model), without_cache(model):
+    with evaluating(model), without_cache(model), _without_remarks():
         try:
             program: Any = torch.onnx.export(
                 model, inputs, dynamo=True, optimize=False, dynamic_shapes=tuple(map(_open_sizes, inputs)),
@@ -207,6 +209,20 @@ def without_cache(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         config.use_cache = before
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Without what the tracer says of its own code and of packages that are not there."""
+    tracer = logging.getLogger("torch.onnx._internal.exporter._registration")
+    before = tracer.level
+    tracer.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        tracer.setLevel(before)
 
 
 def _open_sizes(part: Any) -> dict[int, Any] | None:

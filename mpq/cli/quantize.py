@@ -109,4 +109,4 @@ def run(options: argparse.Namespace) -> None:
         say(options, sentence)
     if outcome.tokens() and not (options.quiet or options.json):
         print_table(outcome.tokens())
-    say(options, f"written to {outcome.folder}: packed weights, table, frontier, report.html, recipe.yaml")
+    say(options, f"written to {outcome.folder}: packed weights, README.md, report.html, table, frontier, recipe.yaml")
