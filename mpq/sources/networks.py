@@ -111,9 +111,16 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
     if gguf is not None and kind != "perplexity":
         raise MpqError(f"{name}/{gguf} is a {class_name}: only language models are read from GGUF files")
     try:
-        loaded = getattr(transformers, class_name).from_pretrained(name, dtype="auto", **gguf_options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        loaded, report = getattr(transformers, class_name).from_pretrained(
+            name, dtype="auto", output_loading_info=True, **gguf_options
+        )
+    except Exception as error:  # a damaged file or config fails anywhere inside, in every way
         raise MpqError(f"the weights of {name} cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise MpqError(
+            f"{name} lacks {len(missing)} tensors of {class_name}, such as {missing[0]}, which would be random: "
+            "complete its files, or name the class that they hold under 'architectures' in config.json"
+        )
     model = unstack(loaded).eval()
     recipe = {
         "kind": "transformers", "class": type(loaded).__name__,
@@ -128,7 +135,7 @@ def config_of(name: str, gguf: str | None = None) -> Any:
     gguf_options = {} if gguf is None else {"gguf_file": gguf}
     try:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **gguf_options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a damaged config or file fails anywhere inside, in every way
         known = f"{nearest_names(name, BUNDLED)}; else a folder, a hub id, timm:NAME or package.module:factory"
         raise MpqError(f"unknown model {name!r}: {known} ({_first_line(error)})") from error
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mpq.cli.main import main
@@ -15,6 +16,7 @@ from mpq.network.calibration import seeded
 from mpq.network.distance import TARGET, distance_loss, with_targets
 from mpq.sensitivity.profile import profile
 from mpq.sources import open_source
+from mpq.sources.networks import open_network
 
 transformers = pytest.importorskip("transformers")
 TEXT = "the cat sat on the mat and the dog ran over the hill to see what the cat had seen there " * 60
@@ -224,3 +226,24 @@ def test_no_layer_of_an_encoder_scores_zero(metric, tmp_path):
     )
     assert source.kind == "distance"
     assert (table.scores[:, 0] > 10 * table.scores[:, 1]).mean() > 0.9
+
+
+@pytest.mark.parametrize("damage", ["missing tensor", "cut weights", "heads"])
+def test_folders_that_lack_what_the_model_needs_are_refused(tmp_path, damage):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    weights, described = tmp_path / "model.safetensors", tmp_path / "config.json"
+    if damage == "missing tensor":
+        tensors = load_file(weights)
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+        save_file(tensors, weights, {"format": "pt"})
+    elif damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:3000])
+    else:
+        described.write_text(described.read_text().replace('"num_attention_heads": 2', '"num_attention_heads": 0'))
+    match = "lacks 1 tensors of LlamaForCausalLM, such as model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(MpqError, match=match if damage == "missing tensor" else "cannot be loaded|unknown model"):
+        open_network(str(tmp_path))
