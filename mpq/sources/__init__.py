@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import Batch, LossFn, cross_entropy, mapped, next_token_loss, tensors_in
+from mpq.network.calibration import (
+    Batch,
+    LossFn,
+    cross_entropy,
+    evaluating,
+    mapped,
+    next_token_loss,
+    take,
+    tensors_in,
+)
 from mpq.network.fingerprint import fingerprint
 from mpq.sources.data import Data, open_data
 from mpq.sources.networks import Network, network_in, open_network, skeleton
@@ -104,7 +113,7 @@ def open_source(
     data = with_objective(network, data, seed)
     if data.loss_fn is None and data.kind not in LOSSES:
         raise MpqError(f"{data.name} has no loss: let its loader return a 'loss_fn'")
-    return Source(
+    source = Source(
         name=model_name,
         model=network.model.to(device if model_device is None else model_device),
         calibration=tuple(to_device(batch, device) for batch in data.calibration),
@@ -119,6 +128,24 @@ def open_source(
         other=tuple(to_device(batch, device) for batch in data.other),
         other_name=data.other_name,
     )
+    if network.recipe.get("kind") == "transformers" and model_device is None:
+        _check_runs(source)
+    return source
+
+
+def _check_runs(source: Source) -> None:
+    """MpqError where a model that comes from files does not run on a sample of its data."""
+    try:
+        with torch.no_grad(), evaluating(source.model):
+            source.loss_fn(source.model, take(source.calibration[0], slice(0, 1)))
+    except (MpqError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a config or vocabulary that does not fit fails anywhere inside
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise MpqError(
+            f"{source.name} does not run on a sample of {source.data} ({reason}): its config, weights and tokenizer "
+            "do not fit together"
+        ) from error
 
 
 def check_device(device: str | torch.device | None) -> None:

@@ -110,12 +110,16 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
     kind, class_name = kind_of(config, transformers)
     if gguf is not None and kind != "perplexity":
         raise MpqError(f"{name}/{gguf} is a {class_name}: only language models are read from GGUF files")
+    if gguf is None:
+        _check_quantizer(name, config)
     try:
         loaded, report = getattr(transformers, class_name).from_pretrained(
             name, dtype="auto", output_loading_info=True, **gguf_options
         )
     except Exception as error:  # a damaged file or config fails anywhere inside, in every way
         raise MpqError(f"the weights of {name} cannot be loaded: {_first_line(error)}") from error
+    if extra := sorted(report["unexpected_keys"]):
+        log.warning("%d tensors of %s have no place in %s, such as %s", len(extra), name, class_name, extra[0])
     if missing := sorted(report["missing_keys"]):
         raise MpqError(
             f"{name} lacks {len(missing)} tensors of {class_name}, such as {missing[0]}, which would be random: "
@@ -127,6 +131,19 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
         "config": json.loads(loaded.config.to_json_string(use_diff=False)),
     }  # fmt: skip
     return _described(Network(name, model, kind, recipe), config, gguf)
+
+
+def _check_quantizer(name: str, config: Any) -> None:
+    """MpqError for weights of a quantizer that transformers would skip, so that its codes became the weights."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
+
+    stored = getattr(config, "quantization_config", None) or {}
+    method = stored.get("quant_method", "") if isinstance(stored, dict) else getattr(stored, "quant_method", "")
+    if stored and str(getattr(method, "value", method)) not in KNOWN:
+        raise MpqError(
+            f"the weights of {name} are stored by a quantizer that transformers does not know here ({method!r}): give "
+            "the original model"
+        )
 
 
 def config_of(name: str, gguf: str | None = None) -> Any:

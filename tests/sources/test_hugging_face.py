@@ -228,14 +228,24 @@ def test_no_layer_of_an_encoder_scores_zero(metric, tmp_path):
     assert (table.scores[:, 0] > 10 * table.scores[:, 1]).mean() > 0.9
 
 
-@pytest.mark.parametrize("damage", ["missing tensor", "cut weights", "heads"])
-def test_folders_that_lack_what_the_model_needs_are_refused(tmp_path, damage):
-    transformers = pytest.importorskip("transformers")
+@pytest.fixture
+def small_llama(tmp_path):
+    """The folder of a Llama of one layer and 32 tokens."""
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    weights, described = tmp_path / "model.safetensors", tmp_path / "config.json"
+    return tmp_path
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("damage", ["missing tensor", "cut weights", "heads"])
+def test_folders_that_lack_what_the_model_needs_are_refused(small_llama, damage):
+    weights = small_llama / "model.safetensors"
     if damage == "missing tensor":
         tensors = load_file(weights)
         del tensors["model.layers.0.mlp.up_proj.weight"]
@@ -243,7 +253,29 @@ def test_folders_that_lack_what_the_model_needs_are_refused(tmp_path, damage):
     elif damage == "cut weights":
         weights.write_bytes(weights.read_bytes()[:3000])
     else:
-        described.write_text(described.read_text().replace('"num_attention_heads": 2', '"num_attention_heads": 0'))
+        edit_config(small_llama, num_attention_heads=0)
     match = "lacks 1 tensors of LlamaForCausalLM, such as model.layers.0.mlp.up_proj.weight"
     with pytest.raises(MpqError, match=match if damage == "missing tensor" else "cannot be loaded|unknown model"):
-        open_network(str(tmp_path))
+        open_network(str(small_llama))
+
+
+def test_weights_of_a_quantizer_that_nobody_knows_are_refused(small_llama):
+    edit_config(small_llama, quantization_config={"quant_method": "frobnicate"})
+    with pytest.raises(MpqError, match="stored by a quantizer that transformers does not know here"):
+        open_network(str(small_llama))
+
+
+def test_tensors_without_a_place_are_told(small_llama, caplog):
+    weights = small_llama / "model.safetensors"
+    save_file(load_file(weights) | {"model.other.weight": torch.ones(2, 2)}, weights, {"format": "pt"})
+    open_network(str(small_llama))
+    assert "1 tensors of" in caplog.text
+    assert "model.other.weight" in caplog.text
+
+
+@pytest.mark.parametrize("layers", [-1, 1])
+def test_a_model_that_does_not_run_on_its_data_is_refused_at_once(small_llama, layers):
+    edit_config(small_llama, num_hidden_layers=layers)
+    np.savez(small_llama / "tokens.npz", input_ids=np.full((64, 8), 20 if layers < 0 else 40))
+    with pytest.raises(MpqError, match="its config, weights and tokenizer do not fit together"):
+        open_source(str(small_llama), str(small_llama / "tokens.npz"), nsamples=2, evaluation_samples=2)
