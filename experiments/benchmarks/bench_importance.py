@@ -1,15 +1,15 @@
-"""Scales chosen with all weights alike, and with large weights counted more, under GPTQ.
+"""What errors count when GPTQ's scales are chosen: columns by their inputs, and large weights more or not.
 
-    python -m experiments.benchmarks.bench_importance [--quick] [--draws N]
+    python -m experiments.benchmarks.bench_importance [--quick] [--models Llama SmolLM2 ...] [--draws N]
 
-KL divergence from the original of uniform formats, on data that nothing was fitted to; layers whose rows do not divide
-into super-blocks stay bfloat16. The WikiText Llama (24 test windows) and ResNet-20 and -56 (1,000 images). The goal is
-of the formats of 3 bits and fewer, which count large weights more.
+KL divergence from the original of uniform formats, on data that nothing was fitted to: the WikiText Llama, SmolLM2 (16
+windows), ResNet-20 and -56 (1,000 images). The goal is of the rule that is built in, against columns by the diagonal of
+the inputs' second moment itself.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -20,16 +20,35 @@ from experiments.models import reference_models
 from experiments.result import result
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
-from mpq.core.scheme import parse_scheme
-from mpq.exporters.targets import TARGETS
+from mpq.core.formats import Format
 from mpq.network.calibration import Batch, LossFn, cross_entropy, next_token_loss
 from mpq.network.layers import find_layers
 from mpq.quantized import simulate
 from mpq.rounding import gptq
+from mpq.rounding.clip_search import clip_search
+from mpq.rounding.reference import Quantized
 from mpq.rounding.store import moments_needed
 
-LANGUAGE = ("q2_k", "int2-g32", "q3_k", "int3-g32", "q4_k", "iq4_nl", "int4-g32")
-IMAGES = ("int2-g32", "int3-channel", "int3-g32", "int4-channel")
+LANGUAGE = ("int2-g64", "int3-g64", "int4-g64", "int3-channel", "int4-channel")
+IMAGES = ("int2-g32", "int3-channel", "int4-channel")
+
+
+Importance = Callable[[Tensor, int], Tensor]
+BUILT_IN: Importance = gptq._importance
+# Powers of what is built in, which is the root of the diagonal; "sizes" besides by the root of the row's mean square
+# and the weight's own, as llama.cpp's quantizer.
+RULES = {"diagonal": 2.0, "root": 1.0, "alike": 0.0, "sizes": 1.0}
+
+
+def by_sizes(search: Callable[..., Quantized]) -> Callable[..., Quantized]:
+    """The clip search with errors of large weights counting more."""
+
+    def sized(weight: Tensor, format: Format, importance: Tensor | None = None) -> Quantized:
+        squares = weight.square()
+        sizes = (squares + squares.mean(-1, keepdim=True)).sqrt()
+        return search(weight, format, importance=sizes if importance is None else sizes * importance)
+
+    return sized
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,39 +69,48 @@ class Case:
 
 
 def cases(draw: int, quick: bool) -> Iterator[Case]:
+    """Models with calibration data of a draw; the first alone for `quick`."""
     windows = 4 if quick else 32
     train = reference_models.wikitext_tokens("train", windows * (draw + 1))[windows * draw :]
     test = reference_models.wikitext_tokens("test", 2 if quick else 24)
-    formats = LANGUAGE[:2] if quick else LANGUAGE
+    formats = LANGUAGE[1:2] if quick else LANGUAGE
     yield Case("Llama", reference_models.wikitext_llama(), formats, train.split(8), next_token_loss, test.split(1))
     for depth in () if quick else (20, 56):
         images = tuple(inputs for inputs, _ in reference_models.cifar10_test(250))
         calibration = reference_models.cifar10_calibration(256 * (draw + 1))[4 * draw :]
         yield Case(f"ResNet-{depth}", reference_models.resnet(depth), IMAGES, calibration, cross_entropy, images)
+    if not quick:
+        model, tokens = reference_models.smollm2(windows * (draw + 1) + 16)
+        yield Case(
+            "SmolLM2", model, LANGUAGE, tokens[16:][windows * draw :].split(8), next_token_loss, tokens[:16].split(1)
+        )
 
 
-def divergences(case: Case) -> Iterator[tuple[str, float, float]]:
-    """Each format's KL with all weights alike, and with large ones counted more."""
+def divergences(case: Case) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each format's KL by every rule."""
     layers, original = find_layers(case.model), case.outputs(case.model)
     moments = moments_needed("gptq", case.model, layers, case.calibration, case.loss_fn)
     for name in case.formats:
-        blocks = "super-blocks" if parse_scheme(name).weight.super_group else ""
-        schemes = [
-            "bf16" if blocks and TARGETS["gguf"].refusal(layer, parse_scheme(name)) else name for layer in layers
-        ]
-        found = []
-        for few in (0, 8):
-            with patch.object(gptq, "FEW_BITS", few):
-                model = simulate(case.model, Allocation(layers, tuple(schemes)), "gptq", moments, trainable=False)
+        found = {}
+        for rule, power in RULES.items():
+            search = by_sizes(clip_search) if rule == "sizes" else clip_search
+            with (
+                patch.object(gptq, "_importance", lambda hessian, rows, power=power: BUILT_IN(hessian, rows) ** power),
+                patch.object(gptq, "clip_search", search),
+            ):
+                model = simulate(
+                    case.model, Allocation(layers, (name,) * len(layers)), "gptq", moments, trainable=False
+                )
             pairs = zip(original, case.outputs(model), strict=True)
-            found.append(float(torch.cat([(p.exp() * (p - q)).sum(-1).flatten() for p, q in pairs]).mean()))
-        yield name, found[0], found[1]
+            found[rule] = float(torch.cat([(p.exp() * (p - q)).sum(-1).flatten() for p, q in pairs]).mean())
+        yield name, found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=2, help="of calibration data (default: 2)")
-    parser.add_argument("--quick", action="store_true", help="two formats of the Llama, few windows, one draw")
+    parser.add_argument("--draws", type=int, default=1, help="of calibration data (default: 1)")
+    parser.add_argument("--models", nargs="*", help="of those above (default: all)")
+    parser.add_argument("--quick", action="store_true", help="one format of the Llama, few windows")
     options = parser.parse_args()
     try:
         reference_models.data_file("wikitext2_llama_5m")
@@ -92,14 +120,13 @@ def main() -> None:
     lines = []
     for draw in range(1 if options.quick else options.draws):
         for case in cases(draw, options.quick):
-            for name, alike, sized in divergences(case):
-                ratio, few = sized / alike, parse_scheme(name).weight.grid.bits <= gptq.FEW_BITS
-                print(
-                    f"draw {draw} {case.name:10} {name:13} {alike:9.5f} {sized:9.5f} {100 * ratio - 100:6.1f} %",
-                    flush=True,
-                )
-                if few:
-                    lines.append(result(f"importance_{draw}_{case.name}_{name}_kl_ratio", ratio, "<1", ratio < 1))
+            if options.models and case.name not in options.models:
+                continue
+            for name, found in divergences(case):
+                told = "  ".join(f"{rule} {kl:.5f}" for rule, kl in found.items())
+                print(f"draw {draw} {case.name:10} {name:13} {told}", flush=True)
+                ratio = found["root"] / found["diagonal"]
+                lines.append(result(f"importance_{draw}_{case.name}_{name}_kl_ratio", ratio, "<=1", ratio <= 1))
     print("\n".join(lines))
 
 

@@ -24,7 +24,6 @@ from mpq.rounding.reference import (
 )
 from mpq.rounding.scale_fit import fit_scales
 
-FEW_BITS = 3  # up to here, scales are chosen for large weights first
 BLOCK = 128  # columns whose corrections are applied to the rest in one product (section 3.3, step 2)
 
 
@@ -39,9 +38,8 @@ def gptq(
     """Codes of small output error: sum over rows of dw H dw^T, with H the inputs' second moment.
 
     Scales come first, from a clip search, so that columns can be taken in order of falling diagonal of H without
-    changing groups; that search counts all columns alike, since the error of each is compensated in others, and at few
-    bits large weights more. Every row gets the better of GPTQ's and that search's codes by dw (H + damping) dw^T, and
-    then the scales that fit these codes (`mpq.rounding.scale_fit`). Without a second moment this is clip search.
+    changing groups. Every row gets the better of GPTQ's and that search's codes by dw (H + damping) dw^T, and then the
+    scales that fit these codes (`mpq.rounding.scale_fit`). Without a second moment this is clip search.
 
     Raises:
         MpqError: a second moment of another shape, or not finite.
@@ -59,7 +57,7 @@ def gptq(
     if len(parts) > 1:
         return stacked([gptq(part, format, second_moment, damping=damping) for part in parts])
     weight = weight.detach().float()
-    start = clip_search(weight, format, importance=_importance(weight, format.grid.bits))
+    start = clip_search(weight, format, importance=_importance(hessian, rows))
     factor = _factor(second_moment, damping)
     codes, errors = _compensate(weight, start, factor)
     others = row_errors(weight, start, hessian)
@@ -86,16 +84,15 @@ def row_errors(weight: Tensor, quantized: Quantized, hessian: Tensor) -> Tensor:
     return (difference @ hessian).mul_(difference).sum(-1).flatten()
 
 
-def _importance(weight: Tensor, bits: int) -> Tensor | None:
-    """Weights (rows, cols) of the squared errors by which scales are chosen; None where all count alike.
+def _importance(hessian: Tensor, rows: int) -> Tensor:
+    """Weights (rows, cols) of the squared errors by which scales are chosen: the root of H's diagonal.
 
-    At few bits errors of large weights count more, as in llama.cpp's quantizer: less divergence at 2 and 3 bits, mixed
-    at 4 (`experiments/benchmarks/bench_importance`).
+    Errors of large inputs count more, but much of them is compensated in other columns
+    (`experiments/benchmarks/bench_importance`).
     """
-    if bits > FEW_BITS:
-        return None
-    squares = weight.square()
-    return (squares + squares.mean(-1, keepdim=True)).sqrt()
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    floor = 1e-4 * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    return (diagonal + floor).sqrt().repeat_interleave(rows // len(diagonal), 0)
 
 
 @dataclass(frozen=True)

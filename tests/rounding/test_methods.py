@@ -125,7 +125,7 @@ def test_no_row_of_gptq_is_worse_than_its_clip_search(name):
     weight = torch.randn(500, 160, generator=torch.Generator().manual_seed(0))
     format, hessian = parse_format(name), torch.ones(160, 160) + 0.01 * torch.eye(160)
     damped = (hessian + 0.01 * hessian.diagonal().mean() * torch.eye(160))[None]
-    importance = _importance(weight, format.grid.bits)
+    importance = _importance(hessian[None], len(weight))
     rounded = (gptq(weight, format, hessian), clip_search(weight, format, importance=importance))
     best, start = (row_errors(weight, one, damped) for one in rounded)
     if format.granularity == "tensor":
@@ -133,10 +133,10 @@ def test_no_row_of_gptq_is_worse_than_its_clip_search(name):
     assert (best <= start * (1 + 1e-4)).all()
 
 
-def test_large_weights_count_more_at_few_bits_alone():
-    weight = torch.tensor([[0.1, 0.2, 2.0]])
-    assert _importance(weight, 4) is None
-    torch.testing.assert_close(_importance(weight, 3), (weight.square().mean() + weight.square()).sqrt())
+def test_columns_count_by_the_root_of_their_inputs_second_moment():
+    hessian = torch.stack([torch.diag(torch.tensor([4.0, 1.0])), torch.diag(torch.tensor([9.0, 1.0]))])
+    expected = torch.tensor([[2.0, 1.0], [2.0, 1.0], [3.0, 1.0], [3.0, 1.0]])
+    torch.testing.assert_close(_importance(hessian, 4), expected, rtol=1e-3, atol=0)
 
 
 def test_gptq_beats_clip_search_clearly_on_correlated_inputs():
