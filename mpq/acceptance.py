@@ -210,7 +210,7 @@ def _polished(
     ordered, losses = ranked(begun, measures)
     best = ordered[0][1]
     polished = polish(frontier.problem, best, size, measures, rounds=rounds, seed=seed, measured=losses).choices
-    return list(ordered) if np.array_equal(polished, best) else [("polished", polished), *ordered]
+    return ordered if np.array_equal(polished, best) else [("polished", polished), *ordered]
 
 
 def _is_uniform(problem: Problem, choices: Choices) -> bool:

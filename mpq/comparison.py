@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -34,6 +35,14 @@ class Measured:
     quality: Quality
     increase: float  # measured loss increase
     error: float  # its standard error, over paired samples
+
+    @classmethod
+    def of(
+        cls, name: str, allocation: Allocation, quality: Quality, reference: Quality,
+        file_size: Callable[[Allocation], int],
+    ) -> "Measured":  # fmt: skip
+        """An allocation beside the original's quality on the same data."""
+        return cls(name, allocation, file_size(allocation), quality, *quality.loss_above(reference))
 
     @property
     def harm(self) -> tuple[float, float]:
@@ -89,9 +98,7 @@ def compare(
     """
     reference = measurer.reference("evaluation").quality
     chosen = acceptance.chosen.allocation
-
-    def measured(name: str, allocation: Allocation, quality: Quality) -> Measured:
-        return Measured(name, allocation, file_size(allocation), quality, *quality.loss_above(reference))
+    measured = partial(Measured.of, reference=reference, file_size=file_size)
 
     rows = [Measured("original", None, original_size, reference, 0.0, 0.0)]
     if reference.kind in DIVERGE:

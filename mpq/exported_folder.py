@@ -9,7 +9,6 @@ from pathlib import Path
 from mpq.card import circumstances, write_card
 from mpq.comparison import Measured, sentences
 from mpq.core.allocation import Allocation
-from mpq.evaluation import Quality
 from mpq.exporters.holding import tell_versions
 from mpq.exporters.targets import TARGETS
 from mpq.exporting import export_to, sizer_for
@@ -89,8 +88,7 @@ def _measured(
     reference = measurer.reference("evaluation").quality
 
     def measured(name: str, allocation: Allocation) -> Measured:
-        quality: Quality = measurer.quality(allocation, "evaluation")
-        return Measured(name, allocation, file_size(allocation), quality, *quality.loss_above(reference))
+        return Measured.of(name, allocation, measurer.quality(allocation, "evaluation"), reference, file_size)
 
     original = Measured("original", None, state_bytes(measurer.source.model), reference, 0.0, 0.0)
     before = () if resolved is None else (measured("before it was solved again", resolved.before),)

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from mpq.core.errors import MpqError, NotFiniteError, nearest_names
 from mpq.core.layer import Layer
 from mpq.evaluation import Quality, Reference, evaluate
 from mpq.network.batchnorm import estimate_means, stored_means
-from mpq.network.calibration import Batch, samples_in
+from mpq.network.calibration import Batch, first_batches, samples_in
 from mpq.network.layers import find_layers
 from mpq.quantized import quantized_layers
 from mpq.rounding import METHODS
@@ -82,16 +81,15 @@ class Measurer:
         return ("screening", "rest") if self._screened() else ("search",)
 
     def _searched(self) -> tuple[Batch, ...]:
-        sizes = np.cumsum([samples_in(batch) for batch in self.source.calibration])
-        count = max(SEARCHED_LEAST.get(self.source.kind, 64), SEARCHED * sizes[-1])
-        return self.source.calibration[: int(np.searchsorted(sizes, count)) + 1]
+        batches = self.source.calibration
+        count = max(SEARCHED_LEAST.get(self.source.kind, 64), SEARCHED * sum(map(samples_in, batches)))
+        return tuple(first_batches(batches, count))
 
     def _screened(self) -> int:
         """Batches of "screening"; none where "search" is too small to be parted."""
-        sizes = np.cumsum([samples_in(batch) for batch in self._searched()])
-        count = max(SCREENED_LEAST, SCREENED * sizes[-1])
-        batches = int(np.searchsorted(sizes, count)) + 1
-        return batches if batches < len(sizes) else 0
+        searched = self._searched()
+        screened = first_batches(searched, max(SCREENED_LEAST, SCREENED * sum(map(samples_in, searched))))
+        return len(screened) if len(screened) < len(searched) else 0
 
     def means(self, allocation: Allocation, searching: bool = False) -> dict[str, Tensor]:
         """Running means estimated anew in the rounded network, on few samples while searching.

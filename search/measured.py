@@ -166,7 +166,7 @@ def race(choices: Choices, measures: Sequence[Measure], best: Array | None = Non
 
 def ranked(
     starts: Sequence[tuple[str, Choices]], measures: Sequence[Measure]
-) -> tuple[tuple[tuple[str, Choices], ...], Array]:
+) -> tuple[list[tuple[str, Choices]], Array]:
     """Named choices by what they lose, least first, and the losses (samples,) of the first one."""
     best = race(starts[0][1], measures)
     gaps = [0.0]
@@ -177,7 +177,7 @@ def ranked(
             gaps, best, gap = [other - gap for other in gaps], losses, 0.0
         gaps.append(gap)
     order = np.argsort(np.nan_to_num(gaps, nan=np.inf), kind="stable")
-    return tuple(starts[place] for place in order.tolist()), best
+    return [starts[place] for place in order.tolist()], best
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,14 +11,24 @@ import torch
 from torch import nn
 
 from mpq.core.cache import cache_name, parse_cache_format
-from mpq.core.errors import MpqError, nearest_names
+from mpq.core.errors import MpqError, first_line, nearest_names
 from mpq.core.formats import DEFAULT_FORMATS
 from mpq.core.layer import Layer
 from mpq.core.registry import Entry, Metric
 from mpq.core.scheme import Scheme, parse_scheme
 from mpq.core.table import SensitivityTable
 from mpq.network.cached import find_cached
-from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, mean_loss, samples_in, take, tensors_in
+from mpq.network.calibration import (
+    Batch,
+    LossFn,
+    check_batches,
+    evaluating,
+    first_batches,
+    mean_loss,
+    samples_in,
+    take,
+    tensors_in,
+)
 from mpq.network.coverage import coverage
 from mpq.network.fingerprint import fingerprint, model_fingerprint
 from mpq.network.layers import find_layers
@@ -107,7 +117,7 @@ def profile(
         layers, macs = count_all_macs(model, layers, batches[0], loss_fn)
         covered = coverage(model, layers, macs)
         with reaching(model, layers) as reached:
-            reference = mean_loss(model, _first(batches), loss_fn)
+            reference = mean_loss(model, first_batches(batches, REFERENCE), loss_fn)
         settings = {
             "metric": metric, "options": dict(options or {}), "method": rounding, "seed": seed,
             "schemes": tuple(scheme.name for scheme in scheme_tuple), "layers": [layer.name for layer in layers],
@@ -143,12 +153,6 @@ def profile(
     return table
 
 
-def _first(batches: Sequence[Batch]) -> Sequence[Batch]:
-    """The first batches, of REFERENCE samples or all there are."""
-    counts = np.cumsum([samples_in(batch) for batch in batches])
-    return batches[: int(np.searchsorted(counts, REFERENCE)) + 1]
-
-
 def _known(method: str | Rounder) -> str:
     """The method's name, which exists."""
     return METHODS.named(method).name if isinstance(method, str) else method.name
@@ -168,7 +172,7 @@ def _scored(task: Task, metric: Metric, granularity: str, options: Mapping[str, 
         raise
     except RuntimeError as error:
         raise MpqError(
-            f"the metric {metric.name} cannot be taken of this model ({str(error).splitlines()[0]}): take 'loss', "
+            f"the metric {metric.name} cannot be taken of this model ({first_line(error)}): take 'loss', "
             "which only runs it"
         ) from error
     return mixed

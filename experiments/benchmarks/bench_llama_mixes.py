@@ -107,11 +107,8 @@ def main() -> None:
     if not options.llama or not options.tools:
         print("skipped: --llama and --tools name no llama.cpp")
         sys.exit(0)
-    try:
+    with reference_models.skipping(ImportError):
         source = source_of(options.smollm2, 8 if options.quick else options.windows)
-    except (MpqError, ImportError) as error:
-        print(f"skipped: {error}")
-        sys.exit(0)
     lines, table = [], None
     mixes = ("Q2_K", "Q4_K_M") if options.quick else tuple(options.mixes)
     windows = torch.cat([*source.evaluation, *source.acceptance]) if options.smollm2 else (

@@ -9,7 +9,6 @@ builds in some minutes (`--llama` names the Python of one that is there, `--quic
 
 import argparse
 import math
-import sys
 import tempfile
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from experiments.models import reference_models
 from experiments.peers import llama_exports
 from experiments.result import result
 from mpq.core.allocation import Allocation
-from mpq.core.errors import MpqError
 from mpq.exporters import export
 from mpq.exporters.mpq.state import other_state
 from mpq.exporters.onnx.file import file_size
@@ -114,11 +112,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few samples, without llama.cpp")
     parser.add_argument("--llama", help="Python of an environment with llama-cpp-python")
     options = parser.parse_args()
-    try:
+    with reference_models.skipping():
         reference_models.data_file("wikitext2_llama_5m")
-    except MpqError as error:
-        print(f"skipped: {error}")
-        sys.exit(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print(f"{'consumer':28}{'before':>10}{'simulated':>11}{'served':>10}{'promised':>12}{'file':>12}")

@@ -18,7 +18,6 @@ from torch import nn
 from experiments.models import reference_models
 from experiments.peers.served import compared, served, simulated
 from mpq.core.allocation import Allocation
-from mpq.core.errors import MpqError
 from mpq.exporters import export
 from mpq.exporters.holding import nearest
 from mpq.exporters.mpq.state import other_state
@@ -72,14 +71,11 @@ def main() -> None:
         print("skipped: --mlx names no Python with mlx-lm")
         sys.exit(0)
     windows = 1 if options.quick else 8
-    try:
+    with reference_models.skipping():
         if options.smollm2:
             model, tokens = reference_models.smollm2(windows)
         else:
             model, tokens = reference_models.wikitext_llama(), reference_models.wikitext_tokens("test", windows)
-    except MpqError as error:
-        print(f"skipped: {error}")
-        sys.exit(0)
     with tempfile.TemporaryDirectory() as name:
         print("\n".join(exports(options.mlx, model, tokens, Path(name), 1 if options.quick else None)))
 

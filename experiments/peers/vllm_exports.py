@@ -20,7 +20,6 @@ from experiments.models import reference_models
 from experiments.peers.served import compared, served, simulated
 from mpq.core.allocation import Allocation
 from mpq.core.assignment import dealt
-from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
 from mpq.core.mix import mix_of
 from mpq.exporters import export
@@ -57,11 +56,8 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(JOBS), help="one target alone")
     parser.add_argument("--quick", action="store_true", help="one window, the GPTQ layout alone")
     options = parser.parse_args()
-    try:
+    with reference_models.skipping():
         model = reference_models.wikitext_llama()
-    except MpqError as error:
-        print(f"skipped: {error}")
-        sys.exit(0)
     if not options.vllm:
         print("skipped: --vllm names no Python with vLLM")
         sys.exit(0)

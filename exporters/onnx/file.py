@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, first_line
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 from mpq.exporters.folder import copy_side_files, names_of, refuse_foreign, write_checksums, write_folder
@@ -182,7 +182,7 @@ def _trace(model: nn.Module, allocation: Allocation, inputs: Any, int2: bool | N
                 opset_version=OPSET_INT2 if int2 else OPSET, verbose=False,
             )  # fmt: skip
         except torch.onnx.OnnxExporterError as error:
-            why = str(error.__cause__ or error).strip().split("\n")[0]
+            why = first_line(error.__cause__ or error)
             raise MpqError(
                 f"torch makes no graph of a {type(model).__name__} ({why}): export to mpq instead"
             ) from error

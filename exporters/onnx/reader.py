@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, first_line
 from mpq.exporters.onnx.evaluator import nbits_matrix, reference_outputs
 from mpq.exporters.verify import result_tensors, runner, same_numbers
 from mpq.network.ranges import Ranges
@@ -126,9 +126,7 @@ def _runtime_outputs(file: Path, inputs: tuple[Any, ...]) -> list[Tensor] | None
                 "the installed ONNX Runtime lacks an operator of the graph: onnx's own evaluator runs it instead"
             )
             return None
-        raise MpqError(
-            f"ONNX Runtime does not run the graph ({str(error).splitlines()[0]}): nothing was written"
-        ) from error
+        raise MpqError(f"ONNX Runtime does not run the graph ({first_line(error)}): nothing was written") from error
 
 
 def _compare(reader: str, expected: Tensor, actual: Tensor, plain: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from mpq.core.errors import MpqError, nearest_names
+from mpq.core.errors import MpqError, first_line, nearest_names
 from mpq.core.files import write_atomically
 
 FILE = "recipe.yaml"
@@ -62,7 +62,7 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MpqError(f"cannot read the recipe {path}: {str(error).splitlines()[0]}") from error
+        raise MpqError(f"cannot read the recipe {path}: {first_line(error)}") from error
     if not isinstance(recipe, dict):
         raise MpqError(f"cannot read the recipe {path}: expected lines such as 'bits: 4.25'")
     return {str(name): value for name, value in recipe.items()}

@@ -12,6 +12,15 @@ class NotFiniteError(MpqError):
     """A loss that is NaN or infinite, because of the data or because quantization broke the model."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, for a sentence about it; its type where it says nothing.
+
+    >>> first_line(ValueError("no such type\\ndetails")), first_line(KeyboardInterrupt())
+    ('no such type', 'KeyboardInterrupt')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest_names(name: str, known: Iterable[str], limit: int = 3) -> str:
     """Suffix of an error message: the known names closest to `name`, else the first 12 known names.
 

@@ -108,8 +108,8 @@ def _caches(memory: Memory, width: int, dtype: torch.dtype) -> ctypes.Array[abi.
         if not memory.packed and any(part[0].dtype != dtype or not part[0].is_contiguous() for part in parts):
             return ()
         slabs = [cached.slabs_of(part) if memory.packed else _rows(part[0]) for part in parts]
-        found_of = (cached.vectors_of(name, width, dtype) for name in names)
-        vectors = [described for described in found_of if cached.rounds(described)]
+        described = (cached.vectors_of(name, width, dtype) for name in names)
+        vectors = [one for one in described if cached.rounds(one)]
         if len(vectors) < len(names):
             return ()
         found.append(abi.BlockCache(*map(ctypes.pointer, vectors), *slabs))  # type: ignore[arg-type]

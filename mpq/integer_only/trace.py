@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, first_line
 from mpq.network.calibration import evaluating
 
 LAYERS = ("aten.conv1d.default", "aten.conv2d.default", "aten.linear.default")
@@ -26,8 +26,9 @@ def traced(model: nn.Module, images: Tensor) -> fx.GraphModule:
             graph: fx.GraphModule = program.module(check_guards=False)
             return graph
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MpqError(f"{type(model).__name__} cannot be traced for integers ({reason}): simplify forward") from error
+        raise MpqError(
+            f"{type(model).__name__} cannot be traced for integers ({first_line(error)}): simplify forward"
+        ) from error
 
 
 def operation(node: fx.Node) -> str:

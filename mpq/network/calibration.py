@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -147,6 +148,12 @@ def first_samples(batches: Iterable[Batch], count: int) -> tuple[Batch, ...]:
         found.append(take(batch, slice(0, count)))
         count -= samples_in(batch)
     return tuple(found)
+
+
+def first_batches(batches: Sequence[Batch], count: float) -> Sequence[Batch]:
+    """The first whole batches, as few as hold `count` samples, or all there are."""
+    held = accumulate(samples_in(batch) for batch in batches)
+    return batches[: next((number for number, samples in enumerate(held, 1) if samples >= count), len(batches))]
 
 
 def mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -63,7 +63,7 @@ def gptq(
     others = row_errors(weight, start, hessian)
     others += factor.ridge.repeat_interleave(rows // len(hessian)) * (dequantize(start) - weight).square().sum(-1)
     rounded = replace(start, codes=torch.where(_better(errors, others, format).unsqueeze(-1), codes, start.codes))
-    return fit_scales(weight, rounded, hessian + torch.diag_embed(factor.ridge.unsqueeze(-1).expand(hessian.shape[:2])))
+    return fit_scales(weight, rounded, _damped(hessian, factor.ridge))
 
 
 def _better(errors: Tensor, others: Tensor, format: Format) -> Tensor:
@@ -132,9 +132,7 @@ def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     mean = hessian.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
     for power in range(6):
         ridge = mean * max(damping * 10**power, 0.01 if power else 0.0)
-        factor, failed = torch.linalg.cholesky_ex(
-            hessian + torch.diag_embed(ridge.unsqueeze(-1).expand(hessian.shape[:2]))
-        )
+        factor, failed = torch.linalg.cholesky_ex(_damped(hessian, ridge))
         if not bool(failed.any()):
             inverse: Tensor
             inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
@@ -143,6 +141,10 @@ def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     raise MpqError(
         "the second moment for GPTQ is not positive definite even with heavy damping: use more calibration data"
     )
+
+
+def _damped(hessian: Tensor, ridge: Tensor) -> Tensor:  # (blocks, cols, cols), (blocks,)
+    return hessian + torch.diag_embed(ridge.unsqueeze(-1).expand(hessian.shape[:2]))
 
 
 def _compensate(weight: Tensor, start: Quantized, factor: Factor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, first_line
 from mpq.network.calibration import (
     Batch,
     LossFn,
@@ -141,7 +141,7 @@ def _check_runs(source: Source) -> None:
     except (MpqError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a config or vocabulary that does not fit fails anywhere inside
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise MpqError(
             f"{source.name} does not run on a sample of {source.data} ({reason}): its config, weights and tokenizer "
             "do not fit together"
@@ -153,9 +153,7 @@ def check_device(device: str | torch.device | None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-        raise MpqError(
-            f"no device {str(device)!r} here ({str(error).splitlines()[0]}): name another, as cpu"
-        ) from error
+        raise MpqError(f"no device {str(device)!r} here ({first_line(error)}): name another, as cpu") from error
 
 
 def names_in(provenance: Mapping[str, Any], trust: bool) -> tuple[str | None, str | None, frozenset[str]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mpq.core.errors import MpqError, nearest_names
+from mpq.core.errors import MpqError, first_line, nearest_names
 from mpq.core.reading import reading
 from mpq.models import EVERYTHING, digit_batches, novel_text
 from mpq.models.conversations import chat_text, has_template
@@ -214,7 +214,7 @@ def _from_hub(name: str, network: Network, wanted: Wanted) -> Data:
     try:
         splits = datasets.load_dataset(id_, *config)
     except (OSError, ValueError, RuntimeError) as error:
-        raise MpqError(f"the data set {id_!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise MpqError(f"the data set {id_!r} cannot be loaded: {first_line(error)}") from error
     held_out = next((split for split in ("test", "validation") if split in splits), None)
     seen = "train" if "train" in splits else next(iter(splits))
     if "text" not in splits[seen].column_names:

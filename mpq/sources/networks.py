@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpq.core.errors import MpqError, nearest_names
+from mpq.core.errors import MpqError, first_line, nearest_names
 from mpq.models import BUNDLED, bundled_model, tokenizer
 from mpq.network.experts import unstack
 from mpq.sources.extras import import_object, need
@@ -117,7 +117,7 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
             name, dtype="auto", output_loading_info=True, **gguf_options
         )
     except Exception as error:  # a damaged file or config fails anywhere inside, in every way
-        raise MpqError(f"the weights of {name} cannot be loaded: {_first_line(error)}") from error
+        raise MpqError(f"the weights of {name} cannot be loaded: {first_line(error)}") from error
     if extra := sorted(report["unexpected_keys"]):
         log.warning("%d tensors of %s have no place in %s, such as %s", len(extra), name, class_name, extra[0])
     if missing := sorted(report["missing_keys"]):
@@ -154,7 +154,7 @@ def config_of(name: str, gguf: str | None = None) -> Any:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **gguf_options)
     except Exception as error:  # a damaged config or file fails anywhere inside, in every way
         known = f"{nearest_names(name, BUNDLED)}; else a folder, a hub id, timm:NAME or package.module:factory"
-        raise MpqError(f"unknown model {name!r}: {known} ({_first_line(error)})") from error
+        raise MpqError(f"unknown model {name!r}: {known} ({first_line(error)})") from error
 
 
 def network_in(folder: Path, model: nn.Module) -> Network:
@@ -167,7 +167,7 @@ def network_in(folder: Path, model: nn.Module) -> Network:
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise MpqError(f"the config in {folder} cannot be read: {_first_line(error)}") from error
+        raise MpqError(f"the config in {folder} cannot be read: {first_line(error)}") from error
     kind, _ = kind_of(config, transformers)
     return _described(Network(str(folder), model, kind, {}), config, None)
 
@@ -187,7 +187,7 @@ def _described(network: Network, config: Any, gguf: str | None) -> Network:
     try:
         tokens = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **gguf_options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        log.warning("%s has no tokenizer (%s): give its data as tokens", name, _first_line(error))
+        log.warning("%s has no tokenizer (%s): give its data as tokens", name, first_line(error))
         return replace(network, context=context)
     return replace(network, tokenizer=tokens, encode=encoder_of(tokens), context=context)
 
@@ -217,7 +217,7 @@ def tokenizer_in(folder: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise MpqError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+        raise MpqError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
 
 
 def _gguf(path: Path) -> Network:
@@ -287,7 +287,7 @@ def _timm(name: str) -> Network:
     try:
         model = timm.create_model(model_name, pretrained=True)
     except (OSError, RuntimeError) as error:
-        raise MpqError(f"the weights of {name} cannot be loaded: {_first_line(error)}") from error
+        raise MpqError(f"the weights of {name} cannot be loaded: {first_line(error)}") from error
     about = timm.data.resolve_model_data_config(model)
     recipe = {"kind": "timm", "name": model_name}
     return Network(name, model.eval(), "accuracy", recipe, mean=tuple(about["mean"]), std=tuple(about["std"]))
@@ -302,7 +302,3 @@ def _made_by(path: str, untrusted: Collection[str] = ()) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise MpqError(f"{path} gave a {type(made).__name__}: expected a torch.nn.Module")
     return made.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

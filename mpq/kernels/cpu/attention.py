@@ -62,7 +62,7 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """torch.ops.mpq.attend on a CPU."""
     loaded, width = cpu.native(), query.shape[2]
-    formats = [_vectors_of(name, width, slabs) for name, slabs in ((key_format, keys), (value_format, values))]
+    formats = [vectors_of(name, width, slabs[0].dtype) for name, slabs in ((key_format, keys), (value_format, values))]
     fits = all(slab.stride()[1:] == (slab.shape[2], 1) for slab in (*keys, *values)) and width <= MAX_WIDTH
     if loaded is None or not all(formats) or not fits:
         return attention.attend_plainly(
@@ -98,10 +98,6 @@ def attend(
     return out.to(query.dtype)
 
 
-def _vectors_of(name: str, width: int, slabs: Sequence[Tensor]) -> abi.Vectors | None:
-    return vectors_of(name, width, slabs[0].dtype) if slabs[0].dtype in NEWEST else vectors_of(name, width)
-
-
 def rounds(vectors: abi.Vectors | None) -> bool:
     """Whether the library rounds tokens to this format."""
     if vectors is None:
@@ -116,7 +112,7 @@ def rounds(vectors: abi.Vectors | None) -> bool:
 def append(vectors: Tensor, slabs: Sequence[Tensor], format: str, values: bool, positions: Sequence[int]) -> None:
     """torch.ops.mpq.append on a CPU."""
     count, heads, tokens, width = vectors.shape
-    loaded, described = cpu.native(), _vectors_of(format, width, slabs)
+    loaded, described = cpu.native(), vectors_of(format, width, slabs[0].dtype)
     fits = all(slab.stride()[1:] == (slab.shape[2], 1) for slab in slabs) and width <= MAX_WIDTH
     if loaded is None or described is None or not rounds(described) or not fits:
         return attention.append_plainly(vectors, slabs, format, values, positions)
