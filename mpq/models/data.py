@@ -11,8 +11,8 @@ from mpq.network.calibration import seeded
 Encode = Callable[[str], Sequence[int]]
 
 
-def token_windows(tokens: Sequence[int] | Tensor, seqlen: int) -> Tensor:
-    """Consecutive windows, (windows, seqlen); what is left at the end is dropped.
+def token_windows(tokens: Sequence[int] | Tensor, seqlen: int, source: str = "the text") -> Tensor:
+    """Consecutive windows, (windows, seqlen), of a source's tokens; what is left at the end is dropped.
 
     Raises:
         MpqError: fewer tokens than one window holds.
@@ -21,7 +21,7 @@ def token_windows(tokens: Sequence[int] | Tensor, seqlen: int) -> Tensor:
     if seqlen < 2:
         raise MpqError(f"a window of {seqlen} tokens predict nothing: expected a seqlen of at least 2")
     if len(tokens) < seqlen:
-        raise MpqError(f"the text has {len(tokens)} tokens, less than one window of {seqlen}: take a smaller seqlen")
+        raise MpqError(f"{source} has {len(tokens)} tokens, less than one window of {seqlen}: take a smaller seqlen")
     return tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
 
 

@@ -29,6 +29,7 @@ ACCEPTANCE = {"perplexity": 0.25, "accuracy": 1.0}
 EVALUATION = {"perplexity": 0.25, "accuracy": 4.0}
 EVALUATION_LEAST = 32
 BATCH = 16  # samples
+ARRAYS = ".npz"
 LOGITS = 2**24  # of a batch: 64 MB in float32
 
 
@@ -124,14 +125,17 @@ def _named(name: str, network: Network, wanted: Wanted, untrusted: Collection[st
     if name.startswith("datasets:"):
         return _from_hub(name, network, wanted)
     path = Path(name)
-    if path.suffix in _READERS:
+    if path.suffix in (*_TEXTS, ARRAYS):
         if not path.is_file():
             raise MpqError(f"no such file: {name}")
         with reading(path, f"{path.suffix} data file", "make it again"):
-            return _READERS[path.suffix](path, network, wanted)
+            if path.suffix == ARRAYS:
+                return _from_arrays(path, network, wanted)
+            text = "\n".join(_TEXTS[path.suffix](path))
+        return _texts(name, [text], network, wanted)
     if ":" in name:
         return _from_loader(name, network, wanted, untrusted)
-    known = [*BUNDLED_DATA, *(f"FILE{suffix}" for suffix in _READERS), "datasets:ID", "package.module:loader"]
+    known = [*BUNDLED_DATA, *(f"FILE{suffix}" for suffix in (*_TEXTS, ARRAYS)), "datasets:ID", "package.module:loader"]
     raise MpqError(f"unknown data {name!r}: {nearest_names(name, known)}")
 
 
@@ -185,11 +189,11 @@ def _text(name: str, use: str, network: Network) -> str:
     return novel_text(use) if name == "novels" else chat_text(network.tokenizer, use)
 
 
-def _from_text(path: Path, network: Network, wanted: Wanted) -> Data:
-    return _texts(str(path), [path.read_text("utf-8")], network, wanted)
+def _whole_text(path: Path) -> list[str]:
+    return [path.read_text("utf-8")]
 
 
-def _from_lines(path: Path, network: Network, wanted: Wanted) -> Data:
+def _lines_of_json(path: Path) -> list[str]:
     texts = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         try:
@@ -197,15 +201,16 @@ def _from_lines(path: Path, network: Network, wanted: Wanted) -> Data:
                 texts.append(json.loads(line)["text"])
         except (ValueError, KeyError, TypeError) as error:
             raise MpqError(f'{path} line {number} is not {{"text": ...}}: {error!r}') from error
-    return _texts(str(path), texts, network, wanted)
+    return texts
 
 
-def _from_parquet(path: Path, network: Network, wanted: Wanted) -> Data:
+def _parquet_column(path: Path) -> list[str]:
     parquet = need("pyarrow.parquet", "data", ".parquet files")
     columns = parquet.read_schema(path).names
     if "text" not in columns:
         raise MpqError(f"{path} has the columns {', '.join(columns)}: expected a column called text")
-    return _texts(str(path), parquet.read_table(path, columns=["text"])["text"].to_pylist(), network, wanted)
+    texts: list[str] = parquet.read_table(path, columns=["text"])["text"].to_pylist()
+    return texts
 
 
 def _from_hub(name: str, network: Network, wanted: Wanted) -> Data:
@@ -221,17 +226,17 @@ def _from_hub(name: str, network: Network, wanted: Wanted) -> Data:
         raise MpqError(f"{name} has the columns {', '.join(splits[seen].column_names)}: expected a column called text")
     if held_out is None or held_out == seen:
         return _texts(name, splits[seen]["text"], network, wanted)
-    windows = [_windows(splits[split]["text"], network, wanted) for split in (seen, held_out)]
+    windows = [_windows(name, splits[split]["text"], network, wanted) for split in (seen, held_out)]
     return _data_of_windows(name, windows[0], windows[1], wanted)
 
 
 def _texts(name: str, texts: Iterable[str], network: Network, wanted: Wanted) -> Data:
     _check_kind(name, "perplexity", network)
-    return _split_windows(name, _windows(texts, network, wanted), wanted)
+    return _split_windows(name, _windows(name, texts, network, wanted), wanted)
 
 
-def _windows(texts: Iterable[str], network: Network, wanted: Wanted) -> Tensor:
-    return token_windows(_encoder(network)("\n".join(texts)), wanted.seqlen)
+def _windows(name: str, texts: Iterable[str], network: Network, wanted: Wanted) -> Tensor:
+    return token_windows(_encoder(network)("\n".join(texts)), wanted.seqlen, name)
 
 
 def _split_windows(name: str, windows: Tensor, wanted: Wanted) -> Data:
@@ -335,22 +340,22 @@ def _kind_of(name: str, batch: Batch, network: Network) -> str:
 
 def _encoder(network: Network) -> Callable[[str], list[int]]:
     if network.encode is None:
-        raise MpqError(f"{network.name} has no tokenizer for text: give token windows by package.module:loader or .npz")
+        reason = network.damage or f"{network.name} has no tokenizer for text"
+        raise MpqError(f"{reason}: give token windows by package.module:loader or .npz")
     return network.encode
 
 
 def _check_kind(name: str, kind: str, network: Network) -> None:
     wanted = network.kind
     if wanted in ("distance", "seq2seq"):  # any inputs of the model
-        wanted = "perplexity" if network.encode is not None else "accuracy"
+        wanted = "perplexity" if network.encode is not None or network.damage else "accuracy"
     if wanted is not None and wanted != kind:
         needed = "text" if wanted == "perplexity" else "labelled images"
         raise MpqError(f"{network.name} takes {needed}, which {name} is not")
 
 
-_READERS: dict[str, Callable[[Path, Network, Wanted], Data]] = {
-    ".txt": _from_text,
-    ".jsonl": _from_lines,
-    ".npz": _from_arrays,
-    ".parquet": _from_parquet,
+_TEXTS: dict[str, Callable[[Path], list[str]]] = {
+    ".txt": _whole_text,
+    ".jsonl": _lines_of_json,
+    ".parquet": _parquet_column,
 }

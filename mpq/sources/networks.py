@@ -14,6 +14,7 @@ from mpq.core.errors import MpqError, first_line, nearest_names
 from mpq.models import BUNDLED, bundled_model, tokenizer
 from mpq.network.experts import unstack
 from mpq.sources.extras import import_object, need
+from mpq.sources.stored_weights import check_stored_weights, folder_of
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ SIDE_FILES = (
     "chat_template.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json",
 )  # fmt: skip
+TOKENIZER_FILES = (SIDE_FILES[0], *SIDE_FILES[4:9])
 PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 CHARACTERS = 2**20  # tokenized at once
 
@@ -38,6 +40,7 @@ class Network:
     recipe: Mapping[str, Any]
     tokenizer: Any = None
     encode: Callable[[str], list[int]] | None = None  # text to tokens
+    damage: str = ""  # why a tokenizer whose files are there cannot be loaded
     context: int | None = None  # longest sequence
     mean: tuple[float, ...] = field(default=())  # of the channels of images in [0, 1]; () when not normalized
     std: tuple[float, ...] = field(default=())
@@ -111,7 +114,7 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
     if gguf is not None and kind != "perplexity":
         raise MpqError(f"{name}/{gguf} is a {class_name}: only language models are read from GGUF files")
     if gguf is None:
-        _check_quantizer(name, config)
+        check_stored_weights(name, config)
     try:
         loaded, report = getattr(transformers, class_name).from_pretrained(
             name, dtype="auto", output_loading_info=True, **gguf_options
@@ -131,19 +134,6 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
         "config": json.loads(loaded.config.to_json_string(use_diff=False)),
     }  # fmt: skip
     return _described(Network(name, model, kind, recipe), config, gguf)
-
-
-def _check_quantizer(name: str, config: Any) -> None:
-    """MpqError for weights of a quantizer that transformers would skip, so that its codes became the weights."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
-
-    stored = getattr(config, "quantization_config", None) or {}
-    method = stored.get("quant_method", "") if isinstance(stored, dict) else getattr(stored, "quant_method", "")
-    if stored and str(getattr(method, "value", method)) not in KNOWN:
-        raise MpqError(
-            f"the weights of {name} are stored by a quantizer that transformers does not know here ({method!r}): give "
-            "the original model"
-        )
 
 
 def config_of(name: str, gguf: str | None = None) -> Any:
@@ -176,7 +166,7 @@ def _described(network: Network, config: Any, gguf: str | None) -> Network:
     """The network with tokenizer, sizes and side files of its folder or hub id."""
     transformers = need("transformers", "hf", "Hugging Face models")
     name, gguf_options = network.name, {} if gguf is None else {"gguf_file": gguf}
-    network = replace(network, side_files=() if gguf else _side_files(name, transformers))
+    network = replace(network, side_files=() if gguf else _side_files(name))
     if network.kind in ("accuracy", "distance") and _takes_images(network.model):
         about = _processing(name, transformers)
         mean, std = (tuple(about.get(key) or ()) for key in ("image_mean", "image_std"))
@@ -186,9 +176,14 @@ def _described(network: Network, config: Any, gguf: str | None) -> Network:
         context -= config.pad_token_id + 1  # positions start after the padding's
     try:
         tokens = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **gguf_options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        log.warning("%s has no tokenizer (%s): give its data as tokens", name, first_line(error))
-        return replace(network, context=context)
+    except Exception as error:  # damaged files fail anywhere inside, in every way
+        files = [file for file in network.side_files if file.name in TOKENIZER_FILES]
+        if not files:
+            log.warning("%s has no tokenizer (%s): give its data as tokens", name, first_line(error))
+            return replace(network, context=context)
+        reason = f"the tokenizer of {name} cannot be loaded from {files[0].name} ({first_line(error)})"
+        log.warning("%s: give its data as tokens", reason)
+        return replace(network, context=context, damage=reason)
     return replace(network, tokenizer=tokens, encode=encoder_of(tokens), context=context)
 
 
@@ -211,12 +206,12 @@ def encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:
 
 def tokenizer_in(folder: Path) -> Any:
     """The tokenizer in a folder, None where there is none."""
-    if not any((folder / name).is_file() for name in SIDE_FILES[:1] + SIDE_FILES[4:9]):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     transformers = need("transformers", "hf", "tokenizers")
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files fail anywhere inside, in every way
         raise MpqError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
 
 
@@ -253,9 +248,9 @@ def _takes_images(model: nn.Module) -> bool:
     return getattr(model, "main_input_name", "") == "pixel_values"
 
 
-def _side_files(name: str, transformers: Any) -> tuple[Path, ...]:
+def _side_files(name: str) -> tuple[Path, ...]:
     """The `SIDE_FILES` beside the model's config."""
-    folder = Path(name) if Path(name).is_dir() else Path(transformers.utils.cached_file(name, "config.json")).parent
+    folder = folder_of(name)
     return tuple(folder / file for file in SIDE_FILES if (folder / file).is_file())
 
 

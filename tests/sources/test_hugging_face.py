@@ -265,6 +265,44 @@ def test_weights_of_a_quantizer_that_nobody_knows_are_refused(small_llama):
         open_network(str(small_llama))
 
 
+@pytest.mark.parametrize("kind", ["int8", "int64", "float8 with scales", "a pickle"])
+def test_codes_of_an_unnamed_quantizer_are_not_taken_for_numbers(small_llama, kind):
+    name, file = "model.layers.0.mlp.up_proj.weight", small_llama / "model.safetensors"
+    tensors = load_file(file)
+    if kind == "float8 with scales":
+        tensors |= {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+    else:
+        tensors[name] = torch.ones(16, 16, dtype=torch.int64 if kind == "int64" else torch.int8)
+    if kind == "a pickle":
+        file.unlink()
+        torch.save(tensors, small_llama / "pytorch_model.bin")
+    else:
+        save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(MpqError, match=rf"stores {name} as (I8|I64|F8_E4M3|torch.int8): expected floating"):
+        open_network(str(small_llama))
+
+
+def test_integers_that_are_no_weights_may_be_stored(small_llama):
+    file = small_llama / "model.safetensors"
+    indices = {"model.position_ids": torch.arange(4)[None], "model.layers.0.bias": torch.ones(4, 4, dtype=torch.uint8)}
+    save_file(load_file(file) | indices, file, {"format": "pt"})
+    assert open_network(str(small_llama)).model is not None
+
+
+@pytest.mark.parametrize("content", [b"{}", b"\xff\x00", None])
+def test_a_damaged_tokenizer_is_named_and_not_the_text(small_llama, content, caplog):
+    text = small_llama.parent / "good.txt"
+    text.write_text(TEXT)
+    if content is not None:
+        (small_llama / "tokenizer.json").write_bytes(content)
+    with pytest.raises(MpqError) as told:
+        open_source(str(small_llama), str(text))
+    said = "has no tokenizer" if content is None else "cannot be loaded from tokenizer.json"
+    assert said in str(told.value)
+    assert said in caplog.text
+    assert "good.txt" not in str(told.value)
+
+
 def test_tensors_without_a_place_are_told(small_llama, caplog):
     weights = small_llama / "model.safetensors"
     save_file(load_file(weights) | {"model.other.weight": torch.ones(2, 2)}, weights, {"format": "pt"})
