@@ -121,7 +121,7 @@ def kind_of(folder: str | os.PathLike[str]) -> str:
         return "mlx"
     if method is None:
         return "transformers" if "model_type" in config else "mpq"  # whose loader says what is missing
-    if method != "mpq" and method not in READERS:
+    if method != "mpq" and method not in list(READERS):  # a damaged config may hold a list here
         raise MpqError(
             f"{path} has weights of {method!r}, which mpq does not read: expected {', '.join(READERS)} or mpq"
         )

@@ -40,7 +40,7 @@ from mpq.exporters.shards import WHOLE, Shards, Specs, header_bytes, tensor_byte
 from mpq.exporters.verify import Digests, noting, verify
 from mpq.generation.serving import serve_cache
 from mpq.kernels.layout import Packed, pack, tensor_specs
-from mpq.network.prepare import bake, prepared
+from mpq.network.prepare import bake, bakes, copied, prepared
 from mpq.quantized import checked_layers, put_packed
 
 METHOD, VERSION = "mpq", 1
@@ -177,13 +177,17 @@ def load(
         built = (
             build_skeleton(config, path, trust, set(shards)) if model is None else getattr(model, "_orig_mod", model)
         )
-        skeleton = bake(built)
+        stored = set(shards)
+        apart = model is not None and bakes(built, stored)  # the caller's model stays as it is until all is checked
+        skeleton = bake(copied(built) if apart else built, stored)
         matrices = []
         for layer, scheme in checked_layers(skeleton, allocation):
             specs = tensor_specs(scheme.weight, layer.rows, layer.cols)
             tensors = {name: _checked(shards, f"{layer.name}.weight.{name}", *specs[name]).to(device) for name in specs}
             matrices.append((layer, scheme, Packed(scheme.weight, (layer.rows, layer.cols), tensors=tensors)))
         others, links = _others(skeleton, allocation, shards, quantization["tied"], device)
+    if apart:
+        skeleton = bake(built, stored)
     for layer, scheme, matrix in matrices:
         put_packed(skeleton, layer, scheme, matrix, dtypes[layer.name])
     for name, tensor in others.items():

@@ -99,4 +99,4 @@ def offloaded(model: nn.Module, device: str | torch.device) -> Iterator[Visitors
 
 def _used_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """Parameters that the module uses: its own, and those of submodules that it does not call."""
-    yield from module.parameters(recurse=isinstance(module, nn.MultiheadAttention))
+    yield from module.parameters(recurse=type(module) is nn.MultiheadAttention)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Collection
 from itertools import chain
 from types import MethodType
 from typing import Any
@@ -14,18 +15,19 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from mpq.core.errors import MpqError
+from mpq.network.attention import split_attention, splits
 
 COMPILED = "_torchdynamo_orig_callable"  # attribute of compiled functions: what was compiled
 COMPUTING = (WeightNorm, SpectralNorm, prune.BasePruningMethod)  # hooks that compute a weight before each call
 
 
 def prepared(model: nn.Module) -> nn.Module:
-    """The model itself, or a prepared copy where a weight is computed or a submodule is compiled.
+    """The model itself, or a prepared copy where a weight is computed or fused, or a submodule is compiled.
 
     In the copy, weights computed by a parametrization, weight or spectral normalization, a pruning mask or an
     embedding's largest norm are stored with their values in evaluation mode, and the computation is removed; parameters
-    made in inference mode or with elements that share memory are ordinary ones. A model compiled as a whole is
-    unwrapped.
+    made in inference mode or with elements that share memory are ordinary ones; projections of nn.MultiheadAttention
+    are layers (`mpq.network.attention`). A model compiled as a whole is unwrapped.
 
     Raises:
         MpqError: a parameter or buffer without content (named): on the device "meta", or of a lazy module; or sparse.
@@ -38,21 +40,33 @@ def prepared(model: nn.Module) -> nn.Module:
             raise MpqError(f"{name} is on the device 'meta' and has no content: load the weights first")
         if tensor.layout is not torch.strided:
             raise MpqError(f"{name} is a sparse tensor ({tensor.layout}): make it dense first, with to_dense()")
-    odd = any(_is_compiled(module) or computes_weight(module) for module in model.modules())
-    if not (odd or any(_is_unusual(parameter) for parameter in model.parameters())):
+    if not (bakes(model) or any(_is_unusual(parameter) for parameter in model.parameters())):
         return model
-    for module in model.modules():
-        if isinstance(vars(module).get("weight"), Tensor):  # computed by a hook: non-leaf tensors cannot be copied
-            vars(module)["weight"] = vars(module)["weight"].detach()
-    model = copy.deepcopy(model)
+    model = copied(model)
     for parameter in model.parameters():
         if _is_unusual(parameter):
             parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
     return bake(model)
 
 
-def bake(model: nn.Module) -> nn.Module:
-    """Store computed weights and remove compiled wrappers, in place; return the model."""
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model with weights that hooks compute, which are no leaves and cannot be copied."""
+    for module in model.modules():
+        if isinstance(vars(module).get("weight"), Tensor):
+            vars(module)["weight"] = vars(module)["weight"].detach()
+    return copy.deepcopy(model)
+
+
+def bakes(model: nn.Module, keep: Collection[str] = ()) -> bool:
+    """Whether `bake` changes the model."""
+    odd = any(_is_compiled(module) or computes_weight(module) for module in model.modules())
+    return odd or bool(splits(model, keep))
+
+
+def bake(model: nn.Module, keep: Collection[str] = ()) -> nn.Module:
+    """Store computed weights, make layers of fused ones that `keep` does not name, and remove compiled wrappers, in
+    place; return the model.
+    """
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if "_orig_mod" in module._modules and name:
             plain: nn.Module = module._orig_mod
@@ -73,7 +87,7 @@ def bake(model: nn.Module) -> nn.Module:
             else:
                 prune.remove(module, "weight")  # type: ignore[no-untyped-call]
         module.training = training
-    return model
+    return split_attention(model, keep)
 
 
 def _own_class(module: nn.Module) -> None:

@@ -100,8 +100,9 @@ def test_the_command_line_measures_and_continues_them(source, tmp_path, capsys):
 def test_what_cannot_be_read_is_told_in_a_sentence(source, tmp_path):
     folder, _ = written(source, "gptq", tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
-    for method, told in (("awq", "weights of 'awq', which mpq does not read"), ("gptq", "second layout")):
-        other = tmp_path / method
+    expected = ("awq", "weights of 'awq', which mpq does not read"), ("gptq", "second layout"), ([1], "weights of")
+    for method, told in expected:
+        other = tmp_path / str(method)
         shutil.copytree(folder, other)
         changed = {**config["quantization_config"], "quant_method": method, "checkpoint_format": "gptq_v2"}
         (other / "config.json").write_text(json.dumps({**config, "quantization_config": changed}))
