@@ -1,6 +1,5 @@
 """A packed model fine-tuned from the codes in its folder, and written to another one: `mpq finetune`."""
 
-import copy
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from mpq.finetuning import Finetuned, finetune
 from mpq.folders import open_folder
 from mpq.kernels.layout import unpack
 from mpq.kernels.weight import PackedWeight
+from mpq.network.copies import copied
 from mpq.network.prepare import prepared
 from mpq.quantized import checked_layers
 from mpq.rounding.reference import Quantized
@@ -103,7 +103,7 @@ def finetune_folder(
         finetuned.model, allocation, target, recipe=source.recipe or None, side_files=source.side_files,
         inputs=lambda model: source.loss_fn(model, few),
     )  # fmt: skip
-    own = None if source.recipe else copy.deepcopy(source.model)
+    own = None if source.recipe else copied(source.model)
     after = reference.measure(checkpoint.load(target, model=own, trust=trust), progress)
     return FinetunedFolder(target, finetuned, allocation, reference.quality, before, after)
 
@@ -117,7 +117,7 @@ def _start(packed: nn.Module, original: nn.Module, allocation: Allocation, round
         weight = packed.get_submodule(layer.name).weight
         assert isinstance(weight, PackedWeight)
         found[layer.name] = unpack(weight.matrix())
-    start, weights = copy.deepcopy(original), {f"{name}.weight" for layer in layers for name in layer.names}
+    start, weights = copied(original), {f"{name}.weight" for layer in layers for name in layer.names}
     theirs = packed.state_dict()
     for name, tensor in start.state_dict().items():
         if name not in weights and name in theirs and theirs[name].shape == tensor.shape:

@@ -1,6 +1,5 @@
 """The whole job: profile, search, export, reload, measure, report; every artefact a file in one folder."""
 
-import copy
 import logging
 import math
 import os
@@ -36,6 +35,7 @@ from mpq.feasible import Wanted, held_layers, own_format, without_kernels
 from mpq.measuring import Measurer, store_for
 from mpq.memory import Request, Serving, candidates, check_memory, choose_cache, serving_of
 from mpq.network.batchnorm import with_means
+from mpq.network.copies import copied
 from mpq.network.prepare import prepared
 from mpq.network.storage import release_memory, state_bytes
 from mpq.plots import Point, Prediction, draw_frontier, frontier_facts
@@ -310,7 +310,7 @@ def _searched(
 
 def _packed(source: Source, folder: Path, trust: bool) -> nn.Module:
     device = next((parameter.device for parameter in source.model.parameters()), torch.device("cpu"))
-    own = None if source.recipe else copy.deepcopy(source.model)
+    own = None if source.recipe else copied(source.model)
     return checkpoint.load(folder, model=own, device=device, trust=trust)
 
 

@@ -1,6 +1,5 @@
 """Models that compute in an allocation's formats: simulated in floating point and trainable, or from packed weights."""
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from mpq.kernels.modules import PackedLinear, packed_module
 from mpq.kernels.stacked import Stack, stackable
 from mpq.network.cached import change_cached
 from mpq.network.calls import call_input, with_call_input
+from mpq.network.copies import copied
 from mpq.network.layers import FUSED, is_transposed, layer_kind, matrix_to_weight, own_code, shaped, weight_matrix
 from mpq.network.prepare import prepared
 from mpq.network.ranges import Ranges, static_scale
@@ -65,7 +65,7 @@ def simulate(
         )
         round_cache(simulated, allocation.cache)
         return simulated
-    simulated = copy.deepcopy(model)
+    simulated = copied(model)
     rounder = rounder_of(method, second_moments)
     for layer, scheme, quantized in quantized_layers(simulated, allocation, rounder):
         modules = [simulated.get_submodule(name) for name in layer.names]
@@ -81,7 +81,7 @@ def simulate_rounded(
     model: nn.Module, layers: Iterable[tuple[Layer, Scheme, Tensor]], ranges: Ranges | None = None
 ) -> nn.Module:
     """A copy of the model with these weight matrices, float32 (rows, cols), and inputs rounded as the schemes say."""
-    simulated = copy.deepcopy(prepared(model))
+    simulated = copied(prepared(model))
     for layer, scheme, matrix in layers:
         modules = [simulated.get_submodule(name) for name in layer.names]
         weight: Tensor = modules[0].weight  # type: ignore[assignment]
@@ -136,7 +136,7 @@ def pack_model(
     for layer, _ in checked_layers(model, allocation):
         weight = model.get_submodule(layer.name).weight
         weights[id(weight)] = weight  # shared with the copy until they are packed: the original is not copied
-    packed = copy.deepcopy(model, dict(weights))
+    packed = copied(model, weights)
     for layer, scheme, quantized in quantized_layers(packed, allocation, method, second_moments):
         put_packed(packed, layer, scheme, pack(quantized))
     return packed

@@ -1,6 +1,5 @@
 """A simulated model that switches between allocations; only layers that differ are rewritten."""
 
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -10,6 +9,7 @@ from mpq.core.allocation import Allocation
 from mpq.core.cache_formats import CacheFormats
 from mpq.core.scheme import Scheme
 from mpq.network.batchnorm import put_means, stored_means
+from mpq.network.copies import copied
 from mpq.network.layers import matrix_to_weight, weight_matrix
 from mpq.quantized import checked_layers, round_cache, round_inputs
 from mpq.rounding.reference import dequantize
@@ -21,7 +21,7 @@ class Trial:
 
     def __init__(self, original: nn.Module, rounder: Rounder) -> None:
         self.original, self.rounder = original, rounder
-        self.model = copy.deepcopy(original)
+        self.model = copied(original)
         self._held: dict[str, tuple[Rounder, Scheme]] = {}
         self._hooks: dict[str, list[torch.utils.hooks.RemovableHandle]] = {}
         self._cache: CacheFormats | None = None

@@ -1,6 +1,5 @@
 """Building a ranking benchmark: random configurations of a model, each quantized and measured."""
 
-import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
@@ -17,6 +16,7 @@ from mpq.core.layer import Layer
 from mpq.core.patterns import match_names
 from mpq.core.scheme import parse_scheme
 from mpq.network.calibration import Batch, LossFn, check_batches, check_loss, evaluating, samples_in, tensors_in
+from mpq.network.copies import copied
 from mpq.network.fingerprint import fingerprint, model_fingerprint
 from mpq.network.layers import find_layers, matrix_to_weight, weight_matrix
 from mpq.network.macs import count_macs
@@ -98,7 +98,7 @@ def build_benchmark(
     if METHODS.named(method).second_moment:
         raise MpqError(f"a benchmark rounds without calibration data, which {method} needs: take 'mse' or 'nearest'")
     batches = check_batches(batches)
-    network = copy.deepcopy(model).eval()
+    network = copied(model).eval()
     layers = count_macs(network, find_layers(network), batches[0], loss_fn)
     names, options = _options(layers, schemes, fixed or {})
     choices = draw_configurations(layers, options, rows, seed)

@@ -1,6 +1,5 @@
 """One-shot search (FLIQS, arXiv 2308.03290): formats are sampled while the weights train, and no retraining follows."""
 
-import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from mpq.core.errors import MpqError, nearest_names
 from mpq.core.hardware import Machine, area
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme, parse_scheme
+from mpq.network.copies import copied
 from mpq.network.layers import find_layers
 from mpq.network.macs import count_macs
 from mpq.rounding.store import Rounder
@@ -188,14 +188,14 @@ class OneShot:
 
     def network(self) -> nn.Module:
         """A copy of the model, without hooks, with what the final choice uses of its layers: for `mpq.export`."""
-        copied = copy.deepcopy(self.model)
+        network = copied(self.model)
         ours = {handle.id for handle in (self._counter, *self.quantization.handles)}
-        for module in copied.modules():
+        for module in network.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key in [key for key in hooks if key in ours]:
                     del hooks[key]
-        self.architecture.cut(copied, self._options(self._best()))
-        return copied
+        self.architecture.cut(network, self._options(self._best()))
+        return network
 
     def switching_errors(self, loss: Callable[[], float]) -> NDArray[np.float64]:
         """Loss that one decision's switch to each option adds to the final choice's: (decisions, options).

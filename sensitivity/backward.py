@@ -66,7 +66,9 @@ def _numbers_kept(task: Task, sample: Batch) -> int:
         numbers += output.numel() if isinstance(output, Tensor) else 0
 
     handles = [
-        each.register_forward_hook(count) for each in task.model.modules() if not any(True for _ in each.children())
+        each.register_forward_hook(count)
+        for each in task.model.modules()
+        if not (isinstance(each, torch.jit.ScriptModule) or any(True for _ in each.children()))
     ]
     try:
         with torch.no_grad():

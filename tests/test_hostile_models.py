@@ -1,11 +1,13 @@
 """Models as people bring them: what a profile sees is what is written and loaded, or one sentence says why not."""
 
 import copy
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import mpq
 from mpq.core.allocation import Allocation
@@ -84,6 +86,57 @@ class CompiledMethod(nn.Sequential):
         return super().forward(x)
 
 
+class Stashing(nn.Sequential):
+    """Keeps tensors of a graph between calls, which `copy.deepcopy` refuses."""
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        self.seen = {"outputs": [self.last * 2]}
+        return self.last
+
+
+def stashing() -> nn.Module:
+    model = Stashing(*net()).eval()
+    model(X)
+    return model
+
+
+class Absolute(nn.Module):
+    def forward(self, bias):
+        return bias.abs()
+
+
+def computed_bias(pruned: bool) -> nn.Module:
+    model = net()
+    if pruned:
+        prune.l1_unstructured(model[0], "weight", amount=0.3)
+        prune.l1_unstructured(model[0], "bias", amount=0.3)
+    else:
+        parametrize.register_parametrization(model[0], "bias", Absolute())
+    return model
+
+
+def computed_attention() -> nn.Module:
+    torch.manual_seed(0)
+    model = Attending()
+    parametrizations.weight_norm(model.attention, "in_proj_weight")
+    return model.eval()
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = x.unflatten(1, (4, 4))
+        return self.head(self.attention(x, x, x)[0].mean(1))
+
+
+def scripted_part() -> nn.Module:
+    return net(torch.jit.script(nn.Sequential(nn.Linear(16, 12), nn.ReLU())), nn.Linear(12, 4))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "compiled forward": compiled_forward,
     "compiled child": compiled_child,
@@ -95,7 +148,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "autocast": lambda: Autocast(*net()).eval(),
     "largest norm": lambda: Short().eval(),
     "volumes": volumes,
+    "stashed outputs": stashing,
+    "pruned bias": lambda: computed_bias(pruned=True),
+    "computed bias": lambda: computed_bias(pruned=False),
+    "computed attention": computed_attention,
+    "scripted part": scripted_part,
 }
+
+
+REBUILT = ("stashed outputs", "pruned bias")  # torch refuses to copy them
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -105,12 +166,20 @@ def test_what_is_loaded_computes_what_was_simulated(name, tmp_path):
     assert (table.scores > 0).all()
     allocation = Allocation(table.layers, ("int2-channel",) * len(table.layers))
     simulated = mpq.simulate(model, allocation, trainable=False)
+    mpq.simulate(model, allocation)  # changes nothing of the model, whose classes hold what is computed
     with torch.no_grad():
         expected, original = simulated(X), model(X)
         assert (expected - original).norm() > 0.05 * original.norm()  # two bits are seen
         mpq.export(model, allocation, tmp_path / "out", inputs=X)
-        loaded = mpq.load(tmp_path / "out", model=copy.deepcopy(model))
+        loaded = mpq.load(tmp_path / "out", model=MODELS[name]() if name in REBUILT else copy.deepcopy(model))
         torch.testing.assert_close(loaded(X), expected, rtol=0.02 if name == "autocast" else 1e-3, atol=1e-3)
+
+
+def test_what_cannot_be_copied_is_told():
+    model = net()
+    model.lock = threading.Lock()
+    with pytest.raises(MpqError, match=r"Sequential cannot be copied .*lock"):
+        mpq.simulate(model, Allocation(find_layers(model), ("int2-channel",) * 2))
 
 
 def test_profiles_leave_weights_that_look_ups_shorten(tmp_path):

@@ -6,7 +6,6 @@ with a `quantization_config`, allocation.json and checksums.json. A layer's tens
 several modules share is stored once.
 """
 
-import copy
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +39,8 @@ from mpq.exporters.shards import WHOLE, Shards, Specs, header_bytes, tensor_byte
 from mpq.exporters.verify import Digests, noting, verify
 from mpq.generation.serving import serve_cache
 from mpq.kernels.layout import Packed, pack, tensor_specs
-from mpq.network.prepare import bake, bakes, copied, prepared
+from mpq.network.copies import copied
+from mpq.network.prepare import bake, bakes, prepared
 from mpq.quantized import checked_layers, put_packed
 
 METHOD, VERSION = "mpq", 1
@@ -99,7 +99,7 @@ def _read_back(draft: Path, model: nn.Module, config: Mapping[str, Any]) -> nn.M
     structure = None
     if not describes_itself(config):
         tensors = itertools.chain(model.parameters(), model.buffers())
-        structure = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # all of them are replaced
+        structure = copied(model, {id(tensor): tensor for tensor in tensors})  # all of them are replaced
     try:
         return load(draft, model=structure, device=device, trust=True)
     except MpqError as error:

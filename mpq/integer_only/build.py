@@ -1,6 +1,5 @@
 """From a network and an allocation to a program of integer operations."""
 
-import copy
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from mpq.core.formats import Format
 from mpq.core.scheme import Scheme
 from mpq.integer_only.program import IntegerProgram, Step, dyadic
 from mpq.integer_only.trace import LAYERS, SAME, arguments, layer_of, operation, source_of, traced
+from mpq.network.copies import copied
 from mpq.network.ranges import static_scale
 from mpq.quantized import quantized_layers
 from mpq.rounding.codes import decode
@@ -88,7 +88,7 @@ def integer_program(
             several formats (`residual_ties` prevents it).
     """
     _check(allocation)
-    network = copy.deepcopy(model).eval()
+    network = copied(model).eval()
     fold_batchnorm(network, images[:2], lambda module, batch: module(batch))
     weights = {layer.name: matrix for layer, _, matrix in quantized_layers(network, allocation, method, second_moments)}
     graph = traced(network, images)

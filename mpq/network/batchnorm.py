@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpq.network.calibration import Batch, LossFn, evaluating, first_samples, samples_in
+from mpq.network.copies import copied
 
 SAMPLES = 512
 
@@ -71,6 +72,6 @@ def with_means(model: nn.Module, means: Mapping[str, Tensor]) -> nn.Module:
     if not means:
         return model
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    corrected = copy.deepcopy(model, shared)
+    corrected = copied(model, shared)
     put_means(corrected, means)
     return corrected

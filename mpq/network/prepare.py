@@ -1,6 +1,5 @@
 """Preparing a model: computed weights are stored, compiled wrappers are removed, tensors made ordinary ones."""
 
-import copy
 import inspect
 from collections.abc import Collection
 from itertools import chain
@@ -16,6 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from mpq.core.errors import MpqError
 from mpq.network.attention import split_attention, splits
+from mpq.network.copies import copied, own_class
 
 COMPILED = "_torchdynamo_orig_callable"  # attribute of compiled functions: what was compiled
 COMPUTING = (WeightNorm, SpectralNorm, prune.BasePruningMethod)  # hooks that compute a weight before each call
@@ -49,17 +49,9 @@ def prepared(model: nn.Module) -> nn.Module:
     return bake(model)
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a model with weights that hooks compute, which are no leaves and cannot be copied."""
-    for module in model.modules():
-        if isinstance(vars(module).get("weight"), Tensor):
-            vars(module)["weight"] = vars(module)["weight"].detach()
-    return copy.deepcopy(model)
-
-
 def bakes(model: nn.Module, keep: Collection[str] = ()) -> bool:
     """Whether `bake` changes the model."""
-    odd = any(_is_compiled(module) or computes_weight(module) for module in model.modules())
+    odd = any(_is_compiled(module) or _computes(module) for module in model.modules())
     return odd or bool(splits(model, keep))
 
 
@@ -76,37 +68,54 @@ def bake(model: nn.Module, keep: Collection[str] = ()) -> nn.Module:
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             _keep_norms(module)
         training, module.training = module.training, False  # spectral normalization would iterate in training mode
-        if parametrize.is_parametrized(module, "weight"):
-            _own_class(module)
-            parametrize.remove_parametrizations(module, "weight")
-        for hook in _hooks(module):
+        names, hooks = _computed(module)
+        if names:
+            own_class(module)
+        for name in names:
+            _store(module, name)
+        for hook, name in hooks:
             if isinstance(hook, WeightNorm):
-                remove_weight_norm(module)
+                remove_weight_norm(module, name)
             elif isinstance(hook, SpectralNorm):
-                remove_spectral_norm(module)
+                remove_spectral_norm(module, name)
             else:
-                prune.remove(module, "weight")  # type: ignore[no-untyped-call]
+                prune.remove(module, name)  # type: ignore[no-untyped-call]
         module.training = training
     return split_attention(model, keep)
 
 
-def _own_class(module: nn.Module) -> None:
-    """Give the module its own copy of its class, which holds the parametrization and is shared with deep copies."""
-    cls = type(module)
-    content = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    module.__class__ = type(cls.__name__, cls.__bases__, content)
+def _store(module: nn.Module, name: str) -> None:
+    """Store a parametrized tensor; as a parameter where its originals are, also under `torch.no_grad`."""
+    computation: Any = module.parametrizations[name]  # type: ignore[index]
+    originals = list(computation.parameters(recurse=False))
+    parametrize.remove_parametrizations(module, name)
+    if originals and name in module._buffers:
+        value = module._buffers.pop(name)
+        trained = any(tensor.requires_grad for tensor in originals)
+        module.register_parameter(name, nn.Parameter(value.detach(), trained))  # type: ignore[union-attr]
 
 
 def computes_weight(module: nn.Module) -> bool:
     """Whether the module's weight is computed in a known way."""
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return True
-    return parametrize.is_parametrized(module, "weight") or bool(_hooks(module))
+    names, hooks = _computed(module)
+    limited = isinstance(module, nn.Embedding) and module.max_norm is not None
+    return limited or "weight" in (*names, *(name for _, name in hooks))
 
 
-def _hooks(module: nn.Module) -> list[Any]:
+def _computes(module: nn.Module) -> bool:
+    names, hooks = _computed(module)
+    return bool(names or hooks) or computes_weight(module)
+
+
+def _computed(module: nn.Module) -> tuple[list[str], list[tuple[Any, str]]]:
+    """The module's tensors with parametrizations, and hooks that compute one with its name; none of a recurrent module,
+    whose fused kernel keeps tensors of its own.
+    """
+    if isinstance(module, (nn.RNNBase, torch.jit.ScriptModule)):
+        return [], []
+    names = list(module.parametrizations) if parametrize.is_parametrized(module) else []  # type: ignore[arg-type]
     hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, COMPUTING)]
-    return [hook for hook in hooks if "weight" in (getattr(hook, "name", ""), getattr(hook, "_tensor_name", ""))]
+    return names, [(hook, getattr(hook, "name", "") or getattr(hook, "_tensor_name", "")) for hook in hooks]
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -5,7 +5,6 @@ cannot see: how errors of different layers add up. On a language model at 3 bits
 rounding loses (experiments/benchmarks/bench_tuned_scales.py).
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from mpq.network.calibration import (
     outputs_of,
     seeded,
 )
+from mpq.network.copies import copied
 from mpq.network.layers import is_transposed, shaped
 from mpq.network.samples import Arrangement, arrangement
 from mpq.quantized import checked_layers, round_inputs
@@ -94,7 +94,7 @@ def _student(
 ) -> tuple[nn.Module, dict[str, "ScaledWeight"]]:
     """A copy of the model that computes from the rounded weights, by layer name, and shares all of its parameters."""
     shared = {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()}
-    student = copy.deepcopy(model, shared)
+    student = copied(model, shared)
     scaled: dict[str, ScaledWeight] = {}
     for layer, scheme in checked_layers(student, allocation):
         modules = [student.get_submodule(name) for name in layer.names]
