@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq.core.allocation import Allocation
-from mpq.core.errors import MpqError, nearest_names
+from mpq.core.errors import MpqError, expect, nearest_names
 from mpq.exporters.holding import check
 from mpq.exporters.targets import TARGETS
 
@@ -41,6 +41,7 @@ def export(
     from mpq.rounding.store import rounder_of
     from mpq.trained import as_trained, is_simulation
 
+    expect(folder, (str, os.PathLike), "a folder's name")
     known = [field.name for field in fields(ExportRequest)]
     for name in options:
         if name not in known:

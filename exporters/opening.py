@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, expect
 from mpq.core.layer import Layer
 from mpq.exporters.configurations import read_configuration, tool_of
 from mpq.exporters.folder import ALLOCATION, CHECKSUMS, read_allocation, read_checksums, read_json
@@ -102,6 +102,7 @@ def _opened(path: Path, kind: str) -> Opened:
 
 def kind_of(folder: str | os.PathLike[str]) -> str:
     """Whose folder it is; MpqError where mpq does not read it."""
+    expect(folder, (str, os.PathLike), "a folder's name")
     path = Path(folder)
     if path.suffix == ".gguf" and path.is_file():
         return "gguf"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, first_line
 from mpq.core.layer import Layer
 from mpq.core.pieces import PIECE
 from mpq.core.scheme import Scheme
@@ -227,9 +227,12 @@ def result_tensors(run: Run, model: nn.Module) -> list[Tensor]:
         torch.manual_seed(0)
         try:
             output = run(model)
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (MpqError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the user's code, which may raise anything
+            reason = f"{type(error).__name__}: {first_line(error)}"
             raise MpqError(
-                f"a model of packed or simulated layers does not run ({error}): nothing was written"
+                f"a model of packed or simulated layers does not run ({reason}): nothing was written"
             ) from error
     return _tensors(torch.tensor(output) if isinstance(output, float) else output)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, NotFiniteError
-from mpq.network.calibration import Batch, LossFn, check_batches, evaluating
+from mpq.network.calibration import Batch, LossFn, careful, check_batches, evaluating
 from mpq.network.parallel import processes
 from mpq.network.prepare import prepared
 from mpq.network.samples import Arrangement, arrangement
@@ -91,6 +91,7 @@ def finetune(
         MpqError: what `mpq.simulate` refuses, data that are empty or NaN, or a checkpoint of another training.
     """
     settings, model = settings or Finetuning(), prepared(model)
+    loss_fn = careful(loss_fn)
     teacher = model if teacher is None else prepared(teacher)
     data = check_batches(batches)
     arranged = arrangement(teacher, data, loss_fn)

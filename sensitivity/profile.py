@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mpq.core.cache import cache_name, parse_cache_format
-from mpq.core.errors import MpqError, first_line, nearest_names
+from mpq.core.errors import MpqError, expect, first_line, nearest_names
 from mpq.core.formats import DEFAULT_FORMATS
 from mpq.core.layer import Layer
 from mpq.core.registry import Entry, Metric
@@ -192,6 +192,8 @@ def _check_options(metric: Metric, options: Mapping[str, Any]) -> None:
 def _distinct(schemes: Sequence[str | Scheme]) -> tuple[Scheme, ...]:
     if isinstance(schemes, str):
         schemes = (schemes,)
+    for scheme in schemes:
+        expect(scheme, (str, Scheme), "names of formats, such as 'int4-g128'")
     parsed = dict.fromkeys(parse_scheme(scheme) if isinstance(scheme, str) else scheme for scheme in schemes)
     if not parsed:
         raise MpqError("no formats came to choose from: name at least one, such as int4-g128")

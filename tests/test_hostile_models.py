@@ -212,6 +212,85 @@ class WithLoss(nn.Sequential):
         return nn.functional.cross_entropy(super().forward(x), labels)
 
 
+def in_place(model, batch):
+    batch[0].mul_(1.5)
+    return cross_entropy(model, batch)
+
+
+def needs_gradients(model, batch):
+    return torch.autograd.grad(model(batch[0].requires_grad_()).sum(), batch[0])[0].square().mean()
+
+
+def complex_loss(model, batch):
+    return 1j * cross_entropy(model, batch)
+
+
+WRONG = {
+    "changes its batch": ([(X, LABELS)], in_place, "changes its batch in place"),
+    "raises": ([(X, LABELS)], needs_gradients, r"Sequential does not run on calibration batch 0 \(RuntimeError: "),
+    "attribute": ([(X, LABELS)], lambda model, batch: model.nothing, "does not run on calibration batch 0"),
+    "one batch for many": ((X, LABELS), cross_entropy, "does not run on calibration batch 0"),
+    "double": ([(X.double(), LABELS)], cross_entropy, "does not run on calibration batch 0"),
+    "no function": ([(X, LABELS)], "mse", r"expected a function loss_fn\(model, batch\), not 'mse'"),
+    "complex": ([(X, LABELS)], complex_loss, r"not a tensor \(\) of complex numbers"),
+    "sparse": ([(X.to_sparse(), LABELS)], cross_entropy, "batch 0 holds a sparse or nested tensor"),
+    "nested": ([torch.nested.nested_tensor([X[0], X[1]])], cross_entropy, "batch 0 holds a sparse or nested tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_data_and_losses_that_do_not_do_are_told_in_a_sentence(kind):
+    batches, loss, told = WRONG[kind]
+    kept = X.clone()
+    try:
+        with pytest.raises(MpqError, match=told):
+            mpq.profile(net(), batches, loss, ["int2-channel"], progress=False)
+    finally:
+        X.detach_().requires_grad_(False).copy_(kept)
+
+
+def two_bits() -> Allocation:
+    return Allocation(find_layers(net()), ("int2-channel",) * 2)
+
+
+FACES = {
+    "a model's class": (lambda: mpq.profile(nn.Linear, [X], cross_entropy), "expected a torch.nn.Module as the model"),
+    "numbers as formats": (lambda: mpq.profile(net(), [X], cross_entropy, [7]), "expected names of formats, .* not 7"),
+    "no metric": (lambda: mpq.profile(net(), [X], cross_entropy, metric=None), "expected the name of a metric, not"),
+    "a number as pattern": (lambda: mpq.profile(net(), [X], cross_entropy, include=3), "expected a pattern of names"),
+    "no table": (lambda: mpq.frontier(None), "expected a SensitivityTable, as mpq.profile gives it, not None"),
+    "no folder": (lambda: mpq.load(None), "expected a folder's name, not None"),
+    "no folder to write": (lambda: mpq.export(net(), two_bits(), None), "expected a folder's name, not None"),
+    "inputs that fail": (lambda: mpq.export(net(), two_bits(), "out", inputs={}.pop), r"does not run \(KeyError"),
+}
+
+
+@pytest.mark.parametrize("kind", FACES)
+def test_arguments_of_another_type_are_told_in_a_sentence(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call, told = FACES[kind]
+    with pytest.raises(MpqError, match=told):
+        call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_may_take_entries_out_of_its_batch():
+    def popping(model, batch):
+        return nn.functional.cross_entropy(model(batch["x"]), batch.pop("labels"))
+
+    batch = {"x": X, "labels": LABELS}
+    own = mpq.profile(net(), [batch], popping, ["int2-channel"], progress=False)
+    plain = mpq.profile(net(), [(X, LABELS)], cross_entropy, ["int2-channel"], progress=False)
+    assert (own.scores == plain.scores).all()
+    assert list(batch) == ["x", "labels"]
+
+
+def test_modes_that_a_loss_changes_are_set_back():
+    model = net(nn.Linear(16, 12), nn.Dropout(0.0), nn.Linear(12, 4))
+    mpq.profile(model, [(X, LABELS)], lambda model, batch: cross_entropy(model.train(), batch), ["int2-channel"])
+    assert not any(module.training for module in model.modules())
+
+
 def test_autograd_refusals_are_one_sentence():
     with pytest.raises(MpqError, match=r"metric kl-curvature cannot be taken of this model \(one of the variables"):
         mpq.profile(InPlace(*net()), [(X, LABELS)], cross_entropy, ["int2-channel"], progress=False)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
 from mpq.core.cache_formats import CacheFormats
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, expect
 from mpq.core.layer import Layer
 from mpq.core.scheme import parse_scheme
 from mpq.exporters.folder import (
@@ -42,6 +43,7 @@ from mpq.kernels.layout import Packed, pack, tensor_specs
 from mpq.network.copies import copied
 from mpq.network.prepare import bake, bakes, prepared
 from mpq.quantized import checked_layers, put_packed
+from mpq.sources import check_device
 
 METHOD, VERSION = "mpq", 1
 FILES = (WHOLE, "config.json", "allocation.json")  # what every export writes
@@ -161,6 +163,8 @@ def load(
         MpqError: the folder is no export, it is incomplete or altered (file and tensor named), or the model differs.
     """
     path = Path(folder)
+    expect(model, (nn.Module, NoneType), "a torch.nn.Module as the model")
+    check_device(device)
     if not path.is_dir():
         raise MpqError(f"{path} is no folder: expected one written by mpq.export")
     quantization = read_json(path / "config.json").get("quantization_config") or {}

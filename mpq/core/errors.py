@@ -12,6 +12,17 @@ class NotFiniteError(MpqError):
     """A loss that is NaN or infinite, because of the data or because quantization broke the model."""
 
 
+class ChangedBatchError(MpqError):
+    """A loss that changes its batch in place, so that no second use of the batch gives the same."""
+
+
+def expect(value: object, kind: type | tuple[type, ...], what: str) -> None:
+    """MpqError where a value is of another type; `what` was expected, and where it comes from."""
+    if not isinstance(value, kind):
+        came = repr(value)
+        raise MpqError(f"expected {what}, not {came if len(came) <= 60 else type(value).__name__}")
+
+
 def first_line(error: BaseException) -> str:
     """What an error says first, for a sentence about it; its type where it says nothing.
 

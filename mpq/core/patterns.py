@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
-from mpq.core.errors import MpqError, nearest_names
+from mpq.core.errors import MpqError, expect, nearest_names
 
 
 def match_names(patterns: str | Iterable[str], names: Iterable[str], what: str = "layer") -> list[str]:
@@ -22,8 +22,10 @@ def match_names(patterns: str | Iterable[str], names: Iterable[str], what: str =
     ['conv1', 'conv2', 'head.fc']
     """
     names = list(names)
+    expect(patterns, Iterable, "a pattern of names, or several")
     picked: set[str] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        expect(pattern, str, "a pattern of names, such as '*.q_proj'")
         matches = _matcher(pattern)
         matched = [name for name in names if matches(name)]
         if not matched:

@@ -12,7 +12,7 @@ from mpq.core.allocation import Allocation
 from mpq.core.cache import cache_name
 from mpq.core.cache_formats import CacheFormats
 from mpq.core.costs import bitops, cache_bytes, file_bytes
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, expect
 from mpq.core.evidence import supported
 from mpq.core.layer import Layer
 from mpq.core.patterns import match_names
@@ -154,6 +154,8 @@ def build_problem(
         MpqError: a pattern without a match, an unknown cost, a group with no scheme left (named), or a layer without
             scores when no layer of its kind has any.
     """
+    expect(table, SensitivityTable, "a SensitivityTable, as mpq.profile gives it")
+    expect(pin or {}, Mapping, "pins as a mapping from layer patterns to formats")
     alike = {cached: [one.name for one in table.layers if one.is_cached == cached] for cached in (False, True)}
     pins = {pattern: parse_scheme(scheme) for pattern, scheme in (pin or {}).items()}
     for pattern, scheme in pins.items():

@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mpq.core.consumers import Consumer
-from mpq.core.errors import MpqError, nearest_names
+from mpq.core.errors import MpqError, expect, nearest_names
 
 if TYPE_CHECKING:
     from mpq.core.cache_formats import CacheFormats
@@ -154,6 +154,7 @@ class Registry(Mapping[str, E], Generic[E]):
         Raises:
             MpqError: an unknown name (with the nearest), or a plugin that cannot be imported.
         """
+        expect(name, str, f"the name of a {self.what}")
         if name in self.former:
             new = self.former[name]
             warnings.warn(f"the {self.what} {name!r} is {new!r} now; the old name goes in version 0.2", stacklevel=2)

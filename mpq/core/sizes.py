@@ -2,6 +2,7 @@
 
 import math
 import re
+from numbers import Real
 
 from mpq.core.errors import MpqError
 
@@ -21,6 +22,6 @@ def parse_size(size: float | str) -> float:
     match = SIZE.fullmatch(size.lower()) if isinstance(size, str) else None
     if match is not None and match[2] in UNITS:
         return float(match[1]) * UNITS[match[2]]
-    if not isinstance(size, str) and math.isfinite(size):
+    if isinstance(size, Real) and math.isfinite(size):
         return float(size)
     raise MpqError(f"invalid size {size!r}: expected e.g. 500MB, 1.5GB or a number of bytes")

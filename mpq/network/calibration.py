@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mpq.core.errors import MpqError, NotFiniteError
+from mpq.core.errors import ChangedBatchError, MpqError, NotFiniteError
 from mpq.network.parallel import share, total
 
 IGNORED = -100  # the label of a position without one
@@ -52,6 +53,37 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
         targets = targets.masked_fill(options["attention_mask"][:, 1:] == 0, -100)
     logits = logits_of(model(tokens, **options))[:, :-1]
     return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def careful(loss_fn: LossFn) -> LossFn:
+    """The loss, which gets containers of its own at each call, so that it may take entries out of them.
+
+    Raises:
+        MpqError: no function; when it is called, ChangedBatchError where it changes a tensor of the batch.
+    """
+    if not callable(loss_fn):
+        raise MpqError(f"expected a function loss_fn(model, batch), not {loss_fn!r}")
+    if hasattr(loss_fn, "careful_of"):
+        return loss_fn
+
+    @functools.wraps(loss_fn, updated=())
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        versions = _versions(batch)
+        value = loss_fn(model, mapped(batch, lambda tensor: tensor))
+        if _versions(batch) != versions:
+            raise ChangedBatchError(
+                "the model or its loss changes its batch in place, and later passes would see other data: work on a "
+                "copy, as tensor.clone()"
+            )
+        return value
+
+    loss.careful_of = loss_fn  # type: ignore[attr-defined]
+    return loss
+
+
+def _versions(batch: Batch) -> list[int]:
+    """Counts of the changes to each tensor of a batch."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors_in(batch)]
 
 
 def logits_of(output: Any) -> Tensor:
@@ -199,13 +231,15 @@ def check_batches(batches: Iterable[Batch]) -> tuple[Batch, ...]:
                 f"calibration batch {index}, a {type(batch).__name__}, holds no tensor: expected a tensor, or a tuple, "
                 "list, mapping or dataclass of tensors"
             )
-        if any(tensor.numel() == 0 for tensor in tensors) or not any(tensor.ndim for tensor in tensors):
-            raise MpqError(f"calibration batch {index} is empty: expected at least one sample")
         for tensor in tensors:
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                raise MpqError(f"calibration batch {index} holds a sparse or nested tensor: expected dense ones")
             if tensor.is_meta:
                 raise MpqError(f"calibration batch {index} has a tensor on the device 'meta', which has no content")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise MpqError(f"calibration batch {index} holds NaN or infinite values: clean the data first")
+        if any(tensor.numel() == 0 for tensor in tensors) or not any(tensor.ndim for tensor in tensors):
+            raise MpqError(f"calibration batch {index} is empty: expected at least one sample")
     return checked
 
 
@@ -220,8 +254,10 @@ def check_loss(loss: object, batch_index: int) -> Tensor:
     """The loss as a tensor; NotFiniteError naming the batch when it is NaN or infinite, MpqError for no number."""
     if isinstance(loss, Real):
         loss = torch.tensor(float(loss))
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        came = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+        came = f"a {type(loss).__name__}"
+        if isinstance(loss, Tensor):
+            came = f"a tensor {tuple(loss.shape)}" + (" of complex numbers" if loss.is_complex() else "")
         raise MpqError(f"invalid loss: expected one number, the batch's mean loss, not {came}")
     if not math.isfinite(loss.item()):
         problem = f"the loss of calibration batch {batch_index} is {loss.item()}"
@@ -261,8 +297,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Modules compiled in place (`module.compile()`) run uncompiled, since compiled code ignores new hooks.
     """
     compiled = [(module, vars(module)["_compiled_call_impl"]) for module in model.modules() if _is_compiled(module)]
-    training = [module for module in model.modules() if module.training]
-    if training:
+    modes = [(module, module.training) for module in model.modules()]
+    if any(training for _, training in modes):
         log.info("the model is in training mode: it is measured in evaluation mode, then set back")
     model.eval()
     for module, _ in compiled:
@@ -270,8 +306,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            module.training = training
         for module, call in compiled:
             module._compiled_call_impl = call
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, expect
 from mpq.network.attention import split_attention, splits
 from mpq.network.copies import copied, own_class
 
@@ -32,6 +32,7 @@ def prepared(model: nn.Module) -> nn.Module:
     Raises:
         MpqError: a parameter or buffer without content (named): on the device "meta", or of a lazy module; or sparse.
     """
+    expect(model, nn.Module, "a torch.nn.Module as the model")
     model = getattr(model, "_orig_mod", model)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):

@@ -9,10 +9,11 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
-from mpq.core.errors import MpqError
+from mpq.core.errors import ChangedBatchError, MpqError, first_line
 from mpq.network.calibration import (
     Batch,
     LossFn,
+    careful,
     check_loss,
     evaluating,
     mapped,
@@ -87,10 +88,13 @@ def arranged(model: nn.Module, batches: tuple[Batch, ...], loss_fn: LossFn, warn
     a batch, batches stay whole, and the log says so where it is to `warn`.
 
     Raises:
-        MpqError: a loss that adds up over samples.
+        MpqError: a loss that adds up over samples, changes its batch, or does not run on the first one.
     """
-    first = batches[0]
-    if _apart(model, first, loss_fn) or samples_in(first) == 1 or _is_random(model, first, loss_fn, warn):
+    first, loss_fn = batches[0], careful(loss_fn)
+    if _apart(model, first, loss_fn):
+        return Samples(batches, loss_fn)
+    _check_runs(model, first, loss_fn)
+    if samples_in(first) == 1 or _is_random(model, first, loss_fn, warn):
         return Samples(batches, loss_fn)
     swaps = _second_dimensions(first)
     swapped, loss_of_swapped = tuple(_swapped(batch, swaps) for batch in batches), _on_swapped(loss_fn, swaps)
@@ -124,9 +128,22 @@ def run_loss(model: nn.Module, batch: Batch, loss_fn: LossFn) -> tuple[float | N
     with outputs_of(model) as outputs:
         try:
             loss = check_loss(loss_fn(model, batch), 0).item()
-        except (ArithmeticError, AssertionError, IndexError, MpqError, RuntimeError, TypeError, ValueError):
+        except (ChangedBatchError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # the user's code, which may raise anything
             loss = None
     return loss, [output.float() for output in outputs]
+
+
+def _check_runs(model: nn.Module, batch: Batch, loss_fn: LossFn) -> None:
+    """MpqError where the loss cannot be computed of the whole batch; what the model or the loss raises is its cause."""
+    try:
+        check_loss(loss_fn(model, batch), 0)
+    except (MpqError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the user's code, which may raise anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise MpqError(f"{type(model).__name__} does not run on calibration batch 0 ({reason})") from error
 
 
 def turned(output: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from mpq.core.errors import MpqError, first_line
 from mpq.network.calibration import (
     Batch,
     LossFn,
+    careful,
     cross_entropy,
     evaluating,
     mapped,
@@ -59,6 +60,9 @@ class Source:
     other: tuple[Batch, ...] = ()  # text of another kind, `other_name`, for the report only
     other_name: str = ""
     side_files: tuple[Path, ...] = ()  # tokenizer, processor and the like: copied into every export
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loss_fn", careful(self.loss_fn))
 
     def provenance(self) -> dict[str, str]:
         """What tables and allocations record of it: names, and the SHA-256 of the calibration data."""
@@ -128,24 +132,23 @@ def open_source(
         other=tuple(to_device(batch, device) for batch in data.other),
         other_name=data.other_name,
     )
-    if network.recipe.get("kind") == "transformers" and model_device is None:
+    if network.recipe.get("kind") in ("transformers", "factory") and model_device is None:
         _check_runs(source)
     return source
 
 
 def _check_runs(source: Source) -> None:
-    """MpqError where a model that comes from files does not run on a sample of its data."""
+    """MpqError where a model from files does not run on a sample of its data, or a user's own on a whole batch."""
+    batch, files = source.calibration[0], "config" in source.recipe
     try:
         with torch.no_grad(), evaluating(source.model):
-            source.loss_fn(source.model, take(source.calibration[0], slice(0, 1)))
+            source.loss_fn(source.model, take(batch, slice(0, 1)) if files else batch)
     except (MpqError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a config or vocabulary that does not fit fails anywhere inside
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise MpqError(
-            f"{source.name} does not run on a sample of {source.data} ({reason}): its config, weights and tokenizer "
-            "do not fit together"
-        ) from error
+        why = ": its config, weights and tokenizer do not fit together" if files else ""
+        raise MpqError(f"{source.name} does not run on a sample of {source.data} ({reason}){why}") from error
 
 
 def check_device(device: str | torch.device | None) -> None:
