@@ -12,10 +12,10 @@ from mpq.core.allocation import Allocation
 from mpq.core.cache import CACHE_FORMATS, EVERY, cache_name, head_bytes, parse_cache_format
 from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError, NotFiniteError
-from mpq.core.latency import LatencyTable
 from mpq.core.layer import Layer
+from mpq.core.live_activations import LiveActivations
 from mpq.core.prediction import predicts_loss
-from mpq.core.problem import Array, Problem, build_problem
+from mpq.core.problem import Problem, build_problem
 from mpq.core.registry import Target
 from mpq.core.scheme import parse_scheme
 from mpq.core.sizes import parse_size
@@ -25,9 +25,10 @@ from mpq.exporters.holding import Held
 from mpq.exporters.mpq import checkpoint
 from mpq.measuring import Measurer
 from mpq.network.cached import context_of, find_cached
-from mpq.network.calibration import take
+from mpq.network.calibration import take, tensors_in
+from mpq.network.live_activations import live_activations
 from mpq.search import frontier_of
-from mpq.search.choice import beside_cache, costs_of
+from mpq.search.budgets import Budgets
 from mpq.search.exact import exact
 from mpq.search.integer import integer
 from mpq.sources import Source
@@ -70,20 +71,46 @@ def serving_of(
     """The requested memory and cache; None without a request.
 
     Raises:
-        MpqError: a memory without a context, a context without either budget, or one beyond the model's.
+        MpqError: a memory without a context, or a context beyond the model's.
     """
-    if memory is None and kv_bits is None:
-        if context is not None:
-            raise MpqError("a context counts in memory and kv_bits alone: name one of them too")
-        return None
     longest = context_of(source.model)
+    if context is not None and longest is not None and context > longest:
+        raise MpqError(f"{source.name} takes texts of at most {longest:,} tokens, not {context:,}: lower the context")
+    if memory is None and kv_bits is None:
+        if context is not None and source.kind != "perplexity":
+            raise MpqError(f"a context counts tokens of texts, which {source.name} does not take: leave it out")
+        Serving(1 if context is None else context, batch)  # refused as everywhere
+        return None
     if context is None:
         if memory is not None:
             raise MpqError("memory holds the cache too: name the context, tokens of a text, such as context=32768")
         context = longest or 4096
-    if longest is not None and context > longest:
-        raise MpqError(f"{source.name} takes texts of at most {longest:,} tokens, not {context:,}: lower the context")
     return Serving(context, batch, None if memory is None else parse_size(memory), kv_bits)
+
+
+def live_in(
+    source: Source, layers: Sequence[Layer], batch: int, context: int | None, limit: float | None,
+    formats: Sequence[str] = (),
+) -> LiveActivations | None:  # fmt: skip
+    """The live activations of the source's model, within reach of a limit of bytes where there is one.
+
+    None where they cannot be counted and nothing limits them. Without a context, texts are as long as a sample.
+
+    Raises:
+        MpqError: a limit that no formats keep to, or of what cannot be counted.
+    """
+    texts = source.kind == "perplexity"
+    sample = take(source.calibration[0], slice(0, 1))
+    tokens = (context or tensors_in(sample)[0].shape[-1]) if texts else 0
+    try:
+        live = live_activations(source.model, layers, sample, source.loss_fn, batch, tokens)
+    except MpqError:
+        if limit is not None:
+            raise
+        return None
+    if limit is not None:
+        live.check(limit, layers, formats)
+    return live
 
 
 def candidates(
@@ -143,12 +170,7 @@ class Request:
     pin: Mapping[str, str] | None = None
     ties: bool = True  # whether fused layers share a scheme
     weights: float | None = None  # bytes that the layers' weights may take, where they have a budget of their own
-    budgets: Mapping[str, float] = field(default_factory=dict)  # largest totals of "bitops" and "latency"
-    latencies: LatencyTable | None = None
-
-    def costs(self, table: SensitivityTable) -> dict[str, Array]:
-        """Further costs of a table's layers, keys and values."""
-        return costs_of(table, self.latencies, self.serving.batch, self.serving.context)
+    budgets: Budgets = field(default_factory=Budgets)  # of other costs
 
 
 def splits(held: Held, request: Request) -> list[CacheFormats]:
@@ -211,10 +233,10 @@ def weights_within(held: Held, request: Request, cache: CacheFormats) -> Allocat
     if not request.budgets:
         return frontier.at(cost=budget)
     table = held.table.weights()
-    left = beside_cache(request.budgets, cache, request.latencies, serving.batch, serving.context)
+    further = request.budgets.beside(table, cache)
     return frontier_of(
         table, search="integer", pin=request.pin, forbid=held.forbid, ties=request.ties or held.fuses, cache=cache,
-        costs=request.costs(table), budgets={**left, "size": budget},
+        costs=further["costs"], budgets={**further["budgets"], "size": budget},
     ).allocation(0)  # fmt: skip
 
 
@@ -252,17 +274,17 @@ def _forbidden(table: SensitivityTable, target: Target) -> Iterator[dict[str, tu
 
 def joint_problem(held: Held, request: Request, budgets: Mapping[str, float] | None = None) -> Problem:
     """Weights and cache as one problem."""
-    serving = request.serving
+    serving, further = request.serving, request.budgets.of(held.table)
     return build_problem(
-        held.table, pin=request.pin, forbid=held.forbid, ties=request.ties or held.fuses,
-        costs=request.costs(held.table), budgets=budgets, context=serving.context, batch=serving.batch,
+        held.table, pin=request.pin, forbid=held.forbid, ties=request.ties or held.fuses, costs=further["costs"],
+        budgets={**further["budgets"], **budgets} if budgets else None, context=serving.context, batch=serving.batch,
     )  # fmt: skip
 
 
 def _optimum(held: Held, request: Request) -> Allocation | None:
     """The optimum within all budgets, a file's header counted; None where they cannot be met."""
     serving = request.serving
-    others = dict(request.budgets)
+    others: dict[str, float] = {}
     if request.weights is not None:
         others["size"] = request.weights
     if serving.kv_bits is not None:
@@ -270,7 +292,7 @@ def _optimum(held: Held, request: Request) -> Allocation | None:
     memory = math.inf if serving.memory is None else serving.memory
     room = memory - int(held.table.provenance.get("overhead", 0))
     try:
-        frontier = None if others else exact(joint_problem(held, request), cost="memory")
+        frontier = None if others or request.budgets else exact(joint_problem(held, request), cost="memory")
         while True:
             if frontier is not None:
                 found = frontier.at(cost=min(room, float(frontier.costs[-1])))

@@ -22,6 +22,7 @@ from mpq.core.cache_formats import CacheFormats
 from mpq.core.files import write_atomically
 from mpq.core.frontier import BITS_PER_BYTE, Frontier
 from mpq.core.latency import LatencyTable
+from mpq.core.live_activations import ACTIVATIONS, LiveActivations
 from mpq.core.registry import Target
 from mpq.core.scheme import Scheme
 from mpq.core.sizes import parse_size
@@ -33,7 +34,7 @@ from mpq.exporters.targets import TARGETS, formats_of
 from mpq.exporting import export_to, sizer_for
 from mpq.feasible import Wanted, held_layers, own_format, without_kernels
 from mpq.measuring import Measurer, store_for
-from mpq.memory import Request, Serving, candidates, check_memory, choose_cache, serving_of
+from mpq.memory import Request, Serving, candidates, check_memory, choose_cache, live_in, serving_of
 from mpq.network.batchnorm import with_means
 from mpq.network.copies import copied
 from mpq.network.prepare import prepared
@@ -42,7 +43,7 @@ from mpq.plots import Point, Prediction, draw_frontier, frontier_facts
 from mpq.report import Row, write_report
 from mpq.rounding import DEFAULT_METHOD
 from mpq.search import frontier_of
-from mpq.search.choice import beside_cache, check_budgets, check_latencies, costs_of, keeps
+from mpq.search.budgets import Budgets, check_budgets, check_latencies
 from mpq.sensitivity import DEFAULT_METRIC, METRICS
 from mpq.sensitivity.profile import profile
 from mpq.smallest import check_limit, smallest, within_limit
@@ -68,10 +69,14 @@ class Outcome:
     max_kl: float | None = None  # the limit that was asked for
     elsewhere: str = ""  # how the model is on text of another kind
     serving: Serving | None = None  # the memory or bits of a cache that were asked for
+    activations: LiveActivations | None = None  # None where they cannot be counted
 
     def words(self) -> tuple[str, ...]:
         """The measurements, in sentences."""
-        said = (self.accepted.verdict(), *self.accepted.corrections(), *sentences(self.measured, self.accepted))
+        live = [] if self.activations is None else [self.activations.sentence(self.allocation.scheme_of)]
+        said = (
+            self.accepted.verdict(), *self.accepted.corrections(), *live, *sentences(self.measured, self.accepted)
+        )  # fmt: skip
         said = (*said, *filter(None, [self.elsewhere]))
         if self.serving is not None:
             said = (*in_words(self.allocation, self.serving, self.measured[-1].size), *said)
@@ -131,11 +136,14 @@ def quantize_model(
         max_kl: largest measured KL divergence from the original, nats for a prediction: finds the smallest model.
         memory: largest bytes of weights and of keys and values together, or text as "6GB", where `context` tokens of
             each of `batch` texts are cached; alone or with `bits` or `size`.
-        context: tokens of a text; left out, with `kv_bits` alone, all that the model takes.
+        context: tokens of a text, for the cache and for activations; left out, with `kv_bits` alone, all that the model
+            takes, and for activations those of a sample.
         batch: texts that are cached at once.
         kv_bits: largest average of stored bits of a cached number, with any other budget, or alone: weights stay.
         kv_formats: candidates of keys and values (`mpq.core.cache`); left out, what the target serves.
-        budgets: largest totals of other costs beside those: "bitops" of a sample, "latency" in seconds of `latencies`.
+        budgets: largest totals of other costs beside those: "bitops" of a sample, "latency" in seconds of `latencies`,
+            "activations" in bytes that are live at once in a pass over `batch` texts of `context` tokens, or `batch`
+            other samples (`mpq.network.live_activations`).
         latencies: measured seconds of layers (`mpq bench`), for `batch` tokens at a time, and of attention to the
             context where it was measured too.
         formats: candidate schemes; left out, integers of 2 to 8 bits, or what the target holds.
@@ -198,6 +206,7 @@ def quantize_model(
     if latencies is not None and "latency" in (budgets or {}):
         named = [*formats, *(Scheme(parse_cache_format(name), cached=True).name for name in cached)]
         check_latencies(latencies, (*layers, *entries), named, batch, served)
+    live = live_in(source, layers, batch, context, (budgets or {}).get(ACTIVATIONS), formats)
     store = store_for(method, source, layers)
     if table is None:
         table = profile(
@@ -208,12 +217,13 @@ def quantize_model(
         )  # fmt: skip
     release_memory()
     held = restrict(table, reader)
-    limits = Limits(bits, None if size is None else parse_size(size), max_kl, budgets or {}, latencies, batch, served)
+    further = Budgets(budgets or {}, latencies, live, batch, served)
+    limits = Limits(bits, None if size is None else parse_size(size), max_kl, further)
     measurer = Measurer(source, store, progress)
     cache = None
     if serving:
         weights = sum(layer.params for layer in layers)
-        request = Request(source.model, serving, reader, pin, ties, limits.most(weights), limits.budgets, latencies)
+        request = Request(source.model, serving, reader, pin, ties, limits.most(weights), further)
         cache = choose_cache(held, request, measurer, measured=effort != "fast")
         limits = limits.beside(cache, serving)
     frontier, budget = _searched(held, limits, sized, cache, pin, ties or held.fuses)
@@ -237,7 +247,7 @@ def quantize_model(
     points = along(frontier, allocation, measurer) if source.kind != "loss" and effort != "fast" else {}
     outcome = Outcome(
         folder, table, frontier, allocation, measured, accepted, points, time.monotonic() - started, max_kl, elsewhere,
-        serving,
+        serving, live,
     )  # fmt: skip
     _write_artefacts(outcome, source, reader)
     return outcome
@@ -262,10 +272,7 @@ class Limits:
     bits: float | None
     size: float | None
     max_kl: float | None
-    budgets: Mapping[str, float]
-    latencies: LatencyTable | None
-    batch: int
-    context: int  # tokens whose attention counts in "latency"
+    budgets: Budgets
 
     def most(self, weights: int) -> float | None:
         """Bytes of so many weights, or of the file, as far as they are limited."""
@@ -280,8 +287,7 @@ class Limits:
 
     def hold(self, sized: Callable[[Allocation], int], allocation: Allocation) -> bool:
         """Whether an allocation's file and other costs are within them."""
-        within = keeps(allocation, self.budgets, self.latencies, self.batch, self.context)
-        return within and (self.size is None or sized(allocation) <= self.size)
+        return self.budgets.keep(allocation) and (self.size is None or sized(allocation) <= self.size)
 
 
 def _searched(
@@ -300,10 +306,10 @@ def _searched(
     if not limits.budgets:
         return frontier, budget
     table = held.table.weights()
-    left = beside_cache(limits.budgets, cache, limits.latencies, limits.batch, limits.context)
+    further = limits.budgets.beside(table, cache)
     frontier = frontier_of(
         table, search="integer", pin=pin, forbid=held.forbid, ties=ties, cache=cache,
-        costs=costs_of(table, limits.latencies, limits.batch), budgets={**left, "size": budget},
+        costs=further["costs"], budgets={**further["budgets"], "size": budget},
     )  # fmt: skip
     return frontier, budget
 

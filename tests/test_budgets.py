@@ -1,14 +1,18 @@
 """Budgets of other costs than bytes in the whole job."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mpq
+from mpq.cli.main import main
 from mpq.core.errors import MpqError
 from mpq.core.latency import Latency, LatencyTable
-from mpq.search.choice import keeps
+from mpq.memory import live_in
+from mpq.search.budgets import Budgets
+from mpq.search.choice import allocate
 from mpq.sensitivity.profile import profile
 from mpq.sources import Source, open_source
 
@@ -35,7 +39,7 @@ def test_bit_operations_buy_activation_formats(source: Source, table: mpq.Sensit
     assert chosen.bits <= 8.2
     assert any("+a:" in scheme for scheme in chosen.schemes)
     assert not any("+a:" in scheme for scheme in free.schemes)
-    assert all(keeps(candidate.allocation, {"bitops": limit}) for candidate in outcome.accepted.candidates)
+    assert all(Budgets({"bitops": limit}).keep(candidate.allocation) for candidate in outcome.accepted.candidates)
     assert mpq.Allocation.load(tmp_path / "out" / "allocation.json").schemes == chosen.schemes
 
 
@@ -65,3 +69,40 @@ def test_seconds_that_were_not_measured_are_missed_before_the_profile(
     for table in (LatencyTable(measured), LatencyTable((*measured, Latency(FORMATS[2], 8, 8, 4, 1e-6)))):
         with pytest.raises(MpqError, match=r"no measured latency for int8-channel\+a:int8-token at batch 1"):
             mpq.quantize(source, tmp_path / "out", latencies=table, budgets={"latency": 1.0}, **SETTINGS)
+
+
+def test_a_budget_of_activations_gives_formats_where_most_is_live(tmp_path: Path) -> None:
+    text = open_source("tiny-lm", nsamples=2, seqlen=32, evaluation_samples=2)
+    table = profile(text.model, text.calibration, text.loss_fn, FORMATS, metric="output", progress=False)
+    live = live_in(text, table.layers, 4, 200, None)
+    assert live is not None
+    floats = live.peak({})
+    limit = floats - 4 * 200 * 128
+    free = allocate(table, bits=8.1).allocation
+    assert not any("+a:" in scheme for scheme in free.schemes)
+    settings = {**SETTINGS, "bits": 8.1, "effort": "fast", "granularity": "layer", "context": 200, "batch": 4}
+    found = mpq.quantize(text, tmp_path / "out", table=table, budgets={"activations": limit}, **settings)
+    peak = found.activations.peak(found.allocation.scheme_of)
+    assert peak <= limit
+    said = f"at most {peak:,} bytes at once for 4 x 200 tokens"
+    assert any(said in sentence and f"{floats:,} in floating point" in sentence for sentence in found.words())
+    chosen = allocate(table, bits=8.1, budgets={"activations": limit}, activations=live).allocation
+    assert chosen.schemes == found.allocation.schemes
+    assert any("+a:" in scheme for scheme in chosen.schemes)
+    with pytest.raises(MpqError, match="too small: the smallest formats take"):
+        mpq.quantize(text, tmp_path / "no", table=table, budgets={"activations": floats / 4}, **settings)
+    with pytest.raises(MpqError, match="needs the model"):
+        allocate(table, bits=8.1, budgets={"activations": limit})
+
+
+def test_the_command_line_takes_a_budget_of_activations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["tiny-lm", "--nsamples", "2", "--seqlen", "32", "-q"]
+    table, names = str(tmp_path / "table.csv"), ",".join(FORMATS)
+    main(["profile", *common, "--formats", names, "--metric", "output", "-o", table])
+    budget = ["--bits", "8.2", "--context", "100", "--batch", "2", "--budget", "activations=3kB"]
+    assert main(["allocate", table, *budget]) == 2
+    needed = re.search(r"smallest formats take ([\d,]+) for 2 x 100 tokens", capsys.readouterr().err)
+    assert needed is not None
+    budget[-1] = f"activations={needed[1].replace(',', '')}"
+    assert main(["allocate", table, *budget, "-o", str(tmp_path / "some.json")]) == 0
+    assert any("+a:" in name for name in mpq.Allocation.load(tmp_path / "some.json").schemes)

@@ -1,5 +1,6 @@
 """Weights and cache in one budget: the whole job, what is refused, and what is said."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from mpq.exporters.targets import TARGETS
 from mpq.measuring import Measurer, store_for
 from mpq.memory import Request, Serving, choose_cache, serving_of, splits, weights_within
 from mpq.network.calibration import cross_entropy
-from mpq.search.choice import allocate, cache_seconds, keeps
+from mpq.search.budgets import Budgets, cache_seconds
+from mpq.search.choice import allocate
 from mpq.sensitivity.profile import profile
 from mpq.sources import Source, open_source
 
@@ -121,18 +123,19 @@ def test_a_budget_of_seconds_counts_attention(source: Source, table: mpq.Sensiti
     held, serving = restrict(table, TARGETS.named("mpq")), Serving(256, 8, 1.9e6)
     free, limit = splits(held, request_of(source, serving))[0], 3.01 * len(table.entries)
     assert cache_seconds(free, latencies, 8, 256) > limit
-    request = request_of(source, serving, budgets={"latency": limit}, latencies=latencies)
+    budgets = Budgets({"latency": limit}, latencies, batch=8, context=256)
+    request = request_of(source, serving, budgets=budgets)
     for cache in splits(held, request):
         assert 0.7 * limit < cache_seconds(cache, latencies, 8, 256) <= limit
         chosen = weights_within(held, request, cache)
         assert chosen.memory(256, 8) <= 1.9e6
-        assert keeps(chosen, request.budgets, latencies, 8, 256)
-        assert not keeps(chosen, {"latency": limit / 2}, latencies, 8, 256)
+        assert budgets.keep(chosen)
+        assert not replace(budgets, limits={"latency": limit / 2}).keep(chosen)
     choice = allocate(
         table, memory=1.9e6, context=256, batch=8, budgets={"latency": limit}, latencies=latencies
     ).allocation
-    assert keeps(choice, {"latency": limit}, latencies, 8, 256)
-    assert keeps(choice, {"latency": 0.1}, latencies, 8, 0)  # layers alone
+    assert budgets.keep(choice)
+    assert replace(budgets, limits={"latency": 0.1}, context=0).keep(choice)  # layers alone
 
 
 def test_the_split_that_measures_best_is_taken(source: Source, table: mpq.SensitivityTable) -> None:
@@ -162,7 +165,8 @@ def test_pins_of_the_cache_hold(source: Source, table: mpq.SensitivityTable) -> 
     [
         ({}, "name one budget"),
         ({"memory": "6GB"}, "name the context"),
-        ({"bits": 4, "context": 100}, "name one of them too"),
+        ({"bits": 4, "context": 0}, "expected at least one token"),
+        ({"bits": 4, "context": 257}, "at most 256 tokens, not 257"),
         ({"memory": "6GB", "context": 257}, "at most 256 tokens, not 257"),
         ({"memory": "6GB", "context": 0}, "expected at least one token"),
         ({"memory": "6XB", "context": 10}, "invalid size"),

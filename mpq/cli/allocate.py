@@ -1,6 +1,7 @@
 """`mpq allocate`: formats under a budget, from a table."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,15 @@ from mpq.cli.options import (
 )
 from mpq.cli.say import allocation_facts, say, say_json, summary
 from mpq.core.errors import MpqError
+from mpq.core.live_activations import ACTIVATIONS
 from mpq.core.scheme import Scheme
 from mpq.search import SEARCHES
 
 if TYPE_CHECKING:
     from mpq.core.allocation import Allocation
+    from mpq.core.live_activations import LiveActivations
     from mpq.core.table import SensitivityTable
+    from mpq.sources import Source
 
 
 def add(command: AddCommand) -> None:
@@ -76,6 +80,7 @@ def run(options: argparse.Namespace) -> None:
         ties=not options.no_ties or held.fuses, batch=options.batch, whole_frontier=options.measure_frontier,
         budgets={name: number_of(name, value) for name, value in budgets.items()},
         latencies=load_latencies(options.latency) if options.latency else None,
+        activations=_live(options, table) if ACTIVATIONS in budgets else None,
         **({"interactions": Interactions.load(options.interactions)} if options.interactions else {}),
         **(_evolving(options, table) if SEARCHES.named(search).measures else {}),
     )  # fmt: skip
@@ -103,16 +108,30 @@ def run(options: argparse.Namespace) -> None:
     say(options, summary(choice.frontier, choice.allocation))
 
 
-def _evolving(options: argparse.Namespace, table: "SensitivityTable") -> dict[str, Any]:
-    """Evolution's options besides the problem: the model, to measure allocations on."""
-    from mpq.measuring import measuring
+def _source(options: argparse.Namespace, table: "SensitivityTable") -> "Source":
+    """The table's model, or another that is named, with its data."""
     from mpq.sources import names_in, open_source
 
     own, data, untrusted = names_in(table.provenance, options.trust)
     name = options.model or own
     if name is None:
-        raise MpqError("evolution measures allocations on the model, which the table does not name: give --model")
-    source = open_source(name, options.dataset or data, untrusted=untrusted - {options.model, options.dataset})
+        raise MpqError("this needs the model, which the table does not name: give --model")
+    return open_source(name, options.dataset or data, untrusted=untrusted - {options.model, options.dataset})
+
+
+def _live(options: argparse.Namespace, table: "SensitivityTable") -> "LiveActivations | None":
+    """What is live in a pass of the table's model."""
+    from mpq.memory import live_in
+
+    layers = table.weights().layers
+    return live_in(_source(options, table), layers, options.batch, options.context, math.inf, table.schemes)
+
+
+def _evolving(options: argparse.Namespace, table: "SensitivityTable") -> dict[str, Any]:
+    """Evolution's options besides the problem: the model, to measure allocations on."""
+    from mpq.measuring import measuring
+
+    source = _source(options, table)
     evaluate = measuring(source, table.provenance.get("method", "mse"))
     return {
         "evaluate": evaluate, "trials": options.trials, "storage": options.storage, "study": options.study,

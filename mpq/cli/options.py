@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpq.core.cache import parse_cache_format
 from mpq.core.errors import MpqError
+from mpq.core.live_activations import ACTIVATIONS
 from mpq.core.scheme import parse_scheme
 from mpq.core.sizes import parse_size
 from mpq.exporters.targets import TARGETS
@@ -135,7 +136,11 @@ def target_option(parser: argparse.ArgumentParser, default: str | None = None) -
 def further_budgets(parser: argparse.ArgumentParser) -> None:
     """Budgets of other costs than bytes."""
     parser.add_argument(
-        "--budget", action="append", default=[], metavar="COST=NUMBER", help="another budget, as bitops=2e9"
+        "--budget",
+        action="append",
+        default=[],
+        metavar="COST=NUMBER",
+        help="another budget: bitops=2e9, latency=0.01, activations=500MB (live at once, for --batch and --context)",
     )
     parser.add_argument("--latency", help="what 'mpq bench -o' wrote: adds the cost latency, in seconds")
 
@@ -146,7 +151,9 @@ def budgets_of(options: argparse.Namespace) -> dict[str, float]:
 
 
 def number_of(name: str, text: str) -> float:
-    """A budget's number; MpqError for anything else."""
+    """A budget's number, or its bytes; MpqError for anything else."""
+    if name == ACTIVATIONS:
+        return parse_size(text)
     try:
         return float(text)
     except ValueError:
@@ -161,7 +168,7 @@ def search_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--by", default=None, help="search: exact (default), integer (several budgets), ...")
     parser.add_argument("--interactions", help="for --by pairwise: a file of losses of pairs (Interactions.save)")
-    parser.add_argument("--model", help="for --by evolution: the model to measure on (default: the table's)")
+    parser.add_argument("--model", help="for --by evolution, --budget activations=: the model (default: the table's)")
     parser.add_argument("--trust", action="store_true", help="let the table import a factory or loader that it names")
     parser.add_argument("--dataset", help="for --by evolution: its data (default: the table's)")
     parser.add_argument("--trials", type=int, default=100, help="for --by evolution: evaluations (default: 100)")

@@ -5,7 +5,8 @@ from problems import make_table
 import mpq
 from mpq.core.errors import MpqError
 from mpq.core.latency import Latency, LatencyTable
-from mpq.search.choice import allocate, latency_cost
+from mpq.search.budgets import latency_cost
+from mpq.search.choice import allocate
 
 
 def test_the_search_follows_from_what_is_asked():
