@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, first_line
 from mpq.network.experts import unstack
 from mpq.sources.extras import need
-from mpq.sources.networks import skeleton
+from mpq.sources.networks import decoded, skeleton
 
 
 def build_skeleton(config: Mapping[str, Any], folder: Path, trust: bool, stored: Collection[str] = ()) -> nn.Module:
@@ -65,8 +65,13 @@ def _transformers_model(config: Mapping[str, Any], folder: Path, stored: Collect
     cls = getattr(transformers, names[0], None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise MpqError(f"{folder} wants the class {names[0]}, which transformers {transformers.__version__} lacks")
-    described = {key: value for key, value in config.items() if key != "quantization_config"}
-    model: nn.Module = cls._from_config(cls.config_class.from_dict(described))  # type: ignore[attr-defined]
+    described = {key: decoded(value) for key, value in config.items() if key != "quantization_config"}
+    try:
+        model: nn.Module = cls._from_config(cls.config_class.from_dict(described))  # type: ignore[attr-defined]
+    except (RuntimeError, NotImplementedError):  # of a constructor that needs weights with content
+        raise
+    except Exception as error:  # a damaged config fails anywhere inside, in every way
+        raise MpqError(f"the config in {folder} makes no {names[0]} ({first_line(error)}): is it damaged?") from error
     return unstack(model, keep=stored)
 
 

@@ -12,6 +12,7 @@ from mpq.cli.options import (
     choice_options,
     memory_options,
     number_of,
+    output_name,
     pairs_of,
     pins_of,
     print_table,
@@ -46,7 +47,7 @@ def add(command: AddCommand) -> None:
         "autoround, gptqmodel, llama-quantize or mlx; printed where no file is named",
     )  # fmt: skip
     allocate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    allocate.add_argument("-o", "--output", help="allocation to write, a .json file")
+    allocate.add_argument("-o", "--output", type=output_name, help="allocation to write, a .json file")
     allocate.add_argument("--frontier", help="also write the frontier, a .csv file")
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from mpq.cli.options import AddCommand, kv_formats_of, print_table
+from mpq.cli.options import AddCommand, kv_formats_of, output_name, print_table
 from mpq.core.errors import MpqError
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def add(command: AddCommand) -> None:
     )
     bench.add_argument("--tune", action="store_true", help="on a GPU: choose blocks by timing first, and keep them")
     bench.add_argument("--list", action="store_true", help="say which kernels the device runs, and stop")
-    bench.add_argument("-o", "--output", help="latency table to write, a .json file for 'mpq allocate --latency'")
+    bench.add_argument(
+        "-o", "--output", type=output_name, help="latency table to write, a .json file for 'mpq allocate --latency'"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from mpq.cli import recipe
-from mpq.cli.options import AddCommand, check_data, model_options, source_of
+from mpq.cli.options import AddCommand, check_data, model_options, output_name, source_of
 from mpq.cli.say import say
 
 
@@ -21,7 +21,7 @@ def add(command: AddCommand) -> None:
         "--no-measure", action="store_true", help="leave the quality unmeasured, but for what is solved again"
     )
     export.add_argument("--force", action="store_true", help="overwrite a result of other settings")
-    export.add_argument("-o", "--output", required=True, help="folder to write")
+    export.add_argument("-o", "--output", type=output_name, required=True, help="folder to write")
 
 
 def run(options: argparse.Namespace) -> None:

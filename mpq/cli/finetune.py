@@ -2,7 +2,7 @@
 
 import argparse
 
-from mpq.cli.options import AddCommand, check_data, data_options, value_of
+from mpq.cli.options import AddCommand, check_data, data_options, output_name, value_of
 from mpq.cli.say import say, say_json
 from mpq.core.errors import MpqError
 
@@ -28,7 +28,9 @@ def add(command: AddCommand) -> None:
     data_options(finetune)
     finetune.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     finetune.add_argument("--trust", action="store_true", help="let the folder import factories that it names")
-    finetune.add_argument("-o", "--output", help="folder to write (default: the folder's name and -finetuned)")
+    finetune.add_argument(
+        "-o", "--output", type=output_name, help="folder to write (default: the folder's name and -finetuned)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

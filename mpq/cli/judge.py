@@ -3,7 +3,15 @@
 import argparse
 from typing import Any
 
-from mpq.cli.options import AddCommand, model_options, print_table, profile_options, profiling_of, source_of
+from mpq.cli.options import (
+    AddCommand,
+    model_options,
+    output_name,
+    print_table,
+    profile_options,
+    profiling_of,
+    source_of,
+)
 from mpq.cli.say import say, say_json
 from mpq.core.errors import MpqError
 from mpq.sensitivity import METRICS
@@ -26,7 +34,9 @@ def add(command: AddCommand) -> None:
     judge.add_argument("--table", help="for --config: a table made before, instead of profiling")
     judge.add_argument("--effort", default="fast", help="for --config: how much is measured to choose ours")
     judge.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    judge.add_argument("-o", "--output", default="judge.png", help="picture to write (default: judge.png)")
+    judge.add_argument(
+        "-o", "--output", type=output_name, default="judge.png", help="picture to write (default: judge.png)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -194,6 +194,13 @@ def choice_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-ties", action="store_true", help="let fused layers (q/k/v, gate/up) differ")
 
 
+def output_name(text: str) -> str:
+    """The name of a file or folder to write, which a variable of the shell may have left empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is no name: expected a file or folder to write")
+    return text
+
+
 def size_of(text: str) -> float:
     """Bytes of a size such as 500MB."""
     try:

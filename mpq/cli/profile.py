@@ -7,6 +7,7 @@ from mpq.cli.options import (
     kv_formats_of,
     kv_formats_option,
     model_options,
+    output_name,
     profile_options,
     profiling_of,
     source_of,
@@ -23,7 +24,7 @@ def add(command: AddCommand) -> None:
     profile.add_argument(
         "--offload", action="store_true", help="keep the weights in main memory, one module at a time on --device"
     )
-    profile.add_argument("-o", "--output", required=True, help="table to write, a .csv file")
+    profile.add_argument("-o", "--output", type=output_name, required=True, help="table to write, a .csv file")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from mpq.cli.options import AddCommand, adding_to, model_options, pairs_of, source_of
+from mpq.cli.options import AddCommand, adding_to, model_options, output_name, pairs_of, source_of
 
 
 def add(command: AddCommand) -> None:
@@ -13,14 +13,16 @@ def add(command: AddCommand) -> None:
     model_options(bench)
     bench.add_argument("-n", "--rows", type=int, default=425, help="configurations (default: 425)")
     bench.add_argument("--pin", action="append", default=[], metavar="LAYERS=FORMAT", help="fix layers to a format")
-    bench.add_argument("-o", "--output", required=True, help="benchmark to write, a .csv file")
+    bench.add_argument("-o", "--output", type=output_name, required=True, help="benchmark to write, a .csv file")
 
     evolve = proxy("evolve", _proxy_evolve, "evolve a training-free score on one half of a benchmark")
     model_options(evolve)
     evolve.add_argument("benchmark", help="what 'mpq proxy bench' wrote")
     evolve.add_argument("--population", type=int, default=50, help="formulas alive at a time")
     evolve.add_argument("--generations", type=int, default=1000, help="generations")
-    evolve.add_argument("-o", "--output", required=True, help="folder to write; a stopped run in it is resumed")
+    evolve.add_argument(
+        "-o", "--output", type=output_name, required=True, help="folder to write; a stopped run in it is resumed"
+    )
 
     show = proxy("show", _proxy_show, "how proxies rank a benchmark's configurations")
     model_options(show)

@@ -13,6 +13,7 @@ from mpq.cli.options import (
     kv_formats_option,
     memory_options,
     model_options,
+    output_name,
     pins_of,
     print_table,
     profile_options,
@@ -48,7 +49,7 @@ def add(command: AddCommand) -> None:
     quantize.add_argument("--recipe", help="options from a file, such as recipe.yaml in an earlier output folder")
     quantize.add_argument("--force", action="store_true", help="overwrite a result of other settings")
     quantize.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    quantize.add_argument("-o", "--output", required=True, help="folder to write")
+    quantize.add_argument("-o", "--output", type=output_name, required=True, help="folder to write")
 
 
 def run(options: argparse.Namespace) -> None:

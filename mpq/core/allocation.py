@@ -154,6 +154,8 @@ class Allocation:
             dict(values.get("assignments", {})),
             CacheFormats.from_json(values["cache"]) if "cache" in values else None,
         )  # fmt: skip
+        if not layers:
+            raise ValueError("it has no layers")
         if allocation.size != values["size"]:
             raise ValueError(f"the schemes take {allocation.size} bytes, the file says {values['size']}")
         return allocation

@@ -102,7 +102,14 @@ def refusals(path: str | os.PathLike[str]) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
+        blocking = next((parent for parent in Path(path).parents if parent.exists() and not parent.is_dir()), None)
+        if blocking is not None:
+            raise MpqError(f"cannot write {os.fspath(path)}: {blocking} is no folder") from error
         raise MpqError(f"cannot write {os.fspath(path)}: {error.strerror or error}") from error
+    except ValueError as error:
+        if "\0" not in os.fspath(path):
+            raise
+        raise MpqError(f"cannot write {os.fspath(path)!r}: a name holds no zero bytes") from error
 
 
 def umask() -> int:

@@ -84,7 +84,7 @@ def skeleton(recipe: Mapping[str, Any]) -> nn.Module:
         model: nn.Module = BUNDLED[recipe["name"]].build()
     elif kind == "transformers":
         transformers = need("transformers", "hf", "Hugging Face models")
-        options = dict(recipe["config"])
+        options = decoded(dict(recipe["config"]))
         config = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
         dtype = config.dtype or torch.float32
         model = unstack(getattr(transformers, recipe["class"])._from_config(config, dtype=dtype))
@@ -95,6 +95,15 @@ def skeleton(recipe: Mapping[str, Any]) -> nn.Module:
     else:
         raise MpqError(f"no model can be built from the recipe {dict(recipe)!r}: expected one of an mpq checkpoint")
     return model.eval()
+
+
+def decoded(values: Any) -> Any:
+    """JSON values of a config with the infinities that transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(values, Mapping):
+        if list(values) == ["__float__"]:
+            return float(values["__float__"])
+        return {name: decoded(value) for name, value in values.items()}
+    return [decoded(value) for value in values] if isinstance(values, list) else values
 
 
 def _bundled(name: str) -> Network:
@@ -171,7 +180,8 @@ def _described(network: Network, config: Any, gguf: str | None) -> Network:
         about = _processing(name, transformers)
         mean, std = (tuple(about.get(key) or ()) for key in ("image_mean", "image_std"))
         return replace(network, mean=mean, std=std, size=_image_size(about, config))
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    lengths = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions"))
+    context = next((length for length in lengths if isinstance(length, int) and length > 0), None)  # XLNet says -1
     if getattr(config, "model_type", "") in PADDED_POSITIONS and context:
         context -= config.pad_token_id + 1  # positions start after the padding's
     try:

@@ -231,7 +231,15 @@ def test_mistakes_are_one_sentence_and_exit_code_2(arguments, message, tmp_path,
     assert not left
 
 
-@pytest.mark.parametrize("arguments", [["allocate"], ["allocate", "t.csv", "--size", "five"], ["nothing"]])
+WRONG_GRAMMAR = [
+    ["allocate"],
+    ["allocate", "t.csv", "--size", "five"],
+    ["nothing"],
+    ["quantize", "tiny-cnn", "--bits", "4", "-o", ""],
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG_GRAMMAR)
 def test_a_wrong_grammar_exits_with_2(arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

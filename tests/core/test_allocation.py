@@ -49,6 +49,7 @@ def test_an_unpredicted_loss_survives(tmp_path):
         lambda values: values["layers"]["embed"].update(scheme="fp32"),
         lambda values: values["layers"]["embed"].update(rows=-1),
         lambda values: values.update(layers=[]),
+        lambda values: values.update(layers={}, size=0),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path, damage):

@@ -81,6 +81,17 @@ def test_what_the_system_refuses_is_one_sentence(tmp_path):
         pass
 
 
+def test_what_stands_in_the_way_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(MpqError, match=r"cannot write .*table.csv: .*file is no folder"),
+        write_atomically(tmp_path / "file" / "table.csv"),
+    ):
+        pass
+    with pytest.raises(MpqError, match="a name holds no zero bytes"), write_atomically(str(tmp_path / "a\0b")):
+        pass
+
+
 def test_drafts_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     dead = tmp_path / f".table{DRAFT}12345678.csv"
     dead.write_text("half")

@@ -10,10 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mpq.cli.main import main
+from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.exporters.mpq import checkpoint
+from mpq.exporters.mpq.skeleton import build_skeleton
+from mpq.exporters.request import ExportRequest
 from mpq.network.calibration import seeded
 from mpq.network.distance import TARGET, distance_loss, with_targets
+from mpq.network.layers import find_layers
 from mpq.sensitivity.profile import profile
 from mpq.sources import open_source
 from mpq.sources.networks import open_network
@@ -317,3 +321,30 @@ def test_a_model_that_does_not_run_on_its_data_is_refused_at_once(small_llama, l
     np.savez(small_llama / "tokens.npz", input_ids=np.full((64, 8), 20 if layers < 0 else 40))
     with pytest.raises(MpqError, match="its config, weights and tokenizer do not fit together"):
         open_source(str(small_llama), str(small_llama / "tokens.npz"), nsamples=2, evaluation_samples=2)
+
+
+def test_configs_with_infinities_and_without_a_context_go_through(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = transformers.Mamba2Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=8, num_heads=8, head_dim=8, n_groups=1,
+        chunk_size=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    save(tmp_path / "mamba", transformers.Mamba2ForCausalLM(config))
+    assert "__float__" in (tmp_path / "mamba" / "config.json").read_text()
+    job = ["--dataset", str(tmp_path / "text.txt"), *FEW, "--effort", "fast", "--tuning-steps", "0"]
+    assert main(["quantize", str(tmp_path / "mamba"), *job, "-o", str(tmp_path / "out")]) == 0
+    assert main(["eval", str(tmp_path / "out"), "--seqlen", "16"]) == 0
+    config = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=4, d_inner=48)
+    save(tmp_path / "xlnet", transformers.XLNetModel(config))
+    assert open_network(str(tmp_path / "xlnet")).context is None
+
+
+def test_a_config_that_makes_no_model_is_told(tmp_path, small_llama):
+    folder = tmp_path.parent / f"{tmp_path.name}-out"
+    model = open_network(str(small_llama)).model
+    checkpoint.export(ExportRequest(model, Allocation(find_layers(model)[:1], ("int8-channel",)), folder))
+    edit_config(folder, num_attention_heads="many")
+    (folder / "checksums.json").unlink()
+    with pytest.raises(MpqError, match="makes no LlamaForCausalLM"):
+        build_skeleton(json.loads((folder / "config.json").read_text()), folder, trust=False)
