@@ -62,7 +62,9 @@ def gptq_tensors(packed: Packed) -> dict[str, Tensor]:
 def read(scheme: Scheme, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
     """A layer's numbers by the layout's own formula, scale times (code - zero point), exactly."""
     bits = scheme.weight.grid.bits
-    cols, rows = len(tensors["g_idx"]), tensors["scales"].shape[1]
+    cols, rows = len(tensors["g_idx"]), tensors["qweight"].shape[1]
+    if tensors["scales"].shape[1] != rows:
+        raise ValueError(f"scales of {tuple(tensors['scales'].shape)} for {rows} rows")
     codes = unpack_bits(tensors["qweight"].t().contiguous().view(torch.uint8), bits, cols)
     zeros = unpack_bits(tensors["qzeros"].view(torch.uint8), bits, rows).int() + 1
     group = tensors["g_idx"].long()

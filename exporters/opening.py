@@ -22,8 +22,8 @@ from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError, expect
 from mpq.core.layer import Layer
 from mpq.exporters.configurations import read_configuration, tool_of
-from mpq.exporters.folder import ALLOCATION, CHECKSUMS, read_allocation, read_checksums, read_json
-from mpq.exporters.gguf.reader import tensor_types
+from mpq.exporters.folder import ALLOCATION, CHECKSUMS, read_allocation, read_checked_json, read_checksums, read_json
+from mpq.exporters.gguf.reader import checked_tensors, tensor_types
 from mpq.exporters.holding import FLOAT
 from mpq.exporters.mpq import checkpoint
 from mpq.exporters.mpq.skeleton import build_skeleton
@@ -89,6 +89,9 @@ def open_any(folder: str | os.PathLike[str], *, device: str | torch.device = "cp
 
 
 def _opened(path: Path, kind: str) -> Opened:
+    folder = path if path.is_dir() else path.parent
+    if (folder / CHECKSUMS).is_file():
+        _check_exported(folder, kind)
     if kind == "gguf":
         network = open_network(str(path))
         layers = find_layers(network.model)
@@ -98,6 +101,19 @@ def _opened(path: Path, kind: str) -> Opened:
         layers = find_layers(network.model)
         return Opened(network.model, Allocation(layers, (_own_format(network.model),) * len(layers)), kind, network)
     return _dequantized(path, kind)
+
+
+def _check_exported(folder: Path, kind: str) -> None:
+    """MpqError when a text, or a tensor of a GGUF file, is not as it was exported; other tensors are checked as they
+    are read.
+    """
+    checksums = read_checksums(folder)
+    for name in ("config.json", ALLOCATION):
+        if name in checksums:
+            read_checked_json(folder / name, checksums)
+    if kind == "gguf" and any(name.endswith(".gguf") for name in checksums):
+        for _ in checked_tensors(folder):
+            pass
 
 
 def kind_of(folder: str | os.PathLike[str]) -> str:
@@ -159,6 +175,8 @@ def _dequantized(path: Path, kind: str) -> Opened:
         scheme, layer = allocation.scheme_of[name], model.get_submodule(name)
         try:
             numbers, _ = read(scheme, tensors)
+            if numbers.shape != (known[name].rows, known[name].cols):
+                raise ValueError(f"numbers of {tuple(numbers.shape)}")
             weight = matrix_to_weight(numbers, layer)
         except (KeyError, RuntimeError, ValueError) as error:
             raise MpqError(

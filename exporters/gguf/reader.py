@@ -30,6 +30,13 @@ def read_tensors(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]
         MpqError: the folder is no GGUF export; a file is missing, cut or altered, named with the tensor.
     """
     gguf = gguf_package()
+    for name, tensor in checked_tensors(folder):
+        yield name, torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+
+
+def checked_tensors(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """llama.cpp's name and the stored blocks of every tensor in an exported folder; MpqError as `read_tensors`."""
+    gguf = gguf_package()
     path = Path(folder)
     recorded = {file: tensors for file, tensors in read_checksums(path).items() if file.endswith(".gguf")}
     if not recorded:
@@ -43,7 +50,7 @@ def read_tensors(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]
         for name, tensor in reader.items():
             if digest(tensor.data.tobytes()) != digests[name]:
                 raise MpqError(f"{path / file}: the tensor {name} is not what was exported (its checksum differs)")
-            yield name, torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+            yield name, tensor
 
 
 def tensor_types(path: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mpq
@@ -85,6 +86,29 @@ def test_other_tools_folders_are_read_by_what_their_config_says(name, source, tm
     assert np.mean([ok or known[name].weight.is_float_copy for ok, name in zip(same, known, strict=True)]) == 1
 
 
+@pytest.mark.parametrize(("name", "file"), [("compressed-tensors", "config"), ("gptq", "scales"), ("gguf", "tensor")])
+def test_what_was_altered_after_the_export_is_refused(name, file, source, tmp_path):
+    if file == "tensor":
+        pytest.importorskip("gguf")
+    folder, _ = written(source, name, tmp_path / "out")
+    if file == "config":
+        path = folder / "config.json"
+        path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-02'))
+    elif file == "scales":  # the same bytes in another shape
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        scales = next(key for key in tensors if key.endswith(".scales"))
+        tensors[scales] = tensors[scales].reshape(-1, 1)
+        save_file(tensors, path)
+    else:
+        path = folder / "model.gguf"
+        content = bytearray(path.read_bytes())
+        content[-40] ^= 4
+        path.write_bytes(content)
+    with pytest.raises(MpqError, match=r"is not (as it was exported|what was exported|stored as int)"):
+        mpq.load(folder)
+
+
 def test_the_command_line_measures_and_continues_them(source, tmp_path, capsys):
     np.savez(tmp_path / "tokens.npz", input_ids=np.random.default_rng(0).integers(0, 512, (10, 32)))
     folder, _ = written(source, "gptq", tmp_path / "out")
@@ -106,6 +130,7 @@ def test_what_cannot_be_read_is_told_in_a_sentence(source, tmp_path):
         shutil.copytree(folder, other)
         changed = {**config["quantization_config"], "quant_method": method, "checkpoint_format": "gptq_v2"}
         (other / "config.json").write_text(json.dumps({**config, "quantization_config": changed}))
+        (other / "checksums.json").unlink()  # as other tools' folders have none
         with pytest.raises(MpqError, match=told):
             open_any(other)
     (tmp_path / "graph").mkdir()
