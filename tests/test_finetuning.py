@@ -12,11 +12,13 @@ from torch import nn
 import mpq
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
+from mpq.exporting import CHECKED, export_to, few_samples
 from mpq.finetuning import finetune
 from mpq.network.calibration import cross_entropy, next_token_loss, seeded
 from mpq.network.layers import find_layers
 from mpq.network.samples import Arrangement, arrangement
 from mpq.sensitivity.eigenvalue import fine_tuning_order
+from mpq.sources import Source
 from mpq.training.objective import Objective, block_names, harms, objective_loss
 from mpq.training.settings import Finetuning
 from tests.sensitivity.small_models import Tagger, TiedLanguageModel, seed_weights, token_batches
@@ -193,6 +195,34 @@ def test_two_processes_have_the_losses_of_one():
     means = [(one + other) / 2 for one, other in zip(first[1], second[1], strict=True)]
     assert means == pytest.approx(own_loop, rel=2e-5)
     assert own_loop[-1] < own_loop[0]
+
+
+def time_first_losses(rank=None):
+    """Losses of `finetune` on texts of 6 tokens that come time-first: 5 in one batch, 4 in the other."""
+    model = Tagger(batch_first=False).eval()
+    data = [torch.randint(0, 9, (6, count), generator=seeded(count)) for count in (5, 4)]
+    settings = replace(QUICK, steps=4, accumulate=2)
+    return finetune(model, uniform(model, "int3-channel"), data, next_step, settings, acceptance=data).losses
+
+
+def test_two_processes_share_texts_that_come_time_first():
+    expected = time_first_losses()
+    for losses in on_two_processes(time_first_losses):
+        assert losses == pytest.approx(expected, rel=1e-3)
+
+
+def test_exports_are_checked_on_whole_texts_that_come_time_first(tmp_path):
+    model, tokens, seen = Tagger(batch_first=False).eval(), torch.randint(0, 9, (7, 20), generator=seeded(0)), []
+
+    def watching(net, part):
+        seen.append(tuple(part.shape))
+        return next_step(net, part)
+
+    source = Source("tagger", model, (tokens,), (tokens,), watching)
+    assert few_samples(source, CHECKED).shape == (7, CHECKED)
+    seen.clear()
+    export_to("mpq", source, uniform(model, "int4-channel"), tmp_path / "out", "nearest")
+    assert seen[-2:] == [(7, CHECKED)] * 2  # the simulated model and the loaded one
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
