@@ -2,7 +2,8 @@
 
     PYTHON consumer.py CONSUMER FOLDER WINDOWS.json [--dtype TYPE] [--texts TEXTS.json]
 
-CONSUMER is vllm, llama.cpp, mlx, transformers, onnxruntime or openvino; WINDOWS holds lists of tokens. Prints JSON: the
+CONSUMER is vllm, llama.cpp, mlx, transformers, onnxruntime or openvino; WINDOWS holds lists of tokens. llama.cpp caches
+keys and values in the types that the command in the folder's README.md names. Prints JSON: the
 perplexity of their next tokens, each window for itself, the loss of each, the likeliest token at each place but the
 last, tokens of them per second, and with TEXTS (llama.cpp) the tokens that each text is cut into.
 """
@@ -11,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Logits = Callable[[list[int]], NDArray[Any]]  # of one window: (tokens, vocabulary)
+# llama.cpp's numbers of the types that a cache may have
+TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20}
 
 
 def llama_cpp(folder: Path, windows: list[list[int]], dtype: str) -> Logits:
@@ -27,7 +31,13 @@ def llama_cpp(folder: Path, windows: list[list[int]], dtype: str) -> Logits:
 
     file = folder if folder.is_file() else sorted(folder.glob("model*.gguf"))[0]
     length = max(len(row) for row in windows)
-    model = Llama(str(file), n_ctx=length, n_batch=length, logits_all=True, verbose=False, n_threads=2)
+    card = file.parent / "README.md"
+    named = dict(re.findall(r" -ct([kv]) (\w+)", card.read_text(encoding="utf-8"))) if card.is_file() else {}
+    cache = {f"type_{part}": TYPES[name] for part, name in named.items()}
+    model = Llama(
+        str(file), n_ctx=length, n_batch=length, logits_all=True, verbose=False, n_threads=2, flash_attn=bool(cache),
+        **cache,
+    )  # fmt: skip
 
     def logits(row: list[int]) -> NDArray[Any]:
         model.reset()

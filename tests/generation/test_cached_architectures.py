@@ -1,18 +1,26 @@
 """Caches of many architectures: grouped and single heads, sinks, windows, latent vectors, layers without attention."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 from caching_models import SHAPE, TOKENS
 from torch import nn
 
+from mpq.core.allocation import Allocation
 from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
 from mpq.core.layer import KEYS
+from mpq.exporters import export
+from mpq.exporters.mpq.checkpoint import load
+from mpq.generation.generate import generate
 from mpq.generation.serving import serve_cache
 from mpq.network.cached import find_cached
 from mpq.network.calibration import next_token_loss
-from mpq.quantized import round_cache
+from mpq.network.layers import find_layers
+from mpq.network.prepare import prepared
+from mpq.quantized import round_cache, simulate
 
 GROUPED = {**SHAPE, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
 LATENT = {
@@ -57,6 +65,25 @@ def test_what_is_stored_is_what_was_simulated(name: str, keys: str) -> None:
     made = model.generate(TOKENS, **MADE)
     if keys != "int4-t8-asym":  # whose simulation rounds a text from its beginning
         assert torch.equal(made, simulated.generate(TOKENS, **MADE))
+
+
+@torch.no_grad()
+def test_latent_attention_is_loaded_as_it_was_simulated(tmp_path: Path) -> None:
+    """One latent vector and one rotary key for all heads, each in a format of its own."""
+    model = prepared(model_of("DeepseekV3"))
+    entries = find_cached(model, TOKENS[:1], next_token_loss)
+    assert [(entry.kind, entry.rows, entry.cols) for entry in entries[:2]] == [("keys", 1, 16), ("values", 1, 8)]
+    layers = find_layers(model)
+    cache = CacheFormats(entries, ("int4-g8-asym", "int8-token") * 2)
+    allocation = Allocation(layers, ("int8-channel",) * len(layers), cache=cache)
+    simulated = simulate(model, allocation, trainable=False)
+    export(model, allocation, tmp_path / "out")
+    loaded = load(tmp_path / "out")
+    expected = simulated(TOKENS).logits
+    assert (loaded(TOKENS).logits - expected).abs().max() < 1e-3 < (model(TOKENS).logits - expected).abs().max()
+    made = loaded.generate(TOKENS[:1], **MADE)
+    assert torch.equal(made, simulated.generate(TOKENS[:1], **MADE))
+    assert generate(loaded, TOKENS[0], max_new_tokens=5).tokens == tuple(made[0, TOKENS.shape[1] :].tolist())
 
 
 def test_models_that_keep_states_alone_are_named() -> None:

@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from mpq.card import write_card
 from mpq.core.allocation import Allocation
+from mpq.core.cache_formats import CacheFormats
+from mpq.core.layer import KEYS
 from mpq.exporters import export
 from mpq.exporters.rules import GGUF_MODELS, GGUF_TYPES
+from mpq.exporters.targets import TARGETS
+from mpq.network.cached import find_cached
 from mpq.network.calibration import mean_loss, next_token_loss, seeded
 from mpq.network.layers import find_layers
 from mpq.quantized import simulate
@@ -152,3 +158,31 @@ def test_a_cut_file_is_refused_by_llama_cpp(tmp_path):
     (folder / "model.gguf").write_bytes(content[: len(content) // 2])
     with pytest.raises(AssertionError, match="Failed to load model"):
         ask(folder, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [("fp16", "int4-g32"), ("int4-g32", "fp16"), ("int5-g32", "int8-g32"), ("iq4_nl", "int4-g32-asym"),
+     ("int8-g32", "int5-g32-asym"), ("int4-g32-asym", "iq4_nl"), ("int5-g32-asym", "int5-g32")],
+)  # fmt: skip
+def test_caches_change_as_much_as_simulated_by_the_command_in_the_folder(keys, values, tmp_path):
+    """Not the same tokens by as much: llama.cpp rotates heads before rounding, and scales groups in its own way."""
+    model = llama()
+    layers, entries = find_layers(model), find_cached(model, TOKENS[:1], next_token_loss)
+    cache = CacheFormats(entries, tuple(keys if entry.kind == KEYS else values for entry in entries))
+    allocation = Allocation(layers, ("fp32",) * len(layers)).with_cache(cache)
+    folder = tmp_path / "out"
+    export(model, allocation, folder, to="gguf")
+    target = TARGETS.named("gguf")
+    write_card(folder, title="Small", target=target, rows=(), words=(), settings={}, cache=cache)
+    served, rounded, floats = torch.tensor(ask(folder, TOKENS)["losses"]), *(
+        losses_of(simulate(model, one, trainable=False)) for one in (allocation, allocation.with_cache(None))
+    )  # fmt: skip
+    expected, seen = ((one - floats).square().mean().sqrt().item() for one in (rounded, served))
+    assert 0.6 * expected < seen < 1.5 * expected + 0.001  # what llama.cpp differs by in floating point
+
+
+@torch.no_grad()
+def losses_of(model):
+    logits = model(TOKENS).logits[:, :-1].float()
+    return functional.cross_entropy(logits.transpose(1, 2), TOKENS[:, 1:], reduction="none")
