@@ -19,19 +19,19 @@ from mpq.search.measured import polish, ranked, starts
 from mpq.training.tuned_scales import Tuning
 
 ROUNDS = {"fast": 0, "normal": 8, "best": 64}  # allocations that polishing measures, by effort
-STEPS = {"fast": 0, "normal": 60, "best": 200}  # of tuning the scales of what is handed over
+STEPS = {"fast": 0, "normal": 60, "best": 200}  # of tuning the scales of the chosen allocation
 SAMPLES = {"perplexity": 4, "accuracy": 32}  # of a step: a text is hundreds of predictions, an image is one
 FINALISTS = 4  # searched candidates that are measured on acceptance data
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """An allocation as it would be handed over, with its quality on acceptance data."""
+    """An allocation as it would be exported, with its quality on acceptance data."""
 
     name: str
     allocation: Allocation
     quality: Quality
-    means: Mapping[str, Tensor] = field(default_factory=dict)  # running means to correct, where that helps
+    means: Mapping[str, Tensor] = field(default_factory=dict)  # corrected running means, where that helps
     rounder: Rounder | None = None  # of the finished weights, where scales were tuned; the measurer's store otherwise
 
     @property
@@ -44,7 +44,7 @@ class Candidate:
         return self.harm_with_error()[0]
 
     def beats(self, other: "Candidate") -> bool:
-        """Whether it harms the same data less, by more than a standard error of the paired difference."""
+        """Whether its harm on the same data is smaller by more than a standard error of the paired difference."""
         difference, error = self.quality.harm_above(other.quality)
         return difference < -error
 
@@ -67,24 +67,24 @@ class Acceptance:
 
     @property
     def uniform(self) -> Candidate | None:
-        """The best uniform format within the budget, None where none fits."""
+        """The best uniform format within the budget; None if none fits."""
         return next((one for one in self.candidates if one.is_uniform and one.rounder is None), None)
 
     @property
     def untuned(self) -> Candidate | None:
-        """The choice before its scales were tuned, None where they are as they were rounded."""
+        """The choice before its scales were tuned; None if they were not tuned."""
         return self.candidates[1] if self.chosen.rounder is not None else None
 
     def corrections(self) -> tuple[str, ...]:
-        """One sentence for each thing done to the choice after its layers were rounded."""
+        """One sentence for each correction of the choice after rounding."""
         said = []
         if self.chosen.means:
-            said.append(f"Running means of {len(self.chosen.means)} batch normalizations were estimated anew.")
+            said.append(f"Running means of {len(self.chosen.means)} batch normalizations were re-estimated.")
         if self.untuned is not None:
             difference, error = self.chosen.quality.harm_above(self.untuned.quality)
             said.append(
                 f"Scales tuned against the original took its KL divergence from {self.untuned.harm():.4g} to "
-                f"{self.chosen.harm():.4g} (difference {difference:.3g} +- {error:.1g}); codes and bytes stayed."
+                f"{self.chosen.harm():.4g} (difference {difference:.3g} +- {error:.1g}) without changing the size."
             )
         return tuple(said)
 
@@ -96,7 +96,7 @@ class Acceptance:
         if uniform is None:
             return f"No uniform format fits the budget.{caveat}"
         if self.chosen.is_uniform:
-            return f"No searched allocation beats {uniform.name} at this size: it is what is handed over.{caveat}"
+            return f"No searched allocation beats {uniform.name} at this size, so {uniform.name} is exported.{caveat}"
         difference, error = self.chosen.quality.harm_above(uniform.quality)
         words = "less" if -difference > 2 * error else "not significantly less"
         return (
@@ -114,10 +114,10 @@ def accept(
     seed: int = 0,
     fits: Callable[[Allocation], bool] = lambda allocation: True,
 ) -> Acceptance:
-    """Measure the most promising starts and what polishing makes of the best, and put the least harmful first.
+    """Measure the most promising starts, polish the best of them, and sort all by measured harm.
 
-    Every uniform format within the size that is no smaller than the largest three is a candidate, so what is handed
-    over harms acceptance data no more than any of them, or is that format.
+    The largest uniform formats within the size (three, and any as large) are candidates too, so the choice is at least
+    as good on acceptance data as each of them.
 
     Args:
         frontier: predicted, in size.
@@ -126,7 +126,7 @@ def accept(
         effort: "fast" measures the first starts alone; "normal" and "best" measure all of them on calibration data,
             and polish the best.
         seed: of the proposals.
-        fits: whether an allocation is within all budgets: its file, header included, and others there may be.
+        fits: whether an allocation is within all budgets, the file's size with its header included.
 
     Raises:
         MpqError: an unknown effort, or no candidate that gives finite numbers.
@@ -157,7 +157,7 @@ def check_effort(effort: str) -> None:
 
 
 def with_tuned_scales(acceptance: Acceptance, measurer: Measurer, tuning: Tuning) -> Acceptance:
-    """The choice with its scales tuned against the original, put first where acceptance data say that it is better."""
+    """Tune the choice's scales against the original; the result is put first if it is better on acceptance data."""
     chosen = acceptance.chosen
     if tuning.steps < 1 or chosen.quality.divergence is None:
         return acceptance
@@ -171,7 +171,7 @@ def with_tuned_scales(acceptance: Acceptance, measurer: Measurer, tuning: Tuning
 
 
 def candidate_of(name: str, allocation: Allocation, measurer: Measurer) -> Candidate | None:
-    """The allocation with its means corrected where acceptance data say so, None where it breaks the model."""
+    """The allocation, with corrected means if these are better on acceptance data; None if it breaks the model."""
     try:
         plain = Candidate(name, allocation, measurer.quality(allocation, "acceptance"))
     except NotFiniteError:
@@ -191,7 +191,7 @@ def candidate_of(name: str, allocation: Allocation, measurer: Measurer) -> Candi
 def _polished(
     frontier: Frontier, begun: list[tuple[str, Choices]], size: float, measurer: Measurer, rounds: int, seed: int
 ) -> list[tuple[str, Choices]]:
-    """The starts by what they harm calibration data, least first; before them the best, improved, where it can be."""
+    """The starts by rising harm on calibration data, preceded by an improved version of the best, if one was found."""
 
     def measure(choices: Choices, part: str) -> NDArray[np.float64]:
         allocation = frontier.problem.allocation(choices)

@@ -31,10 +31,10 @@ def write_card(
     settings: Mapping[str, object],
     cache: CacheFormats | None = None,
 ) -> None:
-    """Write the page; one of the same name that is not ours stays, with a warning."""
+    """Write the page; a README.md that mpq did not write is kept, with a warning."""
     path = folder / NAME
     if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(MARK):
-        log.warning("%s is there already and not mpq's: left as it is", path)
+        log.warning("%s exists and was not written by mpq: not changed", path)
         return
     command = target.serving(".", cache)
     run = f"\n## Run\n\n```sh\n{command}\n```\n" if command else ""

@@ -20,14 +20,14 @@ NEAREST = 3  # uniform candidates that are measured beside the chosen allocation
 USUAL = {
     "perplexity": ("int4-g64", "int3-g64"),
     "accuracy": ("int4-channel", "int3-channel"),
-}  # what people compare with
+}  # usual baselines
 ALONG = 3  # points of the frontier that are measured
 RANGE = 1.6  # of the chosen size: usual formats farther away are left out
 
 
 @dataclass(frozen=True)
 class Measured:
-    """An allocation (None: the original model) and what evaluation found."""
+    """An allocation (None: the original model) with its measured quality."""
 
     name: str
     allocation: Allocation | None
@@ -154,8 +154,8 @@ def on_other_text(measurer: Measurer, acceptance: Acceptance, packed: nn.Module 
 
 
 def sentences(measured: Sequence[Measured], acceptance: Acceptance | None = None) -> tuple[str, ...]:
-    """The table in words: what the last line's harm is, what was gained over the best uniform format that was accepted,
-    how far predictions were off.
+    """The table in sentences: harm of the last line, gain over the best accepted uniform format, error of the
+    prediction.
     """
     chosen, uniform = measured[-1], None if acceptance is None else acceptance.uniform
     assert chosen.allocation is not None
@@ -175,7 +175,7 @@ def sentences(measured: Sequence[Measured], acceptance: Acceptance | None = None
         ratio = harm / predicted
         side = f"{ratio:.2g} times too low" if ratio >= 1 else f"{1 / ratio:.2g} times too high"
         untuned = acceptance is not None and acceptance.untuned is not None
-        said.append(f"Predicted was {predicted:.4g}{', for scales as they were rounded' if untuned else ''}, {side}.")
+        said.append(f"The prediction was {predicted:.4g}{', before scales were tuned' if untuned else ''}, {side}.")
     return tuple(said)
 
 

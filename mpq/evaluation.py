@@ -28,9 +28,9 @@ from mpq.network.samples import Samples, arranged
 from mpq.network.shelf import Kept, Shelf
 
 KINDS = ("accuracy", "perplexity", "distance", "loss")
-DIVERGE = KINDS[:2]  # those with logits, whose divergence from the original is known
+DIVERGE = KINDS[:2]  # kinds with logits, for which the divergence from the original is measured
 IGNORED = -100  # the target of a position that predicts nothing
-TOKENS = 2048  # that pass through a language model at once
+TOKENS = 2048  # that a language model processes at once
 WIDE = 2**10  # classes; of more, the original's log-probabilities are kept in float16
 
 
@@ -93,7 +93,7 @@ class Quality:
 
     @property
     def harm(self) -> NDArray[np.float64]:
-        """(samples,): what compression did to each, KL from the original; the loss where there are no logits."""
+        """(samples,): harm to each sample: KL from the original, or the loss without logits."""
         return self.losses if self.divergence is None else self.divergence.kl
 
     def harm_with_error(self) -> tuple[float, float]:
@@ -147,8 +147,8 @@ def evaluate(
         model: gives logits, or an object that has them: (batch, classes), or (batch, time, vocabulary).
         batches: (inputs, labels) for "accuracy"; tokens, as in `next_token_loss`, for "perplexity".
         kind: "accuracy", "perplexity", "distance" (batches of
-            `mpq.network.distance.with_targets`), or "loss", which asks `loss_fn` for one sample after the other, or
-            for whole batches where samples have no loss of their own (`mpq.network.samples`).
+            `mpq.network.distance.with_targets`), or "loss", which calls `loss_fn` for each sample, or for whole batches
+            if single samples have no loss (`mpq.network.samples`).
         loss_fn: only for the kind "loss".
         progress: show a progress bar.
 
@@ -170,7 +170,7 @@ def _samples(model: nn.Module, batches: tuple[Batch, ...], kind: str, loss_fn: L
     if kind not in KINDS or (kind == "loss" and loss_fn is None):
         raise MpqError(f"quality is one of {', '.join(KINDS)} (the last with a loss_fn), not {kind!r}")
     if kind != "loss" or loss_fn is None:
-        return Samples(batches, loss_fn or next_token_loss)  # no loss is asked
+        return Samples(batches, loss_fn or next_token_loss)  # no loss is needed
     with evaluating(model):
         return arranged(model, batches, loss_fn, warn=False)
 
@@ -215,7 +215,7 @@ class _Part(NamedTuple):
 def _predictions(model: nn.Module, batch: Batch, kind: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits (samples, predictions, classes) and targets (samples, predictions), -100 for none, some samples each.
 
-    Few enough that neither a vocabulary's logits nor their float32 copies ever stand whole in memory.
+    Chunks are small enough that neither a vocabulary's logits nor their float32 copies are ever whole in memory.
     """
     if kind == "accuracy":
         inputs, labels = batch

@@ -1,4 +1,4 @@
-"""An allocation written for a target with the page that says how good it is and what serves it: `mpq export`."""
+"""`mpq export`: an allocation written for a target, with a README on its quality and how to serve it."""
 
 import os
 import time
@@ -26,7 +26,7 @@ class ExportedFolder:
     """Result of `export_folder`."""
 
     folder: Path
-    measured: tuple[Measured, ...]  # the original, what was solved again, and the model as written; empty unmeasured
+    measured: tuple[Measured, ...]  # original, before solving again, as written; empty if not measured
     resolved: Resolved | None
 
     def words(self) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ def export_folder(
         folder: made when missing.
         target: a name of `mpq.exporters.targets.TARGETS`.
         store: of the layers, rounded.
-        resolved: what the allocation stands for, where it was solved again; measured beside it.
+        resolved: the allocation before it was solved again, which is measured too.
         measure: whether to measure on unseen data.
         progress: show progress bars.
 

@@ -1,4 +1,4 @@
-"""Writing an allocation by any exporter: what each of them asks for beside the model, gathered from the source."""
+"""Writing an allocation with any exporter, whose further inputs are gathered from the source."""
 
 import os
 from collections.abc import Callable
@@ -45,10 +45,10 @@ def export_to(
     folder: str | os.PathLike[str],
     method: str | Rounder = DEFAULT_METHOD,
 ) -> Path:
-    """Write an allocation by the exporter called `name`; what was written.
+    """Write an allocation with the exporter called `name`; returns the written path.
 
-    Graphs are traced with calibration data, of which static activation scales come too. The method is a name, or a
-    rounder that holds what was rounded already.
+    Calibration data are used to trace graphs and for static activation scales. The method is a name, or a rounder that
+    caches rounded layers.
     """
     target = TARGETS.named(name)
     check(target, allocation)
@@ -74,7 +74,7 @@ def export_to(
 
 
 def sizer_for(target: Target, source: Source) -> Callable[[Allocation], int]:
-    """What gives the bytes of the weights' files that a target writes of an allocation, before anything is rounded.
+    """A function from an allocation to the bytes of the target's weight files, without rounding anything.
 
     Exact where one file holds them: model.safetensors, model.gguf with its vocabulary, model.onnx; other texts of the
     folder do not count. An allocation that the target cannot hold counts as in our own checkpoint.
@@ -94,7 +94,7 @@ def sizer_for(target: Target, source: Source) -> Callable[[Allocation], int]:
 
 
 def _tokenizer_files(tokenizer: Any, folder: Path) -> tuple[Path, ...]:
-    """The files of a tokenizer that came without any, as out of a GGUF file."""
+    """The files of a tokenizer that has none, such as one read from a GGUF file."""
     if not hasattr(tokenizer, "save_pretrained"):
         return ()
     tokenizer.save_pretrained(folder)

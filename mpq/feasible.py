@@ -1,4 +1,4 @@
-"""What a target, a device or a budget rules out, told from a model's structure before its weights are read."""
+"""Checks of budgets, targets and devices by a model's structure, before its weights are read."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ SAMPLE = (1, 8)  # texts and tokens with which a structure is called to see its 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of a model: budgets, formats and layers, as in `mpq.pipeline.quantize_model`.
+    """A request: budgets, formats and layers, as in `mpq.pipeline.quantize_model`.
 
     Raises:
         MpqError: no budget, or several that exclude each other.
@@ -63,7 +63,7 @@ class Wanted:
 
 
 def check_structure(name: str, target: Target, wanted: Wanted) -> None:
-    """Refuse what cannot be had of the model of this name; nothing is said where its structure alone is not known.
+    """Refuse a request that the model of this name cannot meet; no check if its structure cannot be built alone.
 
     Raises:
         MpqError: an unknown model, one that the target does not know, a budget that nothing fits, with what would.
@@ -77,7 +77,7 @@ def check_structure(name: str, target: Target, wanted: Wanted) -> None:
 
 
 def without_kernels(schemes: Iterable[str], cached: Iterable[str], entries: Sequence[Layer]) -> list[str]:
-    """What of these schemes and cache formats our compiled kernels do not compute, in sentences."""
+    """Sentences on the schemes and cache formats for which there are no compiled kernels."""
     named = [name for name in schemes if parse_scheme(name).activation is not None]
     slow = [name for name in named if parse_scheme(name).activation != INT8_TOKEN]
     widths = sorted({entry.cols for entry in entries})
@@ -87,19 +87,19 @@ def without_kernels(schemes: Iterable[str], cached: Iterable[str], entries: Sequ
     told = []
     if slow:
         told.append(
-            f"no compiled kernel multiplies the activations of {', '.join(slow)}: they are rounded apart and take "
+            f"no compiled kernel multiplies the activations of {', '.join(slow)}: they are rounded separately and take "
             "several times as long as a:int8-token ('mpq bench --formats' times them)"
         )
     if floats:
         told.append(
             f"compiled attention does not read or write {', '.join(floats)} in heads of {', '.join(map(str, widths))}: "
-            "'mpq generate' is slow with them, or keeps their numbers as floats, in more memory than is counted"
+            "'mpq generate' is slow with them, or stores them as floats, in more memory than predicted"
         )
     return told
 
 
 def held_layers(model: nn.Module, target: Target, wanted: Wanted) -> tuple[tuple[Layer, ...], Held]:
-    """The model's layers, and what of the wanted formats they can have, unscored where there is no table.
+    """The model's layers and the requested formats that they can have, without scores if there is no table.
 
     Raises:
         MpqError: a model that the target does not know, or a budget of weights that nothing fits.
@@ -137,6 +137,6 @@ def _check_cache(name: str, model: nn.Module, target: Target, wanted: Wanted, he
         entries, cached = candidates(source, target, wanted.table, wanted.kv_formats, wanted.metric)
     except MpqError:
         raise
-    except Exception:  # a model that looks at its numbers
+    except Exception:  # a model whose forward depends on values
         return
     check_memory(serving, entries, cached, held.least(pin=wanted.pin, ties=wanted.ties))

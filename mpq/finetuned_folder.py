@@ -1,4 +1,4 @@
-"""A packed model fine-tuned from the codes in its folder, and written to another one: `mpq finetune`."""
+"""`mpq finetune`: a packed model fine-tuned from the codes in its folder and written to another folder."""
 
 import os
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from mpq.rounding.reference import Quantized
 from mpq.rounding.store import Finished, MethodRounder
 from mpq.training.settings import Finetuning
 
-UNFINISHED = ".unfinished"  # suffix of the file from which an interrupted fine-tuning goes on
+UNFINISHED = ".unfinished"  # suffix of the file from which an interrupted fine-tuning resumes
 COMPARED = 2  # samples on which the written model is compared with the trained one
 
 
@@ -66,7 +66,7 @@ def finetune_folder(
 ) -> FinetunedFolder:
     """Fine-tune a packed model against its original, and write it packed; both are measured on the report's data.
 
-    Training starts from the very codes, scales and other tensors of the folder. Interrupted, the same call goes on.
+    Training starts from the codes, scales and other tensors in the folder. After an interruption the same call resumes.
 
     Args:
         folder: what `mpq quantize` or `mpq.export` wrote.
@@ -82,11 +82,11 @@ def finetune_folder(
     """
     path, target = Path(folder), Path(output)
     if path.resolve() == target.resolve():
-        raise MpqError(f"{path} would be overwritten by what is made of it: name another folder to write")
+        raise MpqError(f"cannot write the result to its own source {path}: name another output folder")
     refuse_foreign(target, checkpoint.FILES)
     packed, source, allocation, alone = open_folder(path, data, trust=trust, **options)
     if alone:
-        raise MpqError(f"the original {source.name} of {path} cannot be opened: put it there again to learn from it")
+        raise MpqError(f"cannot open {source.name}, the original of {path}, which training needs: restore it")
     source = replace(source, model=prepared(source.model))
     if source.kind not in ("accuracy", "perplexity") and settings.objective.kl:
         settings = replace(settings, objective=replace(settings.objective, kl=0.0, task=1.0))

@@ -25,7 +25,7 @@ from mpq.training.objective import harms
 from mpq.training.settings import Finetuning
 from mpq.training.stages import stages
 
-HELD_OUT = 10  # one of so many is kept for acceptance where none are given
+HELD_OUT = 10  # one batch or sample of this many is kept for acceptance if none are given
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +37,9 @@ class Finetuned:
     lr: float  # of weights, as given or found
     momentum: float  # of SGD; Adam's first decay
     before: float  # harm of the start on acceptance data: KL from the float model, or the loss
-    after: float  # harm of what training gave; NaN where it diverged
+    after: float  # harm after training; NaN if it diverged
     error: float  # standard error of the difference, over samples
-    kept: bool  # whether `model` is what training gave; otherwise it is the start
+    kept: bool  # whether `model` is the trained one; otherwise it is the start
     established: bool = True  # measured on data that nothing was trained on
     note: str = ""
 
@@ -47,9 +47,9 @@ class Finetuned:
         """One sentence: what fine-tuning changed on acceptance data."""
         caveat = "" if self.established else " Not established on unseen data: there was none to spare."
         if not math.isfinite(self.after):
-            return f"Fine-tuning broke off ({self.note}): the start is handed over.{caveat}"
+            return f"Fine-tuning stopped ({self.note}): the start is kept.{caveat}"
         harm = f"harm on acceptance data from {self.before:.4g} to {self.after:.4g} (+- {self.error:.1g})"
-        ending = "" if self.kept else ": no better, the start is handed over"
+        ending = "" if self.kept else ": no improvement, the start is kept"
         return f"{len(self.losses)} steps of fine-tuning (lr {self.lr:.2g}) took the {harm}{ending}.{caveat}"
 
 
@@ -70,7 +70,7 @@ def finetune(
 ) -> Finetuned:
     """Train a model in an allocation's formats: quantization-aware, distilled from the float model.
 
-    The result is never worse on acceptance data than the model before training, which is handed over otherwise. Under
+    If the trained model is not better on acceptance data, the model before training is returned. Under
     `torchrun`, or where a process group exists, all processes call this together and share every batch.
 
     Args:
@@ -84,7 +84,7 @@ def finetune(
         teacher: the float model, where `model` is not.
         order: in which layers are quantized, where `settings` have several stages; left out, HAWQ's
             (`mpq.sensitivity.eigenvalue.fine_tuning_order`) on the first batches.
-        checkpoint: a file from which an interrupted training goes on; removed when it is finished.
+        checkpoint: a file from which an interrupted training resumes; removed when it is finished.
         progress: show steps, loss and time left.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Folders of packed models, measured."""
+"""Measuring packed models in folders."""
 
 import logging
 import os
@@ -45,9 +45,7 @@ def evaluate_folder(
     model, source, allocation, alone = open_folder(folder, data, trust=trust, **options)
     if alone:
         if source.kind == "distance":
-            raise MpqError(
-                f"{folder} is measured by its distance from {source.name}, which cannot be opened: put it there again"
-            )
+            raise MpqError(f"cannot open {source.name}, from which the distance of {folder} is measured: restore it")
         return evaluate(model, source.evaluation, source.kind, source.loss_fn, progress), allocation
     reference = Reference(source.model, source.evaluation, source.kind, source.loss_fn, progress)
     return reference.measure(model, progress), allocation
@@ -79,7 +77,7 @@ def reproducibility_of_folder(
     """
     model, source, _, _ = open_folder(folder, data, trust=trust, **options)
     if source.kind != "perplexity":
-        raise MpqError(f"{folder} is no language model: only those answer in tokens whose order of sums could matter")
+        raise MpqError(f"{folder} is not a language model: reproducibility is measured on generated tokens")
     tokens = torch.cat([tensors_in(batch)[0][:, :length] for batch in source.evaluation])[:prompts]
     return reproducibility(model, tokens, steps)
 
@@ -87,19 +85,19 @@ def reproducibility_of_folder(
 def open_folder(
     folder: str | os.PathLike[str], data: str | None = None, *, trust: bool = False, **options: Any
 ) -> tuple[nn.Module, Source, Allocation, bool]:
-    """The packed model, the source it was made of, its allocation, and whether the original could not be opened."""
+    """The packed model, its source, its allocation, and whether the original could not be opened."""
     path = Path(folder)
     opened = open_any(path, trust=trust)
     model, allocation = opened.model, opened.allocation
     name, dataset, untrusted = names_in(allocation.provenance, trust)
     if name is None and opened.kind == "mpq":
-        raise MpqError(f"{path} does not say which model it was made of: measure it with mpq.evaluate in Python")
+        raise MpqError(f"{path} does not name its original model: measure it with mpq.evaluate in Python")
     if name is None:
         name, network, alone = str(path), opened.network or network_in(path, model), True
     else:
         network, alone = _original(path, name, untrusted, opened)
     if data is None and dataset is not None and Path(dataset).suffix and not (":" in dataset or Path(dataset).exists()):
-        raise MpqError(f"the data {dataset} of {path} are no longer there: name a file with --dataset")
+        raise MpqError(f"the data {dataset} of {path} no longer exist: name a file with --dataset")
     source = open_source(name, data or dataset, untrusted=untrusted - {data}, network=network, **options)
     return model, source, allocation, alone
 

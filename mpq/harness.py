@@ -46,7 +46,7 @@ def evaluate_tasks(
 
     Args:
         folder: what `mpq.load` reads, of a language model of transformers.
-        tasks: names that the harness knows, and files of tasks of one's own, .yaml.
+        tasks: names known to the harness, and .yaml files of custom tasks.
         fewshot: examples before each question; left out, the task's own number.
         limit: questions of each task; left out, all.
         batch_size: requests at a time; left out, 8.
@@ -65,9 +65,7 @@ def evaluate_tasks(
     known = set(manager.all_tasks)
     for name in names:
         if name not in known:
-            raise MpqError(
-                f"lm-evaluation-harness has no task {name!r}: see its list, or name a file of your own, .yaml"
-            )
+            raise MpqError(f"lm-evaluation-harness has no task {name!r}: see its list, or name a .yaml file")
     model, tokenizer = _language_model(folder, trust)
     wrapped = need("lm_eval.models.huggingface", "tasks", "tasks").HFLM(
         pretrained=model.to(device), tokenizer=tokenizer, batch_size=batch_size or 8, device=device
@@ -87,7 +85,7 @@ def _files(tasks: Sequence[str]) -> list[str]:
 
 
 def _named(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The tasks' names, and the folders that hold the files of those of one's own."""
+    """The tasks' names, and the folders of custom tasks."""
     names, folders = [], []
     for task in tasks:
         if task not in _files(tasks):
@@ -97,7 +95,7 @@ def _named(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
             described = yaml.load(Path(task).read_text(encoding="utf-8"), yaml.BaseLoader)
         name = described.get("task") if isinstance(described, Mapping) else None
         if not isinstance(name, str):
-            raise MpqError(f"{task} names no task: expected a line such as 'task: mine'")
+            raise MpqError(f"{task} does not name its task: expected a line such as 'task: mine'")
         names.append(name)
         folders.append(str(Path(task).resolve().parent))
     return names, folders
@@ -111,7 +109,7 @@ def _language_model(folder: str | os.PathLike[str], trust: bool) -> tuple[Any, A
         tokenizer = open_network(name, untrusted).tokenizer if name is not None else None
     if not (hasattr(opened.model, "generate") and callable(tokenizer)):
         raise MpqError(
-            f"{folder} is no language model of transformers with its tokenizer: lm-evaluation-harness runs those alone"
+            f"{folder} is not a language model of transformers with its tokenizer, which lm-evaluation-harness needs"
         )
     return opened.model, tokenizer
 

@@ -44,7 +44,7 @@ class Verdict:
     spearman: Interval  # over all allocations: mostly of size
     kendall: Interval
     at_fixed_size: Interval  # Spearman within each budget, averaged over budgets
-    regrets: Array  # (budgets,), measured loss of the allocation it leads to, above the best known at that budget
+    regrets: Array  # (budgets,), measured loss of its own allocation above the best known at that budget
 
     def to_json(self) -> dict[str, Any]:
         """The verdict as JSON values."""
@@ -111,7 +111,7 @@ def judge(
     problems = _problems(tables)
     if not budgets or count < 3:
         raise MpqError(
-            f"invalid options of judge: expected a budget and three allocations, not {len(budgets)}, {count}"
+            f"invalid options of judge: expected 1 budget and 3 allocations or more, not {len(budgets)} and {count}"
         )
     first = next(iter(problems.values()))
     generator = np.random.default_rng(seed)
@@ -142,7 +142,7 @@ def judge(
 
 
 def random_choices(problem: Problem, bits: float, generator: np.random.Generator) -> NDArray[np.intp]:
-    """A random scheme for each group, (groups,), as large as a budget of average bits lets it be.
+    """A random scheme for each group, (groups,), as large as a budget of average bits allows.
 
     Every group draws a scheme evenly; random groups are then made smaller until the budget is met, and random ones
     larger while it still is.
@@ -240,7 +240,7 @@ def spearman(first: Array, second: Array) -> float:
 
 
 def at_fixed_size(predicted: Array, measured: Array, stratum: NDArray[np.intp]) -> float:
-    """Spearman's correlation within each budget, averaged: what is left when size explains nothing."""
+    """Spearman's correlation within each budget, averaged, which excludes the effect of size."""
     return float(
         np.mean([spearman(predicted[stratum == k], measured[stratum == k]) for k in np.unique(stratum)])
     )  # fmt: skip

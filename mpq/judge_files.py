@@ -1,4 +1,4 @@
-"""Allocations that other tools made, measured beside ours of the same size: `mpq judge MODEL --config FILE`."""
+"""`mpq judge MODEL --config FILE`: allocations of other tools compared with ours of the same size."""
 
 import json
 import re
@@ -34,7 +34,7 @@ from mpq.sources import Source
 
 @dataclass(frozen=True, eq=False)
 class Contestant:
-    """An allocation that a file describes, and who can hold it."""
+    """An allocation that a file describes, and the target that supports it."""
 
     name: str
     holder: Holder
@@ -73,7 +73,7 @@ def _own(text: str) -> Allocation | None:
 
 
 def _matched(own: Allocation, layers: Sequence[Layer]) -> Allocation:
-    """The allocation for these layers; those that it leaves out stay in bf16."""
+    """The allocation for these layers; layers that it does not list are bf16."""
     schemes = own.scheme_of
     if not schemes.keys() & {layer.name for layer in layers}:
         raise MpqError(f"this allocation has none of the layers {layers[0].name}, ...: is it for this model?")
@@ -92,9 +92,9 @@ def judge_files(
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[Measured, ...]:
-    """Measure allocations of other tools, and beside each ours that the same tool can hold and that is no larger.
+    """Compare allocations of other tools, each with one of ours that the same tool supports and that is no larger.
 
-    All are rounded alike, so that allocations are compared, not quantizers; qualities are of the evaluation data.
+    All are rounded by the same method, so that allocations are compared, not quantizers; quality is on evaluation data.
 
     Args:
         source: model and data.

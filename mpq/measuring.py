@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 HALVES = (torch.float16, torch.bfloat16)
 SEARCHED = 0.25  # share of the calibration batches that a search measures on,
 SEARCHED_LEAST = {"perplexity": 4}  # but at least so many samples, or 64
-SCREENED = 0.25  # share of these that shows what is clearly worse,
-SCREENED_LEAST = 8  # where it has so many samples
+SCREENED = 0.25  # share of these on which clearly worse candidates are dropped,
+SCREENED_LEAST = 8  # if it has this many samples
 
 
 def store_for(method: str, source: Source, layers: Sequence[Layer]) -> RoundingStore:
-    """A store of a method; what the method needs to know of the calibration data is gathered when it is first used."""
+    """A store for a rounding method; the calibration moments it needs are computed at first use."""
     METHODS.named(method)  # exists
     return RoundingStore(
         method, lambda: moments_needed(method, source.model, layers, source.calibration, source.loss_fn)
@@ -43,7 +43,7 @@ class Measurer:
     """One simulated copy of a source's model, measured on any part of its data.
 
     Parts are "search" (some of the calibration data; its beginning is "screening", what is left "rest"), "acceptance"
-    (data that no score has seen; calibration data where the source has none) and "evaluation".
+    (data not used by scores; calibration data if the source has none) and "evaluation".
     """
 
     def __init__(self, source: Source, store: RoundingStore, progress: bool = False) -> None:
@@ -77,7 +77,9 @@ class Measurer:
 
     @property
     def searching(self) -> tuple[str, ...]:
-        """The parts of "search", in the order in which they are measured: what is clearly worse has only the first."""
+        """The parts of "search" in order; candidates that are clearly worse on the first are not measured on the
+        second.
+        """
         return ("screening", "rest") if self._screened() else ("search",)
 
     def _searched(self) -> tuple[Batch, ...]:
@@ -86,13 +88,13 @@ class Measurer:
         return tuple(first_batches(batches, count))
 
     def _screened(self) -> int:
-        """Batches of "screening"; none where "search" is too small to be parted."""
+        """Batches of "screening"; none if "search" is too small to be split."""
         searched = self._searched()
         screened = first_batches(searched, max(SCREENED_LEAST, SCREENED * sum(map(samples_in, searched))))
         return len(screened) if len(screened) < len(searched) else 0
 
     def means(self, allocation: Allocation, searching: bool = False) -> dict[str, Tensor]:
-        """Running means estimated anew in the rounded network, on few samples while searching.
+        """Running means re-estimated in the rounded network, on few samples while searching.
 
         Empty for a network without batch normalization.
         """
@@ -118,7 +120,7 @@ class Measurer:
         return self.quality_of(self.trial.take_on(allocation, means, rounder), part)
 
     def noise_floor(self, part: str) -> Quality:
-        """The original's divergence from itself: what no rounding of weights has to answer for.
+        """The noise floor: the original's divergence from itself when it is computed differently.
 
         A language model in 16 bits computes in float32; other models compute once more.
         """
@@ -127,7 +129,7 @@ class Measurer:
             try:
                 with in_float32(model):
                     return reference.measure(model, self.progress)
-            except (MpqError, RuntimeError) as error:  # code of its own that asks for its type
+            except (MpqError, RuntimeError) as error:  # custom code that depends on the type
                 log.info("the model does not compute in float32: %s", error)
         return reference.measure(model, self.progress)
 
@@ -153,7 +155,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 def measuring(source: Source, method: str) -> Callable[[Allocation, float], tuple[float, float]]:
     """The objective of evolution: the loss that an allocation adds on the first share of the calibration batches.
 
-    With its standard error, from the differences on single samples: the spread that the samples have anyway drops out.
+    With its standard error, from the differences on single samples: so the variance between samples cancels.
     """
     trial = Trial(source.model, store_for(method, source, find_layers(source.model)))
     references: dict[int, Quality] = {}  # by number of batches

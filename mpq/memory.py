@@ -1,4 +1,4 @@
-"""Weights and cache in one budget: the memory that a model is served in, and formats of keys and values within it."""
+"""Weights and key-value cache within one memory budget, and the search of formats for both."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,10 +38,10 @@ DOUBTS = (1.0, 0.5, 2.0)  # factors of all scores of the cache beside those of t
 
 @dataclass(frozen=True)
 class Serving:
-    """Serving conditions: texts of `context` tokens, `batch` at once, in so much memory, or a cache of so many bits.
+    """Serving conditions: `batch` texts of `context` tokens, within a memory or a cache of limited bits.
 
     Raises:
-        MpqError: a budget without meaning.
+        MpqError: an invalid budget.
     """
 
     context: int
@@ -83,7 +83,7 @@ def serving_of(
         return None
     if context is None:
         if memory is not None:
-            raise MpqError("memory holds the cache too: name the context, tokens of a text, such as context=32768")
+            raise MpqError("a memory budget includes the cache: give the context in tokens, e.g. context=32768")
         context = longest or 4096
     return Serving(context, batch, None if memory is None else parse_size(memory), kv_bits)
 
@@ -123,14 +123,18 @@ def candidates(
     """
     entries = find_cached(source.model, take(source.calibration[0], slice(0, 1)), source.loss_fn)
     if not target.caches:
-        raise MpqError(f"{target.name} files say nothing of a cache's formats: leave out memory and kv_bits")
+        raise MpqError(f"{target.name} files cannot store cache formats: leave out memory and kv_bits")
     served = CACHE_FORMATS if target.caches == EVERY else target.caches
     for name in names or ():
         format = parse_cache_format(name)
         if target.caches != EVERY and format not in map(parse_cache_format, served):
-            raise MpqError(f"{target.name} serves no cache in {name}: expected one of {', '.join(served)}")
+            raise MpqError(
+                f"{target.name} does not support the cache format {name}: expected one of {', '.join(served)}"
+            )
     if not predicts_loss(metric if table is None else table.metric):
-        raise MpqError(f"scores of {metric} rank weights alone: a cache needs losses, as of the metric kl-curvature")
+        raise MpqError(
+            f"the metric {metric} does not score a cache: use one that predicts losses, such as kl-curvature"
+        )
     if table is None:
         return entries, tuple(names or served)
     if not table.entries:
@@ -146,7 +150,7 @@ def check_memory(serving: Serving, entries: Sequence[Layer], formats: Sequence[s
         smallest = min(formats, key=lambda name: head_bytes(parse_cache_format(name), entries[0].cols))
         room = max(serving.memory - least_weights, 0.0)
         fits = CacheFormats.uniform(tuple(entries), smallest).tokens_in(room, serving.batch)
-        advice = f"a context of {fits:,} tokens would fit" if fits > 0 else "raise it or add smaller formats"
+        advice = f"a context of {fits:,} tokens fits" if fits > 0 else "raise it or add smaller formats"
         raise MpqError(
             f"a memory of {serving.memory:,.0f} bytes is too small: the smallest formats take {least_weights:,.0f} of "
             f"weights and {least:,.0f} of cache at {serving.context:,} tokens: {advice}"
@@ -164,7 +168,7 @@ def _numbers(serving: Serving, entries: Sequence[Layer]) -> int:
 class Request:
     """Conditions of the choice of a cache, beside the table."""
 
-    model: nn.Module  # whose other tensors take memory too
+    model: nn.Module  # whose other tensors count in memory
     serving: Serving
     target: Target  # some serve one format for all keys, and one for all values
     pin: Mapping[str, str] | None = None
@@ -182,7 +186,7 @@ def splits(held: Held, request: Request) -> list[CacheFormats]:
     entries = held.table.entries
     if request.target.caches_alike == LAYERS:
         held = replace(held, table=_tied(held.table))
-    joint_problem(held, request)  # pins that fit nothing are told as such
+    joint_problem(held, request)  # raises MpqError for pins that match nothing
     found: dict[CacheFormats, None] = {}
     doubts = DOUBTS if request.serving.memory is not None else DOUBTS[:1]
     for doubt in doubts:
@@ -200,13 +204,13 @@ def splits(held: Held, request: Request) -> list[CacheFormats]:
 
 
 def choose_cache(held: Held, request: Request, measurer: Measurer, measured: bool = True) -> CacheFormats:
-    """The cache of `splits` that harms calibration data least, with the weights that are left room for.
+    """The cache of `splits` with the least harm on calibration data, with weights for the remaining memory.
 
     Args:
-        held: the table kept to what the target can hold.
+        held: the table restricted to what the target supports.
         request: budgets, model and target.
         measurer: of the model.
-        measured: whether there is time to measure; otherwise the first.
+        measured: whether to measure; otherwise the first is taken.
 
     Raises:
         MpqError: budgets that cannot be met.
@@ -260,7 +264,7 @@ def _scaled(table: SensitivityTable, factor: float) -> SensitivityTable:
 
 
 def _forbidden(table: SensitivityTable, target: Target) -> Iterator[dict[str, tuple[str, ...]]]:
-    """What to forbid keys and values, one time for each choice of what they share; nothing where they share nothing."""
+    """Schemes to forbid for keys and values, for each choice of a shared format; nothing if they need not share one."""
     names = [name for name in table.schemes if parse_scheme(name).cached]
     if target.caches_alike != KINDS:
         yield {}

@@ -1,4 +1,4 @@
-"""Modules under their names of version 0.1: importing one says where it lives now. Removed with version 0.2."""
+"""Modules under their names of version 0.1: importing one warns with the new name. Removed in version 0.2."""
 
 import warnings
 from collections.abc import Sequence

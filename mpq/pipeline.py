@@ -66,9 +66,9 @@ class Outcome:
     accepted: Acceptance
     points: Mapping[int, Candidate]  # of the frontier, by index, measured on acceptance data
     seconds: float  # that the job took
-    max_kl: float | None = None  # the limit that was asked for
-    elsewhere: str = ""  # how the model is on text of another kind
-    serving: Serving | None = None  # the memory or bits of a cache that were asked for
+    max_kl: float | None = None  # the requested limit
+    elsewhere: str = ""  # quality on text of another kind
+    serving: Serving | None = None  # the requested memory or bits of the cache
     activations: LiveActivations | None = None  # None where they cannot be counted
 
     def words(self) -> tuple[str, ...]:
@@ -131,45 +131,46 @@ def quantize_model(
     Args:
         source: model and data.
         folder: made when missing; an interrupted profile in it is resumed.
-        bits: largest average of stored bits per weight, or
-        size: largest number of bytes of the file that the target writes, or text as "500MB", or
-        max_kl: largest measured KL divergence from the original, nats for a prediction: finds the smallest model.
-        memory: largest bytes of weights and of keys and values together, or text as "6GB", where `context` tokens of
-            each of `batch` texts are cached; alone or with `bits` or `size`.
+        bits: maximum average of stored bits per weight, or
+        size: maximum bytes of the file that the target writes, or text as "500MB", or
+        max_kl: maximum measured KL divergence from the original, nats per prediction: finds the smallest model.
+        memory: maximum bytes of weights and cached keys and values together, or text as "6GB", with `context` tokens of
+            each of `batch` texts cached; alone or with `bits` or `size`.
         context: tokens of a text, for the cache and for activations; left out, with `kv_bits` alone, all that the model
             takes, and for activations those of a sample.
-        batch: texts that are cached at once.
-        kv_bits: largest average of stored bits of a cached number, with any other budget, or alone: weights stay.
-        kv_formats: candidates of keys and values (`mpq.core.cache`); left out, what the target serves.
+        batch: number of texts cached at once.
+        kv_bits: maximum average of stored bits of a cached element, with any other budget, or alone with unchanged
+            weights.
+        kv_formats: candidates of keys and values (`mpq.core.cache`); by default those that the target supports.
         budgets: largest totals of other costs beside those: "bitops" of a sample, "latency" in seconds of `latencies`,
             "activations" in bytes that are live at once in a pass over `batch` texts of `context` tokens, or `batch`
             other samples (`mpq.network.live_activations`).
-        latencies: measured seconds of layers (`mpq bench`), for `batch` tokens at a time, and of attention to the
-            context where it was measured too.
-        formats: candidate schemes; left out, integers of 2 to 8 bits, or what the target holds.
-        target: who will run the model (`mpq.exporters.targets`): layers get only what it can hold, and the folder is
-            the one that it opens.
+        latencies: measured seconds of layers (`mpq bench`) for `batch` tokens, and of attention to the context if it
+            was measured.
+        formats: candidate schemes; by default integers of 2 to 8 bits, or those that the target supports.
+        target: program that will run the model (`mpq.exporters.targets`): layers get only schemes that it supports, and
+            the folder is one that it can open.
         metric: sensitivity metric.
         metric_options: the metric's own keyword arguments.
         method: rounding method, for profile and export alike.
-        table: a table made before, instead of profiling.
+        table: an existing table, instead of profiling.
         include: patterns of the layers to quantize.
-        exclude: patterns of layers to leave as they are.
+        exclude: patterns of layers to leave unquantized.
         pin: scheme by layer pattern.
         ties: whether fused layers share a scheme.
-        granularity: "layer", or "row" for mixes of formats within a layer (`mpq.sensitivity.profile.profile`); for
-            consumers that cannot hold them, layers stay whole. Left out, "row" for language models where the consumer
-            holds it, the metric scores it and `latencies` know it: there it keeps a fifth more at the same bytes, while
-            networks for images gain at the smallest sizes alone.
+        granularity: "layer", or "row" for mixes of formats within a layer (`mpq.sensitivity.profile.profile`), which is
+            reduced to "layer" for targets without mixes. The default is "row" for language models, if the target, the
+            metric and `latencies` support it: there rows reduce the divergence by a fifth or more at the same bytes,
+            while image networks gain only at the smallest sizes.
         effort: how much is measured before choosing: "fast", "normal" or "best" (`mpq.acceptance.accept`).
-        tuning_steps: of tuning the chosen allocation's scales against the original (`mpq.training.tuned_scales`); left
-            out, 0, 60 or 200 by effort.
+        tuning_steps: of tuning the chosen allocation's scales against the original (`mpq.training.tuned_scales`); by
+            default 0, 60 or 200 by effort.
         seed: of all random numbers.
         progress: show progress bars.
         trust: whether the checkpoint may import the factory that built the model, to load it back.
 
     Raises:
-        MpqError: anything asked for that cannot be had.
+        MpqError: invalid options, or a budget that cannot be met.
     """
     started = time.monotonic()
     check_effort(effort)
@@ -254,13 +255,13 @@ def quantize_model(
 
 
 def _granularity(asked: str | None, source: Source, target: Target, metric: str, latencies: LatencyTable | None) -> str:
-    """What is asked for as far as the target holds it; the default of `quantize_model` where nothing is."""
+    """The requested granularity if the target supports it; the default of `quantize_model` without a request."""
     if asked is None:
         timed = latencies is None or latencies.has_mixes
         by_rows = source.kind == "perplexity" and target.mixes and bool(METRICS.named(metric).rows) and timed
         return "row" if by_rows else "layer"
     if asked == "row" and not target.mixes:
-        log.warning("%s has one format a layer: layers stay whole", target.name)
+        log.warning("%s supports one format per layer: granularity 'layer' is used", target.name)
         return "layer"
     return asked
 
@@ -275,11 +276,11 @@ class Limits:
     budgets: Budgets
 
     def most(self, weights: int) -> float | None:
-        """Bytes of so many weights, or of the file, as far as they are limited."""
+        """The limit in bytes of this many weights, or of the file; None without a limit."""
         return self.size if self.bits is None else self.bits * weights / BITS_PER_BYTE
 
     def beside(self, cache: CacheFormats, serving: Serving) -> "Limits":
-        """The limits that are left beside a cache."""
+        """The limits that remain for the weights beside a cache."""
         if serving.memory is None:
             return self
         left = serving.memory - cache.nbytes(serving.context, serving.batch)
@@ -298,7 +299,7 @@ def _searched(
     pin: Mapping[str, str] | None,
     ties: bool,
 ) -> tuple[Frontier, float]:
-    """The frontier within the limits, and the bytes that its layers may take; infinite where a divergence limits."""
+    """The frontier within the limits, and the maximum bytes of its layers, infinite for a limit of divergence."""
     frontier = frontier_of(held.table, pin=pin, forbid=held.forbid, ties=ties, cache=cache)
     if limits.max_kl is not None:
         return frontier, math.inf
@@ -323,10 +324,10 @@ def _packed(source: Source, folder: Path, trust: bool) -> nn.Module:
 def _layer_budget(
     frontier: Frontier, sized: Callable[[Allocation], int], bits: float | None, size: float | None
 ) -> float:
-    """Bytes that the layers may take; of a size, what the other tensors and the file's header leave.
+    """Maximum bytes of the layers; a size also includes the other tensors and the file's header.
 
     Raises:
-        MpqError: a budget that is out of reach.
+        MpqError: a budget out of reach.
     """
     most = math.inf
     if bits is not None:

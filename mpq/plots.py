@@ -1,4 +1,4 @@
-"""Plots: each draws a small tuple of facts that tests compare."""
+"""Plots: each draws a small data structure, which tests compare."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from mpq.core.prediction import prediction_name, predicts_loss
 from mpq.core.scheme import parse_scheme
 from mpq.core.table import SensitivityTable
 
-POINTS = 1000  # of one curve: more cannot be seen
+POINTS = 1000  # of one curve: more are not visible
 COLORS = ("#1f5fa8", "#c2572b", "#3d8a5b", "#7a4fa0", "#8c7a2e", "#a83a5b")
 ERRORS = " +- 2 standard errors"
 MEASURED = "#7a4fa0"
@@ -33,7 +33,7 @@ class Mark(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """One frontier; `band` is two standard errors of its losses, zeros where they are exact or not known."""
+    """One frontier; `band` is two standard errors of its losses, 0 if exact or unknown."""
 
     name: str
     bits: NDArray[np.float64]
@@ -75,7 +75,9 @@ def frontier_facts(
             Mark(name, one.bits, one.provenance.get("measured_loss", one.loss)) for name, one in (chosen or {}).items()
         ),
         first.problem.metric if first else "",
-        tuple(points) if not first or predicts_loss(first.problem.metric) else (),  # a proxy's scale is its own
+        tuple(points)
+        if not first or predicts_loss(first.problem.metric)
+        else (),  # a proxy's scores are on another scale
     )
 
 
@@ -157,7 +159,7 @@ def _loss_label(metric: str, measured: bool) -> str:
 
 
 class LayerFacts(NamedTuple):
-    """Each layer's format: what the strip shows."""
+    """Data of the strip: each layer's format."""
 
     layers: tuple[str, ...]
     schemes: tuple[str, ...]
@@ -200,7 +202,7 @@ def scheme_colors(schemes: Iterable[str]) -> dict[str, Any]:
 
 
 def draw_table(table: SensitivityTable) -> Figure:
-    """Heat map of predicted losses, layers down and formats across; what cannot be had or costs nothing is white."""
+    """Heat map of predicted losses, layers down and formats across; missing and zero losses are white."""
     count = len(table.layers)
     figure = Figure(
         figsize=(0.55 * len(table.schemes) + 4.2, min(max(3.2, 0.2 * count + 1.6), 18.0)), layout="constrained"
@@ -252,7 +254,7 @@ def draw_predictions(predictions: Sequence[Prediction], metric: str = "") -> Fig
 
 
 def _plain(text: str) -> str:
-    """Text as it is: between two dollars matplotlib would set formulas."""
+    """Text with dollar signs escaped, between which matplotlib would typeset formulas."""
     return text.replace("$", r"\$")
 
 
@@ -280,12 +282,12 @@ def _cycle(colors: Sequence[str]) -> Iterable[str]:
 
 
 def _label_marks(axes: Axes, marks: Sequence[Mark]) -> None:
-    """Names beside the marks; a mark close to one that has a name goes without."""
+    """Labels beside the marks; a mark close to a labelled one gets none."""
     placed: list[tuple[float, float]] = []
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
-    for mark in sorted(marks, key=lambda mark: mark.loss):  # the best of a crowd is named
+    for mark in sorted(marks, key=lambda mark: mark.loss):  # of close marks the best is labelled
         x, y = axes.transData.transform((mark.bits, mark.loss))
         if all(abs(x - other_x) > 70 or abs(y - other_y) > 11 for other_x, other_y in placed):
             axes.annotate(

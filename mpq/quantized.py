@@ -42,17 +42,16 @@ def simulate(
     learned: bool = False,
     ranges: Ranges | None = None,
 ) -> nn.Module:
-    """A copy of the model whose layers hold the numbers of their schemes, in the model's own floating-point types.
+    """A copy of the model whose weights are rounded to their schemes, in the model's own floating-point types.
 
     Trainable, weights stay in full precision and are rounded to the scheme's grid, with the scales found at the start,
     whenever they are used; gradients pass rounding as if it were the identity (straight-through, arXiv 1308.3432).
-    With `learned`, scales are parameters too (LSQ, `mpq.rounding.learned`). `mpq.export` writes the numbers of such a
-    model as they are, without rounding them again. Otherwise the rounded weights simply replace the original ones: half
-    the memory, faster, same outputs. Activations are rounded on their way into a layer in both cases, with dynamic
-    scales; where `ranges` has a layer whose activations share one scale, with that static scale, as runtimes do.
-    Weights shared by several modules stay shared.
-    The method is a name or a rounder: a `RoundingStore` rounds each layer once for each scheme and keeps the result
-    for the next allocation.
+    With `learned`, scales are parameters too (LSQ, `mpq.rounding.learned`). `mpq.export` writes the values of such a
+    model without rounding them again. Otherwise the rounded weights simply replace the original ones: half the memory,
+    faster, same outputs. A layer's inputs are rounded in both cases, with dynamic scales, or with a static scale for
+    layers in `ranges` whose activations have one scale for the tensor, as in runtimes. Weights shared by several
+    modules stay shared. The method is a name or a rounder: a `RoundingStore` rounds each layer once for each scheme and
+    keeps the result for the next allocation.
 
     Raises:
         MpqError: the allocation's layers are not the model's, or a weight cannot be rounded (named).
@@ -80,7 +79,7 @@ def simulate(
 def simulate_rounded(
     model: nn.Module, layers: Iterable[tuple[Layer, Scheme, Tensor]], ranges: Ranges | None = None
 ) -> nn.Module:
-    """A copy of the model with these weight matrices, float32 (rows, cols), and inputs rounded as the schemes say."""
+    """A copy of the model with these weight matrices, float32 (rows, cols), and inputs rounded by the schemes."""
     simulated = copied(prepared(model))
     for layer, scheme, matrix in layers:
         modules = [simulated.get_submodule(name) for name in layer.names]
@@ -94,9 +93,9 @@ def simulate_rounded(
 def round_inputs(
     modules: Iterable[nn.Module], scheme: Scheme, span: Any = None
 ) -> list[torch.utils.hooks.RemovableHandle]:
-    """Round what modules are called with, but for indices, as a scheme says; the hooks.
+    """Round the inputs of modules, except indices, to a scheme's activation format; returns the hooks.
 
-    With `span`, the range of a layer's inputs, activations that share one scale have the static one.
+    With `span`, the range of a layer's inputs, activations with one scale for the tensor use a static scale.
     """
     if scheme.activation is None:
         return []
@@ -107,12 +106,12 @@ def round_inputs(
 
 
 def round_cache(model: nn.Module, cache: CacheFormats | None) -> list[torch.utils.hooks.RemovableHandle]:
-    """Round keys and values, straight-through, as the model caches them; the hooks. None leaves them as they are."""
+    """Round keys and values, straight-through, as the model caches them; returns the hooks. None: no rounding."""
     return [] if cache is None else change_cached(model, CacheRounding(cache))
 
 
 class CacheRounding:
-    """Rounds keys and values on their way into a cache."""
+    """Rounds keys and values before they are cached."""
 
     def __init__(self, cache: CacheFormats) -> None:
         self.cache, self.format_of = cache, cache.format_of
@@ -145,10 +144,10 @@ def pack_model(
 def put_packed(
     model: nn.Module, layer: Layer, scheme: Scheme, packed: Packed, dtype: torch.dtype | None = None
 ) -> None:
-    """Replace the modules of a layer, in place, by some that compute from the packed weight.
+    """Replace the modules of a layer, in place, by modules that compute from the packed weight.
 
-    A module with code of its own stays and computes with the packed weight, which behaves as a tensor; so does every
-    other holder of the weight. `dtype` is that of the numbers it gives; by default the original weight's.
+    Modules with a custom `forward` and other holders of the weight stay and use the packed weight, which behaves as a
+    tensor. `dtype` is the type of its dequantized values; by default the original weight's.
     """
     first = model.get_submodule(layer.name)
     original: Tensor = first.weight  # type: ignore[assignment]
@@ -169,7 +168,7 @@ def put_packed(
 
 
 def put_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put one module in another's place, wherever in the model that is."""
+    """Replace a module wherever it occurs in the model."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:
@@ -177,7 +176,7 @@ def put_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def holders(model: nn.Module, weight: Tensor) -> list[tuple[nn.Module, str]]:
-    """The modules that hold this very parameter, and under which name."""
+    """The modules that hold this parameter, and its name in each."""
     return [
         (module, name)
         for module in model.modules()
@@ -189,9 +188,9 @@ def holders(model: nn.Module, weight: Tensor) -> list[tuple[nn.Module, str]]:
 def fuse(model: nn.Module) -> nn.Module:
     """The packed model, changed in place: q/k/v and gate/up projections of one scheme are computed in one pass.
 
-    Lossless, and invisible but for the speed: names, state dict and outputs stay. Siblings whose formats differ, whose
-    rows do not fill whole panels of 64, or that have a scale for the whole tensor each, stay apart, as do all on a GPU.
-    Meant for self-attention: where q, k and v read different inputs, time would be lost.
+    Lossless: names, state dict and outputs do not change. Siblings with different formats, with rows that do not fill
+    whole panels of 64, or with separate tensor scales are not joined, nor are any on a GPU. For self-attention: if q, k
+    and v read different inputs, it is slower.
     """
     for parent in model.modules():
         for family in (family for families in FUSED.values() for family in families):
@@ -235,7 +234,7 @@ def checked_layers(model: nn.Module, allocation: Allocation) -> list[tuple[Layer
 class WeightRounding(nn.Module):
     """A parametrization: the weight on the grid of its first rounding, whose scales are fixed or learned.
 
-    Not `active`, it gives the weight as it is (`mpq.training.stages`).
+    If not `active`, the weight is returned unrounded (`mpq.training.stages`).
     """
 
     active = True
@@ -246,7 +245,7 @@ class WeightRounding(nn.Module):
         self.rounding = GridRounding(quantized, learned)
         weight: Tensor = owner.weight  # type: ignore[assignment]
         rounded = matrix_to_weight(dequantize(quantized), owner).to(weight.dtype)
-        with torch.no_grad():  # where a method chose another code than the nearest, the weight starts on that code
+        with torch.no_grad():  # if the method chose another code than the nearest, the weight starts on that code
             weight.copy_(torch.where(self(weight) == rounded, weight, rounded))
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One self-contained HTML file that tells a whole run: frontier, formats, sensitivities, predicted and measured."""
+"""One self-contained HTML report of a run: frontier, formats, sensitivities, predicted and measured loss."""
 
 import io
 import os
@@ -82,7 +82,7 @@ def write_report(
     settings: Mapping[str, object] | None = None,
     tokens: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Write the report, whole or not at all."""
+    """Write the report, atomically."""
     shown = frontier_facts({"searched frontier": frontier}, {"chosen": allocation}, points)
     parts = [
         f"<h1>{escape(title)}</h1>",
@@ -137,7 +137,7 @@ def _plain_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cache_table(allocation: Allocation) -> str:
-    """Keys and values with their formats; "" where they stay as they are."""
+    """Keys and values with their formats; "" if they are not quantized."""
     cache = allocation.cache
     if cache is None:
         return ""
@@ -167,7 +167,7 @@ def _layer_table(allocation: Allocation) -> str:
 
 
 def format_words(layer: Layer, scheme: Scheme) -> str:
-    """A scheme's name, and of a mix which share of the rows has which format."""
+    """A scheme's name, and for a mix the share of rows in each format."""
     if scheme.mix is None or not scheme.mix.assignment:
         return scheme.name
     counts = zip(scheme.mix.counts(layer.rows, layer.cols), scheme.mix.formats, strict=True)

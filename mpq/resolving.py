@@ -1,4 +1,4 @@
-"""An allocation that a target cannot hold, solved again from its table under the target's rules."""
+"""Solving an allocation again from its table under a target's rules, if the target does not support it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,25 +21,25 @@ TABLE = "table.csv"  # beside the allocation, in the folder of a whole job
 
 @dataclass(frozen=True, eq=False)
 class Resolved:
-    """An allocation in place of another, and why."""
+    """A replacement of an allocation, and its reason."""
 
     allocation: Allocation
     before: Allocation
-    why: str  # the other cannot be held
+    why: str  # the target's objection
     floats: int  # layers that the target keeps in floating point
 
     def sentence(self) -> str:
         """What was changed and why."""
         pairs = zip(self.before.schemes, self.allocation.schemes, strict=True)
         changed = sum(one != other for one, other in pairs)
-        kept = f", {self.floats} of them in floating point, which count beside the budget" if self.floats else ""
+        kept = f", {self.floats} of them in floating point, which do not count in the budget" if self.floats else ""
         return (
             f"{self.why}. Solved again from the table: {changed} of {len(self.allocation.layers)} layers have other "
             f"formats{kept}; {self.allocation.bits:.3f} bits instead of {self.before.bits:.3f}"
         )
 
     def measured(self, new: Quality, old: Quality) -> str:
-        """How both measure on unseen data."""
+        """Both allocations' quality on unseen data."""
         difference, error = new.harm_above(old)
         what = "loss" if new.divergence is None else "KL from the original"
         return (
@@ -59,19 +59,19 @@ def table_beside(allocation: Allocation, file: Path) -> SensitivityTable | None:
 def held_or_resolved(
     target: Target, allocation: Allocation, table: SensitivityTable | None, strict: bool = False
 ) -> Resolved | None:
-    """None where the target can hold an allocation; else the best that it can, of the same bytes, or the smallest.
+    """None if the target supports the allocation; else the best supported one of the same bytes, or the smallest.
 
-    Layers that the target must keep in floating point count beside the budget of the others.
+    Layers that the target must keep in floating point do not count in the budget of the others.
 
     Args:
-        target: who reads the files.
-        allocation: what was searched for somebody else.
+        target: program that reads the files.
+        allocation: searched for another target.
         table: of its layers; None where there is none.
         strict: whether to refuse instead.
 
     Raises:
         MpqError: the target's refusal, where it is strict or there is no table; a table of other layers, or
-            of formats that it cannot hold at all.
+            with no format that it supports.
     """
     try:
         check(target, allocation)
@@ -88,8 +88,8 @@ def held_or_resolved(
     held = restrict(table, target)
     if len(held.floats) == len(table.layers):
         raise MpqError(
-            f"{why}, and no layer in any format of its table: quantize with --for {target.name}, whose formats are the "
-            "candidates then"
+            f"{why}, nor any format of its table: quantize with --for {target.name}, whose formats are then the "
+            "candidates"
         )
     float_bytes = _bytes(held.floats, allocation, FLOAT)
     budget = allocation.size - _bytes(held.floats, allocation) + float_bytes

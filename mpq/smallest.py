@@ -1,4 +1,4 @@
-"""The smallest model whose measured divergence stays within a limit: the frontier is searched by measuring it."""
+"""The smallest model whose measured divergence is within a limit, found by measuring points of the frontier."""
 
 import logging
 import math
@@ -13,13 +13,13 @@ from mpq.measuring import Measurer
 log = logging.getLogger(__name__)
 
 MEASURES = 12  # points of the frontier that are measured in one search
-CLOSE = 0.005  # of the size: closer brackets are not narrowed
-ATTEMPTS = 3  # finished models: what polishing and tuning gain is spent on fewer bytes
+CLOSE = 0.005  # of the size: narrower brackets are not refined
+ATTEMPTS = 3  # finished models: gains of polishing and tuning are spent on fewer bytes
 SLACK = 0.95  # share of the limit that counts as used up
 
 
 def check_limit(limit: float, kind: str) -> None:
-    """MpqError when a divergence has no such limit, or models of this kind of quality have no divergence."""
+    """MpqError for an invalid limit, or a kind of quality without a divergence."""
     if not math.isfinite(limit) or limit <= 0:
         raise MpqError(f"invalid limit {limit:g} of the KL divergence: expected a number above 0, such as 0.05")
     if kind not in DIVERGE:
@@ -27,9 +27,9 @@ def check_limit(limit: float, kind: str) -> None:
 
 
 def within_limit(limit: float, accepted: float, measured: float) -> str:
-    """One sentence: whether the limit holds, on acceptance data and on the data that are reported."""
+    """One sentence: whether the limit holds, on acceptance data and on the report's data."""
     side = (
-        "within it too"
+        "within the limit too"
         if measured <= limit
         else f"above it: ask for about {limit * accepted / measured:.2g} to keep it"
     )
@@ -42,8 +42,8 @@ def within_limit(limit: float, accepted: float, measured: float) -> str:
 def smallest(frontier: Frontier, limit: float, measurer: Measurer, finish: Callable[[float], Acceptance]) -> Acceptance:
     """The finished choice of fewest bytes whose KL divergence from the original on acceptance data is within a limit.
 
-    The frontier's points are measured as they are rounded. What finishing (`finish`, of a size in bytes of the layers)
-    gains beyond that allows a larger limit for the next attempt.
+    The frontier's points are measured after rounding alone. If finishing (`finish`, for a size in bytes of the layers)
+    lowers the divergence further, the next attempt uses a larger limit.
 
     Raises:
         MpqError: the largest allocation diverges more.
@@ -81,9 +81,9 @@ def smallest(frontier: Frontier, limit: float, measurer: Measurer, finish: Calla
 
 
 def _first_within(frontier: Frontier, limit: float, divergence: Callable[[int], float]) -> int | None:
-    """The first point whose measured divergence is within the limit; None where the last point's is not.
+    """The first point whose measured divergence is within the limit; None if the last point's is not.
 
-    Regula falsi between a point that is not within and one that is: predicted losses tell where to measure next.
+    Regula falsi between a point outside and one inside; predicted losses determine where to measure next.
     """
     below, within = -1, len(frontier) - 1
     if divergence(within) > limit:

@@ -1,4 +1,4 @@
-"""What is told of a cache: its formats, and how many tokens a memory holds beside the weights."""
+"""Report of a cache: its formats, and how many tokens fit into a memory beside the weights."""
 
 from collections import Counter
 
@@ -12,11 +12,11 @@ from mpq.core.frontier import Frontier
 from mpq.core.layer import KEYS, VALUES
 from mpq.memory import Serving
 
-POINTS = 8  # of a frontier that are told
+POINTS = 8  # of a frontier in the table
 
 
 def in_words(allocation: Allocation, serving: Serving, file_size: int) -> tuple[str, ...]:
-    """Sentences on the cache: its formats, and where memory was the budget, how many tokens it holds."""
+    """Sentences on the cache: its formats and, for a memory budget, how many tokens fit."""
     cache = allocation.cache
     assert cache is not None
     kinds = {
@@ -27,8 +27,8 @@ def in_words(allocation: Allocation, serving: Serving, file_size: int) -> tuple[
         f"{kind} {', '.join(f'{count} x {name}' for name, count in counts.most_common())}"
         for kind, counts in kinds.items()
     )
-    said = f"Keys and values take {cache.bits:.4g} bits a number, {cache.token_bytes:,} bytes a token: {formats}. "
-    said += "Whatever was measured caches in these formats, the original in floating point."
+    said = f"Keys and values take {cache.bits:.4g} bits an element, {cache.token_bytes:,} bytes a token: {formats}. "
+    said += "All measured models cache in these formats, the original in floating point."
     return (said, tokens_within(allocation, serving, file_size)) if serving.memory is not None else (said,)
 
 
@@ -59,14 +59,14 @@ def _tokens(count: int) -> str:
 
 
 def tokens_beside(allocation: Allocation, serving: Serving) -> int:
-    """Tokens of each text that the memory holds beside an allocation's weights; -1 for any number."""
+    """Tokens of each text that fit into the memory beside an allocation's weights; -1: unlimited."""
     assert allocation.cache is not None
     assert serving.memory is not None
     return allocation.cache.tokens_in(max(serving.memory - allocation.total, 0.0), serving.batch)
 
 
 def tokens_table(frontier: Frontier, serving: Serving) -> list[tuple[str, ...]]:
-    """A heading, and points of a frontier of weights with the tokens that each leaves room for."""
+    """A heading, and points of a frontier of weights with the tokens that fit beside each."""
     texts = "a text" if serving.batch == 1 else f"each of {serving.batch} texts"
     rows: list[tuple[str, ...]] = [("bits per weight", "size", "predicted", f"tokens of {texts}")]
     for index in np.unique(np.linspace(0, len(frontier) - 1, POINTS).round().astype(int)).tolist():

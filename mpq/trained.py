@@ -19,7 +19,7 @@ def is_simulation(model: nn.Module) -> bool:
 
 
 def as_trained(model: nn.Module, allocation: Allocation, otherwise: Rounder) -> tuple[nn.Module, Rounder]:
-    """A trainable simulation for exporters: a plain model, and a rounder that gives the numbers it computes with.
+    """A trainable simulation for exporters: a plain model, and a rounder that returns its rounded weights.
 
     Args:
         model: a simulation; left as it is.
@@ -27,7 +27,7 @@ def as_trained(model: nn.Module, allocation: Allocation, otherwise: Rounder) -> 
         otherwise: rounds layers that were not simulated.
 
     Raises:
-        MpqError: a layer that the allocation leaves out or has in another scheme than it was trained in.
+        MpqError: a layer that the allocation lacks or has in another scheme than it was trained in.
     """
     roundings = {name: one for name, module in model.named_modules() if (one := rounding_of(module)) is not None}
     found: dict[str, Quantized] = {}

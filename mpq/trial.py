@@ -17,7 +17,7 @@ from mpq.rounding.store import Rounder
 
 
 class Trial:
-    """A copy of a model in the formats of one allocation at a time, for measuring; the original is left as it is."""
+    """A copy of a model in the formats of one allocation at a time, for measuring; the original is unchanged."""
 
     def __init__(self, original: nn.Module, rounder: Rounder) -> None:
         self.original, self.rounder = original, rounder
@@ -31,9 +31,9 @@ class Trial:
     def take_on(
         self, allocation: Allocation, means: Mapping[str, Tensor] | None = None, rounder: Rounder | None = None
     ) -> nn.Module:
-        """The copy, holding the allocation's weights, and these running means in place of the original's.
+        """The copy with the allocation's weights, and with these running means if given.
 
-        Another rounder takes the place of the trial's own for this time.
+        `rounder` replaces the trial's own for this call.
 
         Raises:
             MpqError: the allocation's layers are not the model's, or a weight cannot be rounded (named).

@@ -1,7 +1,7 @@
 """Mixes with assignments drawn at random, for tests."""
 
 from mpq.core.allocation import Allocation
-from mpq.core.assignment import dealt
+from mpq.core.assignment import random_assignment
 from mpq.core.formats import parse_format
 from mpq.core.mix import Mix, mix_of
 from mpq.network.layers import find_layers
@@ -10,11 +10,11 @@ INTEGERS = ("int2-g4", "int3-g4", "int4-g4")
 
 
 def random_mix(formats, rows, cols, seed=0) -> Mix:
-    """A mix half-way between the smallest and the largest of its formats, rows dealt out at random."""
+    """A mix half-way between the smallest and the largest of its formats, with a random assignment."""
     parsed = [parse_format(name) for name in formats]
     bits = sum(8 * parsed[place].nbytes(rows, cols) / (rows * cols) for place in (0, -1)) / 2
     mix = mix_of(parsed, bits + 1 / cols)
-    return dealt(mix, rows, cols, seed)
+    return random_assignment(mix, rows, cols, seed)
 
 
 def mixed_allocation(model, formats=INTEGERS) -> Allocation:

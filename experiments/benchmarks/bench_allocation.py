@@ -166,7 +166,7 @@ def contest(frontier: Frontier, bits: float, measurer: Measurer, efforts: Sequen
 
 
 def _reversed(frontier: Frontier, size: float) -> Choices:
-    """The frontier's choices dealt out in the opposite order of groups, made smaller from the end until they fit."""
+    """The frontier's choices in reversed order of groups, made smaller from the end until they fit."""
     problem = frontier.problem
     choices = np.asarray(frontier.choices[frontier.index_at(cost=size)], dtype=np.intp)[::-1].copy()
     costs, groups = problem.costs["size"], np.arange(len(choices))

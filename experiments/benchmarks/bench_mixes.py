@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from experiments.result import result
-from mpq.core.assignment import dealt
+from mpq.core.assignment import random_assignment
 from mpq.core.formats import parse_format
 from mpq.core.mix import mix_of
 from mpq.kernels.bench import BEYOND, CPU, placed
@@ -35,7 +35,7 @@ def weights(rows: int, cols: int, beyond: int) -> tuple[list[PackedWeight], list
     matrix = torch.randn(rows, cols, generator=seeded(0, rows, cols))
     formats = [parse_format(name) for name in PARTS]
     mix = mix_of(formats, parse_format(WHOLE).effective_bits())
-    mix = dealt(mix, rows, cols)
+    mix = random_assignment(mix, rows, cols)
     packed = [pack(mixed(mix, [quantize(matrix, format) for format in formats]))]
     packed.append(pack(quantize(matrix, parse_format(WHOLE))))
 

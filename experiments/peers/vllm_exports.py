@@ -19,7 +19,7 @@ from experiments.in_turn import in_turn
 from experiments.models import reference_models
 from experiments.peers.served import compared, served, simulated
 from mpq.core.allocation import Allocation
-from mpq.core.assignment import dealt
+from mpq.core.assignment import random_assignment
 from mpq.core.formats import parse_format
 from mpq.core.mix import mix_of
 from mpq.exporters import export
@@ -44,9 +44,9 @@ def mixed(model: nn.Module, schemes: tuple[str, ...], floats: bool) -> Allocatio
 
 
 def by_rows(model: nn.Module, schemes: tuple[str, ...], bits: float = 3.25) -> Allocation:
-    """Every layer a mix of the formats, its rows dealt out at random."""
+    """Every layer a mix of the formats, with a random assignment."""
     layers, mix = find_layers(model), mix_of([parse_format(name) for name in schemes], bits)
-    assignments = {layer.name: dealt(mix, layer.rows, layer.cols).assignment for layer in layers}
+    assignments = {layer.name: random_assignment(mix, layer.rows, layer.cols).assignment for layer in layers}
     return Allocation(layers, (mix.name,) * len(layers), assignments=assignments)
 
 

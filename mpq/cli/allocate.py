@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
     allocate = command("allocate", run, "choose formats under a budget, from a table")
-    allocate.add_argument("table", help="what 'mpq profile' wrote")
+    allocate.add_argument("table", help="table that 'mpq profile' wrote")
     budget_options(allocate, loss=True, required=False)
     memory_options(allocate)
     choice_options(allocate)
@@ -43,8 +43,8 @@ def add(command: AddCommand) -> None:
     target_option(allocate)
     allocate.add_argument(
         "--emit", metavar="TOOL[=FILE]",
-        help="write the allocation as another quantizer takes it, keeping to its formats: modelopt, llm-compressor, "
-        "autoround, gptqmodel, llama-quantize or mlx; printed where no file is named",
+        help="write a configuration for another quantizer, in formats that it supports: modelopt, llm-compressor, "
+        "autoround, gptqmodel, llama-quantize or mlx; printed without a file name",
     )  # fmt: skip
     allocate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     allocate.add_argument("-o", "--output", type=output_name, help="allocation to write, a .json file")
@@ -129,7 +129,7 @@ def _live(options: argparse.Namespace, table: "SensitivityTable") -> "LiveActiva
 
 
 def _evolving(options: argparse.Namespace, table: "SensitivityTable") -> dict[str, Any]:
-    """Evolution's options besides the problem: the model, to measure allocations on."""
+    """Options of evolution besides the problem: the model on which it measures allocations."""
     from mpq.measuring import measuring
 
     source = _source(options, table)

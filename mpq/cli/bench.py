@@ -1,4 +1,4 @@
-"""`mpq bench`: packed layers, timed."""
+"""`mpq bench`: time packed layers and attention."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -18,24 +18,28 @@ def add(command: AddCommand) -> None:
     bench.add_argument(
         "--formats",
         default="int2-g128,int3-g128,int4-g128,int2-g128/int4-g128@3.125,int8-channel,mxfp4,nvfp4,nf4-g64",
-        help="separated by commas; a mix of rows as int2-g128/int4-g128@3.125",
+        help="formats, comma-separated; a mix by rows is written int2-g128/int4-g128@3.125",
     )
-    bench.add_argument("--shapes", default="4096x4096", help="rows x columns of layers (default: 4096x4096)")
-    bench.add_argument("--batches", default="1,16", help="tokens at a time, one of each text (default: 1,16)")
     bench.add_argument(
-        "--attention", metavar="SHAPES", help="also time attention, by heads x key heads x width, as 32x8x128"
+        "--shapes", default="4096x4096", help="rows x columns of layers, comma-separated (default: 4096x4096)"
     )
-    bench.add_argument("--contexts", default="4096", help="tokens that attention sees (default: 4096)")
-    bench.add_argument("--kv-formats", help="of keys and values (default: all candidates of a search)")
-    bench.add_argument("--repeats", type=int, default=30, help="timed calls of each")
+    bench.add_argument("--batches", default="1,16", help="batch sizes in tokens, comma-separated (default: 1,16)")
+    bench.add_argument(
+        "--attention", metavar="SHAPES", help="also time attention with heads x key heads x width, e.g. 32x8x128"
+    )
+    bench.add_argument(
+        "--contexts", default="4096", help="context lengths of attention, comma-separated (default: 4096)"
+    )
+    bench.add_argument("--kv-formats", help="formats of keys and values (default: all candidates of a search)")
+    bench.add_argument("--repeats", type=int, default=30, help="timed calls of each kernel")
     bench.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     bench.add_argument(
         "--inputs",
         choices=("float32", "bfloat16", "float16"),
-        help="type of what comes in (default: float32; on a GPU bfloat16)",
+        help="type of the layers' inputs (default: float32; on a GPU bfloat16)",
     )
-    bench.add_argument("--tune", action="store_true", help="on a GPU: choose blocks by timing first, and keep them")
-    bench.add_argument("--list", action="store_true", help="say which kernels the device runs, and stop")
+    bench.add_argument("--tune", action="store_true", help="GPU: first tune and store the kernels' block sizes")
+    bench.add_argument("--list", action="store_true", help="print the kernels of the device and exit")
     bench.add_argument(
         "-o", "--output", type=output_name, help="latency table to write, a .json file for 'mpq allocate --latency'"
     )
@@ -57,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
         sizes = [(rows, cols) for rows, cols in shapes]
     except ValueError as error:
         raise MpqError(
-            f"shapes are written 4096x4096,..., batches 1,16,...: not {options.shapes}, {options.batches}"
+            f"invalid shapes {options.shapes!r} or batches {options.batches!r}: expected e.g. 4096x4096 and 1,16"
         ) from error
     schemes = options.formats.split(",")
     if options.tune:
@@ -79,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _attention(options: argparse.Namespace, batches: list[int], device: "torch.device") -> "list[AttentionTiming]":
-    """Time attention, and print it."""
+    """Time attention and print the results."""
     from mpq.core.cache import CACHE_FORMATS
     from mpq.kernels.bench_attention import measure_attention
 
@@ -89,7 +93,7 @@ def _attention(options: argparse.Namespace, batches: list[int], device: "torch.d
         contexts = [int(context) for context in options.contexts.split(",")]
     except ValueError as error:
         raise MpqError(
-            f"attention is written 32x8x128,..., contexts 4096,...: not {options.attention}, {options.contexts}"
+            f"invalid attention {options.attention!r} or contexts {options.contexts!r}: expected e.g. 32x8x128 and 4096"
         ) from error
     formats = kv_formats_of(options) or CACHE_FORMATS
     timings = list(measure_attention(heads, contexts, batches, formats, repeats=options.repeats, device=device))
@@ -108,7 +112,7 @@ def _microseconds(seconds: float) -> str:
 
 def _tune(schemes: list[str], sizes: list[tuple[int, int]], batches: list[int], device: "torch.device") -> None:
     if device.type != "cuda":
-        raise MpqError("--tune chooses blocks of the GPU kernels: it needs --device cuda")
+        raise MpqError("--tune is for GPU kernels: add --device cuda")
     try:
         from mpq.kernels.gpu.triton.tune import tune
     except ImportError:

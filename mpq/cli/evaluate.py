@@ -1,4 +1,4 @@
-"""`mpq eval`: a packed model, measured."""
+"""`mpq eval`: measure a packed model."""
 
 import argparse
 from dataclasses import asdict
@@ -10,24 +10,22 @@ from mpq.cli.say import say, say_json
 def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
     evaluate = command("eval", run, "load a packed model and measure it")
-    evaluate.add_argument("folder", help="what 'mpq quantize', 'mpq export' or another quantizer wrote")
+    evaluate.add_argument("folder", help="folder that 'mpq quantize', 'mpq export' or another quantizer wrote")
     data_options(evaluate)
     evaluate.add_argument(
         "--reproducible", type=int, nargs="?", const=16, default=0, metavar="TOKENS",
-        help="also: how far a language model's answers of so many tokens (16) depend on batch size, padding and "
-        "threads, computed in bfloat16, by LayerCast and in float32",
+        help="also measure how much greedy answers of TOKENS tokens (default: 16) depend on batch size, padding and "
+        "threads, in bfloat16, LayerCast and float32",
     )  # fmt: skip
     evaluate.add_argument(
         "--tasks", metavar="NAMES",
-        help="instead: tasks of lm-evaluation-harness, names or .yaml files of your own, separated by commas",
+        help="run tasks of lm-evaluation-harness instead: names or .yaml files, comma-separated",
     )  # fmt: skip
-    evaluate.add_argument(
-        "--fewshot", type=int, help="for --tasks: examples before a question (default: the task's own)"
-    )
+    evaluate.add_argument("--fewshot", type=int, help="for --tasks: few-shot examples (default: the task's own number)")
     evaluate.add_argument("--limit", type=int, help="for --tasks: questions of each task (default: all)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     evaluate.add_argument(
-        "--trust", action="store_true", help="let the folder import factories and loaders that it names"
+        "--trust", action="store_true", help="allow the folder to import the factories and loaders that it names"
     )
 
 

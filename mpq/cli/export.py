@@ -1,4 +1,4 @@
-"""`mpq export`: packed weights of an allocation."""
+"""`mpq export`: write the packed weights of an allocation."""
 
 import argparse
 from pathlib import Path
@@ -12,13 +12,20 @@ def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
     export = command("export", run, "write the packed weights of an allocation")
     model_options(export)
-    export.add_argument("allocation", help="what 'mpq allocate' wrote")
+    export.add_argument("allocation", help="allocation that 'mpq allocate' wrote")
     export.add_argument("--method", help="rounding method (default: the one that the allocation was searched for)")
-    export.add_argument("--to", default="mpq", help="mpq (default), compressed-tensors, gguf, ...")
-    export.add_argument("--table", help="the allocation's table, to solve again for --to (default: the one beside it)")
-    export.add_argument("--strict", action="store_true", help="refuse what --to cannot hold, instead of solving again")
+    export.add_argument("--to", default="mpq", help="target: mpq (default), compressed-tensors, gguf, ...")
     export.add_argument(
-        "--no-measure", action="store_true", help="leave the quality unmeasured, but for what is solved again"
+        "--table",
+        help="the allocation's table, for solving again with the target's formats (default: the one in its folder)",
+    )
+    export.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail on schemes that the target does not support, instead of solving again",
+    )
+    export.add_argument(
+        "--no-measure", action="store_true", help="do not measure quality, unless the allocation is solved again"
     )
     export.add_argument("--force", action="store_true", help="overwrite a result of other settings")
     export.add_argument("-o", "--output", type=output_name, required=True, help="folder to write")

@@ -9,8 +9,8 @@ from mpq.cli.options import AddCommand, print_table
 
 def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
-    formats = command("formats", run, "list number formats, or tell all of one")
-    formats.add_argument("names", nargs="*", help="formats to tell the whole grid of")
+    formats = command("formats", run, "list number formats, or describe some of them")
+    formats.add_argument("names", nargs="*", help="formats whose values to print")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -37,5 +37,5 @@ def run(options: argparse.Namespace) -> None:
         rows.append((name, bits, format.grid.name, scale, minimum, shared[format.granularity], f"{low:g} to {high:g}"))
     print_table(rows)
     grammar = "GRID[-tensor|-channel|-gN][-asym][-sSCALE][-mMINIMUM][-bN][-ts]"
-    print(f"\n{grammar}; bits are those of a 4096 x 4096 matrix, scales counted")
-    print("FORMAT/FORMAT/...@BITS: each row in one of these formats, so many stored bits a weight on average")
+    print(f"\n{grammar}; bits per weight of a 4096 x 4096 matrix, scales included")
+    print("FORMAT/FORMAT/...@BITS: a mix, each row in one of these formats, at this average of stored bits per weight")

@@ -10,16 +10,16 @@ from mpq.core.errors import MpqError
 def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
     generate = command("generate", run, "continue a prompt with a packed language model")
-    generate.add_argument("folder", help="what 'mpq quantize', 'mpq export' or another quantizer wrote")
+    generate.add_argument("folder", help="folder that 'mpq quantize', 'mpq export' or another quantizer wrote")
     generate.add_argument("--prompt", required=True, help="text to continue")
-    generate.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
-    generate.add_argument("--seed", type=int, default=0, help="of the random choices, where --temperature is above 0")
+    generate.add_argument("--max-new-tokens", type=int, default=64, help="tokens to generate")
+    generate.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 (default): greedy")
+    generate.add_argument("--seed", type=int, default=0, help="seed of sampling")
     generate.add_argument(
-        "--kv-cache", metavar="FORMAT", help="cache keys and values in this format, such as int8-token or int4-g32-asym"
+        "--kv-cache", metavar="FORMAT", help="format of cached keys and values, e.g. int8-token or int4-g32-asym"
     )
     generate.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
-    generate.add_argument("--trust", action="store_true", help="let the folder import a factory that it names")
+    generate.add_argument("--trust", action="store_true", help="allow the folder to import the factory that it names")
     generate.add_argument("--compare", action="store_true", help="also time the original model in bfloat16")
 
 

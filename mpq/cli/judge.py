@@ -1,4 +1,4 @@
-"""`mpq judge`: metrics against measured loss."""
+"""`mpq judge`: rank metrics by agreement with measured loss."""
 
 import argparse
 from typing import Any
@@ -22,17 +22,17 @@ def add(command: AddCommand) -> None:
     judge = command("judge", run, "measure how well each metric predicts the true loss of a model")
     model_options(judge)
     profile_options(judge, metric=False)
-    judge.add_argument("--metrics", default="fisher,output,hessian", help="metrics to judge, separated by commas")
-    judge.add_argument("--budgets", default="2.5,3,4", help="average bits, separated by commas")
+    judge.add_argument("--metrics", default="fisher,output,hessian", help="metrics to judge, comma-separated")
+    judge.add_argument("--budgets", default="2.5,3,4", help="budgets in average bits, comma-separated")
     judge.add_argument("--count", type=int, default=40, help="random allocations at each budget (default: 40)")
     judge.add_argument(
         "--config", nargs="+", metavar="FILE",
-        help="instead, measure allocations that other tools made beside ours of the same size: configurations of "
-        "modelopt, llm-compressor, autoround, gptqmodel, llama-quantize or mlx (TOOL=FILE where it is not recognized), "
-        "config.json of a quantized checkpoint, .gguf files, or allocation.json",
+        help="instead compare allocations of other tools with ours of the same size: configurations of "
+        "modelopt, llm-compressor, autoround, gptqmodel, llama-quantize or mlx (TOOL=FILE if not recognized), "
+        "config.json of a quantized checkpoint, .gguf files or allocation.json",
     )  # fmt: skip
-    judge.add_argument("--table", help="for --config: a table made before, instead of profiling")
-    judge.add_argument("--effort", default="fast", help="for --config: how much is measured to choose ours")
+    judge.add_argument("--table", help="for --config: an existing table, instead of profiling")
+    judge.add_argument("--effort", default="fast", help="for --config: how much to measure in choosing ours")
     judge.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     judge.add_argument(
         "-o", "--output", type=output_name, default="judge.png", help="picture to write (default: judge.png)"

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mpq: {error}", file=sys.stderr)
         return EXIT_MISTAKE
     except KeyboardInterrupt:
-        print("mpq: interrupted; the same command goes on from what is done", file=sys.stderr)
+        print("mpq: interrupted; run the same command to resume", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
@@ -81,7 +81,7 @@ def grammar() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         prog="mpq", description="Find each layer's number format, see the whole frontier, write packed weights."
     )
     top.add_argument("--version", action="version", version=f"mpq {__version__}")
-    top.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice: all")
+    top.add_argument("-v", "--verbose", action="count", default=0, help="log more; twice: everything")
     top.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors (and --json)")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     command = adding_to(commands)

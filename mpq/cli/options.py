@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they stand for."""
+"""Options that several commands share, and their parsed values."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Help that names the default of every option that has one and does not say so itself."""
+    """Help that adds the default of every option whose text does not name it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
@@ -32,7 +32,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def adding_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> AddCommand:
-    """A function that adds a command with its text to these."""
+    """A function that adds a command with its description to these."""
 
     def command(name: str, run: Run, text: str) -> argparse.ArgumentParser:
         parser = commands.add_parser(name, help=text, description=text, formatter_class=Help)
@@ -49,10 +49,10 @@ def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     parser.add_argument(
         "model",
         nargs=None if required else "?",
-        help="tiny-lm, tiny-cnn, a Hugging Face folder or id, timm:NAME, package.module:factory",
+        help="model: tiny-lm, tiny-cnn, a Hugging Face folder or id, timm:NAME, package.module:factory",
     )
     data_options(parser)
-    parser.add_argument("--trust", action="store_true", help="let a checkpoint import the model's own factory")
+    parser.add_argument("--trust", action="store_true", help="allow a checkpoint to import the model's own factory")
 
 
 def data_options(parser: argparse.ArgumentParser) -> None:
@@ -60,61 +60,69 @@ def data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", help="data: a file, datasets:ID, package.module:loader (default: the model's own)")
     parser.add_argument("--nsamples", type=int, default=128, help="calibration samples (default: 128)")
     parser.add_argument(
-        "--eval-samples", type=int, help="samples to measure on (default: a quarter of --nsamples texts, or 4x images)"
+        "--eval-samples", type=int, help="evaluation samples (default: --nsamples / 4 texts, or 4 x --nsamples images)"
     )
     parser.add_argument("--seqlen", type=int, help="tokens of a sample (default: 256, or the model's context)")
-    parser.add_argument("--batch-size", type=int, help="samples in a batch (default: 16, fewer for large vocabularies)")
+    parser.add_argument("--batch-size", type=int, help="samples per batch (default: 16, fewer for large vocabularies)")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
 
 
 def profile_options(parser: argparse.ArgumentParser, *, metric: bool = True) -> None:
     """Options of a sensitivity table."""
-    parser.add_argument("--formats", help="candidates, separated by commas (default: integers of 2 to 8 bits)")
+    parser.add_argument("--formats", help="candidate formats, comma-separated (default: integers of 2 to 8 bits)")
     if metric:
         parser.add_argument("--metric", help=f"sensitivity metric, see below (default: {DEFAULT_METRIC})")
         parser.epilog = f"metrics:\n{METRICS.help()}\n\nrounding methods:\n{METHODS.help()}"
         parser.add_argument(
             "--metric-option", action="append", default=[], metavar="KEY=VALUE",
-            help="an option of the metric, as backend=pyhessian for hessian",
+            help="option of the metric, e.g. backend=pyhessian for hessian",
         )  # fmt: skip
         parser.add_argument(
             "--granularity", choices=GRANULARITIES,
-            help="what has one format: layer, or row, for mixes of formats within a layer (default: layer; of "
-            "quantize, row for language models where the target holds it)",
+            help="unit that takes one format: layer, or row for mixes within a layer (default: layer; for "
+            "quantize, row for language models if the target supports it)",
         )  # fmt: skip
     parser.add_argument("--method", default=DEFAULT_METHOD, help=f"rounding method (default: {DEFAULT_METHOD})")
-    parser.add_argument("--include", action="append", help="layer pattern: a glob, or re:REGEX (default: all)")
-    parser.add_argument("--exclude", action="append", default=[], help="layer pattern to leave as it is")
+    parser.add_argument(
+        "--include", action="append", help="pattern of layers to quantize: a glob, or re:REGEX (default: all)"
+    )
+    parser.add_argument("--exclude", action="append", default=[], help="pattern of layers to leave unquantized")
 
 
 def budget_options(
     parser: argparse.ArgumentParser, *, loss: bool = False, divergence: bool = False, required: bool = True
 ) -> None:
-    """One budget; or the quality that is to be kept: a predicted loss, a measured divergence."""
+    """One budget, or a bound on quality: a predicted loss or a measured divergence."""
     budget = parser.add_mutually_exclusive_group(required=required)
-    budget.add_argument("--bits", type=float, help="largest average bits per weight, scales counted")
-    budget.add_argument("--size", type=size_of, help="largest file of weights that the target writes, as 500MB")
+    budget.add_argument("--bits", type=float, help="maximum average bits per weight, scales included")
+    budget.add_argument("--size", type=size_of, help="maximum size of the weights' file for the target, e.g. 500MB")
     if loss:
-        budget.add_argument("--loss", type=float, help="largest predicted loss increase: finds the smallest model")
+        budget.add_argument("--loss", type=float, help="maximum predicted loss increase: finds the smallest model")
     if divergence:
         budget.add_argument(
             "--max-kl", type=float, metavar="KL",
-            help="largest measured KL divergence from the original: finds the smallest model",
+            help="maximum measured KL divergence from the original: finds the smallest model",
         )  # fmt: skip
 
 
 def memory_options(parser: argparse.ArgumentParser) -> None:
     """Weights and cache in one budget."""
-    parser.add_argument("--memory", type=size_of, help="largest memory of weights and cache together, as 6GB")
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="tokens of a text that are cached, for --memory")
-    parser.add_argument("--kv-bits", type=float, metavar="BITS", help="largest average bits of keys and values")
+    parser.add_argument(
+        "--memory", type=size_of, help="maximum memory of weights and key-value cache together, e.g. 6GB"
+    )
+    parser.add_argument(
+        "--context", type=int, metavar="TOKENS", help="cached tokens of each text, for --memory and --kv-bits"
+    )
+    parser.add_argument("--kv-bits", type=float, metavar="BITS", help="maximum average bits of cached keys and values")
 
 
 def kv_formats_option(parser: argparse.ArgumentParser) -> None:
     """Formats of a cache."""
     parser.add_argument(
-        "--kv-formats", metavar="FORMATS", help="candidates of keys and values, separated by commas, as int4-g32-asym"
+        "--kv-formats",
+        metavar="FORMATS",
+        help="candidate formats of keys and values, comma-separated, e.g. int4-g32-asym",
     )
 
 
@@ -128,7 +136,7 @@ def kv_formats_of(options: argparse.Namespace) -> tuple[str, ...] | None:
 
 def target_option(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """The option of the target."""
-    told = "who will run it: vllm, llama.cpp, ...: layers get only what it can hold"
+    told = "program that will run the model: vllm, llama.cpp, ...; limits schemes to those it supports"
     parser.add_argument("--for", "--target", dest="target", default=default, metavar="TARGET", help=told)
     parser.epilog = f"{parser.epilog or ''}\n\ntargets:\n{TARGETS.help()}".strip()
 
@@ -140,9 +148,9 @@ def further_budgets(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="COST=NUMBER",
-        help="another budget: bitops=2e9, latency=0.01, activations=500MB (live at once, for --batch and --context)",
+        help="further budget: bitops=2e9, latency=0.01, activations=500MB (live at once, for --batch and --context)",
     )
-    parser.add_argument("--latency", help="what 'mpq bench -o' wrote: adds the cost latency, in seconds")
+    parser.add_argument("--latency", help="table that 'mpq bench -o' wrote: adds the cost latency, in seconds")
 
 
 def budgets_of(options: argparse.Namespace) -> dict[str, float]:
@@ -164,26 +172,32 @@ def search_options(parser: argparse.ArgumentParser) -> None:
     """Options of a search."""
     further_budgets(parser)
     parser.add_argument(
-        "--batch", type=int, default=1, help="tokens at a time, for --latency; texts, for --memory (default: 1)"
+        "--batch", type=int, default=1, help="batch size: tokens for --latency, texts for --memory (default: 1)"
     )
-    parser.add_argument("--by", default=None, help="search: exact (default), integer (several budgets), ...")
-    parser.add_argument("--interactions", help="for --by pairwise: a file of losses of pairs (Interactions.save)")
-    parser.add_argument("--model", help="for --by evolution, --budget activations=: the model (default: the table's)")
-    parser.add_argument("--trust", action="store_true", help="let the table import a factory or loader that it names")
-    parser.add_argument("--dataset", help="for --by evolution: its data (default: the table's)")
-    parser.add_argument("--trials", type=int, default=100, help="for --by evolution: evaluations (default: 100)")
+    parser.add_argument("--by", default=None, help="search method: exact (default), integer (several budgets), ...")
+    parser.add_argument("--interactions", help="for --by pairwise: file of pairwise losses (Interactions.save)")
+    parser.add_argument(
+        "--model", help="for --by evolution, --budget activations=: model to measure (default: the table's)"
+    )
+    parser.add_argument(
+        "--trust", action="store_true", help="allow the table to import the factory or loader that it names"
+    )
+    parser.add_argument("--dataset", help="for --by evolution: data of the model (default: the table's)")
+    parser.add_argument(
+        "--trials", type=int, default=100, help="for --by evolution: number of evaluations (default: 100)"
+    )
     parser.add_argument("--storage", help="for --by evolution: journal file or database that workers share")
-    parser.add_argument("--study", default="mpq", help="for --by evolution: name in the storage")
+    parser.add_argument("--study", default="mpq", help="for --by evolution: name of the study in the storage")
     parser.add_argument(
         "--sampler", choices=("switch", "nsga2", "nsga3", "tpe", "random"),
-        help="for --by evolution: level switches (default), or a sampler of Optuna's",
+        help="for --by evolution: switch (default: move single layers between formats), or a sampler of Optuna",
     )  # fmt: skip
     parser.add_argument(
         "--measure-frontier", action="store_true",
-        help="for --by evolution: lower loss and size together, for a frontier of measured points (nsga2 by default)",
+        help="for --by evolution: minimize loss and size together; gives a measured frontier (nsga2 by default)",
     )  # fmt: skip
     parser.add_argument(
-        "--resume", action="store_true", help="for --by evolution: go on with a study in the storage, never begin one"
+        "--resume", action="store_true", help="for --by evolution: resume a study in the storage; fail if there is none"
     )
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
 
@@ -236,7 +250,7 @@ def source_of(options: argparse.Namespace, stay: bool = False) -> "Source":
 
 
 def profiling_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `profile`; whatever the options alone can get wrong is said here, before a model is read."""
+    """Keyword arguments of `profile`; errors in the options are raised here, before a model is read."""
     formats = tuple(filter(None, options.formats.split(","))) if options.formats is not None else None
     for name in formats or ():
         parse_scheme(name)

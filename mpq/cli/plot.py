@@ -1,4 +1,4 @@
-"""`mpq plot`: pictures of frontiers."""
+"""`mpq plot`: plot frontiers."""
 
 import argparse
 from pathlib import Path
@@ -9,8 +9,10 @@ from mpq.core.errors import MpqError
 
 def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
-    plot = command("plot", run, "draw the frontiers of tables, output folders or frontier files, measured ones too")
-    plot.add_argument("runs", nargs="+", help="tables, what --frontier wrote, or folders that 'mpq quantize' wrote")
+    plot = command("plot", run, "plot the frontiers of tables, output folders or frontier files")
+    plot.add_argument(
+        "runs", nargs="+", help="tables, files that --frontier wrote, or folders that 'mpq quantize' wrote"
+    )
     plot.add_argument(
         "-o", "--output", default="frontier.png", help="picture: .png, .svg or .pdf (default: frontier.png)"
     )
@@ -28,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
 
     suffix = Path(options.output).suffix.lower()
     if suffix not in (".png", ".svg", ".pdf"):
-        raise MpqError(f"the picture {options.output} ends in {suffix or 'nothing'!r}: expected .png, .svg or .pdf")
+        raise MpqError(f"invalid picture name {options.output!r}: expected the ending .png, .svg or .pdf")
     frontiers: dict[str, Frontier | SavedFrontier] = {}
     chosen: dict[str, Allocation] = {}
     for run in options.runs:

@@ -17,7 +17,7 @@ from mpq.cli.say import coverage_line, say
 
 def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
-    profile = command("profile", run, "measure how much each layer suffers in each format")
+    profile = command("profile", run, "measure each layer's sensitivity to each format")
     model_options(profile)
     profile_options(profile)
     kv_formats_option(profile)

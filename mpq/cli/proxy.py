@@ -1,4 +1,4 @@
-"""`mpq proxy`: training-free scores, measured, evolved and judged."""
+"""`mpq proxy`: build benchmarks of training-free scores, evolve and judge scores."""
 
 import argparse
 
@@ -7,9 +7,9 @@ from mpq.cli.options import AddCommand, adding_to, model_options, output_name, p
 
 def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
-    family = command("proxy", run, "training-free scores: measure a benchmark, evolve, judge")
+    family = command("proxy", run, "training-free scores: build a benchmark, evolve, judge")
     proxy = adding_to(family.add_subparsers(metavar="WHAT", required=True, help="one of:"))
-    bench = proxy("bench", _proxy_bench, "measure random configurations of a model: the truth for proxies")
+    bench = proxy("bench", _proxy_bench, "measure random configurations of a model, as the benchmark of proxies")
     model_options(bench)
     bench.add_argument("-n", "--rows", type=int, default=425, help="configurations (default: 425)")
     bench.add_argument("--pin", action="append", default=[], metavar="LAYERS=FORMAT", help="fix layers to a format")
@@ -17,8 +17,8 @@ def add(command: AddCommand) -> None:
 
     evolve = proxy("evolve", _proxy_evolve, "evolve a training-free score on one half of a benchmark")
     model_options(evolve)
-    evolve.add_argument("benchmark", help="what 'mpq proxy bench' wrote")
-    evolve.add_argument("--population", type=int, default=50, help="formulas alive at a time")
+    evolve.add_argument("benchmark", help="benchmark that 'mpq proxy bench' wrote")
+    evolve.add_argument("--population", type=int, default=50, help="population size")
     evolve.add_argument("--generations", type=int, default=1000, help="generations")
     evolve.add_argument(
         "-o", "--output", type=output_name, required=True, help="folder to write; a stopped run in it is resumed"
@@ -26,7 +26,7 @@ def add(command: AddCommand) -> None:
 
     show = proxy("show", _proxy_show, "how proxies rank a benchmark's configurations")
     model_options(show)
-    show.add_argument("benchmark", help="what 'mpq proxy bench' wrote")
+    show.add_argument("benchmark", help="benchmark that 'mpq proxy bench' wrote")
     show.add_argument("proxies", nargs="*", help="names or formulas (default: all known ones)")
 
 

@@ -34,19 +34,19 @@ def add(command: AddCommand) -> None:
     kv_formats_option(quantize)
     further_budgets(quantize)
     quantize.add_argument(
-        "--batch", type=int, default=1, help="texts that are cached at once, tokens at a time (default: 1)"
+        "--batch", type=int, default=1, help="batch size: tokens for --latency, texts for --memory (default: 1)"
     )
     choice_options(quantize)
     target_option(quantize, "mpq")
     quantize.add_argument(
-        "--effort", default="normal", help="how much is measured before choosing: fast, normal (default) or best"
+        "--effort", default="normal", help="how much to measure before choosing: fast, normal (default) or best"
     )
     quantize.add_argument(
         "--tuning-steps", type=int, metavar="N",
-        help="steps of tuning scales against the original model; left out, 0, 60 or 200 by effort",
+        help="steps of tuning scales against the original model (default: 0, 60 or 200 by effort)",
     )  # fmt: skip
-    quantize.add_argument("--table", help="a table made before, instead of profiling")
-    quantize.add_argument("--recipe", help="options from a file, such as recipe.yaml in an earlier output folder")
+    quantize.add_argument("--table", help="existing table, instead of profiling")
+    quantize.add_argument("--recipe", help="file of options, such as recipe.yaml of an earlier output folder")
     quantize.add_argument("--force", action="store_true", help="overwrite a result of other settings")
     quantize.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     quantize.add_argument("-o", "--output", type=output_name, required=True, help="folder to write")

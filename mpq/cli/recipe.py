@@ -22,7 +22,7 @@ BUDGETS = (
 
 
 def expand(arguments: Sequence[str], commands: Mapping[str, argparse.ArgumentParser]) -> list[str]:
-    """The arguments, with those of the recipe that they name put before the user's own, which win.
+    """The arguments with those of the named recipe inserted before the user's own, which take precedence.
 
     Raises:
         MpqError: a recipe that cannot be read, or an option that the command does not have.
@@ -54,7 +54,7 @@ def fill(options: argparse.Namespace) -> None:
     if options.model is None and options.recipe:
         options.model = read(options.recipe).get("model")
     if options.model is None:
-        raise MpqError("no model: name one, such as tiny-lm, or give a --recipe that does")
+        raise MpqError("no model: name one, e.g. tiny-lm, or give a --recipe that does")
 
 
 def read(path: str | Path) -> dict[str, Any]:

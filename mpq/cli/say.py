@@ -36,7 +36,7 @@ def say(options: argparse.Namespace, text: object) -> None:
 
 
 def say_json(values: Mapping[str, Any]) -> None:
-    """Print one JSON object; what is not finite becomes null."""
+    """Print one JSON object; NaN and infinities become null."""
     print(json.dumps(_plain(values)))
 
 
@@ -67,7 +67,7 @@ def cache_facts(cache: "CacheFormats") -> dict[str, Any]:
 
 
 def coverage_line(table: "SensitivityTable") -> str:
-    """One line on what is quantized and what stays as it is."""
+    """One line on the quantized share and what stays in floating point."""
     from mpq.network.coverage import Coverage
 
     recorded = table.provenance.get("coverage")

@@ -98,7 +98,7 @@ class Allocation:
     def with_schemes(self, schemes: Mapping[str, str | Scheme]) -> "Allocation":
         """A copy with other schemes for some layers, by name; the predicted loss becomes NaN.
 
-        A mix keeps the assignment that it comes with as a Scheme.
+        A mix given as a Scheme keeps its assignment.
 
         Raises:
             MpqError: an unknown layer.

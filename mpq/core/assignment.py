@@ -1,4 +1,4 @@
-"""Which row of a layer takes which format of a mix."""
+"""Assigning the formats of a mix to the rows of a layer."""
 
 import math
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 
 from mpq.core.mix import Mix
 
-MARGINAL = 32  # rows, those that lose least by another format, whose formats make up the exact number of bytes
+MARGINAL = 32  # rows, the cheapest to change, whose formats are changed to reach the exact number of bytes
 
 Array = NDArray[np.float64]
 Places = NDArray[np.uint8]
 
 
-def dealt(mix: Mix, rows: int, cols: int, seed: int = 0) -> Mix:
-    """The mix with its rows dealt out at random, to all of its formats: what kernels are timed and tested on."""
+def random_assignment(mix: Mix, rows: int, cols: int, seed: int = 0) -> Mix:
+    """The mix with a random assignment that uses all of its formats, for timing and testing kernels."""
     costs = np.random.default_rng(seed).random((rows, len(mix.formats)))
     total = mix.nbytes(rows, cols) - mix.assignment_bytes(rows)
     return mix.with_assignment(assign(costs, mix.row_bytes(cols), total))
@@ -24,9 +24,9 @@ def dealt(mix: Mix, rows: int, cols: int, seed: int = 0) -> Mix:
 def assign(costs: Array, sizes: Sequence[int], total: int) -> Places:
     """The format of each row, (rows,), of least summed cost that takes exactly `total` bytes.
 
-    The optimum by one multiplier between bytes and costs; the rows that lose least by another format make up what is
-    left, by dynamic programming over the bytes. Where they cannot, the rows that gain most take the larger of the two
-    formats next to the average, which always comes to the bytes of a mix.
+    A Lagrange multiplier on bytes gives the optimum up to a remainder of bytes, which the rows that are cheapest to
+    change make up by dynamic programming. If they cannot, only the two formats next to the average are used, the larger
+    one in the rows that gain most from it; this always reaches the total of a mix.
 
     Args:
         costs: of each row in each format, (rows, formats).
@@ -50,7 +50,7 @@ def assign(costs: Array, sizes: Sequence[int], total: int) -> Places:
 
 
 def _multiplier(costs: Array, sizes: NDArray[np.int64], total: int) -> float:
-    """About the least price of a byte at which the rows take no more than the total."""
+    """Approximately the smallest multiplier (cost of a byte) at which the rows take at most `total` bytes."""
     steps = np.diff(np.unique(sizes))
     high = 2 * float(np.ptp(costs, axis=1).max(initial=0.0)) / float(steps.min()) + float(np.finfo(float).tiny)
     low = 1e-15 * high
@@ -62,7 +62,7 @@ def _multiplier(costs: Array, sizes: NDArray[np.int64], total: int) -> float:
 
 
 def _exactly(costs: Array, sizes: NDArray[np.int64], total: int) -> NDArray[np.intp] | None:
-    """The formats of a few rows of least summed cost that take exactly so many bytes; None when nothing does."""
+    """The formats of a few rows with the least summed cost at exactly `total` bytes; None if there are none."""
     smallest = int(sizes.min())
     unit = int(np.gcd.reduce(sizes - smallest))
     room, rest = divmod(total - len(costs) * smallest, unit)

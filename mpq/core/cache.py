@@ -1,8 +1,8 @@
 """Formats of cached keys and values: one vector for each head and token, rounded as it arrives.
 
-A vector is a row of its own, so whatever it needs to be read is stored with it. A scale for a whole tensor, which would
-have to be known before its tokens, is one: fp8-e4m3 is a cast, and nvfp4 has its group scales alone. The exception are
-`TokenBlocks`, in which tokens share what they need.
+Each vector is stored with its own scales and zeros. A scale of a whole tensor would have to be known before its tokens
+arrive, so it is 1: fp8-e4m3 is a cast, and nvfp4 has only its group scales. In `TokenBlocks`, blocks of tokens share
+scales and zeros.
 """
 
 import re
@@ -21,7 +21,7 @@ CACHE_FORMATS = (
 )  # fmt: skip
 FLOAT_CACHE = "fp16"  # what a cache holds that is not quantized
 EVERY = ("*",)  # of targets: all formats of a cache
-ZERO = "fp16"  # number format of the zero that a code of 0 stands for
+ZERO = "fp16"  # number format of the zero, the value of code 0
 BLOCKS = re.compile(r"(u?int[2-8])-t([1-9]\d*)(-asym)?")  # names of `TokenBlocks`
 
 

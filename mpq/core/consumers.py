@@ -1,4 +1,4 @@
-"""Programs that read a target's files: the versions of each that were measured, and what was found."""
+"""Programs that read a target's files, with the versions that were measured."""
 
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -9,11 +9,11 @@ class Consumer:
     """A program with which a target's rules were measured.
 
     Attributes:
-        name: as people write it.
-        packages: as pip calls it, any of them.
-        first: of the versions measured, as far as they count ("0.32" stands for 0.32.4 too).
-        last: of them.
-        found: what was measured, in a few words.
+        name: for display.
+        packages: names on PyPI, any of which provides it.
+        first: earliest measured version, a prefix ("0.32" includes 0.32.4).
+        last: latest measured version, likewise.
+        found: result of the measurement, in a few words.
         device: where it ran; "" where only its reader was called.
     """
 
@@ -50,7 +50,7 @@ class Consumer:
         return ""
 
     def objection(self) -> str:
-        """One sentence where another version than the measured ones is installed; "" where none is or it is one."""
+        """A warning when the installed version was not measured; "" when it was or none is installed."""
         number = self.installed()
         if not number or self.covers(number):
             return ""

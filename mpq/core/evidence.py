@@ -18,9 +18,8 @@ def supported(table: SensitivityTable, pinned: Set[str] = frozenset()) -> tuple[
     """Scores and standard errors (layers, schemes) with missing layers filled in, and what to add to the provenance.
 
     A layer without scores (listed in `table.reasons`) gets, in each scheme, the median score per weight of the layers
-    of its kind, times its number of weights; the standard error equals the score. A mix of rows it cannot have: nothing
-    says which row would take which format. A pinned layer that is the only one of its kind gets 0, since it has no
-    choice.
+    of its kind, times its number of weights; the standard error equals the score. Mixes stay forbidden for it, since no
+    score assigns formats to rows. A pinned layer that is the only one of its kind gets 0, since it has no choice.
 
     Raises:
         MpqError: a layer that is not pinned, when no layer of its kind has scores.

@@ -45,8 +45,8 @@ class LatencyTable:
         """Seconds of a layer: as measured, or interpolated by its number of weights.
 
         Outside the range of measured shapes, seconds are proportional to the number of weights. A mix that was not
-        measured itself takes what its formats take, interpolated by their bits, and what measured mixes took longer
-        than that.
+        measured is interpolated between its formats by bits, times the median overhead of the measured mixes over such
+        interpolations.
 
         Raises:
             MpqError: nothing was measured for the scheme and the batch; of a mix, for one of its formats or any mix.
@@ -74,9 +74,9 @@ class LatencyTable:
         return _between(((entry.rows * entry.cols, entry.seconds) for entry in entries), rows * cols)
 
     def attention_seconds(self, scheme: Scheme, entry: Layer, context: int, batch: int = 1) -> float:
-        """Seconds that keys or values in a format take of one token's attention to `context` tokens of each text.
+        """Seconds of reading keys or values in a format in one token's attention to `context` tokens of each text.
 
-        Interpolated as layers are, by cached numbers.
+        Interpolated by the number of cached elements, as layers are by weights.
 
         Raises:
             MpqError: nothing was measured for the format and the batch.
@@ -95,7 +95,7 @@ class LatencyTable:
         return _between(found, entry.params * entry.tokens(context))
 
     def _interpolated(self, scheme: Scheme, rows: int, cols: int, batch: int) -> float:
-        """Between the seconds of a mix's formats, by their stored bits."""
+        """Seconds of a mix, interpolated between its formats by stored bits."""
         assert scheme.mix is not None
         parts = [replace(scheme, weight=format) for format in scheme.mix.formats]
         points = sorted((p.weight.effective_bits(rows, cols), self.seconds(p, rows, cols, batch)) for p in parts)

@@ -21,10 +21,10 @@ _NAME = re.compile(r"(?P<formats>[^@]+/[^@]+)@(?P<bits>\d{1,2}(\.\d{1,3})?)")
 class Mix(Format):
     """Rows of one weight in `formats`, together at most `bits` stored bits a weight.
 
-    How many bytes that is depends on the weight's shape alone, not on which row has which format: what a mix of the
-    two formats next to `bits` takes, as large as `bits` allows, and the assignment itself. An `assignment` says of each
-    row, by a digit, which of the formats it has; it belongs to one layer and is not part of the name. Fields of
-    `Format` are those of the format with the widest grid.
+    The number of bytes depends on the weight's shape alone, not on the assignment: it is that of the largest mix of the
+    two formats next to `bits` that `bits` allows, plus the assignment itself. An `assignment` says of each row, by a
+    digit, which of the formats it has; it belongs to one layer and is not part of the name. Fields of `Format` are
+    those of the format with the widest grid.
 
     >>> parse_mix("int2-g64/int3-g64/int4-g64@3").effective_bits(4096, 4096)
     3.0
@@ -83,7 +83,7 @@ class Mix(Format):
         return float(np.interp(self.bits, stored, codes))
 
     def suits(self, rows: int, cols: int) -> bool:
-        """Whether a weight of this shape comes to more than its smallest format and less than its largest."""
+        """Whether the mix is larger than its smallest format and smaller than its largest, for this shape."""
         sizes, inside = self.row_bytes(cols), self.nbytes(rows, cols) - self.assignment_bytes(rows)
         return rows * min(sizes) < inside < rows * max(sizes)
 
@@ -114,7 +114,7 @@ class Mix(Format):
         return counted
 
     def with_counts(self, counts: Sequence[int]) -> "Mix":
-        """The mix with so many rows in each format, in the formats' order: as good as another until it is known."""
+        """The mix with rows assigned in the formats' order, for estimates before the assignment is known."""
         return self.with_assignment("".join(str(place) * count for place, count in enumerate(counts)))
 
     def with_assignment(self, places: "NDArray[np.integer[Any]] | str") -> "Mix":
@@ -163,12 +163,12 @@ def mix_of(formats: Sequence[Format], bits: float) -> Mix:
 
 
 def mixable(format: Format) -> bool:
-    """Whether each row of a format stands alone."""
+    """Whether rows of a format are independent: no tensor scale, no float copy."""
     return format.granularity not in ("tensor", ROWS) and not format.tensor_scale
 
 
 def families(formats: Sequence[Format]) -> list[tuple[Format, ...]]:
-    """The formats, by rising width, that differ in their grid's width alone: what is mixed unless told otherwise."""
+    """The formats, by rising width, that differ only in their grid's width: the default formats of a mix."""
     found: dict[object, list[Format]] = {}
     for format in formats:
         if mixable(format) and not format.is_float_copy:

@@ -80,8 +80,8 @@ class Target(Entry):
     """A consumer of exported models: `function(request)` writes the files of an `ExportRequest`.
 
     `objection` says in half a sentence why a layer cannot have a scheme, "" when it can. `schemes` are the well-known
-    ones, of which the nearest is named in a refusal; `fallbacks` is the target's own rule of what comes instead of what
-    a layer cannot have. `takes` says whether it knows a model, `models` in words which ones.
+    ones, of which the nearest is named in a refusal; `fallbacks` gives the target's replacements of a scheme that a
+    layer cannot have. `takes` says whether it knows a model, `models` in words which ones.
     """
 
     schemes: tuple[str, ...] = ()
@@ -93,13 +93,13 @@ class Target(Entry):
     takes: Callable[[Any], bool] = _all  # a torch module
     models: str = "any model"
     experts: bool = False  # holds a mixture's experts, each a layer of its own
-    packages: tuple[str, ...] = ()  # that writing its files needs; the extra of mpq is called `extra`
+    packages: tuple[str, ...] = ()  # imported to write its files; installed by mpq's extra `extra`
     extra: str = ""
     sizer: str = ""  # "module:function" of (model, tokenizer, inputs): gives a function from allocations to bytes
     reads: tuple[str, ...] = ()  # fields of the request that take a pass over data: "inputs" to trace with, "ranges"
     consumers: tuple[Consumer, ...] = ()  # programs and versions with which its rules were measured
     command: str = ""  # what serves the folder, "{folder}" in it
-    caches: tuple[str, ...] = ()  # formats of keys and values that it serves; ("*",) for all
+    caches: tuple[str, ...] = ()  # cache formats that it serves; ("*",) for all
     caches_alike: str = ""  # "layers": keys and values of a layer share one; "kinds": all keys one and all values one
     cache_options: "Callable[[CacheFormats], str]" = _no_options  # that `command` needs for them
 

@@ -1,6 +1,4 @@
-"""What a layer is given: the format of its weight and, where it has one, of its input activations; or what cached keys
-or values are given.
-"""
+"""Schemes: the formats of a layer's weight and optionally its input activations, or of cached keys or values."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Text from several prompts at once, each with a cache of its own: weights are read once for all of them."""
+"""Text from several prompts at once, each with its own cache: weights are read once for all of them."""
 
 import time
 from collections.abc import Collection, Sequence
@@ -37,7 +37,7 @@ def generate_batch(
     """
     decoder = decoder_of(model)
     if decoder is None:
-        raise MpqError(f"{type(model).__name__} cannot continue several prompts at once: call generate for each")
+        raise MpqError(f"{type(model).__name__} cannot generate for several prompts at once: call generate for each")
     if not prompts or any(prompt.ndim != 1 or not len(prompt) for prompt in prompts):
         raise MpqError("invalid prompts: expected at least one, each a row of at least one token")
     formats = cache_formats_of(model)

@@ -101,7 +101,7 @@ def compiled_step(decoder: Decoder) -> CompiledStep | None:
 
 
 def _caches(memory: Memory, width: int, dtype: torch.dtype) -> ctypes.Array[abi.BlockCache] | tuple[()]:
-    """The cache as the library takes it; () where it cannot read it, or round tokens to it."""
+    """The cache as passed to the library; () if the library cannot read it or round tokens to its formats."""
     found = []
     for index, parts in enumerate(zip(memory.keys, memory.values, strict=True)):
         names = names_of(memory if memory.packed else Memory(), index, dtype)
@@ -117,7 +117,7 @@ def _caches(memory: Memory, width: int, dtype: torch.dtype) -> ctypes.Array[abi.
 
 
 def _rows(floats: Tensor) -> ctypes.Array[abi.Slab]:  # (1, key heads, capacity, head width)
-    """A float cache as one slab, whose last block may end behind it."""
+    """A float cache as one slab; the last block may extend past its end."""
     count = -(-floats.shape[2] // blocks.TOKENS)
     return (abi.Slab * 1)(abi.Slab(floats.data_ptr(), count, floats.stride(1) * floats.itemsize))
 
@@ -164,13 +164,13 @@ def _hooked(module: Any) -> bool:
 
 
 def _layers(block: Block, kept: list[object]) -> list[abi.Layer]:
-    """The block's seven layers; those of one input stand together in the first one's place."""
+    """The block's seven layers; layers with one input are joined in the first one's place."""
     q, k, v, o, gate, up, down = _linear(block)
     return [*_together((q, k, v), kept), _one(o, kept), *_together((gate, up), kept), _one(down, kept)]
 
 
 def _together(members: Sequence[Any], kept: list[object]) -> list[abi.Layer]:
-    """Layers of one input: a stack is one weight, others are the parts of one layer where it may have as many."""
+    """Layers with one input: a stack is one weight; others become parts of one layer, if it can have as many."""
     stack: Stack | None = members[0].stack
     if stack is not None and len(stack.members) == len(members) and stack.intact() and all(
         one is other for one, other in zip(stack.members, members, strict=True)

@@ -36,27 +36,27 @@ class Memory:
     capacity: int = 0
     keys: list[list[Tensor]] = field(default_factory=list)
     values: list[list[Tensor]] = field(default_factory=list)
-    formats: CacheFormats | None = None  # that keys and values are rounded to; None: they stay as they are
+    formats: CacheFormats | None = None  # formats of keys and values; None: not rounded
     packed: bool = False  # whether the cache holds the formats' bytes
     rotations: tuple[Tensor, ...] = ()  # cosines and sines, (capacity, rotated width); the sines' first half negative
     local_rotations: tuple[Tensor, ...] = ()  # of blocks with local attention
-    described: Any = None  # the cache as compiled code takes it, until it grows
+    described: Any = None  # the cache as passed to compiled code, until it grows
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cache, with room for `capacity` tokens."""
+        """Bytes of the cache for `capacity` tokens."""
         return sum(slab.nbytes for slabs in (*self.keys, *self.values) for slab in slabs)
 
 
 def can_pack(formats: CacheFormats | None, width: int, device: torch.device) -> bool:
-    """Whether a cache can stand in blocks: on a CPU, whose kernels read all of these formats."""
+    """Whether a cache can be stored in blocks: on a CPU, if kernels read all of these formats."""
     if device.type != "cpu" or width > cpu.MAX_WIDTH:
         return False
     return formats is None or all(cpu.vectors_of(name, width) is not None for name in formats.names)
 
 
 def names_of(memory: Memory, index: int, dtype: torch.dtype) -> tuple[str, str]:
-    """Names of the formats of a block's keys and values; what has none is stored in the model's type."""
+    """Names of the formats of a block's keys and values; without one they are stored in the model's type."""
     given = memory.formats
     names = {} if given is None else {one.name: name for one, name in zip(given.entries, given.names, strict=True)}
     key, value = (names.get(entry_name(index, kind), _FLOATS.get(dtype, "")) for kind in (KEYS, VALUES))
@@ -64,7 +64,7 @@ def names_of(memory: Memory, index: int, dtype: torch.dtype) -> tuple[str, str]:
 
 
 def enlarge(memory: Memory, capacity: int) -> None:
-    """Make room for this many tokens in all."""
+    """Grow to this many tokens in all."""
     memory.described = None
     if memory.packed:
         capacity = -(-capacity // blocks.TOKENS) * blocks.TOKENS
@@ -85,7 +85,7 @@ def _slab(heads: int, count: int, size: int) -> Tensor:
 
 
 def _first_slabs(memory: Memory, format: Format, like: Tensor) -> list[Tensor]:  # (1, key heads, time, head width)
-    """Slabs for the cache's capacity, and before them what `TokenBlocks` have for the newest tokens."""
+    """Slabs for the cache's capacity, preceded by the floats of the newest tokens of `TokenBlocks`."""
     heads, width = like.shape[1], like.shape[3]
     newest = [like.new_empty((heads, blocks.TOKENS, width))] if isinstance(format, TokenBlocks) else []
     return [*newest, _slab(heads, memory.capacity // blocks.TOKENS, blocks.block_bytes(format, width))]
@@ -177,7 +177,7 @@ def attend_each(
 
 
 def _slabs_of(memories: Sequence[Memory], index: int) -> list[list[Tensor]]:
-    """Slabs of a block's keys and values, as many for each sequence."""
+    """Slabs of a block's keys and values, the same number for each sequence."""
     return [
         [slab for slabs in own for slab in _filled(slabs, max(map(len, own)))]
         for own in ([memory.keys[index] for memory in memories], [memory.values[index] for memory in memories])
@@ -198,7 +198,7 @@ def attend_floats(q: Tensor, keys: Tensor, values: Tensor, scale: float | None, 
     """Causal attention of the last queries to (1, key heads, past, width), as (1, time, heads * width)."""
     _, heads, time, width = q.shape
     past = keys.shape[2]
-    if window is not None and past > window + time - 1:  # what no query sees any more
+    if window is not None and past > window + time - 1:  # tokens outside every query's window
         keys, values = (part[:, :, past - window - time + 1 :] for part in (keys, values))
         past = keys.shape[2]
     if time == 1:  # the query heads of a key head are rows of one product, so keys are not repeated

@@ -21,8 +21,8 @@ from mpq.quantized import CacheRounding
 class PackedCache(ChangingCache):
     """transformers' own growing cache, whose tensors are uint8 (batch, heads, tokens, bytes of a vector).
 
-    Whatever transformers does with a cache (windows, beams, cropping, offloading) works on the bytes. What attention
-    reads is dequantized at each step: this is the plain reference, exact in memory and slow. Layers with blocks of
+    All operations of transformers on a cache (windows, beams, cropping, offloading) work on the bytes. Attention
+    dequantizes all vectors at each step: this is the plain reference, exact in memory and slow. Layers with blocks of
     tokens are `StoredLayer`s.
     """
 
@@ -40,7 +40,7 @@ class PackedCache(ChangingCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values so far, read back from their formats, in the type they came in."""
+        """Keys and values so far, dequantized, in the type of the inputs."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if isinstance(layer, StoredLayer):
             return layer.update(key_states, value_states)

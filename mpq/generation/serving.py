@@ -1,4 +1,4 @@
-"""Models that cache keys and values in formats of their own."""
+"""Setting the formats in which a model caches keys and values."""
 
 from functools import partial
 from typing import Any
@@ -15,10 +15,10 @@ from mpq.quantized import CacheRounding
 
 
 def serve_cache(model: nn.Module, formats: CacheFormats | None) -> list[RemovableHandle]:
-    """Let a model cache keys and values in these formats from now on, in its `forward` and `generate`; the hooks.
+    """Make a model cache keys and values in these formats in its `forward` and `generate`; returns the hooks.
 
     Models of transformers store them packed (`mpq.generation.packed_cache.PackedCache`), in place of any empty cache
-    that they are given; others round them at their cache points.
+    passed in; others round them at their cache points.
     """
     if formats is None:
         return []
@@ -29,14 +29,16 @@ def serve_cache(model: nn.Module, formats: CacheFormats | None) -> list[Removabl
 
 
 def serve_format(model: nn.Module, name: str) -> None:
-    """Let a language model cache all keys and values in one format, as `serve_cache` does.
+    """Make a language model cache all keys and values in one format, as `serve_cache` does.
 
     Raises:
         MpqError: an unknown format, or a model that has cache formats or no cache.
     """
     present = cache_formats_of(model)
     if present is not None:
-        raise MpqError(f"the model caches in formats of its own ({', '.join(sorted(set(present.names)))}): name none")
+        raise MpqError(
+            f"the model already has cache formats ({', '.join(sorted(set(present.names)))}): leave out the format"
+        )
     device = next(iter(model.state_dict().values())).device
     sample = torch.zeros(1, 2, dtype=torch.long, device=device)
     serve_cache(model, CacheFormats.uniform(find_cached(model, sample, next_token_loss), name))

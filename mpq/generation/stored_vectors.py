@@ -25,13 +25,13 @@ class StoredVectors:
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """Number of vectors."""
         blocks = self.format.tokens if isinstance(self.format, TokenBlocks) else 1
         return self.stored.shape[2] * blocks + self.newest.shape[2]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all."""
+        """Stored bytes."""
         return self.stored.nbytes + self.newest.nbytes
 
     def append(self, vectors: Tensor) -> None:
@@ -46,7 +46,7 @@ class StoredVectors:
         self.newest = floats[:, :, filled:].clone()
 
     def read(self) -> Tensor:
-        """All vectors, in the type they came in."""
+        """All vectors, in the type of the inputs."""
         if not self.stored.shape[2]:
             return self.newest
         if isinstance(self.format, TokenBlocks):
@@ -54,7 +54,7 @@ class StoredVectors:
         return dequantize_heads(from_bytes(self.stored, self.format, self.width)).to(self.dtype)
 
     def crop(self, tokens: int) -> None:
-        """Keep the first tokens; what is left of a block becomes floats again, as it is read."""
+        """Keep the first tokens; the rest of a partial block becomes dequantized floats again."""
         if isinstance(self.format, TokenBlocks):
             filled, kept = whole(tokens, self.format), self.read()[:, :, :tokens]
             inside = filled <= self.stored.shape[2] * self.format.tokens

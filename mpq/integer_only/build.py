@@ -22,7 +22,7 @@ from mpq.rounding.reference import Quantized
 from mpq.rounding.store import Rounder
 from mpq.training.batchnorm import fold_batchnorm
 
-OUTPUT_BITS = 16  # of the network's outputs: they keep the order that int32 sums of several scales would lose
+OUTPUT_BITS = 16  # of the network's outputs, whose channels may have several scales as int32 sums
 LARGEST_BIAS = 2.0**30  # of the int32 sums
 PIECE = 64  # images that ranges are taken from at once
 THROUGH = ("aten.slice.Tensor", "aten.pad.default", "aten.flatten.using_ints", "aten.max_pool2d.default", *SAME)
@@ -30,7 +30,7 @@ THROUGH = ("aten.slice.Tensor", "aten.pad.default", "aten.flatten.using_ints", "
 
 @dataclass(frozen=True)
 class Term:
-    """Integers and what they are multiples of."""
+    """Integers and their scales."""
 
     name: str
     scale: Tensor  # float64 (channels,) or (1,)

@@ -1,4 +1,4 @@
-"""A network as a list of integer operations, and its run in int64, which is what every other runner must equal."""
+"""A network as a list of integer operations, and its reference run in int64, which every other runner must equal."""
 
 import functools
 import math
@@ -32,7 +32,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class IntegerProgram:
-    """Codes of images in, codes of outputs out, nothing but integers between them."""
+    """Integer operations from the codes of images to the codes of outputs."""
 
     steps: tuple[Step, ...]
     input: str

@@ -43,7 +43,7 @@ class MpqConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class MpqQuantizer(HfQuantizer):
-    """Replaces layers by packed modules before loading, and arranges them for their device afterwards."""
+    """Replaces layers by packed modules before loading, and sets their layout for the device afterwards."""
 
     requires_calibration = True
 

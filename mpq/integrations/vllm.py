@@ -2,8 +2,8 @@
 
 vLLM finds `register` through the entry-point group "vllm.general_plugins". Its models fuse q, k, v and gate, up into
 one layer and load the stored tensors of each in turn; rows are then cut by tensor-parallel rank (columns in
-row-parallel layers). Rows of one scheme are joined and computed in one product, whether they come from several matrices
-or from one whose rows have formats of their own.
+row-parallel layers). Rows of one scheme are joined and computed in one product, whether they belong to several matrices
+or to one matrix with mixed formats.
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,9 +75,7 @@ def parts_of(prefix: str, layers: Mapping[str, Any], fused: Mapping[str, Sequenc
     if len(missing) == len(names):
         return ()
     if missing:
-        raise MpqError(
-            f"vLLM computes {', '.join(names)} as one, but {missing[0]} is not quantized: give it a format too"
-        )
+        raise MpqError(f"vLLM fuses {', '.join(names)}, but {missing[0]} is not quantized: quantize it too")
     return tuple(_part(name, layers[name]) for name in names)
 
 
@@ -130,7 +128,7 @@ class ServedWeight(nn.Module):
         self.matrices = nn.ModuleList()
         self.activations: list[str] = []
         self.joint: Joint | None = None  # of the matrices where one call computes them
-        self.is_ordered = True  # whether the matrices' rows stand in the layer's order, one matrix below the other
+        self.is_ordered = True  # whether the concatenated matrices' rows are in the layer's order
         kinds = {name: spec[1] for part in parts for name, spec in _specs(part).items()}
         for name, kind in kinds.items():
             place = nn.Parameter(torch.empty(0, dtype=kind), requires_grad=False)
@@ -183,7 +181,7 @@ class ServedWeight(nn.Module):
         self._place(torch.cat([piece.places for piece in joined]).to(device))
 
     def _place(self, places: Tensor) -> None:
-        """Take the layer's row that stands at each place of the matrices, (rows,)."""
+        """Set the layer's row at each place of the matrices, (rows,)."""
         order = places.argsort()
         self.is_ordered = bool((order == torch.arange(len(order), device=order.device)).all())
         self.register_buffer("places", places, persistent=False)

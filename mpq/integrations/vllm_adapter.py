@@ -55,7 +55,7 @@ class MpqConfig(QuantizationConfig):  # type: ignore[misc]
     def from_config(cls, config: dict[str, Any]) -> "MpqConfig":
         """Build from config.json's `quantization_config`."""
         if config.get("cache"):
-            log.warning("vLLM caches in a type of its own: this checkpoint's formats of keys and values are not used")
+            log.warning("vLLM uses its own cache type: this checkpoint's formats of keys and values are ignored")
         return cls(config["layers"], config["version"])
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -80,7 +80,7 @@ class MpqConfig(QuantizationConfig):  # type: ignore[misc]
             return MpqLinearMethod(parts, self.digests)
         inside = next((name for name in self.layers if name.startswith(f"{prefix}.")), None)
         if inside is not None and any(word in type(layer).__name__ for word in ("MoE", "Experts")):
-            raise MpqError(f"vLLM computes the experts of {prefix} as one, which mpq does not: leave out {inside}")
+            raise MpqError(f"vLLM fuses the experts of {prefix}, which mpq's kernels do not support: exclude {inside}")
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 

@@ -5,11 +5,11 @@
     append(vectors (sequences, key heads, tokens, width), slabs, format, values, positions): round tokens into the slabs
 
 `keys` and `values` are slabs, uint8 (key heads, blocks, bytes) as `mpq.kernels.blocks` arranges them, of one sequence
-after the other, as many for each. A sequence sees the newest `window` of its `lengths` tokens (0: all). `sinks` are
-scores of nothing: they take their share of the softmax. `query_format` is "" or the format that queries are rounded to
-first. Of blocks of tokens with scales for their columns (`TokenBlocks`) a sequence's first slab has the newest tokens,
-which fill no block yet, as floats (key heads, 64, width). The reference restores all numbers and multiplies them; a
-backend adds its kernels for a device type to `KERNELS` and `APPENDS`.
+after the other, the same number for each. A sequence attends to the newest `window` of its `lengths` tokens (0: all).
+`sinks` are scores without a value: they only enlarge the softmax's denominator. `query_format` is "" or the format that
+queries are rounded to first. With `TokenBlocks`, a sequence's first slab holds the newest tokens, which do not fill a
+block yet, as floats (key heads, 64, width). The reference dequantizes everything and multiplies; a backend adds its
+kernels for a device type to `KERNELS` and `APPENDS`.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,7 +58,7 @@ def attend_plainly(
 
 
 def slabs_of(slabs: Sequence[Tensor], index: int, sequences: int) -> Sequence[Tensor]:
-    """Those of one of several sequences, which have as many each."""
+    """The slabs of one of several sequences, which all have the same number."""
     each = len(slabs) // sequences
     return slabs[index * each : (index + 1) * each]
 
@@ -106,7 +106,7 @@ def _append_vectors(vectors: Tensor, slabs: Sequence[Tensor], format: Format, va
 def _append_blocks(
     vectors: Tensor, newest: Tensor, slabs: Sequence[Tensor], format: Format, values: bool, position: int
 ) -> None:
-    """The same of blocks of tokens, which are rounded as they are filled."""
+    """`append` for `TokenBlocks`, which are rounded once they are full."""
     for vector in vectors.unbind(1):
         newest[:, position % blocks.TOKENS] = vector
         position += 1
@@ -124,15 +124,15 @@ def check_slabs(slabs: Sequence[Tensor], format: str, width: int) -> None:
     parsed = parse_cache_format(format)
     if not blocks.supports(parsed, width):
         raise MpqError(
-            f"a cache of {format} cannot stand in blocks: its groups are no multiples of {blocks.LANES}, or its blocks "
-            f"are not of {blocks.TOKENS} tokens"
+            f"a cache of {format} cannot be stored in blocks: its groups are not multiples of {blocks.LANES}, or its "
+            f"blocks are not of {blocks.TOKENS} tokens"
         )
     expected = blocks.block_bytes(parsed, width)
     newest, slabs = blocks.parted(slabs, parsed)
     if newest is not None and (newest.shape[1:] != (blocks.TOKENS, width) or not newest.is_floating_point()):
-        raise MpqError(f"a first slab of another shape came: expected floats (key heads, 64, {width}) of {format}")
+        raise MpqError(f"invalid shape of a first slab: expected floats (key heads, 64, {width}) for {format}")
     if any(slab.ndim != 3 or slab.dtype != torch.uint8 or slab.shape[2] != expected for slab in slabs):
-        raise MpqError(f"slabs of another shape came: expected uint8 (key heads, blocks, {expected}) of {format}")
+        raise MpqError(f"invalid shape of slabs: expected uint8 (key heads, blocks, {expected}) for {format}")
 
 
 def check_call(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int],
@@ -140,18 +140,18 @@ def check_call(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], 
     """MpqError for tensors that do not fit each other."""
     check_floats(query)
     if query.ndim != 3 or len(lengths) != len(query) or not lengths:
-        raise MpqError(f"queries of shape {tuple(query.shape)} came for {len(lengths)} sequences: expected one each")
+        raise MpqError(f"invalid queries of shape {tuple(query.shape)} for {len(lengths)} sequences: expected one each")
     for slabs, format in ((keys, key_format), (values, value_format)):
         if not slabs or len(slabs) % len(lengths) or any(query.shape[1] % len(slab) for slab in slabs):
-            raise MpqError(f"{len(slabs)} slabs came for {len(lengths)} sequences and {query.shape[1]} heads")
+            raise MpqError(
+                f"invalid number of slabs: {len(slabs)} for {len(lengths)} sequences and {query.shape[1]} heads"
+            )
         for index, length in enumerate(lengths):
             own = slabs_of(slabs, index, len(lengths))
             check_slabs(own, format, query.shape[2])
             held = blocks.TOKENS * sum(slab.shape[1] for slab in blocks.parted(own, parse_cache_format(format))[1])
             if not 0 < length <= held:
-                raise MpqError(
-                    f"a cache of {held} tokens cannot have {length}: expected at least one, and room for all"
-                )
+                raise MpqError(f"invalid length {length} of a cache of {held} tokens: expected 1 to {held}")
 
 
 def _attend(
@@ -167,17 +167,19 @@ def _append(vectors: Tensor, slabs: Sequence[Tensor], format: str, values: bool,
     check_floats(vectors)
     if vectors.ndim != 4 or len(positions) != len(vectors) or not slabs or len(slabs) % max(len(vectors), 1):
         raise MpqError(
-            f"vectors of shape {tuple(vectors.shape)} and {len(slabs)} slabs came for {len(positions)} sequences: "
-            "expected (sequences, key heads, tokens, width), and as many slabs for each"
+            f"invalid vectors of shape {tuple(vectors.shape)} with {len(slabs)} slabs for {len(positions)} sequences: "
+            "expected (sequences, key heads, tokens, width), and the same number of slabs for each"
         )
     for index, position in enumerate(positions):
         own = slabs_of(slabs, index, len(positions))
         check_slabs(own, format, vectors.shape[-1])
         room = blocks.TOKENS * sum(slab.shape[1] for slab in blocks.parted(own, parse_cache_format(format))[1])
         if any(len(slab) != vectors.shape[1] for slab in own):
-            raise MpqError(f"vectors of shape {tuple(vectors.shape)} came: expected as many heads as the slabs have")
+            raise MpqError(f"invalid vectors of shape {tuple(vectors.shape)}: expected as many heads as the slabs have")
         if not 0 <= position <= room - vectors.shape[2]:
-            raise MpqError(f"{vectors.shape[2]} tokens at {position} came for a cache of {room}: add a slab first")
+            raise MpqError(
+                f"cannot append {vectors.shape[2]} tokens at {position} to a cache of {room}: add a slab first"
+            )
     if vectors.numel():
         APPENDS.get(vectors.device.type, append_plainly)(vectors, slabs, format, values, positions)
 

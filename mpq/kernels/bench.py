@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mpq.core.assignment import dealt
+from mpq.core.assignment import random_assignment
 from mpq.core.errors import MpqError
 from mpq.core.latency import Latency, LatencyTable
 from mpq.core.scheme import Scheme, parse_scheme
@@ -153,7 +153,7 @@ def _packed(dense: Tensor, scheme: Scheme, beyond: int) -> tuple[int, Callable[[
     """The weight's stored bytes, and a function from inputs to the contestant of the product."""
     activation = "" if scheme.activation is None else scheme.activation.name
     if scheme.mix is not None:
-        mix = dealt(scheme.mix, *dense.shape)
+        mix = random_assignment(scheme.mix, *dense.shape)
         packed = pack(mixed(mix, [quantize(dense, format) for format in mix.formats]))
         many = [placed(packed) for _ in range(max(2, beyond // packed.nbytes))]
         return packed.nbytes, lambda x: Contestant([partial(one.linear, x, None, activation) for one in many])

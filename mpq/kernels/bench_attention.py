@@ -1,4 +1,4 @@
-"""Benchmark of attention to packed caches on this machine: seconds of keys and values in each format, by context."""
+"""Benchmark of attention to packed caches on this machine: seconds for keys and values in each format, by context."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -22,13 +22,13 @@ from mpq.kernels.cpu.pages import empty_on_large_pages
 from mpq.network.calibration import seeded
 
 Heads: TypeAlias = tuple[int, int, int]  # query heads, key heads and width of a head
-BESIDE = "int8-token"  # format of the values while keys are timed, and of the keys while values are
-REPEATED = 16 * blocks.TOKENS  # random tokens, of which a cache has as many copies as it needs
+BESIDE = "int8-token"  # format of the values while keys are timed, and vice versa
+REPEATED = 16 * blocks.TOKENS  # random tokens, repeated to fill a cache
 
 
 @dataclass(frozen=True)
 class AttentionTiming:
-    """Median seconds that keys or values in a format take of one token's attention in each of `batch` texts."""
+    """Median seconds of keys or values in a format in one token's attention in each of `batch` texts."""
 
     format: str
     kind: str  # "keys" or "values"
@@ -47,7 +47,7 @@ class AttentionTiming:
 
 
 def cache_of(name: str, heads: Heads, tokens: int, values: bool) -> list[Tensor]:
-    """A cache as `torch.ops.mpq.attend` takes it, in one slab of `REPEATED` random tokens again and again."""
+    """A cache for `torch.ops.mpq.attend`: one slab that repeats `REPEATED` random tokens."""
     (_, key_heads, width), format = heads, parse_cache_format(name)
     random = torch.randn(key_heads, REPEATED, width, generator=seeded(0, "cache", values))
     piece = blocks.packed_blocks(random, format, values)
@@ -95,12 +95,13 @@ def measure_attention(
     beyond: int = BEYOND,
     device: torch.device = CPU,
 ) -> Iterator[AttentionTiming]:
-    """Time keys and values in each format, the others in `BESIDE`, interleaved in one run.
+    """Time keys and values in each format, the other of the two in `BESIDE`, interleaved in one run.
 
-    Half of what `BESIDE` takes for both is subtracted: seconds of keys and values add up to those of a pair.
+    Half of the time with both in `BESIDE` is subtracted, so that the seconds of keys and values add up to those of a
+    pair.
 
     Raises:
-        MpqError: an unknown format, one that no kernel reads here, or a shape or context that is none.
+        MpqError: an unknown format, one without a kernel here, or an invalid shape or context.
     """
     names = [cache_name(parse_cache_format(name)) for name in formats]
     for heads in shapes:
@@ -113,7 +114,7 @@ def measure_attention(
 
 
 def check_shape(heads: Heads, names: Sequence[str]) -> None:
-    """MpqError for a shape that is none, or formats that no kernel reads in it."""
+    """MpqError for an invalid shape, or formats without a kernel for it."""
     count, key_heads, width = heads
     if min(heads) < 1 or count % key_heads:
         raise MpqError(
@@ -121,7 +122,7 @@ def check_shape(heads: Heads, names: Sequence[str]) -> None:
         )
     for name in names:
         if not blocks.supports(parse_cache_format(name), width):
-            raise MpqError(f"no kernel reads {name} in heads of {width}: leave it out")
+            raise MpqError(f"no kernel reads {name} with heads of width {width}: leave it out")
 
 
 def _measured(

@@ -1,9 +1,9 @@
 """Cached vectors in blocks of 64 tokens, as the kernels of attention read them.
 
-cpu/src/abi.h specifies the bytes. Floats of 8, 16 and 32 bits stand token after token. Other codes stand in steps of
-64: of keys 4 columns of 16 tokens, of values 4 tokens of 16 columns, so that a kernel's 16 lanes are tokens of keys and
-columns of values. A block's scales and zeros, 64 for each group of columns, follow its codes; of `TokenBlocks` one for
-each column. Their newest tokens, which fill no block, are floats in a slab of their own, the first.
+cpu/src/abi.h specifies the bytes. Floats of 8, 16 and 32 bits are stored token by token. Other codes are stored in
+steps of 64: 4 columns of 16 tokens for keys, 4 tokens of 16 columns for values, so that a kernel's 16 lanes are tokens
+of keys and columns of values. A block's scales and zeros, 64 for each group of columns, follow its codes; `TokenBlocks`
+have one for each column. Their newest tokens, which do not fill a block, are floats in a separate first slab.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ LANES = 16
 
 
 def supports(format: Format, width: int) -> bool:
-    """Whether vectors of a format can stand in blocks: each has scales of its own, of whole 16 lanes or one; or its
-    blocks of tokens are these.
+    """Whether vectors of a format can be stored in blocks: one scale per vector or per multiple of 16 columns, or
+    `TokenBlocks` of 64 tokens.
     """
     if isinstance(format, TokenBlocks):
         return format.tokens == TOKENS
@@ -34,12 +34,12 @@ def supports(format: Format, width: int) -> bool:
 
 
 def in_rows(format: Format) -> bool:
-    """Whether numbers stand token after token."""
+    """Whether elements are stored token by token."""
     return format.is_float_copy or (format.grid.family == "float" and format.grid.bits == 8)
 
 
 def padded(width: int) -> int:
-    """Columns of a vector with those that fill its last lanes."""
+    """Columns of a vector, padded to whole lanes."""
     return -(-width // LANES) * LANES
 
 
@@ -58,7 +58,7 @@ def block_bytes(format: Format, width: int) -> int:
 
 
 def parted(slabs: Sequence[Tensor], format: Format) -> tuple[Tensor | None, Sequence[Tensor]]:
-    """The newest tokens' floats (key heads, 64, width), of `TokenBlocks`, and the slabs of blocks."""
+    """The newest tokens' floats (key heads, 64, width) if these are `TokenBlocks`, and the slabs of blocks."""
     return (slabs[0], slabs[1:]) if isinstance(format, TokenBlocks) else (None, slabs)
 
 
@@ -152,7 +152,7 @@ def _flat(steps: Tensor, width: int, values: bool) -> Tensor:  # uint8 (heads, b
 
 
 def _bytes_of(steps: Tensor, bits: int) -> Tensor:  # uint8 (heads, blocks, steps, 64)
-    """As a weight's steps: 8 / bits of them share 64 bytes, or each is a bit stream."""
+    """Packed like a weight's steps: 8 / bits steps share 64 bytes, or each step is a bit stream."""
     if 8 % bits:
         return pack_bits(steps.reshape(-1, 64), bits).reshape(*steps.shape[:2], -1)
     together = 8 // bits

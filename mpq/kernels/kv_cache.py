@@ -1,6 +1,6 @@
 """Cached keys and values in formats of `mpq.core.cache`: storage, and the plain reference of attention over it.
 
-Nothing is calibrated; tokens are rounded as they arrive, each head's vector for itself (TurboMind, arXiv 2508.15601).
+Nothing is calibrated: tokens are rounded as they arrive, each head's vector separately (TurboMind, arXiv 2508.15601).
 """
 
 from collections.abc import Sequence
@@ -55,9 +55,9 @@ class Heads:
 
 
 def quantize_heads(vectors: Tensor, format: Format | int) -> Heads:  # float (batch, heads, tokens, width)
-    """Round each vector to the nearest numbers of the format, ties to even; `affine` of so many bits for an integer.
+    """Round each vector to the nearest values of the format, ties to even; an integer means `affine` with these bits.
 
-    A group with NaN or infinity is read back as NaN, where the scale or the number has one.
+    A group with NaN or infinity is read back as NaN, if the type of the scale or the element has one.
 
     Raises:
         MpqError: bits are not between 1 and 8, or the vectors have other than four axes.
@@ -77,7 +77,7 @@ def quantize_heads(vectors: Tensor, format: Format | int) -> Heads:  # float (ba
 
 
 def _rounded(matrix: Tensor, format: Format) -> Quantized:
-    """Finite vectors (rows, width), each for itself."""
+    """Finite vectors (rows, width), each with its own scales."""
     one = torch.ones((), device=matrix.device)
     scales = one.reshape(1, 1) if format.granularity == "tensor" else None
     return quantize(matrix, format, scales=scales, tensor_scale=one if format.tensor_scale else None)
@@ -129,11 +129,11 @@ def round_vectors(vectors: Tensor, format: Format) -> Tensor:
     matrix = vectors.detach().reshape(-1, vectors.shape[-1])
     if format.is_float_copy or not bool(torch.isfinite(matrix).all()):
         return dequantize_heads(quantize_heads(vectors, format)).to(vectors.dtype)
-    return dequantize(_rounded(matrix, format)).reshape(vectors.shape).to(vectors.dtype)  # bytes are not looked at
+    return dequantize(_rounded(matrix, format)).reshape(vectors.shape).to(vectors.dtype)  # the bytes are not needed
 
 
 def to_bytes(heads: Heads) -> Tensor:
-    """All that is stored of each vector, side by side: uint8 (batch, heads, tokens, `head_bytes`)."""
+    """The stored bytes of each vector: uint8 (batch, heads, tokens, `head_bytes`)."""
     return torch.cat([tensor.contiguous().view(torch.uint8) for tensor in heads.tensors], -1)
 
 
@@ -162,9 +162,9 @@ def attention(
     values: Tensor | Heads,  # as keys
     causal: bool = True,
 ) -> Tensor:
-    """Softmax attention with each operand in a precision of its own: float32 (batch, heads, tokens, width).
+    """Softmax attention with separate precisions of the operands: float32 (batch, heads, tokens, width).
 
-    The last query sees the last key; earlier ones see as many keys fewer. The plain reference: dequantize, multiply.
+    Causal: the last query sees all keys, each earlier one a key fewer. The plain reference: dequantize, multiply.
     """
     q, k, v = (dequantize_heads(part) if isinstance(part, Heads) else part.float() for part in (query, keys, values))
     if q.shape[1] % k.shape[1]:

@@ -1,6 +1,7 @@
-"""A packed weight whose rows have formats of their own: a packed weight for each format, and the order of their rows.
+"""Packed weights of mixes: a packed weight for the rows of each format, and the order of the rows.
 
-On CPUs a product is one call that puts each part's into its rows' places; elsewhere each part's product, put in order.
+On CPUs a product is one call, in which each part writes to its rows' places; elsewhere the parts' products are
+reordered.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ Joint: TypeAlias = tuple[str, list[int], int, str]  # the signature of parts tha
 
 
 def joint_signature(parts: Sequence[PackedWeight]) -> Joint | None:
-    """The signature of parts that one compiled call computes, None where each has to be computed alone."""
+    """The arguments for computing all parts in one compiled call; None where they need separate calls."""
     if not all(part.layout == panels.NAME and len(part.tensors) == 1 for part in parts):
         return None
     formats = "/".join(part.format.name for part in parts)
@@ -49,8 +50,8 @@ def lookup_in_parts(parts: Sequence[PackedWeight], order: Tensor, indices: Tenso
 class MixedWeight(PackedWeight):
     """A weight matrix of parts; behaves as a `PackedWeight`. Parts are children named by their format's place."""
 
-    order: Tensor  # int64 (rows,): where each row stands in the parts one below the other
-    places: Tensor  # int64 (rows,): its inverse, the row that stands at each place
+    order: Tensor  # int64 (rows,): position of each row in the concatenated parts
+    places: Tensor  # int64 (rows,): its inverse, the row at each position
     joint: Joint | None = None
 
     def _put(self, packed: Packed) -> None:
@@ -81,7 +82,7 @@ class MixedWeight(PackedWeight):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those of all parts."""
+        """The tensors of all parts."""
         return [tensor for part in self.parts for tensor in part.tensors]
 
     def matrix(self) -> Packed:
@@ -90,7 +91,7 @@ class MixedWeight(PackedWeight):
         return of_parts(self.format, (self.rows, self.cols), [part.matrix() for part in self.parts])
 
     def arrange(self, layout: str | None = None) -> None:
-        """Change the layout of every part; whatever assignment has been loaded meanwhile is taken."""
+        """Change the layout of every part, after updating the order from a newly loaded assignment."""
         assert isinstance(self.format, Mix)
         for part in self.parts:
             part.arrange(layout)
@@ -112,7 +113,7 @@ class MixedWeight(PackedWeight):
         return output if bias is None else output + bias.to(output.dtype)
 
     def conv(self, input: Tensor, bias: Tensor | None, spatial: Spatial) -> Tensor:
-        """As `PackedWeight.conv`; one with groups, whose rows do not all see the same input, by the unpacked weight."""
+        """As `PackedWeight.conv`; grouped convolutions, whose rows see different inputs, use the unpacked weight."""
         if spatial[-1] != 1:
             return reference.convolve(input, self.dequantize(), bias, *spatial)
         output = torch.cat([part.conv(input, None, spatial) for part in self.parts], 1)

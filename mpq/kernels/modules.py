@@ -96,7 +96,7 @@ def packed_module(origin: nn.Module, weight: PackedWeight, scheme: Scheme) -> nn
     else:
         bias: Tensor | None = origin.bias  # type: ignore[assignment]
         packed = PackedLinear(weight, bias, activation)
-    packed._forward_pre_hooks.update(origin._forward_pre_hooks)  # of the user's; each knows by these how it is called
+    packed._forward_pre_hooks.update(origin._forward_pre_hooks)  # keep the users' hooks
     packed._forward_pre_hooks_with_kwargs.update(origin._forward_pre_hooks_with_kwargs)
     packed._forward_hooks.update(origin._forward_hooks)
     packed._forward_hooks_with_kwargs.update(origin._forward_hooks_with_kwargs)

@@ -6,9 +6,8 @@ type to `KERNELS`; anything else is computed by the reference, from every layout
     linear(input (..., cols), weight, bias (rows,) or None, ...) -> (..., rows) in the input's type
     linear_parts: the same for a matrix in several weights of one tensor each, whose rows stand at `places` (rows,) of
         the output, those of the first weight first; `formats` are joined by slashes, `rows` are each weight's
-    linear_any, linear_parts_any: always by way of Python; what `mpq.kernels.cpu.dispatch` leaves to it
-    dequantize(weight, ...) -> (rows, cols) float32
-    embedding(indices (...), weight, ..., dtype) -> (..., cols)
+    linear_any, linear_parts_any: always computed through Python, for calls that `mpq.kernels.cpu.dispatch` does not
+    handle dequantize(weight, ...) -> (rows, cols) float32 embedding(indices (...), weight, ..., dtype) -> (..., cols)
     conv(input (n, channels, *size), weight, bias or None, ..., kernel, stride, padding, dilation, groups)
         -> (n, rows, *size), channels last in memory; 1 or 2 spatial dimensions, padded with zeros on both sides
 
@@ -56,7 +55,7 @@ def check_floats(input: Tensor) -> None:
     if input.dtype not in FLOATS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
         raise MpqError(
-            f"an input of type {str(input.dtype).removeprefix('torch.')} came to a packed layer: expected {names}; "
+            f"invalid input of type {str(input.dtype).removeprefix('torch.')} to a packed layer: expected {names}; "
             "convert it with .float()"
         )
 
@@ -73,7 +72,7 @@ def _linear(
 ) -> Tensor:
     if input.shape[-1:] != (cols,):
         raise MpqError(
-            f"an input of shape {tuple(input.shape)} came to a layer of {cols} columns: its last size must be {cols}"
+            f"invalid input of shape {tuple(input.shape)} to a layer of {cols} columns: expected (..., {cols})"
         )
     kernel = KERNELS.get(("linear", layout, input.device.type), reference.linear)
     return kernel(input, weight, bias, format, rows, cols, layout, activation)
@@ -186,7 +185,7 @@ def _remember_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _conv_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    """As for linear, in the type that the forward pass sums in: a shorter one would round the weight."""
+    """As for linear, in the forward pass's accumulation type: a shorter one would round the weight."""
     by_input = by_bias = None
     kernel, stride, padding, dilation, groups = ctx.spatial
     if ctx.needs_input_grad[0]:

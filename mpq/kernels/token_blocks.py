@@ -25,7 +25,7 @@ def whole(tokens: int, format: TokenBlocks) -> int:
 
 
 def round_blocks(vectors: Tensor, format: TokenBlocks) -> Tensor:
-    """A text's vectors as a cache returns them, from its beginning; the newest, which fill no block, as they are."""
+    """A whole text's vectors as a cache returns them; the newest, which do not fill a block, are unchanged."""
     filled = whole(vectors.shape[2], format)
     rounded = vectors.detach().clone()
     if filled:

@@ -12,7 +12,7 @@ ACTIVATION_STEP = 1 / 65278  # half a step of 1/32639 of a token's largest: acti
 CODEBOOK_STEP = 1 / 65534  # half a step of 1/32767 of a codebook's largest value
 TILE_SUMS = 9 * 8 * 2**-24  # float32 sums of at most nine tiles, eight operations each
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
-OWN_CODE = 1e-3  # relative to the largest output, for a layer with code of its own
+OWN_CODE = 1e-3  # relative to the largest output, for a layer with a custom forward
 
 
 def kernel_error(module: nn.Module, inputs: Tensor | None, output: Tensor) -> Tensor:

@@ -121,15 +121,15 @@ def convert(
     """Replace the model's linear layers and convolutions, in place, by layers of the recipe; return the model.
 
     Parameters, their names and hooks stay: optimizers, checkpoints and training loops need no change. A model that was
-    converted before gets the new recipe. Layers with a `forward` of their own, embeddings, transposed and 3-D
-    convolutions keep full precision.
+    converted before gets the new recipe. Layers with a custom `forward`, embeddings, transposed and 3-D convolutions
+    keep full precision.
 
     Args:
         model: changed in place. Usually without the output layer: exclude=("head",).
         recipe: of all replaced layers; a format's name means `Recipe(name)`.
         include: patterns of the layers' names.
         exclude: patterns of layers to leave alone.
-        seed: of stochastic rounding and rotations; each layer has a stream of its own, by its name.
+        seed: of stochastic rounding and rotations; each layer has its own stream, derived from its name.
 
     Raises:
         MpqError: no layer to convert, or a pattern that matches none.

@@ -139,8 +139,8 @@ def layercast(model: nn.Module, *, include: str | Iterable[str] = "*", exclude: 
     """The model itself, computing in float32 with weights that stay in 16 bits, or packed as they are.
 
     Linear layers, convolutions and embeddings keep bfloat16 or float16 weights (wider ones become bfloat16) and cast
-    them at each call; layers of a packed model are dequantized at each call. Everything else, layers with a `forward`
-    of their own included, becomes float32. Ties stay. For inference: cast parameters take no gradient.
+    them at each call; layers of a packed model are dequantized at each call. Everything else, layers with a custom
+    `forward` included, becomes float32. Ties stay. For inference: cast parameters take no gradient.
 
     Args:
         model: changed in place.

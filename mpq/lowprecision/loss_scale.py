@@ -1,4 +1,4 @@
-"""A loss scale that finds its size: halved where it drives gradients out of their format, doubled while it does not."""
+"""A dynamic loss scale: halved when gradients leave their format's range, doubled while they do not."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class DynamicScale:
     within: int = 0  # products since the last change
 
     def update(self, exact: Tensor, rounded: Tensor) -> None:
-        """Learn from scaled gradients before and after rounding: values that are not finite count as cut off."""
+        """Update from scaled gradients before and after rounding: values that are not finite count as clipped."""
         if not bool(rounded.abs().amax() >= KEPT * exact.abs().amax()):
             self.value, self.within = self.value / 2, 0
             return

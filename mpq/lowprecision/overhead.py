@@ -40,7 +40,7 @@ def added_operations(recipe: AnyRecipe, m: int, n: int, k: int) -> float:
     if not recipe.plain_gradient:
         each = float(OPERATIONS["relaxation"]) * (recipe.relaxation != "straight-through")
         each += OPERATIONS["scale gradient"] * (recipe.scale_gradient != "none")
-        each += 2 * _rotation(recipe) * recipe.rotates(False)  # there and back
+        each += 2 * _rotation(recipe) * recipe.rotates(False)  # forward and inverse
         total += each * sum(operands[role] for role in FORWARD)
     return total
 

@@ -1,4 +1,4 @@
-"""Stable-SPAM (arXiv 2502.17055): Adam whose gradients are clipped and normalized by what they have been.
+"""Stable-SPAM (arXiv 2502.17055): Adam with gradients clipped and normalized by their history.
 
 Rounding in few bits makes single gradients, and whole steps, larger by spikes. Each spike is cut to the running largest
 magnitude (AdaClip), each gradient's norm is divided by the root of its running mean square (AdaGN), and the moments

@@ -101,7 +101,7 @@ def compare(
     rates: Sequence[float] = (),
     report: Callable[[Run], None] = lambda run: None,
 ) -> tuple[Run, ...]:
-    """Train every setting with every rate (the task's own by default) and seed; `report` is told of each run."""
+    """Train every setting with every rate (the task's own by default) and seed; `report` is called with each run."""
     runs = []
     for name, setting in settings.items():
         for rate in rates or (task.rate,):

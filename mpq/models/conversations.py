@@ -1,4 +1,4 @@
-"""Bundled conversations for models that follow instructions: prose, dialogue and code, through their chat template."""
+"""Bundled conversations for instruction-tuned models (prose, dialogue, code), formatted by their chat template."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from mpq.core.errors import MpqError
 Turn = dict[str, str]
 PROSE = 600  # least characters of a passage of prose
 SPOKEN = re.compile(r'"([^"]{12,300})"')
-CODE = {  # modules of this package whose functions are asked for
+CODE = {  # modules of this package whose functions are used as questions
     "calibration": ("sizes", "patterns", "mix", "costs", "frontier", "problem", "latency", "reading"),
     "evaluation": ("allocation", "files", "layer", "registry", "hardware", "table"),
 }
@@ -26,19 +26,19 @@ def conversations(use: str) -> list[list[Turn]]:
 
 
 def chat_text(tokenizer: Any, use: str) -> str:
-    """All conversations as the model's chat template puts them.
+    """All conversations, formatted by the model's chat template.
 
     Raises:
         MpqError: a template that fails on a question and an answer.
     """
     try:
         return "".join(tokenizer.apply_chat_template(turns, tokenize=False) for turns in conversations(use))
-    except Exception as error:  # templates are programs of their own
+    except Exception as error:  # templates are programs and may raise anything
         raise MpqError(f"the model's chat template fails ({error}): name other data, as --dataset novels") from error
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Whether a tokenizer brings a chat template."""
+    """Whether a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None)) and hasattr(tokenizer, "apply_chat_template")
 
 

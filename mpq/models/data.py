@@ -12,14 +12,14 @@ Encode = Callable[[str], Sequence[int]]
 
 
 def token_windows(tokens: Sequence[int] | Tensor, seqlen: int, source: str = "the text") -> Tensor:
-    """Consecutive windows, (windows, seqlen), of a source's tokens; what is left at the end is dropped.
+    """Consecutive windows, (windows, seqlen), of a source's tokens; an incomplete last window is dropped.
 
     Raises:
         MpqError: fewer tokens than one window holds.
     """
     tokens = torch.as_tensor(tokens, dtype=torch.long)
     if seqlen < 2:
-        raise MpqError(f"a window of {seqlen} tokens predict nothing: expected a seqlen of at least 2")
+        raise MpqError(f"invalid seqlen {seqlen}: expected at least 2 tokens, so that one is predicted")
     if len(tokens) < seqlen:
         raise MpqError(f"{source} has {len(tokens)} tokens, less than one window of {seqlen}: take a smaller seqlen")
     return tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
@@ -28,7 +28,7 @@ def token_windows(tokens: Sequence[int] | Tensor, seqlen: int, source: str = "th
 def draw(samples: int, count: int, seed: int, skip: int = 0) -> Tensor:
     """Sorted indices of `count` random samples, or of all; `skip` leaves out the first draws."""
     if count < 1:
-        raise MpqError(f"at least one sample is needed, not {count}")
+        raise MpqError(f"invalid number of samples {count}: expected at least 1")
     return torch.randperm(samples, generator=seeded(seed, "samples"))[skip : skip + count].sort().values
 
 

@@ -1,7 +1,7 @@
-"""Keys and values on their way into a model's cache: seen, and changed, whatever the architecture.
+"""Hooks that observe or change keys and values before a model caches them, for any architecture.
 
-Models of transformers hand them to a `Cache`; one of ours takes its place. A model of one's own passes them through
-`CachePoint` modules. Keys come as they are cached, after rotary positions.
+Models of transformers store them in a `Cache`, which is replaced by `mpq.network.transformers_cache`; custom models
+pass them through `CachePoint` modules. Keys are seen as they are cached, after rotary embedding.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from mpq.core.layer import KEYS, VALUES, Layer
 from mpq.network.calibration import Batch, LossFn, evaluating
 
 Change: TypeAlias = Callable[[str, Tensor], Tensor]  # entry's name, (batch, heads, tokens, width) -> what is cached
-ARGUMENTS = ("cache", "past_key_values")  # names that transformers has had for the cache in `forward`
+ARGUMENTS = ("cache", "past_key_values")  # the cache's argument of `forward`, by version of transformers
 
 
 class CachePoint(nn.Module):
@@ -44,7 +44,7 @@ def entry_name(index: int, kind: str) -> str:
 
 
 class CacheHook:
-    """A forward pre-hook that gives a model of transformers a cache of ours; an empty one of others is replaced."""
+    """A forward pre-hook that passes our cache to a model of transformers, in place of an empty one."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self.make = make  # from a model's config
@@ -59,8 +59,8 @@ class CacheHook:
             return None
         if given is not None and given.get_seq_length():
             raise MpqError(
-                f"the model got a {type(given).__name__} with {given.get_seq_length()} tokens that its cache formats "
-                "had no part in: pass none, or what the model gave back"
+                f"the model got a {type(given).__name__} with {given.get_seq_length()} tokens that are not in its "
+                "cache formats: pass no cache, or the one that the model returned"
             )
         others = {key: value for key, value in kwargs.items() if key not in ARGUMENTS}
         return args, {**others, name: self.make(module.config), "use_cache": True}
@@ -104,14 +104,14 @@ def points(model: nn.Module) -> dict[str, CachePoint]:
 
 
 def change_cached(model: nn.Module, change: Change) -> list[RemovableHandle]:
-    """Let a function change whatever the model caches from now on; the hooks."""
+    """Apply a function to everything that the model caches; returns the hooks, which undo this when removed."""
     return hook_hosts(model, partial(_changing_cache, change)) + [
         point.register_forward_hook(PointHook(name, change), prepend=True) for name, point in points(model).items()
     ]
 
 
 def hook_hosts(model: nn.Module, make: Callable[[Any], Any]) -> list[RemovableHandle]:
-    """Let what `make` gives of a config be the cache of the model's parts that are transformers'; the hooks."""
+    """Use `make(config)` as the cache of each transformers submodel; returns the hooks."""
     hook = CacheHook(make)
     return [host.register_forward_pre_hook(hook, with_kwargs=True, prepend=True) for host in hosts(model)]
 
@@ -123,7 +123,7 @@ def _changing_cache(change: Change, config: Any) -> Any:
 
 
 def context_of(model: nn.Module) -> int | None:
-    """The longest text that a model takes, in tokens, by its config; None where it does not say."""
+    """The longest text in tokens that a model's config allows; None where it does not say."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)

@@ -87,7 +87,7 @@ def _versions(batch: Batch) -> list[int]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The output's `logits`, an attribute or an entry of a mapping, where it has them, else the output itself."""
+    """The output's `logits` (attribute or mapping entry) if it has them, else the output itself."""
     if isinstance(output, Mapping):
         output = output.get("logits", output)
     logits: Tensor = getattr(output, "logits", output)
@@ -136,7 +136,7 @@ def tensors_in(batch: Batch) -> list[Tensor]:
 
 
 def samples_in(batch: Batch) -> int:
-    """Number of samples: the length of most tensors of more than one number; among as many, of the first."""
+    """Number of samples: the most frequent length of tensors with more than one element; the first such on a tie."""
     tensors = [tensor for tensor in tensors_in(batch) if tensor.ndim]
     voting = [tensor for tensor in tensors if tensor.numel() > 1] or tensors
     return Counter(map(len, voting)).most_common(1)[0][0]
@@ -196,7 +196,7 @@ def mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
         parts = {name: mapped(part, change) for name, part in batch.items()}
         if not isinstance(batch, MutableMapping):
             return parts
-        other = copy.copy(batch)  # its class and what else it holds, such as a tokenizer's encodings
+        other = copy.copy(batch)  # keeps its class and other data, such as a tokenizer's encodings
         for name, part in parts.items():
             other[name] = part
         return other

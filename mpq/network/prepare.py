@@ -26,8 +26,8 @@ def prepared(model: nn.Module) -> nn.Module:
 
     In the copy, weights computed by a parametrization, weight or spectral normalization, a pruning mask or an
     embedding's largest norm are stored with their values in evaluation mode, and the computation is removed; parameters
-    made in inference mode or with elements that share memory are ordinary ones; projections of nn.MultiheadAttention
-    are layers (`mpq.network.attention`). A model compiled as a whole is unwrapped.
+    made in inference mode or with elements that share memory are replaced by ordinary ones; projections of
+    nn.MultiheadAttention are layers (`mpq.network.attention`). A model compiled as a whole is unwrapped.
 
     Raises:
         MpqError: a parameter or buffer without content (named): on the device "meta", or of a lazy module; or sparse.

@@ -36,13 +36,13 @@ class Samples:
 
     batches: tuple[Batch, ...]
     loss_fn: LossFn
-    second: bool = False  # as they came, and so in the layers' inputs, the samples lie along the second dimension
+    second: bool = False  # originally, and so in the layers' inputs, samples are along the second dimension
     together: bool = False  # a batch cannot be cut: no sample has a loss of its own
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Where samples lie in batches, which stay as they came."""
+    """The dimension of the samples in batches, which are left unchanged."""
 
     second: bool = False  # along the second dimension
     together: bool = False  # a batch cannot be cut
@@ -66,7 +66,7 @@ SAMPLES_FIRST = Arrangement()
 
 @torch.no_grad()
 def arrangement(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn) -> Arrangement:
-    """Where samples lie, as in `arranged`; along the first dimension where the loss is no number, and so says nothing.
+    """The dimension of the samples, as in `arranged`; the first one if the loss is NaN or infinite.
 
     Raises:
         MpqError: a loss that adds up over samples.
@@ -80,12 +80,12 @@ def arrangement(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn) -> 
 
 @torch.no_grad()
 def arranged(model: nn.Module, batches: tuple[Batch, ...], loss_fn: LossFn, warn: bool = True) -> Samples:
-    """The batches with samples first, whether they came so or not.
+    """The batches with samples along the first dimension.
 
-    Samples lie along a dimension when one of them has a loss of its own, which does not change when it is given twice,
-    and gives the same outputs twice. Where they lie along the second, as in time-first recurrent networks, the batches
-    are transposed, and back for the loss. Where they lie along neither, as under contrastive losses and statistics over
-    a batch, batches stay whole, and the log says so where it is to `warn`.
+    Samples are along a dimension if one sample alone has a loss, and the same sample twice has the same loss and
+    repeated outputs. If they are along the second, as in time-first recurrent networks, the batches are transposed, and
+    back for the loss. If they are along neither, as with contrastive losses and batch statistics, batches stay whole,
+    with a warning in the log if `warn`.
 
     Raises:
         MpqError: a loss that adds up over samples, changes its batch, or does not run on the first one.
@@ -102,15 +102,15 @@ def arranged(model: nn.Module, batches: tuple[Batch, ...], loss_fn: LossFn, warn
         return Samples(swapped, loss_of_swapped, second=True)
     log.log(
         logging.WARNING if warn else logging.DEBUG,
-        "the samples of a batch have no loss of their own: one alone loses something else than when it is given twice, "
-        "as under contrastive losses and statistics over a batch, or cannot be taken. Scores by samples are rough "
-        "then; the metrics 'loss' and 'hessian' see whole batches",
+        "the loss of a batch is not the mean of its samples' losses, as with contrastive losses and batch statistics, "
+        "or a sample alone has no loss. Scores by sample are then approximate; the metrics "
+        "'loss' and 'hessian' use whole batches",
     )
     return Samples(batches, loss_fn, together=True)
 
 
 def _apart(model: nn.Module, batch: Batch, loss_fn: LossFn, second: bool = False) -> bool:
-    """Whether single samples along the first dimension have losses and outputs of their own."""
+    """Whether single samples along the first dimension have their own losses and outputs."""
     for sample in range(min(TRIED, samples_in(batch))):
         once, _ = run_loss(model, take(batch, [sample]), loss_fn)
         twice, outputs = run_loss(model, take(batch, [sample, sample]), loss_fn)
@@ -157,7 +157,7 @@ def _repeats(output: Tensor) -> bool:
 
 
 def ends_with(whole: Tensor, last: Tensor, count: int) -> bool:
-    """Whether the outputs for `count` samples end with those for their last one; other shapes than such do not."""
+    """Whether the outputs for `count` samples end with those for the last one alone; False for other shapes."""
     if whole.shape != (count * len(last), *last.shape[1:]):
         return False
     room = TOLERANCE * float(whole.abs().max())

@@ -24,7 +24,7 @@ class Shelf:
         self._folder: TemporaryDirectory[str] | None = None
 
     def keep(self, tensor: Tensor) -> Kept:
-        """A function that gives the tensor itself, or its equal out of a file when the limit is reached."""
+        """A function that returns the tensor, or reads an equal one from a file when the limit is reached."""
         size = tensor.numel() * tensor.element_size()
         if size == 0 or self.held + size <= self.limit:
             self.held += size

@@ -33,7 +33,7 @@ def _memory_key(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def release_memory() -> None:
-    """Give memory that the C library keeps for later allocations back to the system, where it can (glibc)."""
+    """Return memory that the C library keeps for later allocations to the system, where possible (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)

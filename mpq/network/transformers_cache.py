@@ -1,4 +1,4 @@
-"""A cache of transformers whose keys and values pass through a function on their way in."""
+"""A cache of transformers that applies a function to keys and values before it stores them."""
 
 from typing import Any
 

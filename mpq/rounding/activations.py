@@ -1,4 +1,4 @@
-"""Inputs of a layer in an activation format, with dynamic or static scales."""
+"""Rounding a layer's inputs to an activation format, with dynamic or static scales."""
 
 from collections.abc import Callable
 from typing import Any

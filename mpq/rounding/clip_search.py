@@ -1,4 +1,4 @@
-"""Scales of least squared error: clipping a few large weights gives the many small ones a finer step."""
+"""Scales of least squared error: clipping a few large weights gives a finer step to the others."""
 
 from collections.abc import Sequence
 from itertools import product

@@ -97,7 +97,7 @@ def _importance(hessian: Tensor, rows: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Factor:
-    """Of a damped second moment, in `blocks` of columns that are taken in `order`."""
+    """Factors of a damped second moment, in `blocks` of columns processed in `order`."""
 
     order: Tensor  # (blocks, cols)
     inverse: Tensor  # upper factor of its inverse, (blocks, cols, cols)

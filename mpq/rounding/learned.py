@@ -56,7 +56,7 @@ class GridRounding(nn.Module):
 
     @property
     def format(self) -> Format:
-        """That of the first rounding."""
+        """The format of the first rounding."""
         return self._first.format
 
     def forward(self, matrix: Tensor) -> Tensor:  # (rows, cols)

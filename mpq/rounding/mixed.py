@@ -1,4 +1,4 @@
-"""Weights whose rows have formats of their own: rows are picked from the weight rounded in each format."""
+"""Rounding to a mix: each row is taken from the weight rounded in the row's format."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +33,7 @@ def in_format(method: Method, weight: Tensor, format: Format, second_moment: Ten
 
 
 def take_rows(quantized: Quantized, rows: Tensor) -> Quantized:  # rows: int64 (n,)
-    """Some rows of a matrix in a format in which rows stand alone."""
+    """Some rows of a matrix in a format whose rows are independent."""
     rows = rows.to(quantized.codes.device)
     taken = replace(quantized, shape=(len(rows), quantized.shape[1]), codes=quantized.codes[rows])
     return taken.map_tables(lambda _, table: table[rows])

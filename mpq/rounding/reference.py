@@ -105,7 +105,7 @@ def check_weight(weight: Tensor) -> None:
 
 
 def no_codes(codes: Tensor) -> Tensor:
-    """No rows of such codes, (0, cols), in memory of their own: an empty slice would keep all of theirs."""
+    """Empty codes (0, cols) in new memory: a slice would keep the whole tensor alive."""
     return codes.new_empty((0, codes.shape[1]))
 
 
@@ -158,7 +158,7 @@ def dequantize(quantized: Quantized) -> Tensor:
 
 
 def _some_rows(quantized: Quantized, rows: slice) -> Quantized:
-    """Neighbouring rows of a matrix in a format in which rows stand alone but for the tensor's scale."""
+    """Neighbouring rows of a matrix in a format whose rows share at most the tensor's scale."""
     codes = quantized.codes[rows]
     some = replace(quantized, shape=(len(codes), quantized.shape[1]), codes=codes)
     return some.map_tables(lambda _, table: table if table.ndim == 0 else table[rows])

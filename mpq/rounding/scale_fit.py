@@ -1,4 +1,4 @@
-"""Scales of smaller output error for codes that stay, where the errors of a row's columns count together."""
+"""Refitting scales to fixed codes, for a smaller output error dw H dw^T."""
 
 from dataclasses import replace
 
@@ -16,9 +16,9 @@ def fit_scales(
 ) -> Quantized:
     """The codes with scales of smaller dw H dw^T in every row, dw being the row's error.
 
-    One sweep of coordinate descent: group after group takes the scale that is best while the row's other scales stay,
-    rounded to its type, unless its own is better. No row's error rises, whatever the type. Scales of whole tensors and
-    of super-blocks stay as they are.
+    One sweep of coordinate descent: each group in turn takes its best scale given the row's other scales, rounded to
+    the scale's type, unless the current one is better. No row's error rises. Scales of whole tensors and of
+    super-blocks are unchanged.
     """
     if not fits(quantized.format) or not weight.numel():
         return quantized
@@ -47,5 +47,5 @@ def fit_scales(
 
 
 def fits(format: Format) -> bool:
-    """Whether each group of a row has a scale that can be chosen by itself."""
+    """Whether each group of a row has an independent scale."""
     return format.granularity in ("group", "channel") and not format.super_group and not format.is_float_copy

@@ -1,6 +1,6 @@
-"""Rounders of a model's layers: a method, a store that keeps what it rounded, or tables that were finished elsewhere.
+"""Rounders of a model's layers: by a method, by a store that caches results, or from finished tables.
 
-Each layer is rounded once in each format: evaluating an allocation then costs a forward pass and nothing else.
+Each layer is rounded once in each format, so that evaluating an allocation costs only a forward pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +23,11 @@ Moments: TypeAlias = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] |
 
 
 class Rounder(Protocol):
-    """Gives every layer's weight in a scheme."""
+    """Rounds every layer's weight in a scheme."""
 
     @property
     def name(self) -> str:
-        """Of the rounding method, for the record."""
+        """Name of the rounding method, for provenance."""
 
     def quantized(self, layer: Layer, weight: Tensor, scheme: Scheme) -> Quantized:
         """The layer's weight (rows, cols) in a scheme; MpqError (layer named) when it cannot be rounded."""
@@ -74,7 +74,7 @@ class RoundingStore(MethodRounder):
 
     Args:
         method, second_moments: as of `MethodRounder`.
-        limit: bytes in memory; what is beyond lies in files.
+        limit: bytes in memory; the rest is stored in files.
     """
 
     def __init__(self, method: "str | Method" = "mse", second_moments: Moments = None, limit: int = LIMIT) -> None:
@@ -118,7 +118,7 @@ def rounder_of(method: str | Rounder, second_moments: Moments = None) -> Rounder
 def moments_needed(
     method: str, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], forward: LossFn
 ) -> dict[str, Tensor]:
-    """The second moments of the layers' inputs where a rounding method asks for them, by layer name; else nothing."""
+    """The second moments of the layers' inputs by layer name, if the rounding method needs them; else none."""
     if not METHODS.named(method).second_moment:
         return {}
     return second_moments(model, layers, batches, forward)

@@ -1,4 +1,4 @@
-"""Sources of models and data: from a name to a model with calibration and evaluation batches."""
+"""Opening models and data by name, as a model with calibration and evaluation batches."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -65,7 +65,7 @@ class Source:
         object.__setattr__(self, "loss_fn", careful(self.loss_fn))
 
     def provenance(self) -> dict[str, str]:
-        """What tables and allocations record of it: names, and the SHA-256 of the calibration data."""
+        """Provenance for tables and allocations: names, and the SHA-256 of the calibration data."""
         data = fingerprint(tensor for batch in self.calibration for tensor in tensors_in(batch))
         return {"model": self.name, "dataset": self.data, "calibration": data}
 
@@ -152,7 +152,7 @@ def _check_runs(source: Source) -> None:
 
 
 def check_device(device: str | torch.device | None) -> None:
-    """MpqError for a device that is not there."""
+    """MpqError for a missing device."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
@@ -168,7 +168,9 @@ def names_in(provenance: Mapping[str, Any], trust: bool) -> tuple[str | None, st
     names = provenance.get("model"), provenance.get("dataset")
     for name in names:
         if not isinstance(name, str | None):
-            raise MpqError(f"a file names the model or data {name!r}: expected text; name them yourself")
+            raise MpqError(
+                f"invalid name {name!r} of a model or data in a file: expected text; name them on the command line"
+            )
     return *names, frozenset() if trust else frozenset(filter(None, names))
 
 

@@ -1,4 +1,4 @@
-"""Data by name: bundled, a file, a `datasets` id or a loader of the user's, as calibration and evaluation batches."""
+"""Data by name (bundled, a file, a `datasets` id, a user's loader) as calibration and evaluation batches."""
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -35,7 +35,7 @@ LOGITS = 2**24  # of a batch: 64 MB in float32
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Batches to calibrate with, others to choose between finished candidates, and others to evaluate on."""
+    """Separate batches for calibration, for acceptance of candidates, and for evaluation."""
 
     name: str
     calibration: tuple[Batch, ...]
@@ -107,7 +107,7 @@ def open_data(
 
 
 def with_other(data: Data, network: Network, wanted: Wanted) -> Data:
-    """The data with some text of another kind: the novels, or conversations beside those."""
+    """The data with text of another kind: the novels, or conversations if the data are the novels."""
     name = "chat" if data.name == "novels" else "novels"
     if network.encode is None or (name == "chat" and not has_template(network.tokenizer)):
         return data
@@ -152,9 +152,7 @@ def _default(network: Network) -> str:
         return "chat"
     if network.kind == "perplexity" or (network.kind in ("distance", "seq2seq") and network.encode is not None):
         return "novels"
-    raise MpqError(
-        f"say which data {network.name} is to be calibrated and measured on: a file or package.module:loader"
-    )
+    raise MpqError(f"no data for {network.name}: name a file or package.module:loader with --dataset")
 
 
 def _bundled(name: str, network: Network, wanted: Wanted) -> Data:

@@ -45,7 +45,7 @@ class Network:
     mean: tuple[float, ...] = field(default=())  # of the channels of images in [0, 1]; () when not normalized
     std: tuple[float, ...] = field(default=())
     size: tuple[int, int] | None = None  # height and width of images
-    side_files: tuple[Path, ...] = ()  # tokenizer, processor and the like, to stand beside its weights
+    side_files: tuple[Path, ...] = ()  # tokenizer, processor and the like, to be written beside its weights
 
 
 def open_network(name: str, untrusted: Collection[str] = ()) -> Network:
@@ -128,7 +128,7 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
         loaded, report = getattr(transformers, class_name).from_pretrained(
             name, dtype="auto", output_loading_info=True, **gguf_options
         )
-    except Exception as error:  # a damaged file or config fails anywhere inside, in every way
+    except Exception as error:  # damaged files raise any exception
         raise MpqError(f"the weights of {name} cannot be loaded: {first_line(error)}") from error
     if extra := sorted(report["unexpected_keys"]):
         log.warning("%d tensors of %s have no place in %s, such as %s", len(extra), name, class_name, extra[0])
@@ -146,18 +146,18 @@ def _transformers(name: str, gguf: str | None = None) -> Network:
 
 
 def config_of(name: str, gguf: str | None = None) -> Any:
-    """The config of transformers in a folder, of a hub id, or of a GGUF file in the folder; MpqError without one."""
+    """transformers' config of a folder, a hub id, or a GGUF file in the folder; MpqError without one."""
     transformers = need("transformers", "hf", f"Hugging Face models such as {name!r}")
     gguf_options = {} if gguf is None else {"gguf_file": gguf}
     try:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **gguf_options)
-    except Exception as error:  # a damaged config or file fails anywhere inside, in every way
+    except Exception as error:  # damaged files raise any exception
         known = f"{nearest_names(name, BUNDLED)}; else a folder, a hub id, timm:NAME or package.module:factory"
         raise MpqError(f"unknown model {name!r}: {known} ({first_line(error)})") from error
 
 
 def network_in(folder: Path, model: nn.Module) -> Network:
-    """A model of transformers that was loaded from a folder, with what the folder's files say of its data.
+    """A model of transformers that was loaded from a folder, with the data properties in the folder's files.
 
     Raises:
         MpqError: the folder holds no config that transformers knows, or a damaged tokenizer.
@@ -305,5 +305,5 @@ def _factory(name: str, untrusted: Collection[str]) -> Network:
 def _made_by(path: str, untrusted: Collection[str] = ()) -> nn.Module:
     made = import_object(path, untrusted)()
     if not isinstance(made, nn.Module):
-        raise MpqError(f"{path} gave a {type(made).__name__}: expected a torch.nn.Module")
+        raise MpqError(f"{path} returned a {type(made).__name__}: expected a torch.nn.Module")
     return made.eval()

@@ -1,4 +1,4 @@
-"""Stored weights of a Hugging Face model: numbers, or codes of a quantizer that would be taken for numbers."""
+"""Detecting stored weights of a Hugging Face model that are a quantizer's codes and not numbers."""
 
 import json
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ def _is_weight(tensor: str, dims: int) -> bool:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads, as far as they are there and whole."""
+    """The existing files that transformers reads."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (folder / whole).is_file():
             return [folder / whole]

@@ -1,4 +1,4 @@
-"""A model's structure by name, without its weights: for questions that shapes alone answer."""
+"""A model's structure by name, without its weights."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from mpq.sources.networks import config_of, kind_of
 
 
 def structure_of(name: str) -> nn.Module | None:
-    """The model of this name on the device "meta"; None where only its weights or code of the user's own say it.
+    """The model of this name on the device "meta"; None if it needs the weights or the user's code.
 
     Raises:
         MpqError: an unknown model, or a missing extra.
@@ -24,7 +24,7 @@ def structure_of(name: str) -> nn.Module | None:
             return _structure(name)
     except MpqError:
         raise
-    except Exception:  # whatever a constructor does that computes with its weights
+    except Exception:  # constructors that compute with their weights may raise anything
         return None
 
 
@@ -39,5 +39,5 @@ def _structure(name: str) -> nn.Module | None:
     config = config_of(name)
     transformers = need("transformers", "hf", f"Hugging Face models such as {name!r}")
     cls: Any = getattr(transformers, kind_of(config, transformers)[1])
-    # The smallest type where the config names none: what is refused by it cannot be had in a wider one.
+    # The smallest type if the config names none: a budget too small for it is too small for wider ones.
     return unstack(cls._from_config(config, dtype=config.dtype or torch.bfloat16)).eval()

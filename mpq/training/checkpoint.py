@@ -1,4 +1,4 @@
-"""Checkpoints of a fine-tuning: weights, optimizer, losses, and what must be the same to go on."""
+"""Checkpoints of a fine-tuning: weights, optimizer, losses, and the settings that must match to resume."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ def save(
 def resume(
     path: Path | None, identity: Mapping[str, str], student: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[float]:
-    """Load a checkpoint where there is one; the losses so far.
+    """Load a checkpoint, if there is one; returns the losses so far.
 
     Raises:
         MpqError: no checkpoint, or one of another fine-tuning (the first difference is named).
@@ -38,11 +38,11 @@ def resume(
         state: dict[str, Any] = torch.load(path, weights_only=True)
         theirs: dict[str, str] = state["identity"]
     except Exception as error:
-        raise MpqError(f"{path} is no checkpoint of a fine-tuning: remove it to start anew") from error
+        raise MpqError(f"{path} is not a checkpoint of a fine-tuning: remove it to start again") from error
     for name in identity:
         if theirs.get(name) != identity[name]:
             what = name if name in ("model", "data") else f"{name} ({theirs.get(name)}, not {identity[name]})"
-            raise MpqError(f"the checkpoint {path} is of a fine-tuning with another {what}: remove it to start anew")
+            raise MpqError(f"the checkpoint {path} is of a fine-tuning with another {what}: remove it to start again")
     student.load_state_dict(state["student"])
     optimizer.load_state_dict(state["optimizer"])
     return list(map(float, state["losses"]))

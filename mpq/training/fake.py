@@ -95,7 +95,7 @@ class FakeQuantization(nn.Module):
         self.schemes, self.masks = dict(schemes), dict(masks or {})
 
     def remove(self) -> None:
-        """Remove the hooks: the model computes without quantization again."""
+        """Remove the hooks, and with them the quantization."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -111,7 +111,7 @@ class FakeQuantization(nn.Module):
         self.remove()
 
     def rounder(self) -> Finished:
-        """A rounder that gives the numbers in which the layers compute now, learned scales included: for exports."""
+        """A rounder that returns the layers' current rounded weights, learned scales included, for exports."""
         found = {
             layer.name: self._quantized(
                 index, self._matrix(index, modules[0]).detach(), self.schemes[layer.name].weight
@@ -163,7 +163,7 @@ class FakeQuantization(nn.Module):
         return matrix if mask is None else matrix * mask.to(matrix)
 
     def _used(self, index: int, module: nn.Module, inputs: Tensor) -> Tensor:
-        """The inputs without the channels that a mask hides, so that they have no say in scales."""
+        """The inputs with masked channels set to zero, so that they do not affect scales."""
         mask = self.masks.get(self.layers[index].name)
         if mask is None:
             return inputs

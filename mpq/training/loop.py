@@ -53,23 +53,22 @@ def train(
     """Train the student in place.
 
     Data come in a new random order each time round. Inside `mpq.network.parallel.processes()` each process takes its
-    share of every batch and gradients are summed, so that the losses are those of one process but for rounding and for
-    batch statistics, which each process takes of its own share.
+    share of every batch and gradients are summed, so that losses equal those of one process up to rounding and batch
+    statistics, which each process computes on its share.
 
     Args:
         student: simulated and trainable.
         teacher: the float model; left as it is.
         batches: training data.
         loss_fn: calls a model on a batch; its value counts for the objective's task.
-        settings: how.
+        settings: steps, rates, optimizer and objective.
         arranged: where samples lie in the batches.
         runs: of layers, each quantized only when those before it have been trained for their share of the steps
             (`mpq.training.stages`); all at once by default. The rate falls to zero in every stage.
         find_rate: finds the rate and momentum where the settings leave them at "auto", from functions that give the
             objective on the data of the first steps.
-        checkpoint: a file that is written every so many steps; where it exists, training goes on from it, and ends as
-            if it had not been interrupted.
-        progress: show steps, loss and time left.
+        checkpoint: a file that is written every `save_every` steps; if it exists, training resumes from it, with the
+        same result as without an interruption. progress: show steps, loss and time left.
 
     Raises:
         NotFiniteError: a loss that is NaN or infinite.
@@ -137,7 +136,7 @@ def _step(
 
 
 def _use(optimizer: torch.optim.Optimizer, lr: float, momentum: float, settings: Finetuning) -> None:
-    """The rate and momentum that were found; learned scales keep their own under Adam."""
+    """Set the rate and momentum that were found; learned scales keep their own rate under Adam."""
     for group in optimizer.param_groups if settings.optimizer == "sgd" else optimizer.param_groups[:1]:
         group["initial_lr"] = lr
         if settings.optimizer == "sgd":
@@ -160,7 +159,7 @@ def _first_losses(
 
 @contextmanager
 def _random_numbers_of(seed: int, step: int) -> Iterator[None]:
-    """Dropout's random numbers of a step, whatever came before."""
+    """Dropout's random numbers of a step, independent of earlier steps."""
     with torch.random.fork_rng():
         torch.manual_seed(int(torch.randint(2**62, (), generator=seeded(seed, "fine-tuning", step))))
         yield

@@ -102,7 +102,7 @@ def _harms_by_loss(
     student: nn.Module, teacher: nn.Module, batches: tuple[Batch, ...], loss_fn: LossFn, objective: Objective,
     arranged: Arrangement,
 ) -> Tensor:  # fmt: skip
-    """The objective of each sample, or of each batch where samples have no loss of their own."""
+    """The objective of each sample, or of each batch if single samples have no loss."""
     singles = [arranged.take(batch, [sample]) for batch in batches for sample in range(arranged.count(batch))]
     values = [objective_value(student, teacher, one, loss_fn, objective).reshape(1) for one in singles]
     return torch.cat(values).double().cpu()
@@ -138,7 +138,7 @@ def block_names(model: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def _outputs_at(model: nn.Module, names: Iterable[str]) -> Iterator[list[Tensor]]:
-    """The first tensor that each of these modules gives, as they come."""
+    """The first output tensor of each of these modules, in the order of their calls."""
     outputs: list[Tensor] = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:

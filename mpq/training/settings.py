@@ -24,7 +24,7 @@ class Finetuning:
     momentum: float = 0.9  # of SGD; "auto" sets it too
     accumulate: int = 1  # batches of a step
     objective: Objective = field(default_factory=Objective)
-    stages: int = 1  # of layers quantized one after the other, those that suffer most first (HAWQ)
+    stages: int = 1  # of layers quantized one after the other, the most sensitive first (HAWQ)
     learned: bool = True  # whether scales are parameters (LSQ)
     freeze_batchnorm: bool = False  # keep the statistics of batch normalizations
     bfloat16: bool = False  # compute in bfloat16, with weights in float32
@@ -34,7 +34,7 @@ class Finetuning:
     def __post_init__(self) -> None:
         if min(self.accumulate, self.save_every, self.stages) < 1 or self.steps < self.stages:
             raise MpqError(
-                "invalid fine-tuning: expected steps, accumulate, save_every, stages of at least 1, and a step a stage"
+                "invalid fine-tuning: expected steps, accumulate, save_every and stages of at least 1, stages <= steps"
             )
         if self.lr != "auto" and (isinstance(self.lr, str) or not 0 < self.lr < math.inf):
             raise MpqError(f"invalid lr {self.lr!r}: expected a positive number or 'auto'")
@@ -44,4 +44,4 @@ class Finetuning:
                 f"and {self.momentum}"
             )
         if self.optimizer not in OPTIMIZERS:
-            raise MpqError(f"unknown optimizer {self.optimizer!r}: take adam or sgd")
+            raise MpqError(f"unknown optimizer {self.optimizer!r}: expected adam or sgd")

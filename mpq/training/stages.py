@@ -16,13 +16,13 @@ def stages(order: Sequence[str], count: int) -> tuple[tuple[str, ...], ...]:
     (('a', 'b', 'c'), ('d', 'e'))
     """
     if not 1 <= count <= len(order):
-        raise MpqError(f"{len(order)} layers can be fine-tuned in 1 to {len(order)} stages, not {count}")
+        raise MpqError(f"invalid number of stages {count}: expected 1 to {len(order)}, the number of layers")
     ends = [-(-len(order) * stage // count) for stage in range(count + 1)]
     return tuple(tuple(order[start:end]) for start, end in pairwise(ends))
 
 
 def quantize_only(student: nn.Module, names: Collection[str] | None) -> None:
-    """Let these layers of a simulation compute in their schemes, the others in floating point; None: all of them.
+    """Make these layers of a simulation compute in their schemes, the others in floating point; None: all layers.
 
     A layer that shares its weight is named by any of its names.
     """

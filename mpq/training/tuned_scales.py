@@ -1,8 +1,8 @@
-"""Scales tuned against the float model: codes stay, every scale moves to lower the divergence of the outputs.
+"""Scales tuned against the float model, with fixed codes, to lower the divergence of the outputs.
 
-All layers are tuned at once with the original model as the teacher, which corrects what rounding each layer alone
-cannot see: how errors of different layers add up. On a language model at 3 bits this takes a quarter of what GPTQ's
-rounding loses (experiments/benchmarks/bench_tuned_scales.py).
+All layers are tuned together with the original model as the teacher, which corrects accumulated errors of several
+layers, unlike rounding each layer separately. On a language model at 3 bits this removes a quarter of the loss of
+GPTQ's rounding (experiments/benchmarks/bench_tuned_scales.py).
 """
 
 import math
@@ -41,7 +41,7 @@ class Tuning:
     """Steps and rates of tuning scales; the learning rate is relative to each scale."""
 
     steps: int = 60
-    samples: int = 4  # of a step; images say less than texts, so that 32 of them are a step
+    samples: int = 4  # samples of a step; 32 for images, which have one prediction each
     rate: float = 2e-3  # of Adam, falling to zero along a half cosine
     seed: int = 0
 
@@ -178,7 +178,7 @@ class ScaledWeight(nn.Module):
             self.shift = nn.Parameter(torch.zeros_like(group_scales(quantized)))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight as the codes and the present scales make it."""
+        """The weight from the codes and the current scales."""
         if self.parts:
             order = torch.cat(self.rounded.part_rows()).argsort()
             return self.place(torch.cat([part(weight) for part in self.parts])[order])
@@ -193,7 +193,7 @@ class ScaledWeight(nn.Module):
 
     @torch.no_grad()
     def quantized(self) -> Quantized:
-        """The codes with the scales as they are stored."""
+        """The codes with the scales rounded to their stored type."""
         if self.parts:
             return replace(self.rounded, parts=tuple(part.quantized() for part in self.parts))  # type: ignore[operator]
         if self.shift is None:

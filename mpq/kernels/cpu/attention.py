@@ -21,9 +21,9 @@ ELEMENTS = {"fp32": 0, "fp16": 1, "bf16": 2, "e4m3": 4}  # as src/abi.h numbers 
 
 @lru_cache(maxsize=256)
 def vectors_of(format_name: str, width: int, newest: torch.dtype = torch.float32) -> abi.Vectors | None:
-    """A cache format as the library takes it; None where it has no kernel.
+    """A cache format as passed to the library; None if it has no kernel.
 
-    `newest` is the type of the tokens that fill no block yet, of `TokenBlocks`.
+    `newest` is the type of the tokens that do not fill a block yet, for `TokenBlocks`.
     """
     format = parse_cache_format(format_name)
     if not blocks.supports(format, width) or (format.scale and format.scale not in cpu.SCALE_KINDS):
@@ -51,7 +51,7 @@ def vectors_of(format_name: str, width: int, newest: torch.dtype = torch.float32
 
 
 def slabs_of(slabs: Sequence[Tensor]) -> ctypes.Array[abi.Slab]:
-    """Slabs as the library takes them; the caller keeps the tensors."""
+    """Slabs as passed to the library; the caller keeps the tensors alive."""
     found = [abi.Slab(slab.data_ptr(), slab.shape[1], slab.stride(0) * slab.itemsize) for slab in slabs]
     return (abi.Slab * len(found))(*found)
 

@@ -21,7 +21,7 @@ SPLITS = 32  # programs that share a key head's blocks, at most
 
 @dataclass(frozen=True)
 class Stored:
-    """A cache's format as the kernel needs it; a number is (code - offset) * scale + minimum, or a float."""
+    """Compile-time constants of a cache format; a value is (code - offset) * scale + minimum, or a float."""
 
     bits: int
     offset: int
@@ -34,7 +34,7 @@ class Stored:
 
 
 def stored_of(name: str, width: int) -> Stored | None:
-    """The format as the kernel takes it; None where there is none: floats, and integers of 2, 4 and 8 bits."""
+    """The kernel's constants of a format; None for formats other than floats and integers of 2, 4 and 8 bits."""
     format = parse_cache_format(name)
     if isinstance(format, TokenBlocks) or not blocks.supports(format, width):
         return None
@@ -52,7 +52,7 @@ def attend(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int], key_format: str,
     value_format: str, query_format: str, scale: float, window: int, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """torch.ops.mpq.attend by the kernel, one launch for each slab; formats it does not take by the reference."""
+    """torch.ops.mpq.attend, one launch for each slab; formats without a kernel use the reference."""
     width, each = query.shape[2], len(keys) // len(lengths)
     stored = [stored_of(name, width) for name in (key_format, value_format)]
     if None in stored or not all(slab.is_contiguous() for slab in (*keys, *values)):

@@ -9,7 +9,7 @@ from mpq.kernels.gpu.triton.spec import Spec
 class Config:
     """Output channels, tokens and columns of a program's step; programs that share a block; warps; pipeline stages.
 
-    With `programs`, so many stay and share all steps evenly (see `stream`), and `split` is not used.
+    With `programs`, that many persistent programs share all steps evenly (see `stream`), and `split` is not used.
 
     backend "cuda" or "hopper" is a CUDA C++ kernel (`mpq.kernels.gpu.cuda`), used where it applies and has been
     verified (`mpq.kernels.gpu.cuda.verification`); of these settings it reads `split` alone.
@@ -35,9 +35,9 @@ def step_cols(spec: Spec) -> int:
 def default_config(spec: Spec, tokens: int, rows: int, cols: int, processors: int) -> Config:
     """Conservative block sizes, not tuned.
 
-    Few tokens: enough programs to fill the device twice, `split` to a block where there are too few blocks. Above 32
-    tokens the shares of split blocks would move more bytes than the weights: there the programs stay instead, which
-    leaves at most two parts each.
+    Few tokens: enough programs to fill the device twice, with blocks split where there are too few. Above 32 tokens the
+    partial sums of split blocks would move more bytes than the weights: persistent programs are used instead, which
+    have at most two partial sums each.
     """
     block_m = next((size for size in (16, 32, 64) if tokens <= size), 128)
     block_n = 64 if block_m <= 64 else 128

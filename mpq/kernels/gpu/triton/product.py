@@ -4,8 +4,8 @@ The weights are the left operand, so that small batches fill the short side of t
 computes out.T for BLOCK_N output channels and BLOCK_M tokens, walking the columns in steps of BLOCK_K. Group scales are
 applied to the accumulators once per group where BLOCK_K divides the group, which keeps the weights exact; where a step
 spans several groups, to the weights. With SPLIT > 1 every program sums its share of the columns into a buffer of its
-own, and `reduce_kernel` adds the shares in a fixed order: no atomics, the same bits each time. `stream.py` shares the
-same blocks out to programs that stay.
+own, and `reduce_kernel` adds the shares in a fixed order: no atomics, the same bits each time. `stream.py` distributes
+the same blocks over persistent programs.
 """
 
 import triton
