@@ -77,7 +77,7 @@ def test_a_result_that_is_worse_is_not_handed_over():
     for lr in (0.5, 1e30):
         result = finetune(model, allocation, data, cross_entropy, Finetuning(steps=4, lr=lr))
         assert not result.kept
-        assert "the start is handed over" in result.verdict()
+        assert "the start is kept" in result.verdict()
         torch.testing.assert_close(result.model(data[0][0]), start)
 
 
@@ -165,7 +165,7 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path):
     assert all(torch.equal(value, theirs[name]) for name, value in resumed.model.state_dict().items())
     assert not path.exists()
     path.write_bytes(b"nothing")
-    with pytest.raises(MpqError, match="is no checkpoint of a fine-tuning"):
+    with pytest.raises(MpqError, match="is not a checkpoint of a fine-tuning"):
         finetune(model, allocation, data, cross_entropy, settings, checkpoint=path)
 
 

@@ -30,7 +30,7 @@ def test_eval_tells_how_reproducible_answers_are(tmp_path, capsys):
 def test_only_language_models_answer(tmp_path, capsys):
     folder = folder_of("tiny-cnn", tmp_path)
     assert main(["eval", folder, "--nsamples", "8", "--eval-samples", "8", "--reproducible"]) == 2
-    assert "is no language model" in capsys.readouterr().err
+    assert "is not a language model" in capsys.readouterr().err
 
 
 def test_the_face_has_layercast():

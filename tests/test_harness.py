@@ -80,7 +80,7 @@ def test_unknown_tasks_and_other_models_are_told(folder, tmp_path, capsys):
     nameless = tmp_path / "nameless.yaml"
     nameless.write_text("dataset_path: json\n")
     assert main(["eval", str(folder / "out"), "--tasks", str(nameless)]) == 2
-    assert "names no task" in capsys.readouterr().err
+    assert "does not name its task" in capsys.readouterr().err
     assert main(["eval", str(folder / "out"), "--tasks", f"{folder / 'colours.yaml'},colour"]) == 2
     assert "no task 'colour'" in capsys.readouterr().err
 

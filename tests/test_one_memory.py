@@ -170,7 +170,7 @@ def test_pins_of_the_cache_hold(source: Source, table: mpq.SensitivityTable) -> 
         ({"memory": "6GB", "context": 257}, "at most 256 tokens, not 257"),
         ({"memory": "6GB", "context": 0}, "expected at least one token"),
         ({"memory": "6XB", "context": 10}, "invalid size"),
-        ({"memory": "600kB", "context": 256, "batch": 8}, r"a context of \d+ tokens would fit"),
+        ({"memory": "600kB", "context": 256, "batch": 8}, r"a context of \d+ tokens fits"),
         ({"memory": "200kB", "context": 256}, "raise it or add smaller"),
         ({"bits": 4, "kv_bits": 1.5}, "below the smallest formats"),
         ({"bits": 4, "kv_bits": -1}, "expected a positive number"),

@@ -237,5 +237,5 @@ def test_inputs_that_are_no_usual_floats_are_one_mistake(scheme, dtype):
         model = nn.Sequential(layer)
         packed = pack_model(model, Allocation(find_layers(model), (scheme,)))
         packed(torch.ones(shape))
-        with pytest.raises(MpqError, match=r"an input of type \w+ came to a packed layer: expected float32"):
+        with pytest.raises(MpqError, match=r"invalid input of type \w+ to a packed layer: expected float32"):
             packed(torch.ones(shape).to(dtype))

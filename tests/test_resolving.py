@@ -58,7 +58,7 @@ def test_what_can_be_held_is_left_alone_and_strict_refuses():
         held_or_resolved(TARGETS["gguf"], three, table_of(LAYERS[1:]), strict=True)
     with pytest.raises(MpqError, match=r"name the table .*--table"):
         held_or_resolved(TARGETS["gguf"], three, None)
-    with pytest.raises(MpqError, match=r"no layer in any format of its table: quantize with --for mlx"):
+    with pytest.raises(MpqError, match=r"nor any format of its table: quantize with --for mlx"):
         held_or_resolved(TARGETS["mlx"], three, table_of(LAYERS[1:]))
     with pytest.raises(MpqError, match="its table has other layers"):
         held_or_resolved(TARGETS["gguf"], three, table_of(LAYERS))

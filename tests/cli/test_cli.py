@@ -218,7 +218,7 @@ def test_formats_lists_and_tells(capsys):
         (["judge", "hub/model", "--metrics", "fishr"], "did you mean fisher"),
         (["plot", "none.csv", "-o", "x.gif"], "expected .png"),
         (["bench", "--device", "gpu"], "expected cpu, cuda or cuda:N"),
-        (["bench", "--tune", "--shapes", "16x16"], "needs --device cuda"),
+        (["bench", "--tune", "--shapes", "16x16"], "add --device cuda"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
@@ -326,7 +326,7 @@ def test_a_packed_language_model_continues_a_prompt(tmp_path, capsys):
     job = ["quantize", "tiny-lm", "--bits", "8.12", "--formats", "int8-channel,int8-g128", "--metric", "proxy:size"]
     assert main([*job, "--nsamples", "2", "-o", str(tmp_path / "out")]) == 0
     texts = (capsys.readouterr().out, (tmp_path / "out" / "report.html").read_text())
-    assert not [text for text in texts if "predicted loss" in text or "Predicted was" in text]
+    assert not [text for text in texts if "predicted loss" in text or "The prediction was" in text]
     job = ["generate", str(tmp_path / "out"), "--prompt", "It was a truth", "--max-new-tokens", "5", "--compare"]
     assert main(job) == 0
     said = capsys.readouterr().out

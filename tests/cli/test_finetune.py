@@ -58,12 +58,12 @@ def test_training_starts_from_the_folders_codes(packed):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere is no packed model"),
+        (["nowhere"], "nowhere is not a packed model"),
         (["PACKED", "--steps", "0"], "at least 1"),
         (["PACKED", "--lr", "nan"], "invalid lr"),
         (["PACKED", "--kl", "0"], "one of them positive"),
         (["PACKED", "--dataset", "missing.txt"], "no such file: missing.txt"),
-        (["PACKED", "-o", "PACKED"], "would be overwritten"),
+        (["PACKED", "-o", "PACKED"], "its own source"),
     ],
 )
 def test_mistakes_are_told_at_once(packed, arguments, message, capsys):

@@ -76,7 +76,7 @@ def test_names_that_the_user_gives_need_no_trust(here):
 
 def test_a_name_that_is_no_text(here, capsys):
     assert main(["eval", str(folder_naming(here / "out", model=["tiny-cnn"]))]) == 2
-    assert "names the model or data ['tiny-cnn']" in capsys.readouterr().err
+    assert "invalid name ['tiny-cnn'] of a model or data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["eval"], ["generate", "--prompt", "a"], ["plot"]])

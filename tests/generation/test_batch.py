@@ -72,5 +72,5 @@ def test_mistakes_are_named():
         generate_batch(tiny(), [TOKENS[0, :0]])
     with pytest.raises(MpqError, match="at least one"):
         generate_batch(tiny(), [])
-    with pytest.raises(MpqError, match="Linear cannot continue several"):
+    with pytest.raises(MpqError, match="Linear cannot generate for several"):
         generate_batch(torch.nn.Linear(2, 2), [TOKENS[0, :3]])

@@ -152,7 +152,7 @@ def test_one_format_for_all_keys_and_values():
     model = tiny()
     serve_format(model, "int8-token")
     assert cache_formats_of(model).names == ("int8-token",) * 4
-    with pytest.raises(MpqError, match="formats of its own"):
+    with pytest.raises(MpqError, match="already has cache formats"):
         serve_format(model, "int4-token")
 
 

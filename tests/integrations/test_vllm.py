@@ -184,7 +184,7 @@ def test_an_exported_model_served_layer_by_layer(tmp_path, mixes):
         torch.testing.assert_close(weight.product(inputs), torch.cat(expected, -1), **CLOSE)
     assert parts_of("model.norm", known, FUSED) == ()
     del known["model.layers.0.self_attn.k_proj"]
-    with pytest.raises(MpqError, match=r"computes .*q_proj, .* as one, but .*k_proj is not quantized"):
+    with pytest.raises(MpqError, match=r"fuses .*q_proj, .*, but .*k_proj is not quantized"):
         parts_of("model.layers.0.self_attn.qkv_proj", known, FUSED)
 
 

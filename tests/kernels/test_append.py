@@ -131,7 +131,7 @@ def test_calls_that_do_not_fit_are_named(vectors, position, message):
 
 def test_sequences_that_do_not_fit_are_named():
     for positions, count in (([1], 4), ([1, 2, 3], 6), ([1, 2], 3)):
-        with pytest.raises(MpqError, match="as many slabs for each"):
+        with pytest.raises(MpqError, match="the same number of slabs for each"):
             torch.ops.mpq.append(torch.ones(2, 2, 1, 80), (slabs("fp16") * 3)[:count], "fp16", False, positions)
 
 

@@ -208,9 +208,9 @@ def test_opcheck(formats, dtype):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda a: (a[0][0], *a[1:]), "one each"),
     (lambda a: (a[0].int(), *a[1:]), "type int32"),
-    (lambda a: (*a[:3], [129], *a[4:]), "room for all"),
-    (lambda a: (*a[:3], [0], *a[4:]), "at least one"),
-    (lambda a: (*a[:4], "int4-token", *a[5:]), "slabs of another shape"),
+    (lambda a: (*a[:3], [129], *a[4:]), "expected 1 to 128"),
+    (lambda a: (*a[:3], [0], *a[4:]), "expected 1 to 128"),
+    (lambda a: (*a[:4], "int4-token", *a[5:]), "invalid shape of slabs"),
     (lambda a: (*a[:4], "int4-g20", *a[5:]), "no multiples of 16"),
     (lambda a: (a[0][:, :3], *a[1:]), "3 heads"),
 ])  # fmt: skip

@@ -93,7 +93,7 @@ def test_contrastive_losses_are_noticed_and_never_cut(caplog):
     pairs = [tuple(torch.randint(0, 9, (4, 3), generator=seeded(2, name)) for name in "ab")]
     with caplog.at_level(logging.WARNING), pytest.raises(MpqError, match="take a metric that sees whole batches"):
         scores(Towers(), pairs, contrastive, "kl-curvature")
-    assert "no loss of their own" in caplog.text
+    assert "not the mean of its samples' losses" in caplog.text
     assert scores(Towers(), pairs, contrastive, "loss").any()
     assert (scores(Towers(), pairs, contrastive, "hessian") > 0).all()
 
@@ -101,7 +101,7 @@ def test_contrastive_losses_are_noticed_and_never_cut(caplog):
 def test_samples_that_meet_are_noticed(caplog):
     model = nn.Sequential(nn.Linear(4, 3), nn.Flatten(0), nn.Softmax(0))
     assert arranged(model, (torch.randn(5, 4),), lambda model, batch: model(batch).square().mean()).together
-    assert "statistics over a batch" in caplog.text
+    assert "not the mean of its samples' losses" in caplog.text
 
 
 def test_a_loss_that_takes_no_single_sample_takes_whole_batches(caplog):

@@ -124,7 +124,7 @@ def test_data_that_does_not_fit_or_is_not_there(tmp_path):
         open_source("tiny-lm", "novel")
     with pytest.raises(MpqError, match="no such file"):
         open_source("tiny-lm", str(tmp_path / "none.txt"))
-    with pytest.raises(MpqError, match="say which data"):
+    with pytest.raises(MpqError, match="no data for"):
         open_source(f"{HERE}:classifier")
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(MpqError, match="smaller seqlen"):

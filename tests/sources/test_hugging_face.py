@@ -79,7 +79,7 @@ def test_a_bfloat16_source_stays_bfloat16_and_brings_its_side_files(tmp_path, ca
     assert "cannot be opened: measured without it" in caplog.text
     text = (tmp_path / "text.txt").rename(tmp_path / "other.txt")
     assert main(["eval", str(out), "--seqlen", "16"]) == 2
-    assert "are no longer there: name a file with --dataset" in capsys.readouterr().err
+    assert "no longer exist: name a file with --dataset" in capsys.readouterr().err
     assert main(["eval", str(out), "--seqlen", "16", "--dataset", str(text)]) == 0
     (out / "tokenizer.json").write_text("{")
     assert main(["generate", str(out), "--prompt", "the cat"]) == 2
@@ -120,7 +120,7 @@ def test_encoders_and_encoder_decoders(build, kind, tmp_path, capsys):
     if kind == "distance":
         (tmp_path / "source").rename(tmp_path / "moved")
         assert main(["eval", str(tmp_path / "out")]) == 2
-        assert "which cannot be opened: put it there again" in capsys.readouterr().err
+        assert "restore it" in capsys.readouterr().err
 
 
 def test_image_models_are_shown_images_of_their_size(tmp_path, capsys):

@@ -30,7 +30,7 @@ def test_runs_are_nearly_equal_and_lose_nothing():
         assert sum(runs, ()) == order
         assert len(runs) == count
         assert max(map(len, runs)) - min(map(len, runs)) <= 1
-    with pytest.raises(MpqError, match="1 to 7 stages, not 8"):
+    with pytest.raises(MpqError, match="invalid number of stages 8: expected 1 to 7"):
         stages(order, 8)
 
 
@@ -83,5 +83,5 @@ def test_finetune_quantizes_run_after_run_in_the_order_of_eigenvalue_times_error
     assert seen[1] == {given[0]}
     with pytest.raises(MpqError, match="each of the allocation's 4 once"):
         finetune(model, allocation, batches, watching, settings, order=given[1:])
-    with pytest.raises(MpqError, match="a step a stage"):
+    with pytest.raises(MpqError, match="stages <= steps"):
         Finetuning(steps=3, stages=4)

@@ -137,7 +137,7 @@ def test_plain_calls_meet_no_python(monkeypatch):
 
 def test_errors_say_what_came():
     tensors, facts = weight()
-    with pytest.raises(RuntimeError, match=r"shape \(2, 7\) came to a layer of 300 columns"):
+    with pytest.raises(RuntimeError, match=r"shape \(2, 7\) to a layer of 300 columns"):
         torch.ops.mpq.linear(random(2, 7), tensors, None, *facts, "")
     with pytest.raises(RuntimeError, match="unknown format 'int9'"):
         torch.ops.mpq.linear(random(2, COLS), tensors, None, *facts, "int9")
