@@ -1,4 +1,4 @@
-"""Formats of keys and values as programs are told of them: on their command lines."""
+"""Formats of keys and values as options of the programs that serve a folder."""
 
 from mpq.core.allocation import Allocation
 from mpq.core.cache import EVERY, cache_name, head_bytes, parse_cache_format
@@ -17,13 +17,13 @@ LAYERS, KINDS = "layers", "kinds"  # values of `Target.caches_alike`
 
 
 def check_cache(target: Target, allocation: Allocation) -> None:
-    """MpqError when a target cannot serve the formats of an allocation's keys and values."""
+    """MpqError if a target does not support the formats of an allocation's keys and values."""
     cache = allocation.cache
     if cache is None or target.caches == EVERY:
         return
     if not target.caches:
         raise MpqError(
-            f"{target.name} files say nothing of a cache's formats: allocate without memory and kv_bits, or export "
+            f"{target.name} files cannot store cache formats: allocate without memory and kv_bits, or export "
             "allocation.with_cache(None)"
         )
     served = {parse_cache_format(name) for name in target.caches}

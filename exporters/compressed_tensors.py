@@ -116,8 +116,8 @@ def _named(model: nn.Module, ranges: Ranges | None, layer: str, packed: Packed, 
 
 
 def read(scheme: Scheme, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
-    """A layer's numbers as compressed-tensors decompresses them, and their relative error there; as we read them where
-    the package is not installed.
+    """A layer's weight as compressed-tensors decompresses it, with its relative error; by our own reader if the package
+    is not installed.
 
     Scales are taken in float32; MX and NVFP4 weights are decompressed in bfloat16, scale and product rounded once each.
     """

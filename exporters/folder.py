@@ -18,8 +18,8 @@ from mpq.core.reading import DAMAGE, reading
 log = logging.getLogger(__name__)
 
 ALLOCATION = "allocation.json"
-CHECKSUMS = "checksums.json"  # of every file in the folder that is ours: a digest, or one for each tensor in it
-WRITING = ".mpq-writing.json"  # while files are replaced: the names of all that are ours
+CHECKSUMS = "checksums.json"  # digest of each exported file, or of each tensor in it
+WRITING = ".mpq-writing.json"  # names of the exported files while they are replaced
 Checksums = dict[str, str | dict[str, str]]
 
 
@@ -27,13 +27,12 @@ Checksums = dict[str, str | dict[str, str]]
 def write_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty temporary folder; its files become those of `folder` when the block succeeds.
 
-    Files of an earlier export are replaced, with the checksums last, so that an interrupted replacement is noticed on
-    loading; a note in the folder says which files are ours meanwhile, so that the next export completes it. Files of
-    other names stay. A link is followed.
+    Files of an earlier export are replaced, with the checksums last, so that an interrupted replacement is detected on
+    loading; meanwhile a list of the exported files is kept in the folder, so that the next export completes it. Other
+    files are kept. A link is followed.
 
     Raises:
-        MpqError: the folder is a file, holds a file of the same name that is no earlier export's, or the system refuses
-            to write.
+        MpqError: the folder is a file, holds a file of the same name from elsewhere, or cannot be written.
     """
     with refusals(folder):
         target = followed(folder)
@@ -55,7 +54,7 @@ def write_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def names_of(files: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
-    """The files' own names."""
+    """The files' names."""
     return tuple(Path(file).name for file in files)
 
 
@@ -74,7 +73,7 @@ def refuse_foreign(folder: str | os.PathLike[str], names: tuple[str, ...]) -> No
     for name in names:
         path = Path(folder) / name
         if path.exists() and name not in known and not _is_allocation(path):
-            raise MpqError(f"{path} is there already and no earlier export wrote it: choose another folder")
+            raise MpqError(f"{path} exists and was not written by an earlier export: choose another folder")
 
 
 def _replace(draft: Path, target: Path) -> None:
@@ -108,7 +107,7 @@ def _is_allocation(path: Path) -> bool:
 
 
 def write_checksums(folder: Path, tensors: Mapping[str, dict[str, str]]) -> None:
-    """Note the digests of all files: of the tensors where the file has some, of the whole file otherwise."""
+    """Write the digests of all files: of each tensor, or of a whole file without tensors."""
     digests = {path.name: tensors.get(path.name) or _file_digest(path) for path in sorted(folder.iterdir())}
     (folder / CHECKSUMS).write_text(json.dumps(digests, indent=0) + "\n", encoding="utf-8")
 
@@ -143,7 +142,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_checked_json(path: Path, checksums: Checksums) -> Any:
-    """A JSON object whose file has the digest that was noted; MpqError otherwise."""
+    """A JSON object whose file has the recorded digest; MpqError otherwise."""
     values = read_json(path)
     if digest(path.read_bytes()) != checksums.get(path.name):
         raise MpqError(f"{path} is not as it was exported (its checksum differs): export again")

@@ -1,4 +1,4 @@
-"""One tensor scale for the layers that a server computes as one (q/k/v, gate/up): it keeps the largest of them."""
+"""A common tensor scale, the largest, for layers that servers fuse (q/k/v, gate/up)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +13,7 @@ from mpq.quantized import checked_layers
 from mpq.rounding.codes import round_scales
 from mpq.rounding.reference import Quantized, tensor_scale_of
 
-NEGLIGIBLE = 2.0**-12  # of a layer's largest scale: groups whose scales may be rounded on their way to the shared one
+NEGLIGIBLE = 2.0**-12  # of a layer's largest scale: smaller group scales may be rounded under the shared tensor scale
 
 
 def shared_scales(model: nn.Module, allocation: Allocation) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def shared_scales(model: nn.Module, allocation: Allocation) -> dict[str, Tensor]
 
 
 def with_shared_scale(name: str, quantized: Quantized, shared: Mapping[str, Tensor]) -> Quantized:
-    """The same numbers under the shared tensor scale.
+    """The same values under the shared tensor scale.
 
     Raises:
         MpqError: group scales that matter cannot be written as multiples of it.

@@ -26,7 +26,7 @@ from mpq.network.layers import layer_kind, matrix_to_weight
 
 
 def export(request: ExportRequest) -> Path:
-    """Write a transformers model in the GPTQ layout; the folder. Any rounding method will do.
+    """Write a transformers model in the GPTQ layout, rounded by any method; returns the folder.
 
     Raises:
         MpqError: no transformers model, a scheme that the layout cannot hold, fused layers in two, foreign files.

@@ -1,4 +1,4 @@
-"""Searches kept to what a target or another quantizer can hold, and refusals that name what it could hold instead."""
+"""Restricting searches to schemes that a target or another quantizer supports; errors name supported ones."""
 
 import glob
 import logging
@@ -21,11 +21,11 @@ from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 
 _log = logging.getLogger(__name__)
-FLOAT = "bf16"  # of layers that are left as they are
+FLOAT = "bf16"  # of layers that stay in floating point
 
 
 class Holder(Protocol):
-    """A target, or a quantizer that takes a configuration."""
+    """A target, or another quantizer."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
@@ -41,11 +41,11 @@ class Holder(Protocol):
 def check_model(target: Target, model: Any) -> None:
     """MpqError when the target does not know such a model, or a package that writes its files is missing."""
     if not target.takes(model):
-        raise MpqError(f"{target.name} files hold {target.models}, not {type(model).__name__}: export to mpq instead")
-    from mpq.network.experts import has_experts  # torch, without which the rest here answers
+        raise MpqError(f"{target.name} supports {target.models}, not {type(model).__name__}: export to mpq instead")
+    from mpq.network.experts import has_experts  # needs torch, unlike the rest of this module
 
     if not target.experts and has_experts(model):
-        raise MpqError(f"experts are written for mpq and gguf, not for {target.name}: leave --for and --to at mpq")
+        raise MpqError(f"{target.name} does not support experts: use the targets mpq or gguf")
     check_packages(target)
 
 
@@ -57,21 +57,21 @@ def check_packages(target: Target) -> None:
 
 
 def tell_versions(target: Target) -> None:
-    """Warn where the target's program is installed here in a version that was not measured."""
+    """Warn if the target's program is installed here in a version that was not measured."""
     for consumer in target.consumers:
         if why := consumer.objection():
             _log.warning("%s: try the folder there before you rely on it", why)
 
 
 def check(holder: Holder, allocation: Allocation) -> None:
-    """MpqError when a layer has a scheme that cannot be held, with the nearest that can."""
+    """MpqError if a layer has an unsupported scheme, naming the nearest supported one."""
     for layer in check_allocation(allocation).layers:
         scheme = allocation.scheme_of[layer.name]
         why = holder.refusal(layer, scheme)
         if why:
             near = nearest(holder, layer, scheme)
-            advice = f"the nearest it can hold is {near}" if near else "leave the layer out"
-            raise MpqError(f"{holder.name} cannot hold layer {layer.name} in {scheme.name} ({why}): {advice}")
+            advice = f"the nearest it supports is {near}" if near else "leave the layer out"
+            raise MpqError(f"{holder.name} does not support layer {layer.name} in {scheme.name} ({why}): {advice}")
     if holder.fuses:
         _check_ties(holder, allocation)
 
@@ -84,14 +84,14 @@ def _check_ties(holder: Holder, allocation: Allocation) -> None:
         if schemes[0] != schemes[1]:
             readers = getattr(holder, "readers", "") or holder.name
             raise MpqError(
-                f"{readers} compute {other.name} and {layer.name} as one, so they must share a scheme, "
+                f"{readers} fuse {other.name} and {layer.name}, so they must share a scheme, "
                 f"not {schemes[0]} and {schemes[1]}: search with ties"
             )
 
 
 def nearest(holder: Holder, layer: Layer, scheme: Scheme) -> str | None:
-    """What the holder itself would fall back on; else the well-known scheme that the layer can have, of the same kind
-    of grid where there is one, closest in bits.
+    """The holder's own fallback, else the supported well-known scheme closest in bits, preferably of the same kind of
+    grid.
     """
     instead = holder.fallbacks.get(scheme.name)
     while instead is not None:
@@ -112,31 +112,31 @@ def nearest(holder: Holder, layer: Layer, scheme: Scheme) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A table kept to what somebody can hold.
+    """A table restricted to the schemes that holders support.
 
-    Layers that can have none of its schemes, and those that are tied to them, are offered bf16, which loses nothing.
+    Layers that support none of its schemes, and those tied to them, are offered bf16 without loss.
     """
 
-    name: str  # of who holds it
+    name: str  # of the holders
     fuses: bool  # ties must be kept
     table: SensitivityTable
     forbid: Mapping[str, tuple[str, ...]]  # schemes by layer pattern, as `build_problem` takes them
     floats: Mapping[str, str]  # why a layer stays in bf16, by its name
-    instead: tuple[str, str] = ("", "")  # one of those layers that could have a format of others, and which
+    instead: tuple[str, str] = ("", "")  # one of those layers, and the nearest format that it supports
 
     @property
     def sentence(self) -> str:
-        """Layers that cannot be held, in one sentence; "" where all layers can have some scheme."""
+        """One sentence on layers without a supported scheme; "" if there are none."""
         if not self.floats:
             return ""
         name, why = next(iter(self.floats.items()))
         more = f" and {len(self.floats) - 1} more" if len(self.floats) > 1 else ""
         layer, near = self.instead
-        advice = f"; add {near}, the nearest that {layer} can have" if near else ""
-        return f"{self.name} can hold {name}{more} in none of the formats ({why}): left in floating point{advice}"
+        advice = f"; add {near}, the nearest that {layer} supports" if near else ""
+        return f"{self.name} supports {name}{more} in none of the formats ({why}): left in floating point{advice}"
 
     def least(self, *, ties: bool = True, **restrictions: Any) -> float:
-        """Bytes of the smallest allocation of weights, with what no scheme changes."""
+        """Bytes of the smallest allocation of weights, including the overhead."""
         problem = build_problem(self.table, forbid=self.forbid, ties=ties or self.fuses, **restrictions)
         return problem.overhead + float(
             np.where(np.isfinite(problem.losses), problem.costs["size"], np.inf).min(1).sum()
@@ -159,7 +159,9 @@ class Held:
         advice = "raise the budget or add smaller formats"
         if not self.instead[1] and self.floats and (others := len(problem.layers) - len(self.floats)):
             left = " and ".join(list(self.floats)[:2]) if len(self.floats) < 3 else f"{len(self.floats)} layers"
-            advice = f"raise it, or leave {left} out (--exclude), so that it counts for the other {others} layers alone"
+            advice = (
+                f"raise it, or exclude {left} (--exclude), so that the budget counts only the other {others} layers"
+            )
         why = f" ({self.sentence})" if self.sentence else ""
         raise MpqError(f"a budget of {told} is below the smallest allocation for {self.name}, {needed}{why}: {advice}")
 
@@ -169,10 +171,10 @@ def _up(bits: float) -> float:
 
 
 def restrict(table: SensitivityTable, *holders: Holder) -> Held:
-    """What of a table a target, a quantizer, or several of them together can hold; all of it where none is named.
+    """The part of a table that all given targets and quantizers support; all of it without any.
 
     Raises:
-        MpqError: a layer that cannot even stay in bf16.
+        MpqError: a layer that cannot be bf16 either.
     """
 
     def refusal(layer: Layer, scheme: Scheme) -> str:
@@ -200,7 +202,7 @@ def restrict(table: SensitivityTable, *holders: Holder) -> Held:
     if without:
         for layer in table.layers:
             if layer.name in without and (why := refusal(layer, parse_scheme(FLOAT))):
-                raise MpqError(f"{name} cannot hold layer {layer.name} at all ({why}): exclude it")
+                raise MpqError(f"{name} does not support layer {layer.name} in any format ({why}): exclude it")
         table = _with_floats(table, np.array(offered))
         for layer in (layer for layer, one in zip(table.layers, offered, strict=True) if not one):
             pattern = glob.escape(layer.name)
@@ -217,7 +219,7 @@ def restrict(table: SensitivityTable, *holders: Holder) -> Held:
 def _instead(
     holder: Holder, table: SensitivityTable, floats: Iterable[str], coded: Sequence[Scheme]
 ) -> tuple[str, str]:
-    """The first of the layers in floating point that could be quantized otherwise, and the nearest scheme of it."""
+    """The first layer in floating point that supports another scheme, and the nearest such scheme."""
     left = set(floats)
     for layer in table.layers:
         near = nearest(holder, layer, coded[0]) if layer.name in left else None
@@ -234,7 +236,7 @@ def _cache_refusal(holder: Holder, scheme: Scheme) -> str:
 
 
 def _with_floats(table: SensitivityTable, offered: NDArray[np.bool_]) -> SensitivityTable:
-    """The table with a column of bf16, without loss where it is offered."""
+    """The table with a column of bf16, of loss 0 where it is offered."""
     column = np.where(offered, 0.0, np.nan)[:, None]
     names = {layer.name for layer, one in zip(table.layers, offered, strict=True) if one}
     return replace(
@@ -245,7 +247,7 @@ def _with_floats(table: SensitivityTable, offered: NDArray[np.bool_]) -> Sensiti
 
 
 def unscored(layers: Sequence[Layer], schemes: Iterable[str], overhead: int = 0) -> SensitivityTable:
-    """A table of zeros, for questions that sizes alone answer."""
+    """A table of zeros, for checks of sizes alone."""
     names = tuple(dict.fromkeys(parse_scheme(name).name for name in schemes))
     zeros = np.zeros((len(layers), len(names)))
     return SensitivityTable(tuple(layers), names, zeros, zeros, "", {"overhead": overhead})

@@ -1,4 +1,4 @@
-"""MLX's folders: what mlx-lm loads (0.32), each layer quantized in a mode, width and group size of its own.
+"""MLX's folders: what mlx-lm loads (0.32), each layer quantized in its own mode, width and group size.
 
 A group's numbers are scale times code plus bias ("affine"), or small floats times a scale ("mxfp4", "mxfp8", "nvfp4").
 Codes are little-endian bit streams in 32-bit words, as ours are. Scales of 16 bits whose type is not the model's make

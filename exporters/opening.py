@@ -1,4 +1,4 @@
-"""Folders of any target, opened: ours compute from packed weights, others from the numbers that their files hold.
+"""Opening folders of any target: ours compute from packed weights, others from dequantized weights.
 
 GPTQ, compressed-tensors, ModelOpt and MLX folders, ours or other tools', are read by the readers that check our
 exports; GGUF files by transformers. Layers then hold dequantized weights and round their inputs where the scheme says.
@@ -49,7 +49,7 @@ class Opened:
     model: nn.Module
     allocation: Allocation
     kind: str  # "mpq", "gptq", ..., "gguf", "transformers"
-    network: Network | None = None  # with tokenizer and sizes, where the model came with them
+    network: Network | None = None  # with tokenizer and sizes, if available
 
 
 def load(
@@ -62,7 +62,7 @@ def load(
     """The model of an exported folder, in evaluation mode: `mpq.load`.
 
     Our own checkpoints compute from packed weights (`mpq.exporters.mpq.checkpoint.load`). Folders of other targets and
-    other tools, and GGUF files, compute from dequantized weights: the same numbers, for measuring them.
+    other tools, and GGUF files, compute from dequantized weights with the same values, for measuring them.
 
     Args:
         folder: what `mpq.export` or another quantizer wrote.
@@ -71,7 +71,7 @@ def load(
         trust: whether the folder may name a function of the user's own to be imported and called.
 
     Raises:
-        MpqError: the folder is none that can be read, is incomplete or altered, or the model differs.
+        MpqError: the folder cannot be read, is incomplete or altered, or the model differs.
     """
     if kind_of(folder) == "mpq":
         return checkpoint.load(folder, model=model, device=device, trust=trust)
@@ -117,13 +117,13 @@ def _check_exported(folder: Path, kind: str) -> None:
 
 
 def kind_of(folder: str | os.PathLike[str]) -> str:
-    """Whose folder it is; MpqError where mpq does not read it."""
+    """The kind of a folder; MpqError if mpq does not read it."""
     expect(folder, (str, os.PathLike), "a folder's name")
     path = Path(folder)
     if path.suffix == ".gguf" and path.is_file():
         return "gguf"
     if not path.is_dir():
-        raise MpqError(f"{path} is no folder: expected one written by mpq.export")
+        raise MpqError(f"{path} is not a folder: expected one written by mpq.export")
     if not (path / "config.json").is_file():
         if next(path.glob("*.gguf"), None) is not None:
             return "gguf"
@@ -137,8 +137,8 @@ def kind_of(folder: str | os.PathLike[str]) -> str:
     if method is None and isinstance(config.get("quantization"), dict):
         return "mlx"
     if method is None:
-        return "transformers" if "model_type" in config else "mpq"  # whose loader says what is missing
-    if method != "mpq" and method not in list(READERS):  # a damaged config may hold a list here
+        return "transformers" if "model_type" in config else "mpq"  # its loader reports what is missing
+    if method != "mpq" and method not in list(READERS):  # a damaged config may have a list here
         raise MpqError(
             f"{path} has weights of {method!r}, which mpq does not read: expected {', '.join(READERS)} or mpq"
         )
@@ -190,7 +190,7 @@ def _dequantized(path: Path, kind: str) -> Opened:
 
 
 def _round(layer: nn.Module, scheme: Any, static: Tensor | None) -> None:
-    """Round a layer's inputs as its scheme says, by the scale in the file where there is one for the tensor."""
+    """Round a layer's inputs by its scheme, with the file's static scale if there is one."""
     if static is None or scheme.activation is None or scheme.activation.granularity != "tensor":
         round_inputs([layer], scheme)
     else:
@@ -209,20 +209,20 @@ def _put(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
         tie()
     empty = [name for name in missing if model.state_dict()[name].is_meta]
     for name in (*empty, *unexpected):
-        what = f"has no tensor {name}, which" if name in empty else f"holds the tensor {name}, for which"
-        raise MpqError(f"{path} {what} the model {'needs' if name in empty else 'has no place'}")
+        what = f"has no tensor {name}, which" if name in empty else f"holds the tensor {name}, which"
+        raise MpqError(f"{path} {what} the model {'needs' if name in empty else 'does not have'}")
 
 
 def _recorded(path: Path) -> Allocation | None:
-    """The allocation that we wrote beside the weights."""
+    """The allocation.json beside the weights."""
     folder = path if path.is_dir() else path.parent
     return read_allocation(folder) if (folder / ALLOCATION).is_file() and (folder / CHECKSUMS).is_file() else None
 
 
 def _described(path: Path, kind: str, layers: tuple[Layer, ...], stored: Collection[str]) -> Allocation:
-    """What config.json says of the layers that are stored with more than a weight and a bias."""
+    """The schemes in config.json of layers that are stored with more than a weight and a bias."""
     if kind == "modelopt":
-        raise MpqError(f"{path} has no allocation.json: of other tools' ModelOpt folders mpq reads none")
+        raise MpqError(f"{path} has no allocation.json: mpq reads only ModelOpt folders of its own")
     text = json.dumps(read_json(path / "config.json"))
     owners = {owner for owner, _, part in (name.rpartition(".") for name in stored) if part not in ("weight", "bias")}
     coded = tuple(layer for layer in layers if layer.name in owners)
@@ -240,7 +240,7 @@ def _of_types(path: Path, layers: tuple[Layer, ...]) -> Allocation:
 
 @contextmanager
 def _stored(path: Path) -> Iterator[tuple[tuple[str, ...], Callable[[str], Tensor]]]:
-    """The names of a folder's tensors and what reads one: checked where the folder has checksums."""
+    """The names of a folder's tensors and a function that reads one, verified if the folder has checksums."""
     if (path / CHECKSUMS).is_file():
         with Shards(path, read_checksums(path)) as shards:
             yield tuple(shards), shards.read

@@ -23,13 +23,13 @@ SideFiles = Sequence[str | os.PathLike[str]]
 
 @dataclass(frozen=True, eq=False)
 class ExportRequest:
-    """The one argument of every exporter; each reads the fields that its files need.
+    """The argument of every exporter; each reads the fields that its files need.
 
     Attributes:
-        model: left as it is; one layer at a time is rounded.
+        model: unchanged; one layer at a time is rounded.
         allocation: layers and schemes.
-        folder: made when missing. Files of an earlier export are replaced, others' files are never.
-        method: rounding method, by name or as a rounder, and `second_moments` of the inputs where a name uses them.
+        folder: created if missing. Files of an earlier export are replaced, other files never.
+        method: rounding method, by name or as a rounder, with `second_moments` of the inputs if it needs them.
         recipe: how to build the model without weights, as `mpq.sources` gives it with a model: {"kind": "bundled",
             "name": "tiny-lm"}, {"kind": "factory", "path": "package.module:factory"}. Read by mpq alone, and not
             needed for transformers models.
@@ -64,12 +64,12 @@ class ExportRequest:
 
     @property
     def rounding(self) -> str:
-        """Name of the rounding method, for the record."""
+        """Name of the rounding method, for provenance."""
         return self.method if isinstance(self.method, str) else self.method.name
 
     @property
     def comparison(self) -> Run | None:
-        """Runs a model on what the export is compared on; None where nothing was given."""
+        """Runs a model on the inputs of the comparison; None without inputs."""
         given = self.inputs if self.run is None else self.run
         return None if given is None else runner(given)
 

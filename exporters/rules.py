@@ -1,4 +1,4 @@
-"""Rules of each kind of file: a refusal of a layer's scheme in half a sentence, or ""."""
+"""Rules of each kind of file: the objection to a layer's scheme in half a sentence, or ""."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ GROUPS = ("g32", "g64", "g128", "channel")
 
 GGUF_MODELS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3")
 
-# ggml's tensor types by the formats whose numbers they hold exactly.
+# ggml's tensor types by the formats whose values they hold exactly.
 GGUF_TYPES = {
     "int8-g32": "Q8_0", "q6_k": "Q6_K", "q5_1": "Q5_1", "q5_k": "Q5_K", "int5-g32": "Q5_0", "q4_1": "Q4_1",
     "q4_k": "Q4_K", "int4-g32": "Q4_0", "iq4_nl": "IQ4_NL", "q3_k": "Q3_K", "q2_k": "Q2_K",
@@ -64,7 +64,7 @@ GGUF_TYPES = {
 }  # fmt: skip
 
 
-# What llama.cpp's own quantizer takes where a row does not divide into blocks.
+# Fallbacks of llama.cpp's own quantizer for rows that do not divide into blocks.
 GGUF_FALLBACKS = {
     "q2_k": "iq4_nl", "q3_k": "iq4_nl", "q4_k": "int5-g32", "q5_k": "q5_1", "q6_k": "int8-g32",
     **dict.fromkeys(("iq4_nl", "int4-g32", "int5-g32", "q4_1", "q5_1", "int8-g32", "mxfp4"), "fp16"),
@@ -84,9 +84,9 @@ def gguf(layer: Layer, scheme: Scheme) -> str:
     if layer.kind not in ("linear", "embedding"):
         return f"it knows linear layers and embeddings, not {layer.kind}"
     if scheme.activation is not None:
-        return "it rounds activations as it likes"
+        return "it chooses the rounding of activations itself"
     if scheme.weight.name not in GGUF_TYPES:
-        return "it has no tensor type with these numbers"
+        return "it has no tensor type with these values"
     block = gguf_block(scheme.weight)
     if block and layer.cols % block:
         return f"its rows of {layer.cols} weights do not divide into blocks of {block}"
@@ -114,7 +114,7 @@ def onnx(layer: Layer, scheme: Scheme) -> str:
 
 
 def _not_linear(layer: Layer) -> str:
-    """Why consumers that quantize nothing but linear layers refuse a layer; "" where they do not."""
+    """The objection of consumers that quantize only linear layers; "" for those."""
     if layer.kind == "linear" and not layer.aliases:
         return ""
     return f"it quantizes linear layers with weights of their own, not {layer.kind}"
@@ -138,7 +138,7 @@ def gptq(layer: Layer, scheme: Scheme) -> str:
     return _whole_groups(layer, weight)
 
 
-# ModelOpt's algorithms by the schemes whose numbers they compute with.
+# ModelOpt's algorithms by scheme.
 MODELOPT_ALGORITHMS = {
     "nvfp4": "W4A16_NVFP4",
     "nvfp4+a:fp4-e2m1-g16-se4m3": "NVFP4",
@@ -159,7 +159,7 @@ def modelopt(layer: Layer, scheme: Scheme) -> str:
     return _whole_groups(layer, scheme.weight)
 
 
-# Models whose layers have the same names in mlx-lm and in transformers.
+# Models with the same layer names in mlx-lm and transformers.
 MLX_MODELS = (
     "llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "smollm3", "olmo2", "granite",
 )  # fmt: skip
@@ -175,7 +175,7 @@ MLX_FALLBACKS = {
 
 
 def mlx_mode(format: Format) -> dict[str, Any] | None:
-    """MLX's name of a format whose numbers it holds exactly, None where it has none.
+    """MLX's quantization parameters of a format with exactly the same values; None if it has none.
 
     >>> mlx_mode(parse_format("uint3-g64-mfp16"))
     {'group_size': 64, 'bits': 3, 'mode': 'affine'}
@@ -217,7 +217,7 @@ FUSED = {
 
 
 def served_names(layer: str) -> tuple[str, ...]:
-    """A layer's name, and that of the layer which vLLM computes it in, where it joins q/k/v or gate/up.
+    """A layer's name, and that of the fused layer in which vLLM computes q/k/v or gate/up.
 
     >>> served_names("layers.0.mlp.up_proj")
     ('layers.0.mlp.up_proj', 'layers.0.mlp.gate_up_proj')
@@ -233,17 +233,17 @@ def vllm_cpu(layer: Layer, scheme: Scheme) -> str:
         return ""
     if activation is not None:
         known = weight.name == "int8-channel" and activation.name == "int8-channel"
-        return "" if known else "of schemes with activations its kernels for CPUs have int8-channel+a:int8-token"
+        return "" if known else "its CPU kernels support activations only as int8-channel+a:int8-token"
     if weight.grid.family != "int" or weight.grid.bits != 4:
-        return "its kernels for CPUs have 4-bit integers"
+        return "its CPU kernels support only 4-bit integers"
     if layer.rows % 32 or layer.cols % 32:
-        return f"its kernels for CPUs have sides of whole 32, not {layer.rows} x {layer.cols}"
+        return f"its CPU kernels need sides that are multiples of 32, not {layer.rows} x {layer.cols}"
     return ""
 
 
 def transformers(layer: Layer, scheme: Scheme) -> str:
     """compressed-tensors' schemes that transformers does not load."""
-    return "its loader takes no packed zero points" if scheme.weight.zero_point else ""
+    return "its loader does not support packed zero points" if scheme.weight.zero_point else ""
 
 
 def openvino(layer: Layer, scheme: Scheme) -> str:
@@ -252,5 +252,5 @@ def openvino(layer: Layer, scheme: Scheme) -> str:
     if weight.grid.family == "int" and weight.grid.bits == 2:
         return "it has no 2-bit integers"
     if weight.granularity == "group" and layer.cols % weight.group_size:
-        return f"its blocks divide rows, and {weight.group_size} does not divide {layer.cols}"
+        return f"its blocks must divide rows, and {weight.group_size} does not divide {layer.cols}"
     return ""

@@ -27,7 +27,7 @@ def write_tensors(
 
     Args:
         folder: where to.
-        specs: shape and type of every tensor, by name, in the order in which they come.
+        specs: shape and type of every tensor, by name, in the order of `tensors`.
         tensors: names and tensors.
         shard: largest bytes of a file, unless one tensor alone is larger.
     """
@@ -53,7 +53,7 @@ def write_tensors(
 
 def _checked(name: str, spec: tuple[tuple[int, ...], torch.dtype], actual: str, tensor: Tensor) -> Tensor:
     if (name, *spec) != (actual, tuple(tensor.shape), tensor.dtype):
-        raise AssertionError(f"{name} {spec} was planned, {actual} {tuple(tensor.shape)} {tensor.dtype} came")
+        raise AssertionError(f"expected the tensor {name} {spec}, got {actual} {tuple(tensor.shape)} {tensor.dtype}")
     return tensor.detach().cpu().contiguous()
 
 

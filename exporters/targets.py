@@ -1,9 +1,9 @@
 """Consumers of exported models: one registry for `--for` and `--to`. Plugins add some through the entry-point group
 "mpq.exporters": a function that writes files, or a `Target` with rules.
 
-Every function takes an `mpq.exporters.request.ExportRequest` and gives the folder.
-A target named after a program (vllm, llama.cpp) writes one of the files named after a format (compressed-tensors,
-gguf), and may hold less than the file does.
+Every function takes an `mpq.exporters.request.ExportRequest` and returns the folder.
+A target named after a program (vllm, llama.cpp) writes the files of one named after a format (compressed-tensors,
+gguf), and may support fewer schemes.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ def _mlx(model: Any) -> bool:
 def narrowed(
     file: Callable[[Layer, Scheme], str], device: Callable[[Layer, Scheme], str], layer: Layer, scheme: Scheme
 ) -> str:
-    """The objection of a file, or else of the device that runs it."""
+    """The objection of the file format, or else of the device that runs it."""
     return file(layer, scheme) or device(layer, scheme)
 
 
@@ -165,9 +165,9 @@ TARGETS: Registry[Target] = Registry(
 
 
 def formats_of(target: Target) -> Sequence[str]:
-    """The schemes that are tried for a target when the user names none.
+    """The default candidate schemes of a target.
 
-    Activations are rounded only where the target does not take such weights without: at the same bytes more is lost.
+    Activations are rounded only if the target requires it for such weights, since they add loss at the same bytes.
 
     >>> [name for name in formats_of(TARGETS["modelopt"]) if "+a:" in name]
     ['fp8-e4m3-channel+a:fp8-e4m3-token', 'fp8-e4m3+a:fp8-e4m3', 'mxfp8-e4m3+a:mxfp8-e4m3']

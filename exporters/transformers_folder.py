@@ -30,7 +30,7 @@ from mpq.quantized import checked_layers
 from mpq.rounding.reference import Quantized, dequantize
 
 Named: TypeAlias = Callable[[str, Packed, Scheme], Mapping[str, Tensor]]  # a layer's tensors, by the file's names
-# A layer's scheme and tensors, without its name -> its numbers (rows, cols), and how far they may be off, relative.
+# A layer's scheme and tensors, without its name -> its values (rows, cols), and their largest relative error.
 Read: TypeAlias = Callable[[Scheme, Mapping[str, Tensor]], tuple[Tensor, float]]
 
 
@@ -47,11 +47,11 @@ def export_transformers(
 
     Args:
         consumer: a name of `TARGETS`, whose rules are checked first.
-        named: the tensors, by their names in the file, of a layer's packed weight; asked of weights without data too.
-        config: what config.json says beside the model's own, asked for when the allocation has passed the rules.
-        read: what the consumer's own reader makes of those tensors; the folder is read back with it before it counts.
-        own_models: the consumer computes transformers' architectures by code of its own, special layers included.
-        texts: further files of the folder by name, asked for as `config` is.
+        named: the tensors, by their names in the file, of a layer's packed weight, which may have no data.
+        config: additional entries of config.json, called after the allocation has passed the rules.
+        read: the consumer's own reader of those tensors, with which the folder is verified.
+        own_models: the consumer has its own code for transformers' architectures, special layers included.
+        texts: further text files of the folder by name, called like `config`.
 
     Raises:
         MpqError: no transformers model, a scheme that cannot be held, fused layers in several schemes, foreign files,
@@ -70,7 +70,7 @@ def export_transformers(
         known = own_models and type(module).__module__.startswith("transformers.models.")
         if own_code(module) and not known and not scheme.weight.is_float_copy:
             raise MpqError(
-                f"layer {layer.name} is a {type(module).__name__} with code of its own, which {consumer} would "
+                f"layer {layer.name} is a {type(module).__name__} with a custom forward, which {consumer} would "
                 "replace: exclude it, or export to mpq"
             )
     names, specs = plan(model, allocation, others, named)

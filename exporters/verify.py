@@ -1,9 +1,9 @@
-"""Verification of exports: the model read back has the rounded weights and computes the same outputs.
+"""Verification of exports: the loaded model has the rounded weights and computes the same outputs.
 
-Outputs are compared layer by layer. The simulated model runs and its layers' inputs and outputs are kept; then the
-loaded one runs, and each packed layer hands on the simulated layer's output in place of its own. So both see the same
-numbers everywhere: what reaches a layer may differ by the rounding of equal operations alone, what a layer gives by
-the packed kernels' arithmetic alone (`kernel_error`), and the first difference is named where it arises.
+Outputs are compared layer by layer. The simulated model runs first, and its layers' inputs and outputs are kept. Then
+the loaded model runs, with each packed layer's output replaced by the simulated layer's. Errors therefore do not
+accumulate: a layer's input may differ only by rounding of equal operations, its output only by the packed kernels'
+arithmetic (`kernel_error`), and the first difference is reported where it arises.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,11 +29,11 @@ from mpq.network.uses import seeing_uses
 from mpq.quantized import checked_layers, round_cache, simulate_rounded
 from mpq.rounding.reference import Quantized, dequantize
 
-Run: TypeAlias = Callable[[nn.Module], Any]  # runs the model on a few samples: its output, a loss, whatever it gives
+Run: TypeAlias = Callable[[nn.Module], Any]  # runs the model on a few samples; returns its output, a loss, or anything
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any] | Run
-Digests: TypeAlias = dict[str, str]  # of each layer's rounded numbers, by layer name
+Digests: TypeAlias = dict[str, str]  # of each layer's rounded weight, by layer name
 
-HELD = 2**26  # bytes of the simulated layers' inputs and outputs in memory; the rest waits in files
+HELD = 2**26  # bytes of the simulated layers' inputs and outputs in memory; the rest is in files
 
 
 def runner(inputs: Inputs) -> Run:
@@ -50,14 +50,14 @@ def runner(inputs: Inputs) -> Run:
 
 
 def noting(layers: Iterable[tuple[Layer, Scheme, Quantized]], digests: Digests) -> Iterator[Any]:
-    """The layers as they come; the digests of their rounded numbers are noted."""
+    """The layers unchanged; the digests of their rounded weights are recorded."""
     for layer, scheme, quantized in layers:
         digests[layer.name] = numbers_digest(dequantize(quantized))
         yield layer, scheme, quantized
 
 
 def same_numbers(name: str, actual: Tensor, expected: Tensor, relative: float = 0.0) -> None:
-    """MpqError when a layer's numbers, as a reader has them, are not those that were rounded."""
+    """MpqError if a layer's weight, as read back, differs from the rounded one."""
     numbers = expected.float().to(actual.device)
     if actual.shape != expected.shape or bool(
         ((actual.float() - numbers).abs() > relative * (numbers.abs() + 1e-30)).any()
@@ -66,13 +66,13 @@ def same_numbers(name: str, actual: Tensor, expected: Tensor, relative: float = 
 
 
 def same_tensor(name: str, actual: Tensor, expected: Tensor) -> None:
-    """MpqError when a tensor is not the expected one bit by bit."""
+    """MpqError if a tensor is not the expected one bit for bit."""
     if fingerprint([actual]) != fingerprint([expected]):
         raise MpqError(f"the tensor {name} reads back changed: nothing was written")
 
 
 def numbers_digest(numbers: Tensor) -> str:
-    """That of the numbers in float32, whichever zero they hold."""
+    """The digest of the values in float32, with negative zeros as zeros."""
     return fingerprint([numbers.float() + 0.0])
 
 
@@ -84,15 +84,15 @@ def verify(
     others: Mapping[str, Tensor],
     run: Run | None,
 ) -> None:
-    """Compare a loaded model with what was to be written.
+    """Compare a loaded model with the exported one.
 
     Args:
-        model: what was exported.
-        loaded: what was read back, packed.
+        model: the exported model.
+        loaded: the model that was read back, packed.
         allocation: layers and schemes.
-        digests: of the rounded numbers, as `noting` noted them.
+        digests: of the rounded weights, recorded by `noting`.
         others: every other tensor of the model, by name.
-        run: runs a model on a few samples; without it weights and tensors are compared alone.
+        run: runs a model on a few samples; without it only tensors are compared.
 
     Raises:
         MpqError: a layer's numbers, another tensor or what the model computes differs: the first one is named.
@@ -107,7 +107,7 @@ def verify(
 
 
 def verify_tensors(others: Mapping[str, Tensor], owner: Callable[[str], nn.Module], loaded: nn.Module) -> None:
-    """MpqError naming the first tensor that a loaded model does not have bit by bit."""
+    """MpqError naming the first tensor of a loaded model that is not equal bit for bit."""
     for name, tensor in others.items():
         actual = getattr(owner(name), name.rpartition(".")[2], None)
         if not isinstance(actual, Tensor) or fingerprint([actual]) != fingerprint([tensor]):
@@ -116,7 +116,7 @@ def verify_tensors(others: Mapping[str, Tensor], owner: Callable[[str], nn.Modul
 
 @torch.no_grad()
 def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, run: Run) -> None:
-    """MpqError naming the first layer where a loaded model computes something else than the simulated one."""
+    """MpqError naming the first layer in which a loaded model's computation differs from the simulated one's."""
     rounded = (
         (layer, scheme, loaded.get_submodule(layer.name).weight.dequantize())  # type: ignore[operator]
         for layer, scheme in checked_layers(model, allocation)
@@ -138,8 +138,8 @@ def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, 
         expected = result_tensors(run, simulated)
     if names and not used:
         raise MpqError(
-            f"a copy of {type(model).__name__} uses none of its own layers' weights, so what was measured is not what "
-            "would be written: is its forward a function that holds on to the original? Nothing was written"
+            f"a copy of {type(model).__name__} uses none of its own layers' weights, so measurements do not apply to "
+            "the export: does its forward refer to the original model? Nothing was written"
         )
     coming = iter(calls)
 
@@ -149,10 +149,10 @@ def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, 
             described = "no layer" if reference is None else reference.name or "the whole model"
             raise _differs(f"it calls layer {name} where the model calls {described}")
         _, inputs, output = call
-        called = f"what reaches layer {name}" if name else "what the model is called with"
+        called = f"the input of layer {name}" if name else "the model's input"
         _compare(called, [kept() for kept in reference.inputs], inputs)
         outputs = [kept() for kept in reference.outputs]
-        what = f"what layer {name} gives" if name else "the model's output"
+        what = f"the output of layer {name}" if name else "the model's output"
         _compare(what, outputs, _tensors(output), reference.allowed(output))
         return outputs[0].clone() if name else None
 
@@ -160,7 +160,7 @@ def verify_outputs(model: nn.Module, loaded: nn.Module, allocation: Allocation, 
         actual = result_tensors(run, loaded)
     if (missing := next(coming, None)) is not None:
         raise _differs(f"it never calls layer {missing.name}")
-    _compare("what the model gives", expected, actual)
+    _compare("the result of the run", expected, actual)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +169,8 @@ class Call:
 
     name: str
     module: nn.Module
-    used: Kept | None  # the first input as the layer computes with it
-    inputs: list[Kept]  # as they were given
+    used: Kept | None  # the first input after rounding
+    inputs: list[Kept]  # before rounding
     outputs: list[Kept]
 
     def allowed(self, output: Any) -> list[Tensor] | None:
@@ -181,7 +181,7 @@ class Call:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """Those of a model's arguments or outputs; caches and other objects of its own are passed over."""
+    """The tensors in a model's arguments or outputs; caches and other objects are skipped."""
     if isinstance(output, Mapping):
         output = tuple(output.values())
     if isinstance(output, (tuple, list)):
@@ -191,7 +191,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 @contextmanager
 def _hooked(model: nn.Module, names: Iterable[str], report: Callable[..., Any]) -> Iterator[None]:
-    """`told(name, module, (input as used, inputs as given, output))` at each call; what it returns is handed on."""
+    """Call `see(name, module, (rounded input, inputs, output))` at each call; its result replaces the output."""
     handles = []
     original_inputs: dict[str, list[list[Tensor]]] = {}
 
@@ -209,7 +209,7 @@ def _hooked(model: nn.Module, names: Iterable[str], report: Callable[..., Any]) 
 
     hook("", model)
     hooked: set[int] = set()
-    for name in names:  # modules that stand in two places are told of once, by their first name
+    for name in names:  # shared modules are seen once, under their first name
         module = model.get_submodule(name)
         if id(module) not in hooked:
             hooked.add(id(module))
@@ -222,7 +222,7 @@ def _hooked(model: nn.Module, names: Iterable[str], report: Callable[..., Any]) 
 
 
 def result_tensors(run: Run, model: nn.Module) -> list[Tensor]:
-    """Tensors of what a run gives; random numbers are the same for every model."""
+    """Tensors in a run's result; random numbers are the same for every model."""
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(0)
         try:
@@ -240,7 +240,7 @@ def result_tensors(run: Run, model: nn.Module) -> list[Tensor]:
 def _compare(what: str, expected: list[Tensor], actual: list[Tensor], allowed: list[Tensor] | None = None) -> None:
     for index, (one, other) in enumerate(zip_longest(expected, actual)):
         if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
-            raise _differs(f"{what} has another shape or type")
+            raise _differs(f"{what} has a different shape or type")
         if torch.equal(one, other):
             continue
         room = allowed[index] if allowed else same_code_error(one)
@@ -254,8 +254,8 @@ def _compare(what: str, expected: list[Tensor], actual: list[Tensor], allowed: l
 
 def _times(error: Tensor, room: Tensor) -> str:
     ratio = (error / room.clamp(min=1e-300)).nan_to_num(posinf=1e99).max().item()
-    return f"{ratio:.2g} times what rounding allows"
+    return f"{ratio:.2g} times the tolerance of rounding"
 
 
 def _differs(what: str) -> MpqError:
-    return MpqError(f"the model that was read back computes something else: {what}. Nothing was written")
+    return MpqError(f"the model that was read back differs: {what}. Nothing was written")

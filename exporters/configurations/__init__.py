@@ -1,9 +1,9 @@
-"""An allocation as other quantizers take it, and their files read back: for people who keep the quantizer they have.
+"""Allocations as configurations of other quantizers, written and read.
 
-Each tool says how it spells a scheme for one layer; reading back looks the same spelling up among the formats we know,
-so that what `write_configuration` writes and `read_configuration` reads cannot drift apart. Formats of the files:
-ModelOpt's `quant_cfg` list, llm-compressor's recipes, AutoRound's `layer_config`, GPTQModel's `dynamic`,
-`llama-quantize --tensor-type-file`, and the `quantization` dictionary of mlx-lm's config.json.
+Each tool has one spelling of a scheme for a layer, and reading searches for that spelling among the known formats, so
+that `write_configuration` and `read_configuration` always agree. Formats of the files: ModelOpt's `quant_cfg` list,
+llm-compressor's recipes, AutoRound's `layer_config`, GPTQModel's `dynamic`, `llama-quantize --tensor-type-file`, and
+the `quantization` dictionary of mlx-lm's config.json.
 """
 
 import json
@@ -54,7 +54,7 @@ def read_configuration(tool: str, text: str, layers: Sequence[Layer]) -> Allocat
     try:
         spellings = target.read(text, [layer.name for layer in layers])
     except (ValueError, TypeError, KeyError, AttributeError, re.error, yaml.YAMLError) as error:
-        raise MpqError(f"this is no {target.file} of {target.name} ({error}): give the file that it takes") from error
+        raise MpqError(f"not a {target.file} of {target.name} ({error}): name such a file") from error
     if not any(spellings.values()):
         raise MpqError(f"the {target.file} quantizes none of the layers {layers[0].name}, ...: is it for this model?")
     return Allocation(tuple(layers), tuple(_scheme(target, layer.name, spellings.get(layer.name)) for layer in layers))

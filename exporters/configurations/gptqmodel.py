@@ -1,4 +1,4 @@
-"""GPTQModel's settings: a usual width, and `dynamic`, regular expressions with what differs; "-:" leaves layers."""
+"""GPTQModel's settings: a default width, and exceptions by regular expression in `dynamic`; "-:" skips layers."""
 
 import json
 import re

@@ -27,7 +27,7 @@ def tensor_name(layer: str) -> str:
     for ending, name in (("embed_tokens", "token_embd"), ("lm_head", "output")):
         if layer.rpartition(".")[2] == ending:
             return name
-    raise MpqError(f"llama-quantize knows Llama-like layers, not {layer}: export to gguf instead")
+    raise MpqError(f"llama-quantize supports only Llama-like layers, not {layer}: export to gguf instead")
 
 
 def _write(spellings: Mapping[str, Spelling | None]) -> str:

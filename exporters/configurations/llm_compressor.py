@@ -1,4 +1,4 @@
-"""llm-compressor's recipe: a modifier that groups layers by scheme, in the words of compressed-tensors."""
+"""llm-compressor's recipe: a modifier that groups layers by scheme, in compressed-tensors' terms."""
 
 import json
 import re
@@ -55,14 +55,14 @@ def _read(text: str, layers: Sequence[str]) -> Mapping[str, Spelling | None]:
 
 
 def _plain(weights: Mapping[str, Any]) -> Spelling:
-    """Without what says how numbers are found, as a checkpoint's config.json adds it."""
+    """Without the observer's settings, which a checkpoint's config.json adds."""
     known = ("num_bits", "type", "symmetric", "strategy", "group_size")
     plain = {name: weights[name] for name in known if weights.get(name) is not None}
     return {**plain, "scale_dtype": "torch.uint8"} if weights.get("scale_dtype") == "torch.uint8" else plain
 
 
 def _modifiers(recipe: Any) -> Iterable[Mapping[str, Any]]:
-    """The modifiers with config groups, wherever they stand in a recipe."""
+    """The modifiers with config groups, at any depth of a recipe."""
     if isinstance(recipe, Mapping):
         if "config_groups" in recipe:
             yield recipe

@@ -1,4 +1,4 @@
-"""`quantization` of an mlx-lm config.json: a usual width and what differs by layer; each affine group has a minimum."""
+"""`quantization` of an mlx-lm config.json: a default width and exceptions by layer; affine groups have minima."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ def _spell(format: Format) -> Spelling | None:
 
 
 def quantization(spellings: Mapping[str, Spelling | None]) -> dict[str, Any]:
-    """The usual spelling, and by name the layers that have another or (false) none."""
+    """The default spelling, and exceptions by layer name; false for layers without one."""
     usual = usual_spelling(spellings)
     layers = {
         name: False if spelling is None else spelling for name, spelling in spellings.items() if spelling != usual

@@ -20,24 +20,24 @@ Spelling: TypeAlias = Mapping[Any, Any]  # how a tool describes the format of on
 class Tool:
     """Another quantizer and the file that configures it.
 
-    `spell` gives a weight format in the tool's words, None where it has none; `write` and `read` turn spellings by
-    layer name into the file's text and back, where `read` gives None for layers that stay in floating point.
+    `spell` gives the tool's spelling of a weight format, None if it has none; `write` and `read` convert spellings by
+    layer name to the file's text and back; `read` gives None for layers that stay in floating point.
     """
 
     name: str
-    file: str  # what the tool takes, in words
+    file: str  # description of the file
     spell: Callable[[Format], Spelling | None]
     write: Callable[[Mapping[str, Spelling | None]], str]
     read: Callable[[str, Sequence[str]], Mapping[str, Spelling | None]]
     kinds: tuple[str, ...] = ("linear",)  # layers that it quantizes
     block: Callable[[Format], int] = lambda format: format.group_size  # what rows must divide into; 0: anything
-    marks: tuple[str, ...] = ()  # keys of which one stands at the top of its files, or below one there
+    marks: tuple[str, ...] = ()  # one of these keys is at the top level of its files, or one below
     fuses: bool = True  # its servers compute tied layers as one
     fallbacks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def schemes(self) -> tuple[str, ...]:
-        """The formats that people use with it."""
+        """The well-known formats that it supports."""
         return tuple(known_formats(self).values())
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
@@ -58,7 +58,7 @@ class Tool:
 
 @lru_cache
 def known_formats(tool: Tool) -> dict[str, str]:
-    """Scheme by spelling, of every format that people use."""
+    """Scheme by spelling, for the well-known formats."""
     groups = ("-channel", *(f"-g{size}" for size in (16, 32, 64, 128, 256)))
     integers = [f"int{bits}{group}{asym}" for bits in range(2, 9) for group in groups for asym in ("", "-asym")]
     minima = [f"uint{bits}-g{size}-mfp16" for bits in MLX_BITS for size in MLX_GROUPS]
@@ -85,9 +85,9 @@ def integer_of(format: Format) -> tuple[int, int, bool] | None:
 
 
 def usual_spelling(spellings: Mapping[str, Spelling | None]) -> dict[str, Any]:
-    """The spelling of most layers."""
+    """The most frequent spelling."""
     counts = Counter(key_of(spelling) for spelling in spellings.values() if spelling is not None)
     if not counts:
-        raise MpqError("this allocation leaves every layer in floating point: there is nothing to configure")
+        raise MpqError("this allocation quantizes no layer: there is nothing to configure")
     usual: dict[str, Any] = json.loads(counts.most_common(1)[0][0])
     return usual

@@ -52,22 +52,22 @@ def architecture_of(config: Any) -> Architecture:
 
 
 def check_config(config: Any) -> None:
-    """MpqError for what llama.cpp computes otherwise; a warning for windows that it does not know."""
+    """MpqError for features that llama.cpp computes differently; a warning for unsupported windows."""
     kind = rotation(config).get("rope_type", "default")
     if kind not in ("default", "linear", "yarn", "llama3", "longrope", "su"):
-        raise MpqError(f"llama.cpp knows no rotary positions of the kind {kind!r}: export to mpq instead")
+        raise MpqError(f"llama.cpp does not support rotary embeddings of type {kind!r}: export to mpq instead")
     if getattr(config, "num_experts", None) and (
         not getattr(config, "norm_topk_prob", True)
         or getattr(config, "mlp_only_layers", None)
         or getattr(config, "decoder_sparse_step", 1) != 1
     ):
-        raise MpqError("llama.cpp's experts stand in every layer and have weights that add up to one: export to mpq")
+        raise MpqError("llama.cpp requires experts in every layer and routing weights that sum to one: export to mpq")
     scale = getattr(config, "query_pre_attn_scalar", None)
     if scale and config.num_hidden_layers != GEMMAS_BY_WIDTH.get(config.model_type) and scale != head_size(config):
         raise MpqError(f"llama.cpp scales Gemma's queries by the head's {head_size(config)} features, not by {scale}")
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings and not architecture_of(config).windows and _slides(config):
-        log.warning("llama.cpp attends to all tokens, this model to the latest %d: keep contexts below that", window)
+        log.warning("llama.cpp ignores this model's sliding window of %d tokens: keep contexts below that", window)
 
 
 def _slides(config: Any) -> bool:
@@ -93,7 +93,7 @@ def rotated(config: Any) -> int:
 
 
 def describe(writer: Any, config: Any, gguf: Any) -> None:
-    """Write a transformers config's facts."""
+    """Write the hyperparameters of a transformers config."""
     head = head_size(config)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -175,7 +175,7 @@ def further_tensors(config: Any) -> dict[str, Tensor]:
 
 
 def row_order(name: str, config: Any) -> Tensor | None:
-    """Order of a layer's rows (and biases) in the file, None where it stays."""
+    """Order of a layer's rows (and biases) in the file, None if unchanged."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.rpartition(".")[2])
     if heads is None or not architecture_of(config).pairs_neighbours:
         return None

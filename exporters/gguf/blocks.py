@@ -1,6 +1,6 @@
 """The bytes of ggml's tensor types (gguf 0.19; ggml-common.h): blocks that are a row of parts.
 
-Most parts are planes: a few bits of every code, where the codes that share a byte stand a fixed run apart.
+Most parts are planes: a few bits of every code, with codes at a fixed distance sharing a byte.
 """
 
 from collections.abc import Callable
@@ -98,7 +98,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
 
 
 def type_of(format: Format, gguf: Any) -> tuple[Any, Any]:
-    """numpy's type of a format's stored matrix, and ggml's (None where numpy's says it).
+    """numpy's type of a format's stored matrix, and ggml's (None if numpy's determines it).
 
     Raises:
         MpqError: the installed package gguf is too old to know the type.
@@ -125,7 +125,7 @@ def encode_blocks(quantized: Quantized, gguf: Any) -> NDArray[Any]:
 def _cut(quantized: Quantized, size: int) -> Blocks:
     format, (rows, cols) = quantized.format, quantized.shape
     minima, super_minima = quantized.minima, quantized.super_minima
-    if super_minima is not None:  # ggml takes away what we add
+    if super_minima is not None:  # ggml subtracts minima, which we add
         super_minima = -super_minima
 
     def cut(table: Tensor | None, kind: str) -> Bytes:
@@ -144,7 +144,7 @@ def _cut(quantized: Quantized, size: int) -> Blocks:
 
 
 def raw_copy(tensor: Tensor, gguf: Any) -> tuple[NDArray[Any], Any]:
-    """A float tensor as it is; numpy's own types name themselves."""
+    """A float tensor unchanged, in its numpy type."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint8).numpy(), gguf.GGMLQuantizationType.BF16

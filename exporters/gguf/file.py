@@ -1,4 +1,4 @@
-"""GGUF, the file of llama.cpp: each layer in the tensor type that holds exactly its format's numbers."""
+"""GGUF, the file of llama.cpp: each layer in the tensor type that holds exactly its format's values."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +33,7 @@ from mpq.rounding.reference import Quantized, dequantize
 
 FILE = "model.gguf"
 EXPERT = re.compile(r"(?P<stack>.*\.experts)\.\d+\.(?P<matrix>\w+)")
-Numbers: TypeAlias = Tensor | list[Quantized]  # of a tensor: as it is, or its matrices
+Numbers: TypeAlias = Tensor | list[Quantized]  # of a tensor: its values, or its matrices
 T = TypeVar("T")
 
 
@@ -93,7 +93,7 @@ def sizer(model: nn.Module, tokenizer: Any = None, inputs: Any = None) -> Callab
 
     @cache
     def header(layers: tuple[Layer, ...]) -> int:
-        """Bytes before the tensors: the same whatever the formats."""
+        """Bytes before the tensors, independent of the formats."""
         blank = Allocation(layers, ("fp32",) * len(layers))
         with TemporaryDirectory() as folder:
             path = Path(folder) / FILE
@@ -110,7 +110,7 @@ def sizer(model: nn.Module, tokenizer: Any = None, inputs: Any = None) -> Callab
 
 
 def _begun(path: Path, plan: list[Entry], model: nn.Module, tokenizer: Any, gguf: Any, shard: int) -> Any:
-    """The writer of a file whose header is written, with all that is said before the tensors."""
+    """The writer of a file, with the header and all metadata written."""
     config: Any = model.config
     split = {"split_max_size": shard} if sum(entry.nbytes for entry in plan) > shard else {}
     writer = gguf.GGUFWriter(path, architecture_of(config).name, **split)
@@ -129,7 +129,7 @@ def _begun(path: Path, plan: list[Entry], model: nn.Module, tokenizer: Any, gguf
 
 
 def _plan(model: nn.Module, allocation: Allocation, gguf: Any) -> list[Entry]:
-    """Every tensor in the order in which `_contents` gives them, before anything is rounded."""
+    """Every tensor in the order of `_contents`, before anything is rounded."""
     config: Any = model.config
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture_of(config).name)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
@@ -152,16 +152,16 @@ def _plan(model: nn.Module, allocation: Allocation, gguf: Any) -> list[Entry]:
 
 
 def _entry(name: str, tensor: Tensor, gguf: Any) -> Entry:
-    """Of a tensor that is not quantized."""
+    """The plan of a tensor that is not quantized."""
     content, kind = raw_copy(torch.empty(0, dtype=_stored_type(tensor)), gguf)
     shape, itemsize = tuple(tensor.shape), _stored_type(tensor).itemsize
-    if kind is not None:  # a type of ggml's own: numpy knows bytes alone
+    if kind is not None:  # a ggml type, which numpy stores as bytes
         shape = (*shape[:-1], shape[-1] * itemsize)
     return Entry(name, shape, content.dtype, tensor.numel() * itemsize, kind)
 
 
 def _contents(request: ExportRequest, gguf: Any) -> Iterator[tuple[NDArray[Any], Numbers]]:
-    """The bytes of every tensor, and the numbers that they are to give."""
+    """The bytes of every tensor, and the values that they encode."""
     config: Any = request.model.config
     for tensor in further_tensors(config).values():
         yield tensor.numpy(), tensor
@@ -180,7 +180,7 @@ def _contents(request: ExportRequest, gguf: Any) -> Iterator[tuple[NDArray[Any],
 
 
 def _stacked(layers: Iterable[tuple[str, T]]) -> Iterator[tuple[str, list[T]]]:
-    """Layers by the name of their tensor: experts of a block stand in one for each matrix, in their order."""
+    """Layers by the name of their tensor: the experts of a block share one tensor for each matrix, in order."""
     waiting: dict[str, dict[str, list[T]]] = {}
     for name, value in layers:
         expert = EXPERT.fullmatch(name)
@@ -203,7 +203,7 @@ def _complete(waiting: dict[str, dict[str, list[T]]]) -> Iterator[tuple[str, lis
 
 
 def _read_back(draft: Path, plan: list[Entry], numbers: dict[str, Numbers]) -> None:
-    """MpqError when the file holds other tensors than were planned, or gguf's dequantizer finds other numbers."""
+    """MpqError if the file holds other tensors than planned, or gguf's dequantizer reads other values."""
     names_read = set()
     for name, tensor in read_tensors(draft):
         expected = numbers.pop(name)
@@ -224,7 +224,7 @@ def _stored_type(tensor: Tensor) -> torch.dtype:
 def _translated(names: Any, name: str) -> str:
     ggml_name = names.get_name(name)
     if ggml_name is None:
-        raise MpqError(f"llama.cpp has no place for the tensor {name} in such a model: export to mpq instead")
+        raise MpqError(f"llama.cpp has no tensor {name} in this architecture: export to mpq instead")
     return str(ggml_name)
 
 

@@ -46,7 +46,7 @@ def checked_tensors(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]
         reader = _open(path / file, gguf)
         for name in digests.keys() ^ reader.keys():
             what = "lacks" if name in digests else "holds"
-            raise MpqError(f"{path / file} {what} the tensor {name}, unlike what was exported: export again")
+            raise MpqError(f"{path / file} {what} the tensor {name}, unlike the export: export again")
         for name, tensor in reader.items():
             if digest(tensor.data.tobytes()) != digests[name]:
                 raise MpqError(f"{path / file}: the tensor {name} is not what was exported (its checksum differs)")

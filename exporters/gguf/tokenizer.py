@@ -1,4 +1,4 @@
-"""A tokenizer as llama.cpp describes it."""
+"""Writing a tokenizer's vocabulary for llama.cpp."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-# How text is cut before a byte-level BPE: llama.cpp's name for each of the patterns that it knows by heart.
+# Pre-tokenization of a byte-level BPE: llama.cpp's name for each pattern that it supports.
 GPT2_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CASELESS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
@@ -20,10 +20,9 @@ SPLITS = {
 
 
 def describe_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, gguf: Any) -> None:
-    """Write a transformers tokenizer: a byte-level BPE cut by a pattern that llama.cpp knows, or Llama 2's.
+    """Write a transformers tokenizer: a byte-level BPE with a pre-tokenizer that llama.cpp supports, or Llama 2's.
 
-    With none, or one of another kind (said in the log), the file has no vocabulary: llama.cpp then takes and gives
-    tokens alone.
+    Without one, or with one of another kind (a warning), the file has no vocabulary: llama.cpp then works on token ids.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -64,7 +63,7 @@ def describe_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, gguf: Any) 
 
 
 def _starts_with_space(described: dict[str, Any]) -> bool:
-    """Whether a space is put before a text: by a normalizer, or by how the text is cut (Mistral's later tokenizers)."""
+    """Whether a space is put before a text: by the normalizer, or by the pre-tokenizer (Mistral's later tokenizers)."""
     cutting = described["pre_tokenizer"] or {}
     ahead = cutting.get("type") == "Metaspace" and cutting.get("prepend_scheme", "always") != "never"
     return ahead or "Prepend" in json.dumps(described["normalizer"])
@@ -81,7 +80,7 @@ def _kind(number: int, token: str | None, tokenizer: Any, kinds: Any) -> int:
 
 
 def _pattern(cutting: Any) -> str | None:
-    """llama.cpp's name for how a byte-level BPE cuts its text, None where it is none or another."""
+    """llama.cpp's name of a byte-level BPE's pre-tokenizer; None for other tokenizers and pre-tokenizers."""
     if cutting is None:
         return None
     steps = cutting["pretokenizers"] if cutting["type"] == "Sequence" else [cutting]

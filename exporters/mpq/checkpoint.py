@@ -52,8 +52,8 @@ FILES = (WHOLE, "config.json", "allocation.json")  # what every export writes
 def export(request: ExportRequest) -> Path:
     """Round and pack the model's layers and write them with all its other tensors; the folder.
 
-    The model is read back and compared with the simulated one layer by layer where the request says on what; else
-    every weight and every other tensor is compared alone.
+    The model is read back and compared with the simulated one, layer by layer if the request has inputs, else tensor by
+    tensor.
 
     Raises:
         MpqError: the allocation is another model's, a weight cannot be rounded, the folder holds foreign files, or
@@ -65,7 +65,7 @@ def export(request: ExportRequest) -> Path:
     request = replace(request, model=model, allocation=allocation)
     others, tied = other_state(model, allocation)
     config = model_config(model)
-    if request.recipe is not None and request.recipe.get("kind") != "transformers":  # whose config says it all
+    if request.recipe is not None and request.recipe.get("kind") != "transformers":  # rebuilt from their config
         config["recipe"] = dict(request.recipe)
     config["quantization_config"] = {
         "quant_method": METHOD,
@@ -96,7 +96,7 @@ def export(request: ExportRequest) -> Path:
 
 
 def _read_back(draft: Path, model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
-    """The model that was written, built as `load` will: from what the folder says, where it says enough."""
+    """The written model, built from the folder as `load` does, if the folder describes it."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     structure = None
     if not describes_itself(config):
@@ -105,7 +105,7 @@ def _read_back(draft: Path, model: nn.Module, config: Mapping[str, Any]) -> nn.M
     try:
         return load(draft, model=structure, device=device, trust=True)
     except MpqError as error:
-        raise MpqError(f"what was written cannot be loaded, so nothing is left of it: {error}") from error
+        raise MpqError(f"the written model cannot be loaded, and was removed: {error}") from error
 
 
 def file_size(model: nn.Module, allocation: Allocation) -> int:
@@ -155,9 +155,8 @@ def load(
     Args:
         folder: what `export` wrote.
         model: the same architecture with any weights, which are replaced in place once all is read and checked; needed
-            when the folder does not say how to build it.
-        device: where to.
-        trust: whether the folder may name a function of the user's own to be imported and called.
+        if the folder does not describe how to build it. device: where to. trust: whether the folder may name a function
+        of the user to be imported and called.
 
     Raises:
         MpqError: the folder is no export, it is incomplete or altered (file and tensor named), or the model differs.
@@ -166,7 +165,7 @@ def load(
     expect(model, (nn.Module, NoneType), "a torch.nn.Module as the model")
     check_device(device)
     if not path.is_dir():
-        raise MpqError(f"{path} is no folder: expected one written by mpq.export")
+        raise MpqError(f"{path} is not a folder: expected one written by mpq.export")
     quantization = read_json(path / "config.json").get("quantization_config") or {}
     kind = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if kind != METHOD:
@@ -182,7 +181,7 @@ def load(
             build_skeleton(config, path, trust, set(shards)) if model is None else getattr(model, "_orig_mod", model)
         )
         stored = set(shards)
-        apart = model is not None and bakes(built, stored)  # the caller's model stays as it is until all is checked
+        apart = model is not None and bakes(built, stored)  # the caller's model is not changed until all is checked
         skeleton = bake(copied(built) if apart else built, stored)
         matrices = []
         for layer, scheme in checked_layers(skeleton, allocation):
@@ -208,7 +207,7 @@ def load(
 def layers_of(quantization: Mapping[str, Any]) -> tuple[Allocation, dict[str, torch.dtype]]:
     """Layers with their schemes, formats of the cache, and the types of the layers' numbers, of a quantization_config.
 
-    Of mixes it says how many rows have each format; which ones, the weight's own tensor says.
+    For mixes it holds the number of rows in each format; the assignment is a tensor of the weight.
     """
     layers, schemes, dtypes = [], [], {}
     assignments: dict[str, str] = {}
@@ -239,8 +238,8 @@ def _is_part(name: str, weights: set[str]) -> bool:
 def _others(
     model: nn.Module, allocation: Allocation, shards: Shards, tied: Mapping[str, str], device: str | torch.device
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every other tensor of the files by its place in the model, what was shared being shared again; and which
-    parameters are packed weights under other names.
+    """Every other tensor of the files by its place in the model, with sharing restored; and the parameters that are
+    packed weights under other names.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     packed = {f"{name}.weight" for layer in allocation.layers for name in layer.names}
@@ -254,7 +253,7 @@ def _others(
             continue
         old = getattr(modules.get(parent), leaf, None)
         if not isinstance(old, Tensor):
-            raise MpqError(f"{shards.folder} holds the tensor {name}, for which the model has no place")
+            raise MpqError(f"{shards.folder} holds the tensor {name}, which the model does not have")
         if name in tied:
             put[name] = put[tied[name]]
         else:

@@ -1,4 +1,4 @@
-"""A model's structure without its weights, from what an exported folder says of it."""
+"""Building a model's structure without its weights, from an exported folder."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,12 +17,12 @@ from mpq.sources.networks import decoded, skeleton
 def build_skeleton(config: Mapping[str, Any], folder: Path, trust: bool, stored: Collection[str] = ()) -> nn.Module:
     """The model that `config` (a folder's config.json) describes; parameters may have no storage.
 
-    A "recipe" is what `mpq.sources` gives with a model; one that names a factory of the user's own is followed only
-    when trusted. Without one, the first of "architectures" is a class of transformers; its experts stay stacked where
-    `stored`, the names of the folder's tensors, has them so.
+    A "recipe" is stored by `mpq.sources` with a model; one that names a user's factory is followed only if trusted.
+    Without one, the first of "architectures" is a class of transformers; its experts stay stacked if they are in
+    `stored`, the names of the folder's tensors.
 
     Raises:
-        MpqError: nothing says how to build the model, or it needs trust or a package that is not installed.
+        MpqError: the folder does not describe the model, or it needs trust or a package that is not installed.
     """
     try:
         with _EmptyOnMeta():
@@ -31,12 +31,12 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust: bool, stored:
         return _build(config, folder, trust, stored)
     filled = set(model.state_dict())
     if any(buffer.is_meta and name not in filled for name, buffer in model.named_buffers()):
-        return _build(config, folder, trust, stored)  # no file would ever fill that buffer: build it with its content
+        return _build(config, folder, trust, stored)  # the file does not hold this buffer: build it with its content
     return model
 
 
 def describes_itself(config: Mapping[str, Any]) -> bool:
-    """Whether a folder's config.json says how to build the model: a recipe, or a class that transformers has."""
+    """Whether a folder's config.json describes the model: a recipe, or a class of transformers."""
     if config.get("recipe") is not None:
         return True
     names = config.get("architectures") or [""]
@@ -58,9 +58,7 @@ def _build(config: Mapping[str, Any], folder: Path, trust: bool, stored: Collect
 def _transformers_model(config: Mapping[str, Any], folder: Path, stored: Collection[str]) -> nn.Module:
     names = config.get("architectures")
     if not names or "model_type" not in config:
-        raise MpqError(
-            f"{folder} does not say how to build its model: pass the model (model=...), weights are replaced"
-        )
+        raise MpqError(f"{folder} does not describe its model: pass the model (model=...), whose weights are replaced")
     transformers = need("transformers", "hf", f"the model in {folder}, a {names[0]},")
     cls = getattr(transformers, names[0], None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):

@@ -1,4 +1,4 @@
-"""Everything of a model that an allocation does not quantize, as exporters store it."""
+"""A model's state besides quantized weights, as exporters store it."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The slow reader of a graph: onnx's own reference evaluator, and ONNX Runtime's MatMulNBits by its definition."""
+"""The reference run of a graph: onnx's reference evaluator, and ONNX Runtime's MatMulNBits by its definition."""
 
 from functools import lru_cache
 from pathlib import Path

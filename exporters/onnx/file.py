@@ -48,7 +48,7 @@ def export(request: ExportRequest) -> Path:
 
     Raises:
         MpqError: a scheme that ONNX cannot hold, no inputs, no range for a layer that needs one, a missing package;
-            the graph reads back other numbers, or ONNX Runtime computes something else than the simulated model.
+            the graph's weights or its outputs in ONNX Runtime differ from the simulated model.
     """
     model, allocation, inputs, ranges = request.model, request.allocation, request.inputs, request.ranges
     _refuse(allocation, inputs, ranges)
@@ -130,7 +130,7 @@ def _refuse(allocation: Allocation, inputs: Any, ranges: Ranges | None, sized: b
 
 
 def _kept(layers: Layers, matrices: dict[str, Tensor]) -> Layers:
-    """The layers as they come; their numbers are kept by name."""
+    """The layers unchanged; their rounded weights are recorded by name."""
     for layer, scheme, quantized in layers:
         matrices[layer.name] = dequantize(quantized)
         yield layer, scheme, quantized
@@ -184,7 +184,7 @@ def _trace(model: nn.Module, allocation: Allocation, inputs: Any, int2: bool | N
         except torch.onnx.OnnxExporterError as error:
             why = first_line(error.__cause__ or error)
             raise MpqError(
-                f"torch makes no graph of a {type(model).__name__} ({why}): export to mpq instead"
+                f"torch cannot export {type(model).__name__} as a graph ({why}): export to mpq instead"
             ) from error
     weights = {f"{name}.weight" for layer in allocation.layers for name in layer.names}
     stored = program.model.graph.initializers
@@ -213,7 +213,7 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_remarks() -> Iterator[None]:
-    """Without what the tracer says of its own code and of packages that are not there."""
+    """Suppress the tracer's log about its own code and missing packages."""
     tracer = logging.getLogger("torch.onnx._internal.exporter._registration")
     before = tracer.level
     tracer.setLevel(logging.ERROR)
@@ -226,7 +226,7 @@ def _without_remarks() -> Iterator[None]:
 
 
 def _open_sizes(part: Any) -> dict[int, Any] | None:
-    """The dimensions of an input that stay open: the batch, and the number of tokens."""
+    """The dynamic dimensions of an input: the batch, and the number of tokens."""
     if not isinstance(part, Tensor) or not part.ndim:
         return None
     tokens = part.ndim == 2 and not part.is_floating_point()
@@ -234,9 +234,7 @@ def _open_sizes(part: Any) -> dict[int, Any] | None:
 
 
 def _stripped(traced: Any) -> Any:
-    """The graph without what the tracer notes of its own work (stack traces, shapes of values): more than the weights
-    of a small network.
-    """
+    """The graph without the tracer's metadata (stack traces, shapes of values), which outweighs a small network."""
     graph = traced.graph
     for part in (traced, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *traced.functions):
         for field in ("metadata_props", "doc_string", "value_info"):

@@ -26,7 +26,7 @@ WEIGHT_OFFSET = 128
 def export_integer(program: IntegerProgram, path: str | os.PathLike[str], sample: Tensor) -> Path:
     """Write the graph: `codes`, uint8 like the codes of `sample` (batch, ...) plus their offset, to int32 `outputs`.
 
-    The scales of codes and outputs, and the offset, stand in the file's metadata.
+    The scales of codes and outputs, and the offset, are in the file's metadata.
 
     Raises:
         MpqError: the package onnx is missing.
@@ -143,7 +143,7 @@ def _rescale(graph: _Graph, step: Step) -> None:
 
 
 def _dims(program: IntegerProgram, step: Step) -> int:
-    """Dimensions of a rescaled value: what made its first term tells."""
+    """Dimensions of a rescaled value, from the operation of its first term."""
     makers = {one.output: one for one in program.steps}
     maker = makers.get(step.inputs[0])
     while maker is not None:

@@ -14,7 +14,7 @@ from mpq.network.ranges import static_scale
 from mpq.rounding.codes import encode_scales
 from mpq.rounding.reference import Quantized
 
-ALIGNMENT = 4096  # of tensors in a file of their own, so that they can be mapped
+ALIGNMENT = 4096  # of tensors in a separate file, so that they can be memory-mapped
 SMALL = 1024  # bytes of a tensor that stays in the graph
 
 
@@ -94,7 +94,7 @@ def put_weight(graph: Graph, layer: Layer, quantized: Quantized, name: str, shap
 
 
 def put_products(graph: Graph, quantized: Quantized, name: str, block: int, products: list[tuple[Any, bool]]) -> None:
-    """Store a weight as MatMulNBits takes it, and let it compute the products with the weight."""
+    """Store a weight in MatMulNBits' layout, and replace the products with the weight by it."""
     from onnx import TensorProto, helper
 
     (rows, cols), format = quantized.shape, quantized.format

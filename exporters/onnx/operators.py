@@ -1,4 +1,4 @@
-"""Which operator of ONNX Runtime a layer's weight goes into, known without the weight."""
+"""The operator of ONNX Runtime for a layer's weight, determined without its values."""
 
 from functools import lru_cache
 
@@ -45,7 +45,7 @@ def has_int2() -> bool:
     try:
         import onnx
     except ImportError:
-        return True  # nothing will be written here
+        return True  # no ONNX files can be written
     if not hasattr(onnx.TensorProto, "INT2") or onnx.defs.onnx_opset_version() < OPSET_INT2:
         return False
     try:

@@ -140,6 +140,6 @@ def _compare(reader: str, expected: Tensor, actual: Tensor, plain: bool) -> None
         off |= bool(error.norm() > ROOM_ROUNDED * expected.nan_to_num().norm() + 1e-6)
     if off:
         raise MpqError(
-            f"{reader} computes something else than the simulated model (off by up to {error.abs().max():.2g}): "
+            f"{reader}'s outputs differ from the simulated model's (by up to {error.abs().max():.2g}): "
             "nothing was written"
         )
