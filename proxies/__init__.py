@@ -1,7 +1,7 @@
 """Training-free scores as programs over layer statistics, their evolution, and benchmarks to judge them on.
 
-A proxy's number stands for the loss that a layer costs in a scheme: less is better, layers add up. Scores that their
-authors multiply by bits, more being better, stand here with a minus.
+A proxy estimates the loss of a layer in a scheme: lower is better, and layers add up. Scores that their authors
+multiply by bits, higher being better, are negated here.
 """
 
 # name: (formula, what it is). EMQ's code multiplies a layer's score by its bits; the papers' own forms stand beside it.

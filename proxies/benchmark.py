@@ -1,6 +1,6 @@
 """A ranking benchmark: random configurations of one model, each measured after post-training quantization.
 
-The table is what MQ-Bench-101 is to EMQ (arXiv 2307.10554, section 4): the truth that proxies are ranked against.
+Proxies are judged by how they rank its rows, as on EMQ's MQ-Bench-101 (arXiv 2307.10554, section 4).
 """
 
 import csv
@@ -37,7 +37,7 @@ class Benchmark:
     choices: NDArray[np.int64]  # (rows, layers), indices of schemes
     losses: NDArray[np.float64]  # (rows,), mean loss per sample
     accuracies: NDArray[np.float64]  # (rows,), share of right answers; NaN where the data has no class labels
-    provenance: Mapping[str, Any] = field(default_factory=dict)  # all that a rerun needs, and the model's fingerprint
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # settings of the run, and the model's fingerprint
 
     def __len__(self) -> int:
         return len(self.choices)
@@ -73,7 +73,7 @@ class Benchmark:
         )
 
     def halves(self, seed: int = 0) -> tuple["Benchmark", "Benchmark"]:
-        """One half for evolution to see, one held out; a random split that depends on the seed alone."""
+        """A half for evolution and a held-out half; a random split that depends only on the seed."""
         order = np.random.default_rng([seed, len(self)]).permutation(len(self))
         middle = (len(self) + 1) // 2
         return self.take(np.sort(order[:middle])), self.take(np.sort(order[middle:]))

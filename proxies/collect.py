@@ -1,4 +1,4 @@
-"""Collecting the statistics of a model: every weight with its own gradient, on the pretrained network in evaluation."""
+"""Collecting the statistics of a pretrained model, in evaluation mode."""
 
 import os
 import time
@@ -64,12 +64,12 @@ def collect_statistics(
         batches: calibration data; activations and their similarity come from the first batch alone.
         loss_fn: the batch's mean loss per sample.
         schemes: weight formats.
-        wanted: names of INPUTS; what is not wanted costs nothing.
+        wanted: names of INPUTS; others are not computed.
         method: how weights are rounded for "error".
-        samples: elements of a layer's matrix to keep at most, as random rows and columns; sums are scaled up.
+        samples: maximum elements kept of a layer's matrix, as random rows and columns; sums are scaled up.
         seed: of the rows and columns, and of the probes of "trace" and "eigenvalue".
         progress: show progress bars.
-        cache: a .npz file that is read when it is there, and written when it is not.
+        cache: a .npz file that is read if it exists, and written otherwise.
 
     Raises:
         MpqError: bad data, unknown names, or a cache of another model, data or settings.
@@ -116,7 +116,7 @@ def collect(task: Task, wanted: Sequence[str], samples: int, settings: Mapping[s
 
 
 class _Keeper:
-    """Which rows and columns of each layer's matrices are kept, and the spaces that they span."""
+    """The rows and columns kept of each layer's matrices, and their spaces."""
 
     def __init__(self, task: Task, samples: int) -> None:
         self.seed, self.samples = task.seed, samples
@@ -208,7 +208,7 @@ def _hessgrad(task: Task, keep: _Keeper) -> dict[str, Numbers]:
 
 
 def _activations(task: Task, keep: _Keeper) -> dict[str, Numbers]:
-    """Outputs and their loss gradients, a row per sample of the first batch, and how alike the layers' outputs are."""
+    """Outputs and their loss gradients, a row per sample of the first batch, and the similarity of layers' outputs."""
     outputs: list[list[Tensor]] = [[] for _ in task.layers]
     slopes: list[list[Tensor]] = [[] for _ in task.layers]
     for _, uses in layer_uses(task, 0):
@@ -227,7 +227,7 @@ def _activations(task: Task, keep: _Keeper) -> dict[str, Numbers]:
 
 
 def _by_sample(parts: Sequence[Tensor]) -> Tensor:
-    """(samples, numbers); one row when the layer saw different numbers of positions, a zero when it saw none."""
+    """(samples, numbers); one row if samples had different numbers of positions, a zero without any."""
     if not parts:
         return torch.zeros(1, 1)
     flat = [part.flatten(1) if part.ndim > 1 else part.reshape(1, -1) for part in parts]
@@ -274,7 +274,7 @@ def _weights(task: Task) -> list[Tensor]:
 
 
 def _matrices(task: Task, weights: Sequence[Tensor]) -> Iterable[Tensor]:
-    """Tensors of the weights' shapes as the matrices that layers are seen as."""
+    """Tensors in the weights' shapes as matrices (rows, cols)."""
     for layer, weight in zip(task.layers, weights, strict=True):
         yield weight.t() if layer.kind == "transformers-conv1d" else weight.flatten(1)
 

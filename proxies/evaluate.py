@@ -28,7 +28,7 @@ class Value:
 
 
 class Evaluator:
-    """Values of programs on one model's statistics. Parts that come again, as they do in evolution, are remembered."""
+    """Values of programs on one model's statistics; values of repeated subprograms are cached."""
 
     def __init__(self, statistics: Statistics, memory: int = MEMORY) -> None:
         self.statistics, self.memory, self.used = statistics, memory, 0
@@ -40,7 +40,7 @@ class Evaluator:
         Numbers may be NaN or infinite: `finite_table` refuses them.
 
         Raises:
-            MpqError: a part that does not fit together, or statistics that were not collected.
+            MpqError: a part whose kinds do not fit, or statistics that were not collected.
         """
         kind_of(program)
         with np.errstate(all="ignore"):
@@ -66,7 +66,7 @@ class Evaluator:
         return table
 
     def value(self, program: Program) -> Value:
-        """The value of a program whose kinds are known to fit."""
+        """The value of a program whose kinds were checked."""
         if isinstance(program, Number):
             return Value(LAYER, np.full((1, len(self.statistics.layers)), program.value))
         if isinstance(program, Input):
@@ -114,7 +114,7 @@ def _mean(numbers: Array, space: Space) -> Array:
 
 
 def _signed_mean(numbers: Array, space: Space) -> Array:
-    """The mean, and 0 where it is but the rounding of float32 numbers that cancel."""
+    """The mean, or 0 if it is below the rounding error of float32 terms that cancel."""
     mean = _mean(numbers, space)
     return np.where(np.abs(mean) < ROUNDING * _mean(np.abs(numbers), space), 0.0, mean)
 

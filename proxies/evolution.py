@@ -28,13 +28,13 @@ from mpq.proxies.ranking import steady_fitness
 from mpq.proxies.screening import Judge, Judges, check_fit
 from mpq.proxies.statistics import Statistics
 
-TRIES = 20  # genomes drawn for one child before its place stays empty
+TRIES = 20  # attempts at a valid child before it is given up
 SAVE_EVERY = 50  # generations between two writings of the resume file
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of an evolution."""
+    """Settings of an evolution."""
 
     population: int = 50
     generations: int = 1000
@@ -42,7 +42,7 @@ class Settings:
     seed: int = 0
     crossover: float = 0.5  # the share of children that have two parents
     diversity: bool = True  # a fresh random genome competes with every child
-    removal: str = "worst"  # who makes room for a child: the "worst", as in EMQ's code, or the "oldest"
+    removal: str = "worst"  # the member that a child replaces: the "worst", as in EMQ's code, or the "oldest"
     pool: Pool = field(default_factory=Pool)
 
     def __post_init__(self) -> None:
@@ -52,12 +52,12 @@ class Settings:
                 f"not {self.population} and {self.offspring}"
             )
         if self.removal not in ("worst", "oldest"):
-            raise MpqError(f"unknown removal {self.removal!r}: take 'worst' or 'oldest'")
+            raise MpqError(f"unknown removal {self.removal!r}: expected 'worst' or 'oldest'")
 
 
 @dataclass(frozen=True)
 class Individual:
-    """A genome with its fitness on the rows that evolution sees."""
+    """A genome with its fitness on the training rows."""
 
     genome: Genome
     fitness: float
@@ -69,7 +69,7 @@ class Individual:
 
     @property
     def formula(self) -> str:
-        """That as text."""
+        """The program as text."""
         return formula(self.program)
 
 
@@ -77,10 +77,10 @@ class Individual:
 class Evolution:
     """Result of an evolution."""
 
-    best: Individual  # of all that ever lived
+    best: Individual  # of all generations
     population: tuple[Individual, ...]  # oldest first
     history: History
-    fates: Mapping[str, int]  # how many genomes screening let pass ("judged") and rejected, by reason
+    fates: Mapping[str, int]  # number of genomes that passed screening ("judged") and were rejected, by reason
 
 
 def evolve(
@@ -94,12 +94,12 @@ def evolve(
     """Find a proxy that ranks the benchmark's rows.
 
     Args:
-        benchmark: the rows that evolution may see; keep others for judging what comes out.
+        benchmark: the training rows; keep others for judging the result.
         statistics: of the benchmark's model, with every input of the pool.
-        settings: population, generations, seed and the rest.
-        resume: a file of the state, written now and then; an interrupted run with the same settings goes on from it to
-            the same result, and a finished one may be continued with more generations.
-        progress: show a progress bar with the best formula so far.
+        settings: population, generations, seed and further options.
+        resume: a file of the state, written periodically; an interrupted run with the same settings resumes from it
+        with the same result, and a finished one may be continued with more generations. progress: show a progress bar
+        with the best formula so far.
 
     Raises:
         MpqError: statistics of another model, or a `resume` file of other settings or rows.
@@ -123,10 +123,10 @@ def evolve(
 def evolve_across(
     models: Sequence[tuple[Benchmark, Statistics]], settings: Settings | None = None, *, progress: bool = True
 ) -> Evolution:
-    """Find a proxy that ranks the rows of every one of several models.
+    """Find a proxy that ranks the rows of several models.
 
-    Its fitness is the mean over the models of the rank correlations with quality of all rows, plain and at fixed size:
-    the top of few rows is left out, which evolution would fit the noise of.
+    Its fitness is the mean over the models of the rank correlations with quality over all rows, plain and at fixed
+    size. Correlations among the best few rows are left out, since evolution would fit their noise.
 
     Raises:
         MpqError: no models, or statistics of another model than their benchmark's.
@@ -145,7 +145,7 @@ def evolve_across(
 
 
 def _advance(state: "_State", progress: bool, resume: str | os.PathLike[str] | None = None) -> None:
-    """The generations that are missing."""
+    """Run the remaining generations."""
     settings, done = state.settings, len(state.history) - 1
     with tqdm(total=settings.generations, initial=done, disable=None if progress else True, dynamic_ncols=True) as bar:
         for generation in range(done + 1, settings.generations + 1):
@@ -159,7 +159,7 @@ def _advance(state: "_State", progress: bool, resume: str | os.PathLike[str] | N
 def random_search(
     benchmark: Benchmark, statistics: Statistics, evaluations: int, seed: int = 0, pool: Pool | None = None
 ) -> Individual:
-    """The best of so many distinct valid random genomes: what evolution has to beat at the same budget."""
+    """The best of `count` distinct valid random genomes: the baseline of evolution at the same budget."""
     check_fit(benchmark, statistics)
     judge, random, pool = Judge(benchmark, Evaluator(statistics)), np.random.default_rng(seed), pool or Pool()
     best: Individual | None = None
@@ -171,7 +171,7 @@ def random_search(
         if value is not None and (best is None or value > best.fitness):
             best = Individual(genome, value)
     if best is None:
-        raise MpqError("no valid proxy was drawn: allow more inputs or shapes")
+        raise MpqError("no valid proxy was found: allow more inputs or shapes")
     return best
 
 
@@ -182,7 +182,7 @@ def valid_fraction(benchmark: Benchmark, statistics: Statistics, pool: Pool, dra
 
 
 class _State:
-    """An evolution under way; everything random in a generation comes from the seed and the generation's number."""
+    """An evolution in progress; a generation's random numbers depend only on the seed and its number."""
 
     def __init__(self, judge: Judge | Judges, settings: Settings) -> None:
         self.judge, self.settings = judge, settings
@@ -198,7 +198,9 @@ class _State:
             if genome is not None:
                 self.population.append(genome)
         if len(self.population) < 2:
-            raise MpqError("random programs of these inputs and shapes are hardly ever valid: allow more")
+            raise MpqError(
+                "random programs of these inputs and shapes are almost never valid: allow more inputs or shapes"
+            )
         self.note(0)
 
     def step(self, generation: int) -> None:
@@ -216,7 +218,7 @@ class _State:
         self.note(generation)
 
     def child(self, random: np.random.Generator) -> Individual | None:
-        """Of one or two of the better half: crossed, mutated, or both."""
+        """A child of one or two members of the better half: crossed, mutated, or both."""
         ranked = sorted(self.population, key=lambda individual: -individual.fitness)
         parents = ranked[: max(2, len(ranked) // 2)]
         for _ in range(TRIES):
@@ -232,7 +234,7 @@ class _State:
         return None
 
     def fresh(self, random: np.random.Generator, tries: int = TRIES) -> Individual | None:
-        """A random one."""
+        """A random genome."""
         for _ in range(tries):
             genome = self.settings.pool.draw(random)
             value = self.judge.fitness(genome)
@@ -241,14 +243,14 @@ class _State:
         return None
 
     def remove(self) -> None:
-        """Make room."""
+        """Remove a member for a child."""
         if self.settings.removal == "oldest":
             del self.population[0]
         else:
             self.population.remove(min(self.population, key=lambda individual: individual.fitness))
 
     def note(self, generation: int) -> None:
-        """Write the generation down."""
+        """Record the generation in the history."""
         self.best = max([self.best, *self.population], key=lambda individual: individual.fitness)
         fates = self.judge.fates
         self.history.append(
@@ -280,7 +282,7 @@ class _State:
             draft.write_text(json.dumps(content), encoding="utf-8")
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Take up the state that `save` wrote."""
+        """Load the state that `save` wrote."""
         assert isinstance(self.judge, Judge)
         with reading(path, "state of an evolution", "delete it to start anew"):
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -293,13 +295,13 @@ class _State:
         if saved != expected:
             differing = ", ".join(key for key in expected if saved.get(key) != expected[key])
             raise MpqError(
-                f"{os.fspath(path)} was left by an evolution with other settings ({differing}): "
-                "use the same ones to resume, or delete it to start anew"
+                f"{os.fspath(path)} is of an evolution with other settings ({differing}): "
+                "use the same ones to resume, or delete it to start again"
             )
 
 
 def pick_one(individuals: Sequence[Individual], random: np.random.Generator) -> Individual:
-    """One of them, evenly."""
+    """A uniformly random element."""
     return individuals[int(random.integers(len(individuals)))]
 
 

@@ -1,4 +1,4 @@
-"""Formulas: the text of programs, read back. A mistake is shown at its character.
+"""Parsing formulas, the text of programs; errors are shown at their position.
 
 sum     product (("+" | "-") product)*
 product signed (("*" | "/" | "@") signed)*
@@ -45,7 +45,7 @@ class _Reader:
         while position < len(text):
             match = _TOKEN.match(text, position)
             if match is None:
-                raise self.mistake(len(text) - len(text[position:].lstrip()), "no formula has this sign")
+                raise self.mistake(len(text) - len(text[position:].lstrip()), "unexpected character")
             if match.lastgroup is not None:
                 self.tokens.append((match.lastgroup, match[match.lastgroup], match.start(match.lastgroup)))
             position = match.end()

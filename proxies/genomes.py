@@ -15,7 +15,7 @@ from mpq.core.errors import MpqError, nearest_names
 from mpq.proxies.programs import BINARY, INPUTS, LAYER, UNARY, Apply, Input, Program, apply, kind_of
 
 Gene = TypeVar("Gene", bound=str)
-NOTHING = ""  # the unary primitive that leaves its argument alone
+NOTHING = ""  # the identity
 
 # shape: (inputs, unary primitives, binary primitives)
 SHAPES: dict[str, tuple[int, int, int]] = {"sequential": (1, 4, 0), "branched": (2, 4, 1), "dag": (2, 9, 0)}
@@ -26,8 +26,16 @@ COUPLINGS = {
     "none": "the score itself, which must depend on the scheme",
 }
 SOURCES = tuple(name for name in INPUTS if name not in ("bits", "bytes", "macs"))
-FIRST_ORDER = ("weight", "grad", "virtual", "error", "act", "actgrad", "params")  # one pass each way, no Hessian
-DATA_FREE = ("weight", "virtual", "error", "params")  # no data at all
+FIRST_ORDER = (
+    "weight",
+    "grad",
+    "virtual",
+    "error",
+    "act",
+    "actgrad",
+    "params",
+)  # one forward and backward pass, no Hessian
+DATA_FREE = ("weight", "virtual", "error", "params")  # without data
 
 # Operation-sampling prioritization: EMQ's code gives "nothing" 0.2 and the binary ones 0.6, 0.3, 0.05, 0.05. Primitives
 # that fail on negative or zero numbers, or want a matrix where most programs have one number, are drawn less often.
@@ -82,7 +90,7 @@ class Pool:
         )  # fmt: skip
 
     def partner(self, name: str, random: np.random.Generator) -> str:
-        """A second input that the first can be paired with: its elements are of the same space, or of none."""
+        """A second input that can be paired with the first: of the same space, or one number per layer."""
         space = INPUTS[name][0].space
         fitting = [other for other in self.inputs if LAYER in (space, INPUTS[other][0].space) or
                    INPUTS[other][0].space == space]  # fmt: skip
@@ -97,7 +105,7 @@ class Pool:
         return _weighted(PRIORITY_BINARY, random) if self.prioritize else pick(tuple(BINARY), random)
 
     def mutate(self, genome: Genome, random: np.random.Generator) -> Genome:
-        """The genome with each gene drawn anew with probability MUTATION, at least one of them."""
+        """The genome with each gene resampled with probability MUTATION, at least one of them."""
         fresh = replace(self, shapes=(genome.shape,)).draw(random)
         sizes = (len(genome.inputs), len(genome.unary), len(genome.binary), 1)
         chosen = random.random(sum(sizes)) < MUTATION
@@ -168,7 +176,7 @@ def _through(program: Program, primitives: Sequence[str]) -> Program:
 
 
 def pick(names: Sequence[Gene], random: np.random.Generator) -> Gene:
-    """One of them, evenly."""
+    """A uniformly random element."""
     return names[int(random.integers(len(names)))]
 
 

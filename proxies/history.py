@@ -51,7 +51,7 @@ def load_history(path: str | os.PathLike[str]) -> tuple[Generation, ...]:
                 for line in csv.DictReader(stream, strict=True)
             )  # fmt: skip
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise MpqError(f"{os.fspath(path)} is no history of an evolution: {error}") from error
+        raise MpqError(f"{os.fspath(path)} is not a history of an evolution: {error}") from error
 
 
 class Curves(NamedTuple):

@@ -29,13 +29,13 @@ from mpq.sensitivity.journal import Journal
 def draw_configurations(
     layers: Sequence[Layer], options: Sequence[Sequence[int]], rows: int, seed: int
 ) -> NDArray[np.int64]:
-    """Distinct random configurations (rows, layers): every layer's scheme is drawn evenly, tied layers take one.
+    """Distinct random configurations (rows, layers): schemes are uniformly random, tied layers share one.
 
     Args:
         layers: in order.
         options: the indices of the schemes that each layer may take.
         rows: how many.
-        seed: the first rows of a longer drawing with the same seed are those of a shorter one.
+        seed: with the same seed, fewer rows are the first of more rows.
 
     Raises:
         MpqError: tied layers with different options, or fewer configurations than rows.
@@ -49,7 +49,7 @@ def draw_configurations(
     for indices in allowed.values():
         possible = min(possible * len(indices), 10**12)
     if rows > possible:
-        raise MpqError(f"{rows} different configurations are wanted and there are {possible}: ask for fewer")
+        raise MpqError(f"invalid number of rows {rows}: there are only {possible} configurations")
     unique: dict[tuple[int, ...], None] = {}
     for attempt in count():
         random = np.random.default_rng([seed, attempt])
@@ -76,8 +76,8 @@ def build_benchmark(
 ) -> Benchmark:
     """Measure random configurations of a model after post-training quantization of its weights.
 
-    Each layer's weight is rounded once per scheme; a row then costs one pass over the data. The caller's model is not
-    touched.
+    Each layer's weight is rounded once per scheme; a row then costs one pass over the data. The caller's model is
+    unchanged.
 
     Args:
         model: the pretrained network.
@@ -96,7 +96,9 @@ def build_benchmark(
         MpqError: unknown names, schemes that quantize activations, patterns without a layer, bad data.
     """
     if METHODS.named(method).second_moment:
-        raise MpqError(f"a benchmark rounds without calibration data, which {method} needs: take 'mse' or 'nearest'")
+        raise MpqError(
+            f"the method {method} needs calibration data, which a benchmark does not use: take 'mse' or 'nearest'"
+        )
     batches = check_batches(batches)
     network = copied(model).eval()
     layers = count_macs(network, find_layers(network), batches[0], loss_fn)

@@ -19,10 +19,10 @@ def proxy_named(text: str) -> Program:
 
 
 def proxy_metric(text: str) -> Metric:
-    """The metric of a formula or a known proxy; its scores are on the proxy's own scale.
+    """The metric of a formula or a known proxy; its scores are on the proxy's scale.
 
     Raises:
-        MpqError: the text is neither; when it is used: a number that is not finite (naming the layer).
+        MpqError: the text is neither; when called: a score that is not finite (naming the layer).
     """
     program = proxy_named(text)
 
@@ -31,7 +31,7 @@ def proxy_metric(text: str) -> Metric:
 
         Args:
             task: model, data, layers and schemes.
-            samples: elements of a layer's matrix to compute from, at most.
+            samples: maximum elements of a layer's matrix to compute from.
         """
         for scheme in task.schemes:
             if scheme.activation is not None:

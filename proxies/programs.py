@@ -1,6 +1,6 @@
 """Proxies as programs: small typed expression trees over per-layer statistics (EMQ, arXiv 2307.10554, section 3).
 
-A program gives every layer and scheme a number that stands for the loss it costs: less is better, and layers add up.
+A program gives every layer and scheme an estimate of its loss: lower is better, and layers add up.
 Its text is a readable formula, which `mpq.proxies.formulas.parse` reads back.
 """
 
@@ -10,12 +10,12 @@ from typing import TypeAlias
 
 from mpq.core.errors import MpqError, nearest_names
 
-LAYER = "layer"  # the space of one number per layer; all others have a matrix per layer
+LAYER = "layer"  # the space of one number per layer; other spaces have a matrix per layer
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Type of a value: where its numbers live, and whether they depend on the layer's scheme."""
+    """Type of a value: the space of its numbers, and whether they depend on the layer's scheme."""
 
     space: str  # "layer", "weight", "activation", or "weight'" and "activation'" for products of rows with rows
     by_scheme: bool = False
@@ -87,7 +87,7 @@ def kind_of(program: Program) -> Kind:
     """The kind of a program's value.
 
     Raises:
-        MpqError: an unknown name, or a primitive applied to what it cannot take.
+        MpqError: an unknown name, or a primitive applied to an unsuitable kind.
     """
     if isinstance(program, Number):
         return Kind(LAYER)
@@ -99,7 +99,7 @@ def kind_of(program: Program) -> Kind:
 
 
 def kind_after(operation: str, kinds: tuple[Kind, ...]) -> Kind:
-    """The kind that a primitive gives; MpqError where it does not apply."""
+    """The kind of a primitive's result; MpqError if it does not apply."""
     if operation in UNARY and len(kinds) == 1:
         (kind,) = kinds
         if operation not in ELEMENTWISE and kind.space == LAYER:
@@ -138,7 +138,7 @@ def apply(operation: str, *arguments: Program) -> Program:
     return Apply(operation, arguments)
 
 
-SUM, PRODUCT, SIGN, ATOM = 1, 2, 3, 4  # how tightly a text binds
+SUM, PRODUCT, SIGN, ATOM = 1, 2, 3, 4  # precedence of operators
 
 
 def formula(program: Program) -> str:

@@ -28,9 +28,9 @@ def _correlation(left: Array, right: Array) -> Array:
 
 
 def partial_spearman(left: Array, right: Array, control: Array) -> Array:
-    """Rank correlation of what is left of `left` and `right` once the ranks of `control` are taken out, last axis.
+    """Partial rank correlation of `left` and `right` given `control`, along the last axis.
 
-    0 where `left` or `right` is nothing but a function of `control`.
+    0 where `left` or `right` is a function of `control`.
     """
     ranks = [rankdata(values, axis=-1) for values in np.broadcast_arrays(left, right, control)]
     ab, ac, bc = (_correlation(ranks[i], ranks[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
@@ -57,7 +57,7 @@ def fitness(losses: Array, benchmark: Benchmark) -> float:
 
 
 def steady_fitness(losses: Array, benchmark: Benchmark) -> float:
-    """The mean of the two measures that rest on all rows: their correlation, plain and at fixed size."""
+    """The mean of the two measures over all rows: correlation, plain and at fixed size."""
     values = rankings(losses, benchmark.quality, benchmark.sizes.astype(np.float64))
     return float((values[0] + values[-1]) / 2)
 
@@ -74,7 +74,7 @@ def bootstrap(
         MpqError: fewer than ten rows.
     """
     if len(benchmark) < 10:
-        raise MpqError(f"a bootstrap over {len(benchmark)} rows says nothing: measure at least 10")
+        raise MpqError(f"too few rows for a bootstrap: expected at least 10, not {len(benchmark)}")
     rows = np.random.default_rng(seed).integers(0, len(benchmark), (draws, len(benchmark)))
     return rankings(losses[..., rows], benchmark.quality[rows], benchmark.sizes.astype(np.float64)[rows])
 

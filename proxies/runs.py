@@ -1,4 +1,4 @@
-"""The three jobs of `mpq proxy`: measure a benchmark, evolve on one half of it, show how proxies rank the other."""
+"""The jobs of `mpq proxy`: measure a benchmark, evolve on one half of it, judge proxies on the other."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,7 +53,7 @@ def run_bench(
     progress: bool = True,
     provenance: Mapping[str, Any] | None = None,
 ) -> Benchmark:
-    """Measure random configurations and write the table to `output`; an interrupted run goes on from `output`.part.
+    """Measure random configurations and write the table to `output`; an interrupted run resumes from `output`.part.
 
     Arguments as of `build_benchmark`; `pin` is its `fixed`.
     """
@@ -83,7 +83,7 @@ def run_evolve(
     """Evolve on one half of a benchmark; the standings on the other half, best first, are those of all proxies.
 
     Writes to the folder `output`: best.txt (the formula), history.csv, history.png, and statistics.npz and state.json,
-    from which a later run goes on.
+    from which a later run resumes.
 
     Args:
         model: the benchmark's model.
@@ -93,7 +93,7 @@ def run_evolve(
         output: a folder.
         population, generations, offspring, seed: of the evolution.
         inputs: the statistics that formulas may use; the default ones need no Hessian.
-        pool: all about the genes; its inputs win over `inputs`.
+        pool: options of the genes; its inputs replace `inputs`.
         progress: show progress bars.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Judging genomes: compatibility screening rejects the hopeless and the known, the rest get a fitness (EMQ, 3.3)."""
+"""Fitness of genomes after compatibility screening, which rejects invalid ones and duplicates (EMQ, 3.3)."""
 
 import hashlib
 from collections import Counter
@@ -25,7 +25,7 @@ def check_fit(benchmark: Benchmark, statistics: Statistics) -> None:
         MpqError: weights, layers or schemes differ.
     """
     if statistics.provenance.get("weights") != benchmark.provenance.get("weights"):
-        raise MpqError("this benchmark was measured on another model than these statistics: take those of one model")
+        raise MpqError("benchmark and statistics are of different models: take those of one model")
     names = [layer.name for layer in benchmark.layers]
     if [layer.name for layer in statistics.layers] != names or statistics.schemes != benchmark.schemes:
         raise MpqError("benchmark and statistics have other layers or schemes: collect the statistics of its schemes")
@@ -33,13 +33,13 @@ def check_fit(benchmark: Benchmark, statistics: Statistics) -> None:
 
 @dataclass
 class Judge:
-    """Fitness on the rows it was given, and what became of every genome that it saw."""
+    """Fitness on the given rows, and counts of screened genomes by outcome."""
 
     benchmark: Benchmark
     evaluator: Evaluator
-    seen: set[str] = field(default_factory=set)  # behaviours that have had their fitness
+    seen: set[str] = field(default_factory=set)  # behaviours with a fitness
     fates: Counter[str] = field(default_factory=Counter)  # kinds, finite, constant, duplicate, judged
-    computed: set[Program] = field(default_factory=set)  # whose behaviour is in `seen`: no need to compute them again
+    computed: set[Program] = field(default_factory=set)  # programs whose behaviour is in `seen`
     measure: Callable[[NDArray[np.float64], Benchmark], float] = fitness
 
     def fitness(self, genome: Genome) -> float | None:
@@ -102,6 +102,6 @@ class Judges:
 
 
 def _behaviour(losses: NDArray[np.float64]) -> str:
-    """A name for the order in which a score puts the rows: proxies that rank alike are one."""
+    """A hash of a score's ranking of the rows: proxies with equal rankings are duplicates."""
     rounded = np.round(losses / np.abs(losses).max(), 9)
     return hashlib.blake2b(rankdata(rounded, method="min").astype(np.int32).tobytes(), digest_size=8).hexdigest()

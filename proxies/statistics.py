@@ -1,4 +1,4 @@
-"""Per-layer statistics of one pretrained model: what programs compute from, collected once, kept in a .npz file."""
+"""Per-layer statistics of one pretrained model, the inputs of programs; a .npz file."""
 
 import json
 import os
@@ -55,7 +55,7 @@ class Space:
 
     @cached_property
     def product(self) -> "Space":
-        """That of rows with rows: X Y^T of two of its matrices."""
+        """The space of products of rows with rows: X Y^T of two of its matrices."""
         return Space(self.rows, self.rows, self.all_rows, self.all_rows)
 
 
@@ -121,7 +121,7 @@ class Statistics:
         for name, value in provenance.items():
             if self.provenance.get(name) != value:
                 what = {"weights": "another model", "data": "other data"}.get(name, f"another {name}")
-                raise MpqError(f"these statistics are of {what}: delete the file to collect them anew")
+                raise MpqError(f"these statistics are of {what}: delete the file to collect them again")
 
 
 def expected_length(name: str, spaces: Mapping[str, Space], layers: int) -> int:

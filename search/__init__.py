@@ -41,7 +41,7 @@ SEARCHES: Registry[Search] = Registry(
             measures=True,
         ),
     ],
-    former={"quadratic": "pairwise"},  # a metric has that name
+    former={"quadratic": "pairwise"},  # also the name of a metric
 )
 
 

@@ -1,7 +1,7 @@
 """Choices of architecture with shared weights, searched jointly with formats (FLIQNAS, arXiv 2308.03290).
 
-Weights of the smaller options are those of the largest: the first channels, the middle of a kernel. Unused weights are
-zero before rounding, so that they have no say in scales, and cost nothing.
+Smaller options use a part of the largest one's weights: the first channels, the middle of a kernel. Unused weights are
+set to zero before rounding, so that they do not affect scales, and have no cost.
 """
 
 import math
@@ -20,10 +20,10 @@ from mpq.rounding.reference import Quantized
 
 @dataclass(frozen=True)
 class Width:
-    """Channels between layers, of which the first are used."""
+    """A choice of width: the number of channels between layers that are used."""
 
-    produced_by: tuple[str, ...]  # layers whose rows they are: a convolution, and a depthwise one behind it
-    read_by: tuple[str, ...]  # layers whose inputs they are
+    produced_by: tuple[str, ...]  # layers that compute them: a convolution, and a depthwise one after it
+    read_by: tuple[str, ...]  # layers that read them
     shares: tuple[float, ...] = (0.5, 0.75, 1.0)  # of the channels; the last one is all
     along: tuple[str, ...] = ()  # batch normalizations of these channels
 
@@ -35,7 +35,7 @@ class Width:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Side of a convolution's square kernel, of which the middle is used."""
+    """A choice of kernel size: the side of the used middle of a convolution's square kernel."""
 
     layer: str
     sizes: tuple[int, ...]  # ascending; the last one is the whole kernel
@@ -115,7 +115,7 @@ class Architecture:
         return [(torch.arange(count), column.nonzero().flatten()) for count, column in zip(rows, columns, strict=True)]
 
     def scaled(self, layers: Sequence[Layer], options: Sequence[int]) -> tuple[Layer, ...]:
-        """The layers as they are when only what is used is left: rows, columns and multiplications."""
+        """The layers with only the used rows, columns and multiplications."""
         found = []
         for layer, (rows, columns) in zip(layers, self.kept(layers, options), strict=True):
             macs = layer.macs * len(rows) * len(columns) // (layer.rows * layer.cols)
@@ -123,14 +123,14 @@ class Architecture:
         return tuple(found)
 
     def masks(self, layers: Sequence[Layer], options: Sequence[int]) -> dict[str, Tensor]:
-        """Factor of each layer's matrix, (1, cols), by name; rows that nobody reads are left alone."""
+        """Mask of each layer's matrix, (1, cols), by name; unused rows are not masked, since nothing reads them."""
         pairs = zip(layers, self.kept(layers, options), strict=True)
         masks = {layer.name: torch.zeros(1, layer.cols).index_fill_(1, columns, 1) for layer, (_, columns) in pairs}
         return {name: mask for name, mask in masks.items() if not bool(mask.all())}
 
     @torch.no_grad()
     def cut(self, model: nn.Module, options: Sequence[int]) -> None:
-        """Leave only what is used in the model's layers and normalizations, in place."""
+        """Remove unused rows and columns from the model's layers and normalizations, in place."""
         for choice, option in zip(self.choices, options, strict=True):
             if isinstance(choice, Width):
                 first = model.get_submodule(choice.produced_by[0])

@@ -1,4 +1,4 @@
-"""Choice of an allocation from a table and a budget: `mpq.allocate`."""
+"""`mpq.allocate`: the best allocation of a table under a budget."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -48,12 +48,12 @@ def allocate(
 
     Args:
         table: predicted losses.
-        bits: largest average of stored bits per weight, or
-        size: largest number of bytes of the model, or text as "500MB", or
-        loss: largest predicted loss increase, for the smallest model, or
-        memory: largest bytes of weights and of keys and values together, or text as "6GB"; bits or size may join.
+        bits: maximum average of stored bits per weight, or
+        size: maximum bytes of the model, or text as "500MB", or
+        loss: maximum predicted loss increase, for the smallest model, or
+        memory: maximum bytes of weights, keys and values together, or text as "6GB"; alone or with bits or size.
         context: tokens of each of `batch` texts that memory and kv_bits count.
-        kv_bits: largest average of stored bits of a cached number, beside another budget.
+        kv_bits: maximum average of stored bits of a cached element, with another budget.
         budgets: further largest totals by cost ("bitops", "latency", "activations").
         search: a name of `mpq.search.SEARCHES`; left out, exact, integer with further budgets, cheapest with `loss`.
         pin: scheme by layer pattern.
@@ -63,14 +63,14 @@ def allocate(
         activations: what is live in a pass of the model (`mpq.network.live_activations`): for a budget of that name.
         batch: tokens at a time, for `latencies`; texts that are cached at once, for `memory`.
         whole_frontier: for a search on measured loss: lower loss and size together.
-        options: the search's own, such as evolution's `evaluate` and `trials`.
+        options: further arguments of the search, such as evolution's `evaluate` and `trials`.
 
     Raises:
         MpqError: incompatible budgets and search, or what the search refuses.
     """
     given = sum(budget is not None for budget in (bits, size, loss))
     if given > 1 or (not given and memory is None) or (loss is not None and (memory or kv_bits)):
-        raise MpqError("name one budget: bits, size or loss; or memory, which bits or size may join")
+        raise MpqError("give one budget: bits, size, loss or memory; memory goes with bits or size too")
     cached = memory is not None or kv_bits is not None
     table = table if cached else table.weights()
     numbers = {name: float(limit) for name, limit in (budgets or {}).items()}
@@ -110,10 +110,10 @@ def _with_cache(
     if not table.entries:
         raise MpqError("the table has no keys and values: profile again with cache formats (--kv-formats)")
     if context < 1:
-        raise MpqError("memory and kv_bits count cached tokens: name the context, such as context=32768")
+        raise MpqError("memory and kv_bits need the number of cached tokens: give e.g. context=32768")
     if memory is not None and not predicts_loss(table.metric):
         raise MpqError(
-            f"scores of {table.metric} rank weights alone: memory needs losses, as of the metric kl-curvature"
+            f"the metric {table.metric} does not score a cache: use one that predicts losses, such as kl-curvature"
         )
     overhead = float(table.provenance.get("overhead", 0))
     limits: dict[str, float] = request.pop("budgets")
@@ -136,8 +136,8 @@ def check_choice(search: str, by_loss: bool, by_budgets: bool, whole_frontier: b
     """MpqError when a search does not support the requested budgets; needs no table."""
     entry = SEARCHES.named(search)
     if search == "cheapest" and not by_loss:
-        raise MpqError("search cheapest finds the smallest model of a loss: give loss instead of bits or size")
+        raise MpqError("the search cheapest needs a loss: give loss instead of bits or size")
     if search != "cheapest" and by_loss:
-        raise MpqError(f"a predicted loss is no budget of the search {search}: leave the search out")
+        raise MpqError(f"the search {search} has no budget of predicted loss: leave the search out")
     if whole_frontier and (not entry.measures or by_budgets):
         raise MpqError("a measured frontier needs a search on measured loss (evolution), and no other budget")

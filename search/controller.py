@@ -35,7 +35,7 @@ class Schedule:
     rate: float = 0.02  # Adam's learning rate of the logits
     cost_weight: float = 1.0  # reward = quality - cost_weight * |1 - cost / target|, the absolute reward of TuNAS
     entropy_weight: float = 0.1  # largest weight of the entropy penalty
-    entropy: str = "cosine"  # how the weight gets there: along half a "cosine", "linear", a "step" half-way, "constant"
+    entropy: str = "cosine"  # its schedule: half a "cosine", "linear", a "step" half-way, or "constant"
     decay: float = 0.95  # of the moving-average baseline
 
     def __post_init__(self) -> None:
@@ -122,7 +122,7 @@ class Controller:
         ignored, and so is every one after the schedule's steps.
 
         Args:
-            choices: what was sampled, (decisions,).
+            choices: the sampled options, (decisions,).
             quality: higher is better.
             cost: as a share of the target.
         """
@@ -163,7 +163,7 @@ class Controller:
         if theirs != ours:
             raise MpqError(f"the checkpoint has {theirs} decisions and options, this search {ours}")
         if (state["schedule"], state["seed"]) != (asdict(self.schedule), self.seed):
-            raise MpqError("the checkpoint is of a search with another schedule or seed: use the same ones to go on")
+            raise MpqError("the checkpoint is of a search with another schedule or seed: use the same ones to resume")
         with torch.no_grad():
             self.logits.copy_(state["logits"])
         self.step, self.baseline = state["step"], state["baseline"]

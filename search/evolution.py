@@ -87,9 +87,9 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MeasuredFrontier(Frontier):
-    """A frontier whose losses were measured; an allocation keeps its predicted loss and tells the measured one."""
+    """A frontier of measured losses; allocations have the predicted loss, and the measured one in provenance."""
 
-    # `gap` is NaN: nothing is proven of what was not measured.
+    # `gap` is NaN: there is no bound for allocations that were not measured.
     evaluations: tuple[Evaluation, ...] = ()  # all, in order of their start
     failures: int = 0  # evaluations without a finite number
     dropped: int = 0  # allocations dropped after a part of the data
@@ -126,45 +126,43 @@ def evolution(
 ) -> MeasuredFrontier:
     """Search for allocations of lower measured loss than the predicted optima.
 
-    With budgets it lowers the loss within them, from the exact frontier's points below them, so it never ends with a
-    worse one. Without any it lowers loss and cost together, from points all along the exact frontier, and ends with a
-    frontier of measured points.
+    With budgets it minimizes the loss within them, starting from the exact frontier's points, so the result is never
+    worse than these. Without any it minimizes loss and cost together, starting from points along the exact frontier,
+    and returns a frontier of measured points.
 
-    The same storage, study and seed go on where an earlier run stopped, and give what an uninterrupted one gives;
-    several processes with them share the work. A worker that dies loses the running evaluation, which another one
-    repeats.
+    With the same storage, study and seed an interrupted run is resumed, with the result of an uninterrupted one, and
+    several processes share the work. If a worker dies, another one repeats its running evaluation.
 
     Args:
         problem: every allocation that is measured meets all its budgets, if there are any.
         evaluate: `evaluate(allocation, share)`, the loss on the first `share` of the data, lower is better, or the
-            loss and its standard error, which is only told. Plots put it beside predicted increases: let it be one too.
-        trials: evaluations altogether, by all workers and earlier runs, those of a part of the data counted as one;
-            workers that begin the last one in the same moment make one more each.
-        cost: the cost of the frontier that is returned.
+            loss and its standard error, which is only reported. Plots show it beside predicted loss increases, so it
+            should be an increase too.
+        trials: total number of evaluations, by all workers and earlier runs, including those on a part of the data;
+        workers that start the last one at the same time add one each. cost: the cost of the frontier that is returned.
         sampler: "switch" (the default under budgets), the level-switch mutation of EvoPress (arXiv 2410.14649), or
             Optuna's "nsga2" (the default without budgets), "nsga3", "tpe" or "random", whose proposals are lowered
             until they meet the budgets.
-        shares: rising shares of the data, the last one 1; after each but the last the worse half is dropped. Under
-            budgets only: of two objectives neither says which half is worse.
-        starts: points of the exact frontier to start from; by default 4 below the budgets, or 12 where there are none.
-        storage: a journal file, a database's URL, or None for memory.
-        study: name in the storage.
-        seed: of all random numbers.
-        heartbeat: seconds between signs of life; after eight without one a worker is taken for dead.
-        resume: refuse to begin a new study, and first wait until it is known which of its workers are dead. That
-            makes the results those of an uninterrupted run even where a worker was killed.
+        shares: rising shares of the data, the last one 1; after each but the last the worse half is dropped. Only with
+        budgets, since two objectives do not order allocations. starts: points of the exact frontier to start from; by
+        default 4 within the budgets, or 12 without budgets. storage: a journal file, a database's URL, or None for
+        memory. study: name in the storage. seed: of all random numbers. heartbeat: seconds between heartbeats; a worker
+        that misses eight is considered dead. resume: require an existing study, and first wait until its dead workers
+        are known, so that the results equal those of an uninterrupted run even after a worker was killed.
 
     Raises:
-        MpqError: unreachable budgets, unknown names, a study of another problem, none to resume, or nothing but
-            failures.
+        MpqError: unreachable budgets, unknown names, a study of another problem, none to resume, or only failed
+        evaluations.
     """
     sampler = sampler or ("switch" if problem.budgets else "nsga2")
     if sampler != "switch" and sampler not in SAMPLERS:
         raise MpqError(f"unknown sampler {sampler!r}: {nearest_names(sampler, ['switch', *SAMPLERS])}")
     if not shares or shares[-1] != 1 or shares[0] <= 0 or any(b <= a for a, b in pairwise(shares)):
-        raise MpqError(f"shares of the data must rise to 1, not {', '.join(map(str, shares))}")
+        raise MpqError(
+            f"invalid shares of the data {', '.join(map(str, shares))}: expected rising ones that end with 1"
+        )
     if not problem.budgets and (sampler == "switch" or len(shares) > 1):
-        raise MpqError("level switches and shares of the data want at least one budget, such as size")
+        raise MpqError("level switches and shares of the data need at least one budget, such as size")
     starts = starts or (4 if problem.budgets else 12)
     space = level_space(problem, cost)
     points = _starts(problem, cost, starts)
@@ -203,7 +201,7 @@ class _Worker:
             if made >= trials:
                 return
             if made + sum(trial.state is TrialState.RUNNING for trial in known) >= trials:
-                time.sleep(self.heartbeat / 2)  # other workers run the last ones, and may die
+                time.sleep(self.heartbeat / 2)  # other workers run the last trials, and may die
                 continue
             # A new sampler for each trial depends on the known trials, not on how often a run was interrupted.
             self.study.sampler = self._sampler(known)
@@ -217,7 +215,7 @@ class _Worker:
             except BaseException:  # an interrupt above all: the evaluation is done again when the search goes on
                 retry(self.study, trial._get_latest_trial())
                 raise
-        log.warning("the search ended early: %d proposals in a row had been measured before", GIVE_UP)
+        log.warning("the search ended early: the last %d proposals had all been measured before", GIVE_UP)
 
     def _queue_start(self, known: list[FrozenTrial], starts: Sequence[Levels]) -> None:
         """Queue a starting point that no worker has begun; lost trials in the queue go first."""
@@ -283,7 +281,7 @@ class _SwitchSampler(BaseSampler):
         known = trials_of(study)
         best = sorted((other for other in known if _measured(other)), key=lambda t: (t.value, t.user_attrs[KEY]))
         parents = [_levels(other.user_attrs[KEY]) for other in best[:PARENTS]]
-        if not parents:  # nothing measured yet: others are at the starting points, or those failed
+        if not parents:  # no measurements yet: other workers are measuring the starting points, or these failed
             parents = [self.space.repaired(self.space.sizes - 1)]
         seen = {other.user_attrs.get(KEY) for other in known}
         child = self.space.child(parents, self.random, lambda levels: _key(levels) not in seen, BROOD)
@@ -297,7 +295,7 @@ class _SwitchSampler(BaseSampler):
 
 
 def _starts(problem: Problem, cost: str, number: int) -> list[NDArray[Any]]:
-    """The predicted optimum within the budgets and the exact frontier's points below it; points all along, without."""
+    """The optimum within the budgets and the exact frontier's points below it; without budgets, points all along it."""
     if not problem.budgets:
         whole = exact(problem, cost=cost).choices
         return [whole[i] for i in np.unique(np.linspace(0, len(whole) - 1, number).round().astype(int)).tolist()]
@@ -311,7 +309,7 @@ def _frontier(study: optuna.Study, space: LevelSpace, cost: str) -> MeasuredFron
     outcomes = [trial.user_attrs[OUTCOME] for trial in settled(known)]
     failures = outcomes.count(NO_NUMBER)
     if failures:
-        log.warning("%d of %d evaluations gave no number and were left out", failures, spent(known))
+        log.warning("%d of %d evaluations did not return a finite number and were left out", failures, spent(known))
     measured = []
     for trial in known:
         if _measured(trial):
@@ -320,7 +318,7 @@ def _frontier(study: optuna.Study, space: LevelSpace, cost: str) -> MeasuredFron
             error = trial.user_attrs.get(ERROR, math.nan)
             measured.append(Evaluation(choices, space.loss(levels), trial.values[0], error))
     if not measured:
-        raise MpqError(f"none of {spent(known)} evaluations gave a number: check the model and the data")
+        raise MpqError(f"none of {spent(known)} evaluations returned a finite number: check the model and the data")
     costs = np.array([problem.totals(one.choices)[cost] for one in measured])
     losses = np.array([one.measured for one in measured])
     kept = non_dominated(costs, losses)

@@ -21,8 +21,8 @@ from mpq.core.problem import Array, Problem
 Choices = NDArray[np.int16]
 
 MOVES = 12  # moves along the convex hull in one stretch
-FIRST_PASS = 0.03  # share of the hull's own gap that the first pass over a stretch looks into
-WIDER = 2.0  # how much farther the next pass looks, until the gap is closed
+FIRST_PASS = 0.03  # share of the hull's gap that the first pass over a stretch searches
+WIDER = 2.0  # growth of the searched share from pass to pass, until the gap is closed
 ROUNDING = 1e-12  # relative slack of comparisons between sums
 
 
@@ -32,8 +32,7 @@ def exact(problem: Problem, *, cost: str = "size", max_states: int = 200_000) ->
     Args:
         problem: a budget on the cost itself cuts the frontier; budgets on others need the integer program.
         cost: which of the problem's costs is traded against the loss.
-        max_states: partial solutions kept at once; where they do not suffice the frontier's `gap` says by how much it
-            can be off.
+        max_states: partial solutions kept at once; if they do not suffice, the frontier's `gap` bounds the error.
 
     Raises:
         MpqError: an unknown cost, budgets on other costs, or one that nothing meets.
@@ -42,7 +41,9 @@ def exact(problem: Problem, *, cost: str = "size", max_states: int = 200_000) ->
         raise MpqError(f"unknown cost {cost!r}: expected one of {', '.join(problem.costs)}")
     others = sorted(problem.budgets.keys() - {cost})
     if others:
-        raise MpqError(f"the exact frontier in {cost} keeps no budget of {', '.join(others)}: search by 'integer'")
+        raise MpqError(
+            f"the exact frontier in {cost} does not support budgets of {', '.join(others)}: search by 'integer'"
+        )
     losses = _without_dominated(problem.costs[cost], problem.losses)
     hull = _hull(problem.costs[cost], losses)
     stretches = [
@@ -83,15 +84,15 @@ class _Stretch:
     base: Choices  # (groups,)
     free: NDArray[np.intp]  # (free groups,)
     choices: Choices  # (points, free groups)
-    regret: float = 0.0  # sum of regrets up to which solutions were looked at
-    core: "_Core | None" = None  # kept where that does not prove the stretch complete
+    regret: float = 0.0  # largest sum of regrets of the solutions searched
+    core: "_Core | None" = None  # kept if the stretch is not proven complete
 
     def gap(self, costs: Array, losses: Array) -> float:
         """Share of a frontier's loss by which a solution of this stretch that was not looked at could be better."""
         if self.core is None:
             return 0.0
         first, last = np.searchsorted(costs, [self.core.low, self.core.high], side="left")
-        first = max(first - 1, 0)  # the last before the stretch serves until its own first
+        first = max(first - 1, 0)  # the last point before the stretch covers costs below its first
         excess = self.core.excess(costs[first:last], losses[first:last]) - self.regret
         return float(max((excess / np.abs(losses[first:last])).max(), 0.0))
 
@@ -201,7 +202,9 @@ class _Core:
         near = self.regrets <= limit
         free = np.flatnonzero(near.sum(1) > 1)
         smallest = np.partition(self.regrets[free], 1, axis=1)[:, 1]
-        free = free[np.argsort(-smallest, kind="stable")]  # the many small regrets last: sums stay few for long
+        free = free[
+            np.argsort(-smallest, kind="stable")
+        ]  # the groups with many small regrets last, so that there are few sums at first
         options = [row.nonzero()[0] for row in near[free]]
         costs, regrets = np.zeros(1), np.zeros(1)
         history = []
@@ -211,7 +214,7 @@ class _Core:
             kept = (all_regrets <= limit).nonzero()[0]
             kept = kept[self._non_dominated(all_costs[kept], all_regrets[kept])]
             if len(kept) > max_states:
-                places = all_regrets[kept].argpartition(max_states)  # of equal ones some stay: never none
+                places = all_regrets[kept].argpartition(max_states)  # keep some of equal ones
                 proven = np.nextafter(all_regrets[kept[places[max_states]]], -np.inf)
                 limit = max(proven, 0.0)
                 kept = kept[np.sort(places[:max_states])]

@@ -24,7 +24,7 @@ def integer(problem: Problem, *, cost: str = "size", time_limit: float | None = 
 
     Args:
         problem: with budgets on any of its costs.
-        cost: the cost that the frontier's point is told in.
+        cost: the cost of the frontier's point.
         time_limit: seconds; the best found by then is returned, with its proven gap.
 
     Raises:
@@ -52,7 +52,7 @@ def integer(problem: Problem, *, cost: str = "size", time_limit: float | None = 
             return _one_point(problem, choices, cost, answer.mip_gap if answer.status else 0.0)
         for name, excess in over.items():  # solvers keep constraints to a tolerance, we keep budgets
             limits[name] -= 2 * excess
-    raise MpqError("the solver's rounding could not be kept within the budgets: loosen one a little")
+    raise MpqError("the solver's solution exceeds a budget by its tolerance: raise a budget slightly")
 
 
 def check_budgets(problem: Problem) -> None:
@@ -98,7 +98,7 @@ def _one_point(problem: Problem, choices: NDArray[np.intp], cost: str, gap: floa
 
 def _explain(problem: Problem, message: str) -> None:
     if "time limit" in message.lower():
-        raise MpqError("the integer program found nothing within the time limit: give it more time")
+        raise MpqError("the integer program found no solution within the time limit: raise it")
     raise MpqError(f"the budgets of {' and '.join(conflicting(problem))} cannot be met together: raise one of them")
 
 

@@ -10,7 +10,7 @@ from mpq.core.errors import MpqError
 from mpq.core.problem import Array, Problem
 
 Levels = NDArray[np.intp]  # (groups,)
-ATTEMPTS = 200  # draws of a child that is new and within the budgets
+ATTEMPTS = 200  # attempts at a new child within the budgets
 SWITCHES = 3  # groups raised at most in one mutation
 
 
@@ -66,9 +66,9 @@ class LevelSpace:
     def switched(self, parent: Levels, random: np.random.Generator) -> Levels | None:
         """EvoPress' mutation (arXiv 2410.14649): raise a few groups one level, lower others until the budgets are met.
 
-        Sometimes one more is lowered, so that budgets which leave room do not only let everything rise.
+        Sometimes one more is lowered, since otherwise loose budgets would only raise levels.
 
-        None when the draw came to nothing.
+        None if the attempt failed.
         """
         child = parent.copy()
         raised = [
@@ -92,7 +92,7 @@ class LevelSpace:
     ) -> Levels | None:
         """The child of least predicted loss among `candidates` new ones of random parents.
 
-        Where the parents' neighbourhood is spent, anything new within the budgets; None when none is found.
+        If no new child is found near the parents, a random new one within the budgets; None without any.
         """
         children: list[Levels] = []
         for _ in range(ATTEMPTS):

@@ -1,10 +1,9 @@
 """Search on measured losses: starting points, then an additive table corrected by measured allocations.
 
-A table of scores is right about most layers and wrong about some; measuring whole allocations tells which. The table is
-a Gaussian belief about each choice's loss. A draw from it is solved exactly within a radius of changes around the best
-allocation known (Thompson sampling), the proposal is measured, and the belief is conditioned on what came (a Kalman
-update). Nothing here knows what is measured: each of `measures` gives the loss of every sample of a part of the data,
-and what is clearly worse on the first parts is not measured on the others.
+The losses of choices have a Gaussian posterior, whose prior mean is the table of scores. A sample of it is solved
+exactly within a radius of changes around the best known allocation (Thompson sampling), the proposal is measured, and
+the posterior is conditioned on the measurement (a Kalman update). Each of `measures` gives the losses of all samples of
+a part of the data; proposals that are clearly worse on the first parts are not measured on the others.
 """
 
 import re
@@ -21,14 +20,14 @@ from mpq.search.exact import exact
 from mpq.search.integer import integer
 from mpq.search.rules import rules
 
-Measure = Callable[[Choices], Array]  # losses (samples,) of a part of the data, not finite where the model breaks
+Measure = Callable[[Choices], Array]  # losses (samples,) of a part of the data, not finite if the model breaks
 
-NEAR = 0.97  # of the budget: smaller uniform formats are no start
+NEAR = 0.97  # of the budget: smaller uniform formats are not starts
 FEWER = 2  # of the smallest widths are left out in turn
-DEVIATION = 0.4  # of a scaled score: how far the belief lets it be off
-MISFIT = 0.1  # of a measured difference: what no additive table explains
+DEVIATION = 0.4  # of a scaled score: the prior's standard deviation
+MISFIT = 0.1  # of a measured difference: the part not explained by an additive table
 SMALLEST_RADIUS = 2
-PATIENCE = 4  # proposals in a row that were known already
+PATIENCE = 4  # known proposals in a row after which polishing ends
 SECONDS = 5.0  # of the integer program for one proposal
 CLEAR = 2.0  # standard errors of a paired difference beyond which nothing more is measured
 
@@ -36,8 +35,8 @@ CLEAR = 2.0  # standard errors of a paired difference beyond which nothing more 
 def starts(frontier: Frontier, size: float) -> tuple[tuple[str, Choices], ...]:
     """Named choices within a size (of the layers, bytes) that a measured search begins with, each once.
 
-    The frontier's own, every uniform format just below the size, and the exact optima of whole layers, where there are
-    mixes too, without the smallest widths, and by scores averaged over each kind of layer; then what people choose
+    The frontier's own, every uniform format just below the size, the exact optima of whole layers (if there are mixes),
+    of tables without the smallest widths, and of scores averaged over each kind of layer; then allocations by rules
     without scores (`mpq.search.rules`).
     """
     problem = frontier.problem
@@ -68,7 +67,7 @@ def starts(frontier: Frontier, size: float) -> tuple[tuple[str, Choices], ...]:
 
 
 def _optimum(problem: Problem, schemes: Sequence[str], size: float) -> Choices | None:
-    """The exact optimum among some of the schemes; None where the budget, or a pinned layer, needs others."""
+    """The exact optimum among some of the schemes; None if the budget, or a pinned layer, needs others."""
     try:
         part = restricted(problem, schemes)
         solved = exact(part)
@@ -79,7 +78,7 @@ def _optimum(problem: Problem, schemes: Sequence[str], size: float) -> Choices |
 
 
 def _pooled(problem: Problem) -> Array:
-    """Losses (groups, schemes), each the mean of all groups of its kind: those of one shape, alike but for numbers."""
+    """Losses (groups, schemes) averaged over groups of one kind: of equal shapes, and names that differ in numbers."""
     kinds: dict[object, list[int]] = {}
     for group, members in enumerate(problem.groups):
         first = problem.layers[members[0]]
@@ -94,18 +93,18 @@ def _pooled(problem: Problem) -> Array:
 
 @dataclass
 class Belief:
-    """Gaussian belief about each choice's loss: independent normal priors and measured differences."""
+    """Gaussian posterior of each choice's loss: independent normal priors and measured differences."""
 
     mean: Array  # (groups, schemes)
     deviation: Array  # (groups, schemes)
-    origin: Choices  # (groups,), what differences are measured from
+    origin: Choices  # (groups,), the choices from which differences are measured
     rows: list[Array] = field(default_factory=list)  # (groups * schemes,): +1 where chosen, -1 where the origin was
     seen: list[float] = field(default_factory=list)  # measured differences
     noise: list[float] = field(default_factory=list)  # their variances
 
     @classmethod
     def of(cls, problem: Problem, origin: Choices, measured: float) -> "Belief":
-        """The scores, scaled to the loss that was measured at the origin."""
+        """The scores, scaled to the measured loss of the origin."""
         possible = np.isfinite(problem.losses)
         scores = np.where(possible, np.maximum(problem.losses, 0.0), 0.0)
         predicted = float(scores[np.arange(len(origin)), origin].sum())
@@ -124,11 +123,11 @@ class Belief:
         self.noise.append(error**2 + (MISFIT * difference) ** 2 + np.finfo(np.float64).tiny)
 
     def draw(self, generator: np.random.Generator) -> Array:
-        """A table (groups, schemes) from the belief as it stands."""
+        """A sample of the posterior, a table (groups, schemes)."""
         return self._conditioned(self.mean + self.deviation * generator.standard_normal(self.mean.shape), generator)
 
     def expected(self) -> Array:
-        """The mean table (groups, schemes) as it stands."""
+        """The posterior mean, a table (groups, schemes)."""
         return self._conditioned(self.mean, None)
 
     def _conditioned(self, table: Array, generator: np.random.Generator | None) -> Array:
@@ -159,7 +158,7 @@ def race(choices: Choices, measures: Sequence[Measure], best: Array | None = Non
         if best is None:
             continue
         gap, error = _paired(losses, best[: len(losses)])
-        if not gap <= CLEAR * error:  # also where it is no number
+        if not gap <= CLEAR * error:  # NaN included
             break
     return losses
 
@@ -167,7 +166,7 @@ def race(choices: Choices, measures: Sequence[Measure], best: Array | None = Non
 def ranked(
     starts: Sequence[tuple[str, Choices]], measures: Sequence[Measure]
 ) -> tuple[list[tuple[str, Choices]], Array]:
-    """Named choices by what they lose, least first, and the losses (samples,) of the first one."""
+    """Named choices by rising measured loss, and the losses (samples,) of the first one."""
     best = race(starts[0][1], measures)
     gaps = [0.0]
     for _, choices in starts[1:]:
@@ -185,7 +184,7 @@ class Polished:
     """Result of `polish`."""
 
     choices: Choices  # (groups,)
-    measured: tuple[tuple[Choices, float], ...]  # everything that was measured, with its loss above the start's
+    measured: tuple[tuple[Choices, float], ...]  # all measured choices, with their loss above the start's
 
 
 def polish(
@@ -204,13 +203,13 @@ def polish(
     changes grows with success and shrinks with failure.
 
     Args:
-        problem: whose losses are the scores to begin with.
-        start: choices to begin with.
-        size: bytes that the layers may take.
+        problem: whose losses are the scores.
+        start: the initial choices.
+        size: maximum bytes of the layers.
         measures: of the parts of the data.
         rounds: allocations to measure.
         seed: of the proposals.
-        measured: losses (samples,) of the start, where they are known.
+        measured: losses (samples,) of the start, if known.
     """
     generator = np.random.default_rng(seed)
     best = np.asarray(start, dtype=np.intp)

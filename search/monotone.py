@@ -32,7 +32,9 @@ def monotone(problem: Problem, *, cost: str = "size", sensitivities: ArrayLike |
         raise MpqError(f"unknown cost {cost!r}: expected one of {', '.join(problem.costs)}")
     others = sorted(problem.budgets.keys() - {cost})
     if others:
-        raise MpqError(f"the monotone frontier in {cost} keeps no budget of {', '.join(others)}: search by 'integer'")
+        raise MpqError(
+            f"the monotone frontier in {cost} does not support budgets of {', '.join(others)}: search by 'integer'"
+        )
     levels = np.argsort(problem.costs[cost].sum(0), kind="stable")[::-1]  # schemes, most precise first
     groups = np.argsort(-_sensitivities(problem, levels, sensitivities), kind="stable")
     start = _Partial(np.zeros(1), np.zeros(1), np.zeros((1, len(levels)), np.int16))
@@ -76,7 +78,7 @@ def _extend(ends: list[_Partial | None], costs: Array, losses: Array) -> list[_P
             prefix = _Partial(prefix.costs + costs[level], prefix.losses + losses[level], counts)
         extended.append(prefix)
     if sum(len(end.costs) for end in extended if end is not None) > MAX_STATES:
-        raise MpqError(f"more than {MAX_STATES} monotone allocations are in play: take fewer schemes")
+        raise MpqError(f"more than {MAX_STATES} monotone allocations at once: take fewer schemes")
     return extended
 
 
@@ -92,11 +94,13 @@ def _sensitivities(problem: Problem, levels: NDArray[np.intp], override: ArrayLi
     if override is not None:
         sensitivities = np.asarray(override, dtype=np.float64)
         if sensitivities.shape != (len(problem.groups),) or np.isnan(sensitivities).any():
-            raise MpqError(f"sensitivities want one number for each of {len(problem.groups)} groups, none NaN")
+            raise MpqError(
+                f"invalid sensitivities: expected a number for each of {len(problem.groups)} groups, without NaN"
+            )
         return sensitivities
     possible = [level for level in levels.tolist() if np.isfinite(problem.losses[:, level]).all()]
     if not possible:
-        raise MpqError("no scheme suits every group, to compare their losses in: pass sensitivities")
+        raise MpqError("no scheme is possible for all groups, so their losses cannot be compared: pass sensitivities")
     weights = [sum(problem.layers[layer].params for layer in group) for group in problem.groups]
     per_weight: Array = problem.losses[:, possible[-1]] / np.array(weights)
     return per_weight

@@ -37,28 +37,28 @@ COSTS: dict[str, Cost] = {
 class OneShot:
     """A search that drops into a training loop.
 
-    Inside `with search.sample():` the model's layers compute in sampled schemes; `update` tells the policy how well
-    that went. When the schedule is over the policy is all but certain: the final choice, the likeliest one within the
-    target, is computed in from then on, so that the weights settle in it. What was trained is exported as it is by
+    Inside `with search.sample():` the model's layers compute in sampled schemes; `update` passes their quality to the
+    policy. After the schedule the model computes in the final choice, the likeliest one within the target, so that the
+    weights adapt to it. The trained model is exported without rounding again by
 
         mpq.export(model, search.allocation(), folder, method=search.rounder())
 
     Args:
-        model: trained in place; its parameters, optimizer and checkpoints stay what they are.
+        model: trained in place; its parameters, optimizer and checkpoints need no changes.
         space: the candidate schemes of every layer; activations are searched where schemes name their format
             ("int4-channel+a:int4").
         cost: "bitops", "size", "area" (`mpq.core.hardware.mac_area`), "latency" (of `mpq.core.hardware.Machine`), or a
             function of a layer and a scheme, as `mpq.core.latency.LatencyTable.cost`.
-        target: the cost wanted, as a share of what the model costs in the space's costliest schemes.
+        target: the wanted cost, as a share of the model's cost in the space's costliest schemes.
         schedule: steps, delay, rates and weights.
         blocks: a regular expression; layers whose names it matches with the same text, from the start, share a scheme
             (r"layer\\d\\.\\d" decides by residual block). Tied layers (q/k/v, gate/up) always share.
         include: patterns of the layers to search.
         exclude: patterns of layers to leave in floating point.
-        method: how weights find their scales in every step.
+        method: rounding method that sets weight scales in every step.
         learned: whether weight scales are parameters (LSQ); add `search.parameters()` to the optimizer.
         architecture: widths and kernels to choose together with the formats (`mpq.search.architecture`); costs are of
-            both, and `network()` is what is left of the model.
+            both, and `network()` is the model without unused parts.
         seed: of the samples.
 
     Raises:
@@ -114,7 +114,7 @@ class OneShot:
 
     @contextmanager
     def sample(self) -> Iterator[tuple[Scheme, ...]]:
-        """The model computes in schemes drawn from the policy, until the block ends; yields them, one a layer.
+        """Inside the block the model computes in schemes sampled from the policy; yields them, one per layer.
 
         Gradients may be taken after the block, unless activations are recomputed (gradient checkpointing).
         """
@@ -124,15 +124,15 @@ class OneShot:
 
     @contextmanager
     def chosen(self) -> Iterator[tuple[Scheme, ...]]:
-        """The model computes in the likeliest schemes within the target, for validation."""
+        """Inside the block the model computes in the likeliest schemes within the target, for validation."""
         with self._computing_in(self._best()) as schemes:
             yield schemes
 
     def update(self, *, quality: float) -> Step:
-        """Teach the policy how well the last sample did; higher is better.
+        """Update the policy with the quality of the last sample; higher is better.
 
         Qualities should move by about 1 between good and bad samples: the reward takes off `cost_weight` for a cost of
-        twice the target. A quality that is not finite is noted and teaches nothing.
+        twice the target. A quality that is not finite is recorded but not learned from.
 
         Raises:
             MpqError: nothing was sampled since the last update.
@@ -152,7 +152,9 @@ class OneShot:
         """
         largest = self._costs().max(1).sum()
         if largest <= 0:
-            raise MpqError("the layers cost nothing so far: run the model inside `with search.sample():` first")
+            raise MpqError(
+                "the multiplications are not counted yet: run the model inside `with search.sample():` first"
+            )
         schemes = self._schemes(np.asarray(choices))
         pairs = zip(self._scaled(choices), schemes, strict=True)
         return float(sum(self._cost(layer, scheme) for layer, scheme in pairs) / (self.target * largest))
@@ -172,7 +174,7 @@ class OneShot:
         return Allocation(self._scaled(best), schemes, metric="one-shot", provenance=provenance)
 
     def rounder(self) -> Rounder:
-        """Gives the numbers in which the model computes in the final choice, learned scales included, for `mpq.export`.
+        """Rounded weights of the final choice, learned scales included, for `mpq.export`.
 
         A packed model scales activations at run time; where they share one scale, training took a moving average.
         """
@@ -187,7 +189,7 @@ class OneShot:
         return replace(rounder, rounded=cut)
 
     def network(self) -> nn.Module:
-        """A copy of the model, without hooks, with what the final choice uses of its layers: for `mpq.export`."""
+        """A copy of the model, without hooks and without parts that the final choice does not use, for `mpq.export`."""
         network = copied(self.model)
         ours = {handle.id for handle in (self._counter, *self.quantization.handles)}
         for module in network.modules():
@@ -200,8 +202,8 @@ class OneShot:
     def switching_errors(self, loss: Callable[[], float]) -> NDArray[np.float64]:
         """Loss that one decision's switch to each option adds to the final choice's: (decisions, options).
 
-        The shared weights fit what they were trained in: what a format loses that they were not, though it is wider, is
-        the switching error of section 3.3.
+        The shared weights are adapted to the formats they were trained in; the loss in other formats, even wider ones,
+        is the switching error of section 3.3.
 
         Args:
             loss: runs the model, without training it.
@@ -224,12 +226,12 @@ class OneShot:
         return {"controller": self.controller.state_dict(), "quantization": self.quantization.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; MpqError when it is of another search."""
+        """Load a checkpoint; MpqError if it is of another search."""
         self.controller.load_state_dict(state["controller"])
         self.quantization.load_state_dict(state["quantization"])
 
     def close(self) -> None:
-        """Take all hooks off the model."""
+        """Remove all hooks from the model."""
         self._counter.remove()
         self.quantization.remove()
 
@@ -257,7 +259,7 @@ class OneShot:
         return tuple(by_layer[index] for index in range(len(self.layers)))
 
     def _options(self, choices: Sequence[int] | NDArray[np.intp]) -> list[int]:
-        """Those of the architecture."""
+        """Costs of the architecture's options."""
         return [int(choice) for choice in choices[len(self.groups) :]]
 
     def _scaled(self, choices: Sequence[int] | NDArray[np.intp]) -> tuple[Layer, ...]:
@@ -266,13 +268,13 @@ class OneShot:
         )
 
     def _costs(self, options: Sequence[int] = ()) -> NDArray[np.float64]:
-        """Of formats, (decisions, options), in the whole architecture or in this one."""
+        """Costs of formats, (decisions, options), in the whole architecture or in this one."""
         layers = self.architecture.scaled(self.layers, options) if options else self.layers
         by_layer = np.array([[self._cost(layer, scheme) for scheme in self.space] for layer in layers], np.float64)
         return np.array([by_layer[list(group)].sum(0) for group in self.groups])
 
     def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the model runs for the first time: count multiplications in a pass of its own."""
+        """Count multiplications in a separate pass before the model runs for the first time."""
         self._counter.remove()
         self._counted = True
         self.layers = count_macs(model, self.layers, (args, kwargs), lambda model, batch: model(*batch[0], **batch[1]))
@@ -301,7 +303,7 @@ def _groups(layers: Sequence[Layer], blocks: str | None) -> tuple[tuple[int, ...
         block = match.group() if match else ""
         if layer.tie and block_of_tie.setdefault(layer.tie, block) != block:
             raise MpqError(
-                f"blocks {blocks!r} puts the tied layers {layer.tie} in different blocks: they share a scheme"
+                f"blocks {blocks!r} puts the tied layers {layer.tie}, which share a scheme, in different blocks"
             )
         keys.append(f"block {block}" if block else f"tie {layer.tie}" if layer.tie else f"layer {layer.name}")
     if expression is not None and not any(key.startswith("block ") for key in keys):

@@ -28,7 +28,7 @@ def pairwise(
     Args:
         problem: its ties, restrictions, costs and budgets; its losses only say what is forbidden.
         interactions: losses of single layers and of pairs, for the problem's layers and schemes, in any order.
-        cost: the cost that the frontier's point is told in.
+        cost: the cost of the frontier's point.
         time_limit: seconds; the best found by then is returned, with the proven gap in the frontier's `gap`.
 
     Raises:
@@ -58,7 +58,7 @@ def pairwise(
     )
     if answer.x is None:
         if "time limit" in answer.message.lower():
-            raise MpqError("the quadratic program found nothing within the time limit: give it more time")
+            raise MpqError("the quadratic program found no solution within the time limit: raise it")
         raise MpqError(f"the budgets of {' and '.join(problem.budgets)} cannot be met together: raise one of them")
     picked = np.full(losses.shape, -1.0)
     picked[rows, columns] = answer.x[:number]
@@ -66,7 +66,9 @@ def pairwise(
     totals = problem.totals(choices)
     for name, budget in problem.budgets.items():
         if totals[name] > budget * (1 + ROUNDING):
-            raise MpqError(f"the solver's rounding exceeded the budget of {name}: lower it a little")
+            raise MpqError(
+                f"the solver's solution exceeds the budget of {name} by its tolerance: lower the budget slightly"
+            )
     loss = total_loss(losses, pairs, choices)
     gap = 0.0 if answer.status == 0 else abs(loss - answer.mip_dual_bound / scale) / max(abs(loss), 1e-300)
     described = replace(problem, losses=losses, metric="interactions")
@@ -76,7 +78,7 @@ def pairwise(
 def group_interactions(problem: Problem, interactions: Interactions) -> tuple[Array, Array]:
     """Losses (groups, schemes), inf where forbidden, and pairs (groups, schemes, groups, schemes) of the groups.
 
-    What the layers of one group cost each other counts as the group's own loss. The pairs' diagonal blocks are zero.
+    Interactions of layers within a group count as the group's own loss. The pairs' diagonal blocks are zero.
     """
     for what, expected, known in (
         ("layer", [layer.name for layer in problem.layers], interactions.layers),
@@ -84,7 +86,7 @@ def group_interactions(problem: Problem, interactions: Interactions) -> tuple[Ar
     ):
         for name in expected:
             if name not in known:
-                raise MpqError(f"the interactions know no {what} {name}: measure them for this problem's {what}s")
+                raise MpqError(f"the interactions lack the {what} {name}: measure them for this problem's {what}s")
     layers = [interactions.layers.index(layer.name) for layer in problem.layers]
     schemes = [interactions.schemes.index(scheme) for scheme in problem.schemes]
     member = np.zeros((len(problem.groups), len(layers)))

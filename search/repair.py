@@ -11,14 +11,14 @@ from mpq.core.errors import MpqError
 
 Array = NDArray[np.float64]
 FLOORS = (0.97, 0.9, 0.0)  # shares of the budget that choices should use, tried in this order
-IMPOSSIBLE = -1e6  # log-probabilities below are of options that a decision does not have
+IMPOSSIBLE = -1e6  # lower log-probabilities mark options that a decision does not have
 
 
 def likeliest_within(log_probabilities: Array, costs: Array, budget: float) -> NDArray[np.intp]:
     """One option for each decision, (decisions,): the likeliest together that use the budget and do not exceed it.
 
-    The likeliest options themselves where they cost from 97 % of the budget to all of it; else an integer program,
-    solved exactly, among choices that do, or else use 90 %, or else any share.
+    The likeliest options if they use 97 to 100 % of the budget; else the exact solution of an integer program over
+    choices that use at least 97 %, else 90 %, else any share.
 
     Args:
         log_probabilities: (decisions, options).
@@ -47,7 +47,7 @@ def _solved(log_probabilities: Array, costs: Array, budget: float, floor: float)
     decisions, options = costs.shape
     rows, unit, limit = np.arange(decisions), float(np.abs(costs).max()), budget
     one_each = csr_array((np.ones(costs.size), (np.repeat(rows, options), np.arange(costs.size))))
-    for _ in range(5):  # the solver keeps the budget to a tolerance only
+    for _ in range(5):  # the solver keeps the budget only to a tolerance
         found = milp(
             (log_probabilities.max(1, keepdims=True) - log_probabilities).ravel(), integrality=np.ones(costs.size),
             bounds=Bounds(0, 1), options={"mip_rel_gap": 0.0},
@@ -82,7 +82,7 @@ def likely_within(
     while not FLOORS[0] * budget <= present <= budget:
         better = _switched(log_probabilities, choices, cost, present, budget)
         if better is None and present > budget:
-            raise MpqError(f"a cost of {budget:.6g} is below the cheapest choice that switches lead to, {present:.6g}")
+            raise MpqError(f"a cost of {budget:.6g} is below the cheapest choice that was found, {present:.6g}")
         if better is None:
             break
         choices, present = better

@@ -1,4 +1,4 @@
-"""Allocations that people choose without scores: the ends of a network, or its outer blocks, get wider formats."""
+"""Allocations by simple rules without scores: wider formats for the ends of a network, or for its outer blocks."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ def rules(problem: Problem, size: float) -> dict[str, Choices]:
     """Choices by name within a size (bytes of the layers): one format for all, and the next for the first of an order.
 
     "ends first" raises embeddings and the first and last group, then the others in the network's order; "outer blocks
-    first" works inwards from both ends. Empty where not even the smallest formats fit.
+    first" works inwards from both ends. Empty if the smallest formats do not fit.
     """
     count = len(problem.groups)
     embeddings = [group for group in range(count) if problem.layers[problem.groups[group][0]].kind == "embedding"]

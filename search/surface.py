@@ -33,8 +33,8 @@ class Surface:
 def surface(problem: Problem, costs: tuple[str, str] = ("size", "bitops"), *, steps: int = 8) -> Surface:
     """The allocations of least predicted loss under budgets of both costs, on a grid of such budgets.
 
-    The grid divides each cost's range, from the cheapest allocation to the one of least loss, into so many steps. Every
-    point is optimal within its own costs; what lies between the grid's budgets is not looked for.
+    The grid divides each cost's range, from the cheapest allocation to the one of least loss, into `steps` steps. Every
+    point is optimal within its costs; points between the grid's budgets are not searched.
 
     Args:
         problem: further budgets, and those of the two costs, are kept.

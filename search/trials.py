@@ -24,20 +24,20 @@ from mpq.core.reading import DAMAGE, reading
 
 log = logging.getLogger(__name__)
 
-CHECKSUM = "crc32"  # key in each line of a journal file: of the line and of all before it, so that none goes or comes
+CHECKSUM = "crc32"  # key of the checksum in each line of a journal file, of the line and all before it
 TAIL = 65536  # bytes read to find the last line of a journal file, unless it is longer
-FIRST = b'{"op_code"'  # how a journal file begins
+FIRST = b'{"op_code"'  # first bytes of a journal file
 WAITS = (0.2, 1.0, 3.0)  # seconds between attempts to make the tables of a database
-MISSED_BEATS = 5  # a worker is suspected when it is silent for so many intervals
-CLAIM_WAIT = 0.05  # seconds until a worker looks again at what another one claims
-CONFIRMING_BEATS = 3  # and dead when it stays silent for so many more
-TAKEN_FOR_DEAD = "trial %d missed its heartbeat and was given to another worker: its result is dropped"
+MISSED_BEATS = 5  # missed heartbeats after which a worker is suspected
+CLAIM_WAIT = 0.05  # seconds between checks of another worker's claim
+CONFIRMING_BEATS = 3  # further missed heartbeats after which it is considered dead
+TAKEN_FOR_DEAD = "trial %d missed its heartbeats and was given to another worker: its result is dropped"
 
-# What trials say of themselves (user attributes).
+# User attributes of trials.
 KEY = "key"  # the allocation that is measured
-HELD = "held"  # it has claimed the allocation, and nobody else
-BEAT = "beat"  # seconds since 1970 of the last sign of life
-ERROR = "error"  # standard error of the measured loss, where it is known
+HELD = "held"  # it holds the claim on the allocation
+BEAT = "beat"  # seconds since 1970 of the last heartbeat
+ERROR = "error"  # standard error of the measured loss, if known
 START = "start"  # a starting point, which is never dropped
 OUTCOME = "outcome"  # how the trial ended: one of those below
 MEASURED, DROPPED, NO_NUMBER, DUPLICATE, LOST = "measured", "dropped", "no number", "duplicate", "lost"
@@ -51,7 +51,7 @@ def open_storage(storage: str | os.PathLike[str] | None) -> BaseStorage:
     if "://" in name:
         try:
             return _database(name)
-        except Exception as error:  # SQLAlchemy's and the drivers' own, of many kinds
+        except Exception as error:  # exceptions of SQLAlchemy and the drivers
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             remedy = "expected e.g. sqlite:///FILE, or postgresql:// with mpq[postgresql] installed"
             raise MpqError(f"the storage {name} cannot be opened ({reason}): {remedy}") from error
@@ -64,7 +64,7 @@ def open_storage(storage: str | os.PathLike[str] | None) -> BaseStorage:
 def _database(url: str) -> RDBStorage:
     """The database, PostgreSQL's through psycopg2 where it is installed.
 
-    Workers that begin in the same moment get in each other's way while they make its tables.
+    Workers that start at the same time conflict while they create its tables, so that is retried.
     """
     scheme, separator, rest = url.partition("://")
     if scheme in ("postgres", "postgresql") and find_spec("psycopg2") is not None:
@@ -89,7 +89,7 @@ class CheckedJournal(JournalFileBackend):
         try:
             content = Path(path).read_bytes()
             if content[: len(FIRST)] != FIRST[: len(content)]:
-                raise ValueError("its first line is none of a search")
+                raise ValueError("its first line is not a search's")
             os.truncate(path, content.rfind(b"\n") + 1)
         finally:
             self._lock.release()
@@ -110,7 +110,7 @@ class CheckedJournal(JournalFileBackend):
             self._lock.release()
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """The lines from this one on; MpqError at one that is not as it was written."""
+        """The lines from this one on; MpqError at an altered one."""
         start = log_number_from if log_number_from in self._before else 0
         for number, entry in enumerate(self._parsed(start), start):
             recorded = entry.pop(CHECKSUM, None)
@@ -134,7 +134,7 @@ class CheckedJournal(JournalFileBackend):
             yield entry
 
     def _altered(self, reason: str) -> MpqError:
-        return MpqError(f"{self._file_path} was altered ({reason}): delete it to start anew")
+        return MpqError(f"{self._file_path} was altered ({reason}): delete it to start again")
 
 
 def _last_checksum(file: BinaryIO, size: int, tail: int) -> int:
@@ -149,7 +149,7 @@ def _last_checksum(file: BinaryIO, size: int, tail: int) -> int:
 
 
 def _checksum(entry: Mapping[str, Any], before: int) -> int:
-    """That of a line's content, continuing the checksum of the line before it."""
+    """The checksum of a line's content, continuing that of the line before it."""
     return crc32(json.dumps(json.loads(json.dumps(entry)), sort_keys=True).encode(), before)
 
 
@@ -171,12 +171,12 @@ def open_study(
         study.set_user_attr("settings", settings)
     elif recorded != settings:
         raise MpqError(
-            f"the study {name!r} in {storage} is of another problem, seed or fidelity: use the same ones to go on with "
-            "it, or give the new one a name of its own"
+            f"the study {name!r} in {storage} is of another problem, seed or fidelity: use the same ones to resume "
+            "it, or choose another name for the new one"
         )
     made = spent(trials_of(study))
     if made and not resume:
-        log.warning("going on with the study %r in %s: %d evaluations are there already", name, storage, made)
+        log.warning("resuming the study %r in %s after %d evaluations", name, storage, made)
     return study
 
 
@@ -191,7 +191,7 @@ def _check_resumable(storage: str | os.PathLike[str] | None, name: str) -> None:
 
 
 def trials_of(study: optuna.Study) -> list[FrozenTrial]:
-    """All trials as they are in the storage now."""
+    """All trials in the storage."""
     return study.get_trials(deepcopy=False)
 
 
@@ -210,7 +210,7 @@ def spent(trials: list[FrozenTrial]) -> int:
 
 
 def settle(study: optuna.Study, trial: Trial, outcome: str, values: Sequence[float] | None = None) -> None:
-    """End a trial. One that was taken for lost meanwhile stays lost: its result is dropped, and said so."""
+    """End a trial. If it was retired meanwhile, its result is dropped with a warning."""
     states = {NO_NUMBER: TrialState.FAIL, LOST: TrialState.FAIL, DROPPED: TrialState.PRUNED}
     state = TrialState.COMPLETE if values is not None else states.get(outcome, TrialState.PRUNED)
     try:
@@ -222,7 +222,7 @@ def settle(study: optuna.Study, trial: Trial, outcome: str, values: Sequence[flo
 
 @contextmanager
 def alive(trial: Trial, interval: float) -> Iterator[None]:
-    """Send signs of life for a trial, every so many seconds, while the block runs."""
+    """Send heartbeats for a trial while the block runs."""
     done = threading.Event()
 
     def beat() -> None:
@@ -240,25 +240,25 @@ def alive(trial: Trial, interval: float) -> Iterator[None]:
 
 
 class Watch:
-    """Finds workers that have gone silent, so that their trials are done again."""
+    """Finds dead workers and requeues their trials."""
 
-    # A clock alone would convict the living: a worker killed in the middle of a write leaves the journal locked for
-    # half a minute, and nobody's signs of life arrive. So a suspect stays one until a write of ours has gone through
-    # and it was silent for some intervals more.
+    # Time alone is not enough: a worker killed during a write leaves the journal locked for half a minute, in which no
+    # # heartbeats arrive. A suspect is therefore retired only after a write of ours succeeded and it missed further #
+    # heartbeats.
 
     def __init__(self, study: optuna.Study, interval: float) -> None:
         self.study, self.interval = study, interval
-        self.suspects: dict[int, tuple[float, float]] = {}  # trial number -> last sign of life, suspected since
+        self.suspects: dict[int, tuple[float, float]] = {}  # trial number -> last heartbeat, suspected since
 
     def wait_for_signs(self) -> None:
-        """Wait until every trial that runs now has given a sign of life, or was retired with its worker."""
+        """Wait until every running trial has sent a heartbeat or was retired."""
         before = {trial.number: trial.user_attrs.get(BEAT) for trial in _running(self.study)}
         while any(before.get(trial.number, 0.0) == trial.user_attrs.get(BEAT) for trial in _running(self.study)):
             time.sleep(self.interval / 2)
             self.retire_dead()
 
     def retire_dead(self) -> None:
-        """Suspect the silent ones, and retire those that stayed silent under suspicion."""
+        """Suspect trials without heartbeats, and retire those suspected long enough."""
         suspects = {}
         for trial in _running(self.study):
             started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
@@ -277,22 +277,22 @@ class Watch:
 
 
 def retry(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Mark a running trial as lost, and queue its parameters; nothing when somebody else was faster."""
+    """Mark a running trial as lost, and queue its parameters, unless another worker did."""
     try:
         Trial(study, trial._trial_id).set_user_attr(OUTCOME, LOST)
         study.tell(trial.number, state=TrialState.FAIL)
     except (UpdateFinishedTrialError, ValueError):
         return
-    log.warning("trial %d was lost with its worker: it is done again", trial.number)
+    log.warning("trial %d was lost with its worker: it is repeated", trial.number)
     kept = {START: True} if START in trial.user_attrs else {}
     enqueue(study, trial.params, {"retry_of": trial.number, **kept}, trial.system_attrs)
 
 
 def claim(study: optuna.Study, trial: Trial, key: str, watch: Watch) -> FrozenTrial | None:
-    """Reserve an allocation for this trial; None when that worked, else the trial that has it.
+    """Reserve an allocation for this trial; returns None on success, else the trial that holds it.
 
-    Writing comes before reading, so that of two workers at least one sees the other. It gives way to a trial that holds
-    the allocation and to one of a lower number; of a higher number that still claims it waits what comes of it.
+    Writing precedes reading, so that of two workers at least one sees the other. It yields to a trial that holds the
+    allocation and to claims of lower numbers, and waits for the outcome of claims of higher numbers.
     """
     trial.set_user_attr(KEY, key)
     trial.set_user_attr(BEAT, time.time())
@@ -314,6 +314,6 @@ def _has(trial: FrozenTrial, key: str) -> bool:
 def enqueue(
     study: optuna.Study, params: Mapping[str, Any], attributes: Mapping[str, Any], marks: Mapping[str, Any]
 ) -> None:
-    """`study.enqueue_trial`, with a sampler's own marks: genetic ones note there the generation of a trial."""
+    """`study.enqueue_trial`, with a sampler's system attributes, in which genetic samplers store the generation."""
     marks = {**marks, "fixed_params": dict(params)}
     study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=marks, user_attrs=dict(attributes)))

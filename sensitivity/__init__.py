@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mpq.sensitivity.task import Metric as Function
 
 DEFAULT_METRIC = "kl-curvature"
-GRANULARITIES = ("layer", "row")  # what has one format: all of a layer, or each row
+GRANULARITIES = ("layer", "row")  # unit that has one format
 
 # Functions take a Task and options, and give scores and standard errors.
 METRICS: Registry[Metric] = Registry(
@@ -119,7 +119,7 @@ def metric_named(name: str) -> "Function":
 
 
 def check_granularity(granularity: str, metric: str) -> None:
-    """MpqError for a granularity other than those known, or one that the metric does not score."""
+    """MpqError for an unknown granularity, or one that the metric does not score."""
     if granularity not in GRANULARITIES:
         raise MpqError(f"unknown granularity {granularity!r}: {nearest_names(granularity, GRANULARITIES)}")
     if granularity == "row" and not METRICS.named(metric).rows:

@@ -1,4 +1,4 @@
-"""Output gradients passed on layer by layer during the backward pass, so that one layer's are in memory at a time.
+"""Output gradients, passed to a callback layer by layer during the backward pass: one layer's are in memory at a time.
 
 Batches are cut into pieces whose graphs fit a limit of memory.
 """
@@ -27,7 +27,7 @@ Call: TypeAlias = tuple[str, nn.Module, Tensor, Tensor]  # layer name, module, i
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbouring samples of a batch; a loss of their own is their mean."""
+    """Neighbouring samples of a batch, with the mean of their losses."""
 
     batch: Batch
     index: int  # of the whole batch
@@ -99,16 +99,16 @@ class Labels:
 
 
 def stream_uses(task: Task, piece: Piece, see: See, labels: Labels, *, apart: bool = False) -> None:
-    """Show every layer's calls to `see`, from one forward pass over a piece and one backward for each draw.
+    """Pass every layer's calls to `see`, from one forward pass over a piece and one backward pass for each draw.
 
-    The calls of one layer come together, once for each draw, as soon as the backward pass has met them all; a layer
-    that no gradient reaches does not come. Gradients are scaled to belong to each sample's own loss, as those of
+    The calls of one layer are passed together, once for each draw, as soon as the backward pass has reached them all;
+    layers without gradients are skipped. Gradients are scaled to each sample's own loss, as those of
     `mpq.sensitivity.derivatives.layer_uses`.
 
     Args:
         task: model, data and layers.
         piece: of a batch.
-        see: takes the calls; what it does not keep is freed.
+        see: receives the calls; they are freed afterwards.
         labels: whose gradients are taken.
         apart: whether every call must have the samples as its first dimension; a piece in which one has not comes
             sample by sample.

@@ -35,7 +35,7 @@ class InputCurvature:
         self.squares = torch.zeros(self.layer.rows, self.errors.shape[-1], dtype=torch.float64)
 
     def add(self, uses: list[Use], piece: Piece) -> None:
-        """Take the calls of the layer on some samples. Calls on the same sample add up before they are squared."""
+        """Add the calls of the layer on some samples. Calls on the same sample are summed before squaring."""
         if all(isinstance(use.module, nn.Embedding) for use in uses):
             curvatures = torch.stack([self._of_tokens(uses, sample, piece.samples) for sample in range(piece.samples)])
         else:
@@ -133,11 +133,11 @@ def _mean_scores(
 
 
 def _compared(scores: Tensor, errors: Tensor) -> Tensor:
-    """Scores (rows, schemes) as rows of one layer are compared by them, of weight errors (rows, cols, schemes).
+    """Scores (rows, schemes) for comparing rows of one layer, of weight errors (rows, cols, schemes).
 
-    How well a row's error in one format escapes the gradients of a few inputs is partly luck, on which a choice among
-    formats must not count: the geometric mean of the score itself and of the one that the row's mean curvature over all
-    formats would give. Curvatures are tempered.
+    A row's score in one format from few inputs is noisy. To reduce the noise in comparisons of formats, it is replaced
+    by the geometric mean of the score itself and of the one by the row's mean curvature over all formats. Curvatures
+    are tempered.
     """
     tiny = torch.finfo(torch.float64).tiny
     sizes = errors.square().sum(1, dtype=torch.float64).clamp(min=tiny)

@@ -1,4 +1,4 @@
-"""Curvature of the divergence where every position has a label of its own, as in language models."""
+"""Curvature of the divergence where every position has its own label, as in language models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from mpq.sensitivity.rows import FLOOR, TEMPER, TOKENS_FLOOR, tempered
 from mpq.sensitivity.standard_error import power_sums, relative_error
 from mpq.sensitivity.task import RowScores, Task
 
-OUTLIER = 1 / 32  # of a piece's sum of |g_t|^2 |x_t|^2: what makes a position an outlier
+OUTLIER = 1 / 32  # of a piece's sum of |g_t|^2 |x_t|^2: larger positions are outliers
 
 
 @dataclass
@@ -29,8 +29,8 @@ class PositionCurvature:
 
     Of position t, x_t is the layer's input and g_t the gradient of its output. H is the sum of |g_t|^2 x_t x_t^T, s_r
     row r's share of the squared gradients. An embedding's rows are tokens: H is the sum of g_t g_t^T, s_r the token's
-    share of |g_t|^2. Positions that outweigh all others, as the first one does where its activations are massive, have
-    gradients in other rows than the rest, those where their outputs are small: they are kept apart, row by row.
+    share of |g_t|^2. Positions that dominate the sum, such as the first one with massive activations, have their
+    gradients in other rows than the rest, so they are kept separately, row by row.
     """
 
     layer: Layer
@@ -66,7 +66,7 @@ class PositionCurvature:
         add(self.sums, "power sums", power_sums(sizes))
 
     def _keep_outliers(self, inputs: Tensor, slopes: Tensor, squares: Tensor) -> Tensor:
-        """Keep positions of more than OUTLIER of all squares as they are; the other positions' slopes, zero there."""
+        """Store outlier positions separately; returns the slopes with zeros at these positions."""
         outliers = squares > OUTLIER * squares.sum()
         self.outliers.append((inputs[outliers].cpu(), slopes[outliers].square().cpu()))
         return slopes.masked_fill(outliers.unsqueeze(-1), 0.0)
@@ -98,7 +98,7 @@ class PositionCurvature:
         return self.sums[format].item() if format in self.sums else 0.0
 
     def relative_error(self) -> float:
-        """Of the sum over all rows; 0 where no gradient came."""
+        """The standard error of the sum over all rows; 0 without gradients."""
         return relative_error(self.sums["power sums"]) if "power sums" in self.sums else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Scores of cached keys and values: what rounding them in each format adds to the divergence."""
+"""Scores of cached keys and values: the predicted divergence from rounding them to each format."""
 
 import math
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def cache_scores(task: Task, entries: Sequence[Layer], formats: Sequence[Format]
     )
     table = np.array(rows[0], dtype=np.float64).reshape(len(entries), len(formats), 2)
     scores, errors = table[..., 0].copy(), table[..., 1].copy()
-    for row, entry in enumerate(entries):  # a window drops single tokens, not blocks of them
+    for row, entry in enumerate(entries):  # a window drops single tokens, not whole blocks
         scores[row, [entry.window > 0 and isinstance(format, TokenBlocks) for format in formats]] = np.nan
     return scores, errors
 
@@ -73,7 +73,7 @@ class _Seen:
         self.squares = {name: torch.zeros(len(formats), samples) for name in names}
 
     def watch(self, name: str, vectors: Tensor) -> Tensor:
-        """The vectors, whose gradient is seen when it comes."""
+        """The vectors, with a hook on their gradient."""
         if name not in self.squares:
             return vectors
         watched = vectors if vectors.requires_grad else vectors.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""Hessian trace spread over a layer's weights as its inputs are: HAWQ's scale with GPTQ's shape."""
+"""Hessian trace distributed over a layer's weights by its inputs' second moment: HAWQ's scale with GPTQ's form."""
 
 from torch import Tensor
 

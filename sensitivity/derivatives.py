@@ -84,7 +84,7 @@ def _convolution_gradients(module: nn.Conv1d | nn.Conv2d, inputs: Tensor, gradie
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = functional.pad(inputs.float(), module._reversed_padding_repeated_twice, mode=mode)
     slopes, none = gradient.float(), [0] * len(module.kernel_size)
-    weight = slopes.new_empty(module.weight.shape)  # its numbers play no part
+    weight = slopes.new_empty(module.weight.shape)  # its values are not used
     gradients = [
         torch.ops.aten.convolution_backward(
             slope, sample, weight, None, module.stride, none, module.dilation, False, none, module.groups,
@@ -110,9 +110,9 @@ def layer_uses(task: Task, index: int, labels: str = "data", draw: int = 0) -> I
         index: of the batch, and of the message when its loss is NaN.
         labels: "data", or "model": random slopes of the outputs whose second moment is the loss's Hessian there, as
             if labels were drawn from the model's own predictions, each prediction on its own. Squares of these
-            gradients are on average Gauss-Newton's curvature, also where a network has learnt its data by heart, and
-            where the loss averages many predictions of one sample. "auto": the model's where the loss is
-            cross-entropy, else the data's, said in the log.
+            gradients are on average Gauss-Newton's curvature, also where a network has memorized its data, and where
+            the loss averages many predictions of one sample. "auto": the model's where the loss is cross-entropy, else
+            the data's, said in the log.
         draw: number of the random draw.
 
     Raises:

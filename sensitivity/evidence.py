@@ -21,8 +21,8 @@ from mpq.sensitivity.task import Scores, Task
 log = logging.getLogger(__name__)
 
 UNREACHED = "no calibration sample reaches it: its module is never called, or with no rows"
-NO_GRADIENT = "no gradient of the loss reaches it: no_grad, detach, argmax or the like lies behind it"
-FLAT = "the loss has no gradient at this model, as a distance to the model's own outputs has none"
+NO_GRADIENT = "no gradient of the loss reaches it: no_grad, detach, argmax or the like follows it"
+FLAT = "the loss has no gradient at this model, such as a distance to the model's own outputs"
 
 SHIFT = 1e-3  # of outputs, relative to their size
 NOISE = 1e-2  # of the gradient that such a shift makes
@@ -42,7 +42,7 @@ def reaching(model: nn.Module, layers: Sequence[Layer]) -> Iterator[set[str]]:
 
 
 def without_evidence(task: Task, scores: Scores, reached: set[str], measured: bool) -> tuple[Scores, dict[str, str]]:
-    """The scores with NaN where nothing supports them, and the reasons by layer name, which the log tells too.
+    """The scores with NaN where nothing supports them, and the reasons by layer name, which are logged too.
 
     That is where a layer's scores are all 0 though its weights change; of a metric that measures, where no sample
     reaches the layer besides.
@@ -51,7 +51,7 @@ def without_evidence(task: Task, scores: Scores, reached: set[str], measured: bo
     values, errors = (numbers.copy() for numbers in scores)
     reasons: dict[str, str] = {}
     for i, layer in enumerate(task.layers):
-        own = slice(len(task.schemes))  # mixes behind them have no evidence of their own
+        own = slice(len(task.schemes))  # mixes are after the schemes and have no separate evidence
         if values[i, own].any() or errors[i, own].any() or (measured and layer.name in reached):
             continue
         if any(bool(task.weight_error(layer, scheme).any()) for scheme in task.schemes):
@@ -66,9 +66,9 @@ def without_evidence(task: Task, scores: Scores, reached: set[str], measured: bo
 
 
 def flat_loss(model: nn.Module, batch: Batch, loss_fn: LossFn) -> bool:
-    """Whether the loss's gradient in the model's outputs is rounding noise: far below what a small shift makes of it.
+    """Whether the loss's gradient in the model's outputs is rounding noise: far smaller than after a small shift.
 
-    A loss whose outputs are not seen, or that cannot be differentiated, is not asked.
+    False for a loss that does not use the outputs or cannot be differentiated.
     """
     outputs: list[Any] = []
     handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))

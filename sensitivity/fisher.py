@@ -18,11 +18,10 @@ def fisher(task: Task, *, labels: str = "data") -> Scores:
 
     g_n is the gradient of sample n's own loss: squares of batch gradients would be smaller by up to the batch size.
     For the same reason a loss that is itself a mean over T predictions of one sample, such as the tokens of a sequence,
-    gives scores about T times too small; their order is not touched. Near a minimum the Fisher information is the
-    Hessian; the empirical one, with the data's own labels, vanishes with the training loss, so on data that a network
-    has learnt by heart a few samples decide, and the standard errors say so. Per-sample gradients come from one forward
-    and one backward pass per batch and one product per layer. The standard error is that of the layer's whole
-    E||g_n||^2, over samples.
+    gives scores about T times too small, in the same order. Near a minimum the Fisher information is the Hessian; the
+    empirical one, with the data's own labels, vanishes with the training loss, so on memorized data a few samples
+    dominate, with large standard errors. Per-sample gradients come from one forward and one backward pass per batch and
+    one product per layer. The standard error is that of the layer's whole E||g_n||^2, over samples.
 
     Args:
         task: model, data, layers and schemes.

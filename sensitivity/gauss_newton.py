@@ -15,7 +15,7 @@ from mpq.sensitivity.task import Task
 
 TOGETHER = 4  # draws whose gradients are held at once: a layer's inputs are unfolded once for them
 LARGEST = 2**16  # logits of a sample in a design
-TRIED = 4  # layers, evenly spread, of which one must be straight for all to be tried
+TRIED = 4  # evenly spaced layers, one of which must be straight for all to be checked
 
 
 def gauss_newton_draws(task: Task, order: int | None, index: int, draws: Sequence[int]) -> Iterator[list[float]]:
@@ -86,8 +86,8 @@ def straight_layers(task: Task) -> list[bool]:
     """Whether the model's outputs have no second derivative in the layer's own weight: of every layer.
 
     So it is in networks of linear layers, ReLU and pooling, where H_ii is Gauss-Newton's block whatever the labels. The
-    product of that derivative with a random vector is then exactly zero, and asked of one sample. When none of a few
-    layers is straight, the others are not asked, and taken as curved.
+    product of that derivative with a random vector is then exactly zero, which is checked on one sample. If none of a
+    few layers is straight, the others are not checked and assumed curved.
     """
     count = len(task.layers)
     few = sorted({count * k // TRIED for k in range(TRIED)})

@@ -1,4 +1,4 @@
-"""Setting of a graph of derivatives: which parameters count, which outputs came, which attention runs."""
+"""Settings for graphs of derivatives: parameters, activation checkpointing, attention kernels."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence

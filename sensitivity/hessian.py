@@ -48,7 +48,7 @@ def hessian(
         min_probes: probes for each batch before the stopping rule is asked.
         max_probes: probes for each batch at most.
         target: a layer is done when the probes' part of its standard error is below this share of its trace,
-        settle: or below this share of the whole standard error: the rest is the data's, and probes cannot lower it.
+        settle: or below this share of the whole standard error: the rest is the data's, which probes cannot reduce.
         backend: "own", or "pyhessian": its Hutchinson trace, `max_probes` draws for one layer at a time.
     """
     rule = {"min_probes": min_probes, "max_probes": max_probes, "target": target, "settle": settle}
@@ -88,16 +88,16 @@ CURVATURES: dict[str, Callable[[Task, int, str], AbstractContextManager[tuple[Cu
 
 @dataclass(frozen=True)
 class Traces:
-    """Traces of the layers' diagonal Hessian blocks, with what is known of their errors."""
+    """Traces of the layers' diagonal Hessian blocks, with standard errors."""
 
     means: NDArray[np.float64]  # (layers,)
     errors: NDArray[np.float64]  # standard errors over probes and batches together
-    probe_errors: NDArray[np.float64]  # the part that more probes would take away
+    probe_errors: NDArray[np.float64]  # the part that more probes would reduce
     probes: int  # per batch
 
 
 def floored(traces: Traces) -> NDArray[np.float64]:
-    """The traces (layers,), each at least its standard error; says in the log how many were raised."""
+    """The traces (layers,), each at least its standard error; the number raised is logged."""
     raised, negative = int((traces.means < traces.errors).sum()), int((traces.means < 0).sum())
     if raised:
         log.warning(
@@ -199,7 +199,7 @@ def _summary(
     probe_variances = shares**2 @ (draws.var(0, ddof=1) / probes)
     if order is not None:
         probe_variances *= 1 - probes / order
-    # The spread between batches holds the probes' noise as well; few batches estimate it badly, so the larger counts.
+    # The variance between batches includes the probes' noise, but few batches estimate it badly: take the larger one.
     between_batches = (
         shares**2 @ (by_batch - means) ** 2 * (batches / (batches - 1)) if batches > 1 else probe_variances
     )

@@ -51,7 +51,7 @@ def interactions(
         MpqError: an unknown way, NaN data, or a loss other than cross-entropy with the way "outputs".
     """
     if way not in WAYS:
-        raise MpqError(f"interactions are taken from {' or '.join(WAYS)}, not {way!r}")
+        raise MpqError(f"unknown way {way!r}: expected {' or '.join(WAYS)}")
     model, batches = prepared(model), check_batches(batches)
     layers = find_layers(model, include, exclude)
     parsed = tuple(parse_scheme(scheme) if isinstance(scheme, str) else scheme for scheme in schemes)

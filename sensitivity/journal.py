@@ -18,8 +18,8 @@ class Journal:
     """Named lists of numbers; with a path also lines of a file, each written at once and whole or dropped on reading.
 
     Each line begins with its checksum; the first one holds the settings that the numbers depend on. Numbers are written
-    in full, so a resumed run gives what an uninterrupted one gives. Of several processes each writes a file of its own,
-    the first one the path itself, the others path.1, path.2, ...; on reading they are one, whatever process goes on.
+    in full, so a resumed run gives what an uninterrupted one gives. Of several processes each writes a file of its own:
+    path for rank 0, path.1, path.2, ... for the others; all are read on resuming, with any number of processes.
 
     Raises:
         MpqError: the file was left by a run with other settings (named), or is no journal.
@@ -29,10 +29,10 @@ class Journal:
         self.whole = None if path is None else Path(path)
         self.path = self.whole
         self.entries: dict[str, list[float]] = {}
-        self.untold: list[str] = []  # names that other processes may not know
+        self.untold: list[str] = []  # names not yet shared with other processes
         if self.whole is None:
             return
-        settings = json.loads(json.dumps(dict(settings)))  # as they come back from a file
+        settings = json.loads(json.dumps(dict(settings)))  # as read back from a file
         rank, _ = rank_and_count()
         for part in self._parts() if rank == 0 else []:
             self._read(part, settings)
@@ -94,8 +94,8 @@ class Journal:
                 key for key in settings if not isinstance(recorded, dict) or recorded.get(key) != settings[key]
             ]
             raise MpqError(
-                f"{path} was left by a profile with other settings ({', '.join(differing) or 'of another version'}): "
-                "use the same ones to resume, or delete it to start anew"
+                f"{path} is of a profile with other settings ({', '.join(differing) or 'of another version'}): "
+                "use the same ones to resume, or delete it to start again"
             )
         if not lines:
             self._append(settings)
@@ -107,7 +107,7 @@ def _line(values: Any) -> bytes:
 
 
 def _checked(line: bytes) -> Any:
-    """The values of a line; ValueError when it is not as it was written."""
+    """The values of a line; ValueError if it was altered."""
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % crc32(text):
         raise ValueError("a line's checksum differs")

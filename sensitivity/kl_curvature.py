@@ -1,4 +1,4 @@
-"""Curvature of the KL divergence from the float model, coherent over whatever shares a label."""
+"""Curvature of the KL divergence from the float model, summed coherently over positions that share a label."""
 
 import logging
 import math
@@ -24,7 +24,9 @@ from mpq.sensitivity.task import RowScores, Scores, Task, by_layer
 
 log = logging.getLogger(__name__)
 
-DOUBT = 0.02  # mean of 1 - the largest probability; CIFAR ResNets have 0.016 to 0.03 on unseen images, 0.0003 on seen
+DOUBT = (
+    0.02  # mean of 1 - the largest probability; CIFAR ResNets: 0.016 to 0.03 on unseen images, 0.0003 on training ones
+)
 HOTTEST = 64.0
 SAMPLES = 64
 POSITIONS = 2**13  # that an estimate by position takes: 32 texts of 256 tokens
@@ -92,9 +94,9 @@ def row_scores(
 ) -> RowScores:
     """The scores of `kl_curvature` row by row, as they are and tempered, not shrunk: a function of the layer."""
     if estimate not in ESTIMATES:
-        raise MpqError(f"the estimate is one of {', '.join(ESTIMATES)}, not {estimate!r}")
+        raise MpqError(f"unknown estimate {estimate!r}: expected one of {', '.join(ESTIMATES)}")
     if labels not in ("auto", "data", "model"):
-        raise MpqError(f"gradients come from labels auto, data or model, not {labels!r}")
+        raise MpqError(f"unknown labels {labels!r}: expected auto, data or model")
     asked = None
     if labels == "auto" or estimate == "auto":
         asked = asked_of(task, task.few_samples(1))
@@ -121,10 +123,10 @@ def _rows(
 
 @torch.no_grad()
 def softness(task: Task) -> float:
-    """The temperature, 1 as a rule, at which the model is DOUBT unsure of the first batch's samples, on average.
+    """The temperature, usually 1, at which the model's mean uncertainty on the first batch is at least DOUBT.
 
-    A network that is surer than that has most likely been trained on them, and its predictions for them say little of
-    those that others will see: their curvature is many times too small.
+    A more certain network has most likely been trained on these samples. The curvature of its predictions there is many
+    times smaller than on unseen data.
     """
     with outputs_of(task.model) as outputs:
         task.loss_fn(task.model, task.few_samples(SAMPLES))
@@ -139,12 +141,12 @@ def softness(task: Task) -> float:
     for _ in range(20):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if doubt(middle) >= DOUBT else (middle, high)
-    log.info("the model is almost sure of all samples, as of data it was trained on: temperature %.3g is taken", high)
+    log.info("the model is almost certain of all samples, as of its training data: temperature %.3g is used", high)
     return high
 
 
 def _enough(task: Task, asked: list[Predictions] | None) -> Task:
-    """The task with its first samples alone, as many as ask for POSITIONS predictions."""
+    """The task with its first samples only, as many as have POSITIONS predictions."""
     each = sum(int((found.weights > 0).sum()) for found in asked or [])
     if not each:
         return task
@@ -154,7 +156,7 @@ def _enough(task: Task, asked: list[Predictions] | None) -> Task:
 
 
 def _several(task: Task, asked: list[Predictions]) -> bool:
-    """Whether the loss asks several predictions of one sample, where `asked` is what it asks of `few_samples(1)`."""
+    """Whether a sample has several predictions; `asked` are those of `few_samples(1)`."""
     if not task.together:
         return any(int((found.weights > 0).sum()) > 1 for found in asked)
     counts: list[Tensor] = [(found.weights > 0).flatten(1).sum(1) for found in asked if found.weights.ndim > 1]

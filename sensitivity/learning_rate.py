@@ -18,7 +18,7 @@ from mpq.sensitivity.graph import differentiable_twice
 from mpq.sensitivity.lanczos import Lanczos
 from mpq.sensitivity.products import Hessian
 
-DAMPING = 1e-2  # of the largest eigenvalue: curvature below counts as so much
+DAMPING = 1e-2  # of the largest eigenvalue: lower bound of the curvature
 SHARE = 0.25  # of the largest stable rate: the best of grids lies at 1/2 to 1/8 of it (tests/sensitivity)
 OPTIMIZERS = ("sgd", "adam")
 
@@ -74,7 +74,7 @@ def learning_rate(
         MpqError: an unknown optimizer, or a loss without positive curvature.
     """
     if optimizer not in OPTIMIZERS:
-        raise MpqError(f"unknown optimizer {optimizer!r}: take adam or sgd")
+        raise MpqError(f"unknown optimizer {optimizer!r}: expected adam or sgd")
     scale = _adam_scale(losses, parameters, damping) if optimizer == "adam" else None
     sizes = [parameter.numel() for parameter in parameters]
     start = torch.randn(sum(sizes), generator=seeded(seed, "learning rate")).to(parameters[0].device)

@@ -26,8 +26,8 @@ def loss(task: Task) -> Scores:
     """Measured change of the mean loss per sample, for every layer and scheme; it can be negative.
 
     Costs one forward pass over all batches for each pair. The standard error is that of the paired differences over
-    batches, 0 with a single batch. Weights are put back bit for bit, whatever happens. Any other number of the task, an
-    error rate say, is measured by passing it as the loss function.
+    batches, 0 with a single batch. Weights are restored bit for bit, also after an error. Other figures, such as an
+    error rate, are measured by passing them as the loss function.
     """
     return measured(task, lambda: batch_losses(task))
 
@@ -76,11 +76,11 @@ def mean_and_error(differences: ByBatch, shares: ByBatch) -> tuple[float, float]
 
 @contextmanager
 def in_scheme(task: Task, layer: Layer, scheme: Scheme) -> Iterator[None]:
-    """Inside the block the layer has this scheme's numbers for a weight, and inputs in its activation format if any.
+    """Inside the block the layer has this scheme's rounded weight, and inputs in its activation format if any.
 
     An embedding's inputs are indices: it takes the weight format alone.
     """
-    matrix = task.quantized(layer, scheme)  # first, for it may run the model to know the inputs
+    matrix = task.quantized(layer, scheme)  # first, since it may run the model for its inputs
     with ExitStack() as stack:
         if scheme.activation is not None:
             for name in layer.names:
@@ -95,7 +95,7 @@ def in_scheme(task: Task, layer: Layer, scheme: Scheme) -> Iterator[None]:
 
 @contextmanager
 def with_weight(task: Task, layer: Layer, matrix: Tensor) -> Iterator[None]:
-    """Inside the block the layer's weight is this matrix (rows, cols); afterwards it is what it was, bit for bit."""
+    """Inside the block the layer's weight is this matrix (rows, cols); afterwards it is restored bit for bit."""
     module = task.module(layer)
     weight: Tensor = module.weight  # type: ignore[assignment]
     original = weight.detach().clone()

@@ -1,4 +1,4 @@
-"""Squared error of the layers' outputs, tr(dW E[x x^T] dW^T), weighted by what each output means to the loss."""
+"""Squared error of the layers' outputs, tr(dW E[x x^T] dW^T), weighted by the loss's gradient in each output."""
 
 from dataclasses import replace
 from typing import TypeAlias
@@ -17,7 +17,7 @@ from mpq.sensitivity.derivatives import Use, layer_uses
 from mpq.sensitivity.standard_error import power_sums, relative_error
 from mpq.sensitivity.task import Scores, Task, score_errors
 
-Sums: TypeAlias = dict[str | Format | None, Tensor]  # over samples, by what they are of
+Sums: TypeAlias = dict[str | Format | None, Tensor]  # sums over samples, by name
 
 
 def output(task: Task, *, weighted: bool = True, labels: str = "data") -> Scores:

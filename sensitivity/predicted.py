@@ -1,4 +1,4 @@
-"""Oracles of the predictions themselves: divergence from the unquantized model, and wrong predictions."""
+"""Oracle metrics of predictions: measured divergence from the unquantized model, and wrong predictions."""
 
 from collections.abc import Callable
 

@@ -30,11 +30,11 @@ class Predictions:
 def predictions(
     model: nn.Module, batch: Batch, loss_fn: LossFn, outputs: Sequence[Any] | None = None
 ) -> list[Predictions]:
-    """Weights and targets of a batch, for every call of the model: what `loss_fn` alone knows, found by asking it.
+    """Weights and targets of a batch, for every call of the model, inferred from `loss_fn`'s derivatives.
 
-    With `outputs`, what the model gave for this batch call by call, it does not run again. The loss is taken at random
-    logits in place of the model's. There cross-entropy has the derivatives
-    w (softmax - target) and the Hessian w (diag(p) - p p^T), both well conditioned, which give w and the target.
+    With `outputs`, the model's outputs for this batch call by call, it does not run again. The loss is evaluated at
+    random logits in place of the model's. There cross-entropy has the derivatives w (softmax - target) and the Hessian
+    w (diag(p) - p p^T), both well conditioned, which give w and the target.
 
     Raises:
         MpqError: a loss of another form.
@@ -71,7 +71,7 @@ def replaying(model: nn.Module, outputs: Sequence[Any] | None) -> Iterator[None]
         yield
         return
     calls = iter(outputs)
-    own = model.__dict__.get("forward")  # of the instance, where somebody has wrapped it
+    own = model.__dict__.get("forward")  # an instance attribute, if the user wrapped it
     model.forward = lambda *args, **options: next(calls)
     try:
         yield
@@ -82,7 +82,7 @@ def replaying(model: nn.Module, outputs: Sequence[Any] | None) -> Iterator[None]
 
 
 def classes_last(logits: Tensor, weights: Tensor) -> Tensor:
-    """Logits (..., classes) for the weights (...) of their predictions, wherever the classes stand."""
+    """Logits (..., classes) for the weights (...) of their predictions, from either position of the classes."""
     return logits if weights.shape == logits.shape[:-1] else logits.movedim(1, -1)
 
 
@@ -172,7 +172,9 @@ def random_slopes(
     if weights.shape != logits.shape[:-1]:
         turned = None if flips is None else flips.movedim(0, -1)
         return random_slopes(logits.movedim(1, -1), weights, generator, turned).movedim(-1, 1)
-    asked = weights > 0  # others, such as padding, draw nothing, so that they change nothing for those that count
+    asked = (
+        weights > 0
+    )  # predictions without weight, such as padding, use no random numbers, so that they do not change the others'
     signs = torch.ones(logits.shape, dtype=torch.int8)
     signs[asked.cpu()] = torch.randint(
         0, 2, (int(asked.sum()), logits.shape[-1]), generator=generator, dtype=torch.int8

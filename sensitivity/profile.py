@@ -46,7 +46,7 @@ from mpq.sensitivity.journal import Journal
 from mpq.sensitivity.rows import Mixed, ladder
 from mpq.sensitivity.task import Scores, Task
 
-REFERENCE = 32  # samples that the recorded loss is of: it tells a resumed run whether the loss is still the same
+REFERENCE = 32  # samples of the recorded loss, by which a resumed run detects another loss function
 
 
 def profile(
@@ -71,8 +71,8 @@ def profile(
     """Predict the loss increase of every layer in every scheme.
 
     The model is measured in evaluation mode and left unchanged, bit for bit. No copy of it is made, unless it computes
-    its weights (`mpq.network.prepare`). A layer whose scores nothing supports, because no sample or no gradient reaches
-    it, has NaN, and the table's `reasons` say why.
+    its weights (`mpq.network.prepare`). A layer without evidence, because no sample or no gradient reaches it, has NaN
+    scores, with the reason in the table's `reasons`.
 
     Args:
         model: any module with Linear, Conv1d, Conv2d, Embedding or transformers' Conv1D layers.
@@ -80,22 +80,18 @@ def profile(
         loss_fn: `loss_fn(model, batch)`, the batch's mean loss per sample.
         formats: candidates, by name ("int4-g128", "int8-channel+a:int8-token") or as Scheme.
         metric: a name of `mpq.sensitivity.METRICS` or of a plugin.
-        method: the rounding method, a name of `mpq.rounding.METHODS`, or a rounder, such as a store that keeps what it
-            rounded for later.
-        include: patterns of the layers to score (globs, or "re:" and a regular expression).
-        exclude: patterns of layers to leave out.
-        seed: of all random numbers; the same seed gives the same table.
-        progress: show progress bars.
-        resume: a file that keeps what is done; an interrupted run with the same settings goes on from it, and gives the
-            table of an uninterrupted one. It is removed when the table is complete.
-        options: keyword arguments of the metric.
-        provenance: what to record in the table beside the settings ("model", "dataset", ...).
-        offload: a device that the model does not fit: its weights stay where they are and visit it one module at a
-            time, twice for each backward pass. Batches must be there. Not for metrics of second derivatives.
+        method: the rounding method, a name of `mpq.rounding.METHODS`, or a rounder, such as a store that caches rounded
+        layers. include: patterns of the layers to score (globs, or "re:" and a regular expression). exclude: patterns
+        of layers to leave out. seed: of all random numbers; the same seed gives the same table. progress: show progress
+        bars. resume: a file of finished measurements, from which an interrupted run with the same settings resumes,
+        with the same table as an uninterrupted one. It is removed when the table is complete. options: keyword
+        arguments of the metric. provenance: what to record in the table beside the settings ("model", "dataset", ...).
+        offload: a device on which the model does not fit: weights stay where they are and are copied to it one module
+        at a time, twice for each backward pass. Batches must be on it. Not for metrics of second derivatives.
         granularity: "layer", or "row": mixes of formats by rows are scored too (`mpq.sensitivity.rows`), at several
             sizes for each family of formats that differ in width alone. The metric must score by row.
-        cache: formats of cached keys and values (`mpq.core.cache`), which then are entries of the table too, scored by
-            `mpq.sensitivity.cached.cache_scores` whatever the metric.
+        cache: formats of cached keys and values (`mpq.core.cache`), which are then entries of the table too, scored by
+        `mpq.sensitivity.cached.cache_scores` with any metric.
 
     Raises:
         MpqError: empty or NaN data (naming the batch), no layers, unknown names, a score that is NaN or infinite
@@ -110,7 +106,9 @@ def profile(
     cache_formats = tuple(dict.fromkeys(parse_cache_format(name) for name in cache))
     entries = find_cached(model, take(batches[0], slice(0, 1)), loss_fn) if cache else ()
     if offload is not None and scorer.second_order:
-        raise MpqError(f"{metric} differentiates twice, which does not go with offload: take {DEFAULT_METRIC}")
+        raise MpqError(
+            f"the metric {metric} needs second derivatives, which offload does not support: take {DEFAULT_METRIC}"
+        )
     with evaluating(model), offloaded(model, offload) if offload is not None else nullcontext():
         samples = arranged(model, batches, loss_fn)
         batches, loss_fn = samples.batches, samples.loss_fn
@@ -154,12 +152,12 @@ def profile(
 
 
 def _known(method: str | Rounder) -> str:
-    """The method's name, which exists."""
+    """The method's name; MpqError for an unknown one."""
     return METHODS.named(method).name if isinstance(method, str) else method.name
 
 
 def _scored(task: Task, metric: Metric, granularity: str, options: Mapping[str, Any]) -> Mixed:
-    """The metric's scores of all schemes, and of mixes where rows have formats of their own.
+    """The metric's scores of all schemes, and of mixes with granularity "row".
 
     Raises:
         MpqError: autograd refuses the model.
@@ -172,8 +170,8 @@ def _scored(task: Task, metric: Metric, granularity: str, options: Mapping[str, 
         raise
     except RuntimeError as error:
         raise MpqError(
-            f"the metric {metric.name} cannot be taken of this model ({first_line(error)}): take 'loss', "
-            "which only runs it"
+            f"the metric {metric.name} does not work on this model ({first_line(error)}): take 'loss', "
+            "which needs no gradients"
         ) from error
     return mixed
 
@@ -196,7 +194,7 @@ def _distinct(schemes: Sequence[str | Scheme]) -> tuple[Scheme, ...]:
         expect(scheme, (str, Scheme), "names of formats, such as 'int4-g128'")
     parsed = dict.fromkeys(parse_scheme(scheme) if isinstance(scheme, str) else scheme for scheme in schemes)
     if not parsed:
-        raise MpqError("no formats came to choose from: name at least one, such as int4-g128")
+        raise MpqError("no candidate formats: give at least one, such as int4-g128")
     return tuple(parsed)
 
 

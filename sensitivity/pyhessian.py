@@ -18,8 +18,8 @@ def pyhessian_eigenvalues(task: Task, *, max_steps: int = 100, tolerance: float 
     """The eigenvalue of largest magnitude of every layer's block by pyhessian's power iteration; its residual; 0.
 
     It stops when two estimates differ by less than `tolerance` of one, and normalizes by an absolute epsilon of 1e-6,
-    which shrinks small eigenvalues; what stands for the residual is that tolerance times the value. How many products
-    it takes it does not tell.
+    which shrinks small eigenvalues; the reported residual is that tolerance times the value, and the number of products
+    is unknown.
     """
     for layer in task.track(task.layers, "pyhessian"):
         with reference(task, [task.module(layer).weight]) as run:  # type: ignore[list-item]
@@ -28,9 +28,9 @@ def pyhessian_eigenvalues(task: Task, *, max_steps: int = 100, tolerance: float 
 
 
 def pyhessian_draws(task: Task, weights: Sequence[Tensor], probes: int) -> list[float]:
-    """That many draws of Hutchinson's estimate of the trace over these weights together, the whole model's say."""
+    """Hutchinson's estimates of the trace over these weights together, one per draw."""
     with reference(task, weights) as run:
-        draws: list[float] = run.trace(maxIter=probes, tol=-math.inf)  # its rule would stop at any negative mean
+        draws: list[float] = run.trace(maxIter=probes, tol=-math.inf)  # its stopping rule stops at any negative mean
     return draws
 
 
@@ -57,7 +57,7 @@ def reference(task: Task, weights: Sequence[Tensor]) -> Iterator[Any]:
     kept = [(parameter, parameter.grad) for parameter in task.model.parameters()]
     try:
         with only_gradients_of(task.model, weights), differentiable_twice(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(task.seed)  # inside the fork alone: pyhessian draws from the global generator
+            torch.manual_seed(task.seed)  # inside the fork only: pyhessian uses the global generator
             yield pyhessian.hessian(_Losses(task), lambda loss, _: loss, dataloader=loader, cuda=False)
     finally:
         for parameter, gradient in kept:

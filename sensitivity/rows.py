@@ -1,4 +1,4 @@
-"""Formats within a layer: what mixes by rows are scored, and what they cost."""
+"""Mixes of formats by rows: their candidates, assignments and scores."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ COARSE = 5.0  # twice that from here on
 HELD = 12  # digits of one number in the journal
 TEMPER = 0.5  # exponent of rows' shares where rows of one layer are compared
 FLOOR = 0.01  # of the mean share, added to each before that
-TOKENS_FLOOR = 1.0  # the same of an embedding's tokens: few of them come often enough in some samples to be told apart
+TOKENS_FLOOR = 1.0  # the same for an embedding's tokens, most of which are too rare in a few samples to be compared
 
 Array = NDArray[np.float64]
 Places = NDArray[np.uint8]
@@ -29,7 +29,7 @@ Places = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Mixed:
-    """Scores with those of mixes behind them, and the mixes' assignments by layer and scheme."""
+    """Scores with those of mixes appended, and the mixes' assignments by layer and scheme."""
 
     schemes: tuple[Scheme, ...]
     scores: Scores
@@ -39,8 +39,8 @@ class Mixed:
 def tempered(shares: Tensor, exponent: float, floor: float = FLOOR) -> Tensor:
     """Shares along the last dimension, lifted by a floor in units of their mean, to a power, rescaled to the same sum.
 
-    Rows that matter little to the float model are not that harmless once all is rounded: the gradient at the float
-    point tells rows apart by more than the loss does. An exponent of 1 leaves the shares as they are.
+    Gradients at the float model overstate the differences between rows in the loss of a rounded model, so shares are
+    compressed. An exponent of 1 leaves them unchanged.
     """
     if exponent == 1.0:
         return shares
@@ -68,10 +68,9 @@ def _points(low: float, high: float) -> Iterator[float]:
 def with_mixes(task: Task, rows: RowScores, mixes: Sequence[Scheme], shrink: bool = False) -> Mixed:
     """Scores of the task's schemes, sums of their rows', and of the mixes.
 
-    A layer's score in a format is shared out to its rows by their tempered scores. A mix's rows take the formats of
-    least cost that come to its bytes, by one multiplier a layer, and the mix costs the sum of their shares; layers'
-    scores are `shrunk` before that where asked for. NaN is the score of a mix that is none in a layer of few or short
-    rows.
+    A layer's score in a format is distributed over its rows by their tempered scores. A mix's rows take the formats of
+    least cost at its bytes, by one multiplier per layer, and the mix's score is the sum of their shares; layers' scores
+    are `shrunk` before if requested. The score is NaN for a mix that is not possible in a layer of few or short rows.
     """
     columns = [[task.schemes.index(replace(mix, weight=part)) for part in mix.weight.members] for mix in mixes]
     plain, most = len(task.schemes), max((len(part) for part in columns), default=0)

@@ -12,7 +12,7 @@ from mpq.sensitivity.task import Task
 def check_independent(task: Task, batch: Batch, index: int) -> None:
     """MpqError when batch `index` cannot be split: its last sample alone has other outputs than among the others.
 
-    So it is where samples are compared with each other. A model whose outputs are not seen is not asked.
+    This is so if samples are compared with each other. A model without visible outputs is not checked.
     """
     count = samples_in(batch)
     whole, alone = (run_loss(task.model, part, task.loss_fn)[1] for part in (batch, take(batch, [count - 1])))
@@ -22,6 +22,6 @@ def check_independent(task: Task, batch: Batch, index: int) -> None:
     )
     if task.together or not same:
         raise MpqError(
-            f"the samples of calibration batch {index} depend on each other, and this metric takes them one by one: "
-            "take a metric that sees whole batches, 'loss' or 'hessian'"
+            f"the samples of calibration batch {index} depend on each other, but this metric needs independent ones: "
+            "take a metric of whole batches, 'loss' or 'hessian'"
         )

@@ -17,10 +17,10 @@ def shrunk(layers: Sequence[Layer], scores: NDArray[np.float64], errors: NDArray
     """Scores and standard errors (layers, schemes), each layer's drawn towards its neighbours in depth.
 
     Neighbours are layers of one shape whose names differ in numbers only, in the order of the model. In logarithms, of
-    each scheme: a score y with relative error s, the weighted mean m of its neighbours with error s_m. How far true
-    scores stray from such means, tau^2, is the family's mean of (y - m)^2 less what the errors explain. The score
-    becomes the mean of y and m with weights 1 / s^2 and 1 / (tau^2 + s_m^2): without noise it stays as it is. Scores of
-    zero, and those without error, stay.
+    each scheme: a score y with relative error s, the weighted mean m of its neighbours with error s_m. The variance
+    tau^2 of true scores around such means is the family's mean of (y - m)^2 less the part explained by errors. The
+    score becomes the mean of y and m with weights 1 / s^2 and 1 / (tau^2 + s_m^2), which leaves it unchanged without
+    noise. Scores of zero and those without error are unchanged.
     """
     scores, errors = scores.copy(), errors.copy()
     for family in _families(layers):

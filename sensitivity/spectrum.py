@@ -25,7 +25,7 @@ Array = NDArray[np.float64]
 class Spectrum:
     """Eigenvalues of an operator as a few weighted nodes, one row for each random start."""
 
-    nodes: Array  # (runs, steps), Ritz values, ascending; a run that ended early is filled up with its last
+    nodes: Array  # (runs, steps), Ritz values, ascending; a run that ended early is padded with its last
     weights: Array  # (runs, steps), shares of eigenvalues there, sum 1
     residuals: Array  # (runs, steps), an eigenvalue lies within of each node
     size: int  # number of eigenvalues: of weights

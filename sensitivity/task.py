@@ -40,16 +40,16 @@ class Task:
     seed: int = 0
     journal: Journal = field(default_factory=lambda: Journal(None, {}))
     progress: bool = False
-    flat: bool = False  # the loss has no gradient at this model: the data's labels say nothing
+    flat: bool = False  # the loss has no gradient at this model with the data's labels
     second: bool = False  # the layers' inputs have the samples along their second dimension
-    together: bool = False  # batches cannot be cut: no sample has a loss of its own
+    together: bool = False  # batches cannot be cut: single samples have no loss
 
     def module(self, layer: Layer) -> nn.Module:
         """The module that holds the layer's weight."""
         return self.model.get_submodule(layer.name)
 
     def quantized(self, layer: Layer, scheme: Scheme) -> Tensor:
-        """The layer's weight matrix as it will be in this scheme, float32 (rows, cols)."""
+        """The layer's weight rounded to this scheme, float32 (rows, cols)."""
         return dequantize(self.rounder.quantized(layer, weight_matrix(self.module(layer)), scheme))
 
     def weight_error(self, layer: Layer, scheme: Scheme) -> Tensor:
@@ -72,16 +72,16 @@ class Task:
     ) -> list[list[float]]:
         """The numbers of every item, in order: from the journal, or what `work(items)` yields for those it lacks.
 
-        Each process works on a share of them, of neighbours when `adjacent`; all come to know all.
+        Each process works on a share of them, contiguous if `adjacent`; all processes get all results.
         """
         missing = share([name for name in items if self.journal.recall(name) is None], adjacent)
         for name, numbers in zip(missing, work([items[name] for name in missing]), strict=True):
             self.journal.note(name, numbers)
-            release_memory()  # one layer's tensors leave gaps that the next one's do not fit
+            release_memory()  # one layer's freed tensors fragment memory for the next one's
         return self.journal.agree(items)
 
     def track(self, items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-        """The items, with a progress bar where one is wanted."""
+        """The items, with a progress bar if requested."""
         yield from tqdm(
             items,
             desc=what,
@@ -115,7 +115,7 @@ def score_weight_errors(
 ) -> Scores:
     """Scores and standard errors from `score(layer, Q(W) - W)`.
 
-    What a scheme's activation format costs, `activation(layer, format)`, is added where there is such a function.
+    The cost of a scheme's activation format, `activation(layer, format)`, is added if that function is given.
 
     Raises:
         MpqError: a scheme that quantizes activations, when there is none.
@@ -138,7 +138,7 @@ def score_weight_errors(
 
 
 def by_layer(task: Task, row: Callable[[Layer], Sequence[float]], what: str) -> Scores:
-    """Table of `row(layer)` = score, error, score, error, ...; rows are noted in the journal as they come."""
+    """Table of `row(layer)` = score, error, score, error, ...; rows are written to the journal when computed."""
     items = {layer.name: layer for layer in task.layers}
     rows = task.numbers(items, lambda layers: (row(layer) for layer in task.track(layers, what)))
     table = np.array(rows, dtype=np.float64).reshape(len(task.layers), len(task.schemes), 2)

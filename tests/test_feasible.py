@@ -52,7 +52,7 @@ def test_a_structure_has_the_layers_of_the_opened_model(tmp_path):
         (["--bits", "3", "--exclude", "nothing*"], "nothing*"),
         (["--memory", "20kB", "--context", "128"], "a memory of 20,000 bytes is too small"),
         (["--memory", "40MB", "--context", "4096"], "at most 128 tokens"),
-        (["--kv-bits", "4", "--for", "vllm:cpu"], "vllm:cpu files say nothing of a cache"),
+        (["--kv-bits", "4", "--for", "vllm:cpu"], "vllm:cpu files cannot store cache formats"),
     ],
 )
 def test_what_cannot_be_had_is_refused_without_weights(bare, tmp_path, capsys, asked, told):

@@ -176,7 +176,7 @@ def test_pins_of_the_cache_hold(source: Source, table: mpq.SensitivityTable) -> 
         ({"bits": 4, "kv_bits": -1}, "expected a positive number"),
         ({"bits": 4, "kv_bits": 4, "kv_formats": ["int9"]}, "unknown format"),
         ({"max_kl": 0.1, "memory": "6GB", "context": 10}, "name one budget"),
-        ({"bits": 4, "kv_bits": 4, "target": "onnx"}, "say nothing of a cache"),
+        ({"bits": 4, "kv_bits": 4, "target": "onnx"}, "cannot store cache formats"),
     ],
 )
 def test_what_cannot_be_had_is_said_at_once(

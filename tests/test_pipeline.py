@@ -177,7 +177,7 @@ def test_budgets_are_named_once_and_foreign_folders_are_left_alone(tmp_path):
         quantize_model(source, tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
-    with pytest.raises(MpqError, match="no earlier export wrote it"):
+    with pytest.raises(MpqError, match="was not written by an earlier export"):
         quantize_model(source, tmp_path / "mine", bits=4)
     assert (tmp_path / "mine" / "config.json").read_text() == "{}"
 

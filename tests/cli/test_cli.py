@@ -207,7 +207,7 @@ def test_formats_lists_and_tells(capsys):
         (["profile", "tiny-cnn", "-o", "x.csv", "--metric", "hesian"], "did you mean hessian"),
         (["profile", "tiny-cnn", "-o", "x.csv", "--method", "gptqq"], "did you mean gptq"),
         (["allocate", "none.csv", "--bits", "4"], "cannot read the sensitivity table"),
-        (["eval", "none"], "no folder"),
+        (["eval", "none"], "not a folder"),
         (["allocate", "none.csv"], "cannot read the sensitivity table none.csv"),
         (["quantize", "hub/model", "--bits", "4", "-o", "x", "--dataset", "none.txt"], "no such file: none.txt"),
         (["quantize", "hub/model", "--bits", "4", "-o", "x", "--for", "vlm"], "vllm"),

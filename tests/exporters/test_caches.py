@@ -50,8 +50,8 @@ def test_commands_say_which_formats_to_serve_with() -> None:
         ("vllm", ["int4-asym"] * 6, "cannot serve cache.0.keys in int4-token-asym: the nearest it can serve is fp8"),
         ("vllm", ["fp8-e4m3", "fp16"] * 3, "serves keys and values of a layer in one format"),
         ("llama.cpp", ["int8-g32"] * 4 + ["fp16"] * 2, "serves the keys of all layers in one format"),
-        ("onnx", ["fp16"] * 6, "say nothing of a cache"),
-        ("vllm:cpu", ["fp8-e4m3"] * 6, "say nothing of a cache"),
+        ("onnx", ["fp16"] * 6, "cannot store cache formats"),
+        ("vllm:cpu", ["fp8-e4m3"] * 6, "cannot store cache formats"),
     ],
 )
 def test_caches_that_cannot_be_served_are_named(target: str, names: list[str], sentence: str) -> None:

@@ -92,7 +92,7 @@ def test_targets_of_llm_compressor_may_be_expressions():
 
 def test_what_a_tool_cannot_hold_is_said():
     allocation = Allocation(LAYERS[:1], ("nf4-g64",))
-    with pytest.raises(MpqError, match=r"gptqmodel cannot hold layer model\.layers\.0\S* in nf4-g64 .* is int4-g"):
+    with pytest.raises(MpqError, match=r"gptqmodel does not support layer model\.layers\.0\S* in nf4-g64 .* is int4-g"):
         write_configuration("gptqmodel", allocation)
     held = restrict(unscored(LAYERS[:1], ["nf4-g64", "int4-g64"]), TOOLS["gptqmodel"])
     assert held.forbid == {LAYERS[0].name: ("nf4-g64",)}

@@ -80,7 +80,7 @@ def test_positions_are_said_in_the_older_keys_too(tmp_path):
         (Layer("a", "linear", 64, 256), "int8-channel", r" is uint8-g128-mfp16"),
         (Layer("a", "linear", 64, 64), "uint7-g64-mfp16", r"scale and a minimum"),
         (Layer("a", "linear", 64, 64), "uint4-g64-mbf16", r"of one type.* is uint4-g64-mfp16"),
-        (Layer("a", "linear", 64, 64), "nvfp4", r"nearest it can hold is mxfp4"),
+        (Layer("a", "linear", 64, 64), "nvfp4", r"nearest it supports is mxfp4"),
         (Layer("a", "linear", 64, 96), "uint4-g64-mfp16", r"96 weights do not divide into groups of 64.* is q4_1"),
         (Layer("a", "conv2d", 64, 96), "uint4-g32-mfp16", r"not conv2d"),
         (Layer("a", "linear", 64, 64), "mxfp8-e4m3+a:int8-token", r"stay in floating point"),

@@ -137,5 +137,5 @@ def test_what_cannot_be_read_is_told_in_a_sentence(source, tmp_path):
     (tmp_path / "graph" / "model.onnx").touch()
     with pytest.raises(MpqError, match="ONNX Runtime runs and mpq does not"):
         kind_of(tmp_path / "graph")
-    with pytest.raises(MpqError, match="no folder"):
+    with pytest.raises(MpqError, match="not a folder"):
         mpq.load(tmp_path / "nothing")

@@ -89,7 +89,7 @@ def test_an_old_export_survives_one_that_fails(tmp_path):
     SCALES = iter((1.0, 1.5))
     export(model, allocation, tmp_path / "out", recipe=recipe, inputs=inputs)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(MpqError, match="what reaches layer second is off by"):
+    with pytest.raises(MpqError, match="the input of layer second is off by"):
         export(model, allocate(model, "int8-channel"), tmp_path / "out", recipe=recipe, inputs=inputs)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -177,7 +177,7 @@ def test_the_layer_whose_output_is_off_is_named(build, inputs, scheme):
     packed = pack_model(model, allocation)
     name = allocation.layers[-1].names[-1]
     packed.get_submodule(name).register_forward_hook(lambda module, args, output: output * 1.01)
-    with pytest.raises(MpqError, match=f"what layer {allocation.layers[-1].name} gives is off|{name} gives is off"):
+    with pytest.raises(MpqError, match=rf"the output of layer ({allocation.layers[-1].name}|{name}) is off"):
         verifying.verify_outputs(model, packed, allocation, lambda model: model(inputs))
 
 

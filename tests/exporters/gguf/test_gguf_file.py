@@ -172,7 +172,7 @@ def test_an_altered_tensor_is_named(tmp_path):
 def test_what_has_no_tensor_type_is_refused(tmp_path):
     model = llama()
     layers = find_layers(model, include="*.gate_proj")
-    with pytest.raises(MpqError, match=r"gguf cannot hold layer .*gate_proj in int3-g32 \(.*\): .* is int4-g32"):
+    with pytest.raises(MpqError, match=r"gguf does not support layer .*gate_proj in int3-g32 \(.*\): .* is int4-g32"):
         export(model, Allocation(layers, ("int3-g32",) * 2), tmp_path / "out", to="gguf")
     with pytest.raises(MpqError, match=r"gate_proj in q5_k \(its rows of 64 .* blocks of 256\): .* is q5_1"):
         export(model, Allocation(layers, ("q5_k",) * 2), tmp_path / "out", to="gguf")

@@ -202,7 +202,7 @@ def test_code_is_imported_only_when_trusted(exported):
 
 
 def test_folders_that_are_no_export(tmp_path, exported):
-    with pytest.raises(MpqError, match="is no folder"):
+    with pytest.raises(MpqError, match="is not a folder"):
         load(tmp_path / "nowhere")
     (tmp_path / "other").mkdir()
     with pytest.raises(MpqError, match=r"is .* an export of mpq"):
@@ -222,7 +222,7 @@ def test_foreign_files_are_never_replaced(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"someone's weights")
-    with pytest.raises(MpqError, match=r"model.safetensors is there already and no earlier export wrote it"):
+    with pytest.raises(MpqError, match=r"model.safetensors exists and was not written by an earlier export"):
         export(model, allocate(model, "int8"), folder)
     assert os.listdir(folder) == ["model.safetensors"]
     assert os.listdir(tmp_path) == ["model"]
