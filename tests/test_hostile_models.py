@@ -292,7 +292,7 @@ def test_modes_that_a_loss_changes_are_set_back():
 
 
 def test_autograd_refusals_are_one_sentence():
-    with pytest.raises(MpqError, match=r"metric kl-curvature cannot be taken of this model \(one of the variables"):
+    with pytest.raises(MpqError, match=r"metric kl-curvature does not work on this model \(one of the variables"):
         mpq.profile(InPlace(*net()), [(X, LABELS)], cross_entropy, ["int2-channel"], progress=False)
     table = mpq.profile(InPlace(*net()), [(X, LABELS)], cross_entropy, ["int2-channel"], metric="loss", progress=False)
     assert table.scores.any()

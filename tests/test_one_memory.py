@@ -164,7 +164,7 @@ def test_pins_of_the_cache_hold(source: Source, table: mpq.SensitivityTable) -> 
     ("settings", "sentence"),
     [
         ({}, "name one budget"),
-        ({"memory": "6GB"}, "name the context"),
+        ({"memory": "6GB"}, "give the context"),
         ({"bits": 4, "context": 0}, "expected at least one token"),
         ({"bits": 4, "context": 257}, "at most 256 tokens, not 257"),
         ({"memory": "6GB", "context": 257}, "at most 256 tokens, not 257"),

@@ -174,7 +174,7 @@ def test_halves_share_no_row_and_depend_on_the_seed():
     [
         ({"fixed": {"conv": "int8"}}, "matches nothing"),
         ({"fixed": {"0": "int8+a:int8"}}, "weight formats only"),
-        ({"method": "gptq"}, "without calibration data"),
+        ({"method": "gptq"}, "needs calibration data"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options, message):

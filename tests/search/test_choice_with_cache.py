@@ -70,7 +70,7 @@ def test_what_cannot_be_had_is_named(request_: dict[str, float], sentence: str) 
 def test_tables_without_losses_or_entries_are_named() -> None:
     with pytest.raises(MpqError, match="has no keys and values"):
         allocate(table_of().weights(), memory=1e6, context=10)
-    with pytest.raises(MpqError, match="rank weights alone"):
+    with pytest.raises(MpqError, match="does not score a cache"):
         allocate(replace(table_of(), metric="proxy:size"), memory=1e6, context=10)
 
 

@@ -79,7 +79,7 @@ def test_one_scheme_and_one_layer():
 def test_unknown_costs_and_other_budgets_are_refused():
     with pytest.raises(MpqError, match="unknown cost 'watts'"):
         exact(make_problem(1), cost="watts")
-    with pytest.raises(MpqError, match="keeps no budget of bitops: search by 'integer'"):
+    with pytest.raises(MpqError, match="does not support budgets of bitops: search by 'integer'"):
         exact(replace(make_problem(1), budgets={"bitops": 1e9}))
 
 

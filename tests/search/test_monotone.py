@@ -59,7 +59,7 @@ def test_fifty_layers_and_budgets():
     assert cut.costs.tolist() == whole.costs[whole.costs <= middle].tolist()
     with pytest.raises(MpqError, match="below the smallest monotone"):
         monotone(replace(problem, budgets={"size": 1.0}))
-    with pytest.raises(MpqError, match="keeps no budget of bitops"):
+    with pytest.raises(MpqError, match="does not support budgets of bitops"):
         monotone(replace(problem, budgets={"bitops": 1.0}))
     with pytest.raises(MpqError, match="each of 50 groups"):
         monotone(problem, sensitivities=[1.0])

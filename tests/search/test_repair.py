@@ -77,7 +77,7 @@ def test_a_switch_loses_the_least_probability_for_what_it_saves():
     assert likely_within(chances, cost, 18.5).tolist() == [1, 0]
     assert likely_within(chances, cost, 20.0).tolist() == [0, 0]
     assert likely_within(chances, cost, 10.0).tolist() == [0, 1]  # both switches, and the first one back
-    with pytest.raises(MpqError, match="cheapest choice that switches lead to, 8"):
+    with pytest.raises(MpqError, match="cheapest choice that was found, 8"):
         likely_within(chances, cost, 7.0)
 
 

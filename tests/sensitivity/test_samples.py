@@ -91,7 +91,7 @@ def contrastive(model, batch):
 
 def test_contrastive_losses_are_noticed_and_never_cut(caplog):
     pairs = [tuple(torch.randint(0, 9, (4, 3), generator=seeded(2, name)) for name in "ab")]
-    with caplog.at_level(logging.WARNING), pytest.raises(MpqError, match="take a metric that sees whole batches"):
+    with caplog.at_level(logging.WARNING), pytest.raises(MpqError, match="take a metric of whole batches"):
         scores(Towers(), pairs, contrastive, "kl-curvature")
     assert "not the mean of its samples' losses" in caplog.text
     assert scores(Towers(), pairs, contrastive, "loss").any()
