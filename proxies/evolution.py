@@ -98,8 +98,8 @@ def evolve(
         statistics: of the benchmark's model, with every input of the pool.
         settings: population, generations, seed and further options.
         resume: a file of the state, written periodically; an interrupted run with the same settings resumes from it
-        with the same result, and a finished one may be continued with more generations. progress: show a progress bar
-        with the best formula so far.
+            with the same result, and a finished one may be continued with more generations.
+        progress: show a progress bar with the best formula so far.
 
     Raises:
         MpqError: statistics of another model, or a `resume` file of other settings or rows.

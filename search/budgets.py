@@ -63,17 +63,17 @@ class Budgets:
 
 
 def check_budgets(budgets: Mapping[str, float], latencies: LatencyTable | None, by_divergence: bool) -> None:
-    """MpqError for a budget of a cost that is not known, or beside a limit of the divergence."""
+    """MpqError for a budget of an unknown cost, or beside a limit of the divergence."""
     known = ["bitops", ACTIVATIONS, *(["latency"] if latencies is not None else [])]
     for name, limit in budgets.items():
         if name == "latency" and latencies is None:
-            raise MpqError("a budget of latency needs measured seconds: write them with 'mpq bench -o' and give them")
+            raise MpqError("a budget of latency needs measured seconds: give a table written by 'mpq bench -o'")
         if name not in known:
             raise MpqError(f"unknown cost {name!r} of a budget: expected one of {', '.join(known)}")
         if not math.isfinite(limit) or limit < 0:
             raise MpqError(f"invalid budget {name}={limit}: expected a finite number of at least 0")
     if budgets and by_divergence:
-        raise MpqError("a limit of the divergence finds the smallest model alone: leave out the other budgets")
+        raise MpqError("a limit of the divergence excludes other budgets: leave them out")
 
 
 def check_latencies(

@@ -135,24 +135,28 @@ def evolution(
 
     Args:
         problem: every allocation that is measured meets all its budgets, if there are any.
-        evaluate: `evaluate(allocation, share)`, the loss on the first `share` of the data, lower is better, or the
-            loss and its standard error, which is only reported. Plots show it beside predicted loss increases, so it
-            should be an increase too.
+        evaluate: `evaluate(allocation, share)`, the loss on the first `share` of the data, lower is better, or the loss
+            and its standard error, which is only reported. Plots show it beside predicted loss increases, so it should
+            be an increase too.
         trials: total number of evaluations, by all workers and earlier runs, including those on a part of the data;
-        workers that start the last one at the same time add one each. cost: the cost of the frontier that is returned.
+            workers that start the last one at the same time add one each.
+        cost: the cost of the frontier that is returned.
         sampler: "switch" (the default under budgets), the level-switch mutation of EvoPress (arXiv 2410.14649), or
             Optuna's "nsga2" (the default without budgets), "nsga3", "tpe" or "random", whose proposals are lowered
             until they meet the budgets.
         shares: rising shares of the data, the last one 1; after each but the last the worse half is dropped. Only with
-        budgets, since two objectives do not order allocations. starts: points of the exact frontier to start from; by
-        default 4 within the budgets, or 12 without budgets. storage: a journal file, a database's URL, or None for
-        memory. study: name in the storage. seed: of all random numbers. heartbeat: seconds between heartbeats; a worker
-        that misses eight is considered dead. resume: require an existing study, and first wait until its dead workers
-        are known, so that the results equal those of an uninterrupted run even after a worker was killed.
+            budgets, since two objectives do not order allocations.
+        starts: points of the exact frontier to start from; by default 4 within the budgets, or 12 without budgets.
+        storage: a journal file, a database's URL, or None for memory.
+        study: name in the storage.
+        seed: of all random numbers.
+        heartbeat: seconds between heartbeats; a worker that misses eight is considered dead.
+        resume: require an existing study, and first wait until its dead workers are known, so that the results equal
+            those of an uninterrupted run even after a worker was killed.
 
     Raises:
         MpqError: unreachable budgets, unknown names, a study of another problem, none to resume, or only failed
-        evaluations.
+            evaluations.
     """
     sampler = sampler or ("switch" if problem.budgets else "nsga2")
     if sampler != "switch" and sampler not in SAMPLERS:

@@ -140,6 +140,45 @@ INLINE void score_codes(const block_scales *block, const uint8_t *levels, const 
   }
 }
 
+/* Floats as integers: x = scale * integer, times a block's scales where they are folded in, with the products of the block's
+ * middle and minima with them. */
+typedef struct {
+  float scale, bias;
+  uint32_t offset;
+} folded;
+
+/* Numbers times the scales at `index` of a block's table, as two planes; those that are not `valid` are 0 (NULL: all are). */
+INLINE folded fold_scales(const block_scales *block, int64_t index, const vint32 *valid, const float *x, const int64_t count,
+                          uint8_t *integers) {
+  float scaled[MAX_HEAD_WIDTH] __attribute__((aligned(64)));
+  vfloat minima = {0};
+  int32_t sum = 0;
+  for (int64_t j = 0; j < count; j += 16) {
+    const vfloat some = LOAD(vfloat, x + j);
+    vfloat product = some * load_scale(block, index + j), minimum = block->minima ? some * load_minimum(block, index + j) : minima;
+    if (valid) product = (vfloat)((vint32)product & valid[j / 16]), minimum = (vfloat)((vint32)minimum & valid[j / 16]);
+    STORE(scaled + j, product);
+    if (block->minima) minima += minimum;
+  }
+  const float scale = to_integers(scaled, count, 2, count, integers, &sum) * block->factor;
+  return (folded){scale, block->minima ? sum16(minima) : 0, (uint32_t)block->middle * (uint32_t)sum};
+}
+
+/* The products of levels with integers, as floats without the minima's. */
+INLINE vfloat unfold(vint32 dots, folded by) {
+  return __builtin_convertvector((vint32)((vuint32)dots - by.offset), vfloat) * by.scale;
+}
+
+/* Products of values' levels with two planes of a block's 64 tokens, from a column on: one or two strips, returns how many. */
+INLINE int dot_values(const block_scales *block, const uint8_t *levels, const uint8_t *ahead, int64_t column, int64_t end,
+                      const uint8_t *integers, const int count, vint32 *dots) {
+  const int strips = end - column >= 32 ? 2 : 1;
+  const level_strips from = strips_at(block, levels, ahead, 64 * column, 16 * BLOCK, BLOCK / 4);
+  if (strips == 2) LEVEL_DOT_STRIPS(&from, integers, 2 * BLOCK, BLOCK, count, 2, 2, dots);
+  else LEVEL_DOT_STRIPS(&from, integers, 2 * BLOCK, BLOCK, count, 2, 1, dots);
+  return strips;
+}
+
 /* mixed (count, padded width) = mixed * decay + probabilities (count, 64) times the values; invalid tokens are not read. */
 INLINE void mix_codes(const block_scales *block, const uint8_t *levels, const uint8_t *ahead, const vint32 *valid, const float *p,
                       const float *decay, const int count, float *mixed) {
@@ -147,33 +186,16 @@ INLINE void mix_codes(const block_scales *block, const uint8_t *levels, const ui
   uint8_t integers[4 * 2 * BLOCK] __attribute__((aligned(64)));
   for (int64_t group = 0, column = 0; group < groups; group++) {
     const int64_t end = group_end(block->vectors, group);
-    float scale[4], bias[4];
-    uint32_t offset[4];
-    for (int i = 0; i < count; i++) {
-      float scaled[BLOCK] __attribute__((aligned(64)));
-      vfloat minima = {0};
-      int32_t sum = 0;
-      for (int j = 0; j < 4; j++) {
-        const int64_t index = group * BLOCK + 16 * j;
-        const vfloat some = LOAD(vfloat, p + i * BLOCK + 16 * j);
-        STORE(scaled + 16 * j, (vfloat)((vint32)(some * load_scale(block, index)) & valid[j]));
-        if (block->minima) minima += (vfloat)((vint32)(some * load_minimum(block, index)) & valid[j]);
-      }
-      scale[i] = to_integers(scaled, BLOCK, 2, BLOCK, integers + i * 2 * BLOCK, &sum) * block->factor;
-      offset[i] = (uint32_t)block->middle * (uint32_t)sum;
-      bias[i] = block->minima ? sum16(minima) : 0;
-    }
+    folded by[4];
+    for (int i = 0; i < count; i++)
+      by[i] = fold_scales(block, group * BLOCK, valid, p + i * BLOCK, BLOCK, integers + i * 2 * BLOCK);
     while (column < end) {
-      const int strips = end - column >= 32 ? 2 : 1;
       vint32 dots[8];
-      const level_strips from = strips_at(block, levels, ahead, 64 * column, 16 * BLOCK, BLOCK / 4);
-      if (strips == 2) LEVEL_DOT_STRIPS(&from, integers, 2 * BLOCK, BLOCK, count, 2, 2, dots);
-      else LEVEL_DOT_STRIPS(&from, integers, 2 * BLOCK, BLOCK, count, 2, 1, dots);
+      const int strips = dot_values(block, levels, ahead, column, end, integers, count, dots);
       for (int s = 0; s < strips; s++, column += 16)
         for (int i = 0; i < count; i++) {
           float *to = mixed + i * width + column;
-          const vint32 centered = (vint32)((vuint32)dots[s * count + i] - offset[i]);
-          STORE(to, LOAD(vfloat, to) * decay[i] + (__builtin_convertvector(centered, vfloat) * scale[i] + bias[i]));
+          STORE(to, LOAD(vfloat, to) * decay[i] + (unfold(dots[s * count + i], by[i]) + by[i].bias));
         }
     }
   }

@@ -3,37 +3,29 @@
 #define MPQ_EXPONENTIAL_H
 #include "common.h"
 
-/* Sum of sixteen lanes in a fixed order, so that all levels agree to the bit. */
-INLINE float sum16(vfloat x) {
-  typedef float half __attribute__((vector_size(32)));
-  typedef float quarter __attribute__((vector_size(16)));
-  half halves[2];
-  memcpy(halves, &x, sizeof x);
-  halves[0] += halves[1];
-  quarter quarters[2];
-  memcpy(quarters, halves, sizeof quarters);
-  quarters[0] += quarters[1];
-  return (quarters[0][0] + quarters[0][2]) + (quarters[0][1] + quarters[0][3]);
-}
+/* Define NAME: the sum of sixteen lanes in a fixed order, so that all levels agree to the bit. */
+#define SUM16(NAME, VECTOR, ELEMENT, RESULT)                                              \
+  INLINE RESULT NAME(VECTOR x) {                                                          \
+    typedef ELEMENT half __attribute__((vector_size(32)));                                \
+    typedef ELEMENT quarter __attribute__((vector_size(16)));                             \
+    half halves[2];                                                                       \
+    memcpy(halves, &x, sizeof x);                                                         \
+    halves[0] += halves[1];                                                               \
+    quarter quarters[2];                                                                  \
+    memcpy(quarters, halves, sizeof quarters);                                            \
+    quarters[0] += quarters[1];                                                           \
+    return (RESULT)((quarters[0][0] + quarters[0][2]) + (quarters[0][1] + quarters[0][3])); \
+  }
+
+SUM16(sum16, vfloat, float, float)
+SUM16(integer_sum16, vint32, uint32_t, int32_t) /* modulo 2**32 */
 
 INLINE vint32 larger(vint32 x, vint32 y) {
   const vint32 above = x > y;
   return (x & above) | (y & ~above);
 }
 
-/* The same of integers, modulo 2**32, and the largest of sixteen. */
-INLINE int32_t integer_sum16(vint32 x) {
-  typedef uint32_t half __attribute__((vector_size(32)));
-  typedef uint32_t quarter __attribute__((vector_size(16)));
-  half halves[2];
-  memcpy(halves, &x, sizeof x);
-  halves[0] += halves[1];
-  quarter quarters[2];
-  memcpy(quarters, halves, sizeof quarters);
-  quarters[0] += quarters[1];
-  return (int32_t)(quarters[0][0] + quarters[0][2] + quarters[0][1] + quarters[0][3]);
-}
-
+/* The largest of sixteen lanes. */
 INLINE int32_t integer_max16(vint32 x) {
   typedef int32_t half __attribute__((vector_size(32)));
   typedef int32_t quarter __attribute__((vector_size(16)));
