@@ -81,17 +81,21 @@ def profile(
         formats: candidates, by name ("int4-g128", "int8-channel+a:int8-token") or as Scheme.
         metric: a name of `mpq.sensitivity.METRICS` or of a plugin.
         method: the rounding method, a name of `mpq.rounding.METHODS`, or a rounder, such as a store that caches rounded
-        layers. include: patterns of the layers to score (globs, or "re:" and a regular expression). exclude: patterns
-        of layers to leave out. seed: of all random numbers; the same seed gives the same table. progress: show progress
-        bars. resume: a file of finished measurements, from which an interrupted run with the same settings resumes,
-        with the same table as an uninterrupted one. It is removed when the table is complete. options: keyword
-        arguments of the metric. provenance: what to record in the table beside the settings ("model", "dataset", ...).
+            layers.
+        include: patterns of the layers to score (globs, or "re:" and a regular expression).
+        exclude: patterns of layers to leave out.
+        seed: of all random numbers; the same seed gives the same table.
+        progress: show progress bars.
+        resume: a file of finished measurements, from which an interrupted run with the same settings resumes, with the
+            same table as an uninterrupted one. It is removed when the table is complete.
+        options: keyword arguments of the metric.
+        provenance: what to record in the table beside the settings ("model", "dataset", ...).
         offload: a device on which the model does not fit: weights stay where they are and are copied to it one module
-        at a time, twice for each backward pass. Batches must be on it. Not for metrics of second derivatives.
+            at a time, twice for each backward pass. Batches must be on it. Not for metrics of second derivatives.
         granularity: "layer", or "row": mixes of formats by rows are scored too (`mpq.sensitivity.rows`), at several
             sizes for each family of formats that differ in width alone. The metric must score by row.
         cache: formats of cached keys and values (`mpq.core.cache`), which are then entries of the table too, scored by
-        `mpq.sensitivity.cached.cache_scores` with any metric.
+            `mpq.sensitivity.cached.cache_scores` with any metric.
 
     Raises:
         MpqError: empty or NaN data (naming the batch), no layers, unknown names, a score that is NaN or infinite

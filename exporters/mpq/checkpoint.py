@@ -155,8 +155,9 @@ def load(
     Args:
         folder: what `export` wrote.
         model: the same architecture with any weights, which are replaced in place once all is read and checked; needed
-        if the folder does not describe how to build it. device: where to. trust: whether the folder may name a function
-        of the user to be imported and called.
+            if the folder does not describe how to build it.
+        device: where to.
+        trust: whether the folder may name a function of the user to be imported and called.
 
     Raises:
         MpqError: the folder is no export, it is incomplete or altered (file and tensor named), or the model differs.

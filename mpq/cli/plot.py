@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
 
     suffix = Path(options.output).suffix.lower()
     if suffix not in (".png", ".svg", ".pdf"):
-        raise MpqError(f"invalid picture name {options.output!r}: expected the ending .png, .svg or .pdf")
+        raise MpqError(f"invalid picture name {options.output!r}: expected .png, .svg or .pdf")
     frontiers: dict[str, Frontier | SavedFrontier] = {}
     chosen: dict[str, Allocation] = {}
     for run in options.runs:

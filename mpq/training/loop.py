@@ -68,7 +68,8 @@ def train(
         find_rate: finds the rate and momentum where the settings leave them at "auto", from functions that give the
             objective on the data of the first steps.
         checkpoint: a file that is written every `save_every` steps; if it exists, training resumes from it, with the
-        same result as without an interruption. progress: show steps, loss and time left.
+            same result as without an interruption.
+        progress: show steps, loss and time left.
 
     Raises:
         NotFiniteError: a loss that is NaN or infinite.

@@ -57,7 +57,7 @@ def test_a_target_keeps_the_search_to_what_it_holds_and_says_so(table, capsys):
     assert "nf4-g64" not in facts["schemes"].values()
     assert facts["schemes"][LAYERS[1].name] == facts["schemes"][LAYERS[2].name]
     assert main(["allocate", table, "--bits", "8", "--target", "vllm"]) == 0
-    assert "vllm can hold model.embed_tokens in none of the formats" in capsys.readouterr().out
+    assert "vllm supports model.embed_tokens in none of the formats" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_target_keeps_the_search_to_what_it_holds_and_says_so(table, capsys):
     [
         (
             ["--bits", "2.3", "--for", "vllm"],
-            "for vllm, 2.8 bits (vllm can hold model.embed",
+            "for vllm, 2.8 bits (vllm supports model.embed",
         ),
         (["--bits", "5", "--for", "vlm"], "unknown export target 'vlm': did you mean vllm"),
         (["--bits", "5", "--emit", "gptq"], "unknown quantizer 'gptq': did you mean gptqmodel"),

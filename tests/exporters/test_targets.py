@@ -66,7 +66,7 @@ def test_searches_are_restricted_to_what_can_be_served():
     table = unscored((LINEAR, CONV), ("int4-g128", "int3-g64", "nf4-g64", "fp16"))
     held = restrict(table, TARGETS["gptq"])
     assert held.forbid == {"a": ("nf4-g64",), "c": ("int4-g128", "int3-g64", "nf4-g64")}
-    assert held.sentence.startswith("gptq can hold c in none of the formats")
+    assert held.sentence.startswith("gptq supports c in none of the formats")
     assert restrict(unscored((LINEAR,), ("int4-g128", "fp16")), TARGETS["gptq"]).sentence == ""
     assert restrict(table, TARGETS["mpq"]).forbid == {}
 
@@ -74,7 +74,7 @@ def test_searches_are_restricted_to_what_can_be_served():
 def test_layers_that_hold_nothing_stay_in_bf16_and_that_is_said():
     table = SensitivityTable((EMBEDDING, LINEAR), ("int4-g64",), [[1.0], [2.0]], [[0.1], [0.1]], "x")
     held = restrict(table, TARGETS["vllm"])
-    assert held.sentence.startswith("vllm can hold embed in none of the formats (it quantizes linear layers")
+    assert held.sentence.startswith("vllm supports embed in none of the formats (it quantizes linear layers")
     problem = build_problem(held.table, forbid=held.forbid)
     assert np.isfinite(problem.losses).tolist() == [[False, True], [True, False]]
     assert problem.allocation([1, 0]).loss == 2.0

@@ -211,7 +211,7 @@ def test_opcheck(formats, dtype):
     (lambda a: (*a[:3], [129], *a[4:]), "expected 1 to 128"),
     (lambda a: (*a[:3], [0], *a[4:]), "expected 1 to 128"),
     (lambda a: (*a[:4], "int4-token", *a[5:]), "invalid shape of slabs"),
-    (lambda a: (*a[:4], "int4-g20", *a[5:]), "no multiples of 16"),
+    (lambda a: (*a[:4], "int4-g20", *a[5:]), "not multiples of 16"),
     (lambda a: (a[0][:, :3], *a[1:]), "3 heads"),
 ])  # fmt: skip
 def test_calls_that_do_not_fit_are_named(change, message):
