@@ -64,7 +64,7 @@ def test_what_cannot_be_had_is_refused_without_weights(bare, tmp_path, capsys, a
 def test_budgets_exclude_each_other_and_models_need_their_target():
     with pytest.raises(MpqError, match="name one budget"):
         Wanted(bits=4, size="1MB")
-    with pytest.raises(MpqError, match=r"gguf files hold .*, not TinyCNN"):
+    with pytest.raises(MpqError, match=r"gguf supports .*, not TinyCNN"):
         held_layers(structure_of("tiny-cnn"), TARGETS["gguf"], Wanted(bits=4))
 
 

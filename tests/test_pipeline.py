@@ -211,7 +211,7 @@ def test_calibrated_ranges_travel_into_the_graph(tmp_path):
 
 def test_a_consumer_that_does_not_know_the_model_refuses_it_before_any_work(tmp_path):
     source = open_source("tiny-cnn", nsamples=4)
-    with pytest.raises(MpqError, match=r"llama\.cpp files hold transformers' .* models, not TinyCNN: export to mpq"):
+    with pytest.raises(MpqError, match=r"llama\.cpp supports transformers' .* models, not TinyCNN: export to mpq"):
         quantize_model(source, tmp_path / "out", bits=5, target="llama.cpp", progress=False)
     assert not (tmp_path / "out").exists()
 

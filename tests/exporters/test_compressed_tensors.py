@@ -167,5 +167,5 @@ def test_fused_layers_in_two_schemes_are_refused(tmp_path):
 
 def test_only_transformers_models():
     model = nn.Sequential(nn.Linear(32, 32))
-    with pytest.raises(MpqError, match="hold transformers models, not Sequential"):
+    with pytest.raises(MpqError, match="supports transformers models, not Sequential"):
         export(model, Allocation(find_layers(model), ("int4-g32",)), "nowhere", to="compressed-tensors")

@@ -95,7 +95,7 @@ def test_a_model_that_mlx_does_not_know_is_refused(tmp_path):
     model = model_of("llama")
     model.config.model_type = "llama7"
     layers = find_layers(model)
-    with pytest.raises(MpqError, match="mlx files hold transformers' llama, mistral"):
+    with pytest.raises(MpqError, match="mlx supports transformers' llama, mistral"):
         export(model, Allocation(layers, ("mxfp4",) * len(layers)), tmp_path / "out", to="mlx")
 
 

@@ -121,7 +121,7 @@ def test_opcheck(name):
     (torch.ones(2, 3, 80), 190, "add a slab"),
     (torch.ones(2, 3, 80), -1, "add a slab"),
     (torch.ones(3, 3, 80), 0, "as many heads"),
-    (torch.ones(2, 3, 64), 0, "invalid vectors of shape"),
+    (torch.ones(2, 3, 64), 0, "invalid shape of slabs"),
     (torch.ones(2, 3, 80, dtype=torch.int32), 0, "type int32"),
 ])  # fmt: skip
 def test_calls_that_do_not_fit_are_named(vectors, position, message):

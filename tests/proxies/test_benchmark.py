@@ -128,7 +128,7 @@ def test_configurations_are_distinct_even_and_keep_ties():
     assert (many[:, 0] == many[:, 1]).all()
     assert (many[:, 0] == many[:, 2]).all()
     assert not np.array_equal(many, draw_configurations(layers, [[0, 1, 2]] * 4, 9, seed=4))
-    with pytest.raises(MpqError, match="there are 9"):
+    with pytest.raises(MpqError, match="there are only 9"):
         draw_configurations(layers, [[0, 1, 2]] * 4, 10, seed=0)
     with pytest.raises(MpqError, match="share a scheme"):
         draw_configurations(layers, [[0], [0, 1], [0, 1], [0, 1]], 2, seed=0)

@@ -76,7 +76,7 @@ def test_across_models_it_finds_what_ranks_all_of_them():
     with pytest.raises(MpqError, match="no models"):
         evolve_across([], settings)
     stranger = replace(BENCHMARK, provenance={"weights": "others"})
-    with pytest.raises(MpqError, match="another model"):
+    with pytest.raises(MpqError, match="different models"):
         evolve_across([(stranger, STATISTICS)], settings)
 
 
@@ -114,7 +114,7 @@ def test_the_history_is_a_file_and_a_figure(tmp_path):
     assert facts.steps[-1][1:] == (history[-1].best, history[-1].formula)
     plot_history(history).savefig(tmp_path / "history.png")
     (tmp_path / "history.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(MpqError, match="no history"):
+    with pytest.raises(MpqError, match="not a history"):
         load_history(tmp_path / "history.csv")
 
 
@@ -199,7 +199,7 @@ def test_prioritization_makes_more_programs_valid():
 
 def test_what_does_not_belong_together_is_refused():
     other = replace(STATISTICS, provenance={"weights": "others"})
-    with pytest.raises(MpqError, match="another model"):
+    with pytest.raises(MpqError, match="different models"):
         evolve(BENCHMARK, other, SMALL)
     fewer = replace(STATISTICS, schemes=SCHEMES[:2])
     with pytest.raises(MpqError, match="other layers or schemes"):

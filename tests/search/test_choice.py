@@ -31,8 +31,8 @@ def test_a_size_is_the_whole_models():
 def test_what_does_not_go_together_is_told():
     table = make_table(1)
     for options, message in (
-        ({}, "name one budget"),
-        ({"bits": 4, "size": 100}, "name one budget"),
+        ({}, "give one budget"),
+        ({"bits": 4, "size": 100}, "give one budget"),
         ({"bits": 4, "search": "cheapest"}, "give loss instead"),
         ({"loss": 1, "search": "exact"}, "leave the search out"),
         ({"bits": 4, "whole_frontier": True}, "search on measured loss"),

@@ -55,11 +55,11 @@ def test_budgets_join() -> None:
 @pytest.mark.parametrize(
     ("request_", "sentence"),
     [
-        ({}, "name one budget"),
-        ({"memory": 1e6}, "name the context"),
-        ({"loss": 0.1, "memory": 1e6, "context": 10}, "name one budget"),
+        ({}, "give one budget"),
+        ({"memory": 1e6}, "need the number of cached tokens"),
+        ({"loss": 0.1, "memory": 1e6, "context": 10}, "give one budget"),
         ({"memory": 1e3, "context": CONTEXT}, "below the smallest allocation"),
-        ({"kv_bits": 3, "context": 10}, "name one budget"),
+        ({"kv_bits": 3, "context": 10}, "give one budget"),
     ],
 )
 def test_what_cannot_be_had_is_named(request_: dict[str, float], sentence: str) -> None:
@@ -83,6 +83,6 @@ def test_the_command_line_prints_entries_too(tmp_path: Path, capsys: pytest.Capt
     assert "kv:int" in said
     assert "cache at" in said
     assert main(["allocate", str(tmp_path / "table.csv"), "--memory", "1.2MB"]) == 2
-    assert "name the context" in capsys.readouterr().err
+    assert "need the number of cached tokens" in capsys.readouterr().err
     assert main(["allocate", str(tmp_path / "table.csv"), "--bits", "4"]) == 0
     assert "cache" not in capsys.readouterr().out

@@ -191,7 +191,7 @@ def test_ties_and_blocks_share_a_decision():
     qkv = [[f"block{i}.{name}_proj" for name in "qkv"] for i in (1, 2)]
     assert shared() == [["stem"], qkv[0], ["block1.o_proj"], qkv[1], ["block2.o_proj"], ["head"]]
     assert shared(blocks=r"block\d") == [["stem"], [*qkv[0], "block1.o_proj"], [*qkv[1], "block2.o_proj"], ["head"]]
-    with pytest.raises(MpqError, match=r"puts the tied layers block1\.qkv in different blocks"):
+    with pytest.raises(MpqError, match=r"puts the tied layers block1\.qkv, which share a scheme, in different blocks"):
         shared(blocks=r"block1\.q")
     with pytest.raises(MpqError, match="matches no layer"):
         shared(blocks="layer")

@@ -82,7 +82,7 @@ def test_mistakes_are_told():
     interactions = make_interactions(problem, 1)
     with pytest.raises(MpqError, match="needs at least one"):
         pairwise(replace(problem, budgets={}), interactions=interactions)
-    with pytest.raises(MpqError, match="know no layer layer4"):
+    with pytest.raises(MpqError, match="lack the layer layer4"):
         pairwise(problem, interactions=make_interactions(make_problem(1, 4), 1))
     with pytest.raises(MpqError, match="below the smallest allocation"):
         pairwise(replace(problem, budgets={"size": 1.0}), interactions=interactions)

@@ -121,4 +121,4 @@ def test_a_window_that_llama_cpp_does_not_know_is_said(caplog):
         check_config(model_of("qwen2").config)
         assert not caplog.records
         check_config(model_of("mistral", sliding_window=16).config)
-    assert "the latest 16" in caplog.text
+    assert "sliding window of 16" in caplog.text
