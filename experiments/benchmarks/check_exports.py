@@ -1,126 +1,168 @@
-"""Every export measured inside its consumer: quality before, simulated and as served; file size promised and real.
+"""Folders as `mpq quantize --for TARGET` writes them by default, served by the target: quality simulated and served.
 
-    python -m experiments.benchmarks.check_exports [--quick] [--llama PYTHON]
+    python -m experiments.benchmarks.check_exports [--only TARGET...] [--model MODEL] [--dataset FILE]
+                                                   [--table TABLE] [--method METHOD] [--nsamples N]
+                                                   [--environments FOLDER] [--minutes N] [--bits BITS]
 
-ResNet-20 on 1,000 CIFAR-10 images goes to ONNX Runtime, the WikiText Llama to transformers (our checkpoint and
-compressed-tensors) and to llama.cpp (`llama_exports.py`). llama.cpp runs in an environment of its own, which the script
-builds in some minutes (`--llama` names the Python of one that is there, `--quick` leaves it out).
+MODEL is the WikiText Llama (left out), tiny-lm as transformers' Llama, the folder of another language model, or qwen3,
+gemma3_text, ... with random weights. Each consumer runs in an environment of its own in FOLDER, built where it is
+missing (`environments.py`), or is skipped with a word; ONNX Runtime and transformers run in this one. Effort fast, no
+tuned scales. What was simulated is the model in the allocation that was written, rounded anew; the size of the file is
+compared with the promise. TABLE saves the profile, and needs schemes of every target that is named.
 """
 
 import argparse
-import math
 import tempfile
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from itertools import compress
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from experiments.in_turn import in_turn
 from experiments.models import reference_models
-from experiments.peers import llama_exports
+from experiments.models.tiny_llama import tiny_llama
+from experiments.peers.environments import CACHE, Unavailable, python_of
+from experiments.peers.served import compared, served
 from experiments.result import result
-from mpq.core.allocation import Allocation
-from mpq.exporters import export
-from mpq.exporters.mpq.state import other_state
-from mpq.exporters.onnx.file import file_size
-from mpq.network.calibration import mean_loss, next_token_loss
-from mpq.network.layers import find_layers
-from mpq.network.ranges import input_ranges
+from mpq.core.errors import MpqError
+from mpq.core.table import SensitivityTable
+from mpq.exporters.targets import TARGETS
+from mpq.exporting import ranges_for, sizer_for
+from mpq.measuring import store_for
+from mpq.network.calibration import next_token_loss, seeded, tensors_in
+from mpq.pipeline import quantize_model
 from mpq.quantized import simulate
+from mpq.rounding import DEFAULT_METHOD
+from mpq.sources import Source, open_source
 
-ONNX = {
-    "int8": ("int8-channel",),
-    "mixed": ("int4-channel", "int8-channel", "int4-g32"),
-    "int2": ("int8-channel", "int2-g16", "int4-g32"),
-    "fp8": ("fp8-e4m3-channel",),
-    "int8_activations": ("int8-channel+a:int8",),
-    "mixed_activations": ("int8-channel+a:int8", "int4-channel+a:int8"),
-    "fp8_activations": ("fp8-e4m3-channel+a:fp8-e4m3",),
+WINDOWS, LENGTH = 8, 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """A default of `mpq quantize`, and who serves it."""
+
+    consumer: str  # of consumer.py and environments.py
+    dtype: str = "bfloat16"
+    bits: float = 4.5
+    exclude: tuple[str, ...] = ()
+    formats: tuple[str, ...] | None = None  # where the target's own are not computed on this device
+    file: str = "model.safetensors"
+
+
+EMBEDDINGS = ("*embed_tokens",)  # which this consumer holds in no format: they stay as they are
+JOBS = {
+    "mpq": Job("transformers", "float32", 4.25),
+    "mpq in vLLM": Job("vllm", "float32", 4.25),
+    "vllm:cpu": Job("vllm", exclude=EMBEDDINGS),
+    "transformers": Job("transformers", exclude=EMBEDDINGS),
+    "gptq": Job("vllm", exclude=EMBEDDINGS, formats=("int4-g32", "int4-g64", "int4-g128", "int4-channel")),
+    "modelopt": Job("vllm", bits=8.5, exclude=EMBEDDINGS, formats=("fp8-e4m3-channel+a:fp8-e4m3-token", "bf16")),
+    "llama.cpp": Job("llama.cpp", file="model.gguf"),
+    "mlx": Job("mlx"),
+    "onnxruntime": Job("onnxruntime", file="model.onnx"),
+    "openvino": Job("openvino", file="model.onnx"),
 }
 
 
-def mixed(model: nn.Module, schemes: tuple[str, ...], embeddings: str = "bf16") -> Allocation:
-    """Tied layers and the others take the schemes in turn; embeddings and what shares their weights `embeddings`."""
-    layers = find_layers(model)
-    pairs = zip(layers, in_turn(layers, schemes), strict=True)
-    return Allocation(layers, tuple(embeddings if layer.kind == "embedding" else own for layer, own in pairs))
+@dataclass(frozen=True)
+class Profiled:
+    """What every target's folder is made from."""
+
+    source: Source
+    table: SensitivityTable | None = None
+    method: str = DEFAULT_METHOD
 
 
-def promised(model: nn.Module, allocation: Allocation) -> int:
-    """Bytes of the layers in their schemes and of everything else as it is."""
-    return allocation.size + sum(tensor.nbytes for tensor in other_state(model, allocation)[0].values())
+def source_of(name: str | None, dataset: str | None, nsamples: int) -> Source:
+    """The model with `nsamples` windows to calibrate on and `WINDOWS` others to serve."""
+    if name == "tiny-lm":
+        source = open_source(name, nsamples=nsamples, evaluation_samples=WINDOWS)
+        return replace(source, model=tiny_llama(source.model), recipe={}, tokenizer=None)
+    if name is None:
+        name = str(reference_models.data_file("wikitext2_llama_5m"))
+    if Path(name).exists():
+        return open_source(name, dataset, nsamples=nsamples, evaluation_samples=WINDOWS, seqlen=LENGTH)
+    from tests.exporters.architectures import model_of
+
+    model = model_of(name)
+    tokens = torch.randint(3, model.config.vocab_size, (nsamples + 2 * WINDOWS, 64), generator=seeded(0))  # type: ignore[union-attr]
+    parts = tokens.split((nsamples, WINDOWS, WINDOWS))
+    calibration, acceptance, evaluation = (tuple((batch,) for batch in part.split(4)) for part in parts)
+    return Source(name, model, calibration, evaluation, next_token_loss, "perplexity", acceptance=acceptance)
 
 
-def row(name: str, before: float, simulated: float, served: float, sizes: tuple[int, int]) -> None:
-    print(f"{name:28}{before:10.3f}{simulated:11.3f}{served:10.3f}{sizes[0]:12,}{sizes[1]:12,}", flush=True)
+def serve(target: str, job: Job, python: str, profiled: Profiled, folder: Path) -> list[str]:
+    """Quantize, serve and compare; the RESULT lines."""
+    source, consumer = profiled.source, target.partition(" ")[0]
+    windows = torch.cat([tensors_in(batch)[0] for batch in source.evaluation])
+    table = None if profiled.table is None else _only(profiled.table, job)
+    outcome = quantize_model(
+        source, folder, bits=job.bits, target=consumer, table=table, formats=job.formats, progress=False,
+        exclude=job.exclude if _has(source, "embed_tokens") else (), effort="fast", tuning_steps=0,
+        method=profiled.method,
+    )  # fmt: skip
+    allocation = outcome.allocation
+    store = store_for(profiled.method, source, allocation.layers)
+    model = simulate(source.model, allocation, store, trainable=False, ranges=ranges_for(source, allocation))
+    promised, written = sizer_for(TARGETS[consumer], source)(allocation), (folder / job.file).stat().st_size
+    print(f"{target}: {allocation.bits:.3f} bits in {outcome.seconds:.0f} s, {written:,} bytes", flush=True)
+    name = f"{target}_{Path(source.name).name}"
+    try:
+        theirs = served(python, job.consumer, folder, windows, job.dtype)
+    except RuntimeError as error:
+        print(error)
+        return [result(f"{name}_served", 0, ">=1", False)]
+    agreement = 0.9999 if job.dtype == "float32" else 0.97
+    lines = compared(name, model.float(), windows, theirs, agreement=agreement)
+    return [*lines, result(f"{name}_size_gap", abs(written - promised), "<=0", written == promised)]
 
 
-def gap_result(name: str, gap: float, limit: float) -> str:
-    return result(name, gap, f"<={limit}", gap <= limit)
+def _only(table: SensitivityTable, job: Job) -> SensitivityTable:
+    """A table's columns of a job's formats, where it names some, and of float copies; its rows but what is left out."""
+    columns = [name in (*(job.formats or table.schemes), "bf16") for name in table.schemes]
+    rows = [not any(fnmatch(layer.name, pattern) for pattern in job.exclude) for layer in table.layers]
+    return replace(
+        table, schemes=tuple(compress(table.schemes, columns)), layers=tuple(compress(table.layers, rows)),
+        scores=table.scores[rows][:, columns], errors=table.errors[rows][:, columns],
+    )  # fmt: skip
 
 
-def onnxruntime_top1(images: int, folder: Path) -> list[str]:
-    import onnxruntime
-
-    model, batches = reference_models.resnet(20), reference_models.cifar10_test(images)[:1]
-    inputs, layers = batches[0][0][:2], find_layers(model)
-    calibration = reference_models.cifar10_calibration(128)
-    ranges = input_ranges(model, layers, calibration, lambda model, batch: model(batch[0]))
-    before, lines = 100 * reference_models.top1(model, batches), []
-    for name, schemes in list(ONNX.items())[: None if images >= 1000 else 3]:
-        allocation = mixed(model, schemes)
-        promised_size = file_size(model, allocation, inputs)
-        out = export(model, allocation, folder / f"onnx-{name}", to="onnx", inputs=inputs, ranges=ranges)
-        session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
-        key = session.get_inputs()[0].name
-        served = 100 * reference_models.top1(
-            lambda x, session=session, key=key: torch.from_numpy(session.run(None, {key: x.numpy()})[0]), batches
-        )
-        simulated = 100 * reference_models.top1(simulate(model, allocation, trainable=False, ranges=ranges), batches)
-        sizes = promised_size, (out / "model.onnx").stat().st_size
-        row(f"onnxruntime {name}", before, simulated, served, sizes)
-        lines.append(gap_result(f"onnxruntime_{name}_top1_gap", abs(served - simulated), 0.2))
-        lines.append(gap_result(f"onnxruntime_{name}_size_gap", abs(sizes[1] / sizes[0] - 1), 0.01))
-    return lines
-
-
-def language_models(windows: int, folder: Path) -> list[str]:
-    from transformers import AutoModelForCausalLM
-
-    import mpq.integrations.transformers  # noqa: F401  (registers mpq with transformers)
-
-    model, tokens = reference_models.wikitext_llama(), reference_models.wikitext_tokens("test", windows)
-    ours = ("int4-g128", "int3-g64", "int8-channel", "nvfp4")
-    jobs = [("mpq", ours, "model.safetensors"), ("compressed-tensors", ours[:3], "model.safetensors")]
-    before, lines = math.exp(mean_loss(model, [tokens], next_token_loss)), []
-    for target, schemes, file in jobs:
-        name = f"transformers {target}"
-        allocation = mixed(model, schemes)
-        out = export(model, allocation, folder / name.replace(" ", "-"), to=target)
-        simulated = math.exp(mean_loss(simulate(model, allocation, trainable=False), [tokens], next_token_loss))
-        loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-        served = math.exp(mean_loss(loaded, [tokens], next_token_loss))
-        sizes = promised(model, allocation), (out / file).stat().st_size
-        row(name, before, simulated, served, sizes)
-        lines.append(gap_result(f"{name}_size_gap", abs(sizes[1] / sizes[0] - 1), 0.01))
-        lines.append(gap_result(f"{name}_perplexity_gap", abs(served / simulated - 1), 0.001))
-    return lines
+def _has(source: Source, ending: str) -> bool:
+    return any(name.endswith(ending) for name, _ in source.model.named_modules())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few samples, without llama.cpp")
-    parser.add_argument("--llama", help="Python of an environment with llama-cpp-python")
+    parser.add_argument("--only", nargs="+", choices=tuple(JOBS), default=tuple(JOBS), metavar="TARGET")
+    parser.add_argument("--model", help="tiny-lm, a folder of a language model, or an architecture with random weights")
+    parser.add_argument("--dataset", help="text to calibrate on, where the model is a folder")
+    parser.add_argument("--table", help="a table of the model that was made before, instead of profiling")
+    parser.add_argument("--method", default=DEFAULT_METHOD, help=f"rounding method (default: {DEFAULT_METHOD})")
+    parser.add_argument("--bits", type=float, help="of weights (default: the target's own)")
+    parser.add_argument("--nsamples", type=int, default=32, help="calibration windows (default: 32)")
+    parser.add_argument("--environments", type=Path, default=CACHE, metavar="FOLDER", help=f"default: {CACHE}")
+    parser.add_argument("--minutes", type=float, help="that building an environment may take")
     options = parser.parse_args()
     with reference_models.skipping():
-        reference_models.data_file("wikitext2_llama_5m")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        print(f"{'consumer':28}{'before':>10}{'simulated':>11}{'served':>10}{'promised':>12}{'file':>12}")
-        lines = onnxruntime_top1(200 if options.quick else 1000, folder)
-        lines += language_models(4 if options.quick else 32, folder)
-        if not options.quick:
-            lines += llama_exports.exports(options.llama or llama_exports.build(folder / "llama"), 32, folder)
+        source = source_of(options.model, options.dataset, options.nsamples)
+    table = None if options.table is None else SensitivityTable.load(options.table)
+    profiled = Profiled(source, table, options.method)
+    lines: list[str] = []
+    for target in options.only:
+        job = JOBS[target] if options.bits is None else replace(JOBS[target], bits=options.bits)
+        try:
+            python = python_of(job.consumer, options.environments, options.minutes)
+        except Unavailable as error:
+            print(f"{target}: SKIPPED, {error}", flush=True)
+            continue
+        with tempfile.TemporaryDirectory() as name:
+            try:
+                lines += serve(target, job, python, profiled, Path(name) / "out")
+            except MpqError as error:
+                print(f"{target}: {error}")
+                lines.append(result(f"{target}_written", 0, ">=1", False))
     print("\n".join(lines))
 
 

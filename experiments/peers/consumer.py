@@ -3,9 +3,9 @@
     PYTHON consumer.py CONSUMER FOLDER WINDOWS.json [--dtype TYPE] [--texts TEXTS.json]
 
 CONSUMER is vllm, llama.cpp, mlx, transformers, onnxruntime or openvino; WINDOWS holds lists of tokens. llama.cpp caches
-keys and values in the types that the command in the folder's README.md names. Prints JSON: the
-perplexity of their next tokens, each window for itself, the loss of each, the likeliest token at each place but the
-last, tokens of them per second, and with TEXTS (llama.cpp) the tokens that each text is cut into.
+keys and values in the types that the command in the folder's README.md names. Prints JSON: the perplexity of their next
+tokens, each window for itself, the loss of each, the likeliest tokens at each place but the last with the logarithms of
+their probabilities, tokens of them per second, and with TEXTS (llama.cpp) the tokens that each text is cut into.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+LIKELIEST = 20  # tokens of a place whose probabilities are told: all that vLLM tells by default
 Logits = Callable[[list[int]], NDArray[Any]]  # of one window: (tokens, vocabulary)
 # llama.cpp's numbers of the types that a cache may have
 TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20}
@@ -99,24 +100,30 @@ def vllm(folder: Path, windows: list[list[int]], dtype: str) -> dict[str, Any]:
 
     longest = max(len(row) for row in windows) + 1
     served = LLM(str(folder), enforce_eager=True, dtype=dtype, max_model_len=longest, skip_tokenizer_init=True)
-    asked = SamplingParams(max_tokens=1, prompt_logprobs=1, detokenize=False)
-    losses, tops, start = [], [], time.perf_counter()
+    asked = SamplingParams(max_tokens=1, prompt_logprobs=LIKELIEST, detokenize=False)
+    losses, likeliest, logs, start = [], [], [], time.perf_counter()
     for output in served.generate([{"prompt_token_ids": row} for row in windows], asked):
         known = output.prompt_logprobs[1:]
         losses.append([-one[token].logprob for token, one in zip(output.prompt_token_ids[1:], known, strict=True)])
-        tops.append([max(one, key=lambda token, one=one: one[token].logprob) for one in known])
-    return {"losses": losses, "tops": tops, "seconds": time.perf_counter() - start}
+        best = [sorted(one, key=lambda token, one=one: -one[token].logprob)[:LIKELIEST] for one in known]
+        likeliest.append(best)
+        logs.append([[one[token].logprob for token in tokens] for one, tokens in zip(known, best, strict=True)])
+    return {"losses": losses, "likeliest": likeliest, "logs": logs, "seconds": time.perf_counter() - start}
 
 
 def computed(logits: Logits, windows: list[list[int]]) -> dict[str, Any]:
-    losses, tops, start = [], [], time.perf_counter()
+    losses, likeliest, logs, seconds = [], [], [], 0.0
     for row in windows:
-        scores = logits(row).astype(np.float64)[: len(row) - 1]
+        start = time.perf_counter()
+        scores = logits(row)[: len(row) - 1].astype(np.float64)
+        seconds += time.perf_counter() - start
         top = scores.max(1, keepdims=True)
-        chosen = scores[np.arange(len(row) - 1), row[1:]]
-        losses.append((np.log(np.exp(scores - top).sum(1)) + top[:, 0] - chosen).tolist())
-        tops.append(scores.argmax(1).tolist())
-    return {"losses": losses, "tops": tops, "seconds": time.perf_counter() - start}
+        scores -= np.log(np.exp(scores - top).sum(1, keepdims=True)) + top
+        losses.append((-scores[np.arange(len(row) - 1), row[1:]]).tolist())
+        best = np.argsort(-scores, 1, "stable")[:, :LIKELIEST]
+        likeliest.append(best.tolist())
+        logs.append(np.take_along_axis(scores, best, 1).tolist())
+    return {"losses": losses, "likeliest": likeliest, "logs": logs, "seconds": seconds}
 
 
 def main() -> None:

@@ -5,16 +5,14 @@
 The WikiText Llama goes to llama.cpp as it is, in mixes of types without and with super-blocks of 256, uniformly in a K
 type, and in a mix that was searched over llama.cpp's types. Its rows of 640 do not divide into super-blocks: a uniform
 type falls back there as llama.cpp's own quantizer does. llama.cpp runs in an environment of its own (`--llama` names
-its Python), which is built in some minutes otherwise. `check_exports.py` runs this too.
+its Python), which is built in some minutes otherwise (`environments.py`).
 """
 
 import argparse
 import ctypes
 import math
-import os
 import subprocess
 import tempfile
-import venv
 from pathlib import Path
 
 import gguf
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.models import reference_models
+from experiments.peers.environments import python_of
 from experiments.peers.served import served
 from experiments.result import result
 from mpq.core.allocation import Allocation
@@ -42,19 +41,8 @@ from mpq.search import frontier_of
 from mpq.sensitivity.profile import profile
 
 TARGET = TARGETS["gguf"]
-# Without AVX-512 and AMX: not every virtual machine that announces AMX lets programs use it.
-BUILD = "-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DLLAMA_BUILD_TOOLS=OFF"
 CODED = tuple(name for name in GGUF_TYPES if not parse_format(name).is_float_copy)
 BITS = 4.25  # of the searched mix
-
-
-def build(folder: Path) -> str:
-    """The Python of a new environment with llama-cpp-python, compiled from its sources."""
-    venv.create(folder, with_pip=True)
-    python = str(folder / "bin" / "python")
-    command = [python, "-m", "pip", "install", "-q", "--no-binary", "llama-cpp-python", "llama-cpp-python"]
-    subprocess.run(command, env={**os.environ, "CMAKE_ARGS": BUILD}, check=True, timeout=3600)
-    return python
 
 
 def in_turn(model: nn.Module, *schemes: str) -> Allocation:
@@ -142,7 +130,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32, help="windows of 256 tokens (default: 32)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        python = options.llama or build(Path(name) / "llama")
+        python = options.llama or python_of("llama.cpp")
         print(f"{'consumer':28}{'before':>10}{'simulated':>11}{'served':>10}{'promised':>12}{'file':>12}")
         lines = exports(python, options.windows, Path(name))
         lines += rounding(python)

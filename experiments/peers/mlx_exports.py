@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from experiments.models import reference_models
-from experiments.peers.served import compared, served, simulated
+from experiments.peers.served import compared, served
 from mpq.core.allocation import Allocation
 from mpq.exporters import export
 from mpq.exporters.holding import nearest
@@ -53,11 +53,11 @@ def exports(python: str, model: nn.Module, tokens: torch.Tensor, folder: Path, j
     for name, schemes in list(JOBS.items())[:jobs]:
         allocation = in_turn(model, schemes)
         out = export(model, allocation, folder / name.replace(" ", "-"), to="mlx")
-        ours = simulated(simulate(model, allocation, trainable=False), tokens)
+        ours = simulate(model, allocation, trainable=False)
         others = sum(tensor.nbytes for tensor in other_state(model, allocation)[0].values())
         sizes = allocation.size + others, (out / "model.safetensors").stat().st_size
         print(f"mlx {name:14} {allocation.bits:.3f} bits {before:9.3f} {sizes[0]:12,} {sizes[1]:12,}", flush=True)
-        lines += compared(f"mlx_{name}", ours, served(python, "mlx", out, tokens))
+        lines += compared(f"mlx_{name}", ours, tokens, served(python, "mlx", out, tokens))
     return lines
 
 

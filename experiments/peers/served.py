@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from experiments.peers.consumer import LIKELIEST
 from experiments.result import result
 
 WORKER = Path(__file__).with_name("consumer.py")
@@ -18,15 +19,22 @@ WORKER = Path(__file__).with_name("consumer.py")
 
 @dataclass(frozen=True, eq=False)
 class Computed:
-    """Of windows of tokens: losses of the next tokens, and the likeliest ones, (windows, length - 1)."""
+    """Of windows of tokens: losses of the next tokens, (windows, length - 1), and the likeliest ones, best first, with
+    the logarithms of their probabilities, (windows, length - 1, tokens).
+    """
 
     losses: Tensor
-    tops: Tensor
+    likeliest: Tensor
+    logs: Tensor
     tokens_per_second: float = math.nan
 
     @property
     def perplexity(self) -> float:
         return math.exp(float(self.losses.mean()))
+
+    @property
+    def tops(self) -> Tensor:
+        return self.likeliest[..., 0]
 
 
 def served(
@@ -45,25 +53,27 @@ def served(
     if done.returncode:
         raise RuntimeError(f"{consumer} failed on {folder} with {done.returncode}: {done.stderr[-1000:]}")
     answer = json.loads(done.stdout.splitlines()[-1])
-    return Computed(torch.tensor(answer["losses"]), torch.tensor(answer["tops"]), answer["tokens_per_second"])
+    parts = (torch.tensor(answer[key]) for key in ("losses", "likeliest", "logs"))
+    return Computed(*parts, tokens_per_second=answer["tokens_per_second"])
 
 
 @torch.no_grad()
 def simulated(model: nn.Module, windows: Tensor) -> Computed:
     """The same of a model of ours."""
-    losses, tops = [], []
-    for row in windows:
-        logits = model(row[None]).logits[0, :-1].float()
-        losses.append(functional.cross_entropy(logits, row[1:], reduction="none"))
-        tops.append(logits.argmax(-1))
-    return Computed(torch.stack(losses), torch.stack(tops))
+    return _simulated(model, windows)[0]
 
 
-def compared(name: str, ours: Computed, theirs: Computed, gap: float = 0.002, agreement: float = 0.97) -> list[str]:
-    """The RESULT lines of a folder: gap of perplexity and share of equal likeliest tokens."""
+def compared(
+    name: str, model: nn.Module, windows: Tensor, theirs: Computed, gap: float = 0.002, agreement: float = 0.97
+) -> list[str]:
+    """The RESULT lines of a folder and the model that it holds, simulated: gap of perplexity, share of equal likeliest
+    tokens, and KL divergence of what was served from it in nats, over the likeliest tokens and the rest as one.
+    """
+    ours, divergence = _simulated(model, windows, theirs)
     difference, same = abs(theirs.perplexity / ours.perplexity - 1), float((ours.tops == theirs.tops).float().mean())
     print(
-        f"{name}: simulated {ours.perplexity:.4f}, served {theirs.perplexity:.4f}, same top choice {100 * same:.2f} %, "
+        f"{name}: simulated {ours.perplexity:.4f}, served {theirs.perplexity:.4f} ({100 * difference:.3f} %), "
+        f"KL {divergence:.2g}, same top choice {100 * same:.2f} %, "
         f"largest difference of a token's loss {float((ours.losses - theirs.losses).abs().max()):.2g}, "
         f"{theirs.tokens_per_second:.0f} tokens per second of prompt",
         flush=True,
@@ -72,3 +82,29 @@ def compared(name: str, ours: Computed, theirs: Computed, gap: float = 0.002, ag
         result(f"{name}_perplexity_gap", difference, f"<={gap}", difference <= gap),
         result(f"{name}_top1_agreement", same, f">={agreement}", same >= agreement),
     ]
+
+
+@torch.no_grad()
+def _simulated(model: nn.Module, windows: Tensor, theirs: Computed | None = None) -> tuple[Computed, float]:
+    losses, likeliest, logs, divergences = [], [], [], []
+    for index, row in enumerate(windows):
+        known = functional.log_softmax(model(row[None]).logits[0, :-1].float(), -1)
+        losses.append(-known.gather(1, row[1:, None])[:, 0])
+        best = known.topk(min(LIKELIEST, known.shape[1]))
+        likeliest.append(best.indices)
+        logs.append(best.values)
+        if theirs is not None:
+            divergences.append(_divergence(theirs.logs[index], known.gather(1, theirs.likeliest[index])))
+    found = torch.cat(divergences).mean() if divergences else torch.tensor(math.nan)
+    return Computed(torch.stack(losses), torch.stack(likeliest), torch.stack(logs)), float(found)
+
+
+def _divergence(theirs: Tensor, ours: Tensor) -> Tensor:
+    """KL of one's probabilities from the other's at each place, logarithms (places, tokens) of the same tokens; what is
+    left of either is one more token. Never more than the divergence over all tokens.
+    """
+    parts = []
+    for logs in (theirs, ours):
+        left = (1 - logs.double().exp().sum(-1, keepdim=True)).clamp_min(1e-9)
+        parts.append(torch.cat((logs.double(), left.log()), -1))
+    return (parts[0].exp() * (parts[0] - parts[1])).sum(-1)

@@ -17,7 +17,7 @@ from torch import nn
 
 from experiments.in_turn import in_turn
 from experiments.models import reference_models
-from experiments.peers.served import compared, served, simulated
+from experiments.peers.served import compared, served
 from mpq.core.allocation import Allocation
 from mpq.core.assignment import random_assignment
 from mpq.core.formats import parse_format
@@ -70,10 +70,11 @@ def main() -> None:
             allocation = by_rows(model, schemes) if target == "rows" else mixed(model, schemes, floats)
             to = "mpq" if target == "rows" else target
             folder = export(model, allocation, Path(name) / target.replace(":", "-"), to=to)
-            ours = simulated(simulate(model, allocation, trainable=False), tokens)
+            ours = simulate(model, allocation, trainable=False)
             print(f"{target:10} {allocation.bits:.3f} bits", flush=True)
             theirs = served(options.vllm, "vllm", folder, tokens, dtype)
-            lines += compared(f"vllm_{target}", ours, theirs, agreement=0.9999 if dtype == "float32" else 0.97)
+            agreement = 0.9999 if dtype == "float32" else 0.97
+            lines += compared(f"vllm_{target}", ours, tokens, theirs, agreement=agreement)
     print("\n".join(lines))
 
 
