@@ -173,7 +173,7 @@ def _trace(model: nn.Module, allocation: Allocation, inputs: Any, int2: bool | N
     check_packages(TARGETS["onnx"])
     import onnx_ir
 
-    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    inputs = tuple(map(_two_samples, inputs if isinstance(inputs, tuple) else (inputs,)))
     int2 = _has_int2(allocation) if int2 is None else int2
     with evaluating(model), without_cache(model), _without_remarks():
         try:
@@ -223,6 +223,11 @@ def _without_remarks() -> Iterator[None]:
             yield
     finally:
         tracer.setLevel(before)
+
+
+def _two_samples(part: Any) -> Any:
+    """An input whose batch is not of one sample: the tracer takes sizes of one for constants."""
+    return part.repeat_interleave(2, 0) if isinstance(part, Tensor) and part.ndim and len(part) == 1 else part
 
 
 def _open_sizes(part: Any) -> dict[int, Any] | None:
