@@ -76,3 +76,19 @@ def test_wrong_names_and_counts_are_refused():
         Allocation(LAYERS, ("bf16",))
     with pytest.raises(MpqError, match="unknown layer 'nobody'"):
         make().with_schemes({"nobody": "bf16"})
+
+
+def test_an_allocation_tells_its_layers_bits_loss_and_most_frequent_schemes():
+    assert repr(make()).startswith("Allocation(3 layers at 7.072 bits, ")
+    assert "predicted loss +0.5: 1 x bf16, 1 x int4-g32, 1 x int8-channel+a:int8-token)" in repr(make())
+    layers = tuple(Layer(f"l{i}", "linear", 8, 64) for i in range(7))
+    schemes = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int4-g64", "int4-g64")
+    told = repr(Allocation(layers, schemes))
+    assert "loss" not in told
+    assert "3 x int4-g64" in told
+    assert told.endswith(", and 1 more)")
+    assert "more" not in repr(Allocation(layers[:4], schemes[:4]))
+
+
+def test_memory_without_a_cache_is_that_of_the_model():
+    assert make().memory(1000, 4) == make().total

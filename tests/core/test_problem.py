@@ -1,8 +1,9 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from problems import make_table
+from problems import make_problem, make_table
 
 from mpq.core.costs import weight_bytes
 from mpq.core.errors import MpqError
@@ -107,3 +108,12 @@ def test_a_budget_is_finite_and_not_negative(limit):
     with pytest.raises(MpqError, match="invalid budget bitops"):
         build_problem(make_table(1), budgets={"bitops": limit})
     assert build_problem(make_table(1), budgets={"bitops": 0}).budgets == {"bitops": 0.0}
+
+
+def test_a_caches_loss_and_error_are_added_to_a_prediction():
+    problem = replace(make_problem(1, layers=2), cache_loss=(0.25, 0.09))
+    choices = np.array([4, 4])
+    alone = replace(problem, cache_loss=(0.0, 0.0)).prediction(choices)
+    loss, error = problem.prediction(choices)
+    assert loss == pytest.approx(alone[0] + 0.25)
+    assert error == pytest.approx((alone[1] ** 2 + 0.09) ** 0.5)

@@ -111,3 +111,31 @@ def test_any_layer_name_comes_back_but_one_with_a_carriage_return(tmp_path):
     assert SensitivityTable.load(tmp_path / "table.csv") == table
     with pytest.raises(MpqError, match="carriage return: rename the module"):
         Layer("a\rb", "linear", 8, 8)
+
+
+def test_a_reason_is_for_a_layer_without_any_score():
+    scores = np.array([[np.nan, 0.5, 1.0], [np.nan] * 3])
+    reasoned = SensitivityTable(LAYERS, SCHEMES, scores, scores, "output", {}, {LAYERS[1].name: "no sample"})
+    assert list(reasoned.reasons) == [LAYERS[1].name]
+    with pytest.raises(MpqError, match="names embed: expected a layer whose scores are all NaN"):
+        SensitivityTable(LAYERS, SCHEMES, scores, scores, "output", {}, {"embed": "no sample"})
+
+
+@pytest.mark.parametrize("sizes", [(0, 8, 0), (16, 0, 0), (16, 8, -1)])
+def test_layers_of_impossible_sizes_are_told(sizes, tmp_path):
+    path = tmp_path / "t.csv"
+    table().save(path)
+    path.write_text(path.read_text().replace("embed,embedding,16,8,0", f"embed,embedding,{','.join(map(str, sizes))}"))
+    with pytest.raises(MpqError, match=r"layer embed of \d+ x \d+ weights"):
+        SensitivityTable.load(path)
+
+
+def test_weights_without_keys_and_values_keep_their_places():
+    scores = np.arange(6.0).reshape(2, 3)
+    entries, added = (Layer("kv", "keys", 8, 4),), np.array([[7.0, 8.0]])
+    with_cache = table(scores, scores / 2).with_entries(entries, ("kv:int4-token", "kv:int8-token"), added, added / 4)
+    assert with_cache.scores[:2, :3].tolist() == scores.tolist()
+    assert with_cache.scores[2, 3:].tolist() == [7.0, 8.0]
+    assert with_cache.errors[2, 3:].tolist() == [1.75, 2.0]
+    assert np.isnan(with_cache.scores[2, :3]).all()
+    assert np.isnan(with_cache.scores[:2, 3:]).all()

@@ -87,3 +87,16 @@ def test_a_budget_out_of_reach_is_named():
         integer(problem)
     with pytest.raises(MpqError, match="no budget"):
         integer(make_problem(1))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_only_the_budgets_that_conflict_are_named(last):
+    """Two costs that run against each other, and a third that anything meets: first or last of them."""
+    problem = make_problem(1, layers=4)
+    size = problem.costs["size"]
+    problem = replace(problem, costs={**problem.costs, "precision": size.max() - size})
+    tight = {name: between(problem, name, 0.2) for name in ("size", "precision")}
+    loose = {"bitops": 1e12}
+    budgets = {**tight, **loose} if last else {**loose, **tight}
+    with pytest.raises(MpqError, match="the budgets of size and precision cannot be met together"):
+        integer(replace(problem, budgets=budgets))

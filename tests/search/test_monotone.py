@@ -65,3 +65,21 @@ def test_fifty_layers_and_budgets():
         monotone(problem, sensitivities=[1.0])
     with pytest.raises(MpqError, match="unknown cost 'time'"):
         monotone(problem, cost="time")
+
+
+def test_groups_are_ordered_by_loss_for_each_weight():
+    """At the fewest bits that all groups take; those with one sensitivity missing, or too few, are refused."""
+    problem = make_problem(5, layers=5)
+    weights = np.array([problem.layers[group[0]].params for group in problem.groups])
+    fewest = int(np.argmin(problem.costs["size"].sum(0)))
+    expected = monotone(problem, sensitivities=problem.losses[:, fewest] / weights)
+    found = monotone(problem)
+    assert [choices.tolist() for choices in found.choices] == [choices.tolist() for choices in expected.choices]
+    lost = problem.losses.copy()
+    lost[0, fewest] = np.inf  # forbidden for one group: the next scheme that all take counts
+    possible = next(j for j in np.argsort(problem.costs["size"].sum(0), kind="stable") if j != fewest)
+    forbidden = replace(problem, losses=lost)
+    expected = monotone(forbidden, sensitivities=lost[:, possible] / weights)
+    assert np.array_equal(monotone(forbidden).losses, expected.losses)
+    with pytest.raises(MpqError, match="one number for each of 5 groups, none NaN"):
+        monotone(problem, sensitivities=[1.0, np.nan, 1.0, 1.0, 1.0])
