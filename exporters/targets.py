@@ -20,6 +20,16 @@ from mpq.exporters import measured, rules
 from mpq.exporters.caches import KINDS, LAYERS, LLAMA_TYPES, llama_options, vllm_options
 
 GROUPS = ("g32", "g64", "g128", "channel")
+# One run on zeros, in sizes of one where the graph leaves them open.
+RUN_ONNX_RUNTIME = (
+    "python -c \"import numpy, onnxruntime; s = onnxruntime.InferenceSession('{folder}/model.onnx'); print(s.run(None, "
+    "{{i.name: numpy.zeros([n if isinstance(n, int) else 1 for n in i.shape], 'int64' if 'int64' in i.type else "
+    "'float32') for i in s.get_inputs()}}))\""
+)
+RUN_OPENVINO = (
+    "python -c \"import numpy, openvino; m = openvino.compile_model('{folder}/model.onnx'); print(m([numpy.zeros("
+    '[n.min_length or 1 for n in i.partial_shape], i.element_type.to_dtype()) for i in m.inputs]))"'
+)
 
 
 def _transformers(model: Any) -> bool:
@@ -108,7 +118,7 @@ ONNX = Target(
         *("int8-channel+a:int8", "int4-channel+a:int8", "int2-channel+a:int8", "fp8-e4m3-channel+a:fp8-e4m3"),
     ),
     objection=rules.onnx, readers="ONNX Runtime", packages=("onnx", "onnxscript"), extra="onnx",
-    consumers=measured.ONNX_RUNTIME,
+    consumers=measured.ONNX_RUNTIME, command=RUN_ONNX_RUNTIME,
     reads=("inputs", "ranges"),
     sizer="mpq.exporters.onnx.file:sizer",
 )  # fmt: skip
@@ -157,6 +167,7 @@ TARGETS: Registry[Target] = Registry(
         _program(ONNX, "onnxruntime", "ONNX Runtime", readers="ONNX Runtime"),
         _program(
             ONNX, "openvino", "OpenVINO", readers="OpenVINO", consumers=measured.OPENVINO,
+            command=RUN_OPENVINO,
             **_narrower(ONNX, rules.openvino, _without(ONNX, "int2-")),
         ),
         ONNX,

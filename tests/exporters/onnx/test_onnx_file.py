@@ -1,3 +1,4 @@
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -263,6 +264,8 @@ def test_a_language_model_takes_texts_of_any_number_and_length(kind, count, tmp_
     with torch.no_grad():
         expected = simulate(model, allocation, trainable=False)(longer).logits
     assert len(found) == 1
+    command = TARGETS.named("onnxruntime").serving(str(tmp_path / "out"))
+    assert subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout.startswith("[array(")
     torch.testing.assert_close(torch.from_numpy(found[0]), expected, rtol=1e-4, atol=1e-4)
     assert model.config.use_cache
 
