@@ -25,7 +25,9 @@ GPTQ = (
 MODELOPT = (
     Consumer("vLLM", _VLLM, "0.32", "0.32", "FP8 by channel: gap 0.3 %, 96.6 %; the others by its reader alone"),
 )
-LLAMA_CPP = (Consumer("llama.cpp", ("llama-cpp-python",), "0.3.36", "0.3.36", "gap 0.09 %, 98.8 %; SmolLM2: 0.45 %, 95.3 %"),)
+LLAMA_CPP = (
+    Consumer("llama.cpp", ("llama-cpp-python",), "0.3.36", "0.3.36", "gap 0.09 %, 98.8 %; SmolLM2: 0.45 %, 95.3 %"),
+)
 MLX = (Consumer("mlx-lm", ("mlx-lm",), "0.32", "0.32", "gap 0.001 %, 100 %"),)
 ONNX_RUNTIME = (Consumer("ONNX Runtime", ("onnxruntime",), "1.32", "1.32", "gap below 0.0001 %, 100 %"),)
 OPENVINO = (Consumer("OpenVINO", ("openvino",), "2026.4", "2026.4", "gap 0.01 %, 99.2 %"),)
