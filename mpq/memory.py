@@ -27,6 +27,7 @@ from mpq.measuring import Measurer
 from mpq.network.cached import context_of, find_cached
 from mpq.network.calibration import take, tensors_in
 from mpq.network.live_activations import live_activations
+from mpq.network.samples import SAMPLES_FIRST, arrangement
 from mpq.search import frontier_of
 from mpq.search.budgets import Budgets
 from mpq.search.exact import exact
@@ -103,6 +104,8 @@ def live_in(
     sample = take(source.calibration[0], slice(0, 1))
     tokens = (context or tensors_in(sample)[0].shape[-1]) if texts else 0
     try:
+        if not texts and arrangement(source.model, source.calibration, source.loss_fn) != SAMPLES_FIRST:
+            raise MpqError("activations are counted of samples along the first dimension alone: leave out their budget")
         live = live_activations(source.model, layers, sample, source.loss_fn, batch, tokens)
     except MpqError:
         if limit is not None:

@@ -95,9 +95,12 @@ def run(options: argparse.Namespace) -> None:
     recipe.finish(options.output)
     if options.json:
         measured = [row.to_json() for row in outcome.measured]
+        live = outcome.activations
+        peak = {} if live is None else {"activations": live.peak(outcome.allocation.scheme_of)}
         say_json(
             {
                 **allocation_facts(outcome.frontier, outcome.allocation),
+                **peak,
                 "folder": str(outcome.folder),
                 "measured": measured,
             }

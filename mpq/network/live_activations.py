@@ -22,6 +22,7 @@ from mpq.core.live_activations import LayerInput, LiveActivations, Moment
 from mpq.network.cached import ARGUMENTS
 from mpq.network.calibration import Batch, LossFn, evaluating, take
 from mpq.network.calls import call_input
+from mpq.network.copies import copied
 
 
 def live_activations(
@@ -38,33 +39,38 @@ def live_activations(
     Raises:
         MpqError: the model's code looks at numbers.
     """
-    args, kwargs = _call_of(model, take(sample, slice(0, 1)), loss_fn)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-
-        def larger(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if not value.ndim or len(value) != 1:
-                return fake.from_tensor(value)
-            tokens = context and value.ndim == 2 and not value.is_floating_point()
-            return value.new_empty((batch, context) if tokens else (batch, *value.shape[1:]))
-
-        args, kwargs = tree_map(larger, (args, kwargs))
-        named = [*model.named_parameters(), *model.named_buffers()]
-        state: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in named}
-        watch = _Watch()
-        try:
+    tensors = [*model.parameters(), *model.buffers()]
+    model = copied(model, {id(tensor): tensor for tensor in tensors})  # whose code may keep what it computes
+    try:
+        args, kwargs = _call_of(model, take(sample, slice(0, 1)), loss_fn)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            args, kwargs = tree_map(partial(_larger, fake, batch, context), (args, kwargs))
+            named = [*model.named_parameters(), *model.named_buffers()]
+            state: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in named}
+            watch = _Watch()
             with torch.no_grad(), evaluating(model), _watching(model, layers, watch), watch:
                 outputs = functional_call(model, state, args, kwargs)
-        except Exception as error:
-            raise MpqError(
-                f"the activations of {type(model).__name__} cannot be counted without running it "
-                f"({type(error).__name__}: {first_line(error)}): leave out their budget"
-            ) from error
-        return LiveActivations(tuple(watch.moments(_cached(outputs))), batch, context)
+            return LiveActivations(tuple(watch.moments(_cached(outputs))), batch, context)
+    except MpqError:
+        raise
+    except Exception as error:
+        raise MpqError(
+            f"the activations of {type(model).__name__} cannot be counted without running it "
+            f"({type(error).__name__}: {first_line(error)}): leave out their budget"
+        ) from error
 
 
-class _Called(Exception):
+def _larger(fake: FakeTensorMode, batch: int, context: int, value: Any) -> Any:
+    """An argument for so many samples, of so many tokens, without numbers."""
+    if not isinstance(value, Tensor):
+        return value
+    if not value.ndim or len(value) != 1:
+        return fake.from_tensor(value)
+    tokens = context and value.ndim == 2 and not value.is_floating_point()
+    return value.new_empty((batch, context) if tokens else (batch, *value.shape[1:]))
+
+
+class _Called(BaseException):
     """Ends a call of a loss once the model's arguments are known."""
 
 

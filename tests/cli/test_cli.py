@@ -59,6 +59,7 @@ def test_a_result_is_repeated_from_its_recipe_and_kept_from_other_settings(out, 
     assert main([*job, str(tmp_path / "again"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["bits"] == Allocation.load(out / "allocation.json").bits
+    assert facts["activations"] > 0
     assert facts["measured"][-1]["bytes"] == (tmp_path / "again" / "model.safetensors").stat().st_size
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     assert main([*job, str(tmp_path / "again"), "--bits", "5"]) == 2

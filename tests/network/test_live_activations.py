@@ -97,6 +97,26 @@ def test_architectures_are_counted_at_lengths_that_nothing_runs_at() -> None:
     assert live.peak({}) <= allocated_peak(model, sample.repeat(7, 1, 1, 1)) * 1.01
 
 
+class Keeping(nn.Module):
+    """It keeps what it computes beside its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.kept = nn.Linear(8, 8), torch.ones(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.linear(x)
+        return self.kept.tanh()
+
+
+def test_a_model_that_keeps_tensors_is_left_as_it_was() -> None:
+    model = Keeping()
+    live = live_activations(model, find_layers(model), torch.zeros(1, 8), loss, 3)
+    assert live.peak({}) == 2 * 4 * 3 * 8
+    assert torch.equal(model.kept, torch.ones(1))
+    assert torch.is_tensor(model(torch.zeros(2, 8)).sum())
+
+
 class Looking(nn.Module):
     def __init__(self) -> None:
         super().__init__()
