@@ -7,8 +7,9 @@ random genome compete with every child, compatibility screening rejects a genome
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -109,12 +110,12 @@ def evolve(
     for name in settings.pool.inputs:
         statistics.get(name)
     judge = Judge(benchmark, Evaluator(statistics))
-    state = _State(judge, settings)
+    state = _Resumable(judge, settings)
     if resume is not None and Path(resume).exists():
         state.load(resume)
     elif not state.population:
         state.populate()
-    _advance(state, progress, resume)
+    _advance(state, progress, None if resume is None else partial(state.save, resume))
     if resume is not None:
         state.save(resume)
     return Evolution(state.best, tuple(state.population), tuple(state.history), dict(judge.fates))
@@ -144,22 +145,22 @@ def evolve_across(
     return Evolution(state.best, tuple(state.population), tuple(state.history), dict(judge.fates))
 
 
-def _advance(state: "_State", progress: bool, resume: str | os.PathLike[str] | None = None) -> None:
-    """Run the remaining generations."""
+def _advance(state: "_State", progress: bool, save: Callable[[], None] | None = None) -> None:
+    """Run the remaining generations; `save` is called after every few."""
     settings, done = state.settings, len(state.history) - 1
     with tqdm(total=settings.generations, initial=done, disable=None if progress else True, dynamic_ncols=True) as bar:
         for generation in range(done + 1, settings.generations + 1):
             state.step(generation)
             bar.update()
             bar.set_postfix_str(f"{state.best.fitness:.3f} {state.best.formula[:60]}", refresh=False)
-            if resume is not None and generation % SAVE_EVERY == 0:
-                state.save(resume)
+            if save is not None and generation % SAVE_EVERY == 0:
+                save()
 
 
 def random_search(
     benchmark: Benchmark, statistics: Statistics, evaluations: int, seed: int = 0, pool: Pool | None = None
 ) -> Individual:
-    """The best of `count` distinct valid random genomes: the baseline of evolution at the same budget."""
+    """The best of `evaluations` distinct valid random genomes: the baseline of evolution at the same budget."""
     check_fit(benchmark, statistics)
     judge, random, pool = Judge(benchmark, Evaluator(statistics)), np.random.default_rng(seed), pool or Pool()
     best: Individual | None = None
@@ -260,9 +261,14 @@ class _State:
             )
         )  # fmt: skip
 
+
+class _Resumable(_State):
+    """An evolution on one model, whose state can be saved."""
+
+    judge: Judge
+
     def settings_for_file(self) -> dict[str, Any]:
         """Settings that a resumed run must share."""
-        assert isinstance(self.judge, Judge)
         settings = asdict(replace(self.settings, generations=0))
         choices = self.judge.benchmark.choices
         settings["rows"] = [len(choices), int((choices * (1 + np.arange(choices.size).reshape(choices.shape))).sum())]
@@ -272,7 +278,6 @@ class _State:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state."""
-        assert isinstance(self.judge, Judge)
         content = {
             "settings": self.settings_for_file(), "population": [asdict(one) for one in self.population],
             "best": asdict(self.best), "history": self.history, "fates": self.judge.fates,
@@ -283,8 +288,7 @@ class _State:
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Load the state that `save` wrote."""
-        assert isinstance(self.judge, Judge)
-        with reading(path, "state of an evolution", "delete it to start anew"):
+        with reading(path, "state of an evolution", "delete it to start again"):
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             saved = dict(content["settings"])
             self.population = [_individual(one) for one in content["population"]]

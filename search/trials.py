@@ -57,7 +57,7 @@ def open_storage(storage: str | os.PathLike[str] | None) -> BaseStorage:
             raise MpqError(f"the storage {name} cannot be opened ({reason}): {remedy}") from error
     with refusals(name):
         os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
-    with reading(name, "journal of a search", "delete it to start anew"):
+    with reading(name, "journal of a search", "delete it to start again"):
         return JournalStorage(CheckedJournal(name))
 
 

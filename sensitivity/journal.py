@@ -79,7 +79,7 @@ class Journal:
             os.fsync(stream.fileno())
 
     def _read(self, path: Path, settings: Mapping[str, Any]) -> None:
-        with reading(path, "record of an unfinished profile", "delete it to start anew"):
+        with reading(path, "record of an unfinished profile", "delete it to start again"):
             content = path.read_bytes()
             whole = content.rfind(b"\n") + 1
             lines = [_checked(line) for line in content[:whole].split(b"\n")[:-1]]

@@ -84,7 +84,7 @@ def test_a_cut_frontier_file_is_refused(tmp_path):
     whole = path.read_text()
     for text in (whole[:-9], "", whole.split("\n")[0], whole.replace("loss", "lost", 1)):
         path.write_text(text)
-        with pytest.raises(MpqError, match="no whole frontier"):
+        with pytest.raises(MpqError, match="not a valid frontier"):
             SavedFrontier.load(path)
 
 

@@ -6,7 +6,7 @@ positive, since ONNX shifts unsigned integers only and divides towards zero.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def export_integer(program: IntegerProgram, path: str | os.PathLike[str], sample
 class _Graph:
     def __init__(self, program: IntegerProgram) -> None:
         self.program, self.nodes, self.constants = program, list[Any](), list[Any]()
+        self.makers = {step.output: step for step in program.steps}
 
     def constant(self, name: str, values: Any, kind: Any) -> str:
         from onnx import numpy_helper
@@ -112,7 +113,7 @@ def _layer(graph: _Graph, step: Step) -> None:
 
 def _rescale(graph: _Graph, step: Step) -> None:
     values, name = step.values, step.output
-    dims = _dims(graph.program, step)
+    dims = _dims(graph.makers, step)
     products = []
     for i, (term, multiplier) in enumerate(zip(step.inputs, values["multipliers"], strict=True)):
         shape = (1, -1, *(1,) * (dims - 2))
@@ -142,9 +143,8 @@ def _rescale(graph: _Graph, step: Step) -> None:
         graph.node("Cast", [clipped], name, to=TensorProto.UINT8)
 
 
-def _dims(program: IntegerProgram, step: Step) -> int:
+def _dims(makers: Mapping[str, Step], step: Step) -> int:
     """Dimensions of a rescaled value, from the operation of its first term."""
-    makers = {one.output: one for one in program.steps}
     maker = makers.get(step.inputs[0])
     while maker is not None:
         if maker.operation in ("conv", "linear"):

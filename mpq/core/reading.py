@@ -34,16 +34,16 @@ def reading(path: str | os.PathLike[str], what: str, remedy: str) -> Iterator[No
     except MpqError as error:
         if name in str(error):
             raise
-        raise MpqError(f"{name} is no whole {what} ({error}): {remedy}") from error
+        raise MpqError(f"{name} is not a valid {what} ({error}): {remedy}") from error
     except OSError as error:
         raise MpqError(f"cannot read the {what} {name}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise MpqError(f"{name} is no {what}: it is not a text file") from error
+        raise MpqError(f"{name} is not a valid {what}: it is not a text file") from error
     except RecursionError as error:
-        raise MpqError(f"{name} is no whole {what} (nested too deeply): {remedy}") from error
+        raise MpqError(f"{name} is not a valid {what} (nested too deeply): {remedy}") from error
     except DAMAGE as error:
         reason = f"no {error}" if isinstance(error, KeyError) else _one_line(error)
-        raise MpqError(f"{name} is no whole {what} ({reason}): {remedy}") from error
+        raise MpqError(f"{name} is not a valid {what} ({reason}): {remedy}") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -57,7 +57,7 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
     values = make().to_json()
     damage(values)
     path.write_text(json.dumps(values))
-    with pytest.raises(MpqError, match=r"allocation\.json is no whole allocation"):
+    with pytest.raises(MpqError, match=r"allocation\.json is not a valid allocation"):
         Allocation.load(path)
 
 
@@ -65,7 +65,7 @@ def test_a_truncated_or_missing_file_is_refused(tmp_path):
     path = tmp_path / "allocation.json"
     make().save(path)
     path.write_text(path.read_text()[:-40])
-    with pytest.raises(MpqError, match="no whole allocation"):
+    with pytest.raises(MpqError, match="not a valid allocation"):
         Allocation.load(path)
     with pytest.raises(MpqError, match="cannot read"):
         Allocation.load(tmp_path / "none.json")

@@ -43,7 +43,7 @@ def test_damaged_and_missing_files_are_told(tmp_path):
     whole = path.read_bytes()
     for cut in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(MpqError, match="no whole interactions"):
+        with pytest.raises(MpqError, match="not a valid interactions"):
             Interactions.load(path)
 
 

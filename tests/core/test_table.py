@@ -57,7 +57,7 @@ def test_every_cut_of_the_file_is_noticed(tmp_path):
     whole = path.read_text()
     for length in range(len(whole)):
         path.write_text(whole[:length])
-        with pytest.raises(MpqError, match=r"t\.csv is no whole sensitivity table"):
+        with pytest.raises(MpqError, match=r"t\.csv is not a valid sensitivity table"):
             SensitivityTable.load(path)
 
 
@@ -69,7 +69,7 @@ def test_garbled_files_are_told(tmp_path, old, new):
     path = tmp_path / "t.csv"
     table().save(path)
     path.write_text(path.read_text().replace(old, new, 1))
-    with pytest.raises(MpqError, match=r"t\.csv is no whole sensitivity table"):
+    with pytest.raises(MpqError, match=r"t\.csv is not a valid sensitivity table"):
         SensitivityTable.load(path)
 
 

@@ -77,7 +77,7 @@ def test_files_give_the_same_benchmark_and_broken_ones_are_refused(tmp_path):
         if "int5" in broken:
             assert Benchmark.load(path).schemes != table.schemes
             continue
-        with pytest.raises(MpqError, match="no whole benchmark"):
+        with pytest.raises(MpqError, match="not a valid benchmark"):
             Benchmark.load(path)
     with pytest.raises(MpqError, match="cannot read"):
         Benchmark.load(tmp_path / "none.csv")

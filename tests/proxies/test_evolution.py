@@ -101,7 +101,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path):
     with pytest.raises(MpqError, match=r"other settings \(rows\)"):
         evolve(BENCHMARK.take(range(30)), STATISTICS, SMALL, resume=path, progress=False)
     path.write_text(json.dumps({"settings": 1}))
-    with pytest.raises(MpqError, match="no whole state of an evolution"):
+    with pytest.raises(MpqError, match="not a valid state of an evolution"):
         run(resume=path)
 
 

@@ -41,7 +41,7 @@ def test_other_settings_are_refused(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "j").write_text("layer,kind\n1,2\n")
-    with pytest.raises(MpqError, match="no whole record of an unfinished profile"):
+    with pytest.raises(MpqError, match="not a valid record of an unfinished profile"):
         Journal(tmp_path / "j", SETTINGS)
     assert (tmp_path / "j").read_text() == "layer,kind\n1,2\n"
 
