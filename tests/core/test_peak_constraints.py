@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from mpq.core.errors import MpqError
@@ -24,6 +24,7 @@ moments = some.lists(
 )
 
 
+@settings(deadline=None)
 @given(moments, some.integers(0, 4000))
 def test_constraints_hold_where_the_peak_is_within_the_limit(found: list[Moment], limit: int) -> None:
     live = LiveActivations(tuple(found), 1)
