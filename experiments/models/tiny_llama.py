@@ -15,11 +15,14 @@ NAMES = {
 
 
 def tiny_llama(model: nn.Module) -> LlamaForCausalLM:
-    """Transformers' Llama with the weights of a `mpq.models.tiny_lm.TinyLM`."""
+    """Transformers' Llama with the weights of a `mpq.models.tiny_lm.TinyLM`.
+
+    Positions go on beyond the context that it was trained on: vLLM wants room for a token after a full window.
+    """
     own = model.config
     config = LlamaConfig(
         vocab_size=own.vocabulary, hidden_size=own.width, intermediate_size=own.hidden, num_hidden_layers=own.layers,
-        num_attention_heads=own.heads, num_key_value_heads=own.kv_heads, max_position_embeddings=own.context,
+        num_attention_heads=own.heads, num_key_value_heads=own.kv_heads, max_position_embeddings=2 * own.context,
         rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     llama = LlamaForCausalLM(config)
