@@ -78,12 +78,12 @@ def test_a_refusal_imports_no_more_than_the_structure_needs(bare, tmp_path):
     assert done.stdout == "2 []\n"
 
 
-def test_a_device_that_is_not_there_is_told(tmp_path, capsys):
+def test_a_device_that_is_not_there_is_reported(tmp_path, capsys):
     assert main(["quantize", "tiny-lm", "--bits", "4", "--device", "cuda:99", "-o", str(tmp_path / "out")]) == 2
     assert "no device 'cuda:99' here" in capsys.readouterr().err
 
 
-def test_what_no_kernel_computes_is_told():
+def test_what_no_kernel_computes_is_reported():
     entries = (Layer("cache.0.keys", "keys", 2, 80), Layer("cache.0.values", "values", 2, 80))
     fast = ("int4-g128", "int8-channel+a:int8-token", "nf4-g64", "int2-g64/int4-g64@3.25")
     assert without_kernels(fast, CACHE_FORMATS, entries) == []

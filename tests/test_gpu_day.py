@@ -32,7 +32,7 @@ def test_a_part_is_stopped_in_time_with_all_its_processes(tmp_path):
     assert run_part(["-c", "raise SystemExit(3)"], log, 1)[0] == 3
 
 
-def test_without_a_device_that_is_said(tmp_path, monkeypatch, capsys):
+def test_without_a_device_that_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_day, "device_name", lambda: "")
     monkeypatch.setattr("sys.argv", ["gpu_day", "--output", str(tmp_path / "out")])
     gpu_day.main()

@@ -75,7 +75,7 @@ def test_a_task_of_ones_own_gives_what_the_model_answers(folder, capsys):
     assert result["value"] == accuracy(folder)
 
 
-def test_unknown_tasks_and_other_models_are_told(folder, tmp_path, capsys):
+def test_unknown_tasks_and_other_models_are_reported(folder, tmp_path, capsys):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'mpq[tasks]'")
     nameless = tmp_path / "nameless.yaml"
     nameless.write_text("dataset_path: json\n")
@@ -85,7 +85,7 @@ def test_unknown_tasks_and_other_models_are_told(folder, tmp_path, capsys):
     assert "no task 'colour'" in capsys.readouterr().err
 
 
-def test_a_missing_harness_is_told_in_a_sentence(folder, monkeypatch, capsys):
+def test_a_missing_harness_is_reported_in_a_sentence(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["eval", str(folder / "out"), "--tasks", "hellaswag"]) == 2
     assert "pip install 'mpq[tasks]'" in capsys.readouterr().err

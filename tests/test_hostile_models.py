@@ -175,7 +175,7 @@ def test_what_is_loaded_computes_what_was_simulated(name, tmp_path):
         torch.testing.assert_close(loaded(X), expected, rtol=0.02 if name == "autocast" else 1e-3, atol=1e-3)
 
 
-def test_what_cannot_be_copied_is_told():
+def test_what_cannot_be_copied_is_reported():
     model = net()
     model.lock = threading.Lock()
     with pytest.raises(MpqError, match=r"Sequential cannot be copied .*lock"):
@@ -239,7 +239,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_data_and_losses_that_do_not_do_are_told_in_a_sentence(kind):
+def test_data_and_losses_that_do_not_do_are_reported_in_a_sentence(kind):
     batches, loss, told = WRONG[kind]
     kept = X.clone()
     try:
@@ -266,7 +266,7 @@ FACES = {
 
 
 @pytest.mark.parametrize("kind", FACES)
-def test_arguments_of_another_type_are_told_in_a_sentence(kind, tmp_path, monkeypatch):
+def test_arguments_of_another_type_are_reported_in_a_sentence(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call, told = FACES[kind]
     with pytest.raises(MpqError, match=told):
@@ -304,7 +304,7 @@ def test_a_model_may_return_its_loss(metric):
     assert (table.scores > 0).all()
 
 
-def test_a_forward_that_holds_on_to_the_original_is_told(tmp_path):
+def test_a_forward_that_holds_on_to_the_original_is_reported(tmp_path):
     model = net()
     first, last = model[0], model[2]
     model.forward = lambda x: last(first(x).relu())
@@ -314,7 +314,7 @@ def test_a_forward_that_holds_on_to_the_original_is_told(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_packed_model_that_does_not_run_is_told(tmp_path):
+def test_a_packed_model_that_does_not_run_is_reported(tmp_path):
     class Functional(nn.Sequential):
         def forward(self, x):
             return self[2](torch.func.functional_call(self[0], {"weight": 2 * self[0].weight}, (x,)))

@@ -66,7 +66,7 @@ def test_random_allocations_fill_their_budget(bits):
         assert len({tuple(random_choices(problem, bits, generator)) for _ in range(20)}) > 10
 
 
-def test_unreachable_budgets_are_told():
+def test_unreachable_budgets_are_reported():
     with pytest.raises(MpqError, match="below the smallest allocation's"):
         random_choices(build_problem(tables()["loss"]), 1.0, np.random.default_rng(0))
 
@@ -129,7 +129,7 @@ def test_the_figure_shows_the_facts(judgement, tmp_path):
     assert Path(tmp_path / "judge.png").stat().st_size > 5000
 
 
-def test_tables_that_differ_are_told():
+def test_tables_that_differ_are_reported():
     found = tables()
     layers = (Layer("other", "linear", 3, 3),)
     found["odd"] = SensitivityTable(layers, SCHEMES, np.ones((1, 4)), np.zeros((1, 4)), "odd")

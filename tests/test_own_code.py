@@ -134,7 +134,7 @@ def test_loaded_models_compute_what_simulated_ones_do(name, scheme, tmp_path):
         assert (model(inputs) - expected).abs().max() > 1e-4  # the formats are seen
 
 
-def test_modules_with_code_of_their_own_are_told_from_plain_ones():
+def test_modules_with_code_of_their_own_are_distinguished_from_plain_ones():
     assert own_code(Scaled(4, 4))
     assert own_code(Standardized(4, 4, 1))
     assert not own_code(nn.Linear(4, 4))

@@ -87,7 +87,7 @@ def test_a_metrics_options_are_reached(tmp_path, capsys):
     assert "did you mean max_probes" in capsys.readouterr().err
 
 
-def test_the_version_is_told(capsys):
+def test_the_version_is_reported(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
     assert caught.value.code == 0

@@ -66,7 +66,7 @@ def test_training_starts_from_the_folders_codes(packed):
         (["PACKED", "-o", "PACKED"], "its own source"),
     ],
 )
-def test_mistakes_are_told_at_once(packed, arguments, message, capsys):
+def test_mistakes_are_reported_at_once(packed, arguments, message, capsys):
     begun = time.monotonic()
     assert main(["finetune", *(argument.replace("PACKED", str(packed)) for argument in arguments)]) == 2
     error = capsys.readouterr().err

@@ -48,7 +48,7 @@ def test_bad_recipes_are_named(text, message, tmp_path):
         parsed(["quantize", "--recipe", str(tmp_path / "bad.yaml"), "-o", "out"])
 
 
-def test_no_model_at_all_is_told():
+def test_no_model_at_all_is_reported():
     with pytest.raises(MpqError, match="no model"):
         recipe.fill(parsed(["quantize", "--bits", "4", "-o", "out"]))
 

@@ -35,7 +35,7 @@ def test_files_give_back_what_was_saved(tmp_path):
     assert np.array_equal(again.pairs, found.pairs)
 
 
-def test_damaged_and_missing_files_are_told(tmp_path):
+def test_damaged_and_missing_files_are_reported(tmp_path):
     path = tmp_path / "pairs.npz"
     with pytest.raises(MpqError, match="cannot read"):
         Interactions.load(path)

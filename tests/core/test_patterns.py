@@ -33,6 +33,6 @@ def test_a_pattern_without_match_names_its_neighbours():
         match_names(["head", "blocks.0.qproj"], NAMES)
 
 
-def test_a_broken_regex_is_told():
+def test_a_broken_regex_is_reported():
     with pytest.raises(MpqError, match="invalid regular expression"):
         match_names("re:blocks.(", NAMES)

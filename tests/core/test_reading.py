@@ -42,7 +42,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_files_are_told_in_one_sentence(name, damage, tmp_path):
+def test_damaged_files_are_reported_in_one_sentence(name, damage, tmp_path):
     if name == "d.txt" and damage != "not UTF-8":
         pytest.skip("any text is data")
     if (name, damage) == ("c.json", "infinite"):

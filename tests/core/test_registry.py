@@ -66,7 +66,7 @@ def test_tables_name_every_entry(metrics):
     assert Registry(Search, "search", "mpq.tests", []).names() == ()
 
 
-def test_a_former_name_is_understood_and_told():
+def test_a_former_name_is_understood_and_reported():
     from mpq.search import SEARCHES
 
     with pytest.warns(UserWarning, match="search 'quadratic' is 'pairwise' now"):

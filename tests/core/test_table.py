@@ -65,7 +65,7 @@ def test_every_cut_of_the_file_is_noticed(tmp_path):
     ("old", "new"),
     [("score", "skore"), ("0.1,", "zero,"), ("int4-g32", "int4-g3x"), ("output", "fisher"), ("linear,3", "linear,4")],
 )
-def test_garbled_files_are_told(tmp_path, old, new):
+def test_garbled_files_are_reported(tmp_path, old, new):
     path = tmp_path / "t.csv"
     table().save(path)
     path.write_text(path.read_text().replace(old, new, 1))
@@ -73,7 +73,7 @@ def test_garbled_files_are_told(tmp_path, old, new):
         SensitivityTable.load(path)
 
 
-def test_binary_and_missing_files_are_told(tmp_path):
+def test_binary_and_missing_files_are_reported(tmp_path):
     (tmp_path / "t.csv").write_bytes(bytes(range(256)))
     with pytest.raises(MpqError, match="not a text file"):
         SensitivityTable.load(tmp_path / "t.csv")
@@ -122,7 +122,7 @@ def test_a_reason_is_for_a_layer_without_any_score():
 
 
 @pytest.mark.parametrize("sizes", [(0, 8, 0), (16, 0, 0), (16, 8, -1)])
-def test_layers_of_impossible_sizes_are_told(sizes, tmp_path):
+def test_layers_of_impossible_sizes_are_reported(sizes, tmp_path):
     path = tmp_path / "t.csv"
     table().save(path)
     path.write_text(path.read_text().replace("embed,embedding,16,8,0", f"embed,embedding,{','.join(map(str, sizes))}"))

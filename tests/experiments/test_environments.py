@@ -21,7 +21,7 @@ def test_an_environment_that_is_there_is_taken(tmp_path, monkeypatch):
     assert python_of("json", tmp_path) == str(tmp_path / "json" / "bin" / "python")
 
 
-def test_what_cannot_be_installed_is_said(tmp_path, monkeypatch):
+def test_what_cannot_be_installed_is_reported(tmp_path, monkeypatch):
     wanted = Environment("nothing", ("--no-index", "--find-links", str(tmp_path), "mpq-no-such-package"))
     monkeypatch.setitem(environments.ENVIRONMENTS, "nothing", wanted)
     with pytest.raises(Unavailable, match=r"nothing could not be installed within 1 minutes: .*mpq-no-such-package"):

@@ -90,7 +90,7 @@ def test_targets_of_llm_compressor_may_be_expressions():
     assert schemes == ("int4-g128",) * 8 + ("bf16",) * 4
 
 
-def test_what_a_tool_cannot_hold_is_said():
+def test_what_a_tool_cannot_hold_is_reported():
     allocation = Allocation(LAYERS[:1], ("nf4-g64",))
     with pytest.raises(MpqError, match=r"gptqmodel does not support layer model\.layers\.0\S* in nf4-g64 .* is int4-g"):
         write_configuration("gptqmodel", allocation)

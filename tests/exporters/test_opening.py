@@ -121,7 +121,7 @@ def test_the_command_line_measures_and_continues_them(source, tmp_path, capsys):
     assert "has no tokenizer" in capsys.readouterr().err
 
 
-def test_what_cannot_be_read_is_told_in_a_sentence(source, tmp_path):
+def test_what_cannot_be_read_is_reported_in_a_sentence(source, tmp_path):
     folder, _ = written(source, "gptq", tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
     expected = ("awq", "weights of 'awq', which mpq does not read"), ("gptq", "second layout"), ([1], "weights of")

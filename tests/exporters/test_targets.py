@@ -71,7 +71,7 @@ def test_searches_are_restricted_to_what_can_be_served():
     assert restrict(table, TARGETS["mpq"]).forbid == {}
 
 
-def test_layers_that_hold_nothing_stay_in_bf16_and_that_is_said():
+def test_layers_that_hold_nothing_stay_in_bf16_and_that_is_reported():
     table = SensitivityTable((EMBEDDING, LINEAR), ("int4-g64",), [[1.0], [2.0]], [[0.1], [0.1]], "x")
     held = restrict(table, TARGETS["vllm"])
     assert held.sentence.startswith("vllm supports embed in none of the formats (it quantizes linear layers")
@@ -122,7 +122,7 @@ def test_mixes_go_to_our_checkpoint_alone():
 
 
 @pytest.mark.parametrize(("number", "warns"), [("1.0", True), ("0.32.7", False), ("0.33", False), ("0.31.9", True)])
-def test_another_version_than_the_measured_ones_is_told(number, warns, monkeypatch, caplog):
+def test_another_version_than_the_measured_ones_is_reported(number, warns, monkeypatch, caplog):
     monkeypatch.setattr(consumers, "version", lambda package: number)
     target = Target("mine", print, consumers=(Consumer("Mine", ("mine",), "0.32", "0.33", ""),))
     tell_versions(target)

@@ -136,7 +136,7 @@ def test_integer_activations():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_whatever_the_threads(dtype, level):
+def test_same_bits_for_any_number_of_threads(dtype, level):
     model, before = wide().to(dtype), torch.get_num_threads()
     try:
         found = []

@@ -63,7 +63,7 @@ def test_each_column_of_a_block_is_rounded_for_itself() -> None:
     assert errors[0] < 0.1 * errors[1]
 
 
-def test_bytes_are_those_that_are_said() -> None:
+def test_bytes_are_those_that_are_reported() -> None:
     values = vectors(24)
     stored = pack_blocks(values, FORMAT)
     assert stored.nbytes == 2 * 3 * 3 * FORMAT.block_bytes(16)

@@ -177,7 +177,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish(level):
 
 @compiled
 @pytest.mark.parametrize("formats", [("int8-token", "int4-g32"), ("fp16", "bf16"), ("int3-t64-asym", "int4-t64")])
-def test_the_same_bits_whatever_the_threads(formats, level):
+def test_the_same_bits_for_any_number_of_threads(formats, level):
     arguments, before, found = call(*formats, lengths=(1500, 3, 700), heads=6), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):

@@ -82,7 +82,7 @@ def test_equals_the_reference(level, data):  # noqa: F811
 @needs_native
 @pytest.mark.parametrize("channels", [3, 70])
 @torch.no_grad()
-def test_many_positions_are_the_same_whatever_the_threads(level, channels):  # noqa: F811
+def test_many_positions_are_the_same_for_any_number_of_threads(level, channels):  # noqa: F811
     conv = nn.Conv2d(channels, 70, 3, 1, 1)
     x = torch.randn((2, channels, 40, 37), generator=seeded(channels))
     check(x, conv, "int4-g32")

@@ -71,7 +71,7 @@ def test_models_with_a_template_are_calibrated_through_it(network):
     assert open_data("novels", network, nsamples=8, seqlen=32).other_name == "chat"
 
 
-def test_a_template_that_fails_or_is_missing_is_told(network):
+def test_a_template_that_fails_or_is_missing_is_reported(network):
     broken = replace(network, tokenizer=tokenizer_of("{{ raise_exception('no') }}"))
     with pytest.raises(MpqError, match="chat template fails"):
         open_data(None, broken, nsamples=8, seqlen=32)

@@ -65,7 +65,7 @@ def test_mean_loss_weighs_batches_by_samples():
         ([{"x": torch.ones(2)}, {"x": torch.tensor([float("inf")])}], "batch 1 holds NaN or infinite"),
     ],
 )
-def test_bad_batches_are_told(batches, message):
+def test_bad_batches_are_reported(batches, message):
     with pytest.raises(MpqError, match=message):
         check_batches(iter(batches))
 

@@ -106,12 +106,12 @@ def test_a_loss_may_be_a_float_where_it_is_only_measured():
     ],
 )
 @pytest.mark.parametrize("metric", ["kronecker", "fisher", "hessian", "kl-curvature"])
-def test_other_losses_are_told(change, message, metric):
+def test_other_losses_are_reported(change, message, metric):
     with pytest.raises(MpqError, match=message):
         profiled(ByName(False), metric, loss_fn=lambda model, batch: change(cross_entropy(model, batch)))
 
 
-def test_a_summed_loss_is_told():
+def test_a_summed_loss_is_reported():
     def summed(model, batch):
         return functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
 

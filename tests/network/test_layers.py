@@ -101,14 +101,14 @@ def test_a_sibling_alone_is_not_tied():
     assert layer.tie == ""
 
 
-def test_patterns_without_match_are_told():
+def test_patterns_without_match_are_reported():
     with pytest.raises(MpqError, match="did you mean"):
         find_layers(Tied(), exclude=("heed",))
     with pytest.raises(MpqError, match="no layer is left"):
         find_layers(Tied(), exclude="*")
 
 
-def test_models_without_layers_are_told():
+def test_models_without_layers_are_reported():
     with pytest.raises(MpqError, match="no layer to quantize"):
         find_layers(nn.Sequential(nn.ReLU()))
     with pytest.raises(MpqError, match="wrap it"):

@@ -126,7 +126,7 @@ class Looking(nn.Module):
         return self.linear(x) if float(x.sum()) > 0 else self.linear(-x)
 
 
-def test_code_that_looks_at_numbers_is_told() -> None:
+def test_code_that_looks_at_numbers_is_reported() -> None:
     model = Looking()
     with pytest.raises(MpqError, match="cannot be counted without running it"):
         live_activations(model, find_layers(model), torch.zeros(1, 8), loss)

@@ -22,7 +22,7 @@ def test_shared_tensors_count_once_in_any_memory_format():
     assert state_bytes(model) == plain + (8 * 3 * 9 + 8 * 8 * 9) * 4
 
 
-def test_tensors_without_memory_are_told_apart():
+def test_tensors_without_memory_are_distinguished():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight

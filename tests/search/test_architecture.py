@@ -176,7 +176,7 @@ def test_the_final_choice_is_within_a_cost_that_is_no_sum():
         (Kernel("head", (1,)), "steps of 2 to 0"),
     ],
 )
-def test_choices_that_cannot_be_are_told(choice, message):
+def test_choices_that_cannot_be_are_reported(choice, message):
     with pytest.raises(MpqError, match=message):
         search_of(network(), architecture=(choice,))
 

@@ -28,7 +28,7 @@ def test_a_size_is_the_whole_models():
     assert allocate(table, size=f"{whole}B").allocation.total <= whole
 
 
-def test_what_does_not_go_together_is_told():
+def test_what_does_not_go_together_is_reported():
     table = make_table(1)
     for options, message in (
         ({}, "give one budget"),

@@ -85,7 +85,7 @@ def test_few_data_first_and_the_rest_for_the_survivors():
         assert tuple(choices) in {one.choices for one in found.evaluations}
 
 
-def test_a_loss_that_is_no_number_is_left_out_and_told(caplog):
+def test_a_loss_that_is_no_number_is_left_out_and_reported(caplog):
     def fails(schemes):
         return sum(map(ord, " ".join(schemes))) % 4 == 0
 
@@ -277,7 +277,7 @@ def test_databases_are_storages_too(tmp_path):
     assert again.evaluations == found.evaluations
 
 
-def test_mistakes_are_told(tmp_path):
+def test_invalid_arguments_are_refused(tmp_path):
     problem = problem_within()
     free = replace(problem, budgets={})
     for wrong in ({"sampler": "switch"}, {"sampler": "nsga2", "shares": (0.5, 1.0)}):

@@ -240,12 +240,12 @@ def test_ctrl_c_loses_nothing_but_the_running_step(tmp_path):
         ({"include": "nothing"}, "matches nothing"),
     ],
 )
-def test_mistakes_are_told(wrong, message):
+def test_invalid_arguments_are_refused(wrong, message):
     with pytest.raises(MpqError, match=message):
         OneShot(seed_weights(Convolutions()), **{"space": SPACE, **wrong})
 
 
-def test_unreachable_bit_operations_are_told_at_the_first_pass():
+def test_unreachable_bit_operations_are_reported_at_the_first_pass():
     model, ((inputs, _), *_) = seed_weights(Convolutions()), class_batches((4, 6, 6))
     search = OneShot(model, SPACE, target=0.01)
     with pytest.raises(MpqError, match=r"cannot be reached: these schemes cost 0\.0625 to 1"), search.sample():

@@ -77,7 +77,7 @@ def test_stopped_early_it_says_how_far_it_can_be_off():
     assert problem.totals(found.choices[0])["size"] <= problem.budgets["size"] * (1 + 1e-9)
 
 
-def test_mistakes_are_told():
+def test_invalid_arguments_are_refused():
     problem = replace(make_problem(1), budgets={"size": 1e9})
     interactions = make_interactions(problem, 1)
     with pytest.raises(MpqError, match="needs at least one"):
@@ -88,6 +88,6 @@ def test_mistakes_are_told():
         pairwise(replace(problem, budgets={"size": 1.0}), interactions=interactions)
 
 
-def test_what_a_search_needs_is_told():
+def test_what_a_search_needs_is_reported():
     with pytest.raises(MpqError, match="the search pairwise also needs interactions: measure"):
         frontier_of(make_table(0, 3), search="pairwise", budgets={"size": 1e6})

@@ -82,7 +82,7 @@ def test_a_loss_out_of_reach_names_the_range():
     assert cheapest(problem, loss=2 * float(worst)).costs[0] == costs[:, 0].min()
 
 
-def test_mistakes_are_told():
+def test_invalid_arguments_are_refused():
     with pytest.raises(MpqError, match="unknown cost 'time'"):
         surface(make_problem(1), ("size", "time"))
     with pytest.raises(MpqError, match="two different costs"):

@@ -132,6 +132,6 @@ def test_the_first_samples_are_used():
 
 
 @pytest.mark.parametrize("options", [{"operator": "hesian"}, {"backend": "pihessian"}])
-def test_unknown_curvatures_and_backends_are_told(options):
+def test_unknown_curvatures_and_backends_are_reported(options):
     with pytest.raises(MpqError, match="unknown"):
         eigenvalue(CASES["mlp"](), **options)

@@ -74,7 +74,7 @@ def test_rows_of_the_design_are_orthogonal_signs():
     assert torch.equal(rows @ rows.T, 16 * torch.eye(16))
 
 
-def test_curved_layers_are_told_from_straight_ones():
+def test_curved_layers_are_distinguished_from_straight_ones():
     assert straight_layers(CASES["mlp"]()) == [False, False, True]
     assert straight_layers(CASES["tied"]()) == [False] * 3
 

@@ -71,6 +71,6 @@ def test_experts_are_scored_sample_by_sample():
         assert scores[i, 0] == pytest.approx(numbers.mean().item(), rel=1e-3)
 
 
-def test_unknown_labels_are_told():
+def test_unknown_labels_are_reported():
     with pytest.raises(MpqError, match="not 'dta'"):
         gradient(CASES["mlp"](), labels="dta")

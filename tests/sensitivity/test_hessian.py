@@ -88,7 +88,7 @@ def test_the_pyhessian_backend_agrees():
 
 
 @pytest.mark.parametrize("options", [{"operator": "hesian"}, {"backend": "pihessian"}])
-def test_unknown_curvatures_and_backends_are_told(options):
+def test_unknown_curvatures_and_backends_are_reported(options):
     with pytest.raises(MpqError, match="unknown"):
         hessian(CASES["mlp"](), **options)
 
@@ -226,6 +226,6 @@ def exact_blocks_with_plain_attention(task):
     return np.array([blocks[i][i].trace().item() for i in range(len(blocks))])
 
 
-def test_bad_probe_numbers_are_told():
+def test_bad_probe_numbers_are_reported():
     with pytest.raises(MpqError, match="min_probes"):
         hessian_traces(CASES["mlp"](), min_probes=1, max_probes=3)

@@ -67,6 +67,6 @@ def test_files_and_provenance(tmp_path):
     assert all(parameter.requires_grad for parameter in task.model.parameters())
 
 
-def test_unknown_ways_are_told():
+def test_unknown_ways_are_reported():
     with pytest.raises(MpqError, match="not 'guess'"):
         found(CASES["mlp"](), "guess")

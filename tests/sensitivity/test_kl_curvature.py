@@ -203,7 +203,7 @@ def test_layers_that_see_some_positions_of_many_samples_come_sample_by_sample():
         torch.testing.assert_close(rows(layer)[0], torch.stack(expected, 1), rtol=1e-4, atol=1e-12)
 
 
-def test_what_cannot_be_asked_for_is_said():
+def test_what_cannot_be_asked_for_is_reported():
     with pytest.raises(MpqError, match="position"):
         kl_curvature(CASES["mlp"](), estimate="token")
     with pytest.raises(MpqError, match="labels"):

@@ -37,6 +37,6 @@ def test_the_model_is_left_alone_and_the_seed_decides():
 
 
 @pytest.mark.parametrize("options", [{"noise": 0}, {"draws": 0}])
-def test_bad_noise_is_told(options):
+def test_bad_noise_is_reported(options):
     with pytest.raises(MpqError, match="options of linearity"):
         linearity(CASES["mlp"](), **options)

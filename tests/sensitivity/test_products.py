@@ -46,7 +46,7 @@ def test_gauss_newton_of_cross_entropy_has_no_negative_eigenvalue():
     assert torch.linalg.eigvalsh(hessian_matrix(CASES["mlp"]())).min() < -1e-3 * matrix.norm()
 
 
-def test_plain_attention_is_said_once(caplog):
+def test_plain_attention_is_reported_once(caplog):
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
@@ -75,7 +75,7 @@ class _OnceOnly(torch.autograd.Function):
         raise RuntimeError("derivative for once_only is not implemented")
 
 
-def test_operations_without_derivatives_are_told():
+def test_operations_without_derivatives_are_reported():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()

@@ -228,7 +228,7 @@ def test_nan_weights_name_the_layer():
         ({"include": ["frist"]}, "matches nothing: did you mean first"),
     ],
 )
-def test_unknown_names_are_told(options, message):
+def test_unknown_names_are_reported(options, message):
     with pytest.raises(MpqError, match=message):
         run(**{"metric": "fisher", **options})
 
@@ -249,7 +249,7 @@ def test_activations_are_scored(metric):
         assert (scores[:, 1] > scores[:, 0]).all()
 
 
-def test_no_data_and_no_formats_are_told():
+def test_no_data_and_no_formats_are_reported():
     with pytest.raises(MpqError, match="no calibration batches"):
         profile(mlp(), [], cross_entropy, SCHEMES)
     with pytest.raises(MpqError, match="no formats"):

@@ -124,7 +124,7 @@ def test_a_table_of_rows_survives_an_interruption_and_its_file(tmp_path, monkeyp
     assert set(whole.assignments) == {layer.name for layer in whole.layers}
 
 
-def test_what_cannot_be_asked_for_is_said():
+def test_what_cannot_be_asked_for_is_reported():
     for settings, said in (
         ({"granularity": "column"}, "unknown granularity"),
         ({"granularity": "row", "metric": "fisher"}, "kl-curvature"),

@@ -137,7 +137,7 @@ def test_samples_without_labels_do_not_hide_that_batches_can_be_cut(caplog):
     assert not caplog.text
 
 
-def test_a_random_loss_is_said(caplog):
+def test_a_random_loss_is_reported(caplog):
     def noisy(model, batch):
         return model(batch).square().mean() * torch.rand(())
 
@@ -167,7 +167,7 @@ def test_batches_may_be_dataclasses():
     np.testing.assert_array_equal(own, scores(model, [(batch.x, batch.y)], last_step, "fisher"))
 
 
-def test_a_batch_of_another_kind_is_said():
+def test_a_batch_of_another_kind_is_reported():
     with pytest.raises(MpqError, match="calibration batch 0, a object, holds no tensor"):
         scores(nn.Sequential(nn.Linear(4, 3)), [object()], last_step, "loss")
 

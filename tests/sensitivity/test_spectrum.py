@@ -67,6 +67,6 @@ def test_layers_can_be_chosen_and_the_model_is_left_alone():
 
 
 @pytest.mark.parametrize(("options", "message"), [({"steps": 0}, "at least one"), ({"operator": "x"}, "unknown")])
-def test_bad_requests_are_told(options, message):
+def test_bad_requests_are_reported(options, message):
     with pytest.raises(MpqError, match=message):
         spectrum(mlp(), BATCHES, cross_entropy, progress=False, **options)

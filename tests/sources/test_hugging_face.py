@@ -307,7 +307,7 @@ def test_a_damaged_tokenizer_is_named_and_not_the_text(small_llama, content, cap
     assert "good.txt" not in str(told.value)
 
 
-def test_tensors_without_a_place_are_told(small_llama, caplog):
+def test_tensors_without_a_place_are_reported(small_llama, caplog):
     weights = small_llama / "model.safetensors"
     save_file(load_file(weights) | {"model.other.weight": torch.ones(2, 2)}, weights, {"format": "pt"})
     open_network(str(small_llama))
@@ -340,7 +340,7 @@ def test_configs_with_infinities_and_without_a_context_go_through(tmp_path, caps
     assert open_network(str(tmp_path / "xlnet")).context is None
 
 
-def test_a_config_that_makes_no_model_is_told(tmp_path, small_llama):
+def test_a_config_that_makes_no_model_is_reported(tmp_path, small_llama):
     folder = tmp_path.parent / f"{tmp_path.name}-out"
     model = open_network(str(small_llama)).model
     checkpoint.export(ExportRequest(model, Allocation(find_layers(model)[:1], ("int8-channel",)), folder))

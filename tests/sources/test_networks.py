@@ -84,7 +84,7 @@ def test_an_image_classifier_folder(tmp_path):
     model.load_state_dict(network.model.state_dict())
 
 
-def test_unknown_names_are_told_the_nearest(tmp_path):
+def test_unknown_names_are_reported_the_nearest(tmp_path):
     with pytest.raises(MpqError, match="unknown model 'tiny-ml': did you mean tiny-lm"):
         open_network("tiny-ml")
     with pytest.raises(MpqError, match=r"no config\.json"):

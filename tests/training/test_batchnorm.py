@@ -68,7 +68,7 @@ def test_frozen_norms_train_as_the_folded_model_would():
     assert not torch.equal(model.norm.running_mean, mean)
 
 
-def test_what_cannot_be_folded_is_told():
+def test_what_cannot_be_folded_is_reported():
     images = torch.ones(2, 4)
     with pytest.raises(MpqError, match="batch normalization 1 does not follow a layer"):
         fold_batchnorm(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)), images, forward)

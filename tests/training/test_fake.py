@@ -108,7 +108,7 @@ def test_ranges_are_a_moving_average_that_only_training_moves():
     torch.testing.assert_close(inputs.grad[0], weight.sum(0) * torch.tensor([0.0, 1.0, 1.0]))  # clipped: no gradient
 
 
-def test_inputs_that_are_no_numbers_are_told():
+def test_inputs_that_are_no_numbers_are_reported():
     model = nn.Sequential(nn.Linear(3, 2))
     attached(model, "bf16+a:int8")
     for value in (float("nan"), float("-inf")):
@@ -159,7 +159,7 @@ def test_the_method_finds_the_scales():
     assert (rounded - model[0].weight).square().sum() < (nearest - model[0].weight).square().sum()
 
 
-def test_mistakes_are_told():
+def test_invalid_arguments_are_refused():
     model = nn.Sequential(nn.Linear(4, 4))
     layers = find_layers(model)
     with pytest.raises(MpqError, match="unknown layer '1'"):

@@ -115,7 +115,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(kind, changes, message, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_a_window_that_llama_cpp_does_not_know_is_said(caplog):
+def test_a_window_that_llama_cpp_does_not_know_is_reported(caplog):
     with caplog.at_level(logging.WARNING):
         check_config(model_of("gemma3_text").config)
         check_config(model_of("qwen2").config)

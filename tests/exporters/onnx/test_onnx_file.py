@@ -214,7 +214,7 @@ def test_outputs_are_compared_without_onnxruntime(build, inputs, schemes, no_run
         read_back(tmp_path / "out" / "model.onnx", model, allocation, matrices, (inputs,), None)
 
 
-def test_what_no_reader_runs_is_told(no_runtime, monkeypatch, tmp_path, caplog):
+def test_what_no_reader_runs_is_reported(no_runtime, monkeypatch, tmp_path, caplog):
     def refuse(file, inputs):
         raise NotImplementedError("no Gelu")
 

@@ -143,7 +143,7 @@ def test_errors_say_what_came():
         torch.ops.mpq.linear(random(2, COLS), tensors, None, *facts, "int9")
 
 
-def test_thousands_of_weights_are_told_apart():
+def test_thousands_of_weights_are_distinguished():
     """More than there are places for: those without one are computed by way of Python."""
     for cols in range(1, 5001):
         cpu._plan("int8-channel", 3, cols)

@@ -182,7 +182,7 @@ def test_panels_are_unpacked_exactly(name, rows, cols):
 @pytest.mark.parametrize(
     ("dtype", "activation"), [(torch.float32, ""), (torch.bfloat16, ""), (torch.float32, "int8-channel")]
 )
-def test_same_bits_whatever_the_threads_and_every_element_written(level, name, tokens, dtype, activation):
+def test_same_bits_for_any_number_of_threads_and_every_element_written(level, name, tokens, dtype, activation):
     _, arranged = weight_of(name, 200, 300)
     x = torch.randn((tokens, 300), generator=seeded(tokens)).to(dtype)
     before, found = torch.get_num_threads(), []

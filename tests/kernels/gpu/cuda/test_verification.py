@@ -45,7 +45,7 @@ def test_right_products_pass_and_wrong_ones_do_not() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 @pytest.mark.parametrize("backend", sorted(verification.BACKENDS))
-def test_a_failed_trial_is_kept_and_said_once(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_trial_is_kept_and_reported_once(backend: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert not verification.verified(backend, CPU)  # never compared
         complaint = verification.check(backend, torch.device("cuda", 0))
