@@ -57,7 +57,7 @@ def test_what_cannot_be_had_is_named(
 ) -> None:
     with pytest.raises(MpqError, match=sentence):
         mpq.quantize(source, tmp_path / "out", table=table, budgets=budgets, **SETTINGS)
-    with pytest.raises(MpqError, match=r"unknown cost|below|finite|seconds|alone"):
+    with pytest.raises(MpqError, match=r"unknown cost|below|finite|seconds|excludes other"):
         mpq.quantize(source, tmp_path / "out", table=table, max_kl=0.1, budgets=budgets, formats=FORMATS)
 
 
