@@ -7,10 +7,9 @@ from functools import lru_cache
 
 from mpq.core.errors import MpqError, nearest_names
 from mpq.core.grids import (
+    CODEBOOKS,
     FLOAT_COPIES,
     INTEGER_SCALES,
-    NON_LINEAR_4,
-    NORMAL_FLOAT_4,
     SCALES,
     Grid,
     float_grid,
@@ -159,7 +158,7 @@ ALIASES: dict[str, Format] = {
     "q6_k": _super_block(int_grid(6), 16, "int8"),
     "q4_1": Format(int_grid(4, signed=False), "group", 32, "fp16", minimum="fp16"),
     "q5_1": Format(int_grid(5, signed=False), "group", 32, "fp16", minimum="fp16"),
-    "iq4_nl": _block(NON_LINEAR_4, 32, "fp16"),
+    "iq4_nl": _block(CODEBOOKS["iq4nl"], 32, "fp16"),
     **{name: Format(grid, "none", scale="") for name, grid in FLOAT_COPIES.items()},
 }
 _ALIAS_OF = {format: name for name, format in ALIASES.items()}
@@ -167,7 +166,7 @@ SYNONYMS = {"q4_0": "int4-g32", "q5_0": "int5-g32", "q8_0": "int8-g32", "f16": "
 SYNONYMS |= {name.upper(): SYNONYMS.get(name, name) for name in (*SYNONYMS, *ALIASES)}  # as llama.cpp shows them
 
 _NAME = re.compile(
-    r"(?P<grid>u?int[2-8]|nf4|iq4nl|fp(?P<bits>[3-8])-e(?P<exponent>\d)m(?P<mantissa>\d))"
+    r"(?P<grid>u?int[2-8]|nf4|iq4nl|nl[2-5]|fp(?P<bits>[3-8])-e(?P<exponent>\d)m(?P<mantissa>\d))"
     r"(-(?P<granularity>tensor|channel|g(?P<group>[1-9]\d*)))?"
     r"(?P<asym>-asym)?(-s(?P<scale>[a-z0-9]+))?(-m(?P<minimum>[a-z0-9]+))?(-b(?P<block>[1-9]\d*))?(?P<ts>-ts)?"
 )
@@ -176,7 +175,8 @@ _EXAMPLES = (
     *(f"int{bits}-g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)),
     *(f"int{bits}-g128-asym" for bits in (2, 3, 4, 8)),
     *(f"int{bits}-channel" for bits in (2, 3, 4, 5, 6, 8)),
-    "int8", "nf4-g64", "fp4-e2m1-g32", "fp6-e3m2-channel", "fp6-e2m3-channel",
+    "int8", *(f"nl{bits}-g64" for bits in (2, 3, 4, 5)),
+    "nf4-g64", "fp4-e2m1-g32", "fp6-e3m2-channel", "fp6-e2m3-channel",
     "fp8-e4m3", "fp8-e4m3-channel", "fp8-e5m2", "fp8-e5m2-channel", *ALIASES,
 )  # fmt: skip
 
@@ -186,8 +186,8 @@ def parse_format(name: str) -> Format:
     """The format called `name`.
 
     Grammar: GRID[-tensor|-channel|-gN][-asym][-sSCALE][-mMINIMUM][-bN][-ts] with GRID one of int2..int8, uint2..uint8,
-    nf4, iq4nl, fpB-eXmY; or the name of a standard format (mxfp4, nvfp4, q4_k, bf16, ...). Without a granularity the
-    tensor has one scale; -bN makes super-blocks of N groups, whose scales and minima are integers.
+    nl2..nl5, nf4, iq4nl, fpB-eXmY; or the name of a standard format (mxfp4, nvfp4, q4_k, bf16, ...). Without a
+    granularity the tensor has one scale; -bN makes super-blocks of N groups, whose scales and minima are integers.
 
     Raises:
         MpqError: an unknown name, with the nearest known ones.
@@ -245,8 +245,8 @@ def _check_tables(name: str, format: Format) -> None:
 
 
 def _grid(name: str, match: re.Match[str]) -> Grid:
-    if match["grid"] in ("nf4", "iq4nl"):
-        return NORMAL_FLOAT_4 if match["grid"] == "nf4" else NON_LINEAR_4
+    if match["grid"] in CODEBOOKS:
+        return CODEBOOKS[match["grid"]]
     if match["exponent"] is None:
         return int_grid(int(match["grid"][-1]), signed=not match["grid"].startswith("u"))
     bits, exponent, mantissa = (int(match[field]) for field in ("bits", "exponent", "mantissa"))
@@ -262,10 +262,10 @@ def _plugins() -> Mapping[str, Format]:
     return {name: load_plugin(point) for name, point in plugins_of("mpq.formats").items()}
 
 
-# Default candidates of a search: integers of 2 to 8 bits that every backend runs.
+# Default candidates of a search, 2 to 8 bits, that every backend of ours runs.
 DEFAULT_FORMATS = (
-    "int2-g32", "int2-g64", "int3-g32", "int3-g64", "int3-g128", "int4-g32", "int4-g64", "int4-g128", "int5-g64",
-    "int5-g128", "int6-g128", "int8-channel",
+    "nl2-g32", "nl2-g64", "nl3-g32", "nl3-g64", "nl3-g128", "nl4-g32", "nl4-g64", "nl4-g128", "nl5-g64", "nl5-g128",
+    "int6-g128", "int8-channel",
 )  # fmt: skip
 FORMATS: dict[str, Format] = {}  # well-known names; parse_format accepts many more
 FORMATS.update({name: parse_format(name) for name in _EXAMPLES})

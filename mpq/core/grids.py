@@ -3,10 +3,12 @@
 A grid maps unsigned codes to values. Integers are offset-binary (int4: code 0 is -8, code 8 is 0), unsigned integers
 are the value itself, floats are the standard's bit pattern, codebooks are indices in ascending order of value.
 Sources: OCP 8-bit floating point (OFP8) 1.0 for e4m3 and e5m2; OCP Microscaling (MX) 1.0, section 5.3 for e3m2, e2m3,
-e2m1 and e8m0; QLoRA (arXiv 2305.14314, appendix E) for nf4; ggml's `kvalues_iq4nl` for iq4_nl.
+e2m1 and e8m0; QLoRA (arXiv 2305.14314, appendix E) for nf4; ggml's `kvalues_iq4nl` for iq4_nl; nl2 to nl5 are our own
+(`experiments/benchmarks/bench_codebooks.py`).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +23,19 @@ NF4 = (
 )  # fmt: skip
 # ggml's non-linear 4 bits: finer around zero, and longer below it than above.
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+# Levels of least squared error in groups of 64 that share a scale, in 127ths: finer around zero than integers, and
+# longer at one end, which a scale of either sign turns to the side of the group's largest number. Fitted to a
+# t-distribution with 15 degrees of freedom, whose tails are those of a language model's weights.
+NON_LINEAR = (
+    (-91, -19, 42, 127),
+    (-97, -57, -29, -6, 17, 42, 74, 127),
+    (-100, -75, -57, -42, -30, -19, -8, 2, 12, 22, 33, 45, 58, 74, 96, 127),
+    (
+        -115, -94, -80, -69, -60, -52, -45, -39, -33, -27, -22, -16, -11, -6, -1, 3,
+        8, 13, 18, 22, 27, 33, 38, 44, 50, 57, 64, 73, 82, 94, 110, 127,
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,8 +161,22 @@ def float_grid(exponent: int, mantissa: int, signed: bool = True) -> Grid:
 
 
 E8M0 = Grid("e8m0", 8, "exponent", signed=False, exponent=8, bias=127)
-NORMAL_FLOAT_4 = Grid("nf4", 4, "codebook", codebook=NF4)
-NON_LINEAR_4 = Grid("iq4nl", 4, "codebook", codebook=tuple(map(float, IQ4_NL)))
+
+
+def codebook(name: str, levels: Sequence[float]) -> Grid:
+    """A grid of these levels, in ascending order, a power of two of them."""
+    return Grid(name, (len(levels) - 1).bit_length(), "codebook", codebook=tuple(map(float, levels)))
+
+
+NORMAL_FLOAT_4 = codebook("nf4", NF4)
+CODEBOOKS = {
+    grid.name: grid
+    for grid in (
+        NORMAL_FLOAT_4,
+        codebook("iq4nl", IQ4_NL),
+        *(codebook(f"nl{bits}", levels) for bits, levels in enumerate(NON_LINEAR, 2)),
+    )
+}
 FLOAT_COPIES = {
     "fp32": Grid("fp32", 32, "float", True, 8, 23, 127, "ieee"),
     "fp16": Grid("fp16", 16, "float", True, 5, 10, 15, "ieee"),

@@ -13,7 +13,7 @@ from mpq.rounding.gptq import gptq, gptq_block
 from mpq.rounding.reference import dequantize
 
 NAMES = ("int2-g64", "int3-g10-asym", "int4-channel", "int8", "nf4-g64", "fp4-e2m1-g32", "fp8-e4m3", "fp6-e3m2-channel",
-         "mxfp4", "nvfp4", "iq4_nl", "q4_k", "q4_1")  # fmt: skip
+         "mxfp4", "nvfp4", "iq4_nl", "nl2-g64", "nl5-channel", "q4_k", "q4_1")  # fmt: skip
 needs_library = pytest.mark.skipif(compiled.library() is None, reason="mpq was installed without a compiler")
 
 

@@ -89,15 +89,17 @@ def cut_of(format: Format, rows: int, cols: int) -> Cut:
 
 @lru_cache(maxsize=64)
 def levels_of(grid: Grid) -> Levels | None:
-    """The levels of a grid, exact except for codebooks (steps of 1/32639 of their largest value); or None."""
+    """The levels of a grid, exact but for codebooks of fractions (steps of 1/32639 of their largest value); or None."""
     if grid.family == "int":
         return Levels(INTEGER, grid.offset)
     values = grid.values()
     if grid.bits <= 6 and np.isfinite(values).all():
-        if grid.family == "codebook":
-            unit = float(np.abs(values).max()) / LARGEST
-        else:
+        if grid.family != "codebook":
             unit = grid.smallest
+        elif (values == np.rint(values)).all():
+            unit = 1.0
+        else:
+            unit = float(np.abs(values).max()) / LARGEST
         whole = np.rint(values / unit).astype(np.int64)
         if whole.min() >= -128 and whole.max() <= 127:
             return Levels(TABLE8, -int(whole.min()), unit, _table(whole - whole.min()))

@@ -24,7 +24,10 @@ EXTRA = (
     "fp7-e3m3-g64", "fp8-e3m4-g16", "fp8-e4m3-g10", "fp4-e2m1-g16-sue5m3", "fp5-e2m2-g100",
 )  # fmt: skip
 NAMES = tuple(name for name in (*FORMATS, *EXTRA) if panels.supports(parse_format(name)))
-GRIDS = ("fp4-e2m1", "fp6-e2m3", "fp6-e3m2", "fp8-e4m3", "fp8-e5m2", "nf4", *(f"int{bits}" for bits in range(2, 9)))
+GRIDS = (
+    "fp4-e2m1", "fp6-e2m3", "fp6-e3m2", "fp8-e4m3", "fp8-e5m2", "nf4", "nl2", "nl3", "nl4", "nl5",
+    *(f"int{bits}" for bits in range(2, 9)),
+)  # fmt: skip
 GROUPS = ("g16", "g32", "g64", "g128", "channel")
 EVERY = (
     *NAMES,

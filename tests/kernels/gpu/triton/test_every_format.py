@@ -24,6 +24,7 @@ INTEGERS = [
 FLOATS = [
     "fp8-e4m3-channel", "fp8-e5m2-channel", "fp8-e4m3", "fp6-e2m3-channel", "fp6-e3m2-channel", "fp4-e2m1-g32", "mxfp4",
     "mxfp6-e2m3", "mxfp6-e3m2", "mxfp8-e4m3", "mxfp8-e5m2", "nvfp4", "nf4-g64",
+    "nl2-g64", "nl3-g64", "nl4-g32", "nl5-channel",
 ]  # fmt: skip
 PROMISED = [*INTEGERS, *FLOATS]
 
