@@ -100,7 +100,7 @@ def judge_files(
         source: model and data.
         files: as `read_contestant` takes them.
         table: losses of the files' formats and others; left out, the model is profiled.
-        formats: candidates for ours, besides those in the files; left out, integers of 2 to 8 bits.
+        formats: candidates for ours, besides those in the files; left out, those of `mpq profile`.
         metric: sensitivity metric of the profile.
         method: rounding method.
         effort: how much is measured before ours is chosen (`mpq.acceptance.accept`).

@@ -147,7 +147,7 @@ def quantize_model(
             other samples (`mpq.network.live_activations`).
         latencies: measured seconds of layers (`mpq bench`) for `batch` tokens, and of attention to the context if it
             was measured.
-        formats: candidate schemes; by default integers of 2 to 8 bits, or those that the target supports.
+        formats: candidate schemes; by default of 2 to 8 bits (`mpq.core.formats`), or those that the target supports.
         target: program that will run the model (`mpq.exporters.targets`): layers get only schemes that it supports, and
             the folder is one that it can open.
         metric: sensitivity metric.

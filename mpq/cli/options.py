@@ -70,7 +70,7 @@ def data_options(parser: argparse.ArgumentParser) -> None:
 
 def profile_options(parser: argparse.ArgumentParser, *, metric: bool = True) -> None:
     """Options of a sensitivity table."""
-    parser.add_argument("--formats", help="candidate formats, comma-separated (default: integers of 2 to 8 bits)")
+    parser.add_argument("--formats", help="candidate formats, comma-separated (default: nl2-g32 to int8-channel)")
     if metric:
         parser.add_argument("--metric", help=f"sensitivity metric, see below (default: {DEFAULT_METRIC})")
         parser.epilog = f"metrics:\n{METRICS.help()}\n\nrounding methods:\n{METHODS.help()}"

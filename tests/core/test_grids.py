@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from mpq.core.grids import E8M0, FLOAT_COPIES, NORMAL_FLOAT_4, SCALES, float_grid, int_grid
+from experiments.benchmarks import bench_codebooks
+from mpq.core.formats import parse_format
+from mpq.core.grids import E8M0, FLOAT_COPIES, NON_LINEAR, NORMAL_FLOAT_4, SCALES, float_grid, int_grid
+from mpq.network.calibration import seeded
 
 TORCH_FLOATS = [
     (float_grid(4, 3), torch.float8_e4m3fn),
@@ -55,6 +58,21 @@ def test_nf4_holds_zero_and_both_ends():
     values = NORMAL_FLOAT_4.values()
     assert (np.diff(values) > 0).all()
     assert (values[0], values[7], values[15]) == (-1.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("bits", range(2, 6))
+def test_non_linear_levels_are_what_lloyds_algorithm_stays_at(bits):
+    """Of 4,096 fresh groups: the mean of the numbers at each level is the level, but for the rounding to integers."""
+    levels = NON_LINEAR[bits - 2]
+    again = bench_codebooks.improved(levels, bench_codebooks.numbers(2**12, bench_codebooks.FREEDOM, seed=bits))
+    assert again == pytest.approx(levels, abs=1.5)
+
+
+@pytest.mark.parametrize("bits", range(2, 6))
+def test_non_linear_levels_have_less_error_than_integers_on_normal_numbers(bits):
+    matrix = torch.randn(16, 4096, generator=seeded(bits))
+    errors = [bench_codebooks.error(matrix, parse_format(f"{grid}{bits}-g64")) for grid in ("nl", "int")]
+    assert errors[0] < 0.9 * errors[1]
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
