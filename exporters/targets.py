@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from mpq.core.cache import EVERY
-from mpq.core.formats import DEFAULT_FORMATS
+from mpq.core.formats import DEFAULT_FORMATS, ROW_FORMATS
 from mpq.core.layer import Layer
 from mpq.core.registry import Registry, Target
 from mpq.core.scheme import Scheme
@@ -175,7 +175,7 @@ TARGETS: Registry[Target] = Registry(
 )  # fmt: skip
 
 
-def formats_of(target: Target) -> Sequence[str]:
+def formats_of(target: Target, granularity: str = "layer") -> Sequence[str]:
     """The default candidate schemes of a target.
 
     Activations are rounded only if the target requires it for such weights, since they add loss at the same bytes.
@@ -185,4 +185,4 @@ def formats_of(target: Target) -> Sequence[str]:
     """
     alone = {name for name in target.schemes if "+a:" not in name}
     held = [name for name in target.schemes if name in alone or name.partition("+a:")[0] not in alone]
-    return held or DEFAULT_FORMATS
+    return held or (ROW_FORMATS if granularity == "row" else DEFAULT_FORMATS)

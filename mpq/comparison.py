@@ -16,7 +16,7 @@ from mpq.evaluation import DIVERGE, Quality
 from mpq.measuring import Measurer
 from mpq.report import Row
 
-NEAREST = 3  # uniform candidates that are measured beside the chosen allocation
+NEAREST = 1  # uniform candidates that are measured beside the best and the usual ones
 USUAL = {
     "perplexity": ("int4-g64", "int3-g64"),
     "accuracy": ("int4-channel", "int3-channel"),

@@ -200,7 +200,7 @@ def quantize_model(
     if wanted.keeps_weights:
         formats, bits = own_format(source.model)
     if formats is None:
-        formats = formats_of(reader)
+        formats = formats_of(reader, granularity)
     if serving:
         check_memory(serving, entries, cached, asked.least(pin=pin, ties=ties))
     served = 0 if serving is None else serving.context

@@ -267,5 +267,7 @@ DEFAULT_FORMATS = (
     "nl2-g32", "nl2-g64", "nl3-g32", "nl3-g64", "nl3-g128", "nl4-g32", "nl4-g64", "nl4-g128", "nl5-g64", "nl5-g128",
     "int6-g128", "int8-channel",
 )  # fmt: skip
+# The same where rows of a layer may differ: shorter groups are then not worth their scales (SmolLM2, `bench_rows`).
+ROW_FORMATS = tuple(name for name in DEFAULT_FORMATS if not name.endswith("-g32"))
 FORMATS: dict[str, Format] = {}  # well-known names; parse_format accepts many more
 FORMATS.update({name: parse_format(name) for name in _EXAMPLES})

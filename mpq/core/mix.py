@@ -168,11 +168,14 @@ def mixable(format: Format) -> bool:
 
 
 def families(formats: Sequence[Format]) -> list[tuple[Format, ...]]:
-    """The formats, by rising width, that differ only in their grid's width: the default formats of a mix."""
+    """The formats, by rising width, that differ only in their grid: the default formats of a mix.
+
+    Integers and codebooks go together, small floats and grids without a sign are apart.
+    """
     found: dict[object, list[Format]] = {}
     for format in formats:
         if mixable(format) and not format.is_float_copy:
             kin = replace(format, grid=formats[0].grid)
-            found.setdefault((kin, format.grid.family, format.grid.signed), []).append(format)
+            found.setdefault((kin, format.grid.family == "float", format.grid.signed), []).append(format)
     kept = (sorted(set(family), key=lambda format: format.grid.bits) for family in found.values())
     return [tuple(family)[:MOST] for family in kept if len(family) > 1]
