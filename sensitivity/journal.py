@@ -90,15 +90,33 @@ class Journal:
                 os.truncate(path, whole)  # the line that was being written when the run was killed
             self.entries.update({str(name): [float(number) for number in numbers] for name, *numbers in lines[1:]})
         if recorded != settings:
-            differing = [
-                key for key in settings if not isinstance(recorded, dict) or recorded.get(key) != settings[key]
-            ]
-            raise MpqError(
-                f"{path} is of a profile with other settings ({', '.join(differing) or 'of another version'}): "
-                "use the same ones to resume, or delete it to start again"
-            )
+            raise _other_settings(path, recorded, settings)
         if not lines:
             self._append(settings)
+
+
+def check_settings(path: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
+    """Refuse a journal whose settings differ from these, which need not be all of them: before anything is measured.
+
+    Raises:
+        MpqError: the file was left by a run with other settings (named).
+    """
+    if path is None or not Path(path).exists():
+        return
+    with reading(path, "record of an unfinished profile", "delete it to start again"):
+        first, end, _ = Path(path).read_bytes().partition(b"\n")
+        recorded = _checked(first) if end else None
+    known = json.loads(json.dumps(dict(settings)))
+    if isinstance(recorded, dict) and any(recorded.get(key) != value for key, value in known.items()):
+        raise _other_settings(Path(path), recorded, known)
+
+
+def _other_settings(path: Path, recorded: Any, settings: Mapping[str, Any]) -> MpqError:
+    differing = [key for key in settings if not isinstance(recorded, dict) or recorded.get(key) != settings[key]]
+    return MpqError(
+        f"{path} is of a profile with other settings ({', '.join(differing) or 'of another version'}): "
+        "use the same ones to resume, or delete it to start again"
+    )
 
 
 def _line(values: Any) -> bytes:

@@ -42,7 +42,7 @@ from mpq.rounding.store import MethodRounder, Rounder, moments_needed
 from mpq.sensitivity import DEFAULT_METRIC, METRICS, check_granularity
 from mpq.sensitivity.cached import cache_scores
 from mpq.sensitivity.evidence import flat_loss, reaching, without_evidence
-from mpq.sensitivity.journal import Journal
+from mpq.sensitivity.journal import Journal, check_settings
 from mpq.sensitivity.rows import Mixed, ladder
 from mpq.sensitivity.task import Scores, Task
 
@@ -113,6 +113,12 @@ def profile(
         raise MpqError(
             f"the metric {metric} needs second derivatives, which offload does not support: take {DEFAULT_METRIC}"
         )
+    asked = {
+        "metric": metric, "options": dict(options or {}), "method": rounding, "seed": seed,
+        "schemes": tuple(scheme.name for scheme in scheme_tuple), "layers": [layer.name for layer in layers],
+        "granularity": granularity, **({"cache": list(map(cache_name, cache_formats))} if cache else {}),
+    }  # fmt: skip
+    check_settings(resume, asked)
     with evaluating(model), offloaded(model, offload) if offload is not None else nullcontext():
         samples = arranged(model, batches, loss_fn)
         batches, loss_fn = samples.batches, samples.loss_fn
@@ -121,11 +127,8 @@ def profile(
         with reaching(model, layers) as reached:
             reference = mean_loss(model, first_batches(batches, REFERENCE), loss_fn)
         settings = {
-            "metric": metric, "options": dict(options or {}), "method": rounding, "seed": seed,
-            "schemes": tuple(scheme.name for scheme in scheme_tuple), "layers": [layer.name for layer in layers],
-            "weights": model_fingerprint(model), "loss": f"{_name_of(loss_fn)}: {reference:.4g}",
+            **asked, "weights": model_fingerprint(model), "loss": f"{_name_of(loss_fn)}: {reference:.4g}",
             "data": fingerprint(tensor for batch in batches for tensor in tensors_in(batch)),
-            "granularity": granularity, **({"cache": list(map(cache_name, cache_formats))} if cache else {}),
         }  # fmt: skip
         rounder = method
         if isinstance(rounder, str):

@@ -139,6 +139,14 @@ def test_other_settings_data_and_losses_do_not_resume(tmp_path, named, other):
         run("hessian", other.pop("loss_fn", loss_fn), resume=tmp_path / "partial", **other)
 
 
+@pytest.mark.parametrize(("named", "other"), [("seed", {"seed": 1}), ("granularity", {"granularity": "row"})])
+def test_other_settings_are_refused_before_the_model_runs(tmp_path, named, other):
+    with pytest.raises(KeyboardInterrupt):
+        run("kl-curvature", Interruptible(), resume=tmp_path / "partial")
+    with pytest.raises(MpqError, match=rf"other settings \({named}\)"):
+        run("kl-curvature", lambda model, batch: pytest.fail("the model ran"), resume=tmp_path / "partial", **other)
+
+
 def test_a_loss_of_the_same_name_that_says_something_else_does_not_resume(tmp_path):
     def made(scale, stop):
         def loss_fn(model, batch):
