@@ -81,5 +81,5 @@ def test_groups_are_ordered_by_loss_for_each_weight():
     forbidden = replace(problem, losses=lost)
     expected = monotone(forbidden, sensitivities=lost[:, possible] / weights)
     assert np.array_equal(monotone(forbidden).losses, expected.losses)
-    with pytest.raises(MpqError, match="one number for each of 5 groups, none NaN"):
+    with pytest.raises(MpqError, match="a number for each of 5 groups, without NaN"):
         monotone(problem, sensitivities=[1.0, np.nan, 1.0, 1.0, 1.0])

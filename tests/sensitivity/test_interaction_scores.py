@@ -68,5 +68,5 @@ def test_files_and_provenance(tmp_path):
 
 
 def test_unknown_ways_are_reported():
-    with pytest.raises(MpqError, match="not 'guess'"):
+    with pytest.raises(MpqError, match="unknown way 'guess'"):
         found(CASES["mlp"](), "guess")

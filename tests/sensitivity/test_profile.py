@@ -260,7 +260,7 @@ def test_activations_are_scored(metric):
 def test_no_data_and_no_formats_are_reported():
     with pytest.raises(MpqError, match="no calibration batches"):
         profile(mlp(), [], cross_entropy, SCHEMES)
-    with pytest.raises(MpqError, match="no formats"):
+    with pytest.raises(MpqError, match="no candidate formats"):
         profile(mlp(), class_batches((5,)), cross_entropy, [])
 
 

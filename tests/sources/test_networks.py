@@ -93,7 +93,7 @@ def test_unknown_names_are_reported_the_nearest(tmp_path):
         open_network("tests.sources.some_models:clasifier")
     with pytest.raises(MpqError, match="cannot be imported"):
         open_network("tests.sources.no_models:classifier")
-    with pytest.raises(MpqError, match=r"gave a str: expected a torch\.nn\.Module"):
+    with pytest.raises(MpqError, match=r"returned a str: expected a torch\.nn\.Module"):
         open_network("tests.sources.some_models:not_a_model")
     with pytest.raises(MpqError, match="expected one of an mpq checkpoint"):
         skeleton({"kind": "mystery"})
