@@ -1,4 +1,6 @@
+import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -265,7 +267,11 @@ def test_a_language_model_takes_texts_of_any_number_and_length(kind, count, tmp_
         expected = simulate(model, allocation, trainable=False)(longer).logits
     assert len(found) == 1
     command = TARGETS.named("onnxruntime").serving(str(tmp_path / "out"))
-    assert subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout.startswith("[array(")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # 'python' is the one that runs this
+    served = subprocess.run(
+        command, shell=True, capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
+    )
+    assert served.stdout.startswith("[array(")
     torch.testing.assert_close(torch.from_numpy(found[0]), expected, rtol=1e-4, atol=1e-4)
     assert model.config.use_cache
 
