@@ -18,15 +18,11 @@ from torch import Tensor
 from experiments.benchmarks.bench_importance import Case, cases
 from experiments.models import reference_models
 from experiments.result import result
-from mpq.core.allocation import Allocation
 from mpq.core.formats import Format, parse_format
 from mpq.core.grids import NON_LINEAR, codebook
 from mpq.network.calibration import seeded
-from mpq.network.layers import find_layers
-from mpq.quantized import simulate
 from mpq.rounding.clip_search import clip_search
 from mpq.rounding.reference import dequantize, group_scales, to_groups
-from mpq.rounding.store import moments_needed
 
 FREEDOM = 15  # degrees of freedom of the t-distribution that levels are fitted to
 LARGEST = 127
@@ -85,20 +81,10 @@ def tell_levels(quick: bool) -> Iterator[str]:
         yield result(f"codebook_{bits}_error_ratio", ratio, f"<={GOAL}", ratio <= GOAL)
 
 
-def divergence(case: Case, original: list[Tensor], name: str, moments: dict[str, Tensor]) -> Tensor:
-    """KL of every prediction in a uniform format."""
-    layers = find_layers(case.model)
-    model = simulate(case.model, Allocation(layers, (name,) * len(layers)), "gptq", moments, trainable=False)
-    pairs = zip(original, case.outputs(model), strict=True)
-    return torch.cat([(p.exp() * (p - q)).sum(-1).flatten() for p, q in pairs])
-
-
 def tell_divergences(case: Case, formats: Sequence[str]) -> Iterator[str]:
     """Integers and non-linear levels on a model, with the standard error of the paired difference."""
-    original = case.outputs(case.model)
-    moments = moments_needed("gptq", case.model, find_layers(case.model), case.calibration, case.loss_fn)
     for name in formats:
-        integers, levels = (divergence(case, original, f"{grid}{name}", moments) for grid in ("int", "nl"))
+        integers, levels = (case.divergence(f"{grid}{name}") for grid in ("int", "nl"))
         apart = (levels - integers).std() / len(levels) ** 0.5
         ratio = float(levels.mean() / integers.mean())
         told = f"int {integers.mean():.5f}  nl {levels.mean():.5f}  difference +- {apart:.1g}"

@@ -10,6 +10,7 @@ the inputs' second moment itself.
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from unittest.mock import patch
 
 import torch
@@ -65,6 +66,24 @@ class Case:
         found = (model(inputs) for inputs in self.inputs)
         return [getattr(one, "logits", one).float().log_softmax(-1) for one in found]
 
+    @cached_property
+    def original(self) -> list[Tensor]:
+        """The outputs of the model itself."""
+        return self.outputs(self.model)
+
+    @cached_property
+    def moments(self) -> dict[str, Tensor]:
+        """What GPTQ needs of the calibration data."""
+        return moments_needed("gptq", self.model, find_layers(self.model), self.calibration, self.loss_fn)
+
+    def divergence(self, name: str) -> Tensor:
+        """KL of every prediction in a uniform format, rounded by GPTQ."""
+        layers = find_layers(self.model)
+        allocation = Allocation(layers, (name,) * len(layers))
+        rounded = simulate(self.model, allocation, "gptq", self.moments, trainable=False)
+        pairs = zip(self.original, self.outputs(rounded), strict=True)
+        return torch.cat([(p.exp() * (p - q)).sum(-1).flatten() for p, q in pairs])
+
 
 def cases(draw: int, quick: bool) -> Iterator[Case]:
     """Models with calibration data of a draw; the first alone for `quick`."""
@@ -86,8 +105,6 @@ def cases(draw: int, quick: bool) -> Iterator[Case]:
 
 def divergences(case: Case) -> Iterator[tuple[str, dict[str, float]]]:
     """Each format's KL by every rule."""
-    layers, original = find_layers(case.model), case.outputs(case.model)
-    moments = moments_needed("gptq", case.model, layers, case.calibration, case.loss_fn)
     for name in case.formats:
         found = {}
         for rule, power in RULES.items():
@@ -96,11 +113,7 @@ def divergences(case: Case) -> Iterator[tuple[str, dict[str, float]]]:
                 patch.object(gptq, "_importance", lambda hessian, rows, power=power: BUILT_IN(hessian, rows) ** power),
                 patch.object(gptq, "clip_search", search),
             ):
-                model = simulate(
-                    case.model, Allocation(layers, (name,) * len(layers)), "gptq", moments, trainable=False
-                )
-            pairs = zip(original, case.outputs(model), strict=True)
-            found[rule] = float(torch.cat([(p.exp() * (p - q)).sum(-1).flatten() for p, q in pairs]).mean())
+                found[rule] = float(case.divergence(name).mean())
         yield name, found
 
 
