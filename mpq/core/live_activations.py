@@ -1,6 +1,6 @@
 """Peak memory of activations: what is live while a model runs, as a cost of an allocation. Needs no torch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -40,7 +40,11 @@ class Moment:
 
     def nbytes(self, scheme_of: Mapping[str, Scheme]) -> int:
         """Bytes of all with these schemes by layer name."""
-        return self.floats + sum(max(one.stored(scheme_of.get(name)) for name in one.readers) for one in self.inputs)
+        return self.total(lambda one, name: one.stored(scheme_of.get(name)))
+
+    def total(self, stored: Callable[[LayerInput, str], int]) -> int:
+        """Bytes of all, of an input as much as its layer of most needs; `stored(input, layer name)` counts them."""
+        return self.floats + sum(max(stored(one, name) for name in one.readers) for one in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -63,17 +67,11 @@ class LiveActivations:
         """MpqError when a limit is below the peak of the smallest formats."""
         parsed = [scheme for scheme in map(parse_scheme, schemes) if not scheme.cached]
         names = {layer.name for layer in layers}
-        least = max(
-            (
-                moment.floats
-                + sum(
-                    max(min(one.stored(s) for s in parsed) if name in names else one.nbytes for name in one.readers)
-                    for one in moment.inputs
-                )
-                for moment in self.moments
-            ),
-            default=0,
-        )
+
+        def smallest(one: LayerInput, name: str) -> int:
+            return min(map(one.stored, parsed)) if name in names else one.nbytes
+
+        least = max((moment.total(smallest) for moment in self.moments), default=0)
         if limit < least:
             raise MpqError(
                 f"a budget of {limit:,.0f} bytes of activations is too small: the smallest formats take {least:,}"
