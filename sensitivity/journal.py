@@ -104,8 +104,9 @@ def check_settings(path: str | os.PathLike[str] | None, settings: Mapping[str, A
     if path is None or not Path(path).exists():
         return
     with reading(path, "record of an unfinished profile", "delete it to start again"):
-        first, end, _ = Path(path).read_bytes().partition(b"\n")
-        recorded = _checked(first) if end else None
+        with Path(path).open("rb") as stream:
+            first = stream.readline()
+        recorded = _checked(first[:-1]) if first.endswith(b"\n") else None
     known = json.loads(json.dumps(dict(settings)))
     if isinstance(recorded, dict) and any(recorded.get(key) != value for key, value in known.items()):
         raise _other_settings(Path(path), recorded, known)
