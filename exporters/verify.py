@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.allocation import Allocation
-from mpq.core.errors import MpqError, first_line
+from mpq.core.errors import MpqError, summary
 from mpq.core.layer import Layer
 from mpq.core.pieces import PIECE
 from mpq.core.scheme import Scheme
@@ -230,7 +230,7 @@ def result_tensors(run: Run, model: nn.Module) -> list[Tensor]:
         except (MpqError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the user's code, which may raise anything
-            reason = f"{type(error).__name__}: {first_line(error)}"
+            reason = summary(error)
             raise MpqError(
                 f"a model of packed or simulated layers does not run ({reason}): nothing was written"
             ) from error

@@ -32,6 +32,15 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def summary(error: BaseException) -> str:
+    """An error's type and first line, for a sentence about code that may raise anything.
+
+    >>> summary(ValueError("no such type\\ndetails"))
+    'ValueError: no such type'
+    """
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def nearest_names(name: str, known: Iterable[str], limit: int = 3) -> str:
     """Suffix of an error message: the known names closest to `name`, else the first 12 known names.
 

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mpq.core.errors import MpqError, first_line
+from mpq.core.errors import MpqError, summary
 from mpq.core.layer import Layer
 from mpq.core.live_activations import LayerInput, LiveActivations, Moment
 from mpq.network.cached import ARGUMENTS
@@ -56,7 +56,7 @@ def live_activations(
     except Exception as error:
         raise MpqError(
             f"the activations of {type(model).__name__} cannot be counted without running it "
-            f"({type(error).__name__}: {first_line(error)}): leave out their budget"
+            f"({summary(error)}): leave out their budget"
         ) from error
 
 

@@ -9,7 +9,7 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
-from mpq.core.errors import ChangedBatchError, MpqError, first_line
+from mpq.core.errors import ChangedBatchError, MpqError, summary
 from mpq.network.calibration import (
     Batch,
     LossFn,
@@ -142,8 +142,7 @@ def _check_runs(model: nn.Module, batch: Batch, loss_fn: LossFn) -> None:
     except (MpqError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the user's code, which may raise anything
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise MpqError(f"{type(model).__name__} does not run on calibration batch 0 ({reason})") from error
+        raise MpqError(f"{type(model).__name__} does not run on calibration batch 0 ({summary(error)})") from error
 
 
 def turned(output: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpq.core.errors import MpqError, first_line
+from mpq.core.errors import MpqError, first_line, summary
 from mpq.network.calibration import (
     Batch,
     LossFn,
@@ -146,7 +146,7 @@ def _check_runs(source: Source) -> None:
     except (MpqError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a config or vocabulary that does not fit fails anywhere inside
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = summary(error)
         why = ": its config, weights and tokenizer do not fit together" if files else ""
         raise MpqError(f"{source.name} does not run on a sample of {source.data} ({reason}){why}") from error
 
