@@ -28,9 +28,8 @@ class GridStruct(ctypes.Structure):
         ("steps", ctypes.c_float),
         ("count", ctypes.c_int64),
         ("values", ctypes.c_void_p),
-        ("boundaries", ctypes.c_void_p),
+        ("thresholds", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
-        ("ties_up", ctypes.c_void_p),
     )
 
 
@@ -136,15 +135,21 @@ class _Described:
 
     def __init__(self, grid: Grid) -> None:
         values = torch.tensor(sorted({value for value in grid.values().tolist() if value == value}))
-        doubled = values.double()
-        boundaries = (doubled[1:] + doubled[:-1]) / 2
-        codes = encode(values, grid)
-        ties_up = (decode(encode(boundaries.float(), grid), grid) > boundaries).to(torch.uint8)
-        self.tables = (values, boundaries, codes, ties_up)
+        self.tables = (values, _thresholds(values, grid), encode(values, grid))
         self.struct = GridStruct(
             KINDS[grid.family], grid.min, grid.max, grid.offset, 2.0 ** (1 - grid.bias), 2.0**grid.mantissa,
             len(values), *(table.data_ptr() for table in self.tables),
         )  # fmt: skip
+
+
+def _thresholds(values: Tensor, grid: Grid) -> Tensor:
+    """The smallest float32 numbers that are rounded to each of the sorted values but the first."""
+    doubled = values.double()
+    half_way = (doubled[1:] + doubled[:-1]) / 2
+    nearby = half_way.float()
+    above = torch.nextafter(nearby, torch.full_like(nearby, torch.inf))
+    is_above = (nearby > half_way) | ((nearby == half_way) & (decode(encode(nearby, grid), grid) == values[1:]))
+    return torch.where(is_above, nearby, above)
 
 
 @lru_cache(maxsize=64)

@@ -1,5 +1,6 @@
 """The compiled loops of rounding against the PyTorch that they stand for."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +10,7 @@ from mpq.core.formats import parse_format
 from mpq.network.calibration import seeded
 from mpq.rounding import compiled
 from mpq.rounding.clip_search import clip_search
+from mpq.rounding.codes import encode
 from mpq.rounding.gptq import gptq, gptq_block
 from mpq.rounding.reference import dequantize
 
@@ -47,6 +49,19 @@ def test_blocks_are_rounded_bit_for_bit(rows, width, name, seed, offset):
         errors = function(mine[part], scales[part], lowest[part], inverse.t().contiguous().t(), codes[part], grid)
         results.append((mine, codes, errors))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_half_way_between_two_values_get_the_references_codes(name):
+    grid = parse_format(name).grid
+    values = torch.tensor(sorted({value for value in grid.values() if np.isfinite(value)}), dtype=torch.float32)
+    half_way = (values[1:] + values[:-1]) / 2
+    beside = [torch.nextafter(half_way, torch.full_like(half_way, end)) for end in (-torch.inf, torch.inf)]
+    numbers = torch.cat([values, half_way, *beside]).reshape(-1, 1)
+    codes, ones = torch.zeros(numbers.shape, dtype=torch.uint8), torch.ones_like(numbers)
+    compiled.gptq_block(numbers.clone(), ones, torch.zeros_like(numbers), torch.ones(1, 1), codes, grid)
+    assert torch.equal(codes, encode(numbers, grid))
 
 
 @needs_library
