@@ -1,11 +1,11 @@
-"""All that only a GPU can show, the most telling first: one command for a day on a machine with one.
+"""All checks and benchmarks that need a GPU, most important first, in one command.
 
     python -m experiments.gpu_day [--quick] [--output build/gpu_day] [--only PART ...] [--vllm PYTHON] [--list]
 
-Each part is a process of at most ten minutes, whose words and exit code stand in the output folder. The same command
-goes on where an earlier one stopped: parts that ended well on this device and this commit are not repeated, those that
-failed or took too long come again, last. `summary.md` has every RESULT line under the device's name. Without a device
---quick runs what can run, in Triton's interpreter or not at all, and says that no device was seen.
+Each part is a process of at most ten minutes; its output and exit code go to the output folder. The same command
+resumes an earlier run: parts that succeeded on this device and commit are skipped, those that failed or timed out run
+again, last. `summary.md` has every RESULT line under the device's name. Without a device, --quick runs the parts that
+Triton's interpreter can run, and says that no device was seen.
 """
 
 import argparse
@@ -37,12 +37,12 @@ TESTS = ("tests/kernels/gpu", "tests/kernels/test_bench.py", "tests/cli/test_cli
 
 @dataclass(frozen=True)
 class Part:
-    """One question to a device: a command of this Python's, and its small case."""
+    """A command for this Python, and its small case."""
 
     name: str
     arguments: tuple[str, ...]
-    quick: tuple[str, ...] = ()  # instead, with --quick; nothing to run: ()
-    without: bool = False  # whether the small case says something without a device
+    quick: tuple[str, ...] = ()  # replaces the command with --quick; (): skipped
+    without: bool = False  # whether the small case runs without a device
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Done:
     quick: bool
 
     def of(self, device: str, commit: str, quick: bool) -> bool:
-        """Whether it answers the same question to the same device."""
+        """Whether this is the same part on the same device."""
         return (self.device, self.commit, self.quick) == (device, commit, quick)
 
 
 def parts(folder: Path, vllm: str | None) -> tuple[Part, ...]:
-    """All parts in their order; what they write for each other stands in `folder`."""
+    """All parts in order; `folder` holds the files that they share."""
     packed = str(folder / "tiny-lm")
     attention = ("--attention", "32x8x128", "--kv-formats", "fp16,int8-token,int4-asym,int2-asym")
     quantized = ("quantize", "tiny-lm", "--bits", "4.25", "--effort", "fast", "--device", "cuda", "-o", packed)
@@ -96,12 +96,12 @@ def parts(folder: Path, vllm: str | None) -> tuple[Part, ...]:
 
 
 def device_name() -> str:
-    """The device that figures are of; "" where there is none."""
+    """Name of the CUDA device; "" if there is none."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def commit() -> str:
-    """The commit that is checked out, with a mark where files differ from it."""
+    """The checked-out commit, with a mark if files differ from it."""
     said = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
     )
@@ -109,7 +109,7 @@ def commit() -> str:
 
 
 def run_part(arguments: Sequence[str], log: Path, minutes: float) -> tuple[int | None, float]:
-    """Exit code and seconds of a part, whose words are written to `log`; its whole process group ends with it."""
+    """Run a part with output to `log`; return exit code and seconds. Its process group is killed with it."""
     environment = {**os.environ, "TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1"}
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as words:
@@ -129,39 +129,39 @@ def run_part(arguments: Sequence[str], log: Path, minutes: float) -> tuple[int |
 
 
 def outcomes(folder: Path) -> dict[str, Done]:
-    """How parts ended so far, by name."""
+    """Outcomes so far, by part."""
     file = folder / "parts.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     return {one["part"]: Done(**one) for one in found}
 
 
 def save(folder: Path, done: dict[str, Done]) -> None:
-    """Write how parts ended, and the summary."""
+    """Write outcomes and summary."""
     (folder / "parts.json").write_text(json.dumps([asdict(one) for one in done.values()], indent=1), encoding="utf-8")
     lines = []
     for one in done.values():
         ended = {None: f"stopped after {MINUTES} minutes", 0: "done"}.get(one.code, f"failed with {one.code}")
         lines += [f"## {one.part}", "", f"{one.device or NO_DEVICE}, {one.commit}: {ended}, {one.seconds:.0f} s", ""]
         words = log_of(folder, one.part).read_text(encoding="utf-8", errors="replace").splitlines()
-        told = [line for line in words if line.startswith("RESULT")] or words[-3:]
-        lines += [f"    {line}" for line in told] + [""]
+        shown = [line for line in words if line.startswith("RESULT")] or words[-3:]
+        lines += [f"    {line}" for line in shown] + [""]
     (folder / "summary.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def log_of(folder: Path, part: str) -> Path:
-    """Where a part's words stand."""
+    """Log file of a part."""
     return folder / f"{part.replace(' ', '_').replace(':', '-')}.txt"
 
 
 def in_order(wanted: Sequence[Part], done: dict[str, Done], device: str, at: str, quick: bool) -> list[Part]:
-    """What is left to run: first what has not run on this device and commit, then what did not end well."""
+    """Parts left to run: first those that have not run on this device and commit, then those that failed."""
     seen = {name: one for name, one in done.items() if one.of(device, at, quick)}
     fresh = [part for part in wanted if part.name not in seen]
     return fresh + [part for part in wanted if part.name in seen and seen[part.name].code != 0]
 
 
 def main() -> None:
-    """Run what is left."""
+    """Run the remaining parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the small case of each part, a minute at most")
     parser.add_argument("--output", default="build/gpu_day", help="folder (default: build/gpu_day)")

@@ -1,4 +1,4 @@
-"""Schemes for layers that take them in turn: mixed allocations for exports, without a search."""
+"""Mixed allocations without a search: assign schemes to layers round-robin."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from mpq.core.layer import Layer
 
 
 def in_turn(layers: Sequence[Layer], schemes: Sequence[str]) -> list[str]:
-    """A scheme for each layer; tied layers take their turn together."""
+    """A scheme for each layer, round-robin over groups of tied layers."""
     keys = list(dict.fromkeys(layer.tie or layer.name for layer in layers))
     turn = {key: schemes[index % len(schemes)] for index, key in enumerate(keys)}
     return [turn[layer.tie or layer.name] for layer in layers]

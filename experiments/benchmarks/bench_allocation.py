@@ -1,12 +1,12 @@
-"""Allocations of equal bytes by equal rounding on unseen data: ours against uniform formats, rules and chance.
+"""Searched allocations against uniform formats, simple rules and random ones: equal bytes, equal rounding, unseen data.
 
     python -m experiments.benchmarks.bench_allocation [--quick] [--models resnet20 llama5m] [--bits 3.04]
         [--metric fisher]
 
-For every model and budget (the sizes of uniform int4, int3 and int2, and 2.5, 2.75 and 3.5 bits) each contestant gets
-at most the budget's bytes and the same rounding. Means of batch normalizations are estimated anew for all of them where
-acceptance data say so. The figure is the mean KL divergence from the original on data that nothing was tuned on, with
-the standard error of the paired difference to ours. RESULT lines say whether ours is behind, and by how much.
+Budgets are the sizes of uniform int4, int3 and int2, and 2.5, 2.75 and 3.5 bits. Every contestant gets at most the
+budget's bytes and the same rounding; running means of batch normalization are re-estimated for each where that helps on
+acceptance data. Reported: mean KL divergence from the original on held-out data, with the standard error of the paired
+difference to ours. RESULT lines give the difference to the best contestant.
 """
 
 import argparse
@@ -119,7 +119,7 @@ MODELS: dict[str, Callable[[bool], Contest]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What one contestant came to at one budget."""
+    """Measured quality of one contestant at one budget."""
 
     name: str
     allocation: Allocation
@@ -166,7 +166,7 @@ def contest(frontier: Frontier, bits: float, measurer: Measurer, efforts: Sequen
 
 
 def _reversed(frontier: Frontier, size: float) -> Choices:
-    """The frontier's choices in reversed order of groups, made smaller from the end until they fit."""
+    """The optimum's choices assigned to the groups in reverse order, lowered from the end until they fit."""
     problem = frontier.problem
     choices = np.asarray(frontier.choices[frontier.index_at(cost=size)], dtype=np.intp)[::-1].copy()
     costs, groups = problem.costs["size"], np.arange(len(choices))
@@ -176,30 +176,30 @@ def _reversed(frontier: Frontier, size: float) -> Choices:
     return choices
 
 
-def _told(where: str, ours: Result, others: Sequence[Result], between: bool, small: bool) -> bool:
-    """RESULT lines of one budget: KL against the best contestant, the best simple rule and uniform formats.
+def _report(where: str, ours: Result, others: Sequence[Result], between: bool, small: bool) -> bool:
+    """Print the RESULT lines of one budget: KL against the best contestant, the best simple rule and uniform formats.
 
-    Whether ours is within 2 % or two paired standard errors of the best. Between the uniform sizes the best simple rule
-    should have a tenth more, for `small` networks of channels uniform formats half as much again.
+    Returns whether ours is within 2 % or two paired standard errors of the best. Goals `between` uniform sizes: 10 %
+    less KL than the best simple rule; for `small` networks with scales by channel, a third less than uniform formats.
     """
     best = min(others, key=lambda one: one.kl)
     difference, error = ours.quality.harm_above(best.quality)
     goal = max(0.02, 2 * error / best.kl)
-    told = [(f"over_best ({best.name})", difference / best.kl, goal, difference / best.kl <= goal)]
+    lines = [(f"over_best ({best.name})", difference / best.kl, goal, difference / best.kl <= goal)]
     uniform = [one.kl for one in others if one.name.startswith("all ")]
     if uniform:
         least = 1 / 3 if small else 0.0
-        told.append(("under_uniform", 1 - ours.kl / min(uniform), least, 1 - ours.kl / min(uniform) >= least))
+        lines.append(("under_uniform", 1 - ours.kl / min(uniform), least, 1 - ours.kl / min(uniform) >= least))
     ruled = [one.kl for one in others if one.name in RULES]
     if between and ruled:
-        told.append(("under_rules", 1 - ours.kl / min(ruled), 0.1, 1 - ours.kl / min(ruled) >= 0.1))
-    for what, value, wanted, fine in told:
+        lines.append(("under_rules", 1 - ours.kl / min(ruled), 0.1, 1 - ours.kl / min(ruled) >= 0.1))
+    for what, value, wanted, fine in lines:
         print(result(f"{where}/{what}", value, f"{wanted:.3f}", fine), flush=True)
-    return told[0][-1]
+    return lines[0][-1]
 
 
 def run(name: str, options: argparse.Namespace) -> bool:
-    """One model at every budget; whether ours was never behind."""
+    """Run one model at every budget; return whether ours was never behind."""
     posed = MODELS[name](options.quick)
     source = posed.source
     start = time.process_time()
@@ -224,14 +224,14 @@ def run(name: str, options: argparse.Namespace) -> bool:
         for contestant in results:
             print(f"  {contestant}")
         ours, others = results[len(options.efforts) - 1], results[len(options.efforts) :]
-        good &= _told(
+        good &= _report(
             f"{name}/{bits:.3f}", ours, others, between=bits in BETWEEN, small=posed.sharing == "channel" and bits < 3.1
         )
     return good
 
 
 def main() -> None:
-    """Run the contests that were asked for."""
+    """Run the selected contests."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="ResNet-20 at one budget, little data, no polishing")
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), help="default: all; two of them when quick")

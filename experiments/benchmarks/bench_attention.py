@@ -1,10 +1,10 @@
-"""Attention of one token to caches of several formats: share of the read bandwidth, and speed over our float16 cache.
+"""Single-token attention over KV caches of several formats: fraction of the read bandwidth, speed-up over float16.
 
     python -m experiments.benchmarks.bench_attention [--quick] [--threads 2]
 
-8 key heads of 128, 32 query heads. Caches do not stay in the processor's own: copies are read in turn. All formats and
-a plain read of memory are timed turn by turn in one run; figures are medians. One thread is timed by its CPU time,
-which other work on the machine disturbs less than the wall clock; several threads only by the wall clock.
+8 key heads of width 128, 32 query heads. Cycling through copies of the KV cache defeats the processor's caches. All
+formats and a plain read of memory alternate within one run; figures are medians. One thread is timed by CPU time, which
+other load disturbs less than wall-clock time; several threads are timed by the wall clock.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def contestants(tokens: int) -> Iterator[tuple[str, int, Sequence[Callable[[], o
 
 @torch.inference_mode()
 def in_turns(timed: Sequence[Sequence[Callable[[], object]]], repeats: int) -> list[list[float]]:
-    """Seconds of each contestant's calls, `repeats` of each after one that warms up."""
+    """Seconds of each contestant's calls, `repeats` of each after one warm-up."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     found: list[list[float]] = [[] for _ in timed]
     turns = [cycle(calls) for calls in timed]

@@ -1,10 +1,10 @@
-"""Time and CPU use of a packed language model beside a job that keeps every core busy, over those alone.
+"""Slow-down and CPU use of a packed language model beside a job that keeps every core busy.
 
     python -m experiments.benchmarks.bench_busy_machine [--quick] [--rounds 5]
 
-A fair scheduler leaves half of each core: twice the time, and the same CPU time unless threads spin while they wait.
-The model runs in a process of its own that imports `mpq` before `torch`, as the command line does: threads spin no
-longer than `mpq` lets them.
+A fair scheduler leaves half of each core: expect twice the time, and the same CPU time unless threads spin while they
+wait. The model runs in a separate process that imports `mpq` before `torch`, as the command line does, so that `mpq`
+limits how long threads spin.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Non-linear levels against integers: how they were found, and what they keep at the same bytes.
+"""Non-linear levels against integers: how the levels were fitted, and their KL divergence at equal bytes.
 
     python -m experiments.benchmarks.bench_codebooks [--quick] [--models Llama SmolLM2 ...]
 
-First the levels: Lloyd's algorithm (IEEE Transactions on Information Theory 28, 1982) on groups of 64 numbers with a
-scale, and the squared error in groups of 64 normal numbers. Then the KL divergence from the original of uniform formats
-rounded by GPTQ, on data that nothing was fitted to: the WikiText Llama, ResNet-20 and -56, SmolLM2. The goal is a tenth
-less than integers of the same bytes.
+First the levels: fitted by Lloyd's algorithm (IEEE Transactions on Information Theory 28, 1982) to groups of 64 numbers
+with a scale, and their squared error on groups of 64 normal numbers. Then the KL divergence from the original of
+uniform formats rounded by GPTQ, on held-out data: the WikiText Llama, ResNet-20 and -56, SmolLM2. Goal: 10 % less than
+integers of the same bytes.
 """
 
 import argparse
@@ -32,19 +32,19 @@ GOAL = 0.9
 
 
 def numbers(groups: int, freedom: int, seed: int = 0) -> Tensor:
-    """Numbers of a t-distribution, as a matrix of 64 groups of 64 a row."""
+    """Samples of a t-distribution, as a matrix with 64 groups of 64 in each row."""
     shape, generator = (groups // 64, 64 * 64), seeded(seed, "codebooks")
     squares = sum(torch.randn(shape, generator=generator).square() for _ in range(freedom))
     return torch.randn(shape, generator=generator) / (squares / freedom).sqrt()
 
 
 def format_of(levels: Sequence[float]) -> Format:
-    """Groups of 64 of these levels."""
+    """The format with groups of 64 and these levels."""
     return replace(parse_format("nl4-g64"), grid=codebook("fitted", levels))
 
 
 def error(matrix: Tensor, format: Format) -> float:
-    """Squared error over squared size."""
+    """Relative squared error."""
     return float((dequantize(clip_search(matrix, format)) - matrix).square().sum() / matrix.square().sum())
 
 
@@ -63,13 +63,13 @@ def improved(levels: Sequence[float], matrix: Tensor) -> list[float]:
 
 
 def fitted(levels: Sequence[float], matrix: Tensor, steps: int) -> list[int]:
-    """Where Lloyd's algorithm comes to from these levels, as integers."""
+    """Levels after `steps` of Lloyd's algorithm, rounded to integers."""
     for _ in range(steps):
         levels = improved(levels, matrix)
     return [round(level) for level in levels]
 
 
-def tell_levels(quick: bool) -> Iterator[str]:
+def check_levels(quick: bool) -> Iterator[str]:
     """Check the stored levels of every width, and their error on normal numbers."""
     fresh, normal = numbers(2**12 if quick else 2**15, FREEDOM), torch.randn(64, 64 * 64, generator=seeded(1))
     for bits, levels in enumerate(NON_LINEAR, 2):
@@ -81,14 +81,14 @@ def tell_levels(quick: bool) -> Iterator[str]:
         yield result(f"codebook_{bits}_error_ratio", ratio, f"<={GOAL}", ratio <= GOAL)
 
 
-def tell_divergences(case: Case, formats: Sequence[str]) -> Iterator[str]:
+def compare_divergences(case: Case, formats: Sequence[str]) -> Iterator[str]:
     """Integers and non-linear levels on a model, with the standard error of the paired difference."""
     for name in formats:
         integers, levels = (case.divergence(f"{grid}{name}") for grid in ("int", "nl"))
         apart = (levels - integers).std() / len(levels) ** 0.5
         ratio = float(levels.mean() / integers.mean())
-        told = f"int {integers.mean():.5f}  nl {levels.mean():.5f}  difference +- {apart:.1g}"
-        print(f"{case.name:10} {name:10} {told}", flush=True)
+        figures = f"int {integers.mean():.5f}  nl {levels.mean():.5f}  difference +- {apart:.1g}"
+        print(f"{case.name:10} {name:10} {figures}", flush=True)
         yield result(f"codebook_{case.name}_{name}_kl_ratio", ratio, f"<={GOAL}", ratio <= GOAL)
 
 
@@ -97,13 +97,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", help="of those above (default: all)")
     parser.add_argument("--quick", action="store_true", help="few groups, one format of the Llama, few windows")
     options = parser.parse_args()
-    lines = list(tell_levels(options.quick))
+    lines = list(check_levels(options.quick))
     with reference_models.skipping():
         reference_models.data_file("wikitext2_llama_5m")
         for case in cases(0, options.quick):
             if not options.models or case.name in options.models:
                 formats = IMAGES if case.name.startswith("ResNet") else LANGUAGE
-                lines += tell_divergences(case, formats[1:2] if options.quick else formats)
+                lines += compare_divergences(case, formats[1:2] if options.quick else formats)
     print("\n".join(lines))
 
 

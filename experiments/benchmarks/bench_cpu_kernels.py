@@ -5,11 +5,11 @@
         [--formats int4-g128]
     python -m experiments.benchmarks.bench_cpu_kernels --show | --mixed
 
-Contestants take turns within one run, weights rotate beyond the cache, figures are medians. The last lines compare
-with the goals: a fraction of the read bandwidth at batch 1, through the op and (kernel) of the compiled call alone; no
-slower than PyTorch's bfloat16 at batch 64 and 256, both with bfloat16 inputs, and ours with float32's. --peers times
-other libraries instead (cpu_peers.py), their figures appended to results/cpu_kernels.csv; --mixed times ten random
-allocations of a stack of layers against the sum of what its layers take alone.
+Contestants alternate within one run, cycling through copies of the weights defeats the cache, figures are medians. The
+last lines compare with the goals: a fraction of the read bandwidth at batch 1, through the op and (kernel) for the
+compiled call alone; no slower than PyTorch's bfloat16 at batch 64 and 256, for bfloat16 and for float32 inputs. --peers
+times other libraries instead (cpu_peers.py) and appends their figures to results/cpu_kernels.csv; --mixed times ten
+random allocations of a stack of layers against the sum of their layers' times alone.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def main() -> None:
 def alone(
     schemes: list[str], shapes: list[tuple[int, int]], batches: list[int], beyond: int, table: str | None
 ) -> None:
-    """Against reading and PyTorch's floats, float32 inputs first."""
+    """Time our formats against reading memory and PyTorch's floats, float32 inputs first."""
     single = timed(schemes, shapes, batches, beyond, torch.float32)
     half = timed(schemes, shapes, [batch for batch in batches if batch > 1], beyond, torch.bfloat16)
     if table:
@@ -89,7 +89,7 @@ def alone(
     for timing in single:
         if timing.batch == 1 and timing.scheme in GOALS:
             where = f"{timing.scheme}/{timing.rows}x{timing.cols}/batch1"
-            goal, bare = GOALS[timing.scheme], of_the_kernel(timing.scheme, timing.rows, timing.cols, beyond)
+            goal, bare = GOALS[timing.scheme], kernel_share(timing.scheme, timing.rows, timing.cols, beyond)
             print(result(f"roof/{where}", timing.roof, f">={goal}", timing.roof >= goal))
             print(result(f"kernel_roof/{where}", bare, f">={goal}", bare >= goal))
     for inputs, timings in {"bfloat16": half, "float32": single}.items():
@@ -103,7 +103,7 @@ def alone(
 def timed(
     schemes: list[str], shapes: list[tuple[int, int]], batches: list[int], beyond: int, dtype: torch.dtype
 ) -> list[Timing]:
-    """Printed as they are found."""
+    """Time everything in the plan, printing each figure as it is measured."""
     print(f"\n{'scheme, ' + str(dtype)[6:] + ' inputs':34} {'shape':>12} batch {'us':>9} {'GB/s':>6} {'of roof':>7} "
           f"{'x float32':>9} {'x bf16':>7}")  # fmt: skip
     found = []
@@ -118,8 +118,8 @@ def timed(
     return found
 
 
-def of_the_kernel(scheme: str, rows: int, cols: int, beyond: int) -> float:
-    """The compiled call for one token as a fraction of the read bandwidth, nothing of PyTorch or its dispatch in it."""
+def kernel_share(scheme: str, rows: int, cols: int, beyond: int) -> float:
+    """The compiled call for one token as a fraction of the read bandwidth, without PyTorch's dispatch."""
     arranged, x, out = (
         weight(scheme, rows, cols),
         torch.randn((1, cols), generator=seeded(1, cols)),
@@ -144,7 +144,7 @@ def weight(scheme: str, rows: int, cols: int) -> Packed:
 
 
 def stacked(scheme: str, rows: int, cols: int, count: int, dtype: torch.dtype = torch.float32):
-    """A function that multiplies by each of the copies of a random weight, and gives the seconds a copy took."""
+    """A function that multiplies by each copy of a random weight and returns the seconds per copy."""
     arranged, activation = weight(scheme, rows, cols), parse_scheme(scheme).activation
     facts = (arranged.format.name, rows, cols, arranged.layout, "" if activation is None else activation.name)
     weights = copies(list(arranged.tensors.values()), count * arranged.nbytes, on_large_pages)  # as in a model
@@ -165,9 +165,9 @@ def stacked(scheme: str, rows: int, cols: int, count: int, dtype: torch.dtype = 
 
 
 def own_modes(scheme: str) -> dict[str, tuple[str, torch.dtype]]:
-    """Ours: with activations of about 15 bits; for integers of 8 as well, as most peers compute; and in bfloat16.
+    """Our modes: activations of about 15 bits; for integer weights also 8 bits, as most peers compute; and bfloat16.
 
-    In bfloat16, as others compute, conversions of inputs and outputs are in the time.
+    With bfloat16, conversions of inputs and outputs are part of the time, as for the peers.
     """
     found = {"ours": (scheme, torch.float32)}
     if scheme.startswith("int"):
@@ -178,23 +178,23 @@ def own_modes(scheme: str) -> dict[str, tuple[str, torch.dtype]]:
 def against_peers(
     schemes: list[str], shapes: list[tuple[int, int]], batches: list[int], seconds: float, repeats: int = 31
 ) -> None:
-    """Whole passes over all copies of a weight, ours and each peer's in turns; those who wait sleep.
+    """Whole passes over all copies of a weight, ours and each peer's alternating; idle peers sleep.
 
-    Each batch's rows are written as soon as they are known; no batch is begun after `seconds`.
+    Each batch's rows are written as soon as they are measured; no batch starts after `seconds`.
     """
     processor, began = processor_name(), time.monotonic()
     for scheme in schemes:
         names = cpu_peers.PEERS.get(scheme, ())
         for rows, cols in shapes if names else ():
             beyond = max(2, BEYOND // parse_scheme(scheme).weight.nbytes(rows, cols))
-            # many tokens are bound by arithmetic: two copies will do
+            # many tokens are compute-bound: two copies suffice
             for some, count in (([b for b in batches if b < 64], beyond), ([b for b in batches if b >= 64], 2)):
                 peers = [cpu_peers.product(name, rows, cols, count, torch.get_num_threads()) for name in names if some]
                 modes = own_modes(scheme) if some else {}
                 ours = {name: stacked(full, rows, cols, count, dtype) for name, (full, dtype) in modes.items()}
                 up = [peer for peer in peers if peer.ready()]
                 for missing in {peer.name for peer in peers} - {peer.name for peer in up}:
-                    print(f"{missing} is left out: it did not come up for {rows}x{cols}")
+                    print(f"{missing} is left out: it did not start for {rows}x{cols}")
                 for batch in some:
                     if time.monotonic() - began > seconds:
                         print(f"{scheme} {rows}x{cols} batch {batch} is left out: {seconds:.0f} s are over")
@@ -207,12 +207,12 @@ def against_peers(
 
 
 def take_turns(ours, peers: list[cpu_peers.Peer], x: torch.Tensor, repeats: int) -> dict[str, list[float]]:
-    """Seconds of a call by contestant, the first turn left out."""
+    """Seconds per call of each contestant, without the first turn."""
     found: dict[str, list[float]] = {name: [] for name in (*ours, *(peer.name for peer in peers))}
     for _ in range(repeats + 1):
         for name, run in ours.items():
             found[name].append(run(x))
-            time.sleep(0.005)  # until threads that spin after their work have gone to sleep
+            time.sleep(0.005)  # until threads that spin after their work are asleep
         for peer in peers:
             found[peer.name].append(peer.answer(len(x))[0])
             time.sleep(0.005)
@@ -225,7 +225,7 @@ def quartiles(times: list[float]) -> tuple[str, ...]:
 
 
 def write(rows: list[tuple]) -> None:
-    """Rows added to the table, and printed."""
+    """Append rows to the table and print them."""
     fresh = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *rows] if fresh else rows)
@@ -234,7 +234,7 @@ def write(rows: list[tuple]) -> None:
 
 
 def show() -> None:
-    """RESULT lines of the table: of each weight and batch, the last time that it was measured."""
+    """Print the table's RESULT lines: the last measurement of each weight and batch."""
     with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
     last: dict[tuple[str, ...], dict[str, float]] = {}
@@ -257,10 +257,10 @@ def show() -> None:
 
 @torch.inference_mode()
 def mixed(layers: int = 28, blocks: int = 10, beyond: int = 4 * BEYOND) -> None:
-    """Ten random allocations of a stack of square and oblong layers, against the table of the same run.
+    """Time ten random allocations of a stack of square and oblong layers against the latency table of the same run.
 
-    A stack's copies fill as much memory as the table's four contestants together rotate through: a third of the weights
-    would come from the cache if there were 150 MB of them.
+    A stack's copies fill as much memory as the table's four contestants cycle through together: with 150 MB, a third of
+    the weights would still be in the cache.
     """
     random = np.random.default_rng(0)
     seconds = {
@@ -291,7 +291,7 @@ def mixed(layers: int = 28, blocks: int = 10, beyond: int = 4 * BEYOND) -> None:
 
 
 def placed(packed: Packed, x: torch.Tensor) -> Callable[[], object]:
-    """The product by a copy of the weight, the copy lying as a model's weights do."""
+    """The product by a copy of the weight, placed in memory as a model's weights are."""
     tensors = [on_large_pages(tensor) for tensor in packed.tensors.values()]
     return partial(torch.ops.mpq.linear.default, x, tensors, None, packed.format.name, *packed.shape, packed.layout, "")
 

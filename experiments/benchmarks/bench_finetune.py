@@ -1,10 +1,10 @@
-"""What fine-tuning under an allocation gives back of what rounding takes, on data that nothing was trained on.
+"""How much of the loss from rounding fine-tuning under an allocation recovers, on held-out data.
 
     python -m experiments.benchmarks.bench_finetune [--quick] [--only NAME] [--steps N] [--seeds N]
 
 ResNet-20 at the size of int2-channel and at 2.5 bits, trained on the 2,000 calibration images and their mirror images
 and judged on the 1,000 test images; the 5 M parameter Llama at 2.5 bits, distilled on WikiText-2's training text and
-judged on its test text; SmolLM2-135M the same (hours on a CPU: only when it is asked for). The share that comes back is
+judged on its test text; SmolLM2-135M likewise (hours on a CPU: only with `--only`). The recovered share is
 (before - after) / (before - original) of the loss. HAWQ's order of stages is compared with its reverse on ResNet-20 at
 2 bits, seed by seed.
 """
@@ -60,8 +60,8 @@ def images(seed: int, count: int) -> tuple[Batch, ...]:
     return batched(inputs[order], labels[order], 64)
 
 
-def tell(name: str, original: Quality, before: Quality, result: Finetuned, after: Quality, seconds: float) -> float:
-    """Print one run; the share of the loss that came back."""
+def report(name: str, original: Quality, before: Quality, result: Finetuned, after: Quality, seconds: float) -> float:
+    """Print one run; return the recovered share of the loss."""
     share = (before.loss - after.loss) / (before.loss - original.loss)
     assert before.divergence is not None
     assert after.divergence is not None
@@ -79,14 +79,14 @@ def one(
     name: str, model: nn.Module, allocation: Allocation, data: Sequence[Batch], unseen: Sequence[Batch],
     test: Sequence[Batch], kind: str, loss_fn: LossFn, settings: Finetuning,
 ) -> tuple[float, bool]:  # fmt: skip
-    """Fine-tune and judge: the share of the loss that came back, and whether the test's divergence is no worse."""
+    """Fine-tune; return the recovered share of the loss, and whether the KL divergence on test data is no worse."""
     reference = Reference(model, test, kind, loss_fn)
     before = reference.measure(mpq.simulate(model, allocation, trainable=False))
     begun = time.perf_counter()
     result = finetune(model, allocation, data, loss_fn, settings, acceptance=unseen)
     seconds = time.perf_counter() - begun
     after = reference.measure(result.model)
-    return tell(name, reference.quality, before, result, after, seconds), after.harm_above(before)[0] <= 0
+    return report(name, reference.quality, before, result, after, seconds), after.harm_above(before)[0] <= 0
 
 
 def resnet20(steps: int, seeds: int, count: int, test: Sequence[Batch]) -> list[str]:
@@ -111,7 +111,7 @@ def llama5m(steps: int, seeds: int, windows: int, tested: int) -> list[str]:
 
 
 def smollm2_135m(steps: int, seeds: int, windows: int, tested: int) -> list[str]:
-    """SmolLM2-135M at 2.5 bits; judged on windows of the training text that it is not distilled on."""
+    """SmolLM2-135M at 2.5 bits, judged on windows of the training text that distillation does not use."""
     model, text = smollm2(windows + tested)
     return language_model("smollm2", model, text[:windows], text[windows:], steps, seeds)
 
@@ -157,7 +157,7 @@ def in_stages(steps: int, seeds: int, count: int, test: Sequence[Batch], stages:
 
 
 def over_seeds(name: str, values: Sequence[float], goal: float) -> str:
-    """The mean over seeds, each of which has to reach the goal."""
+    """RESULT line of the mean over seeds; every seed has to reach the goal."""
     note = f"(from {min(values):.3f} to {max(values):.3f} over {len(values)} seeds)" if len(values) > 1 else ""
     return result(name, statistics.mean(values), f">={goal}", min(values) >= goal, note)
 

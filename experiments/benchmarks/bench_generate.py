@@ -1,15 +1,16 @@
-"""Tokens per second of language models in 4.25 bits against bfloat16: one sequence, greedy, in the same light loop.
+"""Tokens per second of language models in 4.25 bits against bfloat16: one sequence, greedy, the same decoder loop.
 
     python -m experiments.benchmarks.bench_generate [--quick] [--scheme int4-g64] [--tokens 32] [--rounds 5]
         [--models 1b]
     python -m experiments.benchmarks.bench_generate --scheme int4-g32 --prepare | --peers
 
---peers takes turns with llama.cpp and onnxruntime-genai instead. int4-g32 is llama.cpp's Q4_0 (4.5 bits), to which our
-GGUF export gives the very same weights. onnxruntime's own model builder rounds for itself, in the same blocks of 32.
-What they read is written to /tmp/peer-models, once; --prepare does no more than that.
+--peers alternates with llama.cpp and onnxruntime-genai instead. int4-g32 is llama.cpp's Q4_0 (4.5 bits): our GGUF
+export stores the same weights. onnxruntime's own model builder does its own rounding, in the same blocks of 32. The
+peers' models are written to /tmp/peer-models once; --prepare only writes them.
 
 Models: the WikiText-2 Llama of 5.5 M parameters, and Llama shapes of 1.2 billion with random weights, built layer by
-layer (speed only). Models take turns; figures are medians. With --quick the large one has two blocks and few words.
+layer (speed only). Models alternate; figures are medians. With --quick the large one has two blocks and a small
+vocabulary.
 """
 
 import argparse
@@ -90,9 +91,9 @@ def small(scheme: str) -> tuple[nn.Module, nn.Module]:
 
 
 def large(scheme: str, shapes: dict[str, int]) -> tuple[nn.Module, nn.Module]:
-    """Random weights in both forms: one draw for each shape, its rows turned on by one from layer to layer.
+    """Random weights in both forms: one draw per shape, its rows rotated by one from layer to layer.
 
-    No two layers have the same weights: onnxruntime would keep them once, and find them in the cache.
+    No two layers have equal weights: onnxruntime would store them once, and they would stay in the cache.
     """
     bfloat16, packed = skeleton(shapes), skeleton(shapes)
     drawn: dict[tuple[int, int], Tensor] = {}
@@ -127,7 +128,7 @@ def skeleton(shapes: dict[str, int]) -> nn.Module:
 
 
 def fill(model: nn.Module, layer: Layer, weight: Tensor) -> None:
-    """The weight in all modules that share it."""
+    """Set the weight in all modules that share it."""
     parameter = nn.Parameter(weight, requires_grad=False)
     for name in layer.names:
         model.get_submodule(name).weight = parameter
@@ -139,13 +140,13 @@ def put(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def describe(model: nn.Module) -> str:
-    """Megabytes of everything that the model stores."""
+    """The model's stored megabytes, as text."""
     tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
     return f"{sum(tensor.nbytes for tensor in tensors.values()) / 1e6:.0f} MB"
 
 
 def compare(name: str, bfloat16: nn.Module, packed: nn.Module, tokens: int, rounds: int) -> list[str]:
-    """RESULT lines of the two loops, and of transformers' own loop over both."""
+    """RESULT lines of packed against bfloat16 in our loop, and of transformers' own loop for both."""
     prompt = torch.arange(3, 19)
     contestants: dict[str, Callable[[], float]] = {
         "packed": lambda: generate(packed, prompt, max_new_tokens=tokens).tokens_per_second,
@@ -159,7 +160,7 @@ def compare(name: str, bfloat16: nn.Module, packed: nn.Module, tokens: int, roun
     for _ in range(rounds):
         for which, run in contestants.items():
             found[which].append(run())
-    speeds = {which: said(name, which, values) for which, values in found.items()}
+    speeds = {which: median_speed(name, which, values) for which, values in found.items()}
     ratio = speeds["packed"] / speeds["bf16"]
     whole = speeds["packed"] / speeds["bf16 in transformers"]
     return [
@@ -169,7 +170,7 @@ def compare(name: str, bfloat16: nn.Module, packed: nn.Module, tokens: int, roun
 
 
 def prepared(name: str, model: nn.Module, scheme: str) -> dict[str, Path]:
-    """What each peer reads, written once: a GGUF file of the same weights, and what onnxruntime's builder makes."""
+    """Write each peer's model once: a GGUF file of the same weights, and the output of onnxruntime's builder."""
     config: Any = model.config
     stem = f"{name}-{scheme}-{config.num_hidden_layers}"
     gguf, plain, built = (MODELS / f"{stem}-{kind}" for kind in ("gguf", "transformers", "genai"))
@@ -191,7 +192,7 @@ def prepared(name: str, model: nn.Module, scheme: str) -> dict[str, Path]:
 
 
 def against_peers(name: str, packed: nn.Module, models: dict[str, Path], tokens: int, rounds: int) -> list[str]:
-    """RESULT lines of ours over each peer, in turns; those who wait sleep."""
+    """RESULT lines of ours over each peer, alternating; idle peers sleep."""
     peers = [cpu_peers.Peer(which, MODULES[which], path, torch.get_num_threads()) for which, path in models.items()]
     up = [peer for peer in peers if peer.ready()]
     speeds: dict[str, list[float]] = {which: [] for which in ("packed", *(peer.name for peer in up))}
@@ -204,7 +205,7 @@ def against_peers(name: str, packed: nn.Module, models: dict[str, Path], tokens:
             speed, *texts[peer.name] = peer.answer(tokens)
             speeds[peer.name].append(speed)
             time.sleep(0.01)
-    medians = {which: said(name, which, values[1:]) for which, values in speeds.items()}  # the first turn warms up
+    medians = {which: median_speed(name, which, values[1:]) for which, values in speeds.items()}  # without the warm-up
     lines = []
     for peer in peers:
         peer.close()
@@ -219,8 +220,8 @@ def against_peers(name: str, packed: nn.Module, models: dict[str, Path], tokens:
     return lines
 
 
-def said(name: str, which: str, speeds: list[float]) -> float:
-    """Their median, printed with the range."""
+def median_speed(name: str, which: str, speeds: list[float]) -> float:
+    """Print the median and range of the speeds; return the median."""
     median = statistics.median(speeds)
     print(f"{name:10} {which:24} {median:8.1f} tokens/s, from {min(speeds):.1f} to {max(speeds):.1f}")
     return median
@@ -228,7 +229,7 @@ def said(name: str, which: str, speeds: list[float]) -> float:
 
 @torch.inference_mode()
 def transformers_speed(model: nn.Module, prompt: Tensor, tokens: int) -> float:
-    """Tokens per second of transformers' own `generate`, the prompt left out."""
+    """Tokens per second of transformers' own `generate`, without the prompt."""
 
     def seconds(count: int) -> float:
         started = time.perf_counter()

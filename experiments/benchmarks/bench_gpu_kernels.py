@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks.bench_gpu_kernels [--quick] [--tune] [--table latency.json]
 
-Contestants take turns within one run by graph replay, weights rotate beyond the L2 cache, figures are medians. Peers
-are those that can be imported (gpu_peers.py). The last part times ten random mixed allocations of a LLaMA-7B-shaped
-stack against the sum of the latency table. Without a CUDA device it says so and stops: nothing is guessed.
+Contestants alternate within one run by graph replay, copies of the weights exceed the L2 cache, figures are medians.
+Peers are those that can be imported (gpu_peers.py). The last part times ten random mixed allocations of a
+LLaMA-7B-shaped stack against the sum of the latency table. Without a CUDA device it says so and stops.
 """
 
 import argparse
@@ -98,26 +98,26 @@ def table_of(
 
 
 def results_of_table(timings: Sequence[Timing]) -> None:
-    """Goals on bandwidth and on the speed-up over bf16; every format's time against int4's scaled by bytes."""
+    """RESULT lines of bandwidth, speed-up over bf16, and every format's time against int4's scaled by bytes."""
     int4 = {(timing.rows, timing.cols): timing for timing in timings if timing.scheme == INT4 and timing.batch == 1}
     for timing in timings:
         name = f"{timing.scheme}/{timing.rows}x{timing.cols}/batch{timing.batch}"
         speedup = timing.bfloat16 / timing.seconds
         if timing.scheme == INT4 and timing.batch <= 16 and timing.rows * timing.cols > 4096 * 4096:
-            tell(f"share_of_copy/{name}", timing.roof, 0.85)
+            print_result(f"share_of_copy/{name}", timing.roof, 0.85)
         if timing.scheme == INT4 and timing.batch in (64, 128, 256):
-            tell(f"speedup_over_bf16/{name}", speedup, {64: 2.5, 128: 1.5, 256: 1.0}[timing.batch])
+            print_result(f"speedup_over_bf16/{name}", speedup, {64: 2.5, 128: 1.5, 256: 1.0}[timing.batch])
         if timing.scheme != INT4 and timing.batch == 1 and "+a:" not in timing.scheme:
-            tell(f"share_of_copy/{name}", timing.roof, 0.80)
+            print_result(f"share_of_copy/{name}", timing.roof, 0.80)
             base = int4.get((timing.rows, timing.cols))
             if base is None:
                 continue
             promised = base.seconds * timing.nbytes / base.nbytes
-            tell(f"time_over_promised/{name}", timing.seconds / promised, 1.15, most=True)
+            print_result(f"time_over_promised/{name}", timing.seconds / promised, 1.15, most=True)
 
 
 def against_peers(shapes: Sequence[tuple[int, int]], batches: Sequence[int], device: torch.device) -> None:
-    """int4 in groups of 128 beside others' kernels: how many times our time each takes."""
+    """RESULT lines of int4 in groups of 128 in other kernels: their time as a multiple of ours."""
     for rows, cols in shapes:
         quantized = quantize(torch.randn(rows, cols, device=device), parse_format(INT4))
         peers = peers_of(quantized, BEYOND)
@@ -127,7 +127,7 @@ def against_peers(shapes: Sequence[tuple[int, int]], batches: Sequence[int], dev
             times = interleaved([ours, *(peer(x) for peer in peers.values())], 30, device)
             mine, *theirs = (statistics.median(found) for found in times)
             for name, seconds in zip(peers, theirs, strict=True):
-                tell(f"times_ours/{name}/{rows}x{cols}/batch{batch}", seconds / mine, 1.0)
+                print_result(f"times_ours/{name}/{rows}x{cols}/batch{batch}", seconds / mine, 1.0)
 
 
 class Stock:
@@ -149,7 +149,7 @@ class Stock:
 
 
 def mixed(device: torch.device, quick: bool) -> None:
-    """Random allocations of a stack of linear layers: one graph of all of them, against the table's sum."""
+    """Time random allocations of a stack of linear layers, one graph each, against the latency table's sum."""
     block = {(512, 512): 4} if quick else BLOCK
     blocks, batches, count = (2, [1], 1) if quick else (BLOCKS, MIXED_BATCHES, ALLOCATIONS)
     timings = list(measure(MIXED, list(block), batches, repeats=5 if quick else 30, device=device))
@@ -169,10 +169,10 @@ def mixed(device: torch.device, quick: bool) -> None:
             predicted = sum(table.seconds(scheme, *shape, batch) for scheme, shape in pairs)
             worst = max(worst, abs(seconds / predicted - 1))
             print(f"mixed allocation {place}, batch {batch}: {1e3 * seconds:.3f} ms, table {1e3 * predicted:.3f} ms")
-        tell(f"mixed_allocations_off_the_table/batch{batch}", worst, 0.10, most=True)
+        print_result(f"mixed_allocations_off_the_table/batch{batch}", worst, 0.10, most=True)
 
 
-def tell(name: str, value: float, goal: float, most: bool = False) -> None:
+def print_result(name: str, value: float, goal: float, most: bool = False) -> None:
     met = value <= goal if most else value >= goal
     print(result(name, value, f"{'<=' if most else '>='}{goal}", met), flush=True)
 

@@ -1,10 +1,10 @@
-"""What errors count when GPTQ's scales are chosen: columns by their inputs, and large weights more or not.
+"""How to weight errors when GPTQ's scales are chosen: columns by their inputs, large weights more or not.
 
     python -m experiments.benchmarks.bench_importance [--quick] [--models Llama SmolLM2 ...] [--draws N]
 
-KL divergence from the original of uniform formats, on data that nothing was fitted to: the WikiText Llama, SmolLM2 (16
-windows), ResNet-20 and -56 (1,000 images). The goal is of the rule that is built in, against columns by the diagonal of
-the inputs' second moment itself.
+KL divergence from the original of uniform formats on held-out data: the WikiText Llama, SmolLM2 (16 windows), ResNet-20
+and -56 (1,000 images). The goal compares the built-in rule with weighting columns by the diagonal of the inputs' second
+moment itself.
 """
 
 import argparse
@@ -34,13 +34,13 @@ IMAGES = ("int2-g32", "int3-channel", "int4-channel")
 
 Importance = Callable[[Tensor, int], Tensor]
 BUILT_IN: Importance = gptq._importance
-# Powers of what is built in, which is the root of the diagonal; "sizes" besides by the root of the row's mean square
-# and the weight's own, as llama.cpp's quantizer.
+# Powers of the built-in weighting, the root of the diagonal. "sizes" also multiplies by the root of the row's mean
+# square plus the weight's own square, as llama.cpp's quantizer does.
 RULES = {"diagonal": 2.0, "root": 1.0, "alike": 0.0, "sizes": 1.0}
 
 
 def by_sizes(search: Callable[..., Quantized]) -> Callable[..., Quantized]:
-    """The clip search with errors of large weights counting more."""
+    """A clip search that weights errors of large weights more."""
 
     def sized(weight: Tensor, format: Format, importance: Tensor | None = None) -> Quantized:
         squares = weight.square()
@@ -73,11 +73,11 @@ class Case:
 
     @cached_property
     def moments(self) -> dict[str, Tensor]:
-        """What GPTQ needs of the calibration data."""
+        """Second moments of the layers' inputs on the calibration data."""
         return moments_needed("gptq", self.model, find_layers(self.model), self.calibration, self.loss_fn)
 
     def divergence(self, name: str) -> Tensor:
-        """KL of every prediction in a uniform format, rounded by GPTQ."""
+        """KL divergence of every prediction in a uniform format, rounded by GPTQ."""
         layers = find_layers(self.model)
         allocation = Allocation(layers, (name,) * len(layers))
         rounded = simulate(self.model, allocation, "gptq", self.moments, trainable=False)
@@ -86,7 +86,7 @@ class Case:
 
 
 def cases(draw: int, quick: bool) -> Iterator[Case]:
-    """Models with calibration data of a draw; the first alone for `quick`."""
+    """Models with the calibration data of one draw; only the first if `quick`."""
     windows = 4 if quick else 32
     train = reference_models.wikitext_tokens("train", windows * (draw + 1))[windows * draw :]
     test = reference_models.wikitext_tokens("test", 2 if quick else 24)
@@ -131,8 +131,8 @@ def main() -> None:
             if options.models and case.name not in options.models:
                 continue
             for name, found in divergences(case):
-                told = "  ".join(f"{rule} {kl:.5f}" for rule, kl in found.items())
-                print(f"draw {draw} {case.name:10} {name:13} {told}", flush=True)
+                figures = "  ".join(f"{rule} {kl:.5f}" for rule, kl in found.items())
+                print(f"draw {draw} {case.name:10} {name:13} {figures}", flush=True)
                 ratio = found["root"] / found["diagonal"]
                 lines.append(result(f"importance_{draw}_{case.name}_{name}_kl_ratio", ratio, "<=1", ratio <= 1))
     print("\n".join(lines))

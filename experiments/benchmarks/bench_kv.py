@@ -1,12 +1,12 @@
-"""Keys and values in formats by layer against one format for all, and weights plus cache in one budget.
+"""KV-cache formats by layer against one format for all, and weights plus cache in one budget.
 
     python -m experiments.benchmarks.bench_kv [--quick] [--models llama5m tiny-lm smollm2] [--draws 1]
 
-Scores come from calibration data, splits are chosen on other data, and the figure is the mean KL divergence from the
-original on data that nothing was tuned on. (1) The cache alone, at the bytes of a uniform format of 8, 4, 3 and 2 bits.
-(2) One memory for weights and cache against five fixed splits, each a uniform cache with the weights' own optimum in
-what it leaves. (3) Predicted against measured divergence of single entries.
-(4) On SmolLM2, which can copy: a passage from the beginning of a text.
+Scores come from calibration data, splits are chosen on other data; reported is the mean KL divergence from the original
+on held-out data. (1) The cache alone, at the bytes of a uniform format of 8, 4, 3 and 2 bits. (2) One memory budget for
+weights and cache against five fixed splits, each a uniform cache with the weights' optimum in the rest. (3) Predicted
+against measured divergence of single cache entries. (4) On SmolLM2, which can copy: copying a passage from the
+beginning of a text.
 """
 
 import argparse
@@ -44,7 +44,7 @@ SPLITS = ("int2-asym", "int3-asym", "int4-asym", "int6-asym", "int8-token")
 WEIGHTS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-channel")
 CONTEXT = 8192  # tokens of part 1
 NEEDLES, PASSAGE = 6, 32  # passages, and tokens of each; the second half is to be copied
-MEMORIES = (3.0, 3.75, 4.75)  # bits, on average over weights and as many cached numbers
+MEMORIES = (3.0, 3.75, 4.75)  # bits, averaged over the weights and as many cached numbers
 GOALS = {"int8-token": 1.0, "int4-asym": 1.0, "int3-asym": 0.67, "int2-asym": 0.67}  # share of uniform's divergence
 
 
@@ -68,7 +68,7 @@ def smollm2(draw: int) -> Source:
 
 
 def tiny(draw: int) -> Source:
-    """The language model that comes with mpq."""
+    """The bundled language model."""
     return open_source("tiny-lm", nsamples=32, seed=draw, evaluation_samples=32)
 
 
@@ -142,7 +142,7 @@ def one_budget(source: Source, table: SensitivityTable) -> list[str]:
             if allocation.memory(context) > memory:
                 continue
             qualities[name] = measurer.quality(allocation, "evaluation")
-            _tell(bits, name, allocation, qualities[name])
+            _print_split(bits, name, allocation, qualities[name])
         best = min(
             (name for name in qualities if name != "one budget"), key=lambda name: qualities[name].harm_with_error()[0]
         )
@@ -158,7 +158,7 @@ def _significance(title: str, difference: float, error: float) -> str:
     return result(f"{title} difference in standard errors", difference / error, "<=2", difference <= 2 * error)
 
 
-def _tell(bits: float, name: str, allocation: Allocation, quality: Quality) -> None:
+def _print_split(bits: float, name: str, allocation: Allocation, quality: Quality) -> None:
     assert allocation.cache is not None
     print(
         f"  {bits:.2f} {name:18} weights {allocation.bits:.3f}, cache {allocation.cache.bits:.3f} bits  KL "
@@ -184,7 +184,7 @@ def single_entries(source: Source, table: SensitivityTable, reference: Reference
 
 @torch.no_grad()
 def needle(source: Source, table: SensitivityTable, filler: int = 700) -> list[str]:
-    """RESULT lines of part 4: how much of a text's first passage is copied, by caches of equal bytes."""
+    """RESULT lines of part 4: the share of a text's first passage that is copied with caches of equal bytes."""
     tokens = torch.cat([batch.flatten() for batch in source.evaluation])
     passages = tokens[: NEEDLES * PASSAGE].view(NEEDLES, PASSAGE)
     between = tokens[NEEDLES * PASSAGE :][:filler].expand(NEEDLES, -1)
@@ -216,7 +216,7 @@ def _predicted(table: SensitivityTable, cache: CacheFormats) -> float:
 
 
 def main() -> None:
-    """Run what was asked for."""
+    """Run the selected parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the bundled language model alone")
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS))

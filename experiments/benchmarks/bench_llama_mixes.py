@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks.bench_llama_mixes --llama PYTHON --tools FOLDER [--quick] [--smollm2]
 
-The WikiText Llama (or SmolLM2) is quantized by llama-quantize as Q2_K to Q4_K_M with llama-imatrix's importances of
-windows of the training text, and by mpq for llama.cpp at the same bytes or fewer, calibrated on the same windows. All
-are measured by llama.cpp itself on windows of other text, against the float32 file. `--llama` names the Python of an
+The WikiText Llama (or SmolLM2) is quantized by llama-quantize as Q2_K to Q4_K_M with llama-imatrix's importances from
+windows of the training text, and by mpq for llama.cpp in at most the same bytes, calibrated on the same windows.
+llama.cpp itself measures all files on windows of other text, against the float32 file. `--llama` names the Python of an
 environment with llama-cpp-python, `--tools` the folder of llama-quantize and llama-imatrix of the same llama.cpp.
 """
 
@@ -61,8 +61,8 @@ def source_of(smollm2: bool, windows: int) -> Source:
     )  # fmt: skip
 
 
-def theirs(tools: Path, folder: Path, source: Source, mixes: tuple[str, ...]) -> tuple[Path, dict[str, Path]]:
-    """The float32 file, and llama.cpp's mixes of it."""
+def llama_mixes(tools: Path, folder: Path, source: Source, mixes: tuple[str, ...]) -> tuple[Path, dict[str, Path]]:
+    """Write the float32 file and llama.cpp's mixes of it."""
     layers = find_layers(source.model)
     whole = Allocation(layers, ("fp32",) * len(layers))
     plain = export(source.model, whole, folder / "plain", to="gguf", tokenizer=source.tokenizer) / "model.gguf"
@@ -84,7 +84,7 @@ def run(*command: object) -> None:
 
 
 def measured(python: str, windows: Tensor, plain: Path, files: list[Path]) -> dict[str, dict[str, float]]:
-    """What llama.cpp computes of each file."""
+    """Perplexity, KL divergence and top-1 agreement of each file, computed by llama.cpp."""
     asked = plain.parent / "windows.json"
     asked.write_text(json.dumps(windows.tolist()))
     script = Path(__file__).parents[1] / "peers" / "llama_divergence.py"
@@ -116,7 +116,7 @@ def main() -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plain, files = theirs(options.tools, folder, source, mixes)
+        plain, files = llama_mixes(options.tools, folder, source, mixes)
         ours = {}
         for mix, file in files.items():
             outcome = mpq.quantize(
@@ -127,7 +127,7 @@ def main() -> None:
         found = measured(options.llama, windows, plain, [*files.values(), *ours.values()])
         print(f"{'float32':10} perplexity {found[str(plain)]['perplexity']:.3f}")
         for mix, file in files.items():
-            for who, one in (("theirs", file), ("ours", ours[mix])):
+            for who, one in (("llama_mixes", file), ("ours", ours[mix])):
                 figures = found[str(one)]
                 print(
                     f"{mix:8} {who:7} {one.stat().st_size:12,} bytes  perplexity {figures['perplexity']:.3f}  "

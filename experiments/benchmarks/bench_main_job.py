@@ -1,10 +1,10 @@
-"""The main job's own costs: the exact frontier of 500 layers, a budget query, importing, and the memory of a run.
+"""Costs of the main job itself: exact frontier of 500 layers, budget query, import time, memory of a run.
 
     python -m experiments.benchmarks.bench_main_job [--quick]
 
-Losses of the 500 LLaMA-shaped layers are drawn: falling fourfold per bit, with sensitivities that spread over decades.
-Times are the best of five. Memory is the peak of a whole `mpq quantize` process above the same process with the model
-and its data loaded, as a share of the model's bytes, for a model large enough to count.
+Losses of the 500 LLaMA-shaped layers are random: a factor of four per bit, sensitivities over several decades. Times
+are the best of five. Memory is the peak of a whole `mpq quantize` process above the same process with only the model
+and its data loaded, as a share of the model's bytes.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SHAPES = {
     "gate_proj": (11008, 4096), "up_proj": (11008, 4096), "down_proj": (4096, 11008),
 }  # fmt: skip
 
-# The model and the program alone, and what the whole job needs: the largest resident memory of a process, in kB.
+# Peak resident memory in kB of a process with model and imports alone, and of one that runs the whole job.
 PEAK = "import resource, sys; {}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 LOAD = "from experiments.models.wide_model import build, load"
 BASE = f"import mpq.pipeline; {LOAD}; model = build(); model(load()[0][0])"
@@ -56,7 +56,7 @@ def llama_table(layers: int, seed: int = 0) -> SensitivityTable:
 
 
 def quantize_memory() -> float:
-    """Peak of `mpq quantize`, above the program's own, as a multiple of the model's bytes."""
+    """Peak memory of `mpq quantize` above that of model and imports, as a multiple of the model's bytes."""
 
     def peak(code: str, *arguments: str) -> float:
         command = [sys.executable, "-c", PEAK.format(code), *arguments]

@@ -1,9 +1,9 @@
-"""Products by weights whose rows have formats of their own, against one format of the same bytes.
+"""Products by weights with formats by row, against one format of the same bytes.
 
     python -m experiments.benchmarks.bench_mixes [--quick]
 
-About half of the rows, at random, have int2-g64, the others int4-g64: the bytes of int3-g64. Contestants take turns,
-weights rotate beyond the cache, figures are ratios of medians.
+A random half of the rows is in int2-g64, the other half in int4-g64: the bytes of int3-g64. Contestants alternate,
+copies of the weights exceed the cache, figures are ratios of medians.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def weights(rows: int, cols: int, beyond: int) -> tuple[list[PackedWeight], list
 
 
 def main() -> None:
-    """Time the shapes and say which ratios are above the goals."""
+    """Time the shapes and compare the ratios with the goals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small shape, one and 16 tokens")
     options = parser.parse_args()

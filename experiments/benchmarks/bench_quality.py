@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks.bench_quality [--quick] [--metric fisher] [--methods mse gptq]
 
-Weights only, after training. Both contestants are rounded by the same method; the searched allocation gets at most the
-uniform format's bytes. Top-1 is over 1,000 images (standard error of one figure about 0.9 points), so the paired
-difference and its standard error stand beside it, and the loss, which is steadier. The last lines are the figures.
+Weight-only, post-training. Both are rounded by the same method; the searched allocation gets at most the uniform
+format's bytes. Top-1 is over 1,000 images (standard error of one figure about 0.9 points), so the paired difference
+with its standard error and the less noisy loss are printed beside it. RESULT lines come last.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LADDER = (
 
 @dataclass(frozen=True)
 class Contest:
-    """One model, its data, and the points where searched and uniform meet."""
+    """One model, its data, and the sizes at which searched and uniform are compared."""
 
     name: str
     model: nn.Module
@@ -73,7 +73,7 @@ def measure(model: nn.Module, contest: Contest) -> Quality:
     return Quality(torch.cat(losses), torch.cat(correct) if correct else torch.empty(0))
 
 
-def spread(difference: Tensor) -> float:
+def paired_error(difference: Tensor) -> float:
     """Standard error of a mean of paired differences."""
     return (difference.std() / math.sqrt(len(difference))).item()
 
@@ -125,12 +125,12 @@ def show(quality: Quality, contest: Contest) -> str:
 
 
 def difference(plain: Quality, searched: Quality, contest: Contest) -> tuple[float, float]:
-    """How much better the searched model is, and the standard error: top-1 points, or perplexity."""
+    """Improvement of the searched model and its standard error: top-1 points, or perplexity."""
     if contest.kind == "top1":
         pairs = 100 * (searched.correct - plain.correct)
-        return pairs.mean().item(), spread(pairs)
+        return pairs.mean().item(), paired_error(pairs)
     gain = math.exp(plain.loss) - math.exp(searched.loss)
-    return gain, spread(plain.losses - searched.losses) * math.exp(searched.loss)
+    return gain, paired_error(plain.losses - searched.losses) * math.exp(searched.loss)
 
 
 def contests(quick: bool) -> list[Contest]:

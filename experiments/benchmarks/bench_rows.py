@@ -1,10 +1,10 @@
-"""Rows in formats of their own against whole layers and uniform formats, at equal bytes and by equal rounding.
+"""Formats by row against formats by layer and uniform formats, at equal bytes and with equal rounding.
 
     python -m experiments.benchmarks.bench_rows [--quick] [--models llama5m ...] [--bits 3.25 4.25] [--draws 3]
 
-Scores and second moments come from calibration data, of which every draw takes others. The figure is the mean KL
-divergence from the original on data that nothing was tuned on, beside what the table predicts. Rows are compared with
-whole layers and with the best uniform format that fits.
+Scores and second moments come from calibration data, different for each draw. Reported is the mean KL divergence from
+the original on held-out data, beside the table's prediction. Rows are compared with whole layers and with the best
+uniform format that fits.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LANGUAGE = tuple(f"int{width}-g64" for width in (2, 3, 4, 5))
 IMAGES = tuple(f"int{width}-channel" for width in (2, 3, 4, 5, 6, 8))
 BITS = (2.5, 2.75, 3.0, 3.25, 3.75, 4.25)
 GOALS = {"layers": 0.8, "uniform": 0.67}  # of a language model's KL divergence
-NEAR = 0.97  # of the budget, the least that a uniform format must take to be compared
+NEAR = 0.97  # smallest share of the budget that a uniform format must use to be compared
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def efficientnet(draw: int) -> Contest:
 
 
 def tiny(draw: int) -> Contest:
-    """The language model that comes with mpq."""
+    """The bundled language model."""
     source = open_source("tiny-lm", nsamples=32)
     return Contest(source, ("int2-g64", "int3-g64", "int4-g64"), "gptq")
 
@@ -108,7 +108,7 @@ def frontiers(contest: Contest, store: RoundingStore) -> dict[str, Frontier]:
 
 
 def compare(contest: Contest, bits: Sequence[float]) -> list[str]:
-    """Measure one draw of one model; its RESULT lines."""
+    """Measure one draw of one model and print its RESULT lines."""
     start = time.process_time()
     store = store_for(contest.method, contest.source, find_layers(contest.source.model))
     found, measurer = frontiers(contest, store), Measurer(contest.source, store)
@@ -138,12 +138,12 @@ def _reaches(frontier: Frontier, bits: float) -> bool:
 
 
 def measured(measurer: Measurer, allocation: Allocation) -> Quality:
-    """The quality on unseen data, running means estimated anew where there are any."""
+    """Quality on held-out data, with running means re-estimated where there are any."""
     return measurer.quality(allocation, "evaluation", measurer.means(allocation))
 
 
 def _results(contest: Contest, bits: float, qualities: dict[str, Quality], other: str) -> list[str]:
-    """Whether rows are not behind, by the paired difference in its standard errors, and how much less they have."""
+    """RESULT lines: paired difference in standard errors, and the relative improvement of rows."""
     rows, against = qualities["rows"], qualities[other]
     difference, error = rows.harm_above(against)
     share, goal = rows.harm_with_error()[0] / against.harm_with_error()[0], GOALS[other]
@@ -155,7 +155,7 @@ def _results(contest: Contest, bits: float, qualities: dict[str, Quality], other
 
 
 def main() -> None:
-    """Run the contests that were asked for."""
+    """Run the selected contests."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the tiny language model, two budgets, one draw")
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS))

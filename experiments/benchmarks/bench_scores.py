@@ -1,12 +1,12 @@
-"""Predicted against measured divergence: uniform formats, single cells, and the exact search's allocation.
+"""Predicted against measured divergence: uniform formats, single (layer, format) cells, the exact search's allocation.
 
     python -m experiments.benchmarks.bench_scores [--quick] [--models llama5m resnet20 ...]
         [--metrics kl-curvature kronecker]
         [--cells 60] [--options '{"draws": 4}']
 
-Divergence is measured on data that the scores have not seen, with the rounding that the scores were taken with: GPTQ
-in groups of 64 for language models, clip search by channel for CNNs. Allocations are compared at the size of uniform
-int3. `--quick` takes the tiny models that come with mpq. The last lines are the figures.
+Divergence is measured on held-out data with the same rounding as the scores: GPTQ in groups of 64 for language models,
+clip search by channel for CNNs. Allocations are compared at the size of uniform int3. `--quick` takes the bundled
+models. RESULT lines come last.
 """
 
 import argparse
@@ -39,12 +39,12 @@ from mpq.sensitivity.task import Task
 
 MODELS = ("llama5m", "smollm2", "resnet20", "resnet56", "efficientnet-lite0")
 QUICK = ("tiny-cnn",)
-FACTOR = 2.0  # within which a cell counts as predicted
+FACTOR = 2.0  # factor within which a cell counts as predicted
 
 
 @dataclass(frozen=True)
 class Contest:
-    """A model, data for scores and data that nobody has seen, and the formats to tell apart."""
+    """A model, data for scores, held-out data, and the candidate formats."""
 
     name: str
     model: nn.Module
@@ -55,7 +55,7 @@ class Contest:
     method: str
 
     def task(self) -> Task:
-        """What a metric is given, with a journal of its own."""
+        """A metric's input, with its own journal."""
         layers, schemes = find_layers(self.model), tuple(map(parse_scheme, self.formats))
         moments = {}
         if self.method == "gptq":
@@ -77,7 +77,7 @@ def images(name: str, model: nn.Module, calibration: tuple[Batch, ...], unseen: 
 
 
 def contest(name: str) -> Contest:
-    """The contest called so; models and data are read now."""
+    """The contest of this name; loads its model and data."""
     if name == "llama5m":
         tokens = reference_models.wikitext_tokens
         return language(name, reference_models.wikitext_llama(), tokens("train", 32), tokens("test", 16))
@@ -94,7 +94,7 @@ def contest(name: str) -> Contest:
 
 
 def bundled(name: str) -> Contest:
-    """One of the tiny models that come with mpq."""
+    """One of the bundled models."""
     from mpq.sources import open_source
 
     source = open_source(name)
@@ -111,8 +111,8 @@ def bundled(name: str) -> Contest:
 
 
 @torch.no_grad()
-def log_chances(contest: Contest) -> list[Tensor]:
-    """Log-probabilities on unseen data, batch by batch."""
+def log_probabilities(contest: Contest) -> list[Tensor]:
+    """Log-probabilities on held-out data, batch by batch."""
     found: list[Tensor] = []
     handle = contest.model.register_forward_hook(lambda module, args, output: found.append(logits_of(output)))
     for batch in contest.unseen:
@@ -141,7 +141,7 @@ def divergence(contest: Contest, reference: list[Tensor]) -> tuple[float, float]
 
 @contextmanager
 def rounded(task: Task, chosen: Mapping[Layer, Scheme]) -> Iterator[None]:
-    """Inside the block these layers have the numbers of their schemes."""
+    """Context manager: replace these layers' weights by their rounded values."""
     before = {layer: weight_matrix(task.module(layer)).detach().clone() for layer in chosen}
 
     def put(layer: Layer, matrix: Tensor) -> None:
@@ -160,7 +160,7 @@ def rounded(task: Task, chosen: Mapping[Layer, Scheme]) -> Iterator[None]:
 
 
 def judge(contest: Contest, metrics: Sequence[str], count: int, options: Mapping[str, Any]) -> list[str]:
-    """Print the tables of one contest; its figures for the first metric."""
+    """Print the tables of one contest; return the RESULT lines of the first metric."""
     tables: dict[str, tuple[Any, Any]] = {}
     for metric in metrics:
         start = time.perf_counter()
@@ -168,7 +168,7 @@ def judge(contest: Contest, metrics: Sequence[str], count: int, options: Mapping
         tables[metric] = (partial(score, **options) if metric == metrics[0] else score)(contest.task())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(f"{contest.name} {metric}: {time.perf_counter() - start:.0f} s, peak so far {peak:.2f} GB", flush=True)
-    task, reference = contest.task(), log_chances(contest)
+    task, reference = contest.task(), log_probabilities(contest)
     lines = uniform_formats(contest, task, reference, tables)
     lines += cells(contest, task, reference, tables, count) if count else []
     return lines + allocations(contest, task, reference, tables)
@@ -178,21 +178,21 @@ Tables = Mapping[str, tuple[Any, Any]]  # by metric: scores and errors (layers, 
 
 
 def uniform_formats(contest: Contest, task: Task, reference: list[Tensor], tables: Tables) -> list[str]:
-    """Sums of scores beside the measured divergence of the whole model in one format."""
+    """Compare summed scores with the measured divergence of the whole model in one format."""
     lines = []
     for column, scheme in enumerate(task.schemes):
         with rounded(task, dict.fromkeys(task.layers, scheme)):
             value, error = divergence(contest, reference)
         sums = {metric: scores[:, column].sum() for metric, (scores, _) in tables.items()}
-        told = "  ".join(f"{metric} {total:.4g}" for metric, total in sums.items())
-        print(f"{contest.name} uniform {scheme.name}: measured {value:.4g} +- {error:.1g}  {told}", flush=True)
+        figures = "  ".join(f"{metric} {total:.4g}" for metric, total in sums.items())
+        print(f"{contest.name} uniform {scheme.name}: measured {value:.4g} +- {error:.1g}  {figures}", flush=True)
         ratio = next(iter(sums.values())) / value
         lines.append(result(f"{contest.name} {scheme.name} predicted/measured", ratio, "0.5..2", 0.5 <= ratio <= 2))
     return lines
 
 
 def cells(contest: Contest, task: Task, reference: list[Tensor], tables: Tables, count: int) -> list[str]:
-    """Single layers in single formats, measured alone: rank correlation, and the share predicted within a factor."""
+    """Measure single layers in single formats: rank correlation, and the share predicted within a factor."""
     size = len(task.layers) * len(task.schemes)
     picked = np.random.default_rng(0).permutation(size)[:count]
     places = [np.unravel_index(number, (len(task.layers), len(task.schemes))) for number in picked]
@@ -225,7 +225,7 @@ def cells(contest: Contest, task: Task, reference: list[Tensor], tables: Tables,
 
 
 def allocations(contest: Contest, task: Task, reference: list[Tensor], tables: Tables) -> list[str]:
-    """The exact search's allocation at the size of uniform int3, measured beside it."""
+    """Measure the exact search's allocation at the size of uniform int3 beside uniform int3."""
     lines = []
     names = tuple(scheme.name for scheme in task.schemes)
     uniform = next(scheme for scheme in task.schemes if scheme.name.startswith("int3"))
@@ -237,8 +237,10 @@ def allocations(contest: Contest, task: Task, reference: list[Tensor], tables: T
         chosen = frontier.at(bits=bits)
         with rounded(task, {layer: chosen.scheme_of[layer.name] for layer in task.layers}):
             value, error = divergence(contest, reference)
-        told = f"measured {value:.4g} +- {error:.1g}, predicted {chosen.loss:.4g}, uniform {bar:.4g} +- {bar_error:.1g}"
-        print(f"{contest.name} {metric} at {bits:.3f} bits: {told}", flush=True)
+        figures = (
+            f"measured {value:.4g} +- {error:.1g}, predicted {chosen.loss:.4g}, uniform {bar:.4g} +- {bar_error:.1g}"
+        )
+        print(f"{contest.name} {metric} at {bits:.3f} bits: {figures}", flush=True)
         if metric == next(iter(tables)):
             lines.append(result(f"{contest.name} allocation/uniform", value / bar, "<=1", value <= bar))
     return lines

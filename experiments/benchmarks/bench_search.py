@@ -3,9 +3,9 @@
     python -m experiments.benchmarks.bench_search [--quick] [--only proofs hawq toy workers contest show]
         [--models resnet20 ...]
 
-Evolution is judged on data that neither the table nor the search has seen. The contest adds to a file of results, so
-that it can be run in pieces; `--only show` prints what is there, FLIQS on ResNet-20 (`experiments/papers/fliqs.py`)
-included. The last lines are the figures.
+Evolution is judged on data that neither the table nor the search has seen. The contest appends to a file of results, so
+that it can be run in pieces; `--only show` prints the file, with FLIQS on ResNet-20 (`experiments/papers/fliqs.py`).
+RESULT lines come last.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def proofs(instances: int) -> list[str]:
 
 
 def hawq() -> list[str]:
-    """HAWQ-V3's programs: our objective and the published one."""
+    """Compare the optimum of HAWQ-V3's integer programs with the published configurations."""
     same = better = worse = 0
     seconds = 0.0
     for net, facts in read_published(PUBLISHED).items():
@@ -92,7 +92,7 @@ def hawq() -> list[str]:
 
 
 class Measuring:
-    """The loss of allocations on some batches; rounded weights are kept, so that an evaluation is a forward pass."""
+    """Measured loss of allocations; rounded weights are cached, so that an evaluation is one forward pass."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn) -> None:
         self.model, self.batches, self.loss_fn = model, batches, loss_fn
@@ -119,7 +119,7 @@ class Measuring:
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, its data in three disjoint parts, and the uniform formats to be met at equal size."""
+    """A model, its data in three disjoint parts, and the uniform formats whose sizes are the budgets."""
 
     name: str
     model: nn.Module
@@ -132,7 +132,7 @@ class Setting:
 
 
 def setting(name: str, quick: bool) -> Setting:
-    """A model by name; quick: fewer data and one size."""
+    """The setting of a model; `quick`: less data and one size."""
     if name == "llama5m":
         return Setting(
             name, reference_models.wikitext_llama(), reference_models.wikitext_tokens("train", 16).split(8),
@@ -149,8 +149,8 @@ def setting(name: str, quick: bool) -> Setting:
     )  # fmt: skip
 
 
-def tabled(setting: Setting, folder: Path) -> tuple[SensitivityTable, float]:
-    """The model's sensitivity table, kept in a folder between runs, and the seconds that it took."""
+def cached_table(setting: Setting, folder: Path) -> tuple[SensitivityTable, float]:
+    """The model's sensitivity table, cached in a folder, and the seconds that it took."""
     path = folder / f"{setting.name}.csv"
     if not path.exists():
         start = time.perf_counter()
@@ -163,8 +163,8 @@ def tabled(setting: Setting, folder: Path) -> tuple[SensitivityTable, float]:
 
 
 def compete(setting: Setting, seeds: Sequence[int], trials: int, folder: Path, results: Path) -> None:
-    """Uniform, exact on predicted loss and evolution on measured loss at equal size; what is known is left out."""
-    table, profiling = tabled(setting, folder)
+    """Uniform, exact on predicted loss and evolution on measured loss at equal size; skips rows already in the file."""
+    table, profiling = cached_table(setting, folder)
     measure = Measuring(setting.model, setting.searched, setting.loss_fn)
     judge = Measuring(setting.model, setting.unseen, setting.loss_fn)
 
@@ -197,7 +197,7 @@ def compete(setting: Setting, seeds: Sequence[int], trials: int, folder: Path, r
 
 
 def standings(rows: search_rows.Rows) -> list[str]:
-    """The contest's table, printed, and its result lines."""
+    """Print the contest's table; return its RESULT lines."""
     lines = []
     cases = list(dict.fromkeys(key[1] for key in rows if key[0] == "contest"))
     if cases:
@@ -228,7 +228,7 @@ def standings(rows: search_rows.Rows) -> list[str]:
 
 
 def toy(seeds: int, steps: int, compared: int) -> list[str]:
-    """The controller on 20 decisions of 4 options: quality falls with the distance from hidden best options."""
+    """Run the controller on 20 decisions of 4 options whose quality falls with the distance from hidden optima."""
     found, costs, entropies, without = 0, [], [], []
     for seed in range(seeds):
         best = torch.randint(0, 4, (20,), generator=seeded(seed, "best")).numpy()
@@ -260,18 +260,18 @@ def toy(seeds: int, steps: int, compared: int) -> list[str]:
 
 
 def shared_loss(allocation: Allocation, share: float) -> float:
-    """A measured loss that takes half a second and depends on all layers."""
+    """An evaluation that takes half a second and depends on all layers."""
     time.sleep(0.5 * share)
     return float(allocation.loss * (1 + 0.5 * np.sin(sum(map(ord, " ".join(allocation.schemes))))))
 
 
 def shared_problem() -> Problem:
-    """Twelve layers under a budget half-way."""
+    """Twelve layers with a budget half-way between smallest and largest."""
     return small_problem(5, 12)
 
 
 def work(storage: str, trials: int, log: str) -> None:
-    """A worker of a shared study; it notes in a file what it measures."""
+    """A worker of a shared study; logs its measurements to a file."""
 
     def evaluate(allocation: Allocation, share: float) -> float:
         with open(log, "a", encoding="utf-8") as stream:
@@ -282,7 +282,7 @@ def work(storage: str, trials: int, log: str) -> None:
 
 
 def workers(trials: int) -> list[str]:
-    """One and two workers on one study each: nothing lost, nothing twice, and the wall time."""
+    """Compare one and two workers on a study: no lost or repeated evaluations, and the wall time."""
     seconds, repeated, lost = {}, 0, 0
     for number in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
@@ -291,7 +291,7 @@ def workers(trials: int) -> list[str]:
             processes = [context.Process(target=work, args=(storage, trials, log)) for _ in range(number)]
             for process in processes:
                 process.start()
-            while not Path(log).exists():  # imports are not the study's time
+            while not Path(log).exists():  # exclude import time
                 time.sleep(0.01)
             start = time.perf_counter()
             for process in processes:

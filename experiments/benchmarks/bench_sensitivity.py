@@ -1,7 +1,7 @@
 """Sensitivity on ResNet-20: the time of every metric, how well each predicts the measured loss, and our Hessian traces
 against pyhessian's.
 
-Each line `RESULT name value goal ok|short` is one figure; the tables above say more. `--quick` takes fewer images,
+Each line `RESULT name value goal ok|short` is one figure; the tables above give details. `--quick` takes fewer images,
 formats and probes.
 """
 
@@ -54,7 +54,7 @@ QUICK_OPTIONS = {"hessian": {"max_probes": 4}, "curvature": {"max_probes": 4}, "
 
 
 def predictions(batches: tuple[Batch, ...], formats: tuple[str, ...], quick: bool) -> list[str]:
-    """Profile with every metric; the seconds of all but the measured ones, and rank correlations with the oracle."""
+    """Profile with every metric: seconds of those that do not measure, and rank correlations with the oracle."""
     tables: dict[str, SensitivityTable] = {}
     seconds: dict[str, float] = {}
     for metric in METRICS:
@@ -91,8 +91,8 @@ def predictions(batches: tuple[Batch, ...], formats: tuple[str, ...], quick: boo
 def traces(batch: Batch, probes: int) -> list[str]:
     """Seconds until every layer's trace has a standard error of 10 % over probes: ours, and pyhessian's layer by layer.
 
-    Both see the same batch. Ours is run until it is there. pyhessian draws `probes` for each layer, and its time is
-    scaled to the draws that their variance asks for.
+    Both see the same batch. Ours runs until the target error. pyhessian draws `probes` per layer, and its time is
+    scaled to the number of draws that their variance requires.
     """
     model = resnet(20)
     layers = find_layers(model)
@@ -113,14 +113,14 @@ def traces(batch: Batch, probes: int) -> list[str]:
     their_time = float(np.dot(needed, seconds))
     print(f"10 % on every layer: ours {our_time:.1f} s, {ours.probes} draws, all within {reached:.1%};")
     print(f"pyhessian {their_time:.1f} s, {np.mean(needed):.0f} draws a layer of {np.mean(seconds):.2f} s each")
-    # Few draws are skewed: of a layer's own spread and that of all layers together the larger counts, so that a layer
-    # whose draws happen to lie close together is not taken for exact. The mean over layers is the sharper question.
+    # Few draws underestimate the variance: take the larger of a layer's own standard deviation and the pooled one. The
+    # mean over layers is the stricter test.
     deviations = np.array(relative)
     pooled = np.sqrt(np.mean(np.square(deviations)))
     spread = np.maximum(deviations.std(1, ddof=1), pooled) / np.sqrt(probes)
     means = deviations.mean(1)
     worst = float((np.abs(means) / np.hypot(spread, ours.probe_errors / ours.means)).max())
-    # Our draws share signs between layers: their errors may all point the same way, and do not average out.
+    # Our draws share signs between layers: their errors may be correlated and need not average out.
     shared = float((ours.probe_errors / ours.means).mean())
     bias, error = float(means.mean()), float(np.hypot(means.std(ddof=1) / np.sqrt(len(means)), shared))
     print(f"pyhessian's traces over ours, mean of the layers: {1 + bias:.3f} +- {error:.3f}")
@@ -136,12 +136,12 @@ def traces(batch: Batch, probes: int) -> list[str]:
 
 
 def replace_model(task: Task) -> Task:
-    """The task with a fresh copy of the network: pyhessian leaves gradients behind."""
+    """The task with a fresh copy of the network, since pyhessian leaves gradients behind."""
     return replace(task, model=resnet(20), journal=Journal(None, {}))
 
 
 def pyhessian_draws(task: Task, name: str, batch: Batch, probes: int) -> tuple[NDArray[np.float64], float]:
-    """pyhessian's draws of one layer's trace, and the seconds they took."""
+    """pyhessian's draws of one layer's trace, and their seconds."""
     for parameter_name, parameter in task.model.named_parameters():
         parameter.requires_grad_(parameter_name == f"{name}.weight")
     torch.manual_seed(0)  # pyhessian draws from the global generator
@@ -152,7 +152,7 @@ def pyhessian_draws(task: Task, name: str, batch: Batch, probes: int) -> tuple[N
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with calibration data and others to measure on."""
+    """A model with calibration and measurement data."""
 
     model: nn.Module
     calibration: tuple[Batch, ...]
@@ -162,7 +162,7 @@ class Subject:
 
 
 def subject(peer: str) -> tuple[Subject, int]:
-    """ResNet-20 and 128 images, or for a peer of language models the Llama and 16 windows of 256 tokens."""
+    """ResNet-20 and 128 images, or, for a peer of language models only, the Llama and 16 windows of 256 tokens."""
     if peer != "peer_autoround":
         return Subject(resnet(20), cifar10_calibration(128, 32), cifar10_test(), cross_entropy), 128
     tokens, test = wikitext_tokens("train", 16), wikitext_tokens("test", 32)
@@ -171,10 +171,10 @@ def subject(peer: str) -> tuple[Subject, int]:
 
 
 def against(script: str, python: str) -> list[str]:
-    """Our default metric and a peer's search: seconds, and measured loss of their choices at equal size.
+    """Our default metric against a peer's search: seconds, and measured loss of the choices at equal size.
 
-    Both choose integers of 2, 3, 4 or 8 bits for each output channel, from the same calibration data, with one thread;
-    scales cost the same in all of them. Both choices are rounded alike, and measured on data that neither has seen.
+    Both choose integers of 2, 3, 4 or 8 bits with scales by output channel, from the same calibration data, on one
+    thread. Both choices are rounded alike and measured on held-out data.
     """
     peer_name = script.removeprefix("peer_")
     torch.set_num_threads(1)
@@ -211,9 +211,9 @@ def against(script: str, python: str) -> list[str]:
 
 
 def offload() -> list[str]:
-    """The most bytes of weights that are on the device at once, counted, as a share of the model's; and the seconds.
+    """Largest share of the model's weights that is on the device at once with offloading, and the seconds.
 
-    The device is the CPU too, to which every module's weights are copied and dropped again: a network of 13 layers.
+    The device is the CPU itself: weights of a network of 13 layers are copied to it module by module and dropped again.
     """
     model, batches = build(), tuple(load())
     layers, schemes = find_layers(model), (parse_scheme("int4-channel"),)

@@ -1,9 +1,9 @@
-"""What scales tuned against the float model give back of what GPTQ's rounding loses, on text nothing was tuned on.
+"""How much of GPTQ's rounding loss scales tuned against the float model recover, on held-out text.
 
     python -m experiments.benchmarks.bench_tuned_scales [--quick]
 
-Uniform formats, GPTQ's moments from 48 windows of 256 tokens of WikiText-2's training text, scales tuned on others of
-it; the mean KL divergence from the float model is measured on windows of its test text, paired.
+Uniform formats, GPTQ's moments from 48 windows of 256 tokens of WikiText-2's training text, scales tuned on other
+windows; mean KL divergence from the float model on windows of the test text, paired.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""Folders as `mpq quantize --for TARGET` writes them by default, served by the target: quality simulated and served.
+"""Folders written by `mpq quantize --for TARGET` with defaults, served by the target: quality simulated and served.
 
     python -m experiments.benchmarks.check_exports [--only TARGET...] [--model MODEL] [--dataset FILE]
                                                    [--table TABLE] [--method METHOD] [--nsamples N]
                                                    [--environments FOLDER] [--minutes N] [--bits BITS]
 
-MODEL is the WikiText Llama (left out), tiny-lm as transformers' Llama, the folder of another language model, or qwen3,
-gemma3_text, ... with random weights. Each consumer runs in an environment of its own in FOLDER, built where it is
-missing (`environments.py`), or is skipped with a word; ONNX Runtime and transformers run in this one. Effort fast, no
-tuned scales. What was simulated is the model in the allocation that was written, rounded anew; the size of the file is
-compared with the promise. TABLE saves the profile, and needs schemes of every target that is named.
-Ends with status 1 where a figure is short of its goal.
+MODEL is the WikiText Llama (default), tiny-lm as transformers' Llama, the folder of another language model, or qwen3,
+gemma3_text, ... with random weights. Each consumer runs in its own environment in FOLDER, built if missing
+(`environments.py`), or is skipped with a message; ONNX Runtime and transformers run in this environment. Effort fast,
+no tuned scales. The reference is the model simulated in the written allocation, rounded anew; the file's size is
+compared with the prediction. TABLE replaces the profile; it must hold schemes of every selected target. Exit status 1
+if a figure misses its goal.
 """
 
 import argparse
@@ -43,7 +43,7 @@ WINDOWS, LENGTH = 8, 256
 
 @dataclass(frozen=True)
 class Job:
-    """A default of `mpq quantize`, and who serves it."""
+    """A target's default of `mpq quantize`, and the consumer that serves it."""
 
     consumer: str  # of consumer.py and environments.py
     dtype: str = "bfloat16"
@@ -53,7 +53,7 @@ class Job:
     file: str = "model.safetensors"
 
 
-EMBEDDINGS = ("*embed_tokens",)  # which this consumer holds in no format: they stay as they are
+EMBEDDINGS = ("*embed_tokens",)  # layers that this consumer cannot quantize
 JOBS = {
     "mpq": Job("transformers", "float32", 4.25),
     "mpq in vLLM": Job("vllm", "float32", 4.25),
@@ -70,7 +70,7 @@ JOBS = {
 
 @dataclass(frozen=True)
 class Profiled:
-    """What every target's folder is made from."""
+    """Model, data and table that every target's folder is made from."""
 
     source: Source
     table: SensitivityTable | None = None
@@ -78,7 +78,7 @@ class Profiled:
 
 
 def source_of(name: str | None, dataset: str | None, nsamples: int) -> Source:
-    """The model with `nsamples` windows to calibrate on and `WINDOWS` others to serve."""
+    """The model with `nsamples` calibration windows and `WINDOWS` others to serve."""
     if name == "tiny-lm":
         source = open_source(name, nsamples=nsamples, evaluation_samples=WINDOWS)
         return replace(source, model=tiny_llama(source.model), recipe={}, tokenizer=None)
@@ -96,7 +96,7 @@ def source_of(name: str | None, dataset: str | None, nsamples: int) -> Source:
 
 
 def serve(target: str, job: Job, python: str, profiled: Profiled, folder: Path) -> list[str]:
-    """Quantize, serve and compare; the RESULT lines."""
+    """Quantize, serve and compare; return the RESULT lines."""
     source, consumer = profiled.source, target.partition(" ")[0]
     windows = torch.cat([tensors_in(batch)[0] for batch in source.evaluation])
     table = None if profiled.table is None else _only(profiled.table, job)
@@ -122,7 +122,7 @@ def serve(target: str, job: Job, python: str, profiled: Profiled, folder: Path) 
 
 
 def _only(table: SensitivityTable, job: Job) -> SensitivityTable:
-    """A table's columns of a job's formats, where it names some, and of float copies; its rows but what is left out."""
+    """The table restricted to a job's formats and float copies, without the layers that the job excludes."""
     columns = [name in (*(job.formats or table.schemes), "bf16") for name in table.schemes]
     rows = [not any(fnmatch(layer.name, pattern) for pattern in job.exclude) for layer in table.layers]
     return replace(

@@ -4,9 +4,9 @@
 
 One small artefact of each kind is written: an exported folder, a sensitivity table, a frontier, an allocation, the
 journal of an unfinished profile, the journal of a search. Copies are damaged (bytes, numbers, values of JSON and CSV,
-lines and files) and loaded by the product's own reader. Anything raised but MpqError is a traceback. What loads without
-an error or a warning, and is not what the whole artefact holds, is a silent change. Torn ends of journals are none: the
-journal of a search holds any number of its first lines, that of a profile any of its entries.
+lines and files) and loaded by the library's own reader. Any exception but MpqError counts as a traceback. A copy that
+loads without error or warning but with other content is a silent change. A truncated journal is valid: a search's may
+end after any line, a profile's may lack entries.
 """
 
 import argparse
@@ -47,7 +47,7 @@ VALUES: tuple[Any, ...] = (None, True, -1, 0, 2**70, 1e400, "", "x", "int8-chann
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of artefact: how many copies are damaged, how one is written into a folder, how one is read."""
+    """A kind of artefact: number of damaged copies, functions that write it into a folder and read it."""
 
     count: int
     write: Callable[[Path], object]
@@ -158,7 +158,7 @@ KINDS = {
 
 
 def damage(path: Path, draw: random.Random) -> str:
-    """Damage a file; what was done."""
+    """Damage a file; return a description."""
     content = path.read_bytes()
     ways = [flip, cut, insert, overwrite, remove_piece]
     if path.suffix != ".safetensors":
@@ -218,7 +218,7 @@ def change_digit(content: bytes, draw: random.Random) -> bytes:
 
 
 def change_value(content: bytes, draw: random.Random) -> bytes:
-    """Another value anywhere in JSON, the same file otherwise; another cell of a CSV file."""
+    """Change one value in a JSON file or one cell of a CSV file."""
     try:
         values = json.loads(content)
     except ValueError:
@@ -242,7 +242,7 @@ def change_value(content: bytes, draw: random.Random) -> bytes:
 
 
 def retype_tensor(path: Path, draw: random.Random) -> str:
-    """Another type of as many bytes, or another shape, in the header of a safetensors file."""
+    """Change a dtype to another of the same width, or a shape, in the header of a safetensors file."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -269,7 +269,7 @@ def warnings_logged() -> Iterator[io.StringIO]:
 
 
 def known_states(kind: Kind, whole: Path, scratch: Path) -> set[str]:
-    """What the whole artefact holds; of a study also what each number of its first lines holds."""
+    """Contents that count as unchanged: the whole artefact's; for a study also those of every prefix of its lines."""
     states = {kind.read(whole)}
     if (whole / "study").is_file():
         lines = (whole / "study").read_bytes().splitlines(keepends=True)
@@ -281,8 +281,8 @@ def known_states(kind: Kind, whole: Path, scratch: Path) -> set[str]:
 
 
 def outcome(kind: Kind, folder: Path, known: set[str]) -> str:
-    """How loading a damaged artefact ends: "refused", "told", "same", "silent", or "traceback: ..."."""
-    with warnings_logged() as told:
+    """Outcome of loading a damaged artefact: "refused", "warned", "same", "silent" or "traceback: ..."."""
+    with warnings_logged() as warned:
         try:
             found = kind.read(folder)
         except MpqError as error:
@@ -291,11 +291,11 @@ def outcome(kind: Kind, folder: Path, known: set[str]) -> str:
             return f"traceback: {traceback.format_exc()}"
     if kind.same(found, known):
         return "same"
-    return "told" if told.getvalue() else "silent"
+    return "warned" if warned.getvalue() else "silent"
 
 
 def fuzz(name: str, count: int, seed: int) -> dict[str, list[str]]:
-    """Outcomes of so many damaged copies: outcome -> what was done."""
+    """Load damaged copies; return outcome -> descriptions of the damage."""
     kind, draw = KINDS[name], random.Random(f"{seed} {name}")
     outcomes: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -303,10 +303,10 @@ def fuzz(name: str, count: int, seed: int) -> dict[str, list[str]]:
         if name != "folders":
             whole.mkdir()
         kind.write(whole)
-        with warnings_logged() as told:
+        with warnings_logged() as warned:
             known = known_states(kind, whole, Path(place, "part"))
-        if told.getvalue():
-            raise SystemExit(f"{name}: the whole artefact is told of: {told.getvalue()}")
+        if warned.getvalue():
+            raise SystemExit(f"{name}: the undamaged artefact gives a warning: {warned.getvalue()}")
         for _ in range(count):
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(whole, copy)
@@ -339,8 +339,8 @@ def main() -> int:
         print(f"{name}: {count} damaged,", ", ".join(f"{len(done)} {end}" for end, done in sorted(outcomes.items())))
         for end in ("traceback", "silent"):
             done = outcomes.get(end, [])
-            for told in done[:5]:
-                print(f"  {end}: {told}")
+            for warned in done[:5]:
+                print(f"  {end}: {warned}")
             print(result(f"{name}/{end}", len(done), "=0", not done), flush=True)
             good = good and not done
     return 0 if good else 1

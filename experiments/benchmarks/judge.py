@@ -1,11 +1,11 @@
-"""Which metric predicts best: random allocations measured on ResNet-20, ResNet-56 and a language model.
+"""Rank metrics by how well they predict the measured loss of random allocations: ResNets and a language model.
 
     python -m experiments.benchmarks.judge [--quick] [--models resnet20 llama] [--metrics ...] [--count 20]
         [--figures DIR]
 
-Tables come from calibration data, true losses from held-out data. For every metric: Spearman and Kendall with bootstrap
-intervals, Spearman at fixed size, and regret: how much more loss its own allocation has than the best known at that
-size. The last lines are the figures.
+Tables come from calibration data, measured losses from held-out data. For every metric: Spearman and Kendall with
+bootstrap intervals, Spearman at fixed size, and regret: excess loss of its own allocation over the best known of that
+size. RESULT lines come last.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def subject(
 
 
 def study(name: str, options: argparse.Namespace) -> list[str]:
-    """Profile with every contestant, judge, and HAWQ's ranking against its reverse at equal size."""
+    """Profile with every metric, judge, and compare HAWQ's ranking with its reverse at equal size."""
     model, calibration, held_out, loss_fn, budgets = subject(name, options.samples)
     tables: dict[str, SensitivityTable] = {}
     seconds: dict[str, float] = {}
@@ -111,7 +111,7 @@ def study(name: str, options: argparse.Namespace) -> list[str]:
 
 
 def reversed_ranking(name: str, tables: dict[str, SensitivityTable], bits: float, data: tuple) -> str:
-    """Loss of the Hessian's allocation and of that for scores whose ranking of layers is reversed, at equal size."""
+    """Measured loss of the Hessian's allocation and of the one for reversed layer ranking, at equal size."""
     table = tables["hessian"]
     order = table.scores[:, 0].argsort()
     factors = table.scores[:, 0] / [layer.params for layer in table.layers]

@@ -1,9 +1,9 @@
-"""Many architectures through the whole job: profile, search, simulate, export, load; equal outputs or a named reason.
+"""Run the whole job on many architectures: profile, search, simulate, export, load; compare outputs.
 
     python -m experiments.benchmarks.model_matrix [--quick] [NAME ...]
 
-Every model is built from its configuration with small random weights. A line each: status, seconds, layers, share of
-the parameters that is quantized, and the reason where one fails. The last lines begin with RESULT.
+Every model is built from its configuration with small random weights. One line each: status, seconds, layers, share of
+the parameters that is quantized, and the error if it fails. RESULT lines come last.
 """
 
 import argparse
@@ -35,7 +35,7 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one architecture."""
+    """Outcome of one architecture."""
 
     name: str
     status: str  # "ok", "failed" or "skipped"
@@ -52,7 +52,7 @@ class Row:
 
 
 def run_case(case: Case, folder: Path) -> Row:
-    """The whole job on one model: a row, never an exception."""
+    """Run the whole job on one model; errors become a row."""
     started = time.perf_counter()
     try:
         if case.name.startswith("timm "):
@@ -62,7 +62,7 @@ def run_case(case: Case, folder: Path) -> Row:
     try:
         model = case.build()
         return through(case, model, folder, started)
-    except Exception as error:  # what a user would see; its kind is part of the answer
+    except Exception as error:  # as a user would see it, with the exception's type
         text = str(error).strip().splitlines() or [""]
         return Row(case.name, "failed", f"{type(error).__name__}: {text[0][:230]}", time.perf_counter() - started)
 
@@ -86,7 +86,7 @@ def through(case: Case, model: torch.nn.Module, folder: Path, started: float) ->
 
 
 def rounded(case: Case, model: torch.nn.Module, allocation: mpq.Allocation) -> Rounder:
-    """The layers as they are rounded, with scales tuned for STEPS steps where the model gives logits."""
+    """Round the layers, with scales tuned for STEPS steps if the model returns logits."""
     model, batches, store = prepared(model), case.batches(model), RoundingStore()
     with outputs_of(model) as outputs, torch.no_grad():
         case.loss_fn(model, batches[0])
@@ -97,7 +97,7 @@ def rounded(case: Case, model: torch.nn.Module, allocation: mpq.Allocation) -> R
 
 
 def main() -> int:
-    """Run the cases that were asked for; 0 when none failed."""
+    """Run the selected cases; return 0 if none failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="a few, in less than a minute")

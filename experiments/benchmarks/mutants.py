@@ -1,8 +1,8 @@
-"""Do the tests notice when one operator of the code changes? Mutation testing of a module, or of some of its lines.
+"""Mutation testing of a module or of some of its lines: which changed operators do the tests not detect?
 
 Every comparison, sign, product, logical operator, minimum, maximum and small integer is changed once, in a copy of the
-project, and the module's tests are run; a change that no test notices is printed. `--lines 94,95,202-215` looks at some
-lines only, `--quick` at the first three changes.
+project, and the module's tests are run; mutants that survive are printed. `--lines 94,95,202-215` restricts the lines,
+`--quick` takes the first three mutants.
 
     python -m experiments.benchmarks.mutants search/exact.py tests/search/test_exact.py
 """
@@ -28,7 +28,7 @@ NAMES = {"min": "max", "max": "min", "amin": "amax", "amax": "amin", "argmin": "
 
 
 def mutants(source: str) -> Iterator[tuple[int, str, str]]:
-    """(line, what was changed, the changed source) for every change."""
+    """(line, description, changed source) of every mutant."""
     count = len(list(_sites(ast.parse(source))))
     for index in range(count):
         tree = ast.parse(source)
@@ -66,7 +66,7 @@ def _shown(part: object) -> str:
 
 
 def survives(copy: Path, module: str, mutant: str, tests: list[str], seconds: float) -> bool:
-    """Whether all tests pass with the changed module; a run that takes too long has noticed."""
+    """Whether all tests pass with the changed module; a timeout counts as detected."""
     (copy / module).write_text(mutant, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}

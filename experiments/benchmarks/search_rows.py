@@ -1,4 +1,4 @@
-"""What search experiments measured, one number a line of a file, so that they can be run in pieces."""
+"""Measurements of search experiments, appended to a file one number a line, so that they can be run in pieces."""
 
 import csv
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ Rows = dict[tuple[str, str, str, int], dict[str, float]]  # (part, case, search,
 
 
 def append(path: Path, part: str, case: str, search: str, seed: int, measures: Mapping[str, float]) -> None:
-    """Add what one run measured; whole lines at once, so that two runs may add to one file."""
+    """Append the measurements of one run in whole lines, so that two runs may share a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as stream:
@@ -20,7 +20,7 @@ def append(path: Path, part: str, case: str, search: str, seed: int, measures: M
 
 
 def read(path: Path) -> Rows:
-    """All rows; a run that was measured again counts once, as it was the last time."""
+    """All rows; of repeated runs only the last."""
     rows: Rows = {}
     if path.exists():
         with path.open(newline="", encoding="utf-8") as stream:

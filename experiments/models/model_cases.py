@@ -49,7 +49,7 @@ class Case:
 
 
 def _seeded_weights(model: nn.Module) -> nn.Module:
-    """Weights of a size that lets signals through, by their names alone; norms and statistics as they are."""
+    """Scale random weights so that activations keep their magnitude; seeded by name. Norms and statistics stay."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and parameter.is_floating_point():
@@ -92,7 +92,7 @@ def import_timm() -> Any:
 
 
 def declare_vision_operators() -> None:
-    """Let torchvision be imported whose operators were compiled for another torch: nothing here calls them."""
+    """Let torchvision be imported even if its operators were compiled for another torch; nothing here calls them."""
     if find_spec("torchvision") is None:
         return
     try:
@@ -102,7 +102,7 @@ def declare_vision_operators() -> None:
         regions = ("roi_align", "ps_roi_align", "roi_pool", "ps_roi_pool", "deform_conv2d")
         for name in ("nms", "qnms", *regions, *(f"_{region}_backward" for region in regions)):
             operators.define(f"{name}() -> ()")
-        globals()["_operators"] = operators  # they last as long as it does
+        globals()["_operators"] = operators  # registrations last as long as the library object
         import_module("torchvision")
 
 
@@ -152,13 +152,13 @@ def _spoken(model: nn.Module) -> tuple[Batch, ...]:
 
 
 def own_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss that a model computes of its labels."""
+    """The loss that the model computes from its labels."""
     loss: Tensor = model(**batch).loss
     return loss
 
 
 def reconstruction(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of ten classes a pixel."""
+    """Cross-entropy over ten classes per pixel."""
     inputs, classes = batch
     return functional.cross_entropy(model(inputs), classes)
 
@@ -308,4 +308,4 @@ def _cases() -> dict[str, Case]:
 
 CASES = _cases()
 QUICK = ("Llama", "Gemma 3", "Mixtral", "GPT-2", "BERT", "T5", "ViT", "ConvNeXt")
-SAMPLED = (*QUICK, "Whisper", "CLIP", "DeBERTa", "U-Net")  # of the tests
+SAMPLED = (*QUICK, "Whisper", "CLIP", "DeBERTa", "U-Net")  # run by the tests

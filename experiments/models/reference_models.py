@@ -27,7 +27,7 @@ DEPTHS = (20, 32, 44, 56)
 
 
 def data_file(name: str) -> Path:
-    """Path of a data file or folder; MpqError where the data folder is not there."""
+    """Path of a data file or folder; MpqError if it is missing."""
     path = DATA / name
     if not path.exists():
         raise MpqError(f"{path.name} is missing: this benchmark reads pretrained models and data from {DATA.parent}")
@@ -36,7 +36,7 @@ def data_file(name: str) -> Path:
 
 @contextmanager
 def skipping(*errors: type[Exception]) -> Iterator[None]:
-    """End the script with a word, and without failing, where data or packages that the block asks for are missing."""
+    """Context manager: end the script with a message and status 0 if data or packages are missing."""
     try:
         yield
     except (MpqError, *errors) as error:
@@ -90,7 +90,7 @@ class CifarResNet(nn.Module):
 def resnet(depth: int = 20) -> CifarResNet:
     """A pretrained CIFAR-10 ResNet in evaluation mode; depth 20, 32, 44 or 56."""
     if depth not in DEPTHS:
-        raise MpqError(f"there is no ResNet-{depth} here: take one of {', '.join(map(str, DEPTHS))}")
+        raise MpqError(f"unknown ResNet-{depth}: expected one of {', '.join(map(str, DEPTHS))}")
     model = CifarResNet(depth)
     model.load_state_dict(load_file(data_file(f"cifar10_resnet{depth}.safetensors")), strict=False)
     return model.eval()
@@ -122,7 +122,7 @@ def cifar10_test(batch_size: int = 250) -> tuple[tuple[Tensor, Tensor], ...]:
 
 @torch.no_grad()
 def top1(model: nn.Module, batches: tuple[tuple[Tensor, Tensor], ...]) -> float:
-    """Share of right answers."""
+    """Top-1 accuracy."""
     right = sum(int((model(inputs).argmax(1) == labels).sum()) for inputs, labels in batches)
     return right / sum(len(labels) for _, labels in batches)
 
@@ -171,7 +171,7 @@ STAGES = (  # expansion, channels, repeats, stride, kernel
 
 def _padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """The convolution with TensorFlow's "same" padding: an odd row or column goes to the bottom and right."""
-    axes = zip(x.shape[:1:-1], conv.stride[::-1], conv.kernel_size[::-1], strict=True)  # the last one first
+    axes = zip(x.shape[:1:-1], conv.stride[::-1], conv.kernel_size[::-1], strict=True)  # last dimension first
     extra = [max((-(-size // step) - 1) * step + kernel - size, 0) for size, step, kernel in axes]
     output: Tensor = conv(functional.pad(x, [side for each in extra for side in (each // 2, each - each // 2)]))
     return output

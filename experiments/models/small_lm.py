@@ -1,4 +1,4 @@
-"""The small language model that the training studies train: Jane Austen, a few hundred steps, seconds each run."""
+"""The small language model of the training studies: Jane Austen, a few hundred steps, seconds per run."""
 
 from collections.abc import Callable
 from math import cos, pi

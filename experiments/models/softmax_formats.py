@@ -16,10 +16,10 @@ from mpq.rounding.reference import dequantize, quantize
 
 
 class SoftmaxFormats(nn.Module):
-    """Weights and inputs of each layer are mixtures of their roundings, by a softmax of trainable logits.
+    """Weights and inputs of each layer are softmax mixtures of their roundings, with trainable logits.
 
-    `costs` are (layers, schemes); gradients pass the roundings as if they were the identity, and reach the logits
-    through the mixtures and the expected cost.
+    `costs` are (layers, schemes). Gradients pass the roundings straight through and reach the logits through the
+    mixtures and the expected cost.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], schemes: Sequence[Scheme], costs: Any) -> None:
@@ -34,7 +34,7 @@ class SoftmaxFormats(nn.Module):
             self.handles.append(module.register_forward_hook(_after))
 
     def expected_cost(self) -> Tensor:
-        """Of all layers, in the costs' unit."""
+        """Expected total cost, in the costs' unit."""
         return (self.logits.softmax(1) * self.costs).sum()
 
     def log_probabilities(self) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""The bundled language model as transformers' Llama: the same numbers under the names that other programs know."""
+"""The bundled language model as transformers' Llama: the same weights under the names that other programs know."""
 
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,7 +17,7 @@ NAMES = {
 def tiny_llama(model: nn.Module) -> LlamaForCausalLM:
     """Transformers' Llama with the weights of a `mpq.models.tiny_lm.TinyLM`.
 
-    Positions go on beyond the context that it was trained on: vLLM wants room for a token after a full window.
+    The maximum position exceeds the training context: vLLM needs room for a token after a full window.
     """
     own = model.config
     config = LlamaConfig(

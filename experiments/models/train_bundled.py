@@ -1,4 +1,4 @@
-"""Train the two bundled models, and write what they are shipped with into mpq/models.
+"""Train the two bundled models and write their files into mpq/models.
 
 `tiny-lm`: Jane Austen's six novels, read from the R package janeaustenr (`Rdata.rdb` of its installed data folder).
 `tiny-cnn`: the handwritten digits of scikit-learn. About twelve minutes on two cores; `--quick` shows that it runs,
@@ -32,7 +32,7 @@ from mpq.network.calibration import seeded
 
 FOLDER = Path(__file__).resolve().parents[2] / "mpq" / "models"
 NOVELS = Path("/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
-HELD_OUT = "Persuasion"  # no part of it is trained on; its first chapters are the evaluation text
+HELD_OUT = "Persuasion"  # held out; its first chapters are the evaluation text
 EVALUATION_CHARACTERS, CALIBRATION_CHARACTERS = 180_000, 300_000
 WINDOW = 256
 
@@ -89,7 +89,7 @@ def joined(split: tuple[str, ...], left: str, right: str) -> tuple[str, ...]:
 
 
 def windows(tokens: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Random windows of the tokens for ever, (batch_size, WINDOW + 1)."""
+    """Endless random windows of the tokens, (batch_size, WINDOW + 1)."""
     while True:
         starts = torch.randint(0, len(tokens) - WINDOW - 1, (batch_size,), generator=generator)
         yield torch.stack([tokens[start : start + WINDOW + 1] for start in starts.tolist()])

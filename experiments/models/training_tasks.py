@@ -1,4 +1,4 @@
-"""The small tasks that the training studies train: regression, classification, diffusion, language; seconds a run."""
+"""Small tasks of the training studies: regression, classification, diffusion, language; seconds per run."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -57,13 +57,13 @@ def teacher() -> nn.Module:
 
 @torch.no_grad()
 def gaussian(count: int, *names: object) -> Batch:
-    """Standard normal inputs and what a fixed network of the student's shape makes of them."""
+    """Standard normal inputs and the outputs of a fixed network of the student's shape."""
     inputs = torch.randn(count, FEATURES, generator=seeded(0, *names))
     return inputs, teacher()(inputs)
 
 
 def regression() -> Task:
-    """Gaussian regression: a network learns what another one of its shape computes."""
+    """Gaussian regression: a network learns the function of another one of the same shape."""
     unseen = gaussian(1024, "unseen")
 
     def batches(seed: int) -> Iterator[Batch]:
@@ -96,7 +96,7 @@ class SmallCNN(nn.Module):
 
 
 def digits() -> tuple[Batch, Batch]:
-    """Seen and unseen digits: images (n, 1, 8, 8) and labels."""
+    """Training and test digits: images (n, 1, 8, 8) and labels."""
     seen, unseen = digit_batches(10**6, batch_size=10**6, seed=0)
     return seen[0], tuple(torch.cat(parts) for parts in zip(*unseen, strict=True))
 

@@ -1,4 +1,4 @@
-"""A network of 114 MB with data, as a user's module that `mpq quantize` imports."""
+"""A network of 114 MB with data, in the form of a user's module that `mpq quantize` imports."""
 
 import torch
 from torch import Tensor, nn

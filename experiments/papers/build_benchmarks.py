@@ -2,10 +2,10 @@
 
     nice python -m experiments.papers.build_benchmarks [resnet20] [resnet56] [llama5m] [efficientnet_lite0]
 
-Weights are rounded per output channel to 2, 3 or 4 bits (EfficientNet-Lite0, which 4 bits ruin: 4, 5 or 6) with scales
-of least squared error; the first and last layer take 8 bits, as in EMQ (arXiv 2307.10554). Activations stay in floating
-point: EMQ's 8 bits would double the time of a row; `--check-activations` measures what they change. Finished rows are
-kept, so an interrupted run goes on.
+Weights are rounded per output channel to 2, 3 or 4 bits (EfficientNet-Lite0, which collapses at 4 bits: 4, 5 or 6) with
+scales of least squared error; the first and last layer take 8 bits, as in EMQ (arXiv 2307.10554). Activations stay in
+floating point: EMQ's 8 bits would double the time per row; `--check-activations` measures their effect. An interrupted
+run keeps finished rows and resumes.
 """
 
 import argparse
@@ -34,7 +34,7 @@ IMAGES = {"resnet20": 1000, "resnet56": 500, "efficientnet_lite0": 96}
 
 
 def load(name: str) -> tuple[torch.nn.Module, tuple[Batch, ...], LossFn, dict[str, str], str]:
-    """Model, measuring data, loss, fixed layers, and the data in words."""
+    """Model, measurement data, loss, fixed layers, and a description of the data."""
     if name == "llama5m":
         windows = reference_models.wikitext_tokens("valid", 16)
         fixed = {"*embed_tokens": "int8-channel", "lm_head": "int8-channel"}

@@ -2,12 +2,11 @@
 
     python -m experiments.papers.evolve_proxies [--quick] [--models resnet20 resnet56 llama5m] [--generations 1000]
 
-Reads experiments/results/benchmark_*.csv (build_benchmarks.py) and keeps statistics in out/. For each model proxies are
-evolved on a random half of its rows: from all statistics, from those that need no Hessian, and from those that need no
-data. Printed:
-the rank correlations on the other half with 95 % bootstrap intervals, the same of the proxies evolved on ResNet-20
-(transfer), random search at the same number of judged proxies, the valid share of random programs, and measured quality
-and scoring time of the allocations that proxies lead to at equal size.
+Reads experiments/results/benchmark_*.csv (build_benchmarks.py) and caches statistics in out/. For each model, proxies
+are evolved on a random half of its rows: from all statistics, from those without Hessian, and from those without data.
+Printed: rank correlations on the other half with 95 % bootstrap intervals, the same for proxies evolved on ResNet-20
+(transfer), random search with the same number of evaluated proxies, the valid share of random programs, and measured
+quality and scoring time of the proxies' allocations at equal size.
 """
 
 import argparse
@@ -86,7 +85,7 @@ def evolved(here: World, pool: str, generations: int, offspring: int) -> Evoluti
 
 
 def judge(here: World, candidates: dict[str, Program]) -> None:
-    """Print the held-out table, and the evolved proxies' lead over the best hand-made one with its interval."""
+    """Print the held-out table, and the evolved proxies' lead over the best hand-designed one with its interval."""
     known = {name: parse(text) for name, (text, _) in PROXIES.items()}
     known = {name: program for name, program in known.items() if inputs_of(program) <= here.statistics.numbers.keys()}
     programs = {**known, **candidates}
@@ -113,7 +112,7 @@ def judge(here: World, candidates: dict[str, Program]) -> None:
 
 
 def against_chance(here: World, generations: int, offspring: int, seeds: int) -> None:
-    """Evolution and random search at the same number of judged proxies."""
+    """Compare evolution and random search with the same number of evaluated proxies."""
     print(f"\n{here.name}: evolution and random search at equal budget")
     inputs = tuple(name for name in POOLS["all"] if name in here.statistics.numbers)
     wins, gaps = 0, []
@@ -174,7 +173,7 @@ def allocations(here: World, candidates: dict[str, Program]) -> None:
             loss, accuracy = measure(simulate(model, allocation, trainable=False), batches, loss_fn)
             cells.append(f"{loss:.4f}" + ("" if np.isnan(accuracy) else f" ({100 * accuracy:.1f} %)"))
             measured[name].append(loss)
-        used = inputs_of(program) - {"error"}  # every proxy with an error rounds the weights; all others are extra
+        used = inputs_of(program) - {"error"}  # rounding is not part of the scoring time
         costs[name] = sum({seconds[x]: None for x in used})
         print(f"    {name:{WIDTH}} " + "   ".join(cells) + f"   {costs[name]:.3f} s beyond rounding", flush=True)
     for name in candidates:

@@ -1,4 +1,4 @@
-"""Does it pay to search widths and kernels together with formats, at equal bit operations?
+"""Searching widths and kernels together with formats, against formats alone, at equal bit operations.
 
     python -m experiments.papers.fliqnas [--quick] [--seeds N] [--steps N]
 
@@ -70,8 +70,8 @@ ARCHITECTURE: tuple[Choice, ...] = tuple(
 
 
 @dataclass(frozen=True)
-class Found:
-    """Figures of a run."""
+class Measured:
+    """Measurements of a run."""
 
     accuracy: float
     loss: float
@@ -79,12 +79,12 @@ class Found:
     choice: str
 
 
-def run(data: Data, way: str, seed: int, steps: int) -> Found:
-    """One training: "uniform", "fliqs" or "fliqnas"."""
+def run(data: Data, way: str, seed: int, steps: int) -> Measured:
+    """Train one way: "uniform", "fliqs" or "fliqnas"."""
     torch.manual_seed(seed)
     model = Net().train()
     if way == "uniform":
-        return Found(*uniform(data, model, seed, steps), 1.0, "int3")
+        return Measured(*uniform(data, model, seed, steps), 1.0, "int3")
     search = OneShot(
         model, SPACE, "bitops", (3 / 8) ** 2, learned=True, seed=seed,
         architecture=ARCHITECTURE if way == "fliqnas" else (),
@@ -97,11 +97,11 @@ def run(data: Data, way: str, seed: int, steps: int) -> Found:
     allocation = search.allocation()
     bits = " ".join(str(scheme.weight.grid.bits) for scheme in schemes)
     shapes = " ".join(f"{layer.rows}x{layer.cols}" for layer in allocation.layers)
-    return Found(*judged, allocation.provenance["cost_over_target"], f"bits {bits}; matrices {shapes}")
+    return Measured(*judged, allocation.provenance["cost_over_target"], f"bits {bits}; matrices {shapes}")
 
 
-def compared(name: str, ours: Sequence[Found], theirs: Sequence[Found]) -> str:
-    """The result line: mean loss saved, paired by seed."""
+def compared(name: str, ours: Sequence[Measured], theirs: Sequence[Measured]) -> str:
+    """The RESULT line: mean reduction of the loss, paired by seed."""
     gains = [other.loss - own.loss for own, other in zip(ours, theirs, strict=True)]
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
     mean = statistics.mean(gains)

@@ -1,8 +1,8 @@
 """One-shot search on ResNet-20 from its pretrained weights, against a uniform format trained equally long.
 
 Every run trains on the same batches (2,000 training images, flipped and shifted), with the same optimizer and learned
-step sizes; the first and the last layer stay in floating point. A call works for so many seconds; a run that has not
-ended by then leaves a checkpoint, from which the next call goes on with the same results.
+step sizes; the first and the last layer stay in floating point. A call stops after `--seconds`; an unfinished run
+leaves a checkpoint, from which the next call resumes with identical results.
 
     python -m experiments.papers.fliqs [--kinds integer float] [--seeds 0 1 2] [--steps 2000] [--seconds 200]
 """
@@ -32,13 +32,13 @@ from mpq.training.fake import FakeQuantization
 
 ENDS = ("conv1", "linear")
 BATCH = 16
-LEARNING = 0.6  # share of the steps until the policy is to be certain; the weights settle in the rest
-QUALITY = 3.0  # times minus the loss: good and bad formats then differ by about 1
+LEARNING = 0.6  # share of the steps until the entropy schedule ends; the weights settle in the rest
+QUALITY = 3.0  # factor of minus the loss: good and bad formats then differ by about 1
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Candidate schemes, the uniform one whose bit operations are the target, and how the policy learns."""
+    """Candidate schemes, the uniform one whose bit operations are the target, and the policy's settings."""
 
     space: tuple[str, ...]
     uniform: str
@@ -47,7 +47,7 @@ class Contest:
 
     @property
     def target(self) -> float:
-        """Share of the bit operations of the costliest scheme."""
+        """Target as a share of the bit operations of the costliest scheme."""
         costs = {name: _bits(name) ** 2 for name in self.space}
         return _bits(self.uniform) ** 2 / max(costs.values())
 
@@ -88,7 +88,7 @@ class Run:
         self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
     def train(self, images: Tensor, labels: Tensor, deadline: float) -> bool:
-        """Train to the end, or until `time.time()` is past the deadline; whether the end was reached."""
+        """Train to the end or until `time.time()` passes the deadline; return whether the end was reached."""
         while self.step < self.steps:
             if time.time() > deadline:
                 return False
@@ -111,7 +111,7 @@ class Run:
 
     @torch.no_grad()
     def measured(self, batches: tuple[tuple[Tensor, Tensor], ...]) -> dict[str, float]:
-        """Top-1 in percent and loss in evaluation mode, in the formats at the end."""
+        """Top-1 in percent and loss in evaluation mode, in the final formats."""
         self.model.eval()
         if self.search is None:
             return _measured(self.model, batches)
@@ -119,14 +119,14 @@ class Run:
             return _measured(self.model, batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the training depends on."""
+        """The training state."""
         held: Any = self.search or self.quantization
         parts = {"model": self.model, "held": held, "optimizer": self.optimizer, "decay": self.decay}
         return {"step": self.step, **{name: part.state_dict() for name, part in parts.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        if self.search is not None:  # counts multiplications, as the first step of the run did
+        """Resume from a checkpoint."""
+        if self.search is not None:  # counts multiplications as the first step did
             with torch.no_grad(), self.search.sample():
                 self.model(torch.zeros(1, 3, 32, 32))
         held: Any = self.search or self.quantization
@@ -151,7 +151,7 @@ def augmented(images: Tensor, labels: Tensor, seed: int, step: int) -> tuple[Ten
 
 
 def continued(run: Run, checkpoint: Path, deadline: float) -> bool:
-    """Train until the deadline at most, from where the last call stopped; whether the run has ended."""
+    """Resume training until the deadline at most; return whether the run has ended."""
     if checkpoint.exists():
         run.load_state_dict(torch.load(checkpoint, weights_only=True))
     ended = run.train(*reference_models.cifar10_calibration(2000, 2000)[0], deadline)
@@ -161,7 +161,7 @@ def continued(run: Run, checkpoint: Path, deadline: float) -> bool:
 
 
 def work(kinds: Sequence[str], seeds: Sequence[int], steps: int, deadline: float, folder: Path, results: Path) -> bool:
-    """Train what is not in the results yet, until the deadline; whether all is there."""
+    """Train the runs missing from the results until the deadline; return whether all are done."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed, kind, way in product(seeds, kinds, ("searched", "uniform")):
         if ("fliqs", kind, way, seed) in search_rows.read(results):
@@ -184,7 +184,7 @@ def work(kinds: Sequence[str], seeds: Sequence[int], steps: int, deadline: float
 
 
 def report(rows: search_rows.Rows) -> list[str]:
-    """The table of all runs, printed, and the result lines."""
+    """Print the table of all runs; return the RESULT lines."""
     lines = []
     for kind, contest in CONTESTS.items():
         pairs = [
@@ -204,9 +204,9 @@ def report(rows: search_rows.Rows) -> list[str]:
                 f"{searched['entropy']:.3f}"
             )
         print(f"  gain {gains.mean():+.2f} +- {error:.2f} points over {len(gains)} seeds")
-        alone = [row for key, row in rows.items() if key[:3] == ("fliqs", kind, "searched")]  # its uniform run or not
+        alone = [row for key, row in rows.items() if key[:3] == ("fliqs", kind, "searched")]
         worst = {name: max(row[name] for row in alone) for name in ("cost_error", "entropy")}
-        gain = round(float(gains.mean()), 6)  # of equal sums the difference is a rounding error
+        gain = round(float(gains.mean()), 6)  # equal sums may differ by a rounding error
         label = f"search_fliqs_resnet20_{kind}"
         lines += [
             result(f"{label}_gain_points", gain, ">=0", gain >= 0),

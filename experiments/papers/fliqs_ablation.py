@@ -1,12 +1,12 @@
-"""What the entropy schedule and the cost model do to a one-shot search, and what switching a format costs.
+"""Ablation of a one-shot search: entropy schedule, cost model, and the loss of switching a format.
 
     python -m experiments.papers.fliqs_ablation [--quick] [--network cnn|vit] [--schedules NAMES] [--seeds N]
 
 The bundled network for 8x8 digits or a small vision transformer, from random weights, int2 to int8 weights and
-activations at the cost of uniform int3; every run has the same batches, optimizer and learned step sizes, and settles
-in its final choice for the last fifth of the steps. Accuracy and loss are those of the final choice on unseen digits.
-The switching error is the loss that one layer's switch to another format adds to the final choice, on 192 of them,
-averaged over wider and over narrower formats; early is after a quarter of the steps.
+activations at the cost of uniform int3. Every run has the same batches, optimizer and learned step sizes, and trains
+its final choice for the last fifth of the steps. Accuracy and loss are those of the final choice on test digits. The
+switching error is the loss added to the final choice when one layer switches format, on 192 test digits, averaged over
+wider and over narrower formats; "early" is after a quarter of the steps.
 """
 
 import argparse
@@ -43,8 +43,8 @@ SCHEDULES = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """Figures of one run."""
+class Measured:
+    """Measurements of one run."""
 
     accuracy: float
     loss: float
@@ -115,7 +115,7 @@ def sampled_steps(search: OneShot, model: nn.Module, data: Data, seed: int, step
         yield step
 
 
-def searched(data: Data, build: Builder, schedule: Schedule, cost: str, seed: int, steps: int) -> Found:
+def searched(data: Data, build: Builder, schedule: Schedule, cost: str, seed: int, steps: int) -> Measured:
     """A one-shot search."""
     model = with_seed(build, seed)
     target = share_of(data, build, cost)
@@ -137,7 +137,7 @@ def searched(data: Data, build: Builder, schedule: Schedule, cost: str, seed: in
     narrower = errors[options[None] < groups[:, None]]
     switching = (float(part.mean()) if part.size else 0.0 for part in (wider, narrower))
     costs = (allocation["likeliest_over_target"], allocation["cost_over_target"])
-    return Found(accuracy, loss_at_end, allocation["entropy"], *costs, early, *switching)
+    return Measured(accuracy, loss_at_end, allocation["entropy"], *costs, early, *switching)
 
 
 def share_of(data: Data, build: Builder, cost: str) -> float:
@@ -164,8 +164,8 @@ def uniform(data: Data, model: nn.Module, seed: int, steps: int) -> tuple[float,
     return data.judge(model)
 
 
-def tell(name: str, runs: Sequence[Found]) -> None:
-    """A row of the table: means over seeds."""
+def print_row(name: str, runs: Sequence[Measured]) -> None:
+    """Print a row of the table: means over seeds."""
     fields = ("accuracy", "loss", "entropy", "likeliest", "cost", "early", "wider", "narrower")
     means = [statistics.mean(getattr(run, field) for run in runs) for field in fields]
     spread = statistics.stdev(run.loss for run in runs) if len(runs) > 1 else float("nan")
@@ -192,16 +192,16 @@ def main() -> None:
         "| run | accuracy | loss | entropy | likeliest / target | cost / target | switching, early | wider | narrower |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    tell(
+    print_row(
         f"uniform {UNIFORM.split('-')[0]}",
-        [Found(*uniform(data, with_seed(build, seed), seed, steps)) for seed in range(seeds)],
+        [Measured(*uniform(data, with_seed(build, seed), seed, steps)) for seed in range(seeds)],
     )
     found = {}
     for name in schedules:
         found[name] = [searched(data, build, SCHEDULES[name], "bitops", seed, steps) for seed in range(seeds)]
-        tell(f"bitops, {name}", found[name])
+        print_row(f"bitops, {name}", found[name])
     for cost in costs:
-        tell(
+        print_row(
             f"{cost}, cosine", [searched(data, build, SCHEDULES["cosine"], cost, seed, steps) for seed in range(seeds)]
         )
     worst = max(run.cost for runs in found.values() for run in runs)

@@ -1,12 +1,12 @@
-"""Can a one-shot search win on a small MobileNet? Against rules, a softmax search and the exact search's allocation.
+"""One-shot search on a small MobileNet against rules, a softmax search and the exact search's allocation.
 
     python -m experiments.papers.fliqs_mobilenet [--quick] [--seeds N] [--steps N] [--targets 3 4]
 
 The network is trained in floating point on the 9,000 JPEG images of CIFAR-10's test set that are no copies of the 1,000
-lossless ones; then every way trains it for the same steps, on the same batches, with the same optimizer and learned
+lossless ones; then every method trains it for the same steps, on the same batches, with the same optimizer and learned
 step sizes, at the bit operations of a uniform format, and is judged on the 1,000. Formats: integers of 2 to 8 bits and
-fp4 to fp8, of weights and inputs. "Choice trained" trains what FLIQS chose, from the start, for all steps: what it
-loses to others is the choice's fault, what it gains over FLIQS is the price of sampling while the weights train.
+fp4 to fp8, of weights and inputs. "Choice trained" trains FLIQS's choice from the start for all steps: its loss against
+other methods is due to the choice, its gain over FLIQS is the price of sampling during training.
 """
 
 import argparse
@@ -51,8 +51,8 @@ WIDTHS: tuple[Choice, ...] = tuple(
 
 
 @dataclass(frozen=True)
-class Found:
-    """Figures of a run."""
+class Measured:
+    """Measurements of a run."""
 
     accuracy: float
     loss: float
@@ -61,7 +61,7 @@ class Found:
 
 
 class Contest:
-    """One start, one target: every way from the same weights."""
+    """One start and one target: every method from the same weights."""
 
     def __init__(self, data: Data, start: nn.Module, seed: int, steps: int, bits: int) -> None:
         self.data, self.start, self.seed, self.steps = data, start, seed, steps
@@ -72,8 +72,8 @@ class Contest:
         self.budget = float(self.costs[:, SPACE.index(self.uniform)].sum())
         self.fliqs_choice: Mapping[str, Scheme] = {}
 
-    def run(self, way: str) -> Found:
-        """Train and judge one way."""
+    def run(self, way: str) -> Measured:
+        """Train and judge one method."""
         if way in ("fliqs", "fliqnas"):
             return self._sampled(WIDTHS if way == "fliqnas" else ())
         model = copy.deepcopy(self.start)
@@ -89,7 +89,7 @@ class Contest:
         return self._settled(model, chosen, 0)
 
     def _ends(self) -> Mapping[str, Scheme]:
-        """8 bits at the ends; between them one width, and the next for the first layers while it fits."""
+        """8 bits for first and last layer; between them one width, the next one for the first layers while it fits."""
         levels = [4, *[0] * (len(self.layers) - 2), 4]
         rows = np.arange(len(levels))
         for level in range(1, 5):
@@ -109,7 +109,7 @@ class Contest:
         return found.scheme_of
 
     def _softmax(self, model: nn.Module, steps: int) -> Mapping[str, Scheme]:
-        """A differentiable search: cross-entropy, and the distance of the expected cost from the target."""
+        """A differentiable search: cross-entropy plus the distance of the expected cost from the target."""
         mixture = SoftmaxFormats(model, self.layers, SPACE, self.costs / self.budget)
         groups = [{"params": list(model.parameters())}, {"params": [mixture.logits], "lr": 3e-2}]
         optimizer = torch.optim.Adam(groups, lr=1e-3)
@@ -123,7 +123,7 @@ class Contest:
         best = likeliest_within(mixture.log_probabilities(), self.costs, self.budget)
         return {layer.name: SPACE[choice] for layer, choice in zip(self.layers, best, strict=True)}
 
-    def _settled(self, model: nn.Module, schemes: Mapping[str, Scheme], begun: int) -> Found:
+    def _settled(self, model: nn.Module, schemes: Mapping[str, Scheme], begun: int) -> Measured:
         """Train in these schemes for the rest of the steps."""
         quantization = FakeQuantization(model, self.layers, learned=[scheme.weight for scheme in schemes.values()])
         quantization.use(schemes)
@@ -136,11 +136,11 @@ class Contest:
             optimizer.zero_grad()
             decay.step()
         cost = sum(bitops(schemes[layer.name], layer.macs) for layer in self.layers) / self.budget
-        found = Found(*self.data.judge(model), cost, _spelt(self.layers, schemes))
+        found = Measured(*self.data.judge(model), cost, _bits_text(self.layers, schemes))
         quantization.remove()
         return found
 
-    def _sampled(self, architecture: Sequence[Choice]) -> Found:
+    def _sampled(self, architecture: Sequence[Choice]) -> Measured:
         """FLIQS, or FLIQNAS with widths."""
         model = copy.deepcopy(self.start)
         search = OneShot(
@@ -169,17 +169,17 @@ class Contest:
             self.fliqs_choice = named
         search.close()
         kept = "" if not architecture else f", {sum(layer.params for layer in facts.layers)} weights"
-        return Found(*judged, facts.provenance["cost_over_target"], _spelt(self.layers, named) + kept)
+        return Measured(*judged, facts.provenance["cost_over_target"], _bits_text(self.layers, named) + kept)
 
 
-def _spelt(layers: Sequence[Layer], schemes: Mapping[str, Scheme]) -> str:
+def _bits_text(layers: Sequence[Layer], schemes: Mapping[str, Scheme]) -> str:
     """Bits of each layer, floats marked."""
     formats = [schemes[layer.name].weight for layer in layers]
     return " ".join(f"{'f' if one.grid.family == 'float' else ''}{one.grid.bits}" for one in formats)
 
 
-def report(bits: int, runs: Mapping[str, Sequence[Found]]) -> list[str]:
-    """The table of a target, printed, and the result lines: losses paired by seed."""
+def report(bits: int, runs: Mapping[str, Sequence[Measured]]) -> list[str]:
+    """Print the table of a target; return the RESULT lines: losses paired by seed."""
     print(f"\n| int{bits}'s bit operations | accuracy | loss | loss above fliqs's, paired | cost / target |")
     print("|---|---|---|---|---|")
     lines = []
@@ -210,7 +210,7 @@ def main() -> None:
     seeds, steps = options.seeds or (1 if options.quick else 3), options.steps or (10 if options.quick else 300)
     data = Data(options.quick)
     targets = options.targets[:1] if options.quick else options.targets
-    runs: dict[int, dict[str, list[Found]]] = {bits: {way: [] for way in WAYS} for bits in targets}
+    runs: dict[int, dict[str, list[Measured]]] = {bits: {way: [] for way in WAYS} for bits in targets}
     for seed in range(options.first_seed, options.first_seed + seeds):
         start = trained(data, seed, options.start_steps or (10 if options.quick else 1500))
         accuracy, loss = data.judge(start)

@@ -1,9 +1,9 @@
-"""FP4 training of small models: which scale type, rounding, rotation, relaxation and convention cost how much.
+"""FP4 training of small models: the cost of scale type, rounding, rotation, relaxation and convention.
 
 After "Elucidating the design space of FP4 training" (arXiv 2509.17791), on four kinds of task, with paired seeds and
-unseen data instead of the least training loss. Every layer but the last (and an image model's first) runs its three
-products in the format, simulated. The overhead is the share of operations that a recipe adds; what a technique gains is
-divided by the percents that it adds to the plain format. `--quick` trains a few recipes of two tasks for a few steps.
+held-out data instead of the least training loss. Every layer but the last (and an image model's first) runs its three
+products in the format, simulated. The overhead is the share of operations that a recipe adds; a technique's gain is
+divided by the percentage it adds to the plain format. `--quick` trains a few recipes of two tasks for a few steps.
 """
 
 import argparse
@@ -56,11 +56,11 @@ SETTINGS: dict[str, Setting] = {
     "nvfp4, SR, RHT, Stable-SPAM": Setting(Recipe("nvfp4", **BOTH), StableSPAM),
 }
 QUICK = (BASE, "nvfp4", "nvfp4, SR backward", "nvfp4, spline", "e4m3")
-MOST = 9.99  # a mean gap that is printed; what is larger has diverged
+MOST = 9.99  # largest mean gap that is printed; beyond it the run has diverged
 
 
 def table(task: Task, runs: Sequence[Run]) -> dict[str, float]:
-    """Print the task's table; mean gap of each setting."""
+    """Print the task's table; return the mean gap of each setting."""
     above = {name: values for (name, _), values in gaps(runs, BASE).items()}
     added = {name: added_share(task, SETTINGS[name]) for name in above}
     base = np.array([run.loss for run in runs if run.setting == BASE])
@@ -77,7 +77,7 @@ def table(task: Task, runs: Sequence[Run]) -> dict[str, float]:
     return {name: float(values.mean()) for name, values in above.items()}
 
 
-BETTER = {  # what is expected to win, and against what
+BETTER = {  # expected winner and its rival
     "sr_backward_gain_nvfp4": ("nvfp4, SR backward", "nvfp4"),
     "sr_forward_cost_nvfp4": ("nvfp4", "nvfp4, SR forward"),
     "nvfp4_gain_over_mxfp4": ("nvfp4", "mxfp4"),

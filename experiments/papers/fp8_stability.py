@@ -1,8 +1,8 @@
-"""How few mantissa and exponent bits can small models train with, and does sharpness tell in advance?
+"""The fewest mantissa and exponent bits that small models train with, and sharpness as an early warning.
 
-After "To FP8 and back again" (arXiv 2405.18710): bfloat16 operands of every layer's three products but the last's,
-masked to fewer bits, at several learning rates and seeds. A run has failed when its loss on unseen data is not finite
-or far above that of the same seed and rate in full precision. `--quick` trains a few runs.
+After "To FP8 and back again" (arXiv 2405.18710): bfloat16 operands of the three products of every layer but the last
+are masked to fewer bits, at several learning rates and seeds. A run has failed if its loss on held-out data is not
+finite or far above that of the same seed and rate in full precision. `--quick` trains a few runs.
 """
 
 import argparse
@@ -30,7 +30,7 @@ FAR = {"language": 0.3, "classification": 0.3, "regression": 0.1, "diffusion": 0
 
 
 def table(task: str, runs: Sequence[Run]) -> dict[tuple[str, float], NDArray[np.float64]]:
-    """Gaps to full precision by mask and rate; printed."""
+    """Print the gaps to full precision by mask and rate."""
     above = gaps(runs, BASE)
     rates = sorted({rate for _, rate in above})
     print(f"\n### {task}: unseen loss above full precision (mean), and runs that failed (by more than {FAR[task]})\n")
@@ -74,11 +74,13 @@ def main() -> None:
         gain = mean["E8M1"] - mean["E8M1 nearest"]
         lines.append(result(f"fp8_{name}_nearest_gain_e8m1", gain, ">0", gain > 0))
         if task.sharpness is not None:
-            told = early_warning(runs, BASE, FAR[name])
-            low, high = told.interval
-            print(f"\nsharpness halfway: Spearman with the final gap {told.correlation:+.2f}; AUC for failure ", end="")
-            print(f"{told.auc:.2f} (95 % {low:.2f} to {high:.2f}), {told.failed} of {told.runs} runs failed")
-            lines.append(result(f"fp8_{name}_sharpness_auc_low", low, ">0.5", low > 0.5 and told.auc < inf))
+            warning = early_warning(runs, BASE, FAR[name])
+            low, high = warning.interval
+            print(
+                f"\nsharpness halfway: Spearman with the final gap {warning.correlation:+.2f}; AUC for failure ", end=""
+            )
+            print(f"{warning.auc:.2f} (95 % {low:.2f} to {high:.2f}), {warning.failed} of {warning.runs} runs failed")
+            lines.append(result(f"fp8_{name}_sharpness_auc_low", low, ">0.5", low > 0.5 and warning.auc < inf))
     print(f"\n{steps} steps, {seeds} seeds\n\n" + "\n".join(lines))
 
 

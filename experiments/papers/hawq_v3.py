@@ -1,4 +1,4 @@
-"""HAWQ-V3's integer programs for ResNet-18 and ResNet-50 as problems, from the inputs that its authors published.
+"""HAWQ-V3's integer programs for ResNet-18 and ResNet-50 as problems, from the authors' published inputs.
 
 The inputs and configurations in hawq_v3_ilp.json are from HAWQ (Zhen-Dong/HAWQ), under the MIT licence.
 """
@@ -24,8 +24,10 @@ def read_published(path: Path) -> dict[str, Any]:
 
 
 def hawq_v3_problem(net: dict[str, Any], name: str) -> Problem:
-    """The problem of the published configuration `name`, such as "size_0.25": a cost and its limit's place between all
-    4 bits (0) and all 8 bits (1). Schemes are in the order of BITS; tied layers are one group.
+    """The problem of the published configuration `name`, such as "size_0.25": a cost and its limit.
+
+    The limit is a fraction of the way from all 4 bits (0) to all 8 bits (1). Schemes are in the order of BITS; tied
+    layers are one group.
     """
     number = len(net["parameters"])
     groups = [tuple(pair) for pair in net["tied"]]

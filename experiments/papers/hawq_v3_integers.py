@@ -1,11 +1,11 @@
-"""ResNet-20 in integers alone: int32 sums, dyadic rescaling, by our simulation and by ONNX Runtime, bit for bit.
+"""ResNet-20 in integer-only arithmetic (int32 sums, dyadic rescaling): our simulation against ONNX Runtime, bit by bit.
 
     python -m experiments.papers.hawq_v3_integers [--quick]
 
 Batch normalization is folded, weights are rounded per channel, activations have one static scale from calibration
 images; accuracy on the 1,000 test images, beside the same schemes simulated in floating point. The mixed allocations
-are HAWQ's: 4 or 8 bits of weights and activations by Hessian traces and an integer program, ends in 8 bits, layers that
-read the same values tied, at shares of the way from all 4 bits' operations to all 8 bits'.
+are HAWQ's: 4 or 8 bits of weights and activations by Hessian traces and an integer program, first and last layer in 8
+bits, layers that read the same values tied, at fractions of the way from all 4 bits' operations to all 8 bits'.
 """
 
 import argparse

@@ -1,7 +1,9 @@
-"""Perplexity of the WikiText-2 Llama with keys and values cached in fewer bits, and what a token's cache then weighs.
+"""Perplexity of the WikiText-2 Llama with keys and values cached in fewer bits, and the cache's bytes per token.
 
-Every layer rounds all keys and values, the current token's too, as TurboMind does (arXiv 2508.15601): per head and
-token, asymmetric.   python -m experiments.papers.kv_cache [--quick]
+Every layer rounds all keys and values, including the current token's, as TurboMind does (arXiv 2508.15601): per head
+and token, asymmetric.
+
+    python -m experiments.papers.kv_cache [--quick]
 """
 
 import argparse
@@ -19,7 +21,7 @@ from mpq.kernels.kv_cache import dequantize_heads, quantize_heads
 
 
 class RoundedCache(DynamicCache):
-    """A cache whose keys and values pass through `quantize_heads`; 16 bits or more leave them as they are."""
+    """A cache that rounds keys and values by `quantize_heads`; 16 bits or more leave them unchanged."""
 
     def __init__(self, key_bits: int, value_bits: int) -> None:
         super().__init__()

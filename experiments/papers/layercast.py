@@ -1,9 +1,9 @@
 """How much a language model's greedy answers depend on the order of sums, by precision (arXiv 2506.09501).
 
-First simulated: configurations differ in how many chunks each product is summed in, as devices and parallel widths do.
-Then as this machine computes: batch sizes, padding, threads. The precisions are bfloat16, float16, LayerCast (bfloat16
-weights, float32 arithmetic) and float32; the weights' values are bfloat16's in all of them, or packed int4-g64.
-`--quick` takes the bundled model, few prompts and tokens.
+First simulated: configurations differ in the number of chunks that each product is summed in, as between devices and
+parallel widths. Then computed on this machine: batch sizes, padding, threads. Precisions are bfloat16, float16,
+LayerCast (bfloat16 weights, float32 arithmetic) and float32; the weights' values are bfloat16 in all of them, or packed
+int4-g64. `--quick` takes the bundled model, few prompts and tokens.
 """
 
 import argparse

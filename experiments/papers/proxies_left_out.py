@@ -1,11 +1,11 @@
-"""Does a proxy evolved on three models rank the allocations of a fourth better than HAWQ-V2's?
+"""Proxies evolved on three models against HAWQ-V2's, ranking the allocations of a fourth.
 
     python -m experiments.papers.proxies_left_out [--quick] [--generations N] [--seeds N]
 
-Leaves each of ResNet-20, ResNet-56, the 5 M parameter Llama and EfficientNet-Lite0 out in turn. Statistics are
+Leaves out each of ResNet-20, ResNet-56, the 5 M parameter Llama and EfficientNet-Lite0 in turn. Statistics are
 collected once (out/) and measured allocations are read from experiments/results/benchmark_*.csv, so that evolution
-costs no forward pass. The best of the seeds by its fitness on the three models is judged on the fourth: rank
-correlation over all its rows, plain and at fixed size, and the lead over HAWQ-V2's with a 95 % bootstrap interval.
+needs no forward pass. The seed of the highest fitness on the three models is judged on the fourth: rank correlation
+over all rows, plain and at fixed size, and the lead over HAWQ-V2's with a 95 % bootstrap interval.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from mpq.proxies.programs import Program
 from mpq.proxies.ranking import bootstrap, interval, rankings, steady_fitness
 from mpq.proxies.statistics import Statistics
 
-SAMPLES = 1024  # elements of a layer: evolution is four times as fast as with the usual number
+SAMPLES = 1024  # elements per layer: evolution is four times as fast as with the default
 INPUTS = tuple(name for name in SOURCES if name != "eigenvalue")
 World = tuple[Benchmark, Statistics]
 
 
 def judge(name: str, world: World, program: Program) -> list[str]:
-    """Print the left-out model's row; its result lines."""
+    """Print the left-out model's row; return its RESULT lines."""
     rows, numbers = world
     known = parse(PROXIES["hawq-v2"][0])
     losses = np.stack([rows.totals(Evaluator(numbers).table(one)) for one in (program, known)])

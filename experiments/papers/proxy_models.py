@@ -15,7 +15,7 @@ NAMES = ("resnet20", "resnet56", "llama5m")
 
 
 def benchmark_of(name: str) -> Benchmark:
-    """The measured configurations; refused when the weights in the data folder are not those measured."""
+    """The measured configurations; MpqError if the weights in the data folder are not those measured."""
     benchmark = Benchmark.load(RESULTS / f"benchmark_{name}.csv")
     benchmark.check_model(load(name)[0])
     return benchmark
@@ -25,7 +25,7 @@ EVERY = (*NAMES, "efficientnet_lite0")
 
 
 def calibration_of(name: str) -> tuple[Batch, ...]:
-    """What statistics are collected on: training data, never what the benchmark measured."""
+    """Training data that statistics are collected on, disjoint from the benchmark's."""
     if name == "llama5m":
         return tuple(reference_models.wikitext_tokens("train", 8).split(8))
     if name == "efficientnet_lite0":
@@ -34,7 +34,7 @@ def calibration_of(name: str) -> tuple[Batch, ...]:
 
 
 def statistics_of(name: str, wanted: Iterable[str], tag: str = "", samples: int = SAMPLES) -> Statistics:
-    """The statistics of a model, from out/ when they are there."""
+    """The statistics of a model, cached in out/."""
     model, _, loss_fn, _, _ = load(name)
     schemes = Benchmark.load(RESULTS / f"benchmark_{name}.csv").schemes
     return collect_statistics(

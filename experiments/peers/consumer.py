@@ -1,11 +1,11 @@
-"""Run by the Python of a consumer's environment: what it computes of a folder, through its whole-model entry.
+"""Evaluate a folder in a consumer, through the consumer's own way to load a model; run in the consumer's environment.
 
     PYTHON consumer.py CONSUMER FOLDER WINDOWS.json [--dtype TYPE] [--texts TEXTS.json]
 
 CONSUMER is vllm, llama.cpp, mlx, transformers, onnxruntime or openvino; WINDOWS holds lists of tokens. llama.cpp caches
-keys and values in the types that the command in the folder's README.md names. Prints JSON: the perplexity of their next
-tokens, each window for itself, the loss of each, the likeliest tokens at each place but the last with the logarithms of
-their probabilities, tokens of them per second, and with TEXTS (llama.cpp) the tokens that each text is cut into.
+keys and values in the types given by the command in the folder's README.md. Prints JSON: perplexity of the next tokens
+(windows are independent), the loss of each token, the most likely tokens at each position but the last with their
+log-probabilities, tokens per second, and with TEXTS (llama.cpp) the tokens of each text.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LIKELIEST = 20  # tokens of a place whose probabilities are told: all that vLLM tells by default
+LIKELIEST = 20  # log-probabilities per position: vLLM's default maximum
 Logits = Callable[[list[int]], NDArray[Any]]  # of one window: (tokens, vocabulary)
-# llama.cpp's numbers of the types that a cache may have
+# llama.cpp's enum values of KV-cache types
 TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20}
 
 
@@ -92,7 +92,7 @@ CONSUMERS = {
 
 
 def vllm(folder: Path, windows: list[list[int]], dtype: str) -> dict[str, Any]:
-    """It gives logarithms of probabilities of the next token and of the likeliest, and no others."""
+    """vLLM returns log-probabilities of the next and of the most likely tokens only."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

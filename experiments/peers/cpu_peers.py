@@ -1,9 +1,9 @@
-"""Other libraries' low-bit products on a CPU, each in a process and an environment of its own.
+"""Other libraries' low-bit products on a CPU, each in a separate process and environment.
 
     PYTHON -m experiments.peers.cpu_peers NAME ROWS COLS COPIES THREADS
 
-The process builds COPIES weights with random codes, says "ready", and then answers every line "BATCH" with the seconds
-that one call takes on average over all copies. Until a line comes it sleeps.
+The process builds COPIES weights with random codes, prints "ready", and answers every line "BATCH" with the mean
+seconds of a call over all copies. It sleeps between lines.
 """
 
 import os
@@ -23,15 +23,15 @@ ENVIRONMENTS = {
         "/tmp/peer-genai", "onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch==2.13.0", "transformers",
     ),
 }  # fmt: skip
-# What GGML_NATIVE would take here. GCC 12 drops the stores that _tile_loadconfig reads, which kills every program that
-# uses ggml's AMX ("illegal instruction"): dead stores are kept.
+# The instructions that GGML_NATIVE would choose on the benchmark machine. GCC 12 drops the stores that _tile_loadconfig
+# reads, and ggml's AMX then dies with "illegal instruction": keep dead stores.
 LLAMA_SETS = "AVX AVX2 FMA F16C BMI2 AVX_VNNI AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16 AMX_TILE AMX_INT8 AMX_BF16"
 LLAMA_BUILD = "-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DGGML_NATIVE=OFF '-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse' "
 LLAMA_BUILD += " ".join(f"-DGGML_{name}=ON" for name in LLAMA_SETS.split())
-# By our format: the peers that hold as many bits of the same kind of number, whatever their groups. llama.cpp's blocks
-# of 32 and super-blocks of 256 store more scales: q4_0 and q4_K 4.5 bits to our 4.25 (int4-g64) or 4.125 (int4-g128),
-# q2_K 2.625 to 2.125, q3_K 3.4375 to 3.125, q5_K 5.5 to 5.125, q6_K 6.5625 to 6.125, q8_0 8.5 to 8. iq4_nl has a fixed
-# table of 16 levels, as nf4 has. Nobody here has fp6, nor anyone but OpenVINO fp8.
+# By our format: the peers' formats with codes of as many bits and the same kind of grid, whatever their groups.
+# llama.cpp's blocks of 32 and super-blocks of 256 store more scales: q4_0 and q4_K 4.5 bits to our 4.25 (int4-g64) or
+# 4.125 (int4-g128), q2_K 2.625 to 2.125, q3_K 3.4375 to 3.125, q5_K 5.5 to 5.125, q6_K 6.5625 to 6.125, q8_0 8.5 to 8.
+# iq4_nl has a fixed table of 16 levels, like nf4. No peer has fp6; only OpenVINO has fp8.
 PEERS = {
     "int4-g128": (
         "onnxruntime:4-128", "openvino:i4", "openvino:u4", "torch:int4pack", "llama.cpp:q4_0", "llama.cpp:q4_K",
@@ -52,7 +52,7 @@ PEERS = {
 
 
 def environment(library: str) -> Path:
-    """A peer's interpreter, its environment made where it is missing (minutes, about 1 GB)."""
+    """A peer's interpreter; builds its environment if missing (minutes, about 1 GB)."""
     folder, *packages = ENVIRONMENTS.get(library, TOGETHER)
     python = Path(folder) / "bin" / "python"
     if not python.exists():
@@ -68,7 +68,7 @@ def product(name: str, rows: int, cols: int, copies: int, threads: int) -> "Peer
 
 
 class Peer:
-    """A worker that stays up between calls: a module of this folder, in the environment of the library."""
+    """A persistent worker process: a module of this folder, in the library's environment."""
 
     def __init__(self, name: str, module: str, *arguments: object, python: str | None = None) -> None:
         self.name = name
@@ -78,11 +78,11 @@ class Peer:
         )  # fmt: skip
 
     def ready(self) -> bool:
-        """Whether it came up; waits until that is known."""
+        """Wait until the worker has started or failed; return whether it started."""
         return self._line() == "ready"
 
     def answer(self, question: int | str) -> list[float]:
-        """What it measures for a batch, a length or a line of words, now; NaN once it has failed."""
+        """The worker's measurement for one request; NaN once it has failed."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(f"{question}\n")
@@ -92,13 +92,13 @@ class Peer:
             return [float("nan")]
 
     def close(self) -> None:
-        """End it."""
+        """Stop the worker."""
         self.process.kill()
         self.process.communicate()
 
     def _line(self) -> str:
         assert self.process.stdout is not None
-        for line in self.process.stdout:  # libraries may print
+        for line in self.process.stdout:  # skip what libraries print
             if line.startswith("> "):
                 return line[2:].strip()
         return ""
@@ -141,7 +141,7 @@ def onnxruntime_pass(kind: str, rows: int, cols: int, copies: int, threads: int)
 
 
 def openvino_pass(kind: str, rows: int, cols: int, copies: int, threads: int) -> Callable[[int], object]:
-    """Compressed weights that the CPU plugin multiplies by, all copies in one graph."""
+    """OpenVINO's products with compressed weights, all copies in one graph."""
     import numpy as np
     import openvino
     import openvino.opset13 as op
@@ -152,7 +152,7 @@ def openvino_pass(kind: str, rows: int, cols: int, copies: int, threads: int) ->
     type, random = types[kind], np.random.default_rng(0)
     shape, groups = ([rows, cols // block, block], [rows, cols // block, 1]) if block else ([rows, cols], [rows, 1])
     x = op.parameter([-1, cols], np.float32)
-    products, kept = [], []  # constants borrow the arrays' memory
+    products, kept = [], []  # keep the arrays: constants share their memory
     for _ in range(copies):
         codes = random.integers(0, 127, rows * cols * type.bitwidth // 8, dtype=np.uint8)
         kept.append((codes, openvino.Tensor(codes, openvino.Shape(shape), type)))
@@ -220,7 +220,7 @@ def bitsandbytes_pass(kind: str, rows: int, cols: int, copies: int, threads: int
 
 
 def llama_pass(kind: str, rows: int, cols: int, copies: int, threads: int) -> Callable[[int], object]:
-    from experiments.peers.peer_ggml import Products  # its interpreter has no more than numpy
+    from experiments.peers.peer_ggml import Products  # the environment has only numpy
 
     return Products(kind, rows, cols, copies, threads).run
 

@@ -1,10 +1,10 @@
-"""Configurations that `mpq allocate --emit` writes, in the tools that take them, and read back by `mpq judge`.
+"""Check the configurations of `mpq allocate --emit` in the tools that read them, and read them back by `mpq judge`.
 
     python -m experiments.peers.emitted [--peer PYTHON] [--llama-quantize PROGRAM]
 
-The WikiText Llama's linear layers in a mix of formats go to NVIDIA ModelOpt and AutoRound (`--peer`, an environment
-with both) and to llama.cpp's llama-quantize. Each says which bits and groups, or type, it gave every layer: the share
-of layers that are as written, and whether the file reads back as the same allocation.
+The WikiText Llama's linear layers in mixed formats go to NVIDIA ModelOpt and AutoRound (`--peer`, an environment with
+both) and to llama.cpp's llama-quantize. Each reports the bits and groups, or the type, of every layer. Results: the
+share of layers as written, and whether the file reads back as the same allocation.
 """
 
 import argparse
@@ -40,7 +40,7 @@ FORMATS = {
 
 
 def mixed(model: nn.Module, holder: Tool | Target, formats: tuple[str, ...]) -> Allocation:
-    """Tied layers and the others take the formats in turn, or the nearest that the tool has; bf16 where it has none."""
+    """Assign formats round-robin, or the nearest that the tool supports; bf16 if it supports none."""
     layers = find_layers(model)
     schemes = []
     for layer, own in zip(layers, in_turn(layers, formats), strict=True):
@@ -52,7 +52,7 @@ def mixed(model: nn.Module, holder: Tool | Target, formats: tuple[str, ...]) -> 
 
 
 def in_tool(tool: str, allocation: Allocation, file: Path, python: str) -> float:
-    """Share of the linear layers that the tool quantizes, or leaves, as the allocation says."""
+    """Share of the linear layers that the tool treats as the allocation says."""
     command = [python, "-m", "experiments.peers.peer_emitted", tool, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
@@ -71,7 +71,7 @@ def in_tool(tool: str, allocation: Allocation, file: Path, python: str) -> float
 
 
 def in_llama_quantize(allocation: Allocation, file: Path, program: str, model: nn.Module) -> float:
-    """Share of the layers that llama-quantize gives the type of the allocation."""
+    """Share of the layers with the allocation's type in llama-quantize."""
     plain = Allocation(allocation.layers, ("fp16",) * len(allocation.layers))
     source = export(model, plain, file.parent / "fp16", to="gguf") / "model.gguf"
     out = file.parent / "quantized.gguf"
@@ -92,12 +92,12 @@ def in_llama_quantize(allocation: Allocation, file: Path, program: str, model: n
 
 
 def size(allocation: Allocation, layer: Layer) -> int:
-    """Bytes of a layer, the same whatever the type of its scales."""
+    """Bytes of a layer: formats that differ only in the type of 16-bit scales count as equal."""
     return allocation.scheme_of[layer.name].weight.nbytes(layer.rows, layer.cols)
 
 
 def emitted(peer: str, program: str, folder: Path) -> list[str]:
-    """Run each tool that is there; the RESULT lines."""
+    """Run each available tool; return the RESULT lines."""
     model, lines = reference_models.wikitext_llama(), []
     for name, formats in FORMATS.items():
         if not (program if name == "llama-quantize" else peer):

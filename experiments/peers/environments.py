@@ -1,9 +1,9 @@
-"""Environments of the programs that read our folders: found or built in a folder outside of the repository.
+"""Find or build the environments of programs that read our folders, in a folder outside of the repository.
 
     python -m experiments.peers.environments CONSUMER FOLDER [--minutes N]
 
-Prints the Python of FOLDER/CONSUMER, with the program installed. It sees the packages of this Python too, torch among
-them, and prefers its own.
+Prints the Python of FOLDER/CONSUMER, with the program installed. The environment also sees the packages of this Python,
+including torch, and prefers its own.
 """
 
 import argparse
@@ -19,23 +19,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mpq-consumers"
-# One instruction set for every machine: a native build may use instructions that a virtual machine only announces.
+# One instruction set for every machine: a native build may use instructions that a virtual machine announces but lacks.
 LLAMA = "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF"
 
 
 class Unavailable(Exception):
-    """An environment that cannot be had here; the text says why."""
+    """An environment that cannot be built here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What pip installs for a program."""
+    """How to install a program with pip."""
 
-    imports: str  # a module of it
-    packages: tuple[str, ...] = ()  # arguments of pip; none: it runs in this Python
-    without: tuple[str, ...] = ()  # taken out again: built for another torch than the one here
+    imports: str  # imported to test the environment
+    packages: tuple[str, ...] = ()  # pip's arguments; empty: it runs in this Python
+    without: tuple[str, ...] = ()  # uninstalled again: built for another torch
     variables: Mapping[str, str] = field(default_factory=dict)
-    minutes: float = 10  # that building may take
+    minutes: float = 10  # time limit of the build
 
 
 ENVIRONMENTS = {
@@ -52,15 +52,15 @@ ENVIRONMENTS = {
 
 
 def python_of(consumer: str, folder: Path = CACHE, minutes: float | None = None) -> str:
-    """A Python that imports a consumer's program, its environment built where it is missing.
+    """A Python that imports a consumer's program; builds its environment if missing.
 
     Args:
         consumer: a name in `ENVIRONMENTS`.
-        folder: of environments, each in a folder named after its consumer.
-        minutes: that building may take; by default the environment's own.
+        folder: contains the environments, each in a subfolder named after its consumer.
+        minutes: time limit of the build; default: the environment's own.
 
     Raises:
-        Unavailable: it cannot be installed, or not within that time.
+        Unavailable: it cannot be installed within that time.
     """
     wanted = ENVIRONMENTS[consumer]
     if not wanted.packages:
@@ -102,7 +102,7 @@ def _install(python: Path, wanted: Environment, limit: float) -> None:
 
 
 def _run(command: list[str], variables: Mapping[str, str], seconds: float) -> None:
-    """Run to the end or kill it after so many seconds, compilers that it started too."""
+    """Run a command; kill it and its children after the time limit."""
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         command, env=variables, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, start_new_session=True

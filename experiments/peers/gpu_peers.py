@@ -1,4 +1,4 @@
-"""Others' int4 kernels on the same weights, found by import: PyTorch's own, gemlite, MARLIN. None of them is needed."""
+"""Other int4 kernels on the same weights: PyTorch's own, gemlite, MARLIN; each is used if it can be imported."""
 
 import importlib
 import logging
@@ -19,16 +19,16 @@ Peer = Callable[[Tensor], Contestant]  # from an input (tokens, cols) in bfloat1
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights as every peer takes them, int4 with groups and the code of zero at 8, on the device."""
+    """Input of every peer: int4 codes with groups and zero at code 8, on the device."""
 
     codes: Tensor  # uint8 (rows, cols)
     scales: Tensor  # float32 (rows, groups)
     group: int
-    beyond: int  # bytes that copies fill
+    beyond: int  # total bytes of the copies
 
 
 def peers_of(quantized: Quantized, beyond: int) -> dict[str, Peer]:
-    """Those that are installed, take the layer and agree with its dequantized product; others are logged."""
+    """Peers that are installed, support the layer and agree with its dequantized product; others are logged."""
     assert quantized.scales is not None
     layer = Layer(quantized.codes, quantized.scales, quantized.format.group_size, beyond)
     x = torch.randn(4, layer.codes.shape[1], device=layer.codes.device).bfloat16()
@@ -39,10 +39,10 @@ def peers_of(quantized: Quantized, beyond: int) -> dict[str, Peer]:
             peer = make(layer)
             output = peer(x).calls[0]()
             error = float((output.float() - truth).norm() / truth.norm())  # type: ignore[attr-defined]
-        except Exception as problem:  # whatever a foreign package throws, it is left out by name
+        except Exception as problem:  # any exception of a foreign package excludes it
             _log.warning("%s is left out: %s", name, problem)
             continue
-        if error > 0.02:  # three times what 16-bit weights and inputs of another type may differ
+        if error > 0.02:  # three times the error of rounding weights and inputs to another 16-bit type
             _log.warning("%s is left out: its product differs by %.3g", name, error)
             continue
         found[name] = peer

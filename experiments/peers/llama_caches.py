@@ -1,13 +1,13 @@
-"""Decoding from caches of 8 and 4 bits, batches and prompts against llama.cpp: equal weights, turn by turn in one run.
+"""Decoding with 8- and 4-bit KV caches, batches and prompts against llama.cpp: equal weights, alternating in one run.
 
     python -m experiments.peers.llama_caches [--quick] [--llama PYTHON] [--only decode batch prefill] [--threads 2]
 
-A Llama of random weights in int4-g32, which is llama.cpp's Q4_0, with 8 key heads of 128. Caches are int8-g32 (q8_0),
-int4-g32 (q4_0) and fp16 (f16), flash attention on; beside them stand formats that llama.cpp does not have. `--llama`
-names a Python with llama-cpp-python; left out, cpu_peers.py makes one (minutes). Figures are medians of rounds in which
-both take turns. One thread is timed by its CPU time, which other work disturbs less than the wall clock; several by the
-wall clock. The load of the machine is printed. Builds of llama.cpp for many machines have AVX2 at most (its
-`llama_print_system_info`): MPQ_CPU_LEVEL=avx2 holds ours to the same instructions.
+A Llama of random weights in int4-g32, which is llama.cpp's Q4_0, with 8 key heads of width 128. Caches are int8-g32
+(q8_0), int4-g32 (q4_0) and fp16 (f16), flash attention on; further formats of ours are compared with the nearest of
+llama.cpp's. `--llama` names a Python with llama-cpp-python; by default cpu_peers.py builds one (minutes). Figures are
+medians of alternating rounds. One thread is timed by CPU time, which other load disturbs less than wall-clock time;
+several by the wall clock. The machine's load is printed. Generic builds of llama.cpp have AVX2 at most (see
+`llama_print_system_info`): MPQ_CPU_LEVEL=avx2 limits ours to the same instructions.
 """
 
 import argparse
@@ -43,14 +43,18 @@ SHAPES = {
     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 8192, "max_position_embeddings": 16384,
     "tie_word_embeddings": True,
 }  # fmt: skip
-TYPES = {"fp16": "f16", "int8-g32": "q8_0", "int4-g32": "q4_0"}  # ours, and llama.cpp's of the same numbers
-OWN = {"int8-token": "q8_0", "int4-asym": "q4_0", "int3-t64-asym": "q4_0"}  # formats of ours, beside what they meet
-VOCABULARY = 997  # of the prompts, as the peer's
+TYPES = {"fp16": "f16", "int8-g32": "q8_0", "int4-g32": "q4_0"}  # our formats, and llama.cpp's equivalents
+OWN = {
+    "int8-token": "q8_0",
+    "int4-asym": "q4_0",
+    "int3-t64-asym": "q4_0",
+}  # further formats of ours, and llama.cpp's nearest
+VOCABULARY = 997  # seed of the prompts, as in the peer
 BATCHED = "int8-token"
 
 
 def memory_of(decoder: Decoder, name: str) -> Memory:
-    """An empty cache in one format."""
+    """An empty KV cache in one format."""
     entries = tuple(
         Layer(entry_name(index, kind), kind, 8, decoder.head_width)
         for index in range(len(decoder.blocks))
@@ -65,7 +69,7 @@ def prompt_of(tokens: int) -> Tensor:
 
 
 class Ours:
-    """The packed model's light loop, and the same in bfloat16."""
+    """The packed model in our decoder loop, and the same in bfloat16."""
 
     def __init__(self, packed: nn.Module, bfloat16: nn.Module) -> None:
         found = decoder_of(packed), decoder_of(bfloat16)
@@ -81,7 +85,7 @@ class Ours:
         return memory
 
     def decode(self, memory: Memory, context: int, count: int) -> float:
-        """Tokens per second of one text; the tokens are forgotten again."""
+        """Tokens per second of one sequence; the cache is cropped afterwards."""
         assert self.compiled is not None
         started = self.clock()
         for index in range(count):
@@ -91,7 +95,7 @@ class Ours:
         return count / seconds
 
     def batch(self, memories: Sequence[Memory], context: int, count: int) -> float:
-        """Tokens per second of all texts together."""
+        """Tokens per second of all sequences together."""
         started = self.clock()
         for index in range(count):
             step_each(self.decoder, torch.arange(len(memories)) + 5 + index, memories)
@@ -111,19 +115,19 @@ Contestants = dict[str, Callable[[], float]]
 
 
 def in_turns(title: str, contestants: Contestants, rounds: int) -> dict[str, float]:
-    """Median speed of each, after one round that warms up; those who wait sleep."""
+    """Median speed of each after one warm-up round; idle peers sleep."""
     found: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds + 1):
         for name, run in contestants.items():
             found[name].append(run())
     medians = {name: statistics.median(speeds[1:]) for name, speeds in found.items()}
-    said = ", ".join(f"{name} {speed:.0f}" for name, speed in medians.items())
-    print(f"{title}: {said} tokens/s (load {os.getloadavg()[0]:.1f})", flush=True)
+    shown = ", ".join(f"{name} {speed:.0f}" for name, speed in medians.items())
+    print(f"{title}: {shown} tokens/s (load {os.getloadavg()[0]:.1f})", flush=True)
     return medians
 
 
-def asked(peer: "cpu_peers.Peer | None", *words: object) -> Contestants:
-    """llama.cpp's answer to a question, where it is there."""
+def llama_contestant(peer: "cpu_peers.Peer | None", *words: object) -> Contestants:
+    """llama.cpp as a contestant for a request, if it is available."""
     return {} if peer is None else {"llama.cpp": lambda: peer.answer(" ".join(map(str, words)))[0]}
 
 
@@ -137,7 +141,7 @@ def over(title: str, medians: dict[str, float], ours: str, goal: float, other: s
 
 @torch.inference_mode()
 def decoding(ours: Ours, peer: "cpu_peers.Peer | None", contexts: Sequence[int], count: int, rounds: int) -> list[str]:
-    """One text after a long prompt, for each format."""
+    """Decode one sequence after a long prompt, for each format."""
     lines = []
     for context in contexts:
         for name, other in {**TYPES, **OWN}.items():
@@ -145,7 +149,7 @@ def decoding(ours: Ours, peer: "cpu_peers.Peer | None", contexts: Sequence[int],
             run = partial(ours.decode, memory, context, count)
             medians = in_turns(
                 f"decode {name} ({other}) at {context}",
-                {"ours": run, **asked(peer, "decode", other, context, count)},
+                {"ours": run, **llama_contestant(peer, "decode", other, context, count)},
                 rounds,
             )
             lines += over(f"decode_over_llama.cpp/{name}/{other}/{context}", medians, "ours", 1.0)
@@ -154,14 +158,14 @@ def decoding(ours: Ours, peer: "cpu_peers.Peer | None", contexts: Sequence[int],
 
 @torch.inference_mode()
 def batches(ours: Ours, peer: "cpu_peers.Peer | None", sizes: Sequence[int], count: int, rounds: int) -> list[str]:
-    """Several texts of 128 tokens at once."""
+    """Decode several sequences of 128 tokens at once."""
     lines, context = [], 128
     for size in sizes:
         memories = [ours.filled(BATCHED, context) for _ in range(size)]
         run = partial(ours.batch, memories, context, count)
         medians = in_turns(
             f"batch {size} ({BATCHED}, q8_0)",
-            {"ours": run, **asked(peer, "batch", "q8_0", context, count, size)},
+            {"ours": run, **llama_contestant(peer, "batch", "q8_0", context, count, size)},
             rounds,
         )
         lines += over(f"batch_over_llama.cpp/{size}", medians, "ours", 1.5)
@@ -170,14 +174,14 @@ def batches(ours: Ours, peer: "cpu_peers.Peer | None", sizes: Sequence[int], cou
 
 @torch.inference_mode()
 def prompts(ours: Ours, peer: "cpu_peers.Peer | None", lengths: Sequence[int], rounds: int) -> list[str]:
-    """Prompts of some lengths."""
+    """Process prompts of several lengths."""
     lines = []
     for tokens in lengths:
         both = {
             "ours": partial(ours.prefill, ours.decoder, tokens),
             "bf16": partial(ours.prefill, ours.bfloat16, tokens),
         }
-        medians = in_turns(f"prompt of {tokens}", {**both, **asked(peer, "prefill", "f16", tokens)}, rounds)
+        medians = in_turns(f"prompt of {tokens}", {**both, **llama_contestant(peer, "prefill", "f16", tokens)}, rounds)
         lines += over(f"prefill_over_bf16/{tokens}", medians, "ours", 1.0, "bf16")
         lines += over(f"prefill_over_llama.cpp/{tokens}", medians, "ours", 1.0)
     return lines

@@ -1,9 +1,9 @@
-"""Run by the Python of an environment with llama-cpp-python: how far GGUF files are from a first one.
+"""KL divergence of GGUF files from a reference file in llama.cpp; run in an environment with llama-cpp-python.
 
     PYTHON llama_divergence.py WINDOWS.json ORIGINAL.gguf FILE.gguf...
 
 WINDOWS holds lists of tokens. Prints JSON: for each file its perplexity, the mean divergence KL(original || file) of
-the next token's distribution, and the share of places where both think the same token likeliest.
+the next token's distribution, and the share of positions with the same most likely token.
 """
 
 import json

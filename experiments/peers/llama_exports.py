@@ -1,11 +1,11 @@
-"""GGUF exports inside llama.cpp: perplexity as simulated and as served, sizes, and rounding beside llama.cpp's own.
+"""GGUF exports in llama.cpp: perplexity simulated and served, file sizes, and our rounding against llama.cpp's.
 
     python -m experiments.peers.llama_exports [--llama PYTHON] [--windows N]
 
-The WikiText Llama goes to llama.cpp as it is, in mixes of types without and with super-blocks of 256, uniformly in a K
-type, and in a mix that was searched over llama.cpp's types. Its rows of 640 do not divide into super-blocks: a uniform
-type falls back there as llama.cpp's own quantizer does. llama.cpp runs in an environment of its own (`--llama` names
-its Python), which is built in some minutes otherwise (`environments.py`).
+The WikiText Llama goes to llama.cpp unquantized, in mixes of types without and with super-blocks of 256, uniformly in a
+K type, and in a mix searched over llama.cpp's types. Its rows of 640 do not divide into super-blocks: there a uniform
+type falls back as llama.cpp's own quantizer does. llama.cpp runs in a separate environment (`--llama` names its Python;
+default: built in some minutes by `environments.py`).
 """
 
 import argparse
@@ -42,11 +42,11 @@ from mpq.sensitivity.profile import profile
 
 TARGET = TARGETS["gguf"]
 CODED = tuple(name for name in GGUF_TYPES if not parse_format(name).is_float_copy)
-BITS = 4.25  # of the searched mix
+BITS = 4.25  # budget of the searched mix
 
 
 def in_turn(model: nn.Module, *schemes: str) -> Allocation:
-    """Layers take the schemes in turn, or what llama.cpp falls back on."""
+    """Assign schemes round-robin, with llama.cpp's fallback where a type does not fit."""
     layers = find_layers(model)
     wanted = [parse_scheme(schemes[index % len(schemes)]) for index in range(len(layers))]
     pairs = zip(layers, wanted, strict=True)
@@ -56,7 +56,7 @@ def in_turn(model: nn.Module, *schemes: str) -> Allocation:
 
 
 def searched(model: nn.Module, bits: float) -> Allocation:
-    """The best mix of llama.cpp's types by the default metric, on windows of the training text."""
+    """The optimal mix of llama.cpp's types by the default metric, on windows of the training text."""
     batches = reference_models.wikitext_tokens("train", 32).split(8)
     table = profile(model, batches, next_token_loss, CODED, progress=False)
     held = restrict(table, TARGET)
@@ -64,12 +64,12 @@ def searched(model: nn.Module, bits: float) -> Allocation:
 
 
 def promised(model: nn.Module, allocation: Allocation) -> int:
-    """Bytes of the layers in their schemes and of everything else as it is."""
+    """Predicted bytes: layers in their schemes, everything else unquantized."""
     return allocation.size + sum(tensor.nbytes for tensor in other_state(model, allocation)[0].values())
 
 
 def exports(python: str, windows: int, folder: Path) -> list[str]:
-    """Print a line for each export; the RESULT lines."""
+    """Print a line for each export; return the RESULT lines."""
     model, tokens = reference_models.wikitext_llama(), reference_models.wikitext_tokens("test", windows)
     before, lines = math.exp(mean_loss(model, [tokens], next_token_loss)), []
     for name, allocation in (
@@ -92,7 +92,7 @@ def exports(python: str, windows: int, folder: Path) -> list[str]:
 
 
 def rounding(python: str) -> list[str]:
-    """Squared errors of our clip search over those of llama.cpp's quantizer, type by type; the RESULT lines."""
+    """RESULT lines of the squared error of our clip search over that of llama.cpp's quantizer, by type."""
     script = "import llama_cpp, pathlib; print(pathlib.Path(llama_cpp.__file__).parent / 'lib' / 'libggml-base.so')"
     path = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout.split()[-1]
     library = ctypes.CDLL(path)

@@ -1,9 +1,9 @@
-"""Exports inside mlx-lm on a CPU: perplexity and likeliest tokens as simulated and as served, sizes.
+"""MLX exports in mlx-lm on a CPU: perplexity and top-1 tokens simulated and served, file sizes.
 
     python -m experiments.peers.mlx_exports --mlx PYTHON [--quick] [--smollm2]
 
-The WikiText Llama, or SmolLM2, goes to MLX uniformly and in mixes of modes. mlx-lm (with mlx[cpu]) stands in an
-environment of its own, whose Python `--mlx` names. `--quick` takes one window and one mix.
+The WikiText Llama, or SmolLM2, goes to MLX uniformly and in mixes of modes. `--mlx` names the Python of an environment
+with mlx-lm and mlx[cpu]. `--quick` takes one window and one mix.
 """
 
 import argparse
@@ -35,7 +35,7 @@ JOBS = {
 
 
 def in_turn(model: nn.Module, schemes: tuple[str, ...]) -> Allocation:
-    """Layers take the schemes in turn, or the nearest that they can have."""
+    """Assign schemes round-robin, or the nearest supported."""
     layers, target = find_layers(model), TARGETS["mlx"]
     wanted = [Allocation((layer,), (schemes[i % len(schemes)],)) for i, layer in enumerate(layers)]
     held = [
@@ -48,7 +48,7 @@ def in_turn(model: nn.Module, schemes: tuple[str, ...]) -> Allocation:
 
 
 def exports(python: str, model: nn.Module, tokens: torch.Tensor, folder: Path, jobs: int | None = None) -> list[str]:
-    """Print a line for each export; the RESULT lines."""
+    """Print a line for each export; return the RESULT lines."""
     before, lines = math.exp(mean_loss(model, tokens.split(1), next_token_loss)), []
     for name, schemes in list(JOBS.items())[:jobs]:
         allocation = in_turn(model, schemes)

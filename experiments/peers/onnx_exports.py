@@ -1,4 +1,4 @@
-"""ONNX exports inside ONNX Runtime: top-1 accuracy of ResNet-20 as simulated and as served, file sizes.
+"""ONNX exports in ONNX Runtime: top-1 accuracy of ResNet-20 simulated and served, file sizes.
 
     python -m experiments.peers.onnx_exports [--quick]
 
@@ -35,7 +35,7 @@ ONNX = {
 
 
 def mixed(model: nn.Module, schemes: tuple[str, ...]) -> Allocation:
-    """Layers take the schemes in turn."""
+    """Assign schemes round-robin."""
     layers = find_layers(model)
     return Allocation(layers, tuple(in_turn(layers, schemes)))
 

@@ -2,8 +2,8 @@
 
 PYTHON -m experiments.peers.peer_autoround BITS WINDOWS
 
-It takes language models alone: of ResNet-20 it says `tokenizer must not be None if model is nn.Module`. Its texts are
-the same windows, decoded.
+It supports language models only: ResNet-20 gives `tokenizer must not be None if model is nn.Module`. Its texts are the
+same windows, decoded.
 """
 
 import json
@@ -38,7 +38,7 @@ def main() -> None:
             options=[QuantizationScheme(bits=each, group_size=-1, sym=True, act_bits=16) for each in CHOICES],
             ignore_scale_zp_bits=True,
             nsamples=windows,
-            seqlen=LENGTH - 16,  # shorter texts are left out, and a decoded window may have fewer tokens
+            seqlen=LENGTH - 16,  # it skips shorter texts, and a decoded window may have fewer tokens
             batch_size=2,
             low_gpu_mem_usage=False,
             low_cpu_mem_usage=False,

@@ -1,8 +1,8 @@
-"""A configuration of ours in the tool that takes it, on the WikiText Llama, run by the Python of its environment.
+"""Apply a configuration of ours to the WikiText Llama in the tool that reads it; run in the tool's environment.
 
 PYTHON -m experiments.peers.peer_emitted modelopt|autoround FILE
 
-JSON on stdout: bits and group size (-1: a channel) that the tool gave each linear layer, null where it left one.
+JSON on stdout: bits and group size (-1: by channel) of each linear layer in the tool, null if not quantized.
 """
 
 import json

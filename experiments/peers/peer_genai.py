@@ -2,7 +2,7 @@
 
     PYTHON peer_genai.py FOLDER THREADS
 
-The protocol of peer_llama.py.
+Uses the protocol of peer_llama.py.
 """
 
 import sys

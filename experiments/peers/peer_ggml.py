@@ -1,7 +1,7 @@
 """ggml's products of quantized weights, through ctypes on the libraries inside llama-cpp-python; run by cpu_peers.py.
 
-Weights lie where llama.cpp itself would load them: in the first of the CPU's extra buffers that can multiply them,
-which repacks them, else as they are in the file.
+Weights are placed where llama.cpp would load them: in the first of the CPU's extra buffers that can multiply them,
+which repacks them, otherwise as in the file.
 """
 
 import ctypes
@@ -88,7 +88,7 @@ class Ggml:
         return found
 
     def buffer_type(self, kind: int, rows: int, cols: int, without: str = "") -> int:
-        """Where llama.cpp would load such a weight, were it built without the buffer of that name."""
+        """The buffer type that llama.cpp would choose for such a weight, ignoring the buffer of that name."""
         for one in self.extra_buffer_types():
             if self.backend_buft_name(one).decode() == without:
                 continue
@@ -106,7 +106,7 @@ class Ggml:
 
 
 def quantized(ggml: Ggml, kind: int, dense: np.ndarray) -> np.ndarray:
-    """ggml's own rounding of a float32 matrix, as bytes."""
+    """A float32 matrix quantized by ggml, as bytes."""
     rows, cols = dense.shape
     out = np.empty((rows, ggml.row_size(kind, cols)), np.uint8)
     ggml.quantize_chunk(kind, dense.ctypes.data, out.ctypes.data, 0, rows, cols, None)
@@ -114,7 +114,7 @@ def quantized(ggml: Ggml, kind: int, dense: np.ndarray) -> np.ndarray:
 
 
 class Products:
-    """Copies of a weight, and graphs of all their products with an input, by its batch."""
+    """Copies of a weight, and for each batch size a graph of their products with an input."""
 
     def __init__(self, kind: str, rows: int, cols: int, copies: int, threads: int) -> None:
         self.ggml = ggml = Ggml(threads)
@@ -132,7 +132,7 @@ class Products:
         self.graphs: dict[int, tuple[int, int, np.ndarray]] = {}
 
     def run(self, batch: int) -> None:
-        """All products; their results overwrite each other, as a model's buffers do."""
+        """Compute all products; results overwrite each other, as in a model's buffers."""
         if batch not in self.graphs:
             self.graphs[batch] = self._graph(batch)
         status = self.ggml.backend_graph_compute(self.ggml.backend, self.graphs[batch][0])
@@ -154,7 +154,7 @@ class Products:
         return graph, y, values
 
     def error(self, batch: int) -> float:
-        """Of the last product, relative to what the weights were before they were rounded."""
+        """Relative error of the last product against the unrounded weights."""
         self.run(batch)
         _, y, values = self.graphs[batch]
         found = np.empty((batch, self.shape[0]), np.float32)

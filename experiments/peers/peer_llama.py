@@ -2,8 +2,8 @@
 
     PYTHON peer_llama.py MODEL.gguf THREADS
 
-Says "ready", and then answers every line "COUNT" by a greedy text of so many tokens after tokens 3 to 18: tokens per
-second without the prompt and the first token, and the tokens.
+Prints "ready", then answers every line "COUNT" by a greedy continuation of that many tokens after tokens 3 to 18:
+tokens per second without the prompt and the first token, and the tokens.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ PROMPT = range(3, 19)
 
 
 def decoder(file: str, threads: int) -> Callable[[list[int]], int]:
-    """A function that takes the next tokens in and gives the likeliest after them; no tokens begin a new text."""
+    """A function from the next tokens to the most likely following one; no tokens start a new sequence."""
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
     parameters = llama_cpp.llama_context_default_params()
@@ -32,7 +32,7 @@ def decoder(file: str, threads: int) -> Callable[[list[int]], int]:
         if not tokens:
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
             return -1
-        kept = (ctypes.c_int32 * len(tokens))(*tokens)  # the batch points into it
+        kept = (ctypes.c_int32 * len(tokens))(*tokens)  # keep alive: the batch points into it
         assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(kept, len(tokens))) == 0
         return int(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), shape=(size,)).argmax())
 

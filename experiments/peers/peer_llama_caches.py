@@ -1,11 +1,11 @@
-"""llama.cpp with caches in a type of their own, flash attention on; run by llama_caches.py in its environment.
+"""llama.cpp with quantized KV caches and flash attention; run by llama_caches.py in llama.cpp's environment.
 
     PYTHON peer_llama_caches.py MODEL.gguf THREADS
 
-Says "> ready", then answers each line by "> SPEED", tokens per second, of CPU time with one thread:
+Prints "> ready", then answers each line by "> SPEED", in tokens per second (of CPU time with one thread):
 
-    decode TYPE CONTEXT COUNT      one text after so many tokens, both of its caches in a type (f16, q8_0, q4_0)
-    batch TYPE CONTEXT COUNT TEXTS so many texts at once, COUNT tokens of each
+    decode TYPE CONTEXT COUNT      one sequence after CONTEXT tokens, keys and values in TYPE (f16, q8_0, q4_0)
+    batch TYPE CONTEXT COUNT TEXTS TEXTS sequences at once, COUNT tokens of each
     prefill TYPE TOKENS            a prompt
 """
 
@@ -15,13 +15,13 @@ from collections.abc import Sequence
 
 import llama_cpp as llama
 
-TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # ggml's numbers
-PIECE = 512  # tokens of a prompt that are computed together
-VOCABULARY = 997  # of the prompts
+TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # ggml's enum values
+PIECE = 512  # prompt tokens per batch
+VOCABULARY = 997  # seed of the prompts
 
 
 class Texts:
-    """A context with room for some texts of so many tokens."""
+    """A context with room for several sequences."""
 
     def __init__(self, model: object, threads: int, kind: str, texts: int, tokens: int) -> None:
         self.clock = time.process_time if threads == 1 else time.perf_counter
@@ -42,23 +42,23 @@ class Texts:
         llama.llama_free(self.context)
 
     def follow(self, items: Sequence[tuple[int, int, int]]) -> None:
-        """Compute (text, position, token) at once, and the logits of the last one of each text."""
+        """Process (sequence, position, token) entries at once, with logits of the last one of each sequence."""
         batch, last = self.batch, {text: place for place, (text, _, _) in enumerate(items)}
         batch.n_tokens = len(items)
         for place, (text, position, token) in enumerate(items):
             batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, position, 1
             batch.seq_id[place][0], batch.logits[place] = text, last[text] == place
         assert llama.llama_decode(self.context, batch) == 0
-        llama.llama_get_logits(self.context)  # waits
+        llama.llama_get_logits(self.context)  # waits for the computation
 
     def read(self, text: int, tokens: int) -> None:
-        """A prompt, from the beginning."""
+        """Process a prompt from an empty cache."""
         llama.llama_memory_seq_rm(self.memory, text, 0, -1)
         for start in range(0, tokens, PIECE):
             self.follow([(text, at, at * 7 % VOCABULARY + 3) for at in range(start, min(start + PIECE, tokens))])
 
     def write(self, texts: int, first: int, count: int) -> float:
-        """Seconds of so many further tokens of each text, which are forgotten again."""
+        """Seconds to decode `count` further tokens of each sequence, removed from the cache afterwards."""
         started = self.clock()
         for step in range(count):
             self.follow([(text, first + step, 5 + step + text) for text in range(texts)])

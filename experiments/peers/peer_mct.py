@@ -9,7 +9,7 @@ import time
 
 import torch
 
-for operator in ("nms", "qnms"):  # a torchvision built for GPUs asks for them at import, and nothing here calls them
+for operator in ("nms", "qnms"):  # a torchvision built for GPUs needs them at import; nothing here calls them
     torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import model_compression_toolkit as mct  # noqa: E402
@@ -26,7 +26,7 @@ CHOICES = (2, 3, 4, 8)
 
 
 def capabilities() -> object:
-    """Their first platform with symmetric integers for each output channel, and activations as they are."""
+    """Their first platform with symmetric integers by output channel and unquantized activations."""
     base, _, default = (_weights_only(config) for config in _base_configs())
     choices = [base.clone_and_edit(attr_to_edit={KERNEL_ATTR: {WEIGHTS_N_BITS: bits}}) for bits in reversed(CHOICES)]
     return tpc.generate_tpc(default_config=default, base_config=base, mixed_precision_cfg_list=choices, name="weights")

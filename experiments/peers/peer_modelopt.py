@@ -17,7 +17,7 @@ CHOICES = (2, 3, 4, 8)
 
 
 def weights_only(bits: int) -> dict:
-    """Signed integers for each output channel, activations as they are."""
+    """Signed integers by output channel, activations unquantized."""
     weight = {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": bits, "axis": 0}}
     return {"quant_cfg": [weight, {"quantizer_name": "*input_quantizer", "enable": False}], "algorithm": "max"}
 

@@ -1,7 +1,7 @@
-"""NVIDIA ModelOpt's search beside ours: the Llama in int4 groups of 128 and int8 rows, at equal average bits.
+"""NVIDIA ModelOpt's search against ours: the Llama in int4 groups of 128 and int8 rows, at equal average bits.
 
-The peer runs in an environment of its own, whose Python is named; it gives its own choice of formats back, and both
-choices are rounded and measured by us, on text that neither search has seen.
+`--modelopt` names the Python of the peer's environment. The peer returns its choice of formats; both choices are
+rounded and measured by us, on held-out text.
 
     python -m experiments.peers.search_peers --modelopt PYTHON [--bits 5 6]
 """
@@ -26,8 +26,8 @@ from mpq.search.evolution import evolution
 from mpq.search.exact import exact
 from mpq.sensitivity.profile import profile
 
-FORMATS = ("int4-g128", "int8-channel")  # of what ModelOpt calls INT4_BLOCKWISE_WEIGHT_ONLY and INT8_WEIGHT_ONLY
-ENDS = ("lm_head", "*embed_tokens")  # which the peer leaves alone
+FORMATS = ("int4-g128", "int8-channel")  # ModelOpt's INT4_BLOCKWISE_WEIGHT_ONLY and INT8_WEIGHT_ONLY
+ENDS = ("lm_head", "*embed_tokens")  # not quantized by the peer
 
 PEER = """
 import json, sys, time, copy, torch
@@ -58,8 +58,8 @@ json.dump({"seconds": seconds, "calls": calls[0], "bits": found}, open(out, "w")
 """
 
 
-def asked(python: str, bits: float, tokens: torch.Tensor, folder: Path) -> dict[str, object]:
-    """What the peer chose for every layer, in how many seconds and calls of the model."""
+def peer_choice(python: str, bits: float, tokens: torch.Tensor, folder: Path) -> dict[str, object]:
+    """The peer's format of every layer, its seconds and number of forward passes."""
     torch.save(list(tokens.split(2)), folder / "tokens.pt")
     model = str(reference_models.data_file("wikitext2_llama_5m"))
     command = [python, "-c", PEER, model, str(folder / "tokens.pt"), str(bits), str(folder / "answer.json")]
@@ -90,10 +90,10 @@ def main() -> None:
     print(f"{'bits':>8} {'search':12} {'stored':>7} {'unseen loss':>12} {'model runs':>11} {'seconds':>8}")
     for bits in options.bits:
         with tempfile.TemporaryDirectory() as folder:
-            # The peer counts the head, which it leaves alone, with its 16 bits, and no scales.
+            # The peer counts the unquantized head with 16 bits, and no scales.
             searched, head = sum(layer.params for layer in table.layers), model.get_parameter("lm_head.weight").numel()
             effective = (searched * bits + head * 16) / (searched + head)
-            answer = asked(options.modelopt, effective, tokens, Path(folder))
+            answer = peer_choice(options.modelopt, effective, tokens, Path(folder))
         problem = build_problem(table)
         theirs = [answer["bits"][problem.layers[group[0]].name] for group in problem.groups]
         peer = problem.allocation([[4, 8].index(min(number, 8)) for number in theirs])

@@ -1,4 +1,4 @@
-"""Folders in their consumers: what `consumer.py` finds there, beside what we compute of the same folder."""
+"""Compare a folder served by its consumer (`consumer.py`) with the simulated model."""
 
 import json
 import math
@@ -19,8 +19,8 @@ WORKER = Path(__file__).with_name("consumer.py")
 
 @dataclass(frozen=True, eq=False)
 class Computed:
-    """Of windows of tokens: losses of the next tokens, (windows, length - 1), and the likeliest ones, best first, with
-    the logarithms of their probabilities, (windows, length - 1, tokens).
+    """Predictions on windows of tokens: losses of the next tokens, (windows, length - 1), and the most likely tokens in
+    descending order with their log-probabilities, (windows, length - 1, tokens).
     """
 
     losses: Tensor
@@ -40,10 +40,10 @@ class Computed:
 def served(
     python: str, consumer: str, folder: Path, windows: Tensor, dtype: str = "float32", timeout: float = 1800
 ) -> Computed:
-    """What a consumer computes of a folder.
+    """Evaluate a folder in a consumer.
 
     Raises:
-        RuntimeError: it failed; its last words.
+        RuntimeError: the consumer failed, with its last line of output.
     """
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "windows.json"
@@ -59,15 +59,15 @@ def served(
 
 @torch.no_grad()
 def simulated(model: nn.Module, windows: Tensor) -> Computed:
-    """The same of a model of ours."""
+    """The same predictions by our model."""
     return _simulated(model, windows)[0]
 
 
 def compared(
     name: str, model: nn.Module, windows: Tensor, theirs: Computed, gap: float = 0.002, agreement: float = 0.97
 ) -> list[str]:
-    """The RESULT lines of a folder and the model that it holds, simulated: gap of perplexity, share of equal likeliest
-    tokens, and KL divergence of what was served from it in nats, over the likeliest tokens and the rest as one.
+    """RESULT lines of a served folder against the simulated model: gap of perplexity, share of equal top-1 tokens, and
+    KL divergence in nats over the most likely tokens, with all others merged into one.
     """
     ours, divergence = _simulated(model, windows, theirs)
     difference, same = abs(theirs.perplexity / ours.perplexity - 1), float((ours.tops == theirs.tops).float().mean())
@@ -100,8 +100,8 @@ def _simulated(model: nn.Module, windows: Tensor, theirs: Computed | None = None
 
 
 def _divergence(theirs: Tensor, ours: Tensor) -> Tensor:
-    """KL of one's probabilities from the other's at each place, logarithms (places, tokens) of the same tokens; what is
-    left of either is one more token. Never more than the divergence over all tokens.
+    """KL divergence at each position from log-probabilities (positions, tokens) of the same tokens; the remaining
+    probability counts as one more token. A lower bound of the divergence over all tokens.
     """
     parts = []
     for logs in (theirs, ours):

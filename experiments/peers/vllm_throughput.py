@@ -2,8 +2,8 @@
 
     python -m experiments.peers.vllm_throughput --vllm PYTHON [--quick] [--scheme int4-g128]
 
-Llama shapes of 1.2 billion with random weights, served by `vllm.LLM(folder)`; `--vllm` names the Python of an
-environment where this package is importable, for its plugin. `--quick` takes two blocks and two batches.
+Llama shapes of 1.2 billion parameters with random weights, served by `vllm.LLM(folder)`; `--vllm` names the Python of
+an environment where this package is importable, for its plugin. `--quick` takes two blocks and two batches.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from mpq.exporters import export
 from mpq.network.layers import find_layers
 
 BATCHES = (1, 4, 16, 32, 64, 128)
-SECONDS = 280  # of each of the two
+SECONDS = 280  # time limit of each
 
 
 def speeds(python: str, folder: Path, batches: tuple[int, ...]) -> dict[int, float]:
-    """Tokens per second by batch; none, with its words printed, where vLLM fails."""
+    """Tokens per second by batch; empty, with vLLM's output printed, if vLLM fails."""
     script = Path(__file__).with_name("vllm_speed.py")
     command = [python, str(script), str(folder), *map(str, batches)]
     try:
