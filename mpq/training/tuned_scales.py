@@ -7,6 +7,7 @@ GPTQ's rounding (experiments/benchmarks/bench_tuned_scales.py).
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -83,7 +84,8 @@ def tune_scales(
     with evaluating(model), evaluating(student), torch.enable_grad():
         for _ in tqdm(range(tuning.steps), desc="tuning scales", disable=None if progress else True, leave=False):
             optimizer.zero_grad()
-            _add_gradients(model, student, next(steps), loss_fn, arranged)
+            with computed_once(list(scaled.values())):
+                _add_gradients(model, student, next(steps), loss_fn, arranged)
             optimizer.step()
             schedule.step()
     return {name: weight.quantized() for name, weight in scaled.items()}
@@ -160,6 +162,24 @@ def _logits(model: nn.Module, batch: Batch, loss_fn: LossFn) -> Tensor:
     return outputs[0]
 
 
+@contextmanager
+def computed_once(weights: Sequence["ScaledWeight"]) -> Iterator[None]:
+    """Compute the weights once for all passes inside the block; at its end their gradients are those of the scales."""
+    computed = [weight.computed() for weight in weights]
+    for weight, numbers in zip(weights, computed, strict=True):
+        weight.held = numbers.detach().requires_grad_(numbers.requires_grad)
+    try:
+        yield
+        for weight in weights:
+            gradient = None if weight.held is None else weight.held.grad
+            weight.held, numbers = None, computed.pop(0)
+            if gradient is not None:
+                numbers.backward(gradient)  # type: ignore[no-untyped-call]
+    finally:
+        for weight in weights:
+            weight.held = None
+
+
 class ScaledWeight(nn.Module):
     """A parametrization that ignores its weight and gives the codes' numbers, with scales that can be learned.
 
@@ -174,14 +194,19 @@ class ScaledWeight(nn.Module):
         self.rounded, self.place, self.dtype = quantized, place, dtype
         self.parts = nn.ModuleList(ScaledWeight(part, lambda matrix: matrix, dtype) for part in quantized.parts)
         self.shift: nn.Parameter | None = None
+        self.held: Tensor | None = None  # the weight inside `computed_once`
         if quantized.format.scale in COPY_DTYPES and not quantized.parts:  # coarser types would round small steps away
             self.shift = nn.Parameter(torch.zeros_like(group_scales(quantized)))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight from the codes and the current scales."""
+        return self.computed() if self.held is None else self.held
+
+    def computed(self) -> Tensor:
+        """The weight, with a graph to the scales."""
         if self.parts:
             order = torch.cat(self.rounded.part_rows()).argsort()
-            return self.place(torch.cat([part(weight) for part in self.parts])[order])
+            return self.place(torch.cat([part.computed() for part in self.parts])[order])  # type: ignore[operator]
         if self.shift is None:
             return self.place(dequantize(self.rounded)).to(self.dtype)
         numbers: Tensor = _Scaled.apply(self.shift, self.rounded)  # type: ignore[no-untyped-call]

@@ -1,5 +1,6 @@
 """Scales tuned against the float model."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from mpq.network.layers import find_layers
 from mpq.quantized import quantized_layers, simulate
 from mpq.rounding.codes import round_scales
 from mpq.rounding.reference import dequantize, quantize
-from mpq.training.tuned_scales import ScaledWeight, Tuning, _student, divergence, tune_scales
+from mpq.training.tuned_scales import ScaledWeight, Tuning, _student, computed_once, divergence, tune_scales
 from tests.mixes import mixed_allocation
 from tests.sensitivity.small_models import Tagger, TiedLanguageModel, seed_weights
 
@@ -80,6 +81,23 @@ def test_gradients_are_those_of_the_numbers(name):
             moved.append((dequantize(replace(start, scales=scales)) * direction).sum().item())
         expected = (moved[0] - moved[1]) / (2 * step)
         assert weight.shift.grad.view(-1)[index].item() == pytest.approx(expected, rel=1e-2, abs=1e-3)
+
+
+def test_weights_computed_once_for_several_passes_have_the_same_gradients():
+    owner = torch.nn.Linear(12, 6)
+    start = [quantize(owner.weight, parse_format(name)) for name in ("int4-g8", "mxfp4")]  # of these one has shifts
+    directions = torch.randn(3, 6, 12, generator=seeded(1))
+    found = []
+    for once in (False, True):
+        weights = [ScaledWeight(one, lambda matrix: matrix, torch.float32) for one in start]
+        with computed_once(weights) if once else nullcontext():
+            for direction in directions:
+                total = sum((weight(owner.weight).square() * direction).sum() for weight in weights)
+                total.backward()
+                assert not once or weights[0](owner.weight) is weights[0](owner.weight)
+        found.append(weights[0].shift.grad)
+        assert not torch.equal(weights[0](owner.weight), owner.weight)  # computed anew after the block
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_hidden_positions_do_not_count():
