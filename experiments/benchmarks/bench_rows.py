@@ -1,17 +1,19 @@
 """Formats by row against formats by layer and uniform formats, at equal bytes and with equal rounding.
 
-    python -m experiments.benchmarks.bench_rows [--quick] [--models llama5m ...] [--bits 3.25 4.25] [--draws 3]
+    python -m experiments.benchmarks.bench_rows [--quick] [--models llama5m ...] [--bits 3.25] [--draws 3] [--tuned]
 
 Scores and second moments come from calibration data, different for each draw. Reported is the mean KL divergence from
-the original on held-out data, beside the table's prediction. Rows are compared with whole layers and with the best
-uniform format that fits.
+the original on held-out data, beside the table's prediction. Rows are compared with whole layers, with the best uniform
+format that fits, and, without a goal, with uniform integers of the same bytes. SmolLM2's perplexity is that of 12 times
+512 tokens of WikiText-2's test text; `--tuned` tunes the scales of its rows at 3.25 bits, as `mpq quantize` does.
 """
 
 import argparse
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -30,11 +32,15 @@ from mpq.search import frontier_of
 from mpq.search.exact import exact
 from mpq.sensitivity.profile import profile
 from mpq.sources import Source, open_source
+from mpq.training.tuned_scales import Tuning
 
-LANGUAGE = tuple(f"int{width}-g64" for width in (2, 3, 4, 5))
-IMAGES = tuple(f"int{width}-channel" for width in (2, 3, 4, 5, 6, 8))
+LANGUAGE = tuple(f"nl{width}-g64" for width in (2, 3, 4, 5))
+IMAGES = (*(f"nl{width}-channel" for width in (2, 3, 4, 5)), "int6-channel", "int8-channel")
 BITS = (2.5, 2.75, 3.0, 3.25, 3.75, 4.25)
 GOALS = {"layers": 0.8, "uniform": 0.67}  # of a language model's KL divergence
+PREDICTED = 0.15  # largest relative error of a language model's predictions
+PERPLEXITIES = {"rows": 51.0, "tuned": 43.0}  # of SmolLM2 at 3.25 bits
+SHOWN = 3.25
 NEAR = 0.97  # smallest share of the budget that a uniform format must use to be compared
 
 
@@ -62,16 +68,20 @@ def llama5m(draw: int) -> Contest:
 
 def smollm2(draw: int) -> Contest:
     """SmolLM2-135M off its 4-bit lattice."""
-    model, train = reference_models.smollm2()
-    return language("smollm2", model, train[32 * draw : 32 * (draw + 1)], train[-16:])
+    model, tokens_of = reference_models.smollm2_and_text()
+    train = tokens_of("train", 32 * (draw + 1), 256)[32 * draw :]
+    source = Source(
+        "smollm2", model, train.split(1), tokens_of("test", 12, 512).split(1), next_token_loss, "perplexity"
+    )
+    return Contest(source, LANGUAGE, "gptq")
 
 
-def resnet20(draw: int) -> Contest:
+def resnet(depth: int, draw: int) -> Contest:
     """A CIFAR-10 ResNet, by channel."""
     seen = reference_models.cifar10_calibration(256 * (draw + 1))
     test = reference_models.cifar10_test()[:2]
     count = len(seen) // (draw + 1)
-    source = Source("resnet20", reference_models.resnet(20), seen[-count:], test, cross_entropy, "accuracy")
+    source = Source(f"resnet{depth}", reference_models.resnet(depth), seen[-count:], test, cross_entropy, "accuracy")
     return Contest(source, IMAGES, "mse")
 
 
@@ -87,12 +97,12 @@ def efficientnet(draw: int) -> Contest:
 
 def tiny(draw: int) -> Contest:
     """The bundled language model."""
-    source = open_source("tiny-lm", nsamples=32)
-    return Contest(source, ("int2-g64", "int3-g64", "int4-g64"), "gptq")
+    return Contest(open_source("tiny-lm", nsamples=32), LANGUAGE[:3], "gptq")
 
 
 MODELS: dict[str, Callable[[int], Contest]] = {
-    "llama5m": llama5m, "smollm2": smollm2, "resnet20": resnet20, "efficientnet-lite0": efficientnet, "tiny-lm": tiny,
+    "llama5m": llama5m, "smollm2": smollm2, "resnet20": partial(resnet, 20), "resnet56": partial(resnet, 56),
+    "efficientnet-lite0": efficientnet, "tiny-lm": tiny,
 }  # fmt: skip
 
 
@@ -107,7 +117,7 @@ def frontiers(contest: Contest, store: RoundingStore) -> dict[str, Frontier]:
     return {"rows": by_rows, "layers": exact(restricted(by_rows.problem, contest.formats))}
 
 
-def compare(contest: Contest, bits: Sequence[float]) -> list[str]:
+def compare(contest: Contest, bits: Sequence[float], tuned: bool) -> list[str]:
     """Measure one draw of one model and print its RESULT lines."""
     start = time.process_time()
     store = store_for(contest.method, contest.source, find_layers(contest.source.model))
@@ -115,22 +125,40 @@ def compare(contest: Contest, bits: Sequence[float]) -> list[str]:
     print(f"{contest.source.name}: {contest.method}, table and frontiers {time.process_time() - start:.0f} CPU s")
     lines = []
     for budget in bits:
-        chosen = {name: frontier.at(bits=budget) for name, frontier in found.items() if _reaches(frontier, budget)}
-        uniform = [one for _, one in found["layers"].uniform() if NEAR * budget <= one.bits <= budget]
-        if uniform:
-            chosen["uniform"] = max(uniform, key=lambda one: one.bits)
         qualities = {}
-        for name, allocation in chosen.items():
-            qualities[name] = measured(measurer, allocation)
-            kl, error = qualities[name].harm_with_error()
-            print(
-                f"  {budget:.2f} {name:8} {allocation.bits:.3f} bits  KL {kl:.4g} +- {error:.1g}, predicted "
-                f"{allocation.loss:.4g}  {qualities[name]}",
-                flush=True,
-            )
-        for other in ("layers", "uniform"):
+        for name, allocation in contestants(found, budget).items():
+            qualities[name] = told(budget, name, allocation, measured(measurer, allocation))
+            if name == "rows" and tuned and budget == SHOWN:
+                rounder = measurer.tuned(allocation, Tuning(60, 4, seed=0), {})
+                quality = measurer.quality(allocation, "evaluation", rounder=rounder)
+                qualities["tuned"] = told(budget, "tuned", allocation, quality)
+        for other in GOALS:
             lines += _results(contest, budget, qualities, other) if other in qualities else []
+        if contest.source.kind == "perplexity" and "rows" in qualities:
+            lines += _language_results(contest.source.name, budget, found["rows"].at(bits=budget), qualities)
     return lines
+
+
+def contestants(found: dict[str, Frontier], budget: float) -> dict[str, Allocation]:
+    """Rows, whole layers, the best uniform format that fits, and integers of the same bytes, where they exist."""
+    chosen = {name: frontier.at(bits=budget) for name, frontier in found.items() if _reaches(frontier, budget)}
+    uniform = [one for _, one in found["layers"].uniform() if NEAR * budget <= one.bits <= budget]
+    if uniform:
+        chosen["uniform"] = best = max(uniform, key=lambda one: one.bits)
+        if best.schemes[0].startswith("nl"):
+            chosen["integers"] = replace(best, schemes=tuple(name.replace("nl", "int") for name in best.schemes))
+    return chosen
+
+
+def told(budget: float, name: str, allocation: Allocation, quality: Quality) -> Quality:
+    """The quality, which is printed beside the prediction."""
+    kl, error = quality.harm_with_error()
+    print(
+        f"  {budget:.2f} {name:8} {allocation.bits:.3f} bits  KL {kl:.4g} +- {error:.1g}, predicted "
+        f"{allocation.loss:.4g}  {quality}",
+        flush=True,
+    )
+    return quality
 
 
 def _reaches(frontier: Frontier, bits: float) -> bool:
@@ -154,6 +182,19 @@ def _results(contest: Contest, bits: float, qualities: dict[str, Quality], other
     return lines
 
 
+def _language_results(name: str, bits: float, rows: Allocation, qualities: dict[str, Quality]) -> list[str]:
+    """RESULT lines: the prediction of the rows' KL divergence, and SmolLM2's perplexities."""
+    ratio = rows.loss / qualities["rows"].harm_with_error()[0]
+    goal = f"{1 - PREDICTED}..{1 + PREDICTED}"
+    lines = [result(f"{name} {bits:.2f} predicted/measured", ratio, goal, abs(ratio - 1) <= PREDICTED)]
+    if name == "smollm2" and bits == SHOWN:
+        values = {kind: qualities[kind].value for kind in PERPLEXITIES if kind in qualities}
+        for kind, value in values.items():
+            most = PERPLEXITIES[kind]
+            lines.append(result(f"{name} {bits:.2f} {kind} perplexity", value, f"<{most}", value < most))
+    return lines
+
+
 def main() -> None:
     """Run the selected contests."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -161,13 +202,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS))
     parser.add_argument("--bits", nargs="+", type=float)
     parser.add_argument("--draws", type=int, default=1, help="of calibration data (default: 1)")
+    parser.add_argument("--tuned", action="store_true", help="tune the scales of the rows, too")
     options = parser.parse_args()
     lines: list[str] = []
     bits = options.bits or ((3.0, 3.25) if options.quick else BITS)
     for name in options.models or (["tiny-lm"] if options.quick else ["llama5m", "resnet20", "smollm2"]):
         for draw in range(options.draws):
             try:
-                lines += compare(MODELS[name](draw), bits)
+                lines += compare(MODELS[name](draw), bits, options.tuned)
             except (MpqError, FileNotFoundError) as error:
                 print(f"{name} left out: {error}")
     print("\n".join(lines))

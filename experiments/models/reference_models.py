@@ -8,7 +8,7 @@ import importlib.util
 import io
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,16 +137,26 @@ def wikitext_llama() -> nn.Module:
 
 def smollm2(windows: int = 48, length: int = 256) -> tuple[nn.Module, Tensor]:
     """SmolLM2-135M off its 4-bit lattice, float32, and tokens of WikiText-2's training text, (windows, length)."""
+    model, tokens_of = smollm2_and_text()
+    return model, tokens_of("train", windows, length)
+
+
+def smollm2_and_text() -> tuple[nn.Module, Callable[[str, int, int], Tensor]]:
+    """The same model, and a function that gives so many windows of so many tokens of "train", "valid" or "test"."""
     spec = importlib.util.spec_from_file_location("smollm2", data_file("smollm2.py"))
     assert spec is not None
     assert spec.loader is not None
     loader = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loader)
     model, tokenizer = loader.load()
-    with zipfile.ZipFile(data_file("texts.zip")) as archive:
-        text = archive.read("wikitext2_train.txt").decode("utf-8")[: windows * length * 12]
-    tokens = torch.tensor(tokenizer(text)["input_ids"])
-    return model, tokens[: windows * length].view(windows, length)
+
+    def tokens_of(split: str, windows: int, length: int) -> Tensor:
+        with zipfile.ZipFile(data_file("texts.zip")) as archive:
+            text = archive.read(f"wikitext2_{split}.txt").decode("utf-8")[: windows * length * 12]
+        tokens = torch.tensor(tokenizer(text)["input_ids"])
+        return tokens[: windows * length].view(windows, length)
+
+    return model, tokens_of
 
 
 def wikitext_tokens(split: str = "test", windows: int | None = None, length: int = 256) -> Tensor:
