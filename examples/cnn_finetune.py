@@ -1,4 +1,4 @@
-"""Win back what low bits lose: fine-tune under an allocation, export exactly what was trained, load it packed."""
+"""Recover the loss of low bits: fine-tune under an allocation, export exactly what was trained, load it packed."""
 
 import sys
 import tempfile
@@ -19,14 +19,14 @@ def accuracy(model: torch.nn.Module) -> float:
     return mpq.evaluate(model, source.evaluation, source.kind, progress=False).value
 
 
-# In one call: distilled from the original, learned scales, and never worse than the start on acceptance data.
+# In one call: distillation from the original, learned scales; never worse than the start on acceptance data.
 tuned = mpq.finetune(
     source.model, allocation, source.calibration, source.loss_fn, mpq.Finetuning(steps=24, lr=1e-3),
     acceptance=source.acceptance,
 )  # fmt: skip
 print(tuned.verdict())
 
-# In a loop of your own: a simulated copy is an ordinary module for any optimizer, DistributedDataParallel, accelerate.
+# In your own loop: a simulated copy is an ordinary module for any optimizer, DistributedDataParallel, accelerate.
 student = mpq.simulate(source.model, allocation, learned=True)
 before = accuracy(student)
 optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
@@ -37,7 +37,7 @@ for _ in range(3):
         functional.cross_entropy(student(images), labels).backward()
         optimizer.step()
 
-# Either way the export holds the trained codes and scales as they are.
+# Both ways the export holds exactly the trained codes and scales.
 folder = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
 mpq.export(student.eval(), allocation, folder, recipe=source.recipe)
 packed = mpq.load(folder)

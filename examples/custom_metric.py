@@ -1,4 +1,4 @@
-"""A metric of your own: a function from a task to scores and standard errors, registered by an entry point.
+"""A custom metric: a function from a task to scores and standard errors, registered by an entry point.
 
 In a package, `[project.entry-points."mpq.metrics"] relative = "my_package:METRIC"` makes `--metric relative` work.
 Here the registry is given the entry directly.

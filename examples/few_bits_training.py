@@ -1,4 +1,4 @@
-"""Train in few bits: NVFP4 forward and backward, simulated, in an ordinary training loop."""
+"""Train in few bits: simulated NVFP4 forward and backward, in an ordinary training loop."""
 
 import torch
 from torch.nn import functional

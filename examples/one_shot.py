@@ -11,7 +11,7 @@ from mpq.search import OneShot, Schedule
 
 source = mpq.open_source("tiny-cnn", nsamples=64, batch_size=16)
 model = source.model.train()
-schedule = Schedule(steps=40)  # then the choice is final, and the weights settle in it
+schedule = Schedule(steps=40)  # then the choice is final and the weights train in it
 search = OneShot(model, ["int2-channel", "int4-channel", "int8-channel"], "size", 0.5, schedule=schedule)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 for step in range(56):
@@ -25,6 +25,6 @@ for step in range(56):
 allocation, rounder = search.allocation(), search.rounder()
 search.close()
 folder = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
-mpq.export(model.eval(), allocation, folder, method=rounder, recipe=source.recipe)  # the numbers that were trained
+mpq.export(model.eval(), allocation, folder, method=rounder, recipe=source.recipe)  # exactly the trained weights
 quality = mpq.evaluate(mpq.load(folder), source.evaluation, source.kind, progress=False)
 print(f"{allocation}\n{allocation.provenance['cost_over_target']:.3f} of the target, packed: {quality}")

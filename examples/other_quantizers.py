@@ -1,4 +1,4 @@
-"""Keep the quantizer that you have: its configuration with our allocation, and what its present one loses beside ours.
+"""Use another quantizer: write our allocation as its configuration, and compare its present configuration with ours.
 
 python examples/other_quantizers.py
 """

@@ -1,4 +1,4 @@
-"""What tests of GPU kernels need: a device and Triton's compiler where they are asked for, and poisoned memory."""
+"""Helpers of GPU kernel tests: a device and Triton's compiler if requested, and poisoned memory."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ needs_device = pytest.mark.skipif(not COMPILED, reason="needs a CUDA device, and
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """New float memory holds NaN: what a kernel does not write, or reads before writing, shows."""
+    """Fill new float memory with NaN, which exposes elements that a kernel does not write or reads too early."""
     torch.use_deterministic_algorithms(True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""How far a packed model may be from the same model in plain float32, derived from the kernels' arithmetic."""
+"""Bound on the error of a packed model against plain float32, derived from the kernels' arithmetic."""
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ def apply(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 @torch.no_grad()
 def radius(layer: nn.Module, x: Tensor, integers: bool = True) -> Tensor:
-    """Of one layer's outputs, for the weights that the layer has.
+    """Bound on the error of a layer's outputs, for its present weights.
 
     Where activations become integers (never in grouped convolutions), half a step of 1/32639 of a token's largest (two
     planes of int8), and codebooks half a step of 1/32767 of their largest value; float32 sums of at most 9 tiles, eight
@@ -41,10 +41,10 @@ def radius(layer: nn.Module, x: Tensor, integers: bool = True) -> Tensor:
 
 
 def room(model: nn.Module, *inputs: Tensor, integers: bool = True) -> Tensor:
-    """Of the model's outputs: what each layer may be off times how the output depends on it, to first order.
+    """Bound on the error of the model's outputs: each layer's bound times the output's sensitivity, to first order.
 
-    The second order, 1e-4 of the first here, is a tenth's part. Rounded activations pass as the identity: a difference
-    between layers must not move one over a tie.
+    The second order is 1e-4 of the first here; a tenth is added for it. Activation rounding counts as the identity:
+    differences must not move an activation across a rounding boundary.
     """
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
 

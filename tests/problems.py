@@ -13,7 +13,7 @@ SCHEMES = ("int2-g64", "int3-g128", "int4-channel", "fp8-e4m3", "bf16")
 
 
 def make_table(seed: int, layers: int = 5, schemes: tuple[str, ...] = SCHEMES, tie: bool = False) -> SensitivityTable:
-    """Layers of random shapes with losses that fall with bits, roughly; the first two are tied when asked."""
+    """Layers of random shapes whose losses roughly fall with bits; optionally the first two are tied."""
     random = np.random.default_rng(seed)
     found = tuple(
         Layer(
@@ -36,7 +36,7 @@ def make_problem(seed: int, layers: int = 5, **options) -> Problem:
 
 
 def every_choice(problem: Problem) -> np.ndarray:
-    """All choices without a forbidden one, (number, groups)."""
+    """All allowed choices, (number, groups)."""
     return np.array(list(product(*(np.flatnonzero(np.isfinite(row)) for row in problem.losses))))
 
 

@@ -1,4 +1,4 @@
-"""A network and images that take no time."""
+"""A tiny network and images."""
 
 import torch
 from torch import Tensor, nn

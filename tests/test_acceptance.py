@@ -1,4 +1,4 @@
-"""What is handed over harms acceptance data no more than any uniform format within its size, or it is that format."""
+"""The result is no worse on acceptance data than any uniform format within its size, or it is that format."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ FORMATS = ("int2-channel", "int3-channel", "int4-channel", "int8-channel")
 
 
 def misled(source: Source, seed: int = 0) -> SensitivityTable:
-    """Scores that know bits and nothing of the layers: random factors up to e^4 either way."""
+    """Scores that depend on bits but not on layers: random factors up to e^4 either way."""
     layers = find_layers(source.model)
     random = np.random.default_rng(seed).lognormal(0, 2, (len(layers), 1))
     scores = random * 4.0 ** -np.arange(len(FORMATS))
@@ -53,7 +53,7 @@ def test_no_uniform_format_within_the_size_is_better(source, effort):
     assert "all int4-channel" in accepted.verdict()
 
 
-def test_without_unseen_data_nothing_is_established(source):
+def test_without_acceptance_data_nothing_is_established(source):
     frontier = exact(build_problem(misled(source)))
     accepted = accept(
         frontier, frontier.costs[-1], Measurer(replace(source, acceptance=()), RoundingStore("nearest")), effort="fast"
@@ -65,7 +65,7 @@ def test_without_unseen_data_nothing_is_established(source):
 
 
 def shifted() -> Source:
-    """A network whose inputs are far from zero, so that rounding shifts what its normalization subtracts."""
+    """A network whose inputs are far from zero, so that rounding shifts its normalization's means."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
     for name, parameter in model.named_parameters():
         parameter.data.normal_(0, 0.3, generator=seeded(0, name))
@@ -81,7 +81,7 @@ def shifted() -> Source:
     return Source("shifted", model, calibration, evaluation, cross_entropy, "accuracy", {}, "", acceptance=acceptance)
 
 
-def test_means_are_corrected_where_acceptance_data_say_so():
+def test_means_are_corrected_only_if_acceptance_data_improve():
     source = shifted()
     measurer = Measurer(source, RoundingStore("nearest"))
     uniform = dict(exact(build_problem(misled(source))).uniform())
@@ -93,7 +93,7 @@ def test_means_are_corrected_where_acceptance_data_say_so():
     assert candidate_of("fine", uniform["int8-channel"], Measurer(misfit, RoundingStore("nearest"))).means == {}
 
 
-def test_tuned_scales_are_kept_where_acceptance_data_say_so(source):
+def test_tuned_scales_are_kept_only_if_acceptance_data_improve(source):
     frontier = exact(build_problem(misled(source)))
     measurer = Measurer(source, RoundingStore("nearest"))
     size = dict(frontier.uniform())["int3-channel"].size
@@ -109,7 +109,7 @@ def test_tuned_scales_are_kept_where_acceptance_data_say_so(source):
     assert with_tuned_scales(accepted, measurer, Tuning(steps=0)) is accepted
 
 
-def test_a_trial_goes_back_to_its_own_rounding_after_another_s(source):
+def test_a_trial_restores_its_rounding_after_another_allocation(source):
     frontier = exact(build_problem(misled(source)))
     measurer = Measurer(source, RoundingStore("nearest"))
     allocation = dict(frontier.uniform())["int3-channel"]

@@ -52,7 +52,7 @@ def test_bit_operations_buy_activation_formats(source: Source, table: mpq.Sensit
         ({"watts": 1.0}, "unknown cost 'watts'"),
     ],
 )
-def test_what_cannot_be_had_is_named(
+def test_impossible_budgets_are_refused_by_name(
     source: Source, table: mpq.SensitivityTable, tmp_path: Path, budgets: dict[str, float], sentence: str
 ) -> None:
     with pytest.raises(MpqError, match=sentence):
@@ -61,7 +61,7 @@ def test_what_cannot_be_had_is_named(
         mpq.quantize(source, tmp_path / "out", table=table, max_kl=0.1, budgets=budgets, formats=FORMATS)
 
 
-def test_seconds_that_were_not_measured_are_missed_before_the_profile(
+def test_missing_latencies_are_reported_before_the_profile(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mpq.pipeline.profile", lambda *_, **__: pytest.fail("profiled"))
@@ -71,7 +71,7 @@ def test_seconds_that_were_not_measured_are_missed_before_the_profile(
             mpq.quantize(source, tmp_path / "out", latencies=table, budgets={"latency": 1.0}, **SETTINGS)
 
 
-def test_a_budget_of_activations_gives_formats_where_most_is_live(tmp_path: Path) -> None:
+def test_an_activation_budget_quantizes_the_layers_at_the_peak(tmp_path: Path) -> None:
     text = open_source("tiny-lm", nsamples=2, seqlen=32, evaluation_samples=2)
     table = profile(text.model, text.calibration, text.loss_fn, FORMATS, metric="output", progress=False)
     live = live_in(text, table.layers, 4, 200, None)

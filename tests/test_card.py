@@ -12,7 +12,7 @@ def card(folder):
     return (folder / "README.md").read_text()
 
 
-def test_the_page_says_what_runs_the_folder_and_how_good_it_is(tmp_path):
+def test_the_card_states_the_program_and_the_quality(tmp_path):
     text = card(tmp_path)
     assert "vllm serve .\n" in text
     assert "| original |  | 5 MB | perplexity 26 |" in text
@@ -20,7 +20,7 @@ def test_the_page_says_what_runs_the_folder_and_how_good_it_is(tmp_path):
     assert card(tmp_path) == text
 
 
-def test_a_page_of_the_users_own_stays(tmp_path):
+def test_a_readme_of_the_user_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     assert card(tmp_path) == "mine"
     assert not MARK.startswith("mine")

@@ -40,7 +40,7 @@ def test_the_examples_of_extending_work(registries, tmp_path):
     assert "int4-g32" in (written / "formats.json").read_text()
 
 
-def test_the_guide_quantizes_a_model_of_ones_own(tmp_path, monkeypatch):
+def test_the_guide_quantizes_a_custom_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {
         "mpq": mpq,
@@ -62,7 +62,7 @@ def test_pages_show_every_name():
         assert all(f"| `{name}` |" in page for name in registry)
 
 
-def test_every_file_that_papers_name_is_there():
+def test_every_file_named_by_paper_pages_exists():
     pages = sorted((ROOT / "docs" / "papers").glob("*.md"))
     assert len(pages) == 12
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
@@ -71,5 +71,5 @@ def test_every_file_that_papers_name_is_there():
     assert not [name for name in files if not (ROOT / name.rstrip(".")).exists()]
 
 
-def test_the_readme_says_what_was_measured_with_which_version():
+def test_the_readme_states_measurements_with_versions():
     assert table(TARGETS.values()) in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -36,7 +36,7 @@ def images(sizes=(7, 2)):
     ]
 
 
-def test_accuracy_counts_right_answers_and_leaves_the_mode():
+def test_accuracy_counts_correct_answers_and_keeps_the_mode():
     model, batches = classifier().train(), images()
     quality = evaluate(model, batches, "accuracy")
     assert model.training
@@ -67,13 +67,13 @@ def test_masked_tokens_weigh_nothing():
     assert masked.loss == pytest.approx((5 * parts[0].loss + 3 * parts[1].loss) / 8, rel=1e-6)
 
 
-def test_a_loss_of_its_own_is_asked_sample_by_sample():
+def test_a_custom_loss_is_evaluated_sample_by_sample():
     model, batches = classifier(), images()
     ours = evaluate(model, batches, "loss", cross_entropy)
     assert ours.losses == pytest.approx(evaluate(model, batches, "accuracy").losses, rel=1e-5)
 
 
-def test_paired_differences_have_the_spread_of_the_differences():
+def test_paired_differences_have_the_standard_error_of_the_differences():
     batches = images((40,))
     first, second = classifier(), classifier()
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_paired_differences_have_the_spread_of_the_differences():
         a.loss_above(evaluate(first, images((5,)), "accuracy"))
 
 
-def test_bad_requests_are_named():
+def test_invalid_arguments_are_named():
     with pytest.raises(MpqError, match="accuracy, perplexity, distance, loss"):
         evaluate(classifier(), images(), "bleu")
     with pytest.raises(MpqError, match="no calibration batches"):
@@ -142,7 +142,7 @@ def test_large_vocabularies_are_kept_in_half_the_bytes_and_stay_normalized():
 
 
 def test_losses_that_compare_samples_are_measured_on_whole_batches():
-    """Of a contrastive loss, each sample alone loses nothing; of time-first batches, no step has a loss."""
+    """A contrastive loss of a single sample is zero; a single step of a time-first batch has no loss."""
 
     def contrastive(model, batch):
         one, other = (functional.normalize(model(part), dim=-1) for part in batch)

@@ -1,4 +1,4 @@
-"""Every example runs; a notebook is run as the script that its cells make."""
+"""Every example runs; a notebook is run as the script of its cells."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Refusals from a model's structure: before its weights are read, with what would do instead."""
+"""Refusals from a model's structure, before its weights are read, with the nearest alternative."""
 
 import subprocess
 import sys
@@ -55,7 +55,7 @@ def test_a_structure_has_the_layers_of_the_opened_model(tmp_path):
         (["--kv-bits", "4", "--for", "vllm:cpu"], "vllm:cpu files cannot store cache formats"),
     ],
 )
-def test_what_cannot_be_had_is_refused_without_weights(bare, tmp_path, capsys, asked, told):
+def test_impossible_requests_are_refused_without_weights(bare, tmp_path, capsys, asked, told):
     assert main(["quantize", str(bare), "-o", str(tmp_path / "out"), *asked]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -78,12 +78,12 @@ def test_a_refusal_imports_no_more_than_the_structure_needs(bare, tmp_path):
     assert done.stdout == "2 []\n"
 
 
-def test_a_device_that_is_not_there_is_reported(tmp_path, capsys):
+def test_a_missing_device_is_reported(tmp_path, capsys):
     assert main(["quantize", "tiny-lm", "--bits", "4", "--device", "cuda:99", "-o", str(tmp_path / "out")]) == 2
     assert "no device 'cuda:99' here" in capsys.readouterr().err
 
 
-def test_what_no_kernel_computes_is_reported():
+def test_formats_without_a_kernel_are_reported():
     entries = (Layer("cache.0.keys", "keys", 2, 80), Layer("cache.0.values", "values", 2, 80))
     fast = ("int4-g128", "int8-channel+a:int8-token", "nf4-g64", "int2-g64/int4-g64@3.25")
     assert without_kernels(fast, CACHE_FORMATS, entries) == []

@@ -1,4 +1,4 @@
-"""Fine-tuning: better or left alone, resumed as if never killed, the same on two processes, and its objective."""
+"""Fine-tuning: never worse, resumable with identical results, equal on two processes, and its objective."""
 
 import copy
 import os
@@ -70,7 +70,7 @@ def test_training_lowers_the_divergence_and_leaves_the_model_alone(optimizer, le
     assert any(name.endswith("shift") for name, _ in result.model.named_parameters()) == learned
 
 
-def test_a_result_that_is_worse_is_not_handed_over():
+def test_a_worse_result_is_not_returned():
     model = seed_weights(Normed()).eval()
     allocation, data = uniform(model, "int8-channel"), images()
     start = mpq.simulate(model, allocation)(data[0][0])
@@ -91,7 +91,7 @@ def test_data_for_acceptance_are_held_out():
 
     result = finetune(model, allocation, [batch], watching, QUICK)
     assert {count for training, count in seen if training} == {15}
-    assert {count for training, count in seen} == {16, 15, 2, 1}  # two are taken to see where samples lie
+    assert {count for training, count in seen} == {16, 15, 2, 1}  # two passes find the samples' dimension
     assert result.established
     single = tuple(part[:1] for part in batch)
     alone = finetune(model, allocation, [single], cross_entropy, replace(QUICK, freeze_batchnorm=True))
@@ -136,7 +136,7 @@ def test_the_order_of_fine_tuning_is_the_same_for_texts_that_come_time_first():
     assert (4, 20) not in calls
 
 
-def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path):
+def test_a_killed_training_resumes_with_identical_results(tmp_path):
     model = seed_weights(Normed()).eval()
     allocation, data = uniform(model, "int3-channel"), images()
     settings = replace(QUICK, steps=9, save_every=2, accumulate=2, lr="auto")
@@ -145,7 +145,7 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path):
 
     def killing(model, batch):
         calls.append(1)
-        if len(calls) > 60:  # two passes a batch: where samples lie, 19 batches, then two a step, to the fifth
+        if len(calls) > 60:  # two passes a batch to find its layout, 19 batches, then two a step, to the fifth
             os.kill(os.getpid(), signal.SIGKILL)
         return cross_entropy(model, batch)
 
@@ -170,7 +170,7 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path):
 
 
 def losses_of(rank=None):
-    """Losses and outputs of `finetune`, and losses of a loop of one's own under DistributedDataParallel."""
+    """Losses and outputs of `finetune`, and losses of a custom loop under DistributedDataParallel."""
     model, (tokens, *_) = language_model(), token_batches((4,))
     allocation = uniform(model, "int3-g4")
     result = finetune(model, allocation, token_batches(), next_token_loss, replace(QUICK, accumulate=2))
@@ -234,7 +234,7 @@ def test_the_rate_is_found_from_the_curvature(optimizer):
     assert result.after < 0.6 * result.before
     again = replace(settings, lr=result.lr, momentum=result.momentum)
     theirs = finetune(model, uniform(model, "int2-channel"), data, cross_entropy, again)
-    assert theirs.losses == result.losses  # finding the rate moves nothing else
+    assert theirs.losses == result.losses  # finding the rate changes nothing else
 
 
 def test_batches_of_a_step_count_as_one_batch():
@@ -350,7 +350,7 @@ def test_models_without_logits_need_another_objective():
         Objective(kl=0)
 
 
-def test_harms_of_contrastive_losses_are_of_whole_batches():
+def test_contrastive_losses_are_compared_on_whole_batches():
     def contrastive(model, batch):
         one, other = (torch.nn.functional.normalize(model(part), dim=-1) for part in batch)
         return torch.nn.functional.cross_entropy(one @ other.T / 0.1, torch.arange(len(one)))

@@ -15,7 +15,7 @@ def folder_of(name, tmp_path):
     return str(mpq.export(source.model, allocation, tmp_path / "out", recipe=source.recipe))
 
 
-def test_eval_tells_how_reproducible_answers_are(tmp_path, capsys):
+def test_eval_reports_reproducibility(tmp_path, capsys):
     folder = folder_of("tiny-lm", tmp_path)
     options = ["--nsamples", "16", "--eval-samples", "4", "--seqlen", "16", "--reproducible", "2"]
     assert main(["eval", folder, *options]) == 0
@@ -27,13 +27,13 @@ def test_eval_tells_how_reproducible_answers_are(tmp_path, capsys):
     assert max(spread["layercast"], spread["float32"]) < 1e-5
 
 
-def test_only_language_models_answer(tmp_path, capsys):
+def test_reproducibility_needs_a_language_model(tmp_path, capsys):
     folder = folder_of("tiny-cnn", tmp_path)
     assert main(["eval", folder, "--nsamples", "8", "--eval-samples", "8", "--reproducible"]) == 2
     assert "is not a language model" in capsys.readouterr().err
 
 
-def test_the_face_has_layercast():
+def test_layercast_is_a_public_verb():
     assert mpq.layercast(mpq.open_source("tiny-lm", nsamples=2).model).head.weight.dtype.itemsize == 2
     assert mpq.lowprecision.Recipe("nvfp4").format == "nvfp4"
     with pytest.raises(AttributeError):

@@ -27,7 +27,7 @@ def test_no_damage_ends_in_a_traceback_or_a_silent_change(name):
         ("frontiers", "frontier.csv", "bf16", "fp16", read_frontier),
     ],
 )
-def test_an_edited_csv_file_says_so(name, file, old, new, read, tmp_path, caplog):
+def test_an_edited_csv_file_warns(name, file, old, new, read, tmp_path, caplog):
     path = tmp_path / file
     KINDS[name].write(tmp_path)
     whole = path.read_text()
@@ -53,11 +53,11 @@ def test_an_edited_table_stays_edited_when_it_is_saved_again(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_an_edited_allocation_says_so(tmp_path, caplog):
+def test_an_edited_allocation_warns(tmp_path, caplog):
     KINDS["allocations"].write(tmp_path)
     path = tmp_path / "allocation.json"
     values = json.loads(path.read_text())
-    path.write_text(json.dumps(values))  # the same values in other words
+    path.write_text(json.dumps(values))  # the same values, formatted differently
     assert EDITED not in Allocation.load(path).provenance
     assert not caplog.records
     path.write_text(json.dumps({**values, "loss": 0.25}))
@@ -70,7 +70,7 @@ def test_an_edited_allocation_says_so(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("change", ["removed", "repeated", "swapped"])
-def test_a_whole_line_of_a_study_neither_goes_nor_comes(change, tmp_path):
+def test_missing_or_extra_lines_of_a_study_are_detected(change, tmp_path):
     KINDS["studies"].write(tmp_path)
     lines = (tmp_path / "study").read_bytes().splitlines(keepends=True)
     middle = {"removed": [], "repeated": lines[4:5] * 2, "swapped": [lines[5], lines[4]]}[change]
@@ -79,7 +79,7 @@ def test_a_whole_line_of_a_study_neither_goes_nor_comes(change, tmp_path):
         read_study(tmp_path)
 
 
-def test_a_study_goes_on_behind_a_torn_line(tmp_path):
+def test_a_study_continues_after_a_truncated_line(tmp_path):
     KINDS["studies"].write(tmp_path)
     path = tmp_path / "study"
     storage = open_storage(path)

@@ -4,7 +4,7 @@ from experiments import gpu_day
 from experiments.gpu_day import Done, Part, in_order, log_of, outcomes, run_part, save
 
 
-def test_what_ended_well_is_not_repeated_and_what_did_not_comes_last(tmp_path):
+def test_finished_parts_are_skipped_and_failed_ones_come_last(tmp_path):
     wanted = [Part(name, ()) for name in ("a", "b", "c", "d")]
     done = {
         "a": Done("a", None, 600.0, "X", "1", False),
@@ -32,7 +32,7 @@ def test_a_part_is_stopped_in_time_with_all_its_processes(tmp_path):
     assert run_part(["-c", "raise SystemExit(3)"], log, 1)[0] == 3
 
 
-def test_without_a_device_that_is_reported(tmp_path, monkeypatch, capsys):
+def test_a_missing_device_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_day, "device_name", lambda: "")
     monkeypatch.setattr("sys.argv", ["gpu_day", "--output", str(tmp_path / "out")])
     gpu_day.main()

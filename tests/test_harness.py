@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on quantized folders; the harness itself is run where it is installed."""
+"""Tasks of lm-evaluation-harness on quantized folders; the harness runs if it is installed."""
 
 import json
 import sys
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 
 
 def accuracy(folder):
-    """What the model answers, by its own logits: the share of right answers."""
+    """Accuracy of the model's answers by its logits."""
     model = mpq.load(folder / "out")
     right = []
     for thing, label in (("sky", 5), ("grass", 6)):
@@ -67,7 +67,7 @@ def accuracy(folder):
     return sum(right) / len(right)
 
 
-def test_a_task_of_ones_own_gives_what_the_model_answers(folder, capsys):
+def test_a_custom_task_scores_the_models_answers(folder, capsys):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'mpq[tasks]'")
     assert main(["eval", str(folder / "out"), "--tasks", str(folder / "colours.yaml"), "--json"]) == 0
     (result,) = json.loads(capsys.readouterr().out)["tasks"]

@@ -1,4 +1,4 @@
-"""Models as people bring them: what a profile sees is what is written and loaded, or one sentence says why not."""
+"""Unusual models: exports compute what was profiled, or one sentence says why not."""
 
 import copy
 import threading
@@ -64,7 +64,7 @@ class Autocast(nn.Sequential):
 
 
 class Short(nn.Module):
-    """Rows of an embedding no longer than 0.5, as look-ups make them."""
+    """An embedding with max_norm, whose look-ups shorten rows to 0.5."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class CompiledMethod(nn.Sequential):
 
 
 class Stashing(nn.Sequential):
-    """Keeps tensors of a graph between calls, which `copy.deepcopy` refuses."""
+    """Stores tensors with a graph between calls, which `copy.deepcopy` refuses."""
 
     def forward(self, x):
         self.last = super().forward(x)
@@ -166,30 +166,30 @@ def test_what_is_loaded_computes_what_was_simulated(name, tmp_path):
     assert (table.scores > 0).all()
     allocation = Allocation(table.layers, ("int2-channel",) * len(table.layers))
     simulated = mpq.simulate(model, allocation, trainable=False)
-    mpq.simulate(model, allocation)  # changes nothing of the model, whose classes hold what is computed
+    mpq.simulate(model, allocation)  # does not change the model: the computation is in its classes
     with torch.no_grad():
         expected, original = simulated(X), model(X)
-        assert (expected - original).norm() > 0.05 * original.norm()  # two bits are seen
+        assert (expected - original).norm() > 0.05 * original.norm()  # two bits change the outputs
         mpq.export(model, allocation, tmp_path / "out", inputs=X)
         loaded = mpq.load(tmp_path / "out", model=MODELS[name]() if name in REBUILT else copy.deepcopy(model))
         torch.testing.assert_close(loaded(X), expected, rtol=0.02 if name == "autocast" else 1e-3, atol=1e-3)
 
 
-def test_what_cannot_be_copied_is_reported():
+def test_uncopyable_models_are_reported():
     model = net()
     model.lock = threading.Lock()
     with pytest.raises(MpqError, match=r"Sequential cannot be copied .*lock"):
         mpq.simulate(model, Allocation(find_layers(model), ("int2-channel",) * 2))
 
 
-def test_profiles_leave_weights_that_look_ups_shorten(tmp_path):
+def test_profiling_does_not_change_embeddings_with_max_norm(tmp_path):
     model = Short().eval()
     before = model.embed.weight.detach().clone()
     mpq.profile(model, [(X, LABELS)], cross_entropy, ["int2-channel"], metric="loss", progress=False)
     assert torch.equal(model.embed.weight, before)
 
 
-def test_data_made_in_inference_mode():
+def test_data_created_in_inference_mode():
     with torch.inference_mode():
         batches = [(X.clone(), LABELS)]
     table = mpq.profile(net(), batches, cross_entropy, ["int2-channel"], progress=False)
@@ -239,7 +239,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_data_and_losses_that_do_not_do_are_reported_in_a_sentence(kind):
+def test_invalid_data_and_losses_are_reported_in_one_sentence(kind):
     batches, loss, told = WRONG[kind]
     kept = X.clone()
     try:
@@ -266,7 +266,7 @@ FACES = {
 
 
 @pytest.mark.parametrize("kind", FACES)
-def test_arguments_of_another_type_are_reported_in_a_sentence(kind, tmp_path, monkeypatch):
+def test_arguments_of_a_wrong_type_are_reported_in_one_sentence(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call, told = FACES[kind]
     with pytest.raises(MpqError, match=told):
@@ -274,7 +274,7 @@ def test_arguments_of_another_type_are_reported_in_a_sentence(kind, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_a_loss_may_take_entries_out_of_its_batch():
+def test_a_loss_may_pop_entries_of_its_batch():
     def popping(model, batch):
         return nn.functional.cross_entropy(model(batch["x"]), batch.pop("labels"))
 
@@ -285,7 +285,7 @@ def test_a_loss_may_take_entries_out_of_its_batch():
     assert list(batch) == ["x", "labels"]
 
 
-def test_modes_that_a_loss_changes_are_set_back():
+def test_modes_changed_by_a_loss_are_restored():
     model = net(nn.Linear(16, 12), nn.Dropout(0.0), nn.Linear(12, 4))
     mpq.profile(model, [(X, LABELS)], lambda model, batch: cross_entropy(model.train(), batch), ["int2-channel"])
     assert not any(module.training for module in model.modules())
@@ -304,7 +304,7 @@ def test_a_model_may_return_its_loss(metric):
     assert (table.scores > 0).all()
 
 
-def test_a_forward_that_holds_on_to_the_original_is_reported(tmp_path):
+def test_a_forward_bound_to_the_original_is_reported(tmp_path):
     model = net()
     first, last = model[0], model[2]
     model.forward = lambda x: last(first(x).relu())
@@ -336,7 +336,7 @@ def test_tensors_without_content_are_named(kind):
         mpq.profile(model, [(X, LABELS)], cross_entropy, ["int2-channel"], progress=False)
 
 
-def test_products_under_vmap_are_measured():
+def test_products_under_vmap_are_scored():
     class Each(nn.Sequential):
         def forward(self, x):
             return torch.vmap(super().forward)(x)

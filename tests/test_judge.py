@@ -1,4 +1,4 @@
-"""Judging: sizes kept, ranks against scipy's, measured losses against quantizing by hand, the truth judged best."""
+"""Judging: sizes kept, ranks against scipy's, losses against quantizing by hand, the oracle ranked first."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -106,8 +106,8 @@ def test_ranks_are_scipys():
     assert spearman(np.ones(5), np.arange(5)) == 0
 
 
-def test_size_alone_is_nothing_at_fixed_size():
-    """A prediction that knows the budget alone correlates overall and not within the budgets."""
+def test_size_alone_has_no_correlation_at_fixed_size():
+    """A prediction from the budget alone correlates overall but not within budgets."""
     stratum = np.repeat([0, 1, 2], 50)
     generator = np.random.default_rng(3)
     measured = stratum + 0.3 * generator.normal(size=150)

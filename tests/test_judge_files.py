@@ -1,4 +1,4 @@
-"""Allocations of other tools: read from every kind of file, measured as by hand, beside ours of no larger size."""
+"""Allocations of other tools: read from every kind of file, measured as by hand, compared with ours of equal size."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def table(source):
 
 
 def mixed(layers):
-    """An allocation such as people make by hand: outer blocks in eight bits, the others in three; ties kept."""
+    """A hand-made allocation: outer blocks in eight bits, the others in three; ties kept."""
     return Allocation(
         layers,
         tuple(
@@ -79,7 +79,7 @@ def test_the_config_of_a_quantized_checkpoint_is_read(tool, extra, tmp_path):
     config = yaml.safe_load(write_configuration(tool, Allocation(LLAMA, ("int4-g64", FLOAT, "int8-channel", FLOAT))))
     if tool == "llm-compressor":
         config = config["quant_stage"]["quant_modifiers"]["GPTQModifier"]
-        for group in config["config_groups"].values():  # as a checkpoint spells them
+        for group in config["config_groups"].values():  # as written in a checkpoint
             group["weights"] |= {"dynamic": False, "observer": "minmax", "actorder": None}
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model_type": "llama", "quantization_config": {**config, **extra}}))
@@ -103,7 +103,7 @@ def test_the_types_of_a_gguf_file_are_read(tmp_path):
     assert found.allocation.schemes == ("q4_k", FLOAT, FLOAT, "q6_k")
 
 
-def test_an_allocation_of_ours_and_what_is_none(tmp_path):
+def test_allocations_are_read_and_other_files_refused(tmp_path):
     mine = Allocation(LLAMA[:2], ("nf4-g64", "int4-g64"))
     mine.save(tmp_path / "allocation.json")
     assert read_contestant(str(tmp_path / "allocation.json"), LLAMA).allocation.schemes[2:] == (FLOAT, FLOAT)

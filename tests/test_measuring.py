@@ -1,4 +1,4 @@
-"""The noise floor is the original against itself; searches measure on parts that make up their data."""
+"""The noise floor compares the original with itself; searches measure on parts of their data."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def test_the_noise_floor_of_16_bits_is_above_that_of_float32():
 
 
 @pytest.mark.parametrize(("samples", "parts"), [(256, ("screening", "rest")), (16, ("search",))])
-def test_the_parts_that_a_search_measures_on_are_its_data(samples, parts):
+def test_measured_parts_make_up_the_data(samples, parts):
     source = open_source("tiny-lm", nsamples=4, evaluation_samples=4)
     source = replace(source, calibration=torch.arange(samples * 8).view(samples, 8).split(2))
     measurer = Measurer(source, RoundingStore("nearest"))

@@ -15,7 +15,7 @@ def test_the_whole_job(name, tmp_path):
     assert row.coverage > 0.8
 
 
-def test_a_failure_is_a_row():
+def test_a_failing_model_becomes_a_row():
     def build():
         raise ValueError("no such thing\nat all")
 

@@ -1,4 +1,4 @@
-"""Old module names give the modules themselves, with a warning."""
+"""Old module names import the moved modules, with a warning."""
 
 import importlib
 import subprocess

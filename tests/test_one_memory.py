@@ -1,4 +1,4 @@
-"""Weights and cache in one budget: the whole job, what is refused, and what is said."""
+"""Weights and cache in one budget: the whole job, refusals and messages."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_the_whole_job_keeps_to_the_memory(source: Source, table: mpq.Sensitivit
     assert int(first[2].split(",")[column]) == counts[0]
 
 
-def test_bits_of_weights_and_cache_each_have_a_budget(
+def test_weights_and_cache_can_have_separate_budgets(
     source: Source, table: mpq.SensitivityTable, tmp_path: Path
 ) -> None:
     outcome = mpq.quantize(source, tmp_path / "out", bits=5, kv_bits=4, table=table, **SETTINGS)
@@ -72,7 +72,7 @@ def test_bits_of_weights_and_cache_each_have_a_budget(
     assert len(set(outcome.allocation.cache.names)) > 1
 
 
-def test_a_cache_alone_leaves_weights_as_they_are(source: Source, tmp_path: Path) -> None:
+def test_a_cache_budget_alone_leaves_weights_unquantized(source: Source, tmp_path: Path) -> None:
     settings = {**SETTINGS, "formats": None}
     outcome = mpq.quantize(source, tmp_path / "out", kv_bits=5, kv_formats=CACHES, **settings)
     assert set(outcome.allocation.schemes) == {"fp32"}
@@ -96,7 +96,7 @@ def test_one_budget_is_predicted_no_worse_than_any_fixed_split(source: Source, t
             assert best.loss <= fixed.loss
 
 
-def test_budgets_join(source: Source, table: mpq.SensitivityTable) -> None:
+def test_budgets_combine(source: Source, table: mpq.SensitivityTable) -> None:
     held = restrict(table, TARGETS.named("mpq"))
     both = request_of(source, Serving(256, 8, 1.2e6, kv_bits=3.5))
     (cache, *_) = splits(held, both)
@@ -111,7 +111,7 @@ def test_budgets_join(source: Source, table: mpq.SensitivityTable) -> None:
 
 
 def test_a_budget_of_seconds_counts_attention(source: Source, table: mpq.SensitivityTable) -> None:
-    """A table in which attention takes as many seconds as its format has bits, and layers next to none."""
+    """A latency table in which attention takes as many seconds as its format has bits, and layers almost none."""
     layers = [Latency(name, 64, 64, 8, 1e-9) for name in table.weights().schemes]
     attention = [
         Latency(name, entry.rows, entry.cols, 8, float(parse_scheme(name).weight.grid.bits), entry.kind, 256)
@@ -152,7 +152,7 @@ def test_the_split_that_measures_best_is_taken(source: Source, table: mpq.Sensit
     assert chosen == min(harms, key=harms.get)
 
 
-def test_pins_of_the_cache_hold(source: Source, table: mpq.SensitivityTable) -> None:
+def test_pins_of_the_cache_are_kept(source: Source, table: mpq.SensitivityTable) -> None:
     held = restrict(table, TARGETS.named("mpq"))
     request = request_of(source, Serving(256, 8, 1.9e6), pin={"cache.*.keys": "kv:int8-token", "embed": "int8-channel"})
     (cache, *_) = splits(held, request)
@@ -179,7 +179,7 @@ def test_pins_of_the_cache_hold(source: Source, table: mpq.SensitivityTable) -> 
         ({"bits": 4, "kv_bits": 4, "target": "onnx"}, "cannot store cache formats"),
     ],
 )
-def test_what_cannot_be_had_is_said_at_once(
+def test_impossible_budgets_are_refused_before_any_work(
     source: Source, tmp_path: Path, settings: dict[str, object], sentence: str
 ) -> None:
     with pytest.raises(MpqError, match=sentence):
@@ -187,7 +187,7 @@ def test_what_cannot_be_had_is_said_at_once(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_or_table_without_a_cache_is_named(source: Source, tmp_path: Path) -> None:
+def test_a_model_or_table_without_a_cache_is_refused(source: Source, tmp_path: Path) -> None:
     batches = images()
     cnn = mpq.Source("mine", small_cnn(), batches, batches, cross_entropy)
     with pytest.raises(MpqError, match="has no cache of keys and values"):
@@ -197,7 +197,7 @@ def test_a_model_or_table_without_a_cache_is_named(source: Source, tmp_path: Pat
         mpq.quantize(source, tmp_path / "out", memory="6GB", context=10, table=plain)
 
 
-def test_a_context_left_out_is_the_model_s_own(source: Source) -> None:
+def test_the_default_context_is_the_models(source: Source) -> None:
     serving = serving_of(source, None, 4.0, None, 1)
     assert serving == Serving(256, 1, None, 4.0)
     assert torch.is_tensor(source.calibration[0][0])

@@ -1,4 +1,4 @@
-"""Layers whose class computes something of its own, and weights that are read without their module being called."""
+"""Layers with a custom forward, and weights that are read without calling their module."""
 
 import copy
 
@@ -131,7 +131,7 @@ def test_loaded_models_compute_what_simulated_ones_do(name, scheme, tmp_path):
         room = 2e-3 * expected.abs().max().item()
         torch.testing.assert_close(loaded(inputs), expected, atol=room, rtol=0)
         torch.testing.assert_close(simulate(model, allocation)(inputs), expected, atol=room, rtol=0)
-        assert (model(inputs) - expected).abs().max() > 1e-4  # the formats are seen
+        assert (model(inputs) - expected).abs().max() > 1e-4  # the formats change the outputs
 
 
 def test_modules_with_code_of_their_own_are_distinguished_from_plain_ones():
@@ -144,7 +144,7 @@ def test_modules_with_code_of_their_own_are_distinguished_from_plain_ones():
     assert own_code(patched)
 
 
-def test_weights_that_hold_other_numbers_are_no_layers():
+def test_replaced_weights_are_not_layers():
     fp8 = nn.Linear(4, 4)
     fp8.weight = nn.Parameter(fp8.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     assert layer_kind(fp8) is None

@@ -1,4 +1,4 @@
-"""A package missing from pyproject's list works in a clone and silently vanishes from the wheel."""
+"""A package missing from pyproject's list works in a clone but is missing from the wheel."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_every_folder_of_ours_is_packaged() -> None:
+def test_every_package_folder_is_listed() -> None:
     tomllib = pytest.importorskip("tomllib")  # Python 3.11 on
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     top = {folder: ROOT / folder for folder in ("search", "sensitivity", "proxies", "exporters")}

@@ -24,7 +24,7 @@ from packed_error import assert_close, room
 FORMATS = ("int2-g32", "int4-g32", "int8-channel")
 
 
-def test_the_face_runs_the_whole_job_in_a_few_lines(tmp_path):
+def test_the_public_verbs_run_the_whole_job(tmp_path):
     model, batches = small_cnn(), images()
     table = mpq.profile(model, batches, cross_entropy, formats=["int2-g64", "int4-g64", "fp8-e4m3"], progress=False)
     frontier = mpq.frontier(table)
@@ -52,7 +52,7 @@ def test_what_is_written_has_the_tuned_scales(tmp_path):
     assert tuned.measured[-1].quality.harm_above(plain.measured[-1].quality)[0] < 0
 
 
-def test_quantize_does_the_whole_job_for_a_model_of_ones_own(tmp_path):
+def test_quantize_does_the_whole_job_for_a_custom_model(tmp_path):
     batches = images()
     source = mpq.Source("mine", small_cnn(), batches, batches, cross_entropy)
     outcome = mpq.quantize(source, tmp_path / "out", bits=5, formats=FORMATS, metric="fisher", progress=False)
@@ -61,7 +61,7 @@ def test_quantize_does_the_whole_job_for_a_model_of_ones_own(tmp_path):
     assert not [file for file in (tmp_path / "out").iterdir() if "unfinished" in file.name]
 
 
-def test_the_old_spelling_of_simulate_works_and_says_so():
+def test_the_old_spelling_of_simulate_works_with_a_warning():
     model, batches = small_cnn(), images()
     table = mpq.profile(model, batches, cross_entropy, formats=FORMATS, metric="fisher", progress=False)
     allocation = mpq.frontier(table).at(bits=5)
@@ -93,7 +93,7 @@ def test_nouns_parse_their_names():
     assert mpq.Scheme.parse("int4-g64+a:int8-token") == mpq.parse_scheme("int4-g64+a:int8-token")
 
 
-def test_every_name_of_the_face_is_there():
+def test_every_public_name_exists():
     assert set(mpq.__all__) <= set(dir(mpq))
     for name in mpq.__all__:
         assert getattr(mpq, name) is not None
@@ -159,7 +159,7 @@ def test_measured_points_stand_beside_the_predicted_frontier(tmp_path):
     assert "uniform format within" in " ".join(outcome.words())
 
 
-def test_all_sentences_compare_with_the_same_uniform_format(tmp_path):
+def test_table_and_text_compare_with_the_same_uniform_format(tmp_path):
     source = open_source("tiny-cnn", nsamples=32)
     uniform = Allocation(find_layers(source.model), ("int4-g32",) * len(find_layers(source.model)))
     outcome = quantize_model(
@@ -171,7 +171,7 @@ def test_all_sentences_compare_with_the_same_uniform_format(tmp_path):
     assert compared.startswith("All int4-g32, the best uniform format within the budget, has ")
 
 
-def test_budgets_are_named_once_and_foreign_folders_are_left_alone(tmp_path):
+def test_conflicting_budgets_and_foreign_folders_are_refused(tmp_path):
     source = open_source("tiny-cnn", nsamples=16)
     with pytest.raises(MpqError, match="name one budget"):
         quantize_model(source, tmp_path / "out")
@@ -182,7 +182,7 @@ def test_budgets_are_named_once_and_foreign_folders_are_left_alone(tmp_path):
     assert (tmp_path / "mine" / "config.json").read_text() == "{}"
 
 
-def test_a_consumer_gets_its_own_export_of_formats_it_can_hold(tmp_path):
+def test_a_consumer_gets_its_export_in_supported_formats(tmp_path):
     pytest.importorskip("onnx")
     source, formats = open_source("tiny-cnn", nsamples=16), ("int4-channel", "int8-channel", "int3-channel")
     outcome = quantize_model(
@@ -209,7 +209,7 @@ def test_calibrated_ranges_travel_into_the_graph(tmp_path):
     assert len(scales) == len(set(map(bytes, scales))) == len(find_layers(source.model))
 
 
-def test_a_consumer_that_does_not_know_the_model_refuses_it_before_any_work(tmp_path):
+def test_models_unknown_to_a_consumer_are_refused_before_any_work(tmp_path):
     source = open_source("tiny-cnn", nsamples=4)
     with pytest.raises(MpqError, match=r"llama\.cpp supports transformers' .* models, not TinyCNN: export to mpq"):
         quantize_model(source, tmp_path / "out", bits=5, target="llama.cpp", progress=False)
@@ -230,7 +230,7 @@ def test_what_evolution_measures_is_the_paired_increase_with_its_error(share):
     assert error == pytest.approx(np.std(added, ddof=1) / len(added) ** 0.5, rel=1e-3)
 
 
-def test_an_allocation_whose_loss_is_no_number_fails_alone():
+def test_a_nan_loss_fails_only_its_allocation():
     source = open_source("tiny-cnn", nsamples=8)
     table = profile(source.model, source.calibration, source.loss_fn, ("int2-g32", "int4-g32"), metric="fisher")
     allocation = dict(build_problem(table).uniform())["int2-g32"]

@@ -47,7 +47,7 @@ def test_a_long_frontier_is_thinned_but_keeps_its_ends():
 
 
 def measured_frontier(error):
-    """A frontier of losses measured as half as high again as predicted."""
+    """A frontier with measured losses of 1.5 times the predicted ones."""
 
     def evaluate(allocation, share):
         return 1.5 * allocation.loss if error is None else (1.5 * allocation.loss, error)
@@ -120,7 +120,7 @@ def test_every_picture_can_be_drawn_with_negative_losses_too(shift, tmp_path):
         assert (tmp_path / "figure.png").stat().st_size > 5_000
 
 
-def test_a_report_is_one_file_that_escapes_what_it_tells(tmp_path):
+def test_a_report_is_one_file_with_escaped_text(tmp_path):
     table = make_table(3)
     frontier = exact(build_problem(table))
     write_report(
@@ -136,7 +136,7 @@ def test_a_report_is_one_file_that_escapes_what_it_tells(tmp_path):
     assert 'src="http' not in text
 
 
-def test_names_with_dollars_are_no_formulas(tmp_path):
+def test_names_with_dollars_are_not_rendered_as_formulas(tmp_path):
     table = make_table(3)
     odd = ("$\\frac$", "a$b$<i>", "$$")
     layers = tuple(replace(layer, name=name) for layer, name in zip(table.layers, odd, strict=False))
@@ -152,7 +152,7 @@ def test_names_with_dollars_are_no_formulas(tmp_path):
     draw_frontier(frontier_facts({odd[0]: frontier}, {odd[0]: frontier.at(bits=5)}), odd[0]).draw_without_rendering()
 
 
-def test_the_report_tells_which_share_of_the_rows_has_which_format():
+def test_the_report_shows_the_share_of_rows_in_each_format():
     layer = Layer("l", "linear", 8, 256)
     scheme = parse_scheme("int2-g64/int3-g64@2.8")
     assert format_words(layer, scheme) == scheme.name

@@ -36,7 +36,7 @@ def language_model() -> nn.Module:
 
 
 def allocate(model, *schemes) -> Allocation:
-    """The schemes in turn, one for each layer."""
+    """Assign the schemes to the layers round-robin."""
     layers = find_layers(model)
     return Allocation(layers, tuple(schemes[i % len(schemes)] for i in range(len(layers))))
 
@@ -53,7 +53,7 @@ def test_simulated_packed_and_plainly_rounded_models_agree(build, inputs, name):
         with torch.no_grad():
             matrix.copy_(dequantize(rounded))
     expected = plain(inputs)
-    # The same numbers at other addresses: a BLAS may add them up in another order.
+    # Equal values at other addresses: a BLAS may sum them in another order.
     torch.testing.assert_close(simulate(model, allocation)(inputs), expected)
     torch.testing.assert_close(simulate(model, allocation, trainable=False)(inputs), expected)
     allowed = room(plain, inputs, integers=panels.supports(FORMATS[name]))
@@ -78,11 +78,11 @@ def test_sixteen_bit_models_keep_their_type(dtype):
     allocation = allocate(model, "int4-g32", "int8-channel+a:int8-token")
     simulated, packed = simulate(model, allocation)(TOKENS), pack_model(model, allocation)(TOKENS)
     assert simulated.dtype == packed.dtype == dtype
-    # The packed model multiplies by unrounded weights and accumulates in float32: a few roundings of the type apart.
+    # The packed model multiplies by unrounded weights and accumulates in float32: a few roundings of the dtype apart.
     assert (simulated - packed).float().abs().max() <= 8 * torch.finfo(dtype).eps * simulated.float().abs().max()
 
 
-def test_methods_reach_both_models():
+def test_rounding_methods_apply_to_simulated_and_packed_models():
     model = language_model()
     allocation = allocate(model, "int2-g64")
     moments = second_moments(model, allocation.layers, [TOKENS], next_token_loss)
@@ -134,7 +134,7 @@ def test_training_moves_the_weights_and_lowers_the_loss():
     assert losses[-1] < 0.7 * losses[0]
     rounding = simulated.mix.parametrizations.weight[0]
     steps = simulated.mix.weight.t() / rounding.rounding.scales
-    assert torch.allclose(steps, steps.round(), atol=1e-5)  # still on the grid of the start
+    assert torch.allclose(steps, steps.round(), atol=1e-5)  # still on the initial grid
     latent = simulated.mix.parametrizations.weight.original
     assert not torch.equal(latent, model.mix.weight)
 
@@ -165,7 +165,7 @@ def test_packed_tensors_survive_casts_and_state_dicts():
     assert torch.equal(other(TOKENS), packed(TOKENS))
 
 
-def test_packed_weights_take_the_promised_bytes():
+def test_packed_weights_have_the_predicted_size():
     model = language_model()
     allocation = allocate(model, "int3-g32", "nvfp4", "int8-channel")
     weights = {module for module in pack_model(model, allocation).modules() if isinstance(module, PackedWeight)}
@@ -175,7 +175,7 @@ def test_packed_weights_take_the_promised_bytes():
 
 
 class Padded(nn.Module):
-    """Convolutions with every way to pad, strides and dilations."""
+    """Convolutions with every padding mode, strides and dilations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class Padded(nn.Module):
 
 
 @pytest.mark.parametrize("inputs", [IMAGES, IMAGES[0]])
-def test_convolutions_pad_as_the_originals(inputs):
+def test_convolutions_pad_like_the_originals(inputs):
     model = seed_weights(Padded()).eval()
     allocation = allocate(model, "fp32")
     assert_close(pack_model(model, allocation)(inputs), model(inputs), room(model, inputs, integers=False))
@@ -223,7 +223,7 @@ def test_gradients_flow_to_inputs_of_packed_layers():
         leaf = x.clone().requires_grad_()
         form(leaf).square().sum().backward()
         grads.append(leaf.grad)
-    # d(sum y**2)/dx = 2 y W: twice what y may be off, through W; three products and their sums in float32 besides.
+    # d(sum y**2)/dx = 2 y W: twice the error of y, through W, plus three products and their sums in float32.
     weight, y = simulated[0].weight.detach().double().abs(), simulated(x).detach().double().abs()
     assert_close(*grads, 2 * (radius(simulated[0], x) + 5 * 2**-24 * y) @ weight)
     assert parse_scheme("int4-channel").weight == packed[0].weight.format
@@ -231,7 +231,7 @@ def test_gradients_flow_to_inputs_of_packed_layers():
 
 @pytest.mark.parametrize("scheme", ["int4-g32", "int8-channel+a:int8-token"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_inputs_that_are_no_usual_floats_are_one_mistake(scheme, dtype):
+def test_inputs_of_unsupported_types_are_refused(scheme, dtype):
     layers = [nn.Linear(8, 64), nn.Conv1d(4, 32, 3), nn.Conv2d(4, 32, 3, padding=1, padding_mode="reflect")]
     for layer, shape in zip(layers, [(3, 8), (2, 4, 8), (2, 4, 8, 8)], strict=True):
         model = nn.Sequential(layer)

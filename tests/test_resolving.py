@@ -1,4 +1,4 @@
-"""Allocations that a target cannot hold: solved again under its rules, measured, or refused."""
+"""Allocations that a target does not support: solved again under its rules, measured, or refused."""
 
 import json
 
@@ -42,15 +42,15 @@ def test_the_budget_is_kept_beside_what_stays_in_floating_point():
     assert resolved.allocation.loss > before.loss
 
 
-def test_it_is_the_optimum_of_the_same_bytes_where_all_layers_can_be_quantized():
+def test_solving_again_is_optimal_at_the_same_bytes():
     layers = LAYERS[1:]
     table = table_of(layers)
     before = Allocation(layers, ("int8-g32", "int3-g32") * 3)
-    resolved = held_or_resolved(TARGETS["gguf"], before, table).allocation  # int2 and int3 have no type there
+    resolved = held_or_resolved(TARGETS["gguf"], before, table).allocation  # gguf has no type for int2 and int3
     assert resolved.schemes == frontier_of(table, forbid={"*": ("int2-*", "int3-*")}).at(cost=before.size).schemes
 
 
-def test_what_can_be_held_is_left_alone_and_strict_refuses():
+def test_supported_allocations_are_kept_and_strict_refuses_others():
     four = Allocation(LAYERS[1:], ("int4-g32",) * 6)
     assert held_or_resolved(TARGETS["gguf"], four, table_of(LAYERS[1:])) is None
     three = Allocation(LAYERS[1:], ("int3-g32",) * 6)
@@ -98,7 +98,7 @@ def test_the_command_line_solves_again_and_measures(tmp_path, capsys):
     assert "report.html" not in page
 
 
-def test_an_export_that_is_not_measured_says_so(tmp_path, capsys):
+def test_an_unmeasured_export_is_marked(tmp_path, capsys):
     layers = find_layers(bundled_model("tiny-cnn"))
     allocation = Allocation(layers, ("int8-channel",) * len(layers))
     allocation.save(tmp_path / "a.json")

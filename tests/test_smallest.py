@@ -1,4 +1,4 @@
-"""The smallest model within a measured divergence: the search over the frontier, the limit kept, what is refused."""
+"""The smallest model within a measured divergence: search over the frontier, limit, refusals."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_the_limit_is_kept_and_fewer_bytes_would_break_it(source, frontier):
     assert smaller.chosen.harm() > limit
 
 
-def test_what_cannot_be_had_is_refused(source, frontier, tmp_path):
+def test_impossible_requests_are_refused(source, frontier, tmp_path):
     measurer = Measurer(source, RoundingStore("nearest"))
     with pytest.raises(MpqError, match=r"largest allocation .* above the limit of 1e-12"):
         smallest(frontier, 1e-12, measurer, lambda size: accept(frontier, size, measurer, effort="fast"))
@@ -71,7 +71,7 @@ def test_what_cannot_be_had_is_refused(source, frontier, tmp_path):
             mpq.quantize(source, tmp_path, max_kl=limit)
 
 
-def test_a_job_keeps_its_limit_and_says_what_unseen_data_say(source, tmp_path):
+def test_a_job_keeps_its_limit_and_reports_held_out_data(source, tmp_path):
     outcome = mpq.quantize(
         source, tmp_path, max_kl=0.05, formats=FORMATS, effort="fast", metric="fisher", progress=False
     )

@@ -15,7 +15,7 @@ SHOW = "; import os; print(os.environ.get('GOMP_SPINCOUNT'))"
         ("import mpq", {}, "10000"),
         ("import mpq", {"GOMP_SPINCOUNT": "7"}, "7"),
         ("import mpq", {"OMP_WAIT_POLICY": "active"}, "None"),
-        ("import sys; sys.modules['torch'] = None; import mpq", {}, "None"),  # loaded: it has read what it reads
+        ("import sys; sys.modules['torch'] = None; import mpq", {}, "None"),  # loaded: it has read the environment
     ],
 )
 def test_threads_spin_briefly_unless_the_user_decides(imports, variables, expected):

@@ -1,4 +1,4 @@
-"""A trained simulation is exported and loaded as it computes, whatever the method, scales learned or not."""
+"""A trained simulation is exported and loaded exactly, whatever the method, with learned scales or not."""
 
 import json
 
@@ -53,7 +53,7 @@ SCHEMES = ("int2-channel", "int3-g8", "fp4-e2m1-g16", "int4-g8-asym", "nvfp4", "
 
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_was_trained_is_what_is_loaded(scheme, learned, tmp_path):
+def test_the_loaded_model_equals_the_trained_one(scheme, learned, tmp_path):
     model = seed_weights(Convolutions()).eval()
     allocation = uniform(model, scheme)
     batches = class_batches((4, 6, 6))
@@ -95,7 +95,7 @@ def test_a_transformers_model_is_loaded_without_its_class_and_says_how_it_was_ro
     assert Allocation.load(tmp_path / "out" / "allocation.json").provenance["rounding"] == "nearest, trained"
 
 
-def test_another_allocation_than_it_was_trained_in_is_refused(tmp_path):
+def test_a_different_allocation_than_the_trained_one_is_refused(tmp_path):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     student = mpq.simulate(model, uniform(model, "int4-channel"))
     with pytest.raises(MpqError, match="layer 0 was trained in int4-channel, the allocation has int3-channel"):

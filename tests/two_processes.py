@@ -12,7 +12,7 @@ from torch import distributed, multiprocessing
 
 
 def on_two_processes(function: Callable[[int], Any]) -> list[Any]:
-    """What `function(rank)`, of a module's top level, gives on ranks 0 and 1 of a group of two processes."""
+    """Results of `function(rank)`, defined at a module's top level, on both ranks of a group of two processes."""
     with TemporaryDirectory() as folder:
         multiprocessing.spawn(_work, (function, folder), nprocs=2)
         return [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(2)]

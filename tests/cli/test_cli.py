@@ -78,7 +78,7 @@ def test_commands_answer_in_json(out, table, capsys):
     assert len(facts["schemes"]) == 12
 
 
-def test_a_metrics_options_are_reached(tmp_path, capsys):
+def test_metric_options_are_passed_to_the_metric(tmp_path, capsys):
     job = ["profile", "tiny-cnn", "-o", str(tmp_path / "t.csv"), "--formats", "int4-g32", "--nsamples", "4"]
     assert main([*job, "--metric", "hessian", "--metric-option", "max_probes=2", "--include", "stem"]) == 0
     assert SensitivityTable.load(tmp_path / "t.csv").provenance["options"] == {"max_probes": 2}
@@ -125,7 +125,7 @@ def test_allocate_export_eval_in_steps(table, tmp_path, capsys):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
 
 
-def test_export_leaves_the_folder_of_a_whole_job_alone(out, table, tmp_path, capsys):
+def test_export_does_not_overwrite_the_result_of_a_whole_job(out, table, tmp_path, capsys):
     assert main(["allocate", str(table), "--bits", "5", "-o", str(tmp_path / "a.json")]) == 0
     before = {path: path.read_bytes() for path in out.iterdir()}
     assert main(["export", "tiny-cnn", str(tmp_path / "a.json"), "-o", str(out)]) == 2
@@ -155,7 +155,7 @@ def test_allocate_finds_the_smallest_of_a_quality(table, tmp_path, capsys):
     assert main(["allocate", str(table), "--bits", "4", "-o", str(path)]) == 0
     chosen = Allocation.load(path)
     assert main(["allocate", str(table), "--loss", repr(chosen.loss * (1 + 1e-9)), "-o", str(path)]) == 0
-    assert Allocation.load(path).schemes == chosen.schemes  # exact: none smaller is as good
+    assert Allocation.load(path).schemes == chosen.schemes  # exact: no smaller allocation is as good
     assert main(["allocate", str(table), "--loss", repr(chosen.loss * (1 - 1e-6)), "-o", str(path)]) == 0
     assert Allocation.load(path).size > chosen.size
     assert main(["allocate", str(table), "--loss", "1e-9"]) == 2
@@ -189,7 +189,7 @@ def test_plot_draws_tables_and_folders(table, out, tmp_path):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
-def test_formats_lists_and_tells(capsys):
+def test_formats_lists_all_and_describes_one(capsys):
     assert main(["formats"]) == 0
     assert main(["formats", "fp4-e2m1-g32", "bf16"]) == 0
     said = capsys.readouterr().out
@@ -222,7 +222,7 @@ def test_formats_lists_and_tells(capsys):
         (["bench", "--tune", "--shapes", "16x16"], "add --device cuda"),
     ],
 )
-def test_mistakes_are_one_sentence_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+def test_invalid_arguments_print_one_sentence_and_exit_with_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     said = capsys.readouterr().err
@@ -269,7 +269,7 @@ def test_an_interrupted_profile_is_resumed(tmp_path, monkeypatch):
     assert len(SensitivityTable.load(path).layers) == 12
 
 
-def test_evolution_measures_on_the_tables_own_model(table, tmp_path, capsys):
+def test_evolution_measures_on_the_model_of_the_table(table, tmp_path, capsys):
     storage = tmp_path / "study.log"
     job = ["allocate", str(table), "--bits", "3", "--by", "evolution", "--trials", "4", "--storage", str(storage)]
     assert main(job) == 0
@@ -304,7 +304,7 @@ def test_measured_latency_is_a_cost(table, tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_bench_without_the_gpu_it_is_asked_for_is_a_mistake(capsys):
+def test_bench_on_a_missing_gpu_is_refused(capsys):
     for more in ([], ["--list"]):
         assert main(["bench", "--device", "cuda", *more]) == 2
         said = capsys.readouterr()
@@ -365,7 +365,7 @@ def test_proxies_from_benchmark_to_formula(tmp_path, capsys):
     assert main([*job, "--metric", f"proxy:{formula}"]) == 0
 
 
-def test_rows_in_formats_of_their_own_from_the_command_line(tmp_path, capsys):
+def test_formats_by_row_from_the_command_line(tmp_path, capsys):
     few = ["--formats", "int2-channel,int4-channel,int8-channel", "--nsamples", "16", "--granularity", "row"]
     job = ["quantize", "tiny-cnn", "--bits", "3", "--effort", "fast", "--metric", "kl-curvature", *few]
     assert main([*job, "-o", str(tmp_path / "out")]) == 0

@@ -9,7 +9,7 @@ from mpq.cli.main import main
 
 
 def complete(script, *words):
-    """What bash offers for the last word."""
+    """Bash's completions of the last word."""
     line = f"COMP_WORDS=({' '.join(map(repr, words))}); COMP_CWORD={len(words) - 1}"
     asked = f"{script}\n{line}; _mpq; echo ${{COMPREPLY[@]}}"
     return subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True).stdout.split()

@@ -30,7 +30,7 @@ def table(tmp_path):
 @pytest.mark.parametrize(
     "tool", ["modelopt", "llm-compressor", "autoround", "gptqmodel", "llama-quantize", "mlx"]
 )  # fmt: skip
-def test_an_allocation_is_written_as_another_quantizer_takes_it(tool, table, tmp_path, capsys):
+def test_an_allocation_is_written_as_another_quantizers_configuration(tool, table, tmp_path, capsys):
     job = ["allocate", table, "--bits", "8"]
     if tool == "llama-quantize":
         found = SensitivityTable.load(table)
@@ -50,7 +50,7 @@ def test_an_allocation_is_written_as_another_quantizer_takes_it(tool, table, tmp
         assert allocation.scheme_of["model.embed_tokens"].name == "bf16"
 
 
-def test_a_target_keeps_the_search_to_what_it_holds_and_says_so(table, capsys):
+def test_a_target_restricts_the_search_and_reports_it(table, capsys):
     assert main(["allocate", table, "--bits", "8", "--for", "vllm", "--no-ties", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["bits"] <= 8
@@ -72,6 +72,6 @@ def test_a_target_keeps_the_search_to_what_it_holds_and_says_so(table, capsys):
         (["--bits", "5", "--for", "vllm:cpu", "--emit", "mlx", "--pin", "*=int2-g64"], "no scheme is left"),
     ],
 )
-def test_what_cannot_be_had_is_one_sentence(table, arguments, message, capsys):
+def test_impossible_requests_are_refused_in_one_sentence(table, arguments, message, capsys):
     assert main(["allocate", table, *arguments]) == 2
     assert message in capsys.readouterr().err

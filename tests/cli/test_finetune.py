@@ -37,7 +37,7 @@ def test_a_folder_is_fine_tuned_into_a_better_one(packed, tmp_path, capsys):
     assert not (tmp_path / "better.unfinished").exists()
     assert main(["eval", str(out), "--nsamples", "4", "--eval-samples", "64", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["quality"] == pytest.approx(facts["after"])
-    again = tmp_path / "again"  # what was fine-tuned can be fine-tuned again
+    again = tmp_path / "again"  # a fine-tuned folder can be fine-tuned again
     assert main(["finetune", str(out), "--steps", "1", "--lr", "1e-9", *FEW, "-o", str(again)]) == 0
     said = capsys.readouterr().out
     assert "original  accuracy" in said
@@ -66,7 +66,7 @@ def test_training_starts_from_the_folders_codes(packed):
         (["PACKED", "-o", "PACKED"], "its own source"),
     ],
 )
-def test_mistakes_are_reported_at_once(packed, arguments, message, capsys):
+def test_invalid_arguments_are_reported_before_any_work(packed, arguments, message, capsys):
     begun = time.monotonic()
     assert main(["finetune", *(argument.replace("PACKED", str(packed)) for argument in arguments)]) == 2
     error = capsys.readouterr().err

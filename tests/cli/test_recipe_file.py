@@ -42,7 +42,7 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
     ("text", "message"),
     [("bitts: 4\n", "did you mean bits"), ("- a\n", "expected lines such as"), ("{", "cannot read the recipe")],
 )
-def test_bad_recipes_are_named(text, message, tmp_path):
+def test_invalid_recipes_are_refused(text, message, tmp_path):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(MpqError, match=message):
         parsed(["quantize", "--recipe", str(tmp_path / "bad.yaml"), "-o", "out"])

@@ -1,4 +1,4 @@
-"""Files name models and data; no code of theirs runs before the user says so."""
+"""Files name models and data; code that a file names runs only with --trust."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ CODE = f"open({MARK!r}, 'w').close()\ndef make():\n    raise RuntimeError('calle
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """A current folder with a module that leaves a mark when it is imported."""
+    """A working directory with a module that creates a file when it is imported."""
     (tmp_path / "intruder.py").write_text(CODE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "intruder", raising=False)
@@ -51,7 +51,7 @@ HOSTILE = [{"model": "intruder:make"}, {"model": "tiny-cnn", "dataset": "intrude
 
 @pytest.mark.parametrize("provenance", HOSTILE)
 @pytest.mark.parametrize("command", ["eval", "generate", "allocate"])
-def test_what_a_file_names_is_not_imported_unless_trusted(command, provenance, here, capsys):
+def test_names_in_files_are_imported_only_with_trust(command, provenance, here, capsys):
     if command == "allocate":
         table = table_naming(here / "table.csv", **provenance)
         arguments = ["allocate", str(table), "--bits", "6", "--by", "evolution", "--trials", "1"]
@@ -67,20 +67,20 @@ def test_what_a_file_names_is_not_imported_unless_trusted(command, provenance, h
         assert (here / MARK).exists()
 
 
-def test_names_that_the_user_gives_need_no_trust(here):
+def test_names_on_the_command_line_need_no_trust(here):
     with pytest.raises(RuntimeError, match="called"):
         open_source("intruder:make")
     folder = folder_naming(here / "out", model="tiny-cnn", dataset="intruder:make")
     assert evaluate_folder(folder, "digits", nsamples=16)[0].value > 0.5
 
 
-def test_a_name_that_is_no_text(here, capsys):
+def test_names_that_are_not_text_are_refused(here, capsys):
     assert main(["eval", str(folder_naming(here / "out", model=["tiny-cnn"]))]) == 2
     assert "invalid name ['tiny-cnn'] of a model or data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["eval"], ["generate", "--prompt", "a"], ["plot"]])
-def test_an_altered_allocation_is_noticed(command, here, capsys):
+def test_an_altered_allocation_is_refused(command, here, capsys):
     path = folder_naming(here / "out", model="tiny-cnn") / "allocation.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "loss": 0.125}))
     table_naming(here / "out" / "table.csv")
@@ -88,7 +88,7 @@ def test_an_altered_allocation_is_noticed(command, here, capsys):
     assert "allocation.json is not as it was exported" in capsys.readouterr().err
 
 
-def test_transformers_notice_an_altered_allocation(tmp_path):
+def test_transformers_refuses_an_altered_allocation(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("mpq.integrations.transformers")
     config = transformers.LlamaConfig(

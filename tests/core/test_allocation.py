@@ -78,7 +78,7 @@ def test_wrong_names_and_counts_are_refused():
         make().with_schemes({"nobody": "bf16"})
 
 
-def test_an_allocation_tells_its_layers_bits_loss_and_most_frequent_schemes():
+def test_repr_shows_layers_bits_loss_and_most_frequent_schemes():
     assert repr(make()).startswith("Allocation(3 layers at 7.072 bits, ")
     assert "predicted loss +0.5: 1 x bf16, 1 x int4-g32, 1 x int8-channel+a:int8-token)" in repr(make())
     layers = tuple(Layer(f"l{i}", "linear", 8, 64) for i in range(7))

@@ -23,7 +23,7 @@ def test_names_parse_and_print_the_same(name: str) -> None:
         ("int4-g32-asym", "int4-g32-asym"), ("uint4-token-mfp16", "int4-token-asym"), ("NVFP4", "nvfp4"),
     ],
 )  # fmt: skip
-def test_short_names_stand_for_vectors_with_a_scale(name: str, canonical: str) -> None:
+def test_short_names_mean_one_scale_per_vector(name: str, canonical: str) -> None:
     assert cache_name(parse_cache_format(name)) == canonical
 
 
@@ -38,7 +38,7 @@ def test_bytes_of_a_vector_of_64(name: str, expected: int) -> None:
     assert head_bytes(parse_cache_format(name), 64) == expected
 
 
-def test_candidates_take_more_and_more_bytes() -> None:
+def test_candidates_are_ordered_by_bytes() -> None:
     sizes = [head_bytes(parse_cache_format(name), 64) for name in CACHE_FORMATS]
     assert sizes == sorted(sizes)
 
@@ -47,7 +47,7 @@ def test_turbomind_s_formats_are_the_asymmetric_ones() -> None:
     assert cache_name(affine(4)) == "int4-token-asym"
 
 
-def test_formats_that_no_cache_can_have_are_refused() -> None:
+def test_unsupported_cache_formats_are_refused() -> None:
     with pytest.raises(MpqError, match="super-blocks"):
         parse_cache_format("q4_k")
     with pytest.raises(MpqError, match="the mix"):

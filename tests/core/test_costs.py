@@ -1,4 +1,4 @@
-"""Costs by hand."""
+"""Costs against calculations by hand."""
 
 import pytest
 

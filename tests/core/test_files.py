@@ -1,4 +1,4 @@
-"""Files are there whole or not at all."""
+"""Files are written atomically."""
 
 import os
 import threading
@@ -31,7 +31,7 @@ def test_missing_folders_are_made(tmp_path):
     assert (tmp_path / "a" / "b.json").read_text() == "{}"
 
 
-def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+def test_writing_through_a_link_keeps_the_link(tmp_path):
     (tmp_path / "real").mkdir()
     for name in ("there.json", "not_yet.json"):
         link = tmp_path / name
@@ -66,7 +66,7 @@ def test_pipes_and_devices_are_written_through(tmp_path):
     assert Path("/dev/null").is_char_device()
 
 
-def test_what_the_system_refuses_is_one_sentence(tmp_path):
+def test_system_errors_become_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MpqError, match=r"cannot write .*file/a.json: "), write_atomically(tmp_path / "file" / "a.json"):
         pass
@@ -81,7 +81,7 @@ def test_what_the_system_refuses_is_one_sentence(tmp_path):
         pass
 
 
-def test_what_stands_in_the_way_is_named(tmp_path):
+def test_errors_name_the_obstacle(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(MpqError, match=r"cannot write .*table.csv: .*file is no folder"),
@@ -92,7 +92,7 @@ def test_what_stands_in_the_way_is_named(tmp_path):
         pass
 
 
-def test_drafts_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
+def test_drafts_of_dead_processes_are_removed(tmp_path):
     dead = tmp_path / f".table{DRAFT}12345678.csv"
     dead.write_text("half")
     with write_atomically(tmp_path / "table.csv") as first:

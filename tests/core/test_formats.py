@@ -102,6 +102,6 @@ def test_ggmls_names_are_understood():
         ("", "known names"),
     ],
 )
-def test_bad_names_say_what_to_do(name, hint):
+def test_invalid_names_give_the_cure(name, hint):
     with pytest.raises(MpqError, match=hint):
         parse_format(name)

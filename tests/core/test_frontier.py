@@ -39,7 +39,7 @@ def test_a_budget_gets_the_best_allocation_within_it():
             assert frontier.at(bits=between).bits <= between
 
 
-def test_a_budget_above_all_gives_the_largest_with_a_note(caplog):
+def test_a_budget_above_all_allocations_returns_the_largest_with_a_note(caplog):
     frontier = exact(make_problem(1))
     for budget in ({"bits": 17}, {"size": 1e9}):
         assert frontier.index_at(**budget) == len(frontier) - 1
@@ -47,7 +47,7 @@ def test_a_budget_above_all_gives_the_largest_with_a_note(caplog):
         caplog.clear()
 
 
-def test_unreachable_budgets_name_the_range():
+def test_errors_of_unreachable_budgets_name_the_range():
     frontier = exact(make_problem(1))
     smallest, largest = frontier.bits[0], 16.0
     with pytest.raises(MpqError, match=f"below the smallest allocation: {smallest:.6g} to {largest:.6g} bits"):
@@ -63,7 +63,7 @@ def test_unreachable_budgets_name_the_range():
         frontier.at(bits=4, size=100)
 
 
-def test_a_frontier_in_another_cost_takes_that_cost():
+def test_a_frontier_in_another_cost_is_queried_in_that_cost():
     frontier = exact(make_problem(2), cost="bitops")
     assert frontier.at(cost=frontier.costs[3]).bitops == frontier.costs[3]
     with pytest.raises(MpqError, match="in bitops, not in size"):
@@ -89,7 +89,7 @@ def test_points_out_of_order_are_refused():
         Frontier(make_problem(1), np.array([1.0, 3.0]), np.array([5.0, 5.0]), [None, None])
 
 
-def test_a_saved_frontier_tells_every_point(tmp_path):
+def test_a_saved_frontier_lists_every_point(tmp_path):
     frontier = exact(make_problem(1))
     frontier.save(tmp_path / "frontier.csv")
     rows = list(csv.DictReader((tmp_path / "frontier.csv").read_text().splitlines()[1:]))
@@ -124,14 +124,14 @@ def test_the_knee_is_the_point_of_greatest_distance(steps, lowest):
     assert distances[frontier.knee()] >= max(distances) - 1e-9 * abs(chord).prod()
 
 
-def test_three_points_have_a_knee_and_two_the_last():
+def test_the_knee_of_two_points_is_the_last():
     problem = make_problem(1)
     assert Frontier(problem, np.array([0.0, 1.0, 10.0]), np.array([-1.0, -9.0, -10.0]), [None] * 3).knee() == 1
     assert Frontier(problem, np.array([0.0, 1.0]), np.array([2.0, 1.0]), [None] * 2).knee() == 1
     assert Frontier(problem, np.array([0.0]), np.array([2.0]), [None]).knee() == 0
 
 
-def test_the_overhead_belongs_to_the_size():
+def test_sizes_include_the_overhead():
     frontier = exact(make_problem(1))
     smallest = frontier.costs[0] + frontier.problem.overhead
     assert frontier.problem.overhead == 100

@@ -53,7 +53,7 @@ def test_scale_grids_have_the_published_ranges():
     assert SCALES["ue5m3"].values()[8] == 2.0**-14
 
 
-def test_nf4_holds_zero_and_both_ends():
+def test_nf4_contains_zero_and_both_ends():
     """QLoRA, appendix E: 16 ascending values, 8 negative-side steps and 9 positive-side steps sharing zero."""
     values = NORMAL_FLOAT_4.values()
     assert (np.diff(values) > 0).all()
@@ -61,7 +61,7 @@ def test_nf4_holds_zero_and_both_ends():
 
 
 @pytest.mark.parametrize("bits", range(2, 6))
-def test_non_linear_levels_are_what_lloyds_algorithm_stays_at(bits):
+def test_non_linear_levels_are_a_fixed_point_of_lloyds_algorithm(bits):
     """Of 4,096 fresh groups: the mean of the numbers at each level is the level, but for the rounding to integers."""
     levels = NON_LINEAR[bits - 2]
     again = bench_codebooks.improved(levels, bench_codebooks.numbers(2**12, bench_codebooks.FREEDOM, seed=bits))

@@ -1,4 +1,4 @@
-"""The area of multiply-accumulate units and the roofline, against figures and by hand."""
+"""The area of multiply-accumulate units and the roofline, against published figures and calculations by hand."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_units_grow_with_the_significands_and_with_exponents():
     assert area(Layer("a", "linear", 4, 8, macs=10), parse_scheme("int8+a:int8")) == 960
 
 
-def test_a_machine_waits_for_memory_or_for_multiplications():
+def test_the_roofline_is_the_maximum_of_memory_and_compute_time():
     machine = Machine(bytes_per_second=100.0, macs_per_second={4: 400.0, 8: 200.0, 16: 100.0})
     few, many = Layer("a", "linear", 8, 64, macs=512), Layer("a", "linear", 8, 64, macs=512_000)
     for name, width in (("int4+a:int4", 400), ("int4+a:int8-token", 200), ("int8-channel", 100), ("int3+a:int3", 400)):

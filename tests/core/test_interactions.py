@@ -1,4 +1,4 @@
-"""Pairs of layers as arrays: what they total, how they are kept, what is refused."""
+"""Interactions of layer pairs: totals, files, invalid arrays."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_an_allocation_totals_its_layers_and_its_pairs():
         assert found.total(choices) == pytest.approx(total)
 
 
-def test_files_give_back_what_was_saved(tmp_path):
+def test_interactions_survive_saving_and_loading(tmp_path):
     found = some()
     found.save(tmp_path / "pairs.npz")
     again = Interactions.load(tmp_path / "pairs.npz")

@@ -18,7 +18,7 @@ TABLE = LatencyTable(
 )
 
 
-def test_measured_shapes_are_as_measured_and_others_lie_between():
+def test_latencies_interpolate_between_measured_shapes():
     assert TABLE.seconds("int4-g128", 200, 100) == 3e-3
     assert TABLE.seconds("int4-g128+a:int8-token", 100, 100) == 7e-4
     assert TABLE.seconds("int4-g128", 150, 100) == pytest.approx(2e-3)
@@ -31,14 +31,14 @@ def test_a_layer_costs_its_seconds():
     assert TABLE.cost(batch=4)(layer, parse_scheme("int4-g128")) == 5e-3
 
 
-def test_what_was_not_measured_is_an_error():
+def test_unmeasured_formats_and_batches_are_errors():
     with pytest.raises(MpqError, match="int8-channel at batch 1"):
         TABLE.seconds("int8-channel", 100, 100)
     with pytest.raises(MpqError, match="batch 3"):
         TABLE.seconds("int4-g128", 100, 100, 3)
 
 
-def test_a_mix_takes_what_its_formats_take_and_what_mixes_took_longer():
+def test_a_mixs_latency_interpolates_its_formats_with_the_measured_overhead():
     """4.5 bits lie half-way between 4 and 5 (and an eighth of a scale); the measured mix took 1.2 times that."""
     times = {"int4-g128": 1e-3, "int5-g128": 2e-3, "int6-g128": 3e-3, "int4-g128/int5-g128@4.625": 1.8e-3}
     table = LatencyTable(tuple(Latency(name, 128, 128, 1, seconds) for name, seconds in times.items()))
@@ -54,7 +54,7 @@ def test_a_mix_takes_what_its_formats_take_and_what_mixes_took_longer():
         plain.seconds("int4-g128/int5-g128@4.5", 128, 128)
 
 
-def test_files_give_the_table_back(tmp_path):
+def test_latency_tables_survive_saving_and_loading(tmp_path):
     TABLE.save(tmp_path / "latency.json")
     assert load_latencies(tmp_path / "latency.json") == TABLE
     (tmp_path / "other.json").write_text("{}")
@@ -63,7 +63,7 @@ def test_files_give_the_table_back(tmp_path):
             load_latencies(tmp_path / name)
 
 
-def test_seconds_between_and_beyond_the_measured_shapes():
+def test_latencies_interpolate_and_extrapolate():
     table = LatencyTable(tuple(Latency("int4-g32", 1, size, 1, 2.0 * size) for size in (10, 30)))
     table = LatencyTable((*table.entries, Latency("int4-g32", 1, 20, 1, 100.0)))
     assert [table.seconds("int4-g32", 1, size) for size in (10, 20, 30)] == [20.0, 100.0, 60.0]

@@ -1,4 +1,4 @@
-"""What is said where the compiled libraries are missing."""
+"""Messages where the compiled libraries are missing."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def _nothing_compiled(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("_nothing_compiled")
-def test_the_first_command_says_once_what_missing_libraries_cost(caplog):
+def test_missing_libraries_are_reported_once(caplog):
     assert main(["completion", "bash"]) == 0
     assert [text.split(":")[0] for text in caplog.messages] == [
         "mpq was installed without its compiled kernels",
@@ -27,7 +27,7 @@ def test_the_first_command_says_once_what_missing_libraries_cost(caplog):
     assert len(caplog.messages) == 2
 
 
-def test_libraries_that_are_there_are_found_in_silence(caplog):
+def test_present_libraries_are_not_reported(caplog):
     if libraries.path_of(libraries.KERNELS) is None:
         pytest.skip("installed without a compiler")
     caplog.clear()

@@ -1,4 +1,4 @@
-"""Mixes: names, exact bytes, assignments, and their way through table, problem, allocation and files."""
+"""Mixes: names, exact bytes, assignments, and their passage through table, problem, allocation and files."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_names_survive(name):
 @pytest.mark.parametrize(
     "name", ["int4-g64@3", "int4-g64/int4-g64@4", "int4/int8@5", "nvfp4/int4-g64@4", "int2-g64/int3-g64@x", "a/b@2"]
 )
-def test_what_is_no_mix(name):
+def test_invalid_mixes_are_refused(name):
     with pytest.raises(MpqError):
         parse_scheme(name)
 
@@ -108,7 +108,7 @@ def test_an_assignment_needs_its_mix():
 
 
 def test_the_smallest_cases_by_hand():
-    """Rows of 36, 52 and 68 bytes, 2 bits a row to tell three formats apart, 1 bit for two."""
+    """Rows of 36, 52 and 68 bytes, 2 bits of assignment per row for three formats, 1 bit for two."""
     mix = parse_mix("int2-g64/int3-g64/int4-g64@2.75")
     assert mix.row_bytes(128) == [36, 52, 68]
     assert [mix.assignment_bytes(rows) for rows in (1, 4, 5, 8, 9)] == [1, 1, 2, 2, 3]

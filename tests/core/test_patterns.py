@@ -1,4 +1,4 @@
-"""Patterns pick whole names, and one that picks nothing is a mistake."""
+"""Patterns match whole names, and a pattern without a match is an error."""
 
 import pytest
 
@@ -18,13 +18,13 @@ def test_a_regex_matches_the_whole_name():
         match_names("re:blocks", NAMES)
 
 
-def test_a_name_picks_itself_whatever_it_holds():
+def test_a_name_with_wildcards_matches_itself():
     names = ["experts[0]", "experts0", "a?[!b]", "re:("]
     assert match_names("experts[0]", names) == ["experts[0]", "experts0"]
     assert match_names("a?[!b]", names) == ["a?[!b]"]
 
 
-def test_no_patterns_pick_nothing():
+def test_an_empty_list_of_patterns_matches_nothing():
     assert match_names((), NAMES) == []
 
 

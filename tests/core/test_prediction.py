@@ -1,4 +1,4 @@
-"""A proxy's score is on a scale of its own and is never called a loss."""
+"""A proxy's score has its own scale and is never called a loss."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ def labels(figure):
 
 
 @pytest.mark.parametrize(("metric", "loss"), [("proxy:size", False), ("fisher", True)])
-def test_what_is_printed_of_a_score(metric, loss, tmp_path, capsys):
+def test_a_score_is_printed_as_a_score(metric, loss, tmp_path, capsys):
     table = replace(make_table(1), metric=metric)
     table.save(tmp_path / "table.csv")
     assert main(["allocate", str(tmp_path / "table.csv"), "--bits", "4.5"]) == 0
@@ -31,7 +31,7 @@ def test_what_is_printed_of_a_score(metric, loss, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("metric", "loss"), [("proxy:size", False), ("fisher", True)])
-def test_what_is_drawn_of_a_score(metric, loss):
+def test_a_score_is_plotted_as_a_score(metric, loss):
     table = replace(make_table(1), metric=metric)
     facts = frontier_facts({"ours": frontier_of(table)}, points=[Point("measured", 4.0, 0.1, 0.01)])
     assert len(facts.points) == loss  # a measured divergence does not belong on a score's axis

@@ -95,7 +95,7 @@ def test_further_costs_are_summed_too():
     np.testing.assert_array_equal(problem.costs["latency"][0], latency[:2].sum(0))
 
 
-def test_a_problem_of_fewer_schemes_keeps_their_numbers():
+def test_restricting_schemes_keeps_losses_and_costs():
     problem = build_problem(make_table(2))
     fewer = restricted(problem, ["bf16", "int*"])
     assert fewer.schemes == ("int2-g64", "int3-g128", "int4-channel", "bf16")

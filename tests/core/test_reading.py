@@ -1,4 +1,4 @@
-"""Every reader tells what is wrong with a file in one sentence."""
+"""Every reader reports a damaged file in one sentence."""
 
 import random
 from collections.abc import Callable
@@ -64,13 +64,13 @@ def test_missing_files_and_folders(name, tmp_path):
         READERS[name](tmp_path / name)
 
 
-def test_formulas_that_are_no_text(tmp_path):
+def test_formula_files_that_are_not_text_are_refused(tmp_path):
     (tmp_path / "f.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(MpqError, match="not a text file"):
         load_formulas(tmp_path / "f.txt")
 
 
-def test_a_changed_byte_of_a_journal_is_noticed(tmp_path):
+def test_a_changed_byte_of_a_journal_is_detected(tmp_path):
     path = tmp_path / "j"
     journal = Journal(path, {"seed": 1})
     for name in "abc":
@@ -83,7 +83,7 @@ def test_a_changed_byte_of_a_journal_is_noticed(tmp_path):
             read = Journal(path, {"seed": 1})
         except MpqError:
             continue
-        pytest.fail(f"byte {index} changed and nobody noticed: {read.entries}")
+        pytest.fail(f"byte {index} changed and was not detected: {read.entries}")
 
 
 def test_a_random_table_of_bytes_never_ends_in_a_traceback(tmp_path):

@@ -35,14 +35,14 @@ def plugins(monkeypatch):
 TRIPLE = Metric("triple", lambda value: 3 * value, "thrice", activations=True)
 
 
-def test_an_entry_imports_its_function_when_asked(metrics):
+def test_an_entry_imports_its_function_lazily(metrics):
     assert metrics.named("length")([1, 2, 3]) == 3
     assert metrics["length"].measured
     assert metrics.names(measured=True) == ("length",)
     assert metrics.names(measured=False) == ()
 
 
-def test_a_family_makes_its_members(metrics):
+def test_a_family_creates_its_members(metrics):
     assert list(metrics) == ["length"]
     assert len(metrics) == 1
     assert metrics.named("power:3")(2) == 8

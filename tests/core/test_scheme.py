@@ -16,7 +16,7 @@ def test_names_survive(name):
 
 
 @pytest.mark.parametrize("name", ["int4-g128+a:nvfp4", "int4-g128+a:int8-channel-asym", "int4-g128+a:", "+a:int8"])
-def test_what_an_activation_cannot_be(name):
+def test_unsupported_activation_formats_are_refused(name):
     with pytest.raises(MpqError):
         parse_scheme(name)
 

@@ -18,6 +18,6 @@ def test_a_size_is_its_number_times_its_unit(number, unit):
 
 
 @pytest.mark.parametrize("size", ["", "MB", "5 parsec", "-3MB", "1,5GB", "nan", "inf", math.nan, math.inf, -math.inf])
-def test_what_is_no_size_is_refused(size):
+def test_invalid_sizes_are_refused(size):
     with pytest.raises(MpqError, match="invalid size"):
         parse_size(size)

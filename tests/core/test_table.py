@@ -1,4 +1,4 @@
-"""Sensitivity tables survive the trip through a file bit for bit, and broken files are told in one sentence."""
+"""Sensitivity tables survive saving and loading bit for bit, and damaged files are reported in one sentence."""
 
 import math
 
@@ -27,7 +27,7 @@ def table(scores=None, errors=None, **provenance):
 
 @given(st.lists(st.floats(allow_infinity=False), min_size=12, max_size=12))
 @settings(max_examples=50)
-def test_any_table_comes_back_bit_for_bit(tmp_path_factory, numbers):
+def test_any_table_survives_saving_and_loading_bit_for_bit(tmp_path_factory, numbers):
     path = tmp_path_factory.mktemp("table") / "table.csv"
     scores, errors = np.array(numbers).reshape(2, 2, 3)
     saved = table(scores, errors, model="a # model", seed=3, reference_loss=numbers[0] if numbers[0] == 1 else 0.1)
@@ -51,7 +51,7 @@ def test_bytes_count_scales():
     assert frame["bytes"].tolist()[0] == 16 * 4 + 16 * 2  # sixteen rows of 8 weights in 4 bits, each with an fp16 scale
 
 
-def test_every_cut_of_the_file_is_noticed(tmp_path):
+def test_every_truncation_of_the_file_is_detected(tmp_path):
     path = tmp_path / "t.csv"
     table(model="m").save(path)
     whole = path.read_text()
@@ -103,7 +103,7 @@ def test_shapes_and_names_must_fit():
         SensitivityTable((LAYERS[0],) * 2, SCHEMES, np.zeros((2, 3)), np.zeros((2, 3)), "output")
 
 
-def test_any_layer_name_comes_back_but_one_with_a_carriage_return(tmp_path):
+def test_any_layer_name_without_a_carriage_return_survives(tmp_path):
     names = ("a$b$c", "a[0] x", "<b>&", "tab\tnew\nline", 'quo"te,', "# %20", " ", "=x", "\u2028")
     layers = tuple(Layer(name, "linear", 8, 8, aliases=(f"{name}2", "100% é")) for name in names)
     table = SensitivityTable(layers, ("int4-g64",), np.ones((len(names), 1)), np.zeros((len(names), 1)), "m", {})
@@ -113,7 +113,7 @@ def test_any_layer_name_comes_back_but_one_with_a_carriage_return(tmp_path):
         Layer("a\rb", "linear", 8, 8)
 
 
-def test_a_reason_is_for_a_layer_without_any_score():
+def test_reasons_require_a_layer_without_any_score():
     scores = np.array([[np.nan, 0.5, 1.0], [np.nan] * 3])
     reasoned = SensitivityTable(LAYERS, SCHEMES, scores, scores, "output", {}, {LAYERS[1].name: "no sample"})
     assert list(reasoned.reasons) == [LAYERS[1].name]
@@ -130,7 +130,7 @@ def test_layers_of_impossible_sizes_are_reported(sizes, tmp_path):
         SensitivityTable.load(path)
 
 
-def test_weights_without_keys_and_values_keep_their_places():
+def test_adding_cache_entries_keeps_the_scores_of_weights():
     scores = np.arange(6.0).reshape(2, 3)
     entries, added = (Layer("kv", "keys", 8, 4),), np.array([[7.0, 8.0]])
     with_cache = table(scores, scores / 2).with_entries(entries, ("kv:int4-token", "kv:int8-token"), added, added / 4)

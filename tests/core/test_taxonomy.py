@@ -10,7 +10,7 @@ def allocation(*schemes):
     return Allocation(tuple(Layer(f"l{i}", "linear", 64, 64) for i in range(len(schemes))), schemes)
 
 
-def test_a_cache_is_an_axis_of_its_own():
+def test_the_cache_is_a_separate_axis():
     entries = tuple(Layer(f"cache.{i}.keys", "keys", 2, 64) for i in range(2))
     for names, kind in ((("fp16", "bf16"), "float"), (("int4", "int4"), "uniform"), (("int4", "fp16"), "mixed")):
         found = classify(allocation("int4-g64", "int8-channel").with_cache(CacheFormats(entries, names)))

@@ -9,26 +9,26 @@ from experiments.peers import environments
 from experiments.peers.environments import Environment, Unavailable, python_of
 
 
-def test_a_program_beside_mpq_needs_no_environment_of_its_own(tmp_path):
+def test_an_installed_program_needs_no_separate_environment(tmp_path):
     assert python_of("onnxruntime", tmp_path) == sys.executable
     assert not list(tmp_path.iterdir())
 
 
-def test_an_environment_that_is_there_is_taken(tmp_path, monkeypatch):
+def test_an_existing_environment_is_reused(tmp_path, monkeypatch):
     monkeypatch.setitem(environments.ENVIRONMENTS, "json", Environment("json", ("no-such-package",)))
     (tmp_path / "json" / "bin").mkdir(parents=True)
     (tmp_path / "json" / "bin" / "python").symlink_to(sys.executable)
     assert python_of("json", tmp_path) == str(tmp_path / "json" / "bin" / "python")
 
 
-def test_what_cannot_be_installed_is_reported(tmp_path, monkeypatch):
+def test_failed_installations_are_reported(tmp_path, monkeypatch):
     wanted = Environment("nothing", ("--no-index", "--find-links", str(tmp_path), "mpq-no-such-package"))
     monkeypatch.setitem(environments.ENVIRONMENTS, "nothing", wanted)
     with pytest.raises(Unavailable, match=r"nothing could not be installed within 1 minutes: .*mpq-no-such-package"):
         python_of("nothing", tmp_path, minutes=1)
 
 
-def test_an_install_is_cut_off_with_all_that_it_started(tmp_path):
+def test_a_timed_out_installation_is_killed_with_its_children(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         environments._run(["bash", "-c", f"(sleep 2; touch {tmp_path}/late) & wait"], {}, 0.0)
     assert subprocess.run(["pgrep", "-f", f"touch {tmp_path}/late"], check=False).returncode

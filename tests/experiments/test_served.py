@@ -1,4 +1,4 @@
-"""What a consumer computes, beside what we do: of one model, nothing differs."""
+"""A consumer's predictions compared with ours: equal for the same model."""
 
 import math
 import sys
@@ -21,7 +21,7 @@ def test_the_bundled_model_is_a_llama_of_transformers():
         assert torch.allclose(tiny_llama(model)(TOKENS).logits, model(TOKENS), atol=1e-3)
 
 
-def test_a_folder_of_the_same_numbers_has_no_gap_and_one_of_others_has(tmp_path):
+def test_the_gap_is_zero_for_equal_weights_alone(tmp_path):
     model = tiny_llama(TinyLM(LMConfig(layers=1)).eval())
     model.save_pretrained(tmp_path)
     theirs = served(sys.executable, "transformers", tmp_path, TOKENS)
@@ -32,7 +32,7 @@ def test_a_folder_of_the_same_numbers_has_no_gap_and_one_of_others_has(tmp_path)
     assert compared("other", model, TOKENS, theirs)[1].split()[4] == "short"
 
 
-def test_divergence_counts_the_rest_as_one_token():
+def test_divergence_merges_the_remaining_tokens_into_one():
     theirs, ours = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.25, 0.25]]).log()
     expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
     assert float(_divergence(theirs, ours)) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Small language models of many architectures with random weights: exporters must know each one's names and rules."""
+"""Small language models of many architectures with random weights, whose names and rules exporters must handle."""
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ OWN = {
 
 
 def model_of(kind: str, **changes: object) -> nn.Module:
-    """A model of that `model_type`, its weights so large that rounding and wrong rules both show in its logits."""
+    """A model of that `model_type`, with weights large enough that rounding and wrong rules both change its logits."""
     settings = {name: value for name, value in {**SIZES, **OWN[kind], **changes}.items() if value is not None}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).eval()
     with torch.no_grad():

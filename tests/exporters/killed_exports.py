@@ -1,6 +1,6 @@
-"""Kills an export after each rename, removal and write, then checks that the same export completes; run by a test.
+"""Kill an export after each rename, removal and write, then check that the same export completes; run by a test.
 
-It forks, so it runs in a process of its own, in which nothing has started threads.
+It forks, so it needs a separate process without threads.
 """
 
 import os
@@ -52,7 +52,7 @@ def outputs(folder: Path) -> torch.Tensor | None:
 
 
 def child(work: Callable[[], None]) -> int:
-    """Exit status of the work in a process of its own."""
+    """Exit status of the work in a forked process."""
     pid = os.fork()
     if pid == 0:
         work()
@@ -61,7 +61,7 @@ def child(work: Callable[[], None]) -> int:
 
 
 def killed_after(step: int, folder: Path) -> None:
-    """Export, and die after so many steps."""
+    """Export, and die after `steps` file operations."""
     left = step
 
     def dying(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Formats of keys and values in others' folders: what is written, on which command line, and what is refused."""
+"""KV-cache formats of other targets: written settings, serving commands, and refusals."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def served(target: str, *names: str) -> str:
     return TARGETS.named(target).serving("DIR", allocation.cache)
 
 
-def test_commands_say_which_formats_to_serve_with() -> None:
+def test_serving_commands_name_the_cache_formats() -> None:
     assert served("vllm", *["fp8-e4m3"] * 6) == "vllm serve DIR --kv-cache-dtype fp8"
     mixed = ["fp8-e4m3", "fp8-e4m3", "fp16", "fp16", "fp8-e4m3", "fp8-e4m3"]
     assert served("vllm", *mixed).endswith("--kv-cache-dtype fp8 --kv-cache-dtype-skip-layers 1")
@@ -54,13 +54,13 @@ def test_commands_say_which_formats_to_serve_with() -> None:
         ("vllm:cpu", ["fp8-e4m3"] * 6, "cannot store cache formats"),
     ],
 )
-def test_caches_that_cannot_be_served_are_named(target: str, names: list[str], sentence: str) -> None:
+def test_unsupported_caches_are_refused_by_name(target: str, names: list[str], sentence: str) -> None:
     with pytest.raises(MpqError, match=sentence):
         served(target, *names)
 
 
 @pytest.mark.parametrize(("target", "alike"), [("vllm", "layers"), ("llama.cpp", "kinds")])
-def test_searches_keep_to_what_is_served(target: str, alike: str) -> None:
+def test_searches_are_restricted_to_supported_cache_formats(target: str, alike: str) -> None:
     names = ("kv:fp8-e4m3", "kv:fp16") if target == "vllm" else ("kv:int4-g32", "kv:int8-g32", "kv:fp16")
     scores = np.random.default_rng(0).random((6, 1)) * np.linspace(2, 0, len(names))
     weights = Layer("a", "linear", 64, 64)

@@ -27,7 +27,7 @@ WEIGHTS = sorted({name for name in CONSUMER.schemes if not parse_scheme(name).we
 
 
 def decompressed(packed, scheme, dtype):
-    """What compressed-tensors itself makes of the tensors."""
+    """Weights decompressed by compressed-tensors."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
@@ -42,7 +42,7 @@ def decompressed(packed, scheme, dtype):
 @given(
     st.sampled_from(WEIGHTS), st.integers(1, 9), st.integers(1, 140), st.sampled_from(["random", "zero", "constant"])
 )
-def test_their_decompression_gives_our_numbers(name, rows, cols, content):
+def test_compressed_tensors_decompression_matches_ours(name, rows, cols, content):
     scheme = parse_scheme(name)
     if scheme.weight.granularity == "group":
         cols = -(-cols // scheme.weight.group_size) * scheme.weight.group_size
@@ -51,7 +51,7 @@ def test_their_decompression_gives_our_numbers(name, rows, cols, content):
     weight = {"random": weight, "zero": weight * 0, "constant": weight * 0 + 0.37}[content]
     quantized = quantize(weight, scheme.weight)
     theirs = decompressed(pack(quantized), scheme, torch.float32)
-    # mx and nvfp4 weights are decompressed in bfloat16 over there, where scale and product are each rounded once
+    # compressed-tensors decompresses mx and nvfp4 weights in bfloat16, rounding scale and product once each
     tolerance = 2**-7 if theirs.dtype == torch.bfloat16 else 2**-22
     torch.testing.assert_close(theirs.float(), dequantize(quantized), rtol=tolerance, atol=1e-30)
 
@@ -124,12 +124,12 @@ def test_activations_in_eight_bits(scheme, tmp_path):
     served = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
         theirs, expected = served(TOKENS).logits, simulate(model, allocation, trainable=False)(TOKENS).logits
-    # Over there an int8 scale is absmax / 127.5 (ours: / 127) and a static range is not the batch's own: the numbers
-    # differ by roundings of the activations, 2**-7 and 2**-4 of each.
+    # compressed-tensors' int8 scale is absmax / 127.5 (ours: / 127) and a static range is not the batch's own: values
+    # differ by one rounding of the activations, 2**-7 and 2**-4 relative.
     assert (theirs - expected).norm() < (2**-5 if "int8" in scheme else 2**-3) * expected.norm()
 
 
-def test_the_file_takes_the_promised_bytes(tmp_path):
+def test_the_file_has_the_predicted_size(tmp_path):
     model = llama()
     allocation = allocate(model, MIXES["integers"])
     overhead = sum(tensor.nbytes for name, tensor in model.state_dict().items() if "norm" in name)
@@ -149,7 +149,7 @@ def test_the_file_takes_the_promised_bytes(tmp_path):
         (Layer("a", "linear", 64, 128), "fp8-e5m2", r"a in fp8-e5m2 .* is fp8-e4m3"),
     ],
 )
-def test_what_cannot_be_held_is_refused_with_the_nearest(layer, scheme, message, tmp_path):
+def test_unsupported_formats_are_refused_with_the_nearest(layer, scheme, message, tmp_path):
     from mpq.exporters.holding import check
 
     with pytest.raises(MpqError, match=message):

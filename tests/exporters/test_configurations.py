@@ -1,4 +1,4 @@
-"""Every tool's file is read back as what was written, by our reader and, where it installs, as the tool's own rules."""
+"""Every tool's file is read back as written, by our reader and, if the tool is installed, by its own rules."""
 
 import pytest
 import yaml
@@ -46,7 +46,7 @@ def test_what_is_written_is_read_back(tool, data):
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_every_tool_holds_integers_and_floats(tool):
+def test_every_tool_supports_integers_and_floats(tool):
     assert "bf16" in held(tool)
     assert len(held(tool)) > 3
 
@@ -66,7 +66,7 @@ def test_a_later_entry_of_modelopt_wins_and_wildcards_match():
     assert found["model.layers.10.self_attn.o_proj"].name == "bf16"
 
 
-def test_names_with_brackets_are_no_wildcards_to_modelopt():
+def test_brackets_in_names_are_escaped_for_modelopt():
     layers = tuple(Layer(name, "linear", 64, 128) for name in ("experts0", "experts[0]", "a*"))
     allocation = Allocation(layers, ("int4-g64", "int8-channel", "int4-g64"))
     text = write_configuration("modelopt", allocation)
@@ -90,7 +90,7 @@ def test_targets_of_llm_compressor_may_be_expressions():
     assert schemes == ("int4-g128",) * 8 + ("bf16",) * 4
 
 
-def test_what_a_tool_cannot_hold_is_reported():
+def test_unsupported_formats_are_reported():
     allocation = Allocation(LAYERS[:1], ("nf4-g64",))
     with pytest.raises(MpqError, match=r"gptqmodel does not support layer model\.layers\.0\S* in nf4-g64 .* is int4-g"):
         write_configuration("gptqmodel", allocation)
@@ -103,12 +103,12 @@ def test_what_a_tool_cannot_hold_is_reported():
 
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("text", ["", "[", "{}", "[1, 2]", "a: b: c", '{"quant_cfg": 3}'])
-def test_damaged_files_are_one_sentence(tool, text):
+def test_damaged_files_give_one_sentence(tool, text):
     with pytest.raises(MpqError):
         read_configuration(tool, text, LAYERS)
 
 
-def test_layers_that_servers_join_are_named_too():
+def test_fused_layer_names_are_written_too():
     layers = tuple(Layer(f"m.{name}_proj", "linear", 64, 128, tie="m.qkv") for name in ("q", "k", "v"))
     others = (*LAYERS[1:4], *LAYERS[5:8])
     text = write_configuration("gptqmodel", Allocation((*layers, *others), ("int8-g64",) * 3 + ("int4-g64",) * 6))

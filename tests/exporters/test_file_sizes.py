@@ -1,4 +1,4 @@
-"""Every target's promise of its file's size against the file that is written."""
+"""Every target's predicted file size against the written file."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def classifier():
 
 
 def allocate(source, target):
-    """Layers in turn in the formats that the target can hold, tied ones alike."""
+    """Layers take the target's formats round-robin, tied ones alike."""
     layers = find_layers(source.model)
     names = [name for name in target.schemes or formats_of(target) if name not in ("bf16", "fp16", "fp32")]
     schemes: dict[str, str] = {}
@@ -49,7 +49,7 @@ def allocate(source, target):
 
 
 @pytest.mark.parametrize("name", list(TARGETS))
-def test_the_promised_size_is_the_files(name, llama, classifier, tmp_path):
+def test_the_predicted_size_is_the_files(name, llama, classifier, tmp_path):
     target = TARGETS[name]
     if any(pytest.importorskip(package) is None for package in target.packages):
         return

@@ -24,7 +24,7 @@ from tests.sensitivity.small_models import seed_weights
 
 
 def unpacked(words, bits, along):
-    """AutoGPTQ's packing undone one number at a time: number i sits at bit i * bits of the words along a dimension."""
+    """Unpack AutoGPTQ's layout one value at a time: value i starts at bit i * bits of the words along a dimension."""
     words = words if along == 0 else words.t()
     columns = []
     for column in words.t().tolist():
@@ -36,7 +36,7 @@ def unpacked(words, bits, along):
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from([2, 3, 4, 8]), st.sampled_from(["g32", "g64", "channel"]), st.integers(1, 2), st.integers(1, 2))
-def test_the_documented_formula_gives_our_numbers(bits, size, rows, cols):
+def test_the_documented_formula_matches_our_dequantization(bits, size, rows, cols):
     format = parse_format(f"int{bits}-{size}")
     weight = torch.randn(32 * rows, 64 * cols, generator=seeded(0, rows, cols))
     quantized = quantize(weight, format)
@@ -48,7 +48,7 @@ def test_the_documented_formula_gives_our_numbers(bits, size, rows, cols):
     assert torch.equal(theirs.t(), dequantize(quantized))
 
 
-def test_dynamic_says_every_layers_own_numbers(tmp_path):
+def test_dynamic_lists_every_layers_settings(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -86,6 +86,6 @@ def test_dynamic_says_every_layers_own_numbers(tmp_path):
         (Layer("a", "linear", 64, 64), "int4-g64-asym", "symmetric"),
     ],
 )
-def test_what_the_layout_cannot_hold_is_refused(layer, scheme, message):
+def test_formats_that_the_layout_lacks_are_refused(layer, scheme, message):
     with pytest.raises(MpqError, match=message):
         check(TARGETS["gptq"], Allocation((layer,), (scheme,)))

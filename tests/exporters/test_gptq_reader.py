@@ -14,7 +14,7 @@ pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("size", ["g32", "g64", "g128", "channel"])
-def test_gptqmodel_reads_our_numbers(bits, size):
+def test_gptqmodel_reads_our_weights(bits, size):
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 

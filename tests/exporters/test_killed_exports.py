@@ -1,4 +1,4 @@
-"""An export that is killed at any moment leaves a folder that the same export completes."""
+"""An export killed at any moment leaves a folder that the same export completes."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes: this system has none")
-def test_a_killed_export_is_completed_by_the_next(tmp_path):
+def test_the_next_export_completes_a_killed_one(tmp_path):
     script = Path(__file__).with_name("killed_exports.py")
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path]), "OMP_NUM_THREADS": "1"}

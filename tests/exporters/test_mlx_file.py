@@ -26,7 +26,7 @@ SCHEMES = [name for name in TARGETS["mlx"].schemes if not parse_format(name).is_
 
 
 def unpacked(words, bits):
-    """MLX's packing undone one number at a time: a row is one long number, whose lowest bits are its first code."""
+    """Unpack MLX's layout one value at a time: a row is one big integer, whose lowest bits are its first code."""
     rows = []
     for row in words.tolist():
         stream = sum((word & 0xFFFFFFFF) << (32 * index) for index, word in enumerate(row))
@@ -36,7 +36,7 @@ def unpacked(words, bits):
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from([2, 3, 4, 5, 6, 8]), st.sampled_from([32, 64, 128]), st.sampled_from(["fp16", "bf16", "fp32"]))
-def test_the_documented_formula_gives_our_numbers(bits, size, kind):
+def test_the_documented_formula_matches_our_dequantization(bits, size, kind):
     format = parse_format(f"uint{bits}-g{size}-s{kind}-m{kind}".replace("-sfp16", ""))
     quantized = quantize(torch.randn(3, 256, generator=seeded(0, bits, size)), format)
     tensors = mlx_tensors(pack(quantized))
@@ -47,7 +47,7 @@ def test_the_documented_formula_gives_our_numbers(bits, size, kind):
     assert torch.equal(read(parse_scheme(format.name), tensors)[0], dequantize(quantized))
 
 
-def test_the_folder_says_each_layers_own_mode(tmp_path):
+def test_the_config_lists_each_layers_mode(tmp_path):
     model = model_of("llama")
     layers = find_layers(model, exclude="*.1.self_attn.*")
     schemes = tuple("bf16" if layer.name == "lm_head" else SCHEMES[i % 5] for i, layer in enumerate(layers))
@@ -64,7 +64,7 @@ def test_the_folder_says_each_layers_own_mode(tmp_path):
     assert tensors["model.embed_tokens.weight"].dtype == torch.uint32
 
 
-def test_positions_are_said_in_the_older_keys_too(tmp_path):
+def test_rope_settings_are_written_under_the_older_keys_too(tmp_path):
     model = model_of("gemma3_text")
     layers = find_layers(model)
     folder = export(model, Allocation(layers, ("uint4-g64-mfp16",) * len(layers)), tmp_path / "out", to="mlx")
@@ -86,12 +86,12 @@ def test_positions_are_said_in_the_older_keys_too(tmp_path):
         (Layer("a", "linear", 64, 64), "mxfp8-e4m3+a:int8-token", r"stay in floating point"),
     ],
 )
-def test_what_mlx_cannot_hold_is_refused(layer, scheme, message):
+def test_formats_that_mlx_lacks_are_refused(layer, scheme, message):
     with pytest.raises(MpqError, match=message):
         check(TARGETS["mlx"], Allocation((layer,), (scheme,)))
 
 
-def test_a_model_that_mlx_does_not_know_is_refused(tmp_path):
+def test_unsupported_models_are_refused(tmp_path):
     model = model_of("llama")
     model.config.model_type = "llama7"
     layers = find_layers(model)
@@ -99,7 +99,7 @@ def test_a_model_that_mlx_does_not_know_is_refused(tmp_path):
         export(model, Allocation(layers, ("mxfp4",) * len(layers)), tmp_path / "out", to="mlx")
 
 
-def test_other_numbers_than_rounded_are_noticed(tmp_path, monkeypatch):
+def test_differing_weights_are_detected(tmp_path, monkeypatch):
     from mpq.exporters import transformers_folder
 
     written = transformers_folder.write_tensors

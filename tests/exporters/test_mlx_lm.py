@@ -1,4 +1,4 @@
-"""mlx-lm itself loads our folders and computes our numbers. Wants MPQ_MLX_PYTHON, a Python with mlx-lm (0.32, CPU)."""
+"""mlx-lm loads our folders and gives our perplexity. Needs MPQ_MLX_PYTHON, a Python with mlx-lm (0.32, CPU)."""
 
 import os
 
@@ -23,7 +23,7 @@ HELD = (*TARGETS["mlx"].schemes, "fp4-e2m1-g16-se4m3")
 
 
 @pytest.mark.parametrize("kind", MLX_MODELS)
-def test_every_architecture_gives_our_perplexity(kind, tmp_path):
+def test_every_architecture_has_the_simulated_perplexity(kind, tmp_path):
     model = model_of(kind)
     layers = find_layers(model)
     allocation = Allocation(layers, tuple(HELD[i % len(HELD)] for i in range(len(layers))))

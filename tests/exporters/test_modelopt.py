@@ -1,4 +1,4 @@
-"""ModelOpt's layout by its own formulas; vLLM's reader of it where MPQ_VLLM_PYTHON names a Python with vLLM (0.32)."""
+"""ModelOpt's layout by its documented formulas, and by vLLM's reader if MPQ_VLLM_PYTHON names a Python with vLLM."""
 
 import json
 import os
@@ -30,7 +30,7 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
 @pytest.mark.parametrize("name", MODELOPT_ALGORITHMS)
-def test_the_layouts_formulas_give_our_numbers(name):
+def test_the_documented_formulas_match_our_dequantization(name):
     scheme = parse_scheme(name)
     quantized = quantize(torch.randn(6, 64, generator=seeded(0, name)), scheme.weight)
     tensors = modelopt_tensors(pack(quantized))
@@ -78,7 +78,7 @@ def test_the_folder_names_every_layers_algorithm(folder):
 
 
 @pytest.mark.parametrize("target", ["modelopt", "compressed-tensors"])
-def test_layers_that_are_computed_as_one_share_a_tensor_scale(target, tmp_path):
+def test_fused_layers_share_a_tensor_scale(target, tmp_path):
     model = model_of("llama")
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.weight.mul_(5)
@@ -104,7 +104,7 @@ def test_scales_that_cannot_be_shared_are_refused():
     ("scheme", "message"),
     [("int4-g64", "no such algorithm.* is nvfp4"), ("fp8-e4m3", "no such algorithm.* is fp8-e4m3")],
 )
-def test_what_it_cannot_hold_is_refused(scheme, message):
+def test_unsupported_schemes_are_refused(scheme, message):
     with pytest.raises(MpqError, match=message):
         check(TARGETS["modelopt"], Allocation((Layer("a", "linear", 64, 64),), (scheme,)))
 
@@ -121,7 +121,7 @@ def test_static_activations_need_ranges(tmp_path):
 
 
 @pytest.mark.skipif(not VLLM, reason="MPQ_VLLM_PYTHON names no Python with vLLM")
-def test_vllms_reader_has_a_place_for_every_tensor(folder):
+def test_vllms_reader_has_a_parameter_for_every_tensor(folder):
     script = Path(__file__).parents[2] / "experiments" / "peers" / "vllm_modelopt.py"
     command = [str(VLLM), str(script), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -1,4 +1,4 @@
-"""Folders of other targets, read by our readers: they compute what was simulated."""
+"""Folders of other targets, read by our readers, compute what was simulated."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_a_targets_folder_computes_what_was_simulated(name, source, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gptq", "mlx", "gguf"])
-def test_other_tools_folders_are_read_by_what_their_config_says(name, source, tmp_path):
+def test_folders_of_other_tools_are_read_by_their_config(name, source, tmp_path):
     if name == "gguf":
         pytest.importorskip("gguf")
     folder, allocation = written(source, name, tmp_path / "out")
@@ -87,7 +87,7 @@ def test_other_tools_folders_are_read_by_what_their_config_says(name, source, tm
 
 
 @pytest.mark.parametrize(("name", "file"), [("compressed-tensors", "config"), ("gptq", "scales"), ("gguf", "tensor")])
-def test_what_was_altered_after_the_export_is_refused(name, file, source, tmp_path):
+def test_files_altered_after_the_export_are_refused(name, file, source, tmp_path):
     if file == "tensor":
         pytest.importorskip("gguf")
     folder, _ = written(source, name, tmp_path / "out")
@@ -109,7 +109,7 @@ def test_what_was_altered_after_the_export_is_refused(name, file, source, tmp_pa
         mpq.load(folder)
 
 
-def test_the_command_line_measures_and_continues_them(source, tmp_path, capsys):
+def test_the_command_line_evaluates_and_generates_from_them(source, tmp_path, capsys):
     np.savez(tmp_path / "tokens.npz", input_ids=np.random.default_rng(0).integers(0, 512, (10, 32)))
     folder, _ = written(source, "gptq", tmp_path / "out")
     data = ["--dataset", str(tmp_path / "tokens.npz"), "--nsamples", "4"]
@@ -121,7 +121,7 @@ def test_the_command_line_measures_and_continues_them(source, tmp_path, capsys):
     assert "has no tokenizer" in capsys.readouterr().err
 
 
-def test_what_cannot_be_read_is_reported_in_a_sentence(source, tmp_path):
+def test_unreadable_folders_are_reported_in_one_sentence(source, tmp_path):
     folder, _ = written(source, "gptq", tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
     expected = ("awq", "weights of 'awq', which mpq does not read"), ("gptq", "second layout"), ([1], "weights of")
@@ -130,7 +130,7 @@ def test_what_cannot_be_read_is_reported_in_a_sentence(source, tmp_path):
         shutil.copytree(folder, other)
         changed = {**config["quantization_config"], "quant_method": method, "checkpoint_format": "gptq_v2"}
         (other / "config.json").write_text(json.dumps({**config, "quantization_config": changed}))
-        (other / "checksums.json").unlink()  # as other tools' folders have none
+        (other / "checksums.json").unlink()  # other tools' folders have no checksums
         with pytest.raises(MpqError, match=told):
             open_any(other)
     (tmp_path / "graph").mkdir()

@@ -24,7 +24,7 @@ def test_only_one_shard_is_in_memory(tmp_path):
     def tensors(count, size):
         nonlocal alive, peak
         for index in range(count):
-            memory = np.full(size, index, dtype=np.uint8)  # which every view of the tensor keeps alive
+            memory = np.full(size, index, dtype=np.uint8)  # every view of the tensor keeps it alive
             alive += size
             peak = max(peak, alive)
             weakref.finalize(memory, gone, size)
@@ -69,7 +69,7 @@ def test_every_folder_exporter_writes_the_same_tensors_in_shards(target, tmp_pat
 
 
 @pytest.mark.parametrize("target", ["mpq", "compressed-tensors", "gptq", "onnx"])
-def test_what_fails_half_way_leaves_nothing(target, tmp_path):
+def test_an_interrupted_export_leaves_no_files(target, tmp_path):
     model = llama()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[3, 3] = torch.nan
@@ -91,7 +91,7 @@ def test_what_fails_half_way_leaves_nothing(target, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["compressed-tensors", "gptq"])
-def test_readers_refuse_a_cut_file(target, tmp_path):
+def test_readers_refuse_a_truncated_file(target, tmp_path):
     from safetensors import SafetensorError
 
     model = llama()

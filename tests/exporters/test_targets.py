@@ -27,13 +27,13 @@ def test_every_target_has_a_writer():
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS.values() if target.schemes], ids=lambda it: it.name)
-def test_the_well_known_schemes_can_be_held(target):
+def test_every_target_supports_its_well_known_schemes(target):
     assert not [name for name in target.schemes if target.objection(LINEAR, parse_scheme(name))]
     assert all(parse_scheme(name).name == name for name in target.schemes)
     check(target, Allocation((LINEAR,), (nearest(target, LINEAR, parse_scheme("int5-g99")),)))
 
 
-def test_a_program_on_a_device_may_hold_less_than_its_file():
+def test_a_program_may_support_fewer_formats_than_its_file():
     three = Allocation((LINEAR,), ("int3-g64",))
     check(TARGETS["vllm"], three)
     with pytest.raises(MpqError, match=r"vllm:cpu does not support layer a in int3-g64 .*4-bit.* is int4"):
@@ -55,14 +55,14 @@ def test_a_program_on_a_device_may_hold_less_than_its_file():
     [("q4_k", 640, "int5-g32"), ("q2_k", 640, "iq4_nl"), ("q6_k", 172, "fp16"), ("int4-g32", 1, "fp16")],
 )
 def test_llama_cpps_own_fallback_is_named(scheme, cols, instead):
-    """As its quantizer does: Q4_K becomes Q5_0, Q2_K IQ4_NL, Q6_K Q8_0, and F16 where rows do not divide by 32."""
+    """As llama.cpp's quantizer: Q4_K becomes Q5_0, Q2_K IQ4_NL, Q6_K Q8_0, and F16 where rows do not divide by 32."""
     layer = Layer("down", "linear", 1, cols)
     with pytest.raises(MpqError, match=f"does not support layer down in {scheme} .*{cols} .*: .* is {instead}"):
         check(TARGETS["gguf"], Allocation((layer,), (scheme,)))
     assert restrict(unscored((layer, LINEAR), (scheme, "fp16")), TARGETS["gguf"]).forbid == {"down": (scheme,)}
 
 
-def test_searches_are_restricted_to_what_can_be_served():
+def test_searches_are_restricted_to_supported_formats():
     table = unscored((LINEAR, CONV), ("int4-g128", "int3-g64", "nf4-g64", "fp16"))
     held = restrict(table, TARGETS["gptq"])
     assert held.forbid == {"a": ("nf4-g64",), "c": ("int4-g128", "int3-g64", "nf4-g64")}
@@ -71,7 +71,7 @@ def test_searches_are_restricted_to_what_can_be_served():
     assert restrict(table, TARGETS["mpq"]).forbid == {}
 
 
-def test_layers_that_hold_nothing_stay_in_bf16_and_that_is_reported():
+def test_layers_without_a_supported_format_stay_in_bf16_with_a_report():
     table = SensitivityTable((EMBEDDING, LINEAR), ("int4-g64",), [[1.0], [2.0]], [[0.1], [0.1]], "x")
     held = restrict(table, TARGETS["vllm"])
     assert held.sentence.startswith("vllm supports embed in none of the formats (it quantizes linear layers")
@@ -86,7 +86,7 @@ def test_layers_that_hold_nothing_stay_in_bf16_and_that_is_reported():
         held.check_budget(size=40_000)
 
 
-def test_layers_tied_to_one_that_holds_nothing_stay_with_it():
+def test_layers_tied_to_an_unsupported_one_stay_in_bf16():
     layers = tuple(Layer(name, "linear", 64, cols, tie="qkv") for name, cols in (("q", 64), ("k", 60)))
     held = restrict(unscored((*layers, LINEAR), ("int4-g64",)), TARGETS["vllm"])
     problem = build_problem(held.table, forbid=held.forbid)
@@ -95,7 +95,7 @@ def test_layers_tied_to_one_that_holds_nothing_stay_with_it():
     check(TARGETS["vllm"], problem.allocation([1, 0]))
 
 
-def test_layers_without_evidence_are_kept_to_what_can_be_held():
+def test_layers_without_evidence_are_restricted_to_supported_formats():
     layers = (EMBEDDING, LINEAR, Layer("b", "linear", 64, 256))
     reasons = {"embed": "?", "b": "?"}
     scores = [[np.nan, np.nan], [1.0, 0.5], [np.nan, np.nan]]
@@ -111,7 +111,7 @@ def test_a_plugin_may_be_a_function_without_rules():
     assert restrict(unscored((CONV,), ("nf4-g64",)), plugin).forbid == {}
 
 
-def test_mixes_go_to_our_checkpoint_alone():
+def test_mixes_are_supported_by_our_checkpoint_only():
     layer, names = Layer("l", "linear", 64, 256), ("int4-g64", "int2-g64/int4-g64@3")
     for name, target in TARGETS.items():
         held = restrict(unscored((layer,), names), target)
@@ -122,7 +122,7 @@ def test_mixes_go_to_our_checkpoint_alone():
 
 
 @pytest.mark.parametrize(("number", "warns"), [("1.0", True), ("0.32.7", False), ("0.33", False), ("0.31.9", True)])
-def test_another_version_than_the_measured_ones_is_reported(number, warns, monkeypatch, caplog):
+def test_an_unmeasured_version_is_reported(number, warns, monkeypatch, caplog):
     monkeypatch.setattr(consumers, "version", lambda package: number)
     target = Target("mine", print, consumers=(Consumer("Mine", ("mine",), "0.32", "0.33", ""),))
     tell_versions(target)
@@ -131,12 +131,12 @@ def test_another_version_than_the_measured_ones_is_reported(number, warns, monke
     ]
 
 
-def test_a_program_that_is_not_installed_is_no_matter(caplog):
+def test_a_program_that_is_not_installed_is_not_reported(caplog):
     tell_versions(Target("mine", print, consumers=(Consumer("Mine", ("no-such-package",), "1", "2", ""),)))
     assert not caplog.text
 
 
-def test_activations_are_rounded_by_default_only_where_weights_alone_are_not_held():
+def test_default_candidates_round_activations_only_where_weight_only_is_unsupported():
     assert "int8-channel+a:int8-token" in formats_of(TARGETS["vllm:cpu"])
     assert not [name for name in formats_of(TARGETS["vllm"]) if "+a:" in name]
     assert "nvfp4+a:fp4-e2m1-g16-se4m3" not in formats_of(TARGETS["modelopt"])

@@ -29,7 +29,7 @@ SCHEMES = [*sorted(FORMATS), "int4-channel+a:int8-token", "fp8-e4m3+a:fp8-e4m3",
 
 
 class Scaled(nn.Module):
-    """Two layers and a scale that no file holds."""
+    """Two layers and a scale that the file does not store."""
 
     def __init__(self, scale=1.0):
         super().__init__()
@@ -57,7 +57,7 @@ def small():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("build", "inputs"), CASES)
-def test_honest_exports_pass(build, inputs, dtype, tmp_path):
+def test_correct_exports_pass(build, inputs, dtype, tmp_path):
     model = seed_weights(build())
     model = model.eval().to(dtype)
     if inputs.is_floating_point():
@@ -66,7 +66,7 @@ def test_honest_exports_pass(build, inputs, dtype, tmp_path):
         export(model, allocate(model, scheme), tmp_path / str(index), method="nearest", inputs=inputs)
 
 
-def test_a_changed_weight_names_its_layer_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_changed_weight_fails_with_its_layer_and_leaves_no_files(tmp_path, monkeypatch):
     model, _ = small()
 
     def altered(quantized):
@@ -95,7 +95,7 @@ def test_an_old_export_survives_one_that_fails(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_tensor_that_no_layer_holds_is_compared(tmp_path, monkeypatch):
+def test_tensors_outside_of_layers_are_compared(tmp_path, monkeypatch):
     model, _ = small()
 
     def careless(draft, specs, tensors, shard):
@@ -124,7 +124,7 @@ def llama():
         ("gguf", "gguf.file", "encode_blocks"),
     ],
 )
-def test_foreign_exports_are_read_back(target, module, function, tmp_path, monkeypatch):
+def test_exports_for_other_programs_are_read_back(target, module, function, tmp_path, monkeypatch):
     pytest.importorskip(target.replace("-", "_") if target != "gptq" else "torch")
     model = llama()
     layers = find_layers(model)
@@ -153,7 +153,7 @@ def test_foreign_exports_are_read_back(target, module, function, tmp_path, monke
 @pytest.mark.parametrize(
     "name", ["int4-g32", "int3-g64-asym", "int8-channel", "nvfp4", "mxfp4", "fp8-e4m3", "mxfp8-e4m3"]
 )
-def test_compressed_tensors_is_undone_without_the_package(name):
+def test_compressed_tensors_are_read_without_the_package(name):
     scheme = parse_scheme(name)
     storage = str(compressed_tensors_format(scheme))
     quantized = quantize(torch.randn(24, 128, generator=seeded(2, name)), scheme.weight)
@@ -162,7 +162,7 @@ def test_compressed_tensors_is_undone_without_the_package(name):
 
 
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "mapping", "function"])
-def test_inputs_come_in_any_shape(kind, tmp_path):
+def test_inputs_of_any_shape_are_compared(kind, tmp_path):
     model, inputs = small()
     given = {"tensor": inputs, "tuple": (inputs,), "mapping": {"x": inputs}, "function": lambda m: m(inputs).sum()}
     export(model, allocate(model, "int4-g32"), tmp_path / "out", inputs=given[kind])
@@ -170,8 +170,8 @@ def test_inputs_come_in_any_shape(kind, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["int4-g32", "nf4-g64", "int8-channel+a:int8-token"])
 @pytest.mark.parametrize(("build", "inputs"), CASES)
-def test_the_layer_whose_output_is_off_is_named(build, inputs, scheme):
-    """What is allowed is tight: a layer that is off by a hundredth of its outputs is noticed."""
+def test_the_first_differing_layer_is_named(build, inputs, scheme):
+    """The tolerance is tight: a relative error of a hundredth in a layer's outputs is detected."""
     model = seed_weights(build()).eval()
     allocation = allocate(model, scheme)
     packed = pack_model(model, allocation)
@@ -181,8 +181,8 @@ def test_the_layer_whose_output_is_off_is_named(build, inputs, scheme):
         verifying.verify_outputs(model, packed, allocation, lambda model: model(inputs))
 
 
-def test_kernels_stay_within_what_is_allowed():
-    """The bound holds with room, and not with so much that it says nothing: 0.001 to 0.7 of it is used."""
+def test_kernel_errors_stay_within_the_tolerance():
+    """The bound holds without being vacuous: errors are 0.001 to 0.7 of it."""
     used = []
     for name in sorted(FORMATS):
         layer = seed_weights(nn.Sequential(nn.Linear(96, 64)))

@@ -1,4 +1,4 @@
-"""Several prompts at once give the texts that each gives alone."""
+"""Several prompts at once give the same texts as each alone."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ LENGTHS = (3, 70, 20, 61)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("formats", [None, ("int8-token", "int4-g32-asym"), ("int4-t64-asym", "int8-token")])
-def test_steps_of_several_sequences_are_those_of_each(name, packed, formats):
+def test_batched_steps_equal_single_steps(name, packed, formats):
     model = MODELS[name]()
     decoder = decoder_of(model)
     given = None if formats is None else formats_of(decoder, *formats)
@@ -45,7 +45,7 @@ def test_steps_of_several_sequences_are_those_of_each(name, packed, formats):
 
 
 @pytest.mark.parametrize("formats", [None, ("int8-asym", "int8-token")])
-def test_texts_are_those_of_each_prompt(formats):
+def test_batched_texts_equal_single_texts(formats):
     model = tiny()
     if formats:
         serve_cache(model, formats_of(decoder_of(model), *formats))
@@ -59,7 +59,7 @@ def test_texts_are_those_of_each_prompt(formats):
     assert [one.tokens for one in generate_batch(model, prompts, max_new_tokens=0)] == [()] * 4
 
 
-def test_chance_is_each_sequence_s_own():
+def test_each_sequence_samples_from_its_own_generator():
     model, prompts = tiny(), [TOKENS[0, :5]] * 3
     texts = [[one.tokens for one in generate_batch(model, prompts[:count], temperature=2.0, max_new_tokens=8)]
              for count in (2, 3)]  # fmt: skip
@@ -67,7 +67,7 @@ def test_chance_is_each_sequence_s_own():
     assert texts[0][0] != texts[0][1]
 
 
-def test_mistakes_are_named():
+def test_invalid_arguments_are_refused_by_name():
     with pytest.raises(MpqError, match="at least one token"):
         generate_batch(tiny(), [TOKENS[0, :0]])
     with pytest.raises(MpqError, match="at least one"):

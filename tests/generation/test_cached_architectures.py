@@ -51,7 +51,7 @@ def model_of(name: str) -> nn.Module:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("keys", ["int4-g8-asym", "int4-t8-asym"])
-def test_what_is_stored_is_what_was_simulated(name: str, keys: str) -> None:
+def test_stored_caches_equal_simulated_ones(name: str, keys: str) -> None:
     model, simulated = model_of(name), model_of(name)
     entries = find_cached(model, TOKENS[:1], next_token_loss)
     names = (keys if entry.kind == KEYS and not entry.window else "int4-g8-asym" for entry in entries)
@@ -63,13 +63,13 @@ def test_what_is_stored_is_what_was_simulated(name: str, keys: str) -> None:
     assert not torch.equal(rounded, plain)
     assert torch.equal(rounded, simulated(TOKENS).logits)
     made = model.generate(TOKENS, **MADE)
-    if keys != "int4-t8-asym":  # whose simulation rounds a text from its beginning
+    if keys != "int4-t8-asym":  # their simulation rounds a text from its beginning
         assert torch.equal(made, simulated.generate(TOKENS, **MADE))
 
 
 @torch.no_grad()
-def test_latent_attention_is_loaded_as_it_was_simulated(tmp_path: Path) -> None:
-    """One latent vector and one rotary key for all heads, each in a format of its own."""
+def test_latent_attention_loads_as_simulated(tmp_path: Path) -> None:
+    """One latent vector and one rotary key for all heads, each in its own format."""
     model = prepared(model_of("DeepseekV3"))
     entries = find_cached(model, TOKENS[:1], next_token_loss)
     assert [(entry.kind, entry.rows, entry.cols) for entry in entries[:2]] == [("keys", 1, 16), ("values", 1, 8)]
@@ -86,7 +86,7 @@ def test_latent_attention_is_loaded_as_it_was_simulated(tmp_path: Path) -> None:
     assert generate(loaded, TOKENS[0], max_new_tokens=5).tokens == tuple(made[0, TOKENS.shape[1] :].tolist())
 
 
-def test_models_that_keep_states_alone_are_named() -> None:
+def test_models_without_a_cache_of_keys_and_values_are_refused() -> None:
     config = transformers.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4)
     with pytest.raises(MpqError, match="MambaForCausalLM has no cache"):
         find_cached(transformers.AutoModelForCausalLM.from_config(config), TOKENS[:1], next_token_loss)

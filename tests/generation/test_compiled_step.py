@@ -22,19 +22,19 @@ from tests.sensitivity.small_models import seed_weights
 
 pytestmark = pytest.mark.skipif(cpu.native() is None, reason="the kernels are not compiled here")
 TOKENS = torch.randint(0, 50, (1, 150), generator=seeded(1))
-# Integers stand for activations, to 2**-16 of the largest, at seven products a block and one more: of two orders of the
-# same sums some are rounded to neighbours. Logits are of order 1.
+# Activations become integers, with a step of 2**-16 of the largest, in seven products per block and one more. Two
+# orders of the same sums may round some to neighbours. Logits are of order 1.
 CLOSE = 3e-3
 
 
 def packed(model, *schemes):
-    """The model, fused, its layers in the schemes in turn."""
+    """The fused model, its layers in the schemes round-robin."""
     layers = find_layers(model)
     return fuse(pack_model(model, Allocation(layers, tuple(schemes[i % len(schemes)] for i in range(len(layers))))))
 
 
 def mixed(model, *formats):
-    """The model, each row in a format of its own."""
+    """The model with random formats by row."""
     return fuse(pack_model(model, mixed_allocation(model, formats)))
 
 
@@ -108,7 +108,7 @@ def logits_of_steps(model, compiled=True):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_float32_logits_are_the_light_loop_s(name, level):
+def test_float32_logits_equal_the_decoder_loops(name, level):
     model = MODELS[name]()
     expected = logits_of_steps(model, compiled=False)
     assert expected.std() > 0.3
@@ -118,14 +118,14 @@ def test_float32_logits_are_the_light_loop_s(name, level):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bfloat16_logits_are_nearer_to_float32_s_than_the_light_loop_s(name):
+def test_bfloat16_logits_are_nearer_to_float32_than_the_decoder_loops(name):
     model = MODELS[name]().bfloat16()
-    exact = logits_of_steps(copy.deepcopy(model).float(), compiled=False)  # the same numbers, rounded nowhere
+    exact = logits_of_steps(copy.deepcopy(model).float(), compiled=False)  # the same weights without rounding
     loop, found = logits_of_steps(model, compiled=False), logits_of_steps(model)
     assert found.dtype == torch.bfloat16
     error, before = ((one.float() - exact).square().mean().sqrt() for one in (found, loop))
     assert error <= before
-    # Rounded are the embedding, rotations, keys, values and logits: 2**-9 of each, a few times over.
+    # Embedding, rotations, keys, values and logits are rounded: 2**-9 of each, a few times over.
     assert error <= 4 * 2**-9 * exact.abs().max()
 
 
@@ -150,7 +150,7 @@ def test_same_bits_for_any_number_of_threads(dtype, level):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e-36])
-def test_a_token_that_products_cannot_take_is_left_to_the_light_loop(value):
+def test_unsupported_tokens_fall_back_to_the_decoder_loop(value):
     model = llama()
     with torch.no_grad():
         model.model.embed_tokens = nn.Embedding.from_pretrained(torch.randn(50, 96, generator=seeded(2)))
@@ -162,7 +162,7 @@ def test_a_token_that_products_cannot_take_is_left_to_the_light_loop(value):
             step(decoder, TOKENS[:, :4], one)
         assert take(torch.tensor([[7]]), memory) is None
         assert memory.length == 4
-        for token in (torch.tensor([[7]]), TOKENS[:, 4:5]):  # what comes after it sees it
+        for token in (torch.tensor([[7]]), TOKENS[:, 4:5]):  # later tokens attend to it
             expected, found = step(decoder, token, other), take(token, memory)
             assert (found is None) == (token.item() == 7 or not expected.isfinite().all())
             found = step(decoder, token, memory) if found is None else found
@@ -185,7 +185,7 @@ def changed(change):
 @pytest.mark.parametrize("model", [
     lambda: hooked(llama()),
     lambda: llama().half(),
-    lambda: llama("int4-g32", "bf16"),  # layers that are not packed
+    lambda: llama("int4-g32", "bf16"),  # unpacked layers
     lambda: llama("int4-g32+a:fp8-e4m3-token"),
     lambda: changed(lambda model: setattr(model.lm_head, "forward", model.lm_head.forward)),
     lambda: changed(lambda model: setattr(model.lm_head, "bias", torch.zeros(50, dtype=torch.float64))),
@@ -194,7 +194,7 @@ def changed(change):
     lambda: changed(lambda model: model.model.layers[0].mlp.up_proj.weight.arrange("rows")),
     lambda: seed_weights(TinyLM(LMConfig(50, 64, 96, 2))),
 ])  # fmt: skip
-def test_what_the_library_does_not_compute_is_left_to_the_light_loop(model):
+def test_unsupported_models_fall_back_to_the_decoder_loop(model):
     assert compiled_step(decoder_of(model())) is None
 
 
@@ -202,7 +202,7 @@ def test_what_the_library_does_not_compute_is_left_to_the_light_loop(model):
     {"scale": 0.3}, {"own_norms": True}, {"activation": torch.nn.functional.gelu},
     {"blocks": {"window": 8}}, {"blocks": {"after_mlp": nn.RMSNorm(96)}}, {"blocks": {"q_norm": nn.RMSNorm(16)}},
 ])  # fmt: skip
-def test_only_a_llama_s_steps_are_compiled(changes):
+def test_only_llama_style_steps_are_compiled(changes):
     decoder = decoder_of(llama())
     assert compiled_step(decoder) is not None
     if "blocks" in changes:
@@ -210,7 +210,7 @@ def test_only_a_llama_s_steps_are_compiled(changes):
     assert compiled_step(replace(decoder, **changes)) is None
 
 
-def test_autocast_and_first_tokens_are_the_light_loop_s():
+def test_autocast_and_prompts_use_the_decoder_loop():
     model = tiny()
     take, memory = compiled_step(decoder_of(model)), Memory()
     with torch.inference_mode():
@@ -220,7 +220,7 @@ def test_autocast_and_first_tokens_are_the_light_loop_s():
             assert take(TOKENS[:, 4:5], memory) is None
 
 
-def test_a_stack_whose_member_has_a_new_weight_is_taken_apart():
+def test_a_stack_with_a_replaced_weight_is_unstacked():
     model, other = tiny(), tiny("int4-g64", heads=4)
     for one in (model, other):
         attention = one.blocks[0].attention
@@ -228,7 +228,7 @@ def test_a_stack_whose_member_has_a_new_weight_is_taken_apart():
     torch.testing.assert_close(logits_of_steps(model), logits_of_steps(other, compiled=False), rtol=0, atol=CLOSE)
 
 
-def test_generation_takes_it():
+def test_generation_uses_the_compiled_step():
     model = tiny()
     calls = []
     model.embed.register_forward_hook(lambda module, args, out: calls.append(out.shape[1]))

@@ -29,7 +29,7 @@ def llama(kind="Llama", **changes):
             if "norm" in name or name.endswith("bias"):
                 parameter.uniform_(0.5, 1.5)
             else:
-                parameter.mul_(8)  # attention that looks somewhere, logits of order 1
+                parameter.mul_(8)  # peaked attention, logits of order 1
     return model
 
 
@@ -81,12 +81,12 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_steps_of_any_size_give_the_model_s_own_logits(name):
+def test_steps_of_any_size_match_the_models_logits(name):
     model = MODELS[name]()
     decoder, memory, end = decoder_of(model), Memory(), 0
     with torch.inference_mode():
         expected = logits_of(model(TOKENS))[0]
-        for size in (5, 1, 1, 90, 1, 3, 49):  # beyond the first capacity, too
+        for size in (5, 1, 1, 90, 1, 3, 49):  # beyond the initial capacity, too
             end += size
             found = step(decoder, TOKENS[:, end - size : end], memory)
             tolerance = CLOSE if name != "packed" else 3e-3  # activations of about 15 bits, twice in each block
@@ -105,7 +105,7 @@ def test_half_precision_stays_close():
     assert (found - expected).abs().max() <= 16 * 2**-8 * expected.abs().max()
 
 
-def test_other_models_are_left_alone():
+def test_unsupported_models_are_not_changed():
     assert decoder_of(gemma(final_logit_softcapping=30.0)) is None
     mixed = ["full_attention", "sliding_attention"]
     assert decoder_of(llama("Qwen2", use_sliding_window=True, sliding_window=9, layer_types=mixed)) is None

@@ -36,7 +36,7 @@ def tiny():
 
 
 @pytest.mark.parametrize("name", ["model", "gpt2", "tiny"])
-def test_greedy_text_is_that_of_recomputing_everything(name, request):
+def test_greedy_text_equals_recomputation_without_a_cache(name, request):
     model = request.getfixturevalue(name)
     found = generate(model, PROMPT, max_new_tokens=12)
     sequence = PROMPT

@@ -1,4 +1,4 @@
-"""The light loop's packed cache: the formats' bytes in slabs, read by the kernels, with a cache of floats beside it."""
+"""The decoder loop's packed cache: formats' bytes in slabs, read by the kernels, compared with a cache of floats."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ CASES = [
 
 
 def formats_of(decoder, *names, count=None):
-    """Formats of all keys and all values, or of the first blocks'."""
+    """Formats of all keys and values, or of the first blocks'."""
     blocks = range(len(decoder.blocks) if count is None else count)
     entries = tuple(
         Layer(entry_name(index, kind), kind, 2, decoder.head_width) for index in blocks for kind in (KEYS, VALUES)
@@ -40,7 +40,7 @@ def formats_of(decoder, *names, count=None):
 
 
 def run(model, formats, packed, take=None, sizes=(5, 1, 1, 40, 1, 60, 1, 1)):
-    """Logits after each piece."""
+    """Logits after each piece of the tokens."""
     decoder, memory, end, found = decoder_of(model), Memory(formats=formats, packed=packed), 0, []
     with torch.inference_mode():
         for size in sizes:
@@ -54,7 +54,7 @@ def run(model, formats, packed, take=None, sizes=(5, 1, 1, 40, 1, 60, 1, 1)):
 
 
 def near(found, expected):
-    """Equal but for keys and values that 15 bits of a query or a probability round to the neighbouring code."""
+    """Equal up to keys and values that 15-bit queries or probabilities round to the neighbouring code."""
     difference = (found.float() - expected.float()).abs()
     assert difference.mean() < 0.01 * expected.float().std()
     assert difference.max() < 0.3 * expected.float().std()
@@ -63,14 +63,14 @@ def near(found, expected):
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("names", CASES)
-def test_packed_caches_give_what_rounded_floats_give(names, dtype):
+def test_packed_caches_match_rounded_floats(names, dtype):
     model = plain_llama().to(dtype)
     formats = formats_of(decoder_of(model), *names)
     expected, floats = run(model, formats, packed=False)
     found, memory = run(model, formats, packed=True)
     if dtype == torch.float32:
         near(found, expected)
-    else:  # rounded elsewhere, in every layer
+    else:  # rounded at other places, in every layer
         assert (found - expected).abs().mean() < 0.1 * expected.float().std()
     plain, _ = run(model, None, packed=False)
     assert (expected - plain).abs().max() > 1e-3
@@ -87,19 +87,19 @@ def test_windows():
 @compiled
 @pytest.mark.parametrize("names", CASES)
 @pytest.mark.parametrize("model", [tiny, llama, lambda: llama(head_dim=20)])
-def test_the_compiled_step_reads_and_writes_them(model, names):
+def test_the_compiled_step_reads_and_writes_packed_caches(model, names):
     model = model()
     formats = formats_of(decoder_of(model), *names)
     take = compiled_step(decoder_of(model))
     expected, _ = run(model, formats, packed=True)
-    if "mxfp4" in names:  # which the library does not round to
+    if "mxfp4" in names:  # unsupported by the library
         assert take(TOKENS[:, :1], run(model, formats, packed=True)[1]) is None
         return
     near(run(model, formats, packed=True, take=take)[0], expected)
 
 
 @compiled
-def test_blocks_without_formats_stay_in_the_model_s_type():
+def test_blocks_without_formats_stay_in_the_models_dtype():
     model = tiny()
     formats = formats_of(decoder_of(model), "int2-asym", "int2-asym", count=1)
     take = compiled_step(decoder_of(model))
@@ -109,7 +109,7 @@ def test_blocks_without_formats_stay_in_the_model_s_type():
 
 
 @compiled
-def test_growing_copies_nothing():
+def test_growing_does_not_copy():
     model = plain_llama()
     formats = formats_of(decoder_of(model), "int8-token", "int4-token")
     places = [[slab.data_ptr() for slab in run(model, formats, packed=True, sizes=sizes)[1].keys[0]]
@@ -126,7 +126,7 @@ def test_growing_copies_nothing():
 
 @compiled
 @pytest.mark.parametrize("name", ["nf4", "int4-g20", "int4-t32"])
-def test_formats_without_a_kernel_are_rounded_in_floats(name):
+def test_formats_without_a_kernel_are_kept_as_rounded_floats(name):
     decoder = decoder_of(plain_llama(head_dim=40))
     assert not can_pack(formats_of(decoder, name, "int8-token"), 40, torch.device("cpu"))
     assert can_pack(formats_of(decoder, "int8-token", "fp16"), 40, torch.device("cpu"))
@@ -135,11 +135,11 @@ def test_formats_without_a_kernel_are_rounded_in_floats(name):
 
 
 @compiled
-def test_generation_takes_the_compiled_step_with_a_packed_cache():
+def test_generation_uses_the_compiled_step_with_a_packed_cache():
     texts, calls = [], []
     for hook in (False, True):
         model = tiny()
-        if hook:  # so that no library computes it
+        if hook:  # so that the library does not compute it
             model.head.register_forward_hook(lambda *_: None)
         serve_cache(model, formats_of(decoder_of(model), "int8-asym", "int8-token"))
         model.embed.register_forward_hook(lambda module, args, out: calls.append(out.shape[1]))

@@ -1,4 +1,4 @@
-"""Models that cache keys and values in formats of their own: exported, loaded, generating."""
+"""Models with KV-cache formats: exported, loaded, generating."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from mpq.network.calibration import next_token_loss
 from mpq.network.layers import find_layers
 from mpq.quantized import pack_model, round_cache, simulate
 
-NAMES = ("int4-asym", "int3-g4-asym", "fp8-e4m3", "mxfp4")  # of the two layers' keys and values
+NAMES = ("int4-asym", "int3-g4-asym", "fp8-e4m3", "mxfp4")  # keys and values of the two layers
 
 
 def formats_of(model: nn.Module) -> CacheFormats:
@@ -37,7 +37,7 @@ def allocation_of(model: nn.Module) -> Allocation:
 
 
 @pytest.mark.parametrize("name", ["int4-asym", "int3-g32", "nvfp4", "mxfp8-e4m3", "fp8-e4m3", "bf16", "int5-g16-asym"])
-def test_bytes_hold_all_of_a_vector(name: str) -> None:
+def test_bytes_include_scales_and_zeros(name: str) -> None:
     format = mpq.core.cache.parse_cache_format(name)
     heads = quantize_heads(torch.randn(2, 3, 4, 40), format)
     again = from_bytes(to_bytes(heads), format, 40)
@@ -47,7 +47,7 @@ def test_bytes_hold_all_of_a_vector(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
-def test_stored_bytes_give_what_rounded_floats_give(name: str) -> None:
+def test_stored_bytes_match_rounded_floats(name: str) -> None:
     model, simulated = model_of(name), model_of(name)
     formats = formats_of(model)
     serve_cache(model, formats)
@@ -99,7 +99,7 @@ def test_from_pretrained_and_save_pretrained_carry_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-lm", "llama"])
-def test_a_model_trained_under_it_is_exported(name: str, tmp_path: Path) -> None:
+def test_a_model_trained_with_cache_formats_is_exported(name: str, tmp_path: Path) -> None:
     model = model_of(name)
     allocation = allocation_of(model)
     student = simulate(model, allocation)
@@ -111,13 +111,13 @@ def test_a_model_trained_under_it_is_exported(name: str, tmp_path: Path) -> None
     loaded = load(tmp_path / "out", model=model_of(name) if name == "tiny-lm" else None)
     assert cache_formats_of(loaded) == allocation.cache
     assert float(next_token_loss(loaded, TOKENS).detach()) == pytest.approx(float(trained), rel=1e-3)
-    assert float(next_token_loss(student, TOKENS).detach()) == float(trained)  # still a simulation
+    assert float(next_token_loss(student, TOKENS).detach()) == float(trained)  # still a simulated model
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["tiny-lm", "llama"])
-def test_a_loaded_model_rounds_its_own_keys_to_the_bit(name: str, tmp_path: Path) -> None:
-    """Its loss may differ from the simulation's, whose products are others: rounding magnifies the last bits."""
+def test_a_loaded_model_rounds_its_keys_bit_exactly(name: str, tmp_path: Path) -> None:
+    """Its loss may differ from the simulation's, whose products differ in the last bits: rounding amplifies them."""
     model = model_of(name)
     layers = find_layers(model)
     cache = CacheFormats.uniform(find_cached(model, TOKENS[:1], next_token_loss), "int2-asym")

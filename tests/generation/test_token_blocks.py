@@ -1,4 +1,4 @@
-"""Keys in blocks of tokens, each column with a scale of its own: stored, scored, generated with."""
+"""Keys in blocks of tokens with a scale for each column: stored, scored, generated with."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ assert isinstance(FORMAT, TokenBlocks)
 
 
 def vectors(tokens: int, seed: int = 0) -> Tensor:
-    columns = torch.logspace(-1, 1, 16)  # of very different size: what a scale for each column is for
+    columns = torch.logspace(-1, 1, 16)  # columns of very different magnitude
     return torch.randn(2, 3, tokens, 16, generator=torch.Generator().manual_seed(seed)) * columns
 
 
@@ -45,12 +45,12 @@ def test_names_parse_and_print_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int4-t7-asym", "fp8-e4m3-t8", "int4-g32-t8"])
-def test_other_blocks_are_refused(name: str) -> None:
+def test_invalid_blocks_are_refused(name: str) -> None:
     with pytest.raises(MpqError):
         parse_cache_format(name)
 
 
-def test_each_column_of_a_block_is_rounded_for_itself() -> None:
+def test_each_column_of_a_block_is_rounded_separately() -> None:
     values = vectors(20)
     rounded = round_vectors(values, FORMAT)
     assert torch.equal(rounded[:, :, 16:], values[:, :, 16:])
@@ -63,7 +63,7 @@ def test_each_column_of_a_block_is_rounded_for_itself() -> None:
     assert errors[0] < 0.1 * errors[1]
 
 
-def test_bytes_are_those_that_are_reported() -> None:
+def test_stored_bytes_are_as_reported() -> None:
     values = vectors(24)
     stored = pack_blocks(values, FORMAT)
     assert stored.nbytes == 2 * 3 * 3 * FORMAT.block_bytes(16)
@@ -122,7 +122,7 @@ def test_transformers_generates_with_them(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["tiny-lm", "llama"])
-def test_a_checkpoint_with_them_generates_alike_in_both_loops(name: str, tmp_path: Path) -> None:
+def test_both_loops_generate_alike_from_token_blocks(name: str, tmp_path: Path) -> None:
     model = model_of(name)
     layers = find_layers(model)
     allocation = Allocation(layers, ("int8-channel",) * len(layers), cache=formats_of(model))
@@ -136,7 +136,7 @@ def test_a_checkpoint_with_them_generates_alike_in_both_loops(name: str, tmp_pat
         assert tokens == tuple(made[0, 12:].tolist())
 
 
-def test_short_texts_and_windows_give_no_score() -> None:
+def test_texts_too_short_for_a_block_give_no_score() -> None:
     for name, known in (("llama", (True, False)), ("mistral", (False, False))):
         model = model_of(name)
         found = profile(

@@ -1,6 +1,6 @@
-"""Golden checkpoints: `python -m tests.golden.make` writes those of the present version, once it is final.
+"""Golden checkpoints: `python -m tests.golden.make` writes those of the current version, once it is final.
 
-A version's folders never change again: every later mpq loads them and finds the same numbers.
+A version's folders never change afterwards: every later mpq loads the same weights from them.
 """
 
 import json
@@ -44,7 +44,7 @@ class Formats(nn.Module):
 
 
 def fill(model: nn.Module) -> None:
-    """Weights that any machine computes alike: exact fractions."""
+    """Weights that are equal on any machine: exact fractions."""
     for place, parameter in enumerate(model.parameters()):
         numbers = torch.arange(parameter.numel(), dtype=torch.int64)
         values = ((numbers * 37 + place * 11) % 101 - 50) * ((numbers * 13 + place) % 7 + 1)
@@ -74,13 +74,13 @@ def cases() -> dict[str, tuple[nn.Module, Allocation, Tensor, dict[str, str] | N
 
 
 def written(name: str, folder: Path) -> Path:
-    """A golden folder as this mpq writes it."""
+    """Write a golden folder by this version of mpq."""
     model, allocation, _, recipe = cases()[name]
     return export(model, allocation, folder, method="nearest", recipe=recipe)
 
 
 def found(loaded: nn.Module, inputs: Tensor) -> dict[str, object]:
-    """Digests of a loaded model's numbers by layer, and its outputs."""
+    """Digests of a loaded model's weights by layer, and its outputs."""
     digests = {
         name: numbers_digest(module.weight.dequantize())
         for name, module in loaded.named_modules()
@@ -93,7 +93,7 @@ def found(loaded: nn.Module, inputs: Tensor) -> dict[str, object]:
 
 
 def main() -> None:
-    """Write the folders of this version; existing ones are left alone."""
+    """Write the folders of this version; existing ones are kept."""
     from mpq.exporters.mpq.checkpoint import load
 
     for name, (_, _, inputs, _) in cases().items():

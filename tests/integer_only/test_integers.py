@@ -1,4 +1,4 @@
-"""Networks in integers alone: near the float network, exact by hand, and the same bits in ONNX Runtime."""
+"""Integer-only networks: near the float network, exact by hand, and bit-identical in ONNX Runtime."""
 
 import copy
 
@@ -66,12 +66,12 @@ def test_onnx_runtime_computes_the_same_bits(network, scheme, tmp_path):
 
     model, images = network
     program = integer_program(model, uniform(model, images, scheme), images[:32])
-    codes = program.codes(images * 1.3)  # some beyond the range
+    codes = program.codes(images * 1.3)  # some beyond the calibrated range
     path = export_integer(program, tmp_path / "model.onnx", codes)
     assert torch.equal(run_onnx(path, program, codes), run(program, codes))
 
 
-def test_a_channel_of_little_more_than_a_bias_keeps_it(network, tmp_path):
+def test_a_channel_dominated_by_its_bias_keeps_the_bias(network, tmp_path):
     pytest.importorskip("onnxruntime")
     from mpq.exporters.onnx.integer import export_integer, run_onnx
 
@@ -124,7 +124,7 @@ def test_layers_that_must_agree_are_tied(network):
     assert all((ties[name] != "") == (name in together) for name in ties)
 
 
-def test_refusals_name_what_has_no_integer_form(network):
+def test_operations_without_an_integer_form_are_refused_by_name(network):
     model, images = network
     layers = find_layers(model)
     for scheme in ("int8-channel", "int8-channel+a:int8-token", "fp8-e4m3-channel+a:int8", "int4-g32+a:int8"):

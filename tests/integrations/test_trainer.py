@@ -1,4 +1,4 @@
-"""transformers' Trainer trains a simulation, saves it, goes on from its checkpoint, and leaves packed models."""
+"""transformers' Trainer trains a simulation, saves it, resumes from its checkpoint, and writes packed models."""
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-3}  # compiled kernels give activations about 
 
 
 def served(parts, cut, tensors, ids, digests=None):
-    """A layer as vLLM fills it: every stored tensor through the loader of its place, in any order."""
+    """A layer as vLLM fills it: every stored tensor through its parameter's loader, in any order."""
     weight = ServedWeight(parts, cut, torch.float32)
     for part, shard in reversed(list(zip(parts, ids, strict=True))):
         for name, tensor in tensors[part.name].items():
@@ -67,14 +67,14 @@ NAMES = (
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(NAMES), st.sampled_from(NAMES), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
-def test_ranks_of_fused_layers_compute_their_rows(first, second, ranks, key_heads):
+def test_tensor_parallel_ranks_compute_their_rows(first, second, ranks, key_heads):
     """q has eight heads of 4 rows, k and v one or two: more ranks than key heads share them."""
     sizes = (32, 4 * key_heads, 4 * key_heads)
     made = [stored(*one) for one in zip((first, second, second), sizes, [70] * 3, "qkv", strict=True)]
     tensors = {part.name: stored for part, stored, _ in made}
     inputs = torch.randn(3, 70, generator=seeded(1))
     for rank in range(ranks):
-        shares = [max(1, ranks // (size // 4)) for size in sizes]  # ranks that hold the same head
+        shares = [max(1, ranks // (size // 4)) for size in sizes]  # ranks that share a key head
         local = tuple(size * same // ranks for size, same in zip(sizes, shares, strict=True))
         weight = served([part for part, *_ in made], Cut(local, 70, rank, ranks), tensors, "qkv")
         expected = [
@@ -91,7 +91,7 @@ def test_ranks_of_fused_layers_compute_their_rows(first, second, ranks, key_head
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(NAMES), st.sampled_from([1, 2, 4]))
-def test_ranks_that_share_out_inputs_add_up(name, ranks):
+def test_input_parallel_ranks_add_up(name, ranks):
     part, tensors, matrix = stored(name, 6, 256)
     inputs, bias = torch.randn(3, 256, generator=seeded(1)), torch.randn(6, generator=seeded(2))
     total = torch.zeros(3, 6)
@@ -101,7 +101,7 @@ def test_ranks_that_share_out_inputs_add_up(name, ranks):
     torch.testing.assert_close(total, inputs @ matrix.t() + bias, **CLOSE)
 
 
-def test_a_cut_through_a_group_is_refused():
+def test_splits_within_a_group_are_refused():
     part, tensors, _ = stored("int4-g64", 6, 96)
     with pytest.raises(MpqError, match=r"48 columns for each rank cut the groups of 64 in a: use fewer ranks"):
         served([part], Cut((6,), 48, 0, 2), {"a": tensors}, [None])
@@ -125,7 +125,7 @@ def test_vocabularies_are_padded(name, ranks):
     assert not whole[:, 70:].any()
 
 
-def test_wrong_missing_and_altered_tensors_are_named():
+def test_wrong_missing_and_altered_tensors_are_refused_by_name():
     part, tensors, _ = stored("int4-g32", 6, 64)
     with pytest.raises(MpqError, match=r"no tensor a\.weight\.scale"):
         served([part], Cut((6,), 64), {"a": {"packed": tensors["packed"]}}, [None])
@@ -188,14 +188,14 @@ def test_an_exported_model_served_layer_by_layer(tmp_path, mixes):
         parts_of("model.layers.0.self_attn.qkv_proj", known, FUSED)
 
 
-def test_the_entry_point_names_the_function():
+def test_the_entry_point_resolves_to_the_plugin():
     from importlib.metadata import entry_points
 
     points = [point for point in entry_points(group="vllm.general_plugins") if point.name == "mpq"]
     assert all(point.value == "mpq.integrations.vllm:register" for point in points)
 
 
-def test_matrices_of_one_mix_are_a_product_for_each_format():
+def test_a_fused_mix_is_one_product_per_format():
     made = [stored(MIX, rows, 64, name) for rows, name in ((32, "q"), (8, "k"), (8, "v"))]
     tensors = {part.name: stored for part, stored, _ in made}
     weight = served([part for part, *_ in made], Cut((32, 8, 8), 64), tensors, "qkv")
@@ -208,7 +208,7 @@ def test_matrices_of_one_mix_are_a_product_for_each_format():
     torch.testing.assert_close(weight.product(inputs), expected, **CLOSE)
 
 
-def test_an_embedding_that_vllm_builds_without_a_name_is_found_by_its_size():
+def test_unnamed_embeddings_are_matched_by_size():
     facts = {"scheme": "int4-g64", "kind": "embedding", "rows": 70, "cols": 64, "aliases": ["lm_head"]}
     head = {**facts, "kind": "linear", "aliases": []}
     layers = named_layers({"model.embed_tokens": facts, "other_head": head})

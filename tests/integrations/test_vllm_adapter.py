@@ -1,4 +1,4 @@
-"""vLLM's own layers and loader on our checkpoint, wherever vLLM is installed (it was read and run at 0.33)."""
+"""vLLM's own layers and loader on our checkpoint, if vLLM is installed (tested with 0.33)."""
 
 import json
 import pickle
@@ -94,7 +94,7 @@ def test_vllms_loader_and_layers_compute_what_was_simulated(tied, tmp_path):
     folder = export(model, allocation, tmp_path / "out")
     truth = simulate(model, allocation, trainable=False)
     said = json.loads((folder / "config.json").read_text())["quantization_config"]
-    quant = pickle.loads(pickle.dumps(get_quantization_config("mpq").from_config(said)))  # as it goes to a worker
+    quant = pickle.loads(pickle.dumps(get_quantization_config("mpq").from_config(said)))  # as sent to a worker
     quant.maybe_update_config(str(folder))
     quant.apply_vllm_mapper(LlamaForCausalLM.hf_to_vllm_mapper.get_rename_mapper())
     quant.packed_modules_mapping.update(LlamaForCausalLM.packed_modules_mapping)

@@ -1,4 +1,4 @@
-"""torch.ops.mpq.append: what the compiled library rounds and places is what the reference does, to the bit."""
+"""torch.ops.mpq.append: the compiled library equals the reference bit for bit."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ OTHERS = ("mxfp4", "nvfp4", "nf4", "fp8-e5m2", "int4-g32-se8m0")
 
 
 def slabs(name, width=80, heads=2, sizes=(1, 2)):
-    """Slabs with old bytes in them."""
+    """Slabs filled with old bytes."""
     size = block_bytes(parse_cache_format(name), width)
     return [
         torch.randint(0, 255, (heads, blocks, size), dtype=torch.uint8, generator=seeded(blocks)) for blocks in sizes
@@ -31,7 +31,7 @@ def slabs(name, width=80, heads=2, sizes=(1, 2)):
 
 
 def appended(append, vectors, name, values, positions, sizes=(1, 2)):
-    """The tensors of all tokens of a cache after appending pieces."""
+    """All tokens' tensors of a cache after appending pieces."""
     held, start = slabs(name, vectors.shape[2], len(vectors), sizes), 0
     for end in positions:
         append(vectors[None, :, start:end], held, name, values, [start])
@@ -47,7 +47,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("name", COMPILED + OTHERS)
-def test_tokens_are_those_of_the_reference(name, values):
+def test_appended_tokens_equal_the_references(name, values):
     assert attention.APPENDS["cpu"] is compiled_attention.append
     if cpu.native() is not None:
         assert compiled_attention.rounds(compiled_attention.vectors_of(name, 80)) == (name in COMPILED)
@@ -96,7 +96,7 @@ def test_blocks_are_rounded_as_they_are_filled(name, values, dtype):
     st.sampled_from(COMPILED), st.booleans(), st.sampled_from([16, 20, 64, 256]), st.floats(-40, 40),
     st.integers(0, 99), st.floats(-3, 3),
 )  # fmt: skip
-def test_numbers_of_every_size_are_rounded_alike(name, values, width, exponent, seed, mean):
+def test_values_of_every_magnitude_are_rounded_alike(name, values, width, exponent, seed, mean):
     vectors = (torch.randn(2, 9, width, generator=seeded(seed)) + mean) * 2.0**exponent
     same(
         appended(torch.ops.mpq.append, vectors, name, values, (9,)),
@@ -124,19 +124,19 @@ def test_opcheck(name):
     (torch.ones(2, 3, 64), 0, "invalid shape of slabs"),
     (torch.ones(2, 3, 80, dtype=torch.int32), 0, "type int32"),
 ])  # fmt: skip
-def test_calls_that_do_not_fit_are_named(vectors, position, message):
+def test_invalid_calls_are_refused_by_name(vectors, position, message):
     with pytest.raises(MpqError, match=message):
         torch.ops.mpq.append(vectors.unsqueeze(0), slabs("int8-token"), "int8-token", False, [position])
 
 
-def test_sequences_that_do_not_fit_are_named():
+def test_invalid_sequences_are_refused_by_name():
     for positions, count in (([1], 4), ([1, 2, 3], 6), ([1, 2], 3)):
         with pytest.raises(MpqError, match="the same number of slabs for each"):
             torch.ops.mpq.append(torch.ones(2, 2, 1, 80), (slabs("fp16") * 3)[:count], "fp16", False, positions)
 
 
 @pytest.mark.parametrize("name", ["int8-token", "int3-t64-asym", "nf4"])
-def test_several_sequences_are_those_of_each(name):
+def test_several_sequences_equal_single_ones(name):
     vectors, positions, size = (
         torch.randn(3, 2, 2, 20, generator=seeded(5)),
         [62, 0, 70],

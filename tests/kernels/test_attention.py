@@ -1,4 +1,4 @@
-"""torch.ops.mpq.attend by every level of the CPU kernels against the plain reference."""
+"""torch.ops.mpq.attend at every level of the CPU kernels against the plain reference."""
 
 from dataclasses import replace
 
@@ -22,8 +22,8 @@ FORMATS = (
     "int4-asym", "int4-g32", "int4-g32-asym", "int3-g32", "int2-asym", "mxfp4", "nvfp4", "nf4", "fp8-e5m2",
     "int4-t64-asym", "int3-t64-asym", "int2-t64", "int8-t64-asym",
 )  # fmt: skip
-# Probabilities times scales, and queries of codes, are rounded to 1/32639 of the largest of a block or a head: half
-# such a step in each of the columns of a score, whose exponential it multiplies, and in each of a block's values.
+# Probabilities times scales, and queries, are rounded to 1/32639 of the largest of a block or a head: half such a step
+# in each column of a score (which multiplies its exponential) and in each of a block's values.
 CLOSE = 3e-4
 compiled = pytest.mark.skipif(cpu.native() is None, reason="the kernels are not compiled here")
 
@@ -35,9 +35,9 @@ def level(request, monkeypatch):
 
 
 def slabs_of(vectors, name, values, length=0, first=1):
-    """A cache (key heads, tokens, width) in slabs: the first has so many blocks, the next has the rest.
+    """A cache (key heads, tokens, width) in slabs: the first has `first` blocks, the next has the rest.
 
-    Of blocks of tokens, those after the last whole one stand before them, among what does not matter.
+    With blocks of tokens, the tokens after the last full block are stored before the others.
     """
     format = parse_cache_format(name)
     blocks = packed_blocks(vectors, format, values)
@@ -122,7 +122,7 @@ def test_the_reference_is_the_plain_attention():
     torch.testing.assert_close(attention.attend_plainly(*arguments), expected.reshape(1, 4, 64))
 
 
-def test_a_window_and_sinks_are_those_of_a_longer_softmax():
+def test_windows_and_sinks_match_a_masked_softmax():
     arguments = call("fp32", "fp32", window=10, sinks=True)
     query, keys, values, _, *_, sinks = arguments
     k, v = (
@@ -148,7 +148,7 @@ def test_nan_reaches_the_heads_that_see_it(formats, where, level):
     def change(k, v):
         (k if where == "keys" else v)[1, 77, 3] = torch.nan
 
-    for window in (0, 20):  # the newest 20 of 100 tokens do not see it
+    for window in (0, 20):  # a window of the newest 20 of 100 tokens does not contain it
         arguments = call(*formats, change=change, window=window)
         check(arguments)
         found = torch.ops.mpq.attend(*arguments)
@@ -159,7 +159,7 @@ def test_nan_reaches_the_heads_that_see_it(formats, where, level):
 @compiled
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("key_format", ["int8-token", "bf16"])
-def test_queries_that_are_no_numbers(value, key_format):
+def test_queries_with_nan_give_nan(value, key_format):
     arguments = call(key_format)
     arguments[0][0, 1, 5] = value
     found = torch.ops.mpq.attend(*arguments)
@@ -214,14 +214,14 @@ def test_opcheck(formats, dtype):
     (lambda a: (*a[:4], "int4-g20", *a[5:]), "not multiples of 16"),
     (lambda a: (a[0][:, :3], *a[1:]), "3 heads"),
 ])  # fmt: skip
-def test_calls_that_do_not_fit_are_named(change, message):
+def test_invalid_calls_are_refused_by_name(change, message):
     with pytest.raises(MpqError, match=message):
         torch.ops.mpq.attend(*change(call()))
 
 
 @compiled
 def test_every_code_of_fp8(level):
-    """One token, whose share of the softmax is 1: its values come back as they are, NaN too."""
+    """A single token has a softmax weight of 1: its values are returned exactly, NaN included."""
     codes = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 1, 256)
     heads = quantize_heads(torch.zeros(1, 1, 1, 256), parse_cache_format("fp8-e4m3")).with_tensors([codes])
     keys = slabs_of(torch.zeros(1, 1, 256), "fp32", False)

@@ -6,7 +6,7 @@ from mpq.core.errors import MpqError
 from mpq.kernels.bench import device_of, latency_table, measure
 
 
-def test_everything_asked_for_is_measured_and_becomes_a_table():
+def test_every_requested_format_is_measured_into_a_table():
     schemes = ["int4-g128", "int8-channel+a:int8-token", "bf16"]
     found = list(measure(schemes, [(64, 128), (70, 256)], [1, 3], repeats=3, beyond=2**20))
     assert {(timing.scheme, timing.rows, timing.cols, timing.batch) for timing in found} == {

@@ -28,7 +28,7 @@ def test_keys_and_values_of_every_format_are_timed_and_become_a_table():
     assert seconds == one.seconds
 
 
-def test_what_is_timed_is_attention():
+def test_the_timed_call_is_attention():
     nbytes, timed = attention_calls("int8-token", "fp16", HEADS, 70, 3, beyond=1)
     assert nbytes == 3 * 2 * 2 * 64 * (32 + 2 + 64)
     for call in timed.calls:
@@ -43,6 +43,6 @@ def test_what_is_timed_is_attention():
         (HEADS, [64], "int4-g8", "no kernel reads"),
     ],
 )
-def test_what_cannot_be_timed_is_named(shape, contexts, name, message):
+def test_unsupported_formats_are_refused_by_name(shape, contexts, name, message):
     with pytest.raises(MpqError, match=message):
         list(measure_attention([shape], contexts, formats=[name], repeats=1))

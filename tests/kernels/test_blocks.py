@@ -22,7 +22,7 @@ def heads_of(name, tokens=70, width=80, heads=3, seed=0):
 @pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("width", [64, 80, 20])
-def test_blocks_give_back_codes_and_tables(name, values, width):
+def test_arranging_blocks_is_lossless(name, values, width):
     heads = heads_of(name, width=width)
     blocks = arrange(heads, values)
     assert blocks.shape == (3, 2, block_bytes(heads.format, width))
@@ -33,7 +33,7 @@ def test_blocks_give_back_codes_and_tables(name, values, width):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_token_takes_the_bytes_of_the_cost_model(name):
+def test_bytes_per_token_match_the_cost_model(name):
     format = parse_cache_format(name)
     assert block_bytes(format, 128) == TOKENS * head_bytes(format, 128)
 

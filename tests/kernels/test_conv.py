@@ -19,7 +19,7 @@ NAMES = ("int4-g32", "int8-channel", "int3-g16-asym", "nvfp4", "fp8-e4m3", "fp6-
 
 
 def patches(x, conv):
-    """The rows that the weight meets, in double: (positions, cols)."""
+    """The unfolded input rows in float64, (positions, cols)."""
     sides, mode = conv._reversed_padding_repeated_twice, conv.padding_mode
     x = functional.pad(x.double(), sides, mode="constant" if mode == "zeros" else mode)
     if x.dim() == 3:
@@ -38,7 +38,7 @@ def packed_conv(conv, name, layout="panels"):
 
 
 def check(x, conv, name):
-    """Both ways: by patches, and as the module chooses, which may unpack weights and sum in PyTorch's order."""
+    """Check both paths: by patches, and by the module's choice, which may unpack weights and sum in PyTorch's order."""
     module, packed = packed_conv(conv, name)
     padded = functional.pad(x, module.side_padding, mode=module.padding_mode) if module.side_padding else x
     weight, where = module.weight, (module.kernel, module.stride, module.padding, module.dilation)
@@ -102,7 +102,7 @@ def test_many_positions_are_the_same_for_any_number_of_threads(level, channels):
 
 @needs_native
 @torch.no_grad()
-def test_nan_and_infinities_stay_where_they_are_and_zeros_are_zeros(level):  # noqa: F811
+def test_nan_and_infinities_stay_local_and_zeros_stay_zero(level):  # noqa: F811
     conv = nn.Conv2d(5, 9, 3, padding=1, bias=False)
     module, _ = packed_conv(conv, "int8-channel")
     where = (module.kernel, module.stride, module.padding, module.dilation)
@@ -144,14 +144,14 @@ def test_the_op_is_sound_and_has_the_reference_gradient(layout, build, size, gro
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_sixteen_bit_inputs_are_summed_in_float32(layout, dtype):
-    """Where PyTorch 2.13's own bfloat16 convolution reads memory that nobody wrote, on a machine with AMX."""
+    """PyTorch 2.13's own bfloat16 convolution reads uninitialized memory here, on a machine with AMX."""
     conv = nn.Conv2d(16, 64, (1, 3), (1, 2), bias=False).to(dtype)
     module, packed = packed_conv(conv, "int8-channel", layout)
     x = torch.randn((1, 16, 8, 3), generator=seeded(0)).to(dtype)
     rows = patches(x, conv)
     exact = rows @ dequantize(unpack(packed)).double().T
     for size in (2**10, 2**14, 2**16):
-        torch.full((size,), 3e34)  # freed at once, for what would read it
+        torch.full((size,), 3e34)  # freed at once: poisons memory that a wrong kernel would read
     error = (module(x).movedim(1, -1).reshape(exact.shape).double() - exact).abs()
     # One rounding to the type, and 48 float32 sums.
     products = rows.abs() @ dequantize(unpack(packed)).double().abs().T
@@ -163,7 +163,7 @@ def test_sixteen_bit_inputs_are_summed_in_float32(layout, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("build", [nn.Conv1d, nn.Conv2d])
 def test_sixteen_bit_gradients_are_summed_in_float32(layout, dtype, build):
-    """A weight rounded to 16 bits would err by more than the gradient's own rounding where products cancel."""
+    """A weight rounded to 16 bits would err by more than the gradient's rounding where products cancel."""
     conv = build(16, 64, 3, 2, bias=False).to(dtype)
     module, packed = packed_conv(conv, "int8-channel", layout)
     weight = dequantize(unpack(packed)).reshape(conv.weight.shape).double()
@@ -179,7 +179,7 @@ def test_sixteen_bit_gradients_are_summed_in_float32(layout, dtype, build):
     assert ((found.double() - exact).abs() <= allowed).all()
 
 
-def test_arranged_weights_come_back():
+def test_arranging_weights_is_lossless():
     conv = nn.Conv2d(7, 11, 3)
     module, packed = packed_conv(conv, "int4-g32")
     restored = to_layout(module.weight.matrix(), "rows")

@@ -21,7 +21,7 @@ def rows_of(packed, indices, dtype=torch.float32):
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(NAMES), st.integers(1, 150), st.integers(1, 400), st.integers(1, 9))
-def test_rows_are_those_of_the_whole_matrix(name, rows, cols, count):
+def test_looked_up_rows_equal_the_unpacked_matrix(name, rows, cols, count):
     random = seeded(0, name, rows, cols)
     packed = pack(quantize(torch.randn((rows, cols), generator=random), parse_format(name)))
     wanted = torch.randint(rows, (count,), generator=random)
@@ -40,7 +40,7 @@ def test_indices_of_any_shape(indices):
 
 
 @pytest.mark.parametrize("index", [-1, 70, 127])
-def test_rows_that_are_none_are_refused(index):
+def test_out_of_range_indices_are_refused(index):
     packed = to_layout(pack(quantize(torch.randn((70, 40)), parse_format("int4-g32"))), panels.NAME)
     with pytest.raises(IndexError, match="0 to 69"):
         rows_of(packed, torch.tensor([0, index]))

@@ -71,7 +71,7 @@ def test_tokens_arrive_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_bytes_are_those_of_the_cost_model(bits: int) -> None:
+def test_bytes_match_the_cost_model(bits: int) -> None:
     heads = quantize_heads(vectors(1, 4, 10, 32), bits)
     assert 2 * heads.nbytes == 10 * kv_bytes_per_token(1, 4, 32, bits)
 
@@ -140,7 +140,7 @@ def test_every_format_is_stored_in_the_bytes_it_says_and_read_back(name: str, wi
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("fp16", "bf16")])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_bad_number_spoils_its_own_group_alone(name: str, bad: float) -> None:
+def test_nan_affects_only_its_own_group(name: str, bad: float) -> None:
     values = vectors(1, 2, 3, 64)
     spoilt = values.clone()
     spoilt[0, 1, 2, 3] = bad
@@ -151,7 +151,7 @@ def test_a_bad_number_spoils_its_own_group_alone(name: str, bad: float) -> None:
     assert torch.equal(read[:, :, :2], clean[:, :, :2])
 
 
-def test_a_cast_is_the_processor_s_own() -> None:
+def test_casts_match_the_processors() -> None:
     values = vectors(1, 2, 3, 64) * 50
     expected = values.to(torch.float8_e4m3fn)
     heads = quantize_heads(values, parse_cache_format("fp8-e4m3"))
@@ -159,7 +159,7 @@ def test_a_cast_is_the_processor_s_own() -> None:
     assert torch.equal(dequantize_heads(heads), expected.float())
 
 
-def test_mistakes_are_named() -> None:
+def test_invalid_arguments_are_refused_by_name() -> None:
     with pytest.raises(MpqError, match="1 to 8 bits"):
         quantize_heads(vectors(1, 1, 1, 4), 9)
     with pytest.raises(MpqError, match="do not divide"):

@@ -26,7 +26,7 @@ def same(first, second):
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(sorted(FORMATS)), SHAPES, st.integers(0, 3))
-def test_packing_is_lossless_and_takes_the_promised_bytes(name, shape, seed):
+def test_packing_is_lossless_and_has_the_predicted_size(name, shape, seed):
     format = FORMATS[name]
     quantized = quantize(random_matrix(shape, seed), format)
     packed = pack(quantized)
@@ -69,7 +69,7 @@ def backwards(monkeypatch):
     monkeypatch.setitem(layout.LAYOUTS, "backwards", mine)
 
 
-def test_layouts_are_chosen_by_what_suits_and_restored(backwards, monkeypatch):
+def test_the_most_suitable_layout_is_chosen_and_undone(backwards, monkeypatch):
     monkeypatch.delitem(LAYOUTS, "panels", raising=False)
     quantized = quantize(random_matrix((4, 40)), parse_format("int4-g32-asym"))
     packed = pack(quantized)

@@ -1,4 +1,4 @@
-"""A packed weight of several formats computes what its rows, each in its format, compute."""
+"""A packed weight with formats by row computes the products of its rows, each in its format."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def rounded(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_row_has_its_format(name):
+def test_each_row_is_rounded_in_its_format(name):
     mix, found, matrix = rounded(name)
     numbers = dequantize(found)
     for row, place in enumerate(mix.assigned(*matrix.shape)):
@@ -73,7 +73,7 @@ def test_convolutions(groups):
     torch.testing.assert_close(weight.conv(x, bias, spatial), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_a_state_dict_brings_its_own_order():
+def test_loading_a_state_dict_restores_the_row_order():
     _, found, matrix = rounded("integers")
     weight = packed_weight(pack(found))
     flipped = weight.format.with_assignment(weight.format.assignment[::-1])
@@ -99,7 +99,7 @@ def test_types_follow_the_model_and_gradients_reach_the_input():
     assert weight.shape == matrix.shape
 
 
-def test_an_assignment_is_needed():
+def test_a_mix_needs_an_assignment():
     mix = mix_of([parse_format("int2-g4"), parse_format("int4-g4")], 5.0)
     with pytest.raises(Exception, match="which row has which format"):
         mixed(mix, [quantize(torch.ones(4, 8), format) for format in mix.formats])

@@ -57,7 +57,7 @@ class Calls(TorchDispatchMode):
 )
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_pass_gives_the_same_bits(scheme, bias, dtype):
+def test_stacked_products_are_bit_identical(scheme, bias, dtype):
     model = packed(scheme, bias=bias).to(dtype)
     with torch.no_grad():
         expected = model(TOKENS)
@@ -73,7 +73,7 @@ def test_one_pass_gives_the_same_bits(scheme, bias, dtype):
     assert all(torch.equal(tensor, state[name]) for name, tensor in fused.state_dict().items())
 
 
-def test_nothing_more_is_stored():
+def test_stacking_stores_nothing_more():
     model = fuse(packed("int4-g64"))
     pieces = {buffer.untyped_storage().data_ptr(): buffer.untyped_storage().nbytes() for buffer in model.buffers()}
     plain = packed("int4-g64")
@@ -90,7 +90,7 @@ def test_nothing_more_is_stored():
         (("int4-g32",), LMConfig(50, 96, 160, 2, heads=3, kv_heads=3)),  # 96 and 160 rows are no whole panels
     ],
 )
-def test_others_stay_apart(schemes, config):
+def test_incompatible_layers_are_not_stacked(schemes, config):
     model = packed(*schemes, config=config, grown=("k_proj", "up_proj"))
     with torch.no_grad():
         expected = model(TOKENS)
@@ -99,7 +99,7 @@ def test_others_stay_apart(schemes, config):
         assert torch.equal(fused(TOKENS), expected)
 
 
-def test_members_follow_changes():
+def test_stacked_members_follow_changes():
     model, other = fuse(packed("int4-g64")), packed("int4-g64")
     attention = model.blocks[0].attention
     x, y = torch.randn(1, 3, 128, generator=seeded(3)), torch.randn(1, 3, 128, generator=seeded(4))

@@ -1,4 +1,4 @@
-"""A packed weight read as a tensor by code that knows nothing of packing."""
+"""A packed weight read as a tensor by code that does not know packing."""
 
 import pytest
 import torch
@@ -37,12 +37,12 @@ READS = {
 
 
 @pytest.mark.parametrize("name", READS)
-def test_reads_see_the_dequantized_numbers(weight, name):
+def test_reads_return_the_dequantized_weight(weight, name):
     x = torch.randn(6, 16, generator=seeded(0, "x"))
     torch.testing.assert_close(READS[name](weight, x), READS[name](weight.dequantize(), x), atol=1e-3, rtol=1e-3)
 
 
-def test_facts_are_those_of_the_weight_that_was_packed():
+def test_attributes_are_those_of_the_packed_weight():
     conv = nn.Conv2d(4, 6, 2).bfloat16()
     packed = pack(quantize(conv.weight.detach().flatten(1), parse_format("int8-channel")))
     weight = PackedWeight(packed, torch.bfloat16, conv.weight.shape)
@@ -54,11 +54,11 @@ def test_facts_are_those_of_the_weight_that_was_packed():
     assert torch.equal(transposed.numbers(), transposed.dequantize().t())
 
 
-def test_casts_of_the_weight_leave_it_as_it_is(weight):
+def test_casting_the_weight_does_not_change_it(weight):
     assert weight.to(torch.float16).dtype == torch.float16
     assert weight.half().dtype == torch.float16
     assert weight.dtype == torch.float32
 
 
-def test_unknown_names_stay_unknown(weight):
+def test_unknown_attributes_raise_attribute_errors(weight):
     assert not hasattr(weight, "no_such_thing")

@@ -25,8 +25,8 @@ def gradients(layer, inputs, upstream):
     return outputs.detach(), inputs.grad, layer.weight.grad
 
 
-def test_without_rounding_to_speak_of_all_three_products_are_exact_through_rotations():
-    """Rotations cancel in every product; the released code of arXiv 2509.17791 turns the wrong side in one of them."""
+def test_rotations_cancel_in_all_three_products():
+    """Rotations cancel in every product; the released code of arXiv 2509.17791 rotates the wrong side in one."""
     linear = nn.Linear(48, 24)
     rotated = convert(nn.Sequential(linear), Recipe("int8-g16-sfp32", hadamard="all"))[0]
     inputs, upstream = normal(5, 40, 48), normal(5, 40, 24, seed=1)
@@ -103,7 +103,7 @@ def test_a_model_trains_in_few_bits_and_its_loss_falls():
         convert(nn.Sequential(nn.Linear(2, 2)), Recipe("nvfp4"), exclude=("head",))
 
 
-def test_masks_act_on_all_operands_and_the_model_is_put_back():
+def test_masks_act_on_all_operands_and_are_undone():
     model, mask = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 2)), Mask(mantissa=2)
     own = list(model)
     inputs, upstream = normal(5, 8), normal(5, 6, seed=1)
@@ -119,8 +119,8 @@ def test_masks_act_on_all_operands_and_the_model_is_put_back():
 
 
 @pytest.mark.parametrize("kind", [lambda: nn.Linear(32, 6, bias=False), lambda: nn.Conv1d(32, 6, 1, bias=False)])
-def test_every_layer_rounds_by_a_random_stream_of_its_own(kind):
-    """Equal layers on equal data differ in their rounding; what other layers do changes nothing."""
+def test_every_layer_has_its_own_random_stream(kind):
+    """Equal layers on equal data differ in their rounding, independently of other layers."""
     first = kind()
     shape = (8, 32, 4) if isinstance(first, nn.Conv1d) else (8, 32)
     inputs, upstream = normal(*shape), normal(shape[0], 6, *shape[2:], seed=1)
@@ -181,7 +181,7 @@ def test_a_convolution_is_the_product_of_its_windows_in_few_bits():
     torch.testing.assert_close(ours[2].flatten(1), expected[2])
 
 
-def test_shared_layers_stay_shared_and_hooks_stay():
+def test_shared_layers_and_hooks_are_kept():
     linear, calls = nn.Linear(8, 8), []
     linear.register_forward_hook(lambda *_: calls.append(1))
     model = nn.Sequential(linear, linear)
@@ -194,7 +194,7 @@ def test_shared_layers_stay_shared_and_hooks_stay():
     assert torch.equal(copied(normal(2, 8)), model(normal(2, 8)))
 
 
-def test_what_has_its_own_code_is_left_alone():
+def test_layers_with_their_own_forward_are_not_converted():
     class Scaled(nn.Linear):
         def forward(self, input):
             return 2 * super().forward(input)

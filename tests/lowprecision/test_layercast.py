@@ -34,7 +34,7 @@ def test_it_is_the_float32_product_of_bfloat16_weights(bias):
         assert torch.equal(cast(inputs), outputs)
 
 
-def test_its_state_goes_round_and_to_plain_layers():
+def test_its_state_loads_into_plain_layers_and_back():
     linear = nn.Linear(8, 4)
     own = linear.weight.detach().clone()
     cast, fresh, plain = cast_of(linear), cast_of(nn.Linear(8, 4)), nn.Linear(8, 4)
@@ -60,7 +60,7 @@ def test_a_model_computes_as_its_bfloat16_checkpoint_does_in_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_convolutions_embeddings_and_ties_stay_in_16_bits(dtype):
+def test_convolutions_embeddings_and_tied_weights_stay_in_16_bits(dtype):
     model = nn.ModuleDict({
         "embed": nn.Embedding(12, 8), "conv": nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular"),
         "image": nn.Conv2d(8, 8, 3, stride=2), "norm": nn.LayerNorm(8), "head": nn.Linear(8, 12, bias=False),
@@ -114,7 +114,7 @@ def test_packed_models_stay_packed_and_compute_in_float32(scheme):
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2", "Gemma3"])
 def test_models_of_transformers(kind):
-    """Gemma's embedding has code of its own: its weight, which the head shares, is float32 in both."""
+    """Gemma's embedding has its own forward: its weight, which the head shares, is float32 in both."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 50, "tie_word_embeddings": True}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Dynamic loss scales back off, grow and keep small gradients; each operand's format reaches that operand alone."""
+"""Dynamic loss scales back off, grow and keep small gradients; each operand's format applies to that operand only."""
 
 import math
 

@@ -80,7 +80,7 @@ def test_other_types_are_rounded_to_bfloat16_first():
     assert masked(values.double(), Mask(1)).tolist() == [1.0, 3.0]
 
 
-def test_impossible_masks():
+def test_invalid_masks_are_refused():
     for settings in ({"mantissa": 8}, {"exponent": 1}, {"rounding": "up"}):
         with pytest.raises(MpqError):
             Mask(**settings)

@@ -28,7 +28,7 @@ def normal(*shape, seed=0):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shape", [(5, 64), (3, 37)])
-def test_division_is_what_quantizing_does(name, shape):
+def test_the_division_convention_equals_quantization(name, shape):
     matrix, format = normal(*shape), parse_format(name)
     assert torch.equal(round_operand(matrix, format), fake_quantize(matrix, format))
 
@@ -86,14 +86,14 @@ def test_normal_numbers_keep_their_signal_in_both_conventions(name, convention):
 
 
 @pytest.mark.parametrize("convention", ["divide", "reciprocal"])
-def test_zeros_stay_zeros(convention):
+def test_zeros_stay_zero(convention):
     for name in FORMATS:
         assert torch.equal(
             round_operand(torch.zeros(3, 32), parse_format(name), convention=convention), torch.zeros(3, 32)
         )
 
 
-def test_unknown_settings():
+def test_unknown_settings_are_refused():
     for settings in ({"stochastic": "backwards"}, {"hadamard": "some"}, {"convention": "times"}):
         with pytest.raises(MpqError, match="is one of"):
             Recipe("nvfp4", **settings)

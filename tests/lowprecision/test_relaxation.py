@@ -44,7 +44,7 @@ def test_straight_through_passes_and_steepness_sharpens():
 
 
 def by_autograd(matrix, upstream, format, recipe, square):
-    """The rounded values with the gradient of smooth functions, each value of which is taken off again."""
+    """The rounded values with the gradients of smooth functions, whose values are subtracted again."""
     matrix = matrix.clone().requires_grad_()
     tiles = to_tiles(matrix, format, square)
     exact = divisors(tiles, format, recipe.convention, recipe.scale_rounding)

@@ -19,7 +19,7 @@ from mpq.network.calibration import seeded
 
 
 class Exact(nn.Module):
-    """A causal model of integers, which no order of sums changes."""
+    """A causal model of integers, whose sums do not depend on their order."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class Exact(nn.Module):
 
 
 class SummedByBatch(nn.Module):
-    """Products are summed in as many chunks as the batch has prompts, in the hidden states' type."""
+    """Sums products in as many chunks as the batch has prompts, in the hidden states' dtype."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ class SummedByBatch(nn.Module):
 PROMPTS = torch.randint(1, 8, (5, 6), generator=seeded(0))
 
 
-def test_configurations_are_what_they_say():
+def test_configurations_change_batch_padding_and_threads():
     model, threads = Exact(), torch.get_num_threads()
     plain = run(model, PROMPTS, 2, Configuration(batch=2))
     assert model.seen == [((2, 6), 1), ((2, 7), 1), ((2, 6), 1), ((2, 7), 1), ((1, 6), 1), ((1, 7), 1)]
@@ -70,12 +70,12 @@ def test_measures_by_hand():
             made([[1, 9, 3], [4, 4, 4]], [[0.8, 0.7, 0.9], [0.8, 0.8, 0.8]])]  # fmt: skip
     found = compared("bfloat16", runs)
     assert (found.divergence, found.first, found.diverged, found.identical) == ((1, None), 1, 0.5, 0.5)
-    assert found.largest == pytest.approx(0.2)  # behind the first difference the answers are others
+    assert found.largest == pytest.approx(0.2)  # answers diverge after the first difference
     assert found.spread == pytest.approx(((0.1 + 0.2) / 2**0.5 / 2 + 0) / 2)
     assert "50%" in table_of([found])
 
 
-def test_what_is_exact_is_identical_and_bfloat16_is_not():
+def test_exact_models_are_identical_and_bfloat16_is_not():
     for found in reproducibility(Exact(), PROMPTS, 3):
         assert (found.identical, found.largest, found.spread, found.first) == (1.0, 0.0, 0.0, None)
     model = SummedByBatch()
@@ -90,7 +90,7 @@ def test_what_is_exact_is_identical_and_bfloat16_is_not():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_impossible_comparisons():
+def test_impossible_comparisons_are_refused():
     with pytest.raises(MpqError, match="two or more configurations"):
         reproducibility(Exact(), PROMPTS, 3, configurations=(Configuration(),))
     with pytest.raises(MpqError, match="precision is one of"):

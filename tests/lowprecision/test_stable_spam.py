@@ -38,7 +38,7 @@ def test_two_steps_by_hand():
     assert moves[1].item() == pytest.approx(-first / second**0.5)
 
 
-def test_moments_start_anew():
+def test_moments_are_reset():
     def last(reset_every):
         weight = parameter([0.0])
         return steps(StableSPAM([weight], lr=1.0, reset_every=reset_every), weight, [[1.0]] * 3 + [[-1.0]])[-1].item()

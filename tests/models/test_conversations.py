@@ -1,4 +1,4 @@
-"""Calibration through the chat template, for models that have one."""
+"""Calibration through the model's chat template."""
 
 from dataclasses import replace
 
@@ -51,7 +51,7 @@ def test_conversations_are_of_three_kinds(use):
         compile(answer.removeprefix("```python\n").removesuffix("```"), "answer", "exec")
 
 
-def test_what_is_measured_on_was_not_calibrated_on():
+def test_evaluation_data_differ_from_calibration_data():
     said = [{turns[1]["content"] for turns in conversations(use)} for use in ("calibration", "evaluation")]
     assert not said[0] & said[1]
 
@@ -79,7 +79,7 @@ def test_a_template_that_fails_or_is_missing_is_reported(network):
         open_data("chat", replace(network, tokenizer=tokenizer_of(None)), nsamples=8, seqlen=32)
 
 
-def test_the_allocation_says_what_it_was_calibrated_on_and_the_report_both_texts(network, tmp_path):
+def test_allocation_and_report_name_the_calibration_data(network, tmp_path):
     source = open_source("chatty", nsamples=8, seqlen=32, network=network)
     options = {"formats": ["int3-g32", "int8-g32"], "metric": "proxy:size", "progress": False, "tuning_steps": 0}
     outcome = mpq.quantize(source, tmp_path / "out", bits=6, **options)

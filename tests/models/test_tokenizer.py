@@ -6,7 +6,7 @@ from mpq.models.tokenizer import PieceTokenizer
 
 
 @given(st.text())
-def test_any_text_comes_back(text):
+def test_decoding_inverts_encoding(text):
     pieces = PieceTokenizer(["th", "the", " sea", "é", "ab", "abc"])
     assert pieces.decode(pieces.encode(text)) == text
 

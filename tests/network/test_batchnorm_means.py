@@ -1,4 +1,4 @@
-"""New running means are the means of what the rounded network computes; nothing else of it changes."""
+"""Re-estimated running means are the means of the rounded network's activations; nothing else changes."""
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ def network() -> nn.Module:
     return model.eval()
 
 
-def test_means_are_those_of_the_data_layer_after_layer():
+def test_means_are_estimated_layer_after_layer():
     model, batch = network(), images(1, 32)[0]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     means = estimate_means(model, [batch], cross_entropy)
@@ -31,7 +31,7 @@ def test_means_are_those_of_the_data_layer_after_layer():
     assert model[1].momentum == 0.1
 
 
-def test_only_so_many_samples_are_used_and_single_ones_never():
+def test_the_number_of_samples_is_limited_and_single_samples_are_skipped():
     model, (first, second) = network(), images(2, 8)
     whole = estimate_means(model, [first], cross_entropy)
     few = estimate_means(model, [first, second], cross_entropy, samples=8)

@@ -1,4 +1,4 @@
-"""Keys and values of models of several architectures, on their way into the cache."""
+"""Hooks on keys and values before they are cached, for several architectures."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_entries_are_found_with_heads_widths_and_windows(name: str, heads: int, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["tiny-lm", *CONFIGS])
-def test_what_is_changed_is_what_attention_reads(name: str) -> None:
+def test_attention_reads_the_changed_vectors(name: str) -> None:
     model = model_of(name)
     untouched = float(next_token_loss(model, TOKENS))
     with changing(model, lambda name, vectors: vectors):
@@ -65,7 +65,7 @@ def test_generation_caches_the_changed_vectors_once(name: str) -> None:
         handle.remove()
 
 
-def test_a_filled_cache_of_others_is_refused() -> None:
+def test_a_prefilled_foreign_cache_is_refused() -> None:
     model = model_of("llama")
     cache = DynamicCache(config=model.config)
     model(TOKENS, cache=cache)
@@ -73,7 +73,7 @@ def test_a_filled_cache_of_others_is_refused() -> None:
         model(TOKENS[:, :1], cache=cache)
 
 
-def test_models_without_a_cache_are_named() -> None:
+def test_models_without_a_cache_are_refused_by_name() -> None:
     encoder = BertForSequenceClassification(BertConfig(**SHAPE))
     with pytest.raises(MpqError, match="BertForSequenceClassification has no cache"):
         find_cached(encoder, TOKENS, lambda model, batch: model(batch).logits.sum())

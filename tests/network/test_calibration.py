@@ -95,7 +95,7 @@ def test_generators_depend_on_seed_and_names_alone():
     assert len({tuple(draw(*names)) for names in [(0, "probe", 1), (1, "probe", 1), (0, "probe", 2), (0, "a")]}) == 4
 
 
-def test_evaluation_mode_is_undone_module_by_module(caplog):
+def test_training_modes_are_restored_module_by_module(caplog):
     model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2), nn.Linear(2, 2)).train()
     model[1].eval()
 

@@ -49,14 +49,14 @@ def profiled(model, metric="kronecker", data=None, loss_fn=cross_entropy, format
 
 
 @pytest.mark.parametrize("metric", ["kronecker", "fisher", "gptq", "gradient", "hessian", "loss"])
-def test_layers_called_by_name_score_as_others(metric):
+def test_layers_called_by_keyword_score_alike(metric):
     formats = ["int3-channel+a:int4-token"] if metric != "fisher" else ["int3-channel"]
     named, plain = (profiled(ByName(named), metric, formats=formats) for named in (True, False))
     np.testing.assert_array_equal(named.scores, plain.scores)
     assert named.layers == plain.layers  # and their multiply-adds
 
 
-def test_layers_called_by_name_run_simulated_packed_offloaded_and_in_training():
+def test_layers_called_by_keyword_run_in_every_verb():
     formats, layers = ["int4-channel+a:int8-token"], find_layers(ByName(True))
     (_, allocation), *_ = mpq.frontier(profiled(ByName(False), formats=formats)).uniform()
     inputs, _ = batches()[0]

@@ -1,4 +1,4 @@
-"""What is quantized of a model, and what stays and why."""
+"""The quantized share of a model, and the reasons for the rest."""
 
 import pytest
 import torch

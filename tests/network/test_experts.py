@@ -1,4 +1,4 @@
-"""Stacked experts of real transformers classes, taken apart: same outputs, layers of their own, packed and loaded."""
+"""Stacked experts of transformers' classes, split into layers: equal outputs, quantized, packed and loaded."""
 
 import copy
 
@@ -72,7 +72,7 @@ def test_outputs_and_gradients_stay_and_memory_is_shared(name):
     assert (loss(1e-2) - loss(-1e-2)) / 2e-2 == pytest.approx((slope * direction).sum().item(), rel=0.05, abs=2e-4)
 
 
-def test_stacks_that_stay_are_reported(caplog):
+def test_unsupported_stacks_are_reported(caplog):
     find_layers(moe("mixtral"))
     assert "model.layers.0.mlp.experts" in caplog.text
 
@@ -106,7 +106,7 @@ def test_experts_are_profiled_allocated_simulated_packed_and_loaded(tmp_path):
         torch.testing.assert_close(loaded(tokens).logits, simulated(tokens).logits, rtol=2e-3, atol=2e-3)
 
 
-def test_what_cannot_be_taken_apart_or_written_is_reported(caplog):
+def test_unsupported_experts_are_refused(caplog):
     config = GptOssConfig(**{**SMALL, "num_hidden_layers": 1}, num_local_experts=2)
     assert not has_experts(unstack(AutoModelForCausalLM.from_config(config)))
     assert "GptOssExperts are stacked in an unknown layout" in caplog.text
@@ -116,7 +116,7 @@ def test_what_cannot_be_taken_apart_or_written_is_reported(caplog):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_stacks_that_were_not_taken_apart_are_written_and_loaded_as_they_are(name, tmp_path):
+def test_unquantized_stacks_are_written_and_loaded_unchanged(name, tmp_path):
     model = moe(name)
     layers = find_layers(model)
     allocation = Allocation(layers, ("int8-channel",) * len(layers))

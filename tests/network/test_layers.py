@@ -45,7 +45,7 @@ def test_input_matrix_times_weight_matrix_is_the_layer(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_weights_come_back_in_their_own_shape(name):
+def test_weights_are_reshaped_to_their_module(name):
     module, _ = MODULES[name]
     assert torch.equal(matrix_to_weight(weight_matrix(module), module), module.weight)
 

@@ -1,4 +1,4 @@
-"""What is live while models run, against the memory that PyTorch allocates, and as a budget."""
+"""Live activations of models, against the memory that PyTorch allocates, and as a budget."""
 
 import gc
 
@@ -18,9 +18,9 @@ from mpq.network.live_activations import live_activations
 
 
 def allocated_peak(model: nn.Module, inputs: Tensor) -> int:
-    """Largest bytes that one pass allocates at once, from the allocator's own events."""
+    """Peak of the bytes allocated in one pass, from the allocator's events."""
     with torch.no_grad():
-        model(inputs)  # what is made once and kept
+        model(inputs)  # allocations made once and kept
         gc.collect()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             outputs = model(inputs)
@@ -76,7 +76,7 @@ def test_inputs_of_layers_alone_count_in_their_formats() -> None:
     assert live.peak({}) == 4 * 10 * (256 + 256)  # GELU's input and output
     int8 = parse_scheme("int4-g32+a:int8-token")
     assert live.peak({"2": int8}) == 4 * 10 * 256 + 10 * (256 + 2)  # codes and a scale for each token
-    assert live.peak({"0": int8, "4": int8}) == live.peak({})  # those of others change nothing
+    assert live.peak({"0": int8, "4": int8}) == live.peak({})  # formats of other layers change nothing
     both = WithShortcut().eval()
     live = live_activations(both, find_layers(both), torch.zeros(1, 64), loss, 10)
     assert live.peak({"first": int8}) == live.peak({})  # the sum reads it too
@@ -98,7 +98,7 @@ def test_architectures_are_counted_at_lengths_that_nothing_runs_at() -> None:
 
 
 class Keeping(nn.Module):
-    """It keeps what it computes beside its weights."""
+    """Stores its results on itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Keeping(nn.Module):
         return self.kept.tanh()
 
 
-def test_a_model_that_keeps_tensors_is_left_as_it_was() -> None:
+def test_a_model_that_stores_tensors_is_restored() -> None:
     model = Keeping()
     live = live_activations(model, find_layers(model), torch.zeros(1, 8), loss, 3)
     assert live.peak({}) == 2 * 4 * 3 * 8
@@ -126,7 +126,7 @@ class Looking(nn.Module):
         return self.linear(x) if float(x.sum()) > 0 else self.linear(-x)
 
 
-def test_code_that_looks_at_numbers_is_reported() -> None:
+def test_data_dependent_code_is_reported() -> None:
     model = Looking()
     with pytest.raises(MpqError, match="cannot be counted without running it"):
         live_activations(model, find_layers(model), torch.zeros(1, 8), loss)

@@ -9,7 +9,7 @@ from mpq.network.moments import STRIP, half_gram, whole_gram
 @pytest.mark.parametrize(
     "shape", [(5, 1), (3, 7), (9, STRIP), (4, STRIP + 1), (2, 3, 2 * STRIP), (2, 3, 2 * STRIP + 5)]
 )
-def test_strips_are_the_whole_product(shape):
+def test_moments_in_strips_equal_the_full_product(shape):
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(shape, generator=generator) for _ in range(3)]
     half = sum(half_gram(part) for part in parts)

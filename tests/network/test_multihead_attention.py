@@ -42,7 +42,7 @@ def same(actual, expected):
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 6, "vdim": 10}])
 @pytest.mark.parametrize("call", [{}, {"need_weights": False}, {"average_attn_weights": False}])
-def test_outputs_are_those_of_the_fused_module(first, options, call):
+def test_outputs_equal_the_fused_modules(first, options, call):
     draw = seeded(0, "inputs")
     fused = attention(batch_first=first, **options)
     apart = split_attention(copy.deepcopy(fused))
@@ -88,7 +88,7 @@ BATCH = (torch.randn(6, 5, 16, generator=seeded(0, "x")), torch.arange(6) % 4)
 SCHEMES = ["int2-channel", "int4-channel"]
 
 
-def test_encoders_of_torch_are_quantized_whole(tmp_path):
+def test_torch_encoders_are_fully_quantized(tmp_path):
     model = Encoder().eval()
     table = mpq.profile(model, [BATCH], cross_entropy, SCHEMES, progress=False)
     names = [f"encoder.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
@@ -115,7 +115,7 @@ class Own(nn.MultiheadAttention):
     """A class of its own, which is not split."""
 
 
-def test_folders_that_hold_the_fused_weight_are_read(tmp_path):
+def test_folders_with_the_fused_weight_are_read(tmp_path):
     model = Encoder().eval()
     for layer in model.encoder.layers:
         layer.self_attn.__class__ = Own
@@ -131,7 +131,7 @@ def test_folders_that_hold_the_fused_weight_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["attention", "weight norm"])
-def test_a_load_that_fails_leaves_the_structure_as_it_was(kind, tmp_path):
+def test_a_failed_load_restores_the_structure(kind, tmp_path):
     def build():
         model = Encoder()
         return model if kind == "attention" else parametrizations.weight_norm(model.head) and model
@@ -158,7 +158,7 @@ def test_parameters_that_modules_share_stay_shared():
 
 
 @pytest.mark.parametrize("kind", ["further keys", "zeros", "computed", "replaced"])
-def test_others_stay_as_they_are(kind):
+def test_other_subclasses_are_not_split(kind):
     made = attention(add_bias_kv=kind == "further keys", add_zero_attn=kind == "zeros")
     if kind == "computed":
         parametrizations.orthogonal(made, "in_proj_weight")

@@ -1,6 +1,6 @@
-"""Weights that visit the device one module at a time: same numbers, few bytes there.
+"""Offloading: weights are on the device one module at a time, with equal results.
 
-The device is the CPU itself: copies are made, counted and dropped as on any other.
+The device is the CPU itself: copies are made, counted and dropped as on any other device.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ BATCHES = tuple(
 )  # fmt: skip
 
 
-def test_gradients_are_the_same_and_one_layer_is_there_at_a_time():
+def test_gradients_are_equal_with_one_layer_on_the_device():
     model, inputs = deep(), BATCHES[0][0].clone().requires_grad_()
     model.requires_grad_(False)
     (expected,) = torch.autograd.grad(model(inputs).square().sum(), inputs)
@@ -44,7 +44,7 @@ def test_gradients_are_the_same_and_one_layer_is_there_at_a_time():
     assert torch.equal(found, expected)
 
 
-def test_parameters_and_buffers_come_back_as_they_were_also_after_an_error():
+def test_parameters_and_buffers_are_restored_even_after_an_error():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
     with pytest.raises(RuntimeError), offloaded(model, "cpu"):
@@ -54,7 +54,7 @@ def test_parameters_and_buffers_come_back_as_they_were_also_after_an_error():
         assert torch.equal(tensor, before[name][1])
 
 
-def test_tied_weights_and_attention_modules_are_there_when_used():
+def test_tied_weights_and_attention_modules_are_loaded_when_used():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()

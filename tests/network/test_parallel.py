@@ -1,4 +1,4 @@
-"""Two real processes over gloo: shares, sums, and tables that equal those of one process."""
+"""Two processes over gloo: shares, sums, and tables equal to those of one process."""
 
 import os
 import socket
@@ -52,11 +52,11 @@ def tables(folder: Path | None = None) -> list[np.ndarray]:
 
 
 def work(rank: int, count: int, folder: Path) -> None:
-    """What each process does; assertions fail the test."""
+    """Work of each process; assertions fail the test."""
     torch.set_num_threads(1)
     import_module("torch.distributed.nn.functional")  # before there is a group, as in mpq.network.parallel
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
-    assert rank_and_count() == (0, 1)  # outside of the block nobody waits for anybody
+    assert rank_and_count() == (0, 1)  # outside of the block there are no collectives
     with processes():
         assert rank_and_count() == (rank, count)
         assert share(range(5)) == range(rank, 5, 2)
@@ -144,14 +144,14 @@ def test_only_profiling_is_shared_by_processes(monkeypatch, capsys):
     assert "torchrun" in capsys.readouterr().err
 
 
-def test_one_process_is_not_asked_to_meet():
+def test_a_single_process_needs_no_collectives():
     with processes():
         assert rank_and_count() == (0, 1)
         assert share([1, 2]) == [1, 2]
         assert total({"a": torch.ones(1)})["a"].item() == 1
 
 
-def test_one_process_goes_on_from_the_files_of_two(tmp_path):
+def test_one_process_resumes_the_files_of_two(tmp_path):
     for rank, name in enumerate(("x", "x.1")):
         Journal(tmp_path / name, {"seed": 0}).note(f"of {rank}", [float(rank)])
     found = Journal(tmp_path / "x", {"seed": 0})

@@ -1,4 +1,4 @@
-"""Weights that are computed become weights that are stored, in every verb."""
+"""Computed weights (parametrizations) become stored weights in every verb."""
 
 import copy
 import warnings
@@ -43,7 +43,7 @@ def net(wrap):
 
 
 @pytest.mark.parametrize("name", COMPUTED)
-def test_every_verb_takes_computed_weights_as_stored(name, tmp_path):
+def test_every_verb_stores_computed_weights(name, tmp_path):
     model = net(COMPUTED[name])
     expected = model(X).detach()
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -51,7 +51,7 @@ def test_every_verb_takes_computed_weights_as_stored(name, tmp_path):
     allocation = Allocation(layers, ("int2-g16", "int8-channel"))
     rounded = simulate(model, allocation, trainable=False)(X)
     change = (rounded - expected).norm() / expected.norm()
-    assert change > 0.05  # two bits are seen
+    assert change > 0.05  # two bits change the outputs
     torch.testing.assert_close(simulate(model, allocation)(X), rounded)
     room = 2e-3 * rounded.abs().max().item()
     torch.testing.assert_close(pack_model(model, allocation)(X), rounded, atol=room, rtol=0)

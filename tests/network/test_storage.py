@@ -1,4 +1,4 @@
-"""Bytes of a model's state: by what is one in memory, in any memory format."""
+"""Bytes of a model's state: shared memory counts once, in any memory format."""
 
 import ctypes
 import os
@@ -39,7 +39,7 @@ def test_two_views_of_one_storage_are_two_tensors():
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library gives nothing back when asked"
 )
-def test_freed_memory_goes_back_to_the_system():
+def test_freed_memory_is_returned_to_the_system():
     """Small blocks below a kept one stay in the heap when they are freed."""
 
     def resident():

@@ -1,4 +1,4 @@
-"""Uses of weights inside modules' own code and outside of their modules, as metrics see them."""
+"""Uses of weights in custom forwards and outside of their modules, as metrics see them."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ class Doubled(nn.Linear):
 
 
 class Lm(nn.Module):
-    """One function, written with modules' own code or with plain modules."""
+    """One function, written with custom forwards or with plain modules."""
 
     def __init__(self, own):
         super().__init__()
@@ -86,7 +86,7 @@ def test_other_reads_of_the_numbers_are_scored_by_the_gradient_of_the_weight(met
     assert (table.scores > 0).all()
 
 
-def test_what_stands_for_a_read_reaches_the_loss():
+def test_gradients_pass_through_substituted_reads():
     torch.manual_seed(0)
     model = Reads().eval()
     seen = []
@@ -103,7 +103,7 @@ def test_what_stands_for_a_read_reaches_the_loss():
     torch.testing.assert_close(gradients[:2], expected)
 
 
-def test_asking_for_the_type_of_a_weight_is_no_use():
+def test_reading_a_weights_dtype_is_not_a_use():
     model = nn.Sequential(nn.Linear(4, 4))
     with seeing_uses(model, find_layers(model), lambda *use: pytest.fail(f"seen: {use}")):
         assert (model[0].weight.dtype, model[0].weight.shape, model[0].weight.size(0)) == (torch.float32, (4, 4), 4)

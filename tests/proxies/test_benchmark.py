@@ -1,4 +1,4 @@
-"""A benchmark's rows are what quantizing by hand measures; files are whole, resumable and of one model."""
+"""A benchmark's rows match quantizing by hand; files are complete, resumable and belong to one model."""
 
 from copy import deepcopy
 
@@ -61,7 +61,7 @@ def test_rows_are_what_quantizing_by_hand_measures():
     assert table.provenance["reference_loss"] == pytest.approx(mean_loss(model, data(), cross_entropy))
 
 
-def test_files_give_the_same_benchmark_and_broken_ones_are_refused(tmp_path):
+def test_benchmarks_survive_saving_and_damaged_files_are_refused(tmp_path):
     table = build(provenance={"model": "tiny"})
     path = tmp_path / "benchmark.csv"
     table.save(path)
@@ -92,7 +92,7 @@ def test_another_model_is_refused():
         table.check_model(model)
 
 
-def test_an_interrupted_build_goes_on_to_the_same_table(tmp_path):
+def test_an_interrupted_build_resumes_to_the_same_table(tmp_path):
     whole, calls, path = build(), 0, tmp_path / "part"
 
     def interrupted(model, batch):
@@ -118,7 +118,7 @@ def test_an_interrupted_build_goes_on_to_the_same_table(tmp_path):
         build(resume=path, method="nearest")
 
 
-def test_configurations_are_distinct_even_and_keep_ties():
+def test_configurations_are_distinct_evenly_spread_and_keep_ties():
     layers = find_layers(Attention())
     assert len({layer.tie for layer in layers if layer.tie}) == 1
     few = draw_configurations(layers, [[0, 1, 2]] * 4, 5, seed=3)
@@ -177,6 +177,6 @@ def test_halves_share_no_row_and_depend_on_the_seed():
         ({"method": "gptq"}, "needs calibration data"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(options, message):
+def test_unmeasurable_models_are_refused(options, message):
     with pytest.raises(MpqError, match=message):
         build(**options)

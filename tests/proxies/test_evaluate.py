@@ -58,7 +58,7 @@ EVALUATOR = Evaluator(STATISTICS)
 
 
 def slow(program, layer: int, scheme: int) -> torch.Tensor:
-    """The program for one layer and scheme, by torch in float64."""
+    """Evaluate the program for one layer and scheme by torch in float64."""
     if isinstance(program, Number):
         return torch.tensor(program.value, dtype=torch.float64)
     if isinstance(program, Input):
@@ -72,7 +72,7 @@ def slow(program, layer: int, scheme: int) -> torch.Tensor:
     return TORCH[program.operation](*(slow(argument, layer, scheme) for argument in program.arguments))
 
 
-def test_the_slow_truth_has_every_primitive():
+def test_the_torch_reference_has_every_primitive():
     assert set(TORCH) == {*UNARY, *BINARY}
 
 
@@ -104,7 +104,7 @@ def test_each_primitive_alone(name):
     assert np.allclose(EVALUATOR.table(program), expected, rtol=1e-5)
 
 
-def test_what_cancels_is_zero():
+def test_cancelling_terms_are_zero():
     assert (EVALUATOR.table(parse("normalize(weight)")) == 0).all()
     assert (EVALUATOR.table(parse("sum(weight - mean(weight))")) == 0).all()
 
@@ -119,7 +119,7 @@ def test_matrix_products_are_scaled_to_all_columns():
     assert Evaluator(half).table(parse("sum(softmax(weight))"))[0, 0] == pytest.approx(1)
 
 
-def test_little_memory_changes_nothing():
+def test_results_do_not_depend_on_the_memory_limit():
     small = Evaluator(STATISTICS, memory=3000)
     for text in ("mean(exp(weight) * exp(error))", "sum(abs(weight @ grad))", "mean(exp(weight))", "bits * norm(act)"):
         assert np.array_equal(small.table(parse(text)), EVALUATOR.table(parse(text)))
@@ -142,13 +142,13 @@ def run(metric: str):
         ("proxy:eigenvalue/params * sum(square(error))", "eigenvalue", 2),
     ],
 )
-def test_a_proxy_is_a_metric_wherever_one_is(proxy, metric, factor):
+def test_a_proxy_works_as_a_metric(proxy, metric, factor):
     mine, known = run(proxy), run(metric)
     assert mine.metric == proxy
     assert np.allclose(mine.scores, factor * known.scores, rtol=1e-4)
 
 
-def test_what_is_no_proxy_is_refused():
+def test_invalid_proxies_are_refused():
     with pytest.raises(MpqError, match="character 8"):
         metric_named("proxy:trace *")
     with pytest.raises(MpqError, match=r"log\(error\) is nan for layer first in int2-channel"):

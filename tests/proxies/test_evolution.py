@@ -1,4 +1,4 @@
-"""Evolution finds what a benchmark was made of, repeats itself, resumes, and refuses what does not belong together."""
+"""Evolution recovers a benchmark's formula, is deterministic, resumes, and refuses mismatched inputs."""
 
 import json
 import sys
@@ -49,7 +49,7 @@ def run(settings=SMALL, **options):
     return evolve(BENCHMARK, STATISTICS, settings, progress=False, **options)
 
 
-def test_it_finds_a_score_that_ranks_as_the_truth_and_beats_chance():
+def test_evolution_finds_the_true_ranking_and_beats_random_search():
     result = run(replace(SMALL, generations=100))
     assert result.best.fitness > 0.95
     chance = [random_search(BENCHMARK, STATISTICS, result.fates["judged"], seed).fitness for seed in range(3)]
@@ -60,8 +60,8 @@ def test_it_finds_a_score_that_ranks_as_the_truth_and_beats_chance():
     assert parse(result.best.formula) == result.best.program
 
 
-def test_across_models_it_finds_what_ranks_all_of_them():
-    """Losses of the other model are those of another formula: the best alone on one is not the best on both."""
+def test_evolution_across_models_ranks_all_of_them():
+    """The other model's losses follow another formula: the best on one model alone is not the best on both."""
     other = world("sum(fisher * square(error)) + 0.05 * sum(square(error))", rows=40)
     settings = replace(SMALL, generations=40)
     found = evolve_across([(BENCHMARK, STATISTICS), other], settings, progress=False)
@@ -90,7 +90,7 @@ def test_the_same_seed_gives_the_same_run(removal):
     assert [generation.best for generation in one.history] == sorted(generation.best for generation in one.history)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_result(tmp_path):
     whole, path = run(), tmp_path / "state.json"
     run(replace(SMALL, generations=11), resume=path)
     resumed = run(resume=path)
@@ -119,7 +119,7 @@ def test_the_history_is_a_file_and_a_figure(tmp_path):
 
 
 def test_parents_are_of_the_better_half():
-    """Children keep the shape of a parent: here the better half's."""
+    """Children keep the shape of a parent, here of the better half's."""
     random = np.random.default_rng(0)
     state = _State(Judge(BENCHMARK, Evaluator(STATISTICS)), SMALL)
     for number in range(10):
@@ -134,7 +134,7 @@ def genome(unary, inputs=("weight", "grad"), binary="multiply", coupling="bits")
     return Genome("branched", inputs, unary, (binary,), coupling)
 
 
-def test_screening_says_what_is_wrong():
+def test_screening_names_the_reason():
     judge = Judge(BENCHMARK, Evaluator(STATISTICS))
     cases = {
         "kinds": [
@@ -160,7 +160,7 @@ def test_screening_says_what_is_wrong():
     assert judge.fates["constant"] == 1
 
 
-def test_genes_spell_programs_of_their_shape():
+def test_genes_decode_to_programs_of_their_shape():
     assert formula(program_of(genome(("softmax", "", "relu", "sqrt")))) == (
         "-bits * mean(softmax(weight) * sqrt(relu(grad)))"
     )
@@ -197,7 +197,7 @@ def test_prioritization_makes_more_programs_valid():
     assert aided > plain + 0.05
 
 
-def test_what_does_not_belong_together_is_refused():
+def test_mismatched_inputs_are_refused():
     other = replace(STATISTICS, provenance={"weights": "others"})
     with pytest.raises(MpqError, match="different models"):
         evolve(BENCHMARK, other, SMALL)

@@ -1,4 +1,4 @@
-"""Formulas: what is printed is read back the same, and a mistake is shown at its character."""
+"""Formulas: printing and parsing are inverse, and errors point at a character."""
 
 import pytest
 from hypothesis import given
@@ -26,7 +26,7 @@ from mpq.proxies.programs import (
 
 @st.composite
 def programs(draw, depth: int = 5) -> Program:
-    """Programs whose kinds fit."""
+    """Well-typed programs."""
     if depth == 0 or draw(st.integers(0, 5)) == 0:
         if draw(st.integers(0, 4)) == 0:
             return Number(draw(st.floats(0, 1e30, allow_subnormal=False)))
@@ -48,7 +48,7 @@ def test_a_printed_program_is_read_back_the_same(program):
 
 
 @given(st.text(alphabet="abeghist0123456789.+-*/@() \n_#", max_size=30))
-def test_any_text_gives_a_program_or_a_mark(text):
+def test_any_text_gives_a_program_or_an_error_position(text):
     try:
         assert formula(parse(text))
     except MpqError as error:
@@ -81,7 +81,7 @@ def test_a_mistake_is_shown_at_its_character(text, character):
     assert str(caught.value).split("\n")[2] == "  " + " " * (character - 1) + "^"
 
 
-def test_texts_bind_as_in_arithmetic():
+def test_operators_have_arithmetic_precedence():
     a, b, c = Input("bits"), Input("trace"), Input("params")
     assert parse("bits - trace - params") == apply("subtract", apply("subtract", a, b), c)
     assert parse("bits - (trace - params)") == apply("subtract", a, apply("subtract", b, c))
@@ -91,7 +91,7 @@ def test_texts_bind_as_in_arithmetic():
     assert formula(apply("multiply", a, apply("multiply", b, c))) == "bits * (trace * params)"
 
 
-def test_kinds_say_where_numbers_live():
+def test_kinds_are_checked():
     assert kind_of(parse("weight @ error")) == Kind("weight'", True)
     assert kind_of(parse("act * bits")) == Kind("activation", True)
     assert kind_of(parse("norm(act @ actgrad)")) == Kind("layer")

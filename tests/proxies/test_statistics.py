@@ -45,7 +45,7 @@ def collected(case="mlp", **options) -> tuple[torch.nn.Module, tuple, Statistics
 
 
 def matrices(model, tensors):
-    """By layer, as the matrices that layers are."""
+    """Matrices of the layers, by name."""
     for layer, tensor in zip(find_layers(model), tensors, strict=True):
         yield (tensor.t() if layer.kind == "transformers-conv1d" else tensor.flatten(1)).numpy()
 
@@ -55,7 +55,7 @@ def flat(model, tensors):
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_each_weight_stands_with_its_own_gradient(case):
+def test_weights_are_paired_with_their_gradients(case):
     model, batches, statistics = collected(case)
     loss_fn = CASES[case][2]
     weights = [model.get_submodule(layer.name).weight for layer in find_layers(model)]
@@ -90,7 +90,7 @@ def test_second_derivatives_and_virtual_gradients():
     assert np.allclose(statistics.get("virtual"), flat(model, virtual), rtol=1e-5, atol=1e-7)
 
 
-def test_activations_stand_with_their_gradients():
+def test_activations_are_paired_with_their_gradients():
     model, batches, statistics = collected("convolutions")
     outputs = []
     handles = [
@@ -109,7 +109,7 @@ def test_activations_stand_with_their_gradients():
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_files_give_the_same_statistics(case, tmp_path):
+def test_statistics_survive_saving_and_loading(case, tmp_path):
     _, _, statistics = collected(case)
     assert set(statistics.numbers) == set(INPUTS)
     for name, numbers in statistics.numbers.items():
@@ -145,8 +145,8 @@ def test_a_cache_serves_the_same_model_and_refuses_another(tmp_path):
         collect_statistics(model, batches, cross_entropy, SCHEMES, wanted=["trase"])
 
 
-def test_kept_rows_and_columns_stand_for_the_whole():
-    """Sums are scaled up; over many seeds their mean is the whole sum, within four standard errors."""
+def test_sampled_rows_and_columns_estimate_the_whole():
+    """Sums are scaled up; over many seeds their mean is the full sum, within four standard errors."""
     model, batches, whole = collected("convolutions", wanted=("weight",))
     program = parse("l1(weight)")
     exact = Evaluator(whole).table(program)[:, 0]

@@ -1,4 +1,4 @@
-"""The compiled loops of rounding against the PyTorch that they stand for."""
+"""The compiled loops of rounding against the PyTorch code that they replace."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_gptq_gives_the_same_codes(name, plain):
     assert (fast.codes == slow.codes).float().mean() > 0.99  # sums in another order may tip a scale
 
 
-def test_a_changed_moment_is_factorized_anew():
+def test_a_changed_moment_is_factorized_again():
     weight, format = torch.randn(8, 64, generator=seeded(0)), parse_format("int3-channel")
     moment = inputs(8, 64)
     first = gptq(weight, format, moment)

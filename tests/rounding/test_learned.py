@@ -1,4 +1,4 @@
-"""Learned scales: gradients against the paper's formula, worked out by hand."""
+"""Learned scales: gradients against the paper's formula, computed by hand."""
 
 import math
 

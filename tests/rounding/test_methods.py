@@ -1,4 +1,4 @@
-"""Rounding methods: each does what it says at least as well as the plain one."""
+"""Rounding methods: each is at least as good as the plain one at its objective."""
 
 import sys
 from dataclasses import replace
@@ -44,7 +44,7 @@ def test_clip_search_in_blocks_of_rows_is_the_whole_search(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q6_k", "q4_1", "iq4_nl"])
 def test_important_columns_are_rounded_more_finely(name):
-    """With a column's squared errors counted a hundredfold, it keeps less error than when all count the same."""
+    """A column whose squared errors have a weight of 100 keeps less error than with equal weights."""
     weight, _ = layer(cols=256)
     format, importance = parse_format(name), torch.ones(24, 256)
     importance[:, ::16] = 100
@@ -84,7 +84,7 @@ def test_clip_search_names_the_whole_weight_that_it_refuses(monkeypatch):
 
 
 def test_clip_search_finds_the_best_scale_of_a_fine_ladder():
-    """The slow truth: 2,000 scales of both signs for one row. The search's ladder and refit come within 2 %."""
+    """Against 2,000 scales of both signs for one row: the search's ladder and refit come within 2 %."""
     weight, _ = layer(rows=1, cols=64)
     format = parse_format("int3-channel")
     ladder = torch.linspace(0.05, 1.2, 1000) * weight.abs().max() / 3
@@ -147,7 +147,7 @@ def test_gptq_beats_clip_search_clearly_on_correlated_inputs():
     assert row_errors(weight, gptq(weight, format, hessian), hessian).sum() < 0.8 * searched
 
 
-def test_gptq_with_white_inputs_has_nothing_to_compensate():
+def test_gptq_with_white_inputs_equals_clip_search():
     """With H = identity every correction is zero, so its codes are the clip search's (GPTQ, equation 2)."""
     weight, _ = layer()
     format = parse_format("int4-g32")
@@ -170,14 +170,14 @@ def test_gptq_of_a_grouped_convolution_is_gptq_of_each_group():
     assert torch.allclose(together, torch.cat(apart), atol=1e-5)
 
 
-def test_dead_inputs_and_few_samples_are_survived():
+def test_dead_inputs_and_few_samples_give_finite_weights():
     weight, inputs = layer(samples=20)
     inputs[:, :30] = 0
     quantized = gptq(weight, parse_format("int4-g32"), inputs.T @ inputs)
     assert torch.isfinite(dequantize(quantized)).all()
 
 
-def test_bad_requests_say_what_was_expected():
+def test_invalid_arguments_name_the_expected_ones():
     weight, _ = layer()
     with pytest.raises(MpqError, match=r"finite \(160, 160\)"):
         gptq(weight, parse_format("int4-g32"), torch.eye(10))

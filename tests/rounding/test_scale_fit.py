@@ -1,4 +1,4 @@
-"""Fitted scales leave no row a larger error, are the best where a row has one, and keep codes and types."""
+"""Fitted scales raise no row's error, are optimal where a row has one scale, and keep codes and dtypes."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def layer(rows=12, cols=160, blocks=1, seed=0):
 
 @pytest.mark.parametrize("name", FITTED)
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_no_row_errs_more_and_codes_and_types_stay(name, blocks):
+def test_fitting_never_raises_a_rows_error_and_keeps_codes(name, blocks):
     weight, hessian = layer(blocks=blocks)
     before = quantize(weight, parse_format(name))
     after = fit_scales(weight, before, hessian)
@@ -44,7 +44,7 @@ def test_the_scale_of_a_row_that_has_one_is_the_best_of_many():
 
 
 def test_each_group_in_turn_takes_its_best_scale():
-    """The slow truth: one group after the other, its scale by least squares over samples, the later ones as before."""
+    """Reference: one group after the other, its scale by least squares over samples, later groups unchanged."""
     weight, _ = layer(rows=3, cols=96)
     inputs = torch.randn(500, 96, generator=torch.Generator().manual_seed(1)) @ torch.randn(96, 96)
     hessian = (inputs.T @ inputs)[None]
@@ -60,7 +60,7 @@ def test_each_group_in_turn_takes_its_best_scale():
 
 
 @pytest.mark.parametrize("name", ["int4-tensor", "q4_k", "bf16"])
-def test_scales_that_are_not_a_row_s_own_stay(name):
+def test_scales_shared_between_rows_are_not_fitted(name):
     weight, hessian = layer(cols=256)
     rounded = quantize(weight, parse_format(name))
     assert fit_scales(weight, rounded, hessian) is rounded

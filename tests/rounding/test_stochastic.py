@@ -22,7 +22,7 @@ def test_the_mean_of_many_draws_is_the_number(grid):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
-def test_numbers_of_the_grid_stay_and_others_go_to_a_neighbour(grid):
+def test_grid_values_stay_and_others_round_to_a_neighbour(grid):
     values = torch.tensor(sorted(set(grid.values()[~torch.tensor(grid.values()).isnan().numpy()])), dtype=torch.float32)
     assert torch.equal(stochastic_round(values, grid, seeded(1)), values)
     beyond = torch.tensor([2 * grid.max + 1, -grid.max - abs(grid.min) - 1])
@@ -32,7 +32,7 @@ def test_numbers_of_the_grid_stay_and_others_go_to_a_neighbour(grid):
     assert bool(((rounded == values[1:]) | (rounded == values[:-1])).all())
 
 
-def test_few_random_bits_round_up_as_often_as_they_can_tell():
+def test_few_random_bits_round_up_with_quantized_probability():
     numbers = torch.full((200_000,), 0.5 + 0.5 * 5 / 16)  # five sixteenths of the way from 0.5 to 1
     rounded = stochastic_round(numbers, float_grid(2, 1), seeded(3), random_bits=4)
     up = (rounded == 1).double().mean().item()

@@ -1,4 +1,4 @@
-"""Each layer is rounded once in each format, and what is kept in files is what was rounded."""
+"""Each layer is rounded once in each format, and files store exactly the rounded values."""
 
 import torch
 from small_cnn import images, small_cnn
@@ -36,8 +36,8 @@ def test_a_layer_is_rounded_once_and_simulated_alike_from_memory_and_from_files(
         assert bool((dequantize(first) != weight).any())
 
 
-def test_what_lies_in_files_takes_no_memory():
-    """An empty slice of codes would keep all of them."""
+def test_stored_layers_take_no_memory():
+    """An empty slice of the codes would keep all of them alive."""
     model = small_cnn()
     store = RoundingStore("nearest", None, limit=0)
     simulate(model, allocation(model, "int3-channel", "int4-g32", "int2-g32-asym"), store, trainable=False)
@@ -45,7 +45,7 @@ def test_what_lies_in_files_takes_no_memory():
     assert all(tables.codes.untyped_storage().nbytes() == 0 for tables, _ in store._rounded.values())
 
 
-def test_a_trial_takes_on_one_allocation_after_the_other():
+def test_a_trial_model_takes_several_allocations_in_turn():
     model = small_cnn()
     trial = Trial(model, RoundingStore())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -61,8 +61,8 @@ def test_a_trial_takes_on_one_allocation_after_the_other():
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
-def test_moments_gathered_late_are_those_of_the_original():
-    """Also where the metric rounds inputs while it measures."""
+def test_late_moments_are_those_of_the_original_model():
+    """Also if the metric rounds inputs while it measures."""
     model, batches = small_cnn(), images()
     layers = find_layers(model)
     late = RoundingStore("gptq", lambda: moments_needed("gptq", model, layers, batches, cross_entropy))

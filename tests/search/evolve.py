@@ -1,6 +1,6 @@
 """A worker of a shared study, as a process: python evolve.py STORAGE TRIALS LOG SECONDS [COUNT FILE].
 
-All evaluations but the first COUNT wait until there is a FILE.
+All evaluations but the first COUNT wait until FILE exists.
 """
 
 import os
@@ -24,7 +24,7 @@ def problem_within(share=0.4, seed=1, layers=8):
 
 
 def true_loss(allocation, share=1.0):
-    """The predicted loss bent by something that depends on every layer's scheme, and noise on a part of the data."""
+    """The predicted loss plus a term that depends on every layer's scheme, and noise on a part of the data."""
     text = " ".join(allocation.schemes)
     bend = 1 + 0.8 * np.sin(sum(ord(letter) * (i % 7 + 1) for i, letter in enumerate(text)))
     noise = 1 + (1 - share) * 0.1 * np.cos(len(text) + sum(map(ord, text)))

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of a test's own: an unprivileged user's, on the loopback interface, in a temporary folder."""
+"""A temporary PostgreSQL server for a test: unprivileged, on the loopback interface, in a temporary folder."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ SECONDS = 60  # until it answers
 
 @contextmanager
 def postgresql() -> Iterator[str]:
-    """Start a server and yield the URL of an empty database; skip the test where there is none to start."""
+    """Start a server and yield the URL of an empty database; skip the test if PostgreSQL is not installed."""
     pytest.importorskip("psycopg2", reason="needs psycopg2: pip install 'mpq[postgresql]'")
     binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or [
         Path(found) for found in [shutil.which("initdb")] if found

@@ -66,7 +66,7 @@ def search_of(model, **options):
     return OneShot(model, SPACE, **options)
 
 
-def test_what_is_used_is_the_first_channels_and_the_middle_of_kernels():
+def test_masks_keep_the_first_channels_and_the_middle_of_kernels():
     model = network()
     layers = count_macs(model, find_layers(model), batches()[0], cross_entropy)
     architecture = Architecture(model, layers, CHOICES)
@@ -138,7 +138,7 @@ def test_a_cut_network_without_formats_is_the_masked_one():
     torch.testing.assert_close(cut(inputs), model(inputs))
 
 
-def test_decisions_of_few_options_are_never_given_others():
+def test_decisions_never_get_options_they_lack():
     controller = Controller(2, 4, Schedule(steps=400, delay=0.5), counts=(4, 2))
     drawn = []
     for _ in range(400):
@@ -160,7 +160,7 @@ def test_the_final_choice_is_within_a_cost_that_is_no_sum():
     assert likely_within(scores, cost, 8).tolist() == [1, 1, 1]
     assert likely_within(scores, cost, 4).tolist() == [1, 1, 0]
     assert likely_within(scores, cost, 1).tolist() == [0, 0, 0]
-    assert likely_within(scores[:, ::-1], cost, 8).tolist() == [1, 1, 1]  # what is left of the budget is used
+    assert likely_within(scores[:, ::-1], cost, 8).tolist() == [1, 1, 1]  # the remaining budget is used
     assert likely_within(scores[:, ::-1], cost, 2).tolist() == [0, 0, 1]  # where that loses the least
     with pytest.raises(MpqError, match="below the cheapest"):
         likely_within(scores, cost, 0.5)
@@ -176,7 +176,7 @@ def test_the_final_choice_is_within_a_cost_that_is_no_sum():
         (Kernel("head", (1,)), "steps of 2 to 0"),
     ],
 )
-def test_choices_that_cannot_be_are_reported(choice, message):
+def test_invalid_choices_are_reported(choice, message):
     with pytest.raises(MpqError, match=message):
         search_of(network(), architecture=(choice,))
 

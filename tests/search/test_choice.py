@@ -9,7 +9,7 @@ from mpq.search.budgets import latency_cost
 from mpq.search.choice import allocate
 
 
-def test_the_search_follows_from_what_is_asked():
+def test_the_search_is_chosen_by_the_request():
     table = make_table(1)
     exact = allocate(table, bits=5)
     assert exact.allocation.schemes == exact.frontier.at(bits=5).schemes
@@ -20,7 +20,7 @@ def test_the_search_follows_from_what_is_asked():
     assert mpq.allocate is allocate
 
 
-def test_a_size_is_the_whole_models():
+def test_a_size_is_that_of_the_whole_model():
     table = make_table(1)
     whole = allocate(table, bits=5).allocation.total
     for search in ("exact", "integer"):
@@ -28,7 +28,7 @@ def test_a_size_is_the_whole_models():
     assert allocate(table, size=f"{whole}B").allocation.total <= whole
 
 
-def test_what_does_not_go_together_is_reported():
+def test_incompatible_options_are_reported():
     table = make_table(1)
     for options, message in (
         ({}, "give one budget"),

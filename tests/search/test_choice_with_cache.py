@@ -36,7 +36,7 @@ def test_memory_is_one_budget() -> None:
     assert more.loss < choice.allocation.loss
 
 
-def test_budgets_join() -> None:
+def test_budgets_combine() -> None:
     table = table_of()
     both = allocate(table, memory=1.2e6, bits=3, context=CONTEXT, batch=BATCH).allocation
     assert both.bits <= 3
@@ -62,7 +62,7 @@ def test_budgets_join() -> None:
         ({"kv_bits": 3, "context": 10}, "give one budget"),
     ],
 )
-def test_what_cannot_be_had_is_named(request_: dict[str, float], sentence: str) -> None:
+def test_impossible_budgets_are_refused_by_name(request_: dict[str, float], sentence: str) -> None:
     with pytest.raises(MpqError, match=sentence):
         allocate(table_of(), **request_)
 

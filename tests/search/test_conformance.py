@@ -1,4 +1,4 @@
-"""Every search of the registry honours the contract; a search that does not is caught."""
+"""Every registered search passes the conformance suite; a broken search fails it."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ class TestInteger(SearchConformance):
 
 
 class TestCheapest(SearchConformance):
-    """Of any quality: the smallest that the budgets let it be."""
+    """Any quality: the smallest allocation within the budgets."""
 
     search = staticmethod(search_named("cheapest"))
     options = {"loss": 1e9}

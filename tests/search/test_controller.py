@@ -1,4 +1,4 @@
-"""The policy finds known optima, keeps costs, becomes certain, and resumes."""
+"""The policy finds known optima, meets costs, converges, and resumes."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_the_delay_samples_uniformly_and_freezes_the_policy():
     assert controller.logits.detach().abs().max() > 0
 
 
-def test_entropy_weights_come_to_the_same_end_on_other_ways():
+def test_entropy_schedules_end_at_the_same_weight():
     for kind, half in (("cosine", 0.2), ("linear", 0.2), ("step", 0.4), ("constant", 0.4)):
         schedule = Schedule(steps=120, delay=1 / 6, entropy_weight=0.4, entropy=kind)
         assert schedule.entropy_at(120) == pytest.approx(0.4)
@@ -101,7 +101,7 @@ def test_the_entropy_weight_follows_half_a_cosine():
     assert [schedule.entropy_at(step) for step in (0, 20, 70, 120, 500)] == pytest.approx([0, 0, 0.2, 0.4, 0.4])
 
 
-def test_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path):
+def test_resuming_a_checkpoint_gives_identical_results(tmp_path):
     best, costs = known_optimum(3)
 
     def run(controller, steps):
@@ -122,7 +122,7 @@ def test_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path):
         Controller(2, OPTIONS, schedule, 5).load_state_dict(whole.state_dict())
 
 
-def test_a_quality_that_is_no_number_teaches_nothing():
+def test_nan_qualities_are_skipped():
     controller = Controller(3, 2, Schedule(steps=10, delay=0.0))
     controller.update([0, 0, 0], 1.0, 1.0)
     before = controller.logits.detach().clone()
@@ -133,6 +133,6 @@ def test_a_quality_that_is_no_number_teaches_nothing():
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"delay": 1.0}, {"rate": -1.0}, {"decay": 1.0}])
-def test_schedules_that_cannot_be(wrong):
+def test_invalid_schedules_are_refused(wrong):
     with pytest.raises(MpqError, match="invalid schedule"):
         Schedule(**wrong)

@@ -1,4 +1,4 @@
-"""Evolution keeps budgets, beats its start, measures nothing twice, and survives whatever happens to its workers."""
+"""Evolution keeps budgets, improves on its start, measures nothing twice, and survives failing workers."""
 
 import csv
 import logging
@@ -26,7 +26,7 @@ from mpq.search.trials import LOST, OUTCOME, open_storage, retry
 
 
 class Recorder:
-    """An evaluation function that keeps what it was asked."""
+    """An evaluation function that records its calls."""
 
     def __init__(self, loss=true_loss):
         self.loss, self.asked, self.allocations = loss, [], []
@@ -53,7 +53,7 @@ def test_budgets_hold_nothing_is_measured_twice_and_the_start_is_beaten(sampler)
     assert true_loss(best) == pytest.approx(best.provenance["measured_loss"])
 
 
-def test_a_small_space_is_searched_whole(caplog):
+def test_a_small_space_is_searched_exhaustively(caplog):
     problem = replace(make_problem(1, 2), budgets={"size": 1e9})
     with caplog.at_level(logging.WARNING):
         found = evolution(problem, evaluate=true_loss, trials=1000)
@@ -72,7 +72,7 @@ def test_several_budgets_at_once():
         assert all(totals[name] <= budget for name, budget in budgets.items())
 
 
-def test_few_data_first_and_the_rest_for_the_survivors():
+def test_survivors_are_measured_on_more_data():
     problem, evaluate = problem_within(), Recorder()
     found = evolution(problem, evaluate=evaluate, trials=40, shares=(0.25, 1.0))
     whole = [schemes for schemes, share in evaluate.asked if share == 1]
@@ -85,7 +85,7 @@ def test_few_data_first_and_the_rest_for_the_survivors():
         assert tuple(choices) in {one.choices for one in found.evaluations}
 
 
-def test_a_loss_that_is_no_number_is_left_out_and_reported(caplog):
+def test_nan_losses_are_skipped_and_reported(caplog):
     def fails(schemes):
         return sum(map(ord, " ".join(schemes))) % 4 == 0
 
@@ -107,7 +107,7 @@ def test_a_loss_that_is_no_number_is_left_out_and_reported(caplog):
 
 @pytest.mark.parametrize("sampler", ["switch", "nsga2", "nsga3", "tpe"])
 @pytest.mark.parametrize("stop", [2, 22])
-def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(tmp_path, sampler, stop):
+def test_an_interrupted_search_resumes_with_identical_results(tmp_path, sampler, stop):
     problem = problem_within()
     whole = evolution(problem, evaluate=true_loss, trials=26, sampler=sampler, seed=3, shares=(0.5, 1.0))
     asked = Recorder()
@@ -241,7 +241,7 @@ def test_three_workers_share_a_study_and_one_is_killed(shared_storage, tmp_path)
     others = []
     try:
         wait_until(lambda: log.exists() and len(log.read_text().splitlines()) == 4)
-        others = [run(storage, 24, log, 0.1, 0, killed) for _ in range(2)]  # neither is done before the other begins
+        others = [run(storage, 24, log, 0.1, 0, killed) for _ in range(2)]  # both start before either finishes
         wait_until(lambda: len({line.split()[0] for line in log.read_text().splitlines()}) == 3)
         os.kill(victim.pid, signal.SIGKILL)
         killed.touch()
@@ -256,7 +256,7 @@ def test_three_workers_share_a_study_and_one_is_killed(shared_storage, tmp_path)
     assert measured.count(lost) == 2  # the killed worker's evaluation was done again, by another
     measured.remove(lost)
     assert len(measured) == len(set(measured))  # and nothing else was repeated
-    assert 24 <= len(measured) <= 25  # nor lost; both may begin the last one in the same moment
+    assert 24 <= len(measured) <= 25  # nor lost; both may begin the last one at the same moment
     trials = optuna.load_study(study_name="mpq", storage=open_storage(storage)).get_trials()
     assert sum(trial.user_attrs.get(OUTCOME) == LOST for trial in trials) == 1
     found = evolution(problem_within(), evaluate=None, trials=24, storage=storage)
@@ -296,7 +296,7 @@ def test_invalid_arguments_are_refused(tmp_path):
         evolution(problem, evaluate=true_loss, trials=2, storage=tmp_path / "journal", seed=1)
 
 
-def test_a_worker_that_was_taken_for_dead_drops_its_result_and_goes_on(tmp_path, caplog):
+def test_a_worker_presumed_dead_drops_its_result_and_continues(tmp_path, caplog):
     problem, storage = problem_within(), tmp_path / "journal"
     stolen = []
 

@@ -1,4 +1,4 @@
-"""The parts of the exact search against enumeration: what a merge must find, what a certificate must say."""
+"""Parts of the exact search against enumeration: merges and certificates."""
 
 from itertools import product
 
@@ -10,7 +10,7 @@ from mpq.search.exact import _Core, _Stretch
 
 
 def core_of(seed, groups, schemes, ties):
-    """A core of whole numbers (many ties) or of real ones, with all solutions: costs, losses, regrets."""
+    """A core with integer (many ties) or real values, and all its solutions: costs, losses, regrets."""
     random = np.random.default_rng(seed)
     shape = (1 if ties else groups, schemes)
     costs = random.integers(0, 6, shape).astype(float)
@@ -30,7 +30,7 @@ def core_of(seed, groups, schemes, ties):
     st.integers(0, 10**6), st.integers(1, 4), st.integers(2, 4), st.booleans(), st.floats(0, 8),
     st.sampled_from([1, 2, 3, 5, 10**6]),
 )  # fmt: skip
-def test_a_merge_finds_all_up_to_the_regret_that_it_tells(seed, groups, schemes, ties, regret, max_states):
+def test_a_merge_finds_every_solution_up_to_its_regret(seed, groups, schemes, ties, regret, max_states):
     core, costs, losses, regrets = core_of(seed, groups, schemes, ties)
     merged = core.merge(regret, max_states)
     assert len(merged.costs) <= max_states
@@ -45,7 +45,7 @@ def test_a_merge_finds_all_up_to_the_regret_that_it_tells(seed, groups, schemes,
     wanted = inside & (regrets <= merged.regret - (0 if ties else 1e-9))
     for cost, loss in zip(costs[wanted], losses[wanted], strict=True):
         found = (merged.costs <= cost + 1e-9) & (merged.losses <= loss + 1e-9)
-        cheaper = (costs < core.low) & (losses <= loss + 1e-9)  # belongs to another stretch
+        cheaper = (costs < core.low) & (losses <= loss + 1e-9)  # belongs to another segment
         assert found.any() or cheaper.any()
 
 

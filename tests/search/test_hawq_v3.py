@@ -1,4 +1,4 @@
-"""The integer program on HAWQ-V3's published inputs gives its authors' configurations, or a better one."""
+"""The integer program on HAWQ-V3's published inputs gives the published configurations, or a better one."""
 
 import numpy as np
 import pytest

@@ -32,7 +32,7 @@ def test_the_optimum_under_two_budgets_is_that_of_enumeration(seed, layers, size
 
 @pytest.mark.parametrize("losses", [0.0, 0.25, 1e-310, 1e300, -1.0])
 @pytest.mark.parametrize("limit", [0.0, 1.0, 1e300])
-def test_equal_tiny_and_huge_losses_and_costs_of_nothing(losses, limit):
+def test_equal_tiny_and_huge_losses_and_zero_costs(losses, limit):
     problem = make_problem(3, layers=3)
     free = np.where(np.isfinite(problem.losses), 0.0, np.inf)
     bend = np.linspace(1.0, 1.5, problem.losses.size).reshape(problem.losses.shape) if abs(losses) > 1 else 1.0
@@ -81,7 +81,7 @@ def test_bytes_of_keys_and_values_per_token_are_a_budget_like_any_other():
     assert problem.totals(without.choices[0])["kv"] > budget  # so it is the budget that decides
 
 
-def test_a_budget_out_of_reach_is_named():
+def test_an_unreachable_budget_is_named():
     problem = replace(make_problem(1), budgets={"size": 1.0})
     with pytest.raises(MpqError, match="budget of 1 size is below the smallest"):
         integer(problem)
@@ -91,7 +91,7 @@ def test_a_budget_out_of_reach_is_named():
 
 @pytest.mark.parametrize("last", [False, True])
 def test_only_the_budgets_that_conflict_are_named(last):
-    """Two costs that run against each other, and a third that anything meets: first or last of them."""
+    """Two conflicting costs, and a third that every choice meets, in first or last position."""
     problem = make_problem(1, layers=4)
     size = problem.costs["size"]
     problem = replace(problem, costs={**problem.costs, "precision": size.max() - size})

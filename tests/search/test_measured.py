@@ -1,4 +1,4 @@
-"""Starts are within the budget, beliefs follow what is measured, and polishing finds what a wrong table hides."""
+"""Starts are within the budget, beliefs follow measurements, and polishing corrects a wrong table."""
 
 from dataclasses import replace
 
@@ -61,7 +61,7 @@ def test_nearby_is_the_best_within_the_radius():
     assert nearby(problem, problem.losses, center, radius, size).tolist() == best.tolist()
 
 
-def test_a_belief_moves_to_what_was_measured():
+def test_the_posterior_moves_to_the_measurement():
     problem = make_problem(1, 4)
     origin, other = np.zeros(4, dtype=int), np.array([3, 0, 0, 0])
     belief = Belief.of(problem, origin, problem.prediction(origin)[0])
@@ -99,7 +99,7 @@ def test_polishing_recovers_from_a_table_that_is_wrong_about_two_layers(seed):
     assert after - optimum < 0.35 * (before - optimum)
 
 
-def test_what_cannot_be_measured_is_not_taken():
+def test_unmeasurable_candidates_are_not_chosen():
     problem = make_problem(1, 4)
     start = np.full(4, 1)
 
@@ -127,7 +127,7 @@ def test_scores_averaged_over_a_kind_are_a_start():
     assert found["searched"].tolist() == [0, 1, 1, 0, 0, 1, 0, 1]
 
 
-def test_what_is_clearly_worse_is_not_measured_to_the_end():
+def test_clearly_worse_candidates_are_dropped_early():
     best = np.random.default_rng(0).standard_normal(16)
     parts = [lambda choices: best[:8] + choices[0], lambda choices: best[8:] + choices[0]]
     assert len(race(np.array([3]), parts, best)) == 8
@@ -137,7 +137,7 @@ def test_what_is_clearly_worse_is_not_measured_to_the_end():
     assert np.isinf(race(np.array([0]), broken, best)).all()
 
 
-def test_starts_are_ranked_by_what_they_lose_wherever_measuring_stopped():
+def test_partly_measured_starts_are_ranked_by_loss():
     noise = np.random.default_rng(1).standard_normal(32)
     asked = []
 
@@ -155,7 +155,7 @@ def test_starts_are_ranked_by_what_they_lose_wherever_measuring_stopped():
     assert asked.count(24) == 4  # 9, the first; 5, 2 and 1, better than all before
 
 
-def test_polishing_takes_what_it_knows_of_the_start():
+def test_polishing_reuses_measurements_of_the_start():
     problem = make_problem(1, 6)
     start = np.full(6, 1)
     asked = []

@@ -1,4 +1,4 @@
-"""The search drops into a training loop, counts costs right, and leaves the model as it was."""
+"""One-shot search in a training loop: costs, final choice, and an unchanged model."""
 
 import json
 
@@ -58,7 +58,7 @@ def test_costs_are_shares_of_the_target_in_bit_operations():
 
 
 def test_a_search_in_a_training_loop_keeps_accuracy_and_meets_the_target():
-    """One layer of four carries the answer: it must get the wide format when not all can have it."""
+    """One layer of four determines the output: it must get the wide format when not all can have it."""
     generator = seeded(7)
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     seed_weights(model, 0.4)
@@ -199,7 +199,7 @@ def test_ties_and_blocks_share_a_decision():
         shared(blocks="(")
 
 
-def test_ctrl_c_loses_nothing_but_the_running_step(tmp_path):
+def test_an_interrupt_loses_only_the_running_step(tmp_path):
     def start():
         model = seed_weights(Convolutions()).train()
         model.drop.p = 0.0
@@ -252,7 +252,7 @@ def test_unreachable_bit_operations_are_reported_at_the_first_pass():
         model(inputs)
 
 
-def test_update_wants_a_sample():
+def test_update_needs_a_sample():
     search = OneShot(seed_weights(Convolutions()), SPACE)
     with pytest.raises(MpqError, match="no sample to update from"):
         search.update(quality=1.0)

@@ -1,4 +1,4 @@
-"""The quadratic program against enumeration, with ties, restrictions and budgets; its gap is honest."""
+"""The quadratic program against enumeration, with ties, restrictions, budgets and a valid gap."""
 
 from dataclasses import replace
 
@@ -68,7 +68,7 @@ def test_without_interactions_it_is_the_integer_program():
     assert found.allocation(0).loss == pytest.approx(found.losses[0])
 
 
-def test_stopped_early_it_says_how_far_it_can_be_off():
+def test_stopping_early_reports_the_gap():
     problem = make_problem(1, 40)
     problem = replace(problem, budgets={"size": float(problem.costs["size"].mean(1).sum())})
     interactions = make_interactions(problem, 1, strength=0.3)
@@ -88,6 +88,6 @@ def test_invalid_arguments_are_refused():
         pairwise(replace(problem, budgets={"size": 1.0}), interactions=interactions)
 
 
-def test_what_a_search_needs_is_reported():
+def test_missing_inputs_of_a_search_are_reported():
     with pytest.raises(MpqError, match="the search pairwise also needs interactions: measure"):
         frontier_of(make_table(0, 3), search="pairwise", budgets={"size": 1e6})

@@ -1,4 +1,4 @@
-"""Rules raise what they say first, within the size, and leave forbidden formats alone."""
+"""Rules raise layers in their order within the size, and never choose forbidden formats."""
 
 import numpy as np
 from problems import make_table
@@ -27,7 +27,7 @@ def test_the_first_of_the_order_are_raised_while_they_fit():
     assert raised(problem, size_of(problem, 0) - 1, order) is None
 
 
-def test_ends_and_outer_blocks_come_first():
+def test_first_and_last_layers_and_blocks_come_first():
     problem = build_problem(make_table(1, 6))
     step = problem.costs["size"][:, 2] - problem.costs["size"][:, 1]
     found = rules(problem, size_of(problem, 1) + step[0] + step[5])

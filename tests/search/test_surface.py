@@ -1,4 +1,4 @@
-"""Surfaces and cheapest allocations against enumeration; constraints that conflict are named."""
+"""Surfaces and cheapest allocations against enumeration; conflicting constraints are named."""
 
 import re
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_the_cheapest_of_a_quality_is_that_of_enumeration(seed, share, cost):
     problem = make_problem(seed, 5)
     costs, losses = enumerated(problem)
     wanted = float(np.quantile(losses, share))
-    # The solver keeps a bound to one part in a million; with a loss closer above it than that it asks to loosen it.
+    # The solver keeps a bound to one part in a million and reports a loss closer to it than that.
     assume(not np.any((losses > wanted) & (losses <= wanted * (1 + 1e-5))))
     found = cheapest(problem, loss=wanted, cost=cost)
     best = costs[losses <= wanted * (1 + 1e-12), ["size", "bitops"].index(cost)].min()
@@ -72,7 +72,7 @@ def test_constraints_that_conflict_are_named():
         cheapest(replace(problem, budgets={"size": budgets["size"], "bitops": 1e12}), loss=float(losses.min() * 1.001))
 
 
-def test_a_loss_out_of_reach_names_the_range():
+def test_errors_of_unreachable_losses_name_the_range():
     problem = make_problem(1, 6)
     costs, losses = enumerated(problem)
     worst = losses[costs[:, 0] == costs[:, 0].min()].min()

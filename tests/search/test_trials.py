@@ -1,4 +1,4 @@
-"""Who is taken for dead, and who is not."""
+"""Which workers count as dead."""
 
 import threading
 import time
@@ -30,7 +30,7 @@ def study():
     return open_study(None, "one", "settings")
 
 
-def test_only_a_worker_that_stays_silent_under_suspicion_is_dead(study):
+def test_only_a_suspected_worker_without_a_heartbeat_is_dead(study):
     study.ask().set_user_attr(BEAT, time.time() - 2 * MISSED_BEATS * INTERVAL)
     watch = Watch(study, INTERVAL)
     watch.retire_dead()
@@ -44,12 +44,12 @@ def test_only_a_worker_that_stays_silent_under_suspicion_is_dead(study):
     assert again.user_attrs["retry_of"] == lost.number
 
 
-def test_a_late_sign_of_life_clears_a_worker(study):
+def test_a_late_heartbeat_clears_a_worker(study):
     trial = study.ask()
     trial.set_user_attr(BEAT, time.time() - 2 * MISSED_BEATS * INTERVAL)
     watch = Watch(study, INTERVAL)
     watch.retire_dead()
-    # As late as the journal was locked, which is why its clock reads what looks like silence too.
+    # The journal was locked, so that its clock is late, too.
     trial.set_user_attr(BEAT, time.time() - 1.5 * MISSED_BEATS * INTERVAL)
     time.sleep(1.1 * CONFIRMING_BEATS * INTERVAL)
     watch.retire_dead()
@@ -59,14 +59,14 @@ def test_a_late_sign_of_life_clears_a_worker(study):
     assert not watch.suspects
 
 
-def test_a_running_trial_without_a_sign_of_life_counts_from_its_start(study):
+def test_a_trial_without_a_heartbeat_counts_from_its_start(study):
     study.ask()
     Watch(study, 60.0).retire_dead()
     assert trials_of(study)[0].state is TrialState.RUNNING
 
 
 def claim_both(study, ending):
-    """Two trials claim an allocation in the same moment, and the second ends so; what the first one's claim gives."""
+    """Two trials claim an allocation at the same moment and the second ends in a given state; the first one's claim."""
     first, second = study.ask(), study.ask()
     first.set_user_attr(KEY, "1 2")
     second.set_user_attr(KEY, "1 2")
@@ -92,7 +92,7 @@ def test_a_claim_outlives_a_rival_that_dies(study):
     assert claim_both(study, lambda trial: retry(study, trials_of(study)[trial.number])) == [None]
 
 
-def test_what_is_held_is_not_granted_again(study):
+def test_claimed_allocations_are_not_granted_again(study):
     first, second = study.ask(), study.ask()
     assert claim(study, second, "1 2", Watch(study, INTERVAL)) is None
     other = claim(study, first, "1 2", Watch(study, INTERVAL))

@@ -170,6 +170,6 @@ def weight_errors(task, i, j):
 
 
 def layer_slice(task, i):
-    """Where layer i's weights stand among all."""
+    """Slice of layer i's weights in the vector of all weights."""
     start = sum(layer.params for layer in task.layers[:i])
     return slice(start, start + task.layers[i].params)

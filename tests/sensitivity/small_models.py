@@ -104,7 +104,7 @@ def token_batches(sizes=(3, 2), length: int = 5, vocabulary: int = 7):
 
 
 def make_task(model, batches, loss_fn, schemes=("int3-channel", "int4-g32"), **options) -> Task:
-    """What a metric is given, for a model in evaluation mode."""
+    """A metric's input, for a model in evaluation mode."""
     model.eval()
     return Task(
         model,

@@ -1,4 +1,4 @@
-"""Scores of cached keys and values against measured divergence."""
+"""Scores of KV-cache entries against measured divergence."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def test_scores_rank_entries_as_measuring_them_does(source: Source, table: mpq.S
     assert (table.errors[-12:, -4:] < 0.5 * scores).all()
 
 
-def test_weights_and_entries_have_schemes_of_their_own(table: mpq.SensitivityTable) -> None:
+def test_weights_and_cache_entries_have_separate_schemes(table: mpq.SensitivityTable) -> None:
     assert table.schemes[-4:] == ("kv:int2-token-asym", "kv:int3-token-asym", "kv:int4-token-asym", "kv:fp16")
     assert np.isnan(table.scores[-12:, :2]).all()
     assert np.isnan(table.scores[:-12, 2:]).all()

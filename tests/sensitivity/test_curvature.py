@@ -1,4 +1,4 @@
-"""The Hessian's trace in the shape of the inputs, against losses for which that is the Hessian."""
+"""The Hessian approximated by its trace and the inputs' second moment, against losses for which that is exact."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_squared_errors_of_one_layer_are_predicted_exactly(kind):
 )
 @pytest.mark.parametrize("weighted", [False, True])
 def test_an_even_error_costs_the_whole_trace(task, weighted):
-    """Unit errors in each weight by itself add up to the shape's trace."""
+    """Unit errors in each weight alone add up to the trace."""
     for layer in task.layers:
         shape = output_statistics(task, weighted)[layer.name]
         units = torch.eye(layer.params).reshape(layer.params, layer.rows, layer.cols)

@@ -1,4 +1,4 @@
-"""Scores that nothing supports are NaN with a reason, whatever took their support away."""
+"""Scores without evidence are NaN with a reason, whatever the cause."""
 
 import numpy as np
 import pytest
@@ -100,7 +100,7 @@ def test_output_errors_need_no_gradient():
 
 
 class Hidden(torch.autograd.Function):
-    """A reentrant checkpoint of somebody's own: the graph inside it is not seen from outside."""
+    """A custom reentrant checkpoint: its inner graph is not visible from outside."""
 
     @staticmethod
     def forward(ctx, function, x):
@@ -124,7 +124,7 @@ def test_a_checkpoint_that_hides_its_graph():
 @pytest.mark.parametrize("noise", [0.0, 1e-7])
 @pytest.mark.parametrize("metric", ["kl-curvature", "kronecker", "fisher", "gradient"])
 def test_a_distance_to_the_models_own_outputs(metric, noise):
-    """Rounding noise in the outputs, as another batch size makes, is no gradient either."""
+    """Rounding noise in the outputs, as from another batch size, is not a gradient."""
     model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
     with torch.no_grad():
         own = model(BATCH[0]) * (1 + noise)

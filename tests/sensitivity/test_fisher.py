@@ -85,12 +85,12 @@ def test_a_layer_the_loss_never_reaches_costs_nothing():
     assert not errors[-1].any()
 
 
-def test_groups_of_the_small_models_are_what_they_seem():
+def test_small_models_have_the_expected_groups():
     assert weight_groups(Convolutions().depthwise) == 6
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_labels_of_the_model_give_gauss_newtons_diagonal(name):
+def test_model_labels_estimate_gauss_newtons_diagonal(name):
     """Unbiased over seeds, also where a sample's loss averages over tokens."""
     tasks = [replace(SMALL[name](seed=seed), rounder=MethodRounder("nearest")) for seed in range(150)]
     scores = np.stack([fisher(task, labels="model")[0] for task in tasks])

@@ -1,4 +1,4 @@
-"""Traces from gradients of single samples against exact matrices; which layers are straight."""
+"""Traces from per-sample gradients against exact matrices; detection of piecewise linear layers."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from mpq.sensitivity.journal import Journal
 
 
 def relu_net():
-    """Convolution, ReLU, pooling: straight in every layer."""
+    """Convolution, ReLU, pooling: piecewise linear in every layer's weight."""
     parts = (nn.Conv2d(2, 5, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(20, 7), nn.ReLU(), nn.Linear(7, 3))
     return make_task(seed_weights(nn.Sequential(*parts)), class_batches((2, 6, 6), (5, 4)), cross_entropy)
 
@@ -27,7 +27,7 @@ def exact_traces(blocks):
     return np.array([blocks[i][i].trace().item() for i in range(len(blocks))])
 
 
-def test_the_hessians_of_straight_layers_are_gauss_newtons_and_exact_after_a_whole_design():
+def test_hessians_of_piecewise_linear_layers_equal_gauss_newton_after_a_full_design():
     task = relu_net()
     assert straight_layers(task) == [True] * 3
     assert design_order(task) == 4  # three classes
@@ -39,7 +39,7 @@ def test_the_hessians_of_straight_layers_are_gauss_newtons_and_exact_after_a_who
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_whole_design_gives_gauss_newtons_traces_exactly(name):
+def test_a_full_design_gives_exact_gauss_newton_traces(name):
     """Also where a sample has several predictions, and a weight several uses."""
     task = CASES[name]()
     order = design_order(task)
@@ -49,7 +49,7 @@ def test_a_whole_design_gives_gauss_newtons_traces_exactly(name):
     np.testing.assert_allclose(means, exact_traces(gauss_newton_blocks(task)), rtol=2e-4)
 
 
-def test_part_of_a_design_is_unbiased_and_says_its_error():
+def test_a_partial_design_is_unbiased_with_an_error_estimate():
     task = relu_net()
     exact = exact_traces(exact_blocks(task))
     seeds = [replace(task, seed=seed, journal=Journal(None, {})) for seed in range(200)]
@@ -74,7 +74,7 @@ def test_rows_of_the_design_are_orthogonal_signs():
     assert torch.equal(rows @ rows.T, 16 * torch.eye(16))
 
 
-def test_curved_layers_are_distinguished_from_straight_ones():
+def test_nonlinear_layers_are_distinguished_from_piecewise_linear_ones():
     assert straight_layers(CASES["mlp"]()) == [False, False, True]
     assert straight_layers(CASES["tied"]()) == [False] * 3
 

@@ -175,7 +175,7 @@ def test_the_score_is_half_the_mean_trace_times_the_squared_error():
             assert errors[i, j] == pytest.approx(0.5 * traces.errors[i] / layer.params * squared)
 
 
-def test_negative_curvature_makes_no_layer_free(caplog):
+def test_negative_curvature_is_raised_to_its_standard_error(caplog):
     def concave(model, batch):
         return -(model(batch[0]).square().mean())
 
@@ -193,7 +193,7 @@ def test_more_probes_are_drawn_until_the_target_is_met():
     assert hessian_traces(CASES["mlp"](), min_probes=2, max_probes=5, target=0.0, settle=0.0).probes == 5
 
 
-def test_probes_do_not_depend_on_which_other_layers_are_asked():
+def test_probes_do_not_depend_on_the_selected_layers():
     whole = make_task(mlp(), class_batches((5,), (12,)), cross_entropy)
     one = replace(whole, layers=whole.layers[1:2], journal=Journal(None, {}))
     first = hessian_traces(one, min_probes=400, max_probes=400)

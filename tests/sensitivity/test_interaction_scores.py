@@ -38,7 +38,7 @@ def test_measured_pairs_total_the_loss_of_two_layers_at_once(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_small_errors_meet_as_gauss_newton_says(name):
+def test_small_errors_interact_by_gauss_newton(name):
     """With 8 bits the change of the logits is J dw but for a second order of about the errors' size, 1 %."""
     task = CASES[name](schemes=("int8-channel",))
     pairs = found(task, "outputs", ("int8-channel",)).pairs

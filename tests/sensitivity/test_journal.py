@@ -1,4 +1,4 @@
-"""What an interrupted measurement leaves, and who may go on from it."""
+"""Journals of interrupted measurements, and who may resume them."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from mpq.sensitivity.journal import Journal
 SETTINGS = {"metric": "loss", "seed": 0, "schemes": ("int4", "int8")}
 
 
-def test_numbers_come_back_bit_for_bit(tmp_path):
+def test_values_survive_bit_for_bit(tmp_path):
     journal = Journal(tmp_path / "deep" / "j", SETTINGS)
     numbers = [0.1, 1 / 3, -5e-324, float("inf"), 2.0**60]
     journal.note("layer, one", numbers)
@@ -17,7 +17,7 @@ def test_numbers_come_back_bit_for_bit(tmp_path):
     assert again.recall("other") is None
 
 
-def test_a_torn_line_is_dropped_and_written_over(tmp_path):
+def test_a_truncated_line_is_dropped_and_overwritten(tmp_path):
     path = tmp_path / "j"
     journal = Journal(path, SETTINGS)
     journal.note("a", [1.0])

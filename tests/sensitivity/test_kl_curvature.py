@@ -79,7 +79,7 @@ def test_an_inputs_positions_add_up_before_they_are_squared(name, graph, monkeyp
 
 
 @pytest.mark.parametrize("name", ["mlp", "tied"])
-def test_positions_weigh_by_the_gradient_that_meets_them(name, monkeypatch):
+def test_positions_are_weighted_by_their_gradient(name, monkeypatch):
     monkeypatch.setattr(module, "OUTLIER", 1.0)
     rows = row_scores(CASES[name](), estimate="position", labels="data")
     task = CASES[name]()
@@ -100,8 +100,8 @@ def test_many_draws_of_labels_are_the_divergences_own_curvature():
     assert 0 < errors[0, 0] < scores[0, 0]
 
 
-def test_predictions_known_by_heart_are_softened():
-    """Logits 300 times as large leave no doubt and no curvature; at the temperature taken there is doubt of 0.02."""
+def test_overconfident_predictions_are_softened():
+    """Logits 300 times as large leave no curvature; at the chosen temperature the predictions have an error of 0.02."""
     task = CASES["mlp"]()
     assert softness(task) == 1.0
     with torch.no_grad():
@@ -125,8 +125,8 @@ def test_the_estimate_follows_the_labels():
 
 
 @pytest.mark.parametrize(("name", "layer", "estimate"), [("mlp", 1, "position"), ("tied", 2, "input")])
-def test_what_activations_lose_adds_to_what_weights_lose(name, layer, estimate):
-    """The errors of all rows meet, at a position or over a whole input and both calls of its layer."""
+def test_activation_and_weight_errors_add_up(name, layer, estimate):
+    """The errors of all rows interact, at a position or over a whole input and both calls of its layer."""
     schemes = ("int4-channel", "int4-channel+a:int4-token")
     options = {"estimate": estimate, "labels": "data", "shrink": False}
     found = kl_curvature(CASES[name](schemes=schemes), **options)[0]
@@ -166,7 +166,7 @@ def test_padding_costs_nothing():
 
 
 class Masked(nn.Module):
-    """Its first position's outputs, which may be huge, reach no prediction."""
+    """The outputs of its first position, which may be huge, do not affect any prediction."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,8 +176,8 @@ class Masked(nn.Module):
         return self.head(torch.tanh(self.first(x))[:, 1:])
 
 
-def test_positions_that_outweigh_the_others_are_taken_one_by_one(monkeypatch):
-    """With every position one by one: half the mean over samples of sum over t of g_tr^2 (dw_r . x_t)^2."""
+def test_dominant_positions_are_scored_one_by_one(monkeypatch):
+    """With positions scored one by one: half the mean over samples of the sum over t of g_tr^2 (dw_r . x_t)^2."""
     monkeypatch.setattr(module, "OUTLIER", 0.0)
     rows = row_scores(CASES["mlp"](), estimate="position", labels="data")
     task = CASES["mlp"]()  # one position a sample
@@ -185,7 +185,7 @@ def test_positions_that_outweigh_the_others_are_taken_one_by_one(monkeypatch):
         torch.testing.assert_close(rows(layer)[0], torch.stack(expected, 1), rtol=1e-4, atol=1e-12)
 
 
-def test_huge_inputs_that_no_gradient_meets_cost_nothing():
+def test_huge_inputs_without_gradient_cost_nothing():
     def loss(model, batch):
         return functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
@@ -196,14 +196,14 @@ def test_huge_inputs_that_no_gradient_meets_cost_nothing():
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
-def test_layers_that_see_some_positions_of_many_samples_come_sample_by_sample():
+def test_routed_layers_are_scored_sample_by_sample():
     task = make_task(seed_weights(Routed()), class_batches((5, 4)), cross_entropy)
     rows = row_scores(task, labels="data")
     for layer, expected in zip(task.layers, by_input(task), strict=True):
         torch.testing.assert_close(rows(layer)[0], torch.stack(expected, 1), rtol=1e-4, atol=1e-12)
 
 
-def test_what_cannot_be_asked_for_is_reported():
+def test_invalid_requests_are_reported():
     with pytest.raises(MpqError, match="position"):
         kl_curvature(CASES["mlp"](), estimate="token")
     with pytest.raises(MpqError, match="labels"):

@@ -97,4 +97,4 @@ def test_a_batch_passes_twice_forward_with_labels_of_the_models_own_and_once_bac
 
     task.model.register_forward_hook(count)
     kronecker(task)
-    assert passes == 2 * len(task.batches)  # to know what the loss asks, and for the gradients
+    assert passes == 2 * len(task.batches)  # to find the loss's targets, and for the gradients

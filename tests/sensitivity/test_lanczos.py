@@ -50,7 +50,7 @@ def test_an_eigenvalue_lies_within_the_residual(size, steps, seed):
 
 
 def test_the_basis_stays_orthogonal_in_float32():
-    """Of the matrix whose top eigenvalue converges first: without the second pass, copies of it would appear."""
+    """The top eigenvalue converges first: without the second pass, copies of it would appear."""
     diagonal = torch.cat([torch.linspace(0, 1, 300), torch.tensor([100.0])])
     start = torch.ones(301)
     lanczos = run(torch.diag(diagonal), start, 60)

@@ -122,7 +122,7 @@ def test_small_batches_have_larger_eigenvalues(digits):
     assert rate.at_batch(4, "adam").lr == pytest.approx(2 * rate.lr)
 
 
-def test_what_has_no_rate_is_reported():
+def test_losses_without_a_rate_are_reported():
     x = torch.ones(3, requires_grad=True)
     with pytest.raises(MpqError, match="no positive curvature"):
         learning_rate([lambda: -x.square().sum()], [x])

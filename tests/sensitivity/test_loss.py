@@ -78,7 +78,7 @@ def test_token_activations_of_convolutions_scale_by_position():
     assert scores[1, 0] == pytest.approx(change, abs=1e-6)
 
 
-def test_weights_come_back_after_a_failure():
+def test_weights_are_restored_after_a_failure():
     calls = 0
 
     def failing(model, batch):

@@ -1,4 +1,4 @@
-"""Positions that do not count: padding and labels of -100 leave scores and moments as they are without them."""
+"""Hidden positions: padding and labels of -100 do not change scores and moments."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ class Attention(nn.Module):
     def forward(self, tokens, attention_mask):
         """Logits."""
         hidden = self.embed(tokens)
-        hidden = hidden + 40 * (tokens == 0).unsqueeze(-1)  # what padding holds is anything
+        hidden = hidden + 40 * (tokens == 0).unsqueeze(-1)  # padding holds arbitrary tokens
         q, k, v = self.qkv(hidden).chunk(3, -1)
         mask = torch.ones(2 * tokens.shape[1:], dtype=torch.bool).tril() & (attention_mask[:, None] > 0)
         hidden = hidden + self.out(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask))
@@ -45,7 +45,7 @@ def sequences(padding: int):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_padding_leaves_scores_alone(metric):
+def test_padding_does_not_change_scores(metric):
     formats = ["int3-channel", "int4-channel"]
     plain, padded = (
         profile(Attention(), sequences(padding), next_token_loss, formats, metric=metric, progress=False)
@@ -54,7 +54,7 @@ def test_padding_leaves_scores_alone(metric):
     np.testing.assert_allclose(padded.scores, plain.scores, rtol=1e-3)
 
 
-def test_padding_leaves_moments_and_ranges_alone():
+def test_padding_does_not_change_moments_and_ranges():
     model = Attention()
     layers = find_layers(model)
     plain, padded = (second_moments(model, layers, sequences(padding), next_token_loss) for padding in (0, 9))
@@ -91,7 +91,7 @@ def test_masks_fit_layers_in_any_order_of_positions(shape):
 
 
 def test_a_position_with_huge_inputs_and_no_gradient_weighs_nothing():
-    """As a language model's first token."""
+    """Like a language model's first token."""
     inputs, labels = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(3)), torch.arange(4) % 2
     huge = inputs.clone()
     huge[:, 0] *= 1000

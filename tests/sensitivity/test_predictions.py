@@ -1,4 +1,4 @@
-"""What a loss asks of the outputs, found by asking it, against the loss's own definition."""
+"""Targets and weights of a loss, found by evaluating it, against the loss's definition."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_a_classifiers_labels_and_equal_weights_are_found():
 
 
 def test_certain_predictions_are_found_as_well():
-    """Where a network is sure, softmax - target is 0 in float32: the logits it is asked at are not its own."""
+    """For certain predictions, softmax - target is 0 in float32: the loss is evaluated at other logits."""
     model = mlp()
     model[4].weight.data *= 1e4
     (found,) = predictions(model, (INPUTS, LABELS), cross_entropy)

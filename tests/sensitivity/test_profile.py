@@ -1,4 +1,4 @@
-"""One function gives the table: whole, resumable, the same under the same seed, and it leaves the model alone."""
+"""`profile`: complete, resumable, deterministic by seed, without changing the model."""
 
 from copy import deepcopy
 
@@ -57,7 +57,7 @@ def test_train_mode_changes_nothing(metric):
 
 @pytest.mark.parametrize("metric", ALL)
 @pytest.mark.parametrize("stop", [7, 9, 11, 22])
-def test_an_interrupted_run_goes_on_to_the_same_table(metric, stop, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_table(metric, stop, tmp_path):
     calls = 0
 
     def interrupted(model, batch):
@@ -93,8 +93,8 @@ def test_finished_layers_are_not_measured_again(tmp_path):
         run("loss", counted, resume=tmp_path / "partial")
     first = len(calls)
     run("loss", counted, resume=tmp_path / "partial")
-    # One pass counts operations, two ask whether the loss is a mean, two give the reference, two more the oracle's own;
-    # then 3 schemes x 2 batches a layer.
+    # One pass counts operations, two check that the loss is a mean, two give the reference, two more the oracle's;
+    # then 3 schemes x 2 batches per layer.
     assert len(calls) - first == 7 + 6 * (4 - 2)
 
 
@@ -147,7 +147,7 @@ def test_other_settings_are_refused_before_the_model_runs(tmp_path, named, other
         run("kl-curvature", lambda model, batch: pytest.fail("the model ran"), resume=tmp_path / "partial", **other)
 
 
-def test_a_loss_of_the_same_name_that_says_something_else_does_not_resume(tmp_path):
+def test_a_different_loss_of_the_same_name_does_not_resume(tmp_path):
     def made(scale, stop):
         def loss_fn(model, batch):
             if torch.is_grad_enabled() and stop:
@@ -242,7 +242,7 @@ def test_unknown_names_are_reported(options, message):
 
 
 @pytest.mark.parametrize("metric", METRICS.names(activations=False))
-def test_activations_are_refused_where_nothing_is_known_of_them(metric):
+def test_metrics_without_activation_scores_refuse_activation_formats(metric):
     with pytest.raises(MpqError, match=r"weight formats only, not int4-g32\+a:int8"):
         profile(mlp(), class_batches((5,)), cross_entropy, ["int4-g32+a:int8"], metric=metric, progress=False)
 

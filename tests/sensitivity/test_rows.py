@@ -1,4 +1,4 @@
-"""Rows in formats of their own: the cheapest assignment of exactly so many bytes, and what a mix is to cost."""
+"""Formats by row: the cheapest assignment of exactly the given bytes, and the scores of mixes."""
 
 import itertools
 
@@ -43,7 +43,7 @@ def test_the_cheapest_assignment_of_the_bytes(seed, sizes):
 
 
 @pytest.mark.parametrize("names", [FORMATS, ("int2-g64", "int4-g32", "int8-channel", "bf16"), ("q4_k", "int6-g128")])
-def test_many_rows_take_exactly_the_bytes_and_gain_by_it(names):
+def test_row_assignments_use_exactly_the_bytes(names):
     random = np.random.default_rng(0)
     mix = mix_of([parse_format(name) for name in names], 5.0)
     rows, cols = 3000, 576
@@ -66,7 +66,7 @@ def test_tempering_keeps_sums_and_lifts_rows_without_gradient():
     assert not found[1].any()
 
 
-def test_a_ladder_stands_between_its_familys_ends():
+def test_mixes_lie_between_their_formats():
     found = [scheme.name for scheme in ladder([parse_scheme(name) for name in ("int3-g64", "int2-g64", "bf16")])]
     assert found == [f"int2-g64/int3-g64@{bits}" for bits in ("2.5", "2.75", "3")]
     with_activations = ladder([parse_scheme(f"int{bits}-channel+a:int8-token") for bits in (4, 8)])
@@ -124,7 +124,7 @@ def test_a_table_of_rows_survives_an_interruption_and_its_file(tmp_path, monkeyp
     assert set(whole.assignments) == {layer.name for layer in whole.layers}
 
 
-def test_what_cannot_be_asked_for_is_reported():
+def test_invalid_requests_are_reported():
     for settings, said in (
         ({"granularity": "column"}, "unknown granularity"),
         ({"granularity": "row", "metric": "fisher"}, "kl-curvature"),

@@ -1,4 +1,4 @@
-"""What metrics take a batch for: samples first, samples second, or a batch that cannot be cut."""
+"""Batch layouts of metrics: samples first, samples second, or batches that cannot be split."""
 
 import logging
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def contrastive(model, batch):
     return functional.cross_entropy(similar, torch.arange(len(similar)))
 
 
-def test_contrastive_losses_are_noticed_and_never_cut(caplog):
+def test_contrastive_losses_are_detected_and_never_split(caplog):
     pairs = [tuple(torch.randint(0, 9, (4, 3), generator=seeded(2, name)) for name in "ab")]
     with caplog.at_level(logging.WARNING), pytest.raises(MpqError, match="take a metric of whole batches"):
         scores(Towers(), pairs, contrastive, "kl-curvature")
@@ -98,7 +98,7 @@ def test_contrastive_losses_are_noticed_and_never_cut(caplog):
     assert (scores(Towers(), pairs, contrastive, "hessian") > 0).all()
 
 
-def test_samples_that_meet_are_noticed(caplog):
+def test_interacting_samples_are_detected(caplog):
     model = nn.Sequential(nn.Linear(4, 3), nn.Flatten(0), nn.Softmax(0))
     assert arranged(model, (torch.randn(5, 4),), lambda model, batch: model(batch).square().mean()).together
     assert "not the mean of its samples' losses" in caplog.text
@@ -116,7 +116,7 @@ def test_a_loss_that_takes_no_single_sample_takes_whole_batches(caplog):
 
 
 def test_images_of_several_sizes_take_whole_batches():
-    """A list of images, whose first dimension is no sample's."""
+    """A list of images, whose first dimension is not the samples'."""
 
     class Each(nn.Sequential):
         def forward(self, images):

@@ -8,7 +8,7 @@ from mpq.sensitivity.shrinkage import shrunk
 LAYERS = tuple(Layer(f"blocks.{depth}.up", "linear", 8, 4) for depth in range(30))
 
 
-def test_noise_asks_for_shrinkage_and_exact_scores_stay():
+def test_noisy_scores_are_shrunk_and_exact_ones_kept():
     """Of a smooth profile with noise of a half the shrunk scores are nearer to the truth; small noise hardly moves."""
     truth = np.exp(np.linspace(0, 1, 30))[:, None]
     noise = np.random.default_rng(0).normal(size=(30, 1))
@@ -22,7 +22,7 @@ def test_noise_asks_for_shrinkage_and_exact_scores_stay():
             assert (errors / drawn < relative).all()
 
 
-def test_what_truly_differs_stays():
+def test_true_differences_are_kept():
     scores = np.exp(np.random.default_rng(1).normal(size=(30, 1)) * 3)
     drawn, _ = shrunk(LAYERS, scores, 0.1 * scores)
     np.testing.assert_allclose(np.log(drawn), np.log(scores), atol=0.02)

@@ -29,7 +29,7 @@ def numbered(length=1000) -> str:
     return "".join(chr(1 + i) for i in range(length))
 
 
-def test_text_files_are_cut_into_windows_that_never_meet(tmp_path):
+def test_text_files_are_cut_into_disjoint_windows(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text(numbered(), "utf-8", newline="")
     data = open_data(str(path), words(), nsamples=6, seqlen=10, batch_size=4)
@@ -79,7 +79,7 @@ def test_a_missing_extra_says_how_to_install_it():
         open_data("datasets:wikitext:wikitext-2-raw-v1", words())
 
 
-def test_images_become_numbers_that_the_network_knows(tmp_path):
+def test_images_are_normalized_for_the_network(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (20, 5, 4, 3), dtype=np.uint8)
     labels = np.arange(20)
     np.savez(tmp_path / "a.npz", images=images, labels=labels)
@@ -117,7 +117,7 @@ def test_loaders():
         open_data(f"{HERE}:unexplained", network)
 
 
-def test_data_that_does_not_fit_or_is_not_there(tmp_path):
+def test_unsuitable_or_missing_data_is_refused(tmp_path):
     with pytest.raises(MpqError, match="tiny-cnn takes labelled images, which novels is not"):
         open_source("tiny-cnn", "novels")
     with pytest.raises(MpqError, match="did you mean novels"):

@@ -55,7 +55,7 @@ def llama(**changes):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
 
 
-def test_a_bfloat16_source_stays_bfloat16_and_brings_its_side_files(tmp_path, capsys, caplog):
+def test_a_bfloat16_source_stays_bfloat16_and_its_side_files_are_copied(tmp_path, capsys, caplog):
     source, out = tmp_path / "source", tmp_path / "out"
     model = save(source, llama().to(torch.bfloat16))
     job = ["quantize", str(source), "--dataset", str(tmp_path / "text.txt"), *FEW, "--exclude", "*lm_head"]
@@ -87,7 +87,7 @@ def test_a_bfloat16_source_stays_bfloat16_and_brings_its_side_files(tmp_path, ca
 
 
 @pytest.mark.parametrize("target", ["compressed-tensors", "gptq"])
-def test_foreign_folders_get_the_side_files_too(target, tmp_path):
+def test_exports_for_other_programs_get_the_side_files_too(target, tmp_path):
     source = tmp_path / "source"
     save(source, llama())
     job = [str(source), "--dataset", str(tmp_path / "text.txt"), "--nsamples", "4", "--seqlen", "16"]
@@ -182,8 +182,9 @@ class Encoder(nn.Module):
 
 
 def test_squared_gradients_of_the_drawn_distance_are_its_curvature():
-    """At the float point the distance itself has no gradient; over draws of targets, the mean of squared gradients is
-    the Hessian of the undrawn distance."""
+    """The mean of squared gradients over random targets is the Hessian of the distance.
+
+    At the float model the distance itself has no gradient."""
     torch.manual_seed(0)
     model, tokens = Encoder().double(), torch.randint(0, 20, (4, 5), generator=seeded(2))
     exact = with_targets(model, [{"input_ids": tokens}], noise=False)[0]
@@ -263,14 +264,14 @@ def test_folders_that_lack_what_the_model_needs_are_refused(small_llama, damage)
         open_network(str(small_llama))
 
 
-def test_weights_of_a_quantizer_that_nobody_knows_are_refused(small_llama):
+def test_weights_of_an_unknown_quantizer_are_refused(small_llama):
     edit_config(small_llama, quantization_config={"quant_method": "frobnicate"})
     with pytest.raises(MpqError, match="stored by a quantizer that transformers does not know here"):
         open_network(str(small_llama))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int64", "float8 with scales", "a pickle"])
-def test_codes_of_an_unnamed_quantizer_are_not_taken_for_numbers(small_llama, kind):
+def test_integer_codes_without_a_quantizer_are_refused(small_llama, kind):
     name, file = "model.layers.0.mlp.up_proj.weight", small_llama / "model.safetensors"
     tensors = load_file(file)
     if kind == "float8 with scales":
@@ -286,7 +287,7 @@ def test_codes_of_an_unnamed_quantizer_are_not_taken_for_numbers(small_llama, ki
         open_network(str(small_llama))
 
 
-def test_integers_that_are_no_weights_may_be_stored(small_llama):
+def test_integer_tensors_that_are_not_weights_are_accepted(small_llama):
     file = small_llama / "model.safetensors"
     indices = {"model.position_ids": torch.arange(4)[None], "model.layers.0.bias": torch.ones(4, 4, dtype=torch.uint8)}
     save_file(load_file(file) | indices, file, {"format": "pt"})
@@ -294,7 +295,7 @@ def test_integers_that_are_no_weights_may_be_stored(small_llama):
 
 
 @pytest.mark.parametrize("content", [b"{}", b"\xff\x00", None])
-def test_a_damaged_tokenizer_is_named_and_not_the_text(small_llama, content, caplog):
+def test_a_damaged_tokenizer_is_named(small_llama, content, caplog):
     text = small_llama.parent / "good.txt"
     text.write_text(TEXT)
     if content is not None:
@@ -307,7 +308,7 @@ def test_a_damaged_tokenizer_is_named_and_not_the_text(small_llama, content, cap
     assert "good.txt" not in str(told.value)
 
 
-def test_tensors_without_a_place_are_reported(small_llama, caplog):
+def test_unused_tensors_are_reported(small_llama, caplog):
     weights = small_llama / "model.safetensors"
     save_file(load_file(weights) | {"model.other.weight": torch.ones(2, 2)}, weights, {"format": "pt"})
     open_network(str(small_llama))
@@ -323,7 +324,7 @@ def test_a_model_that_does_not_run_on_its_data_is_refused_at_once(small_llama, l
         open_source(str(small_llama), str(small_llama / "tokens.npz"), nsamples=2, evaluation_samples=2)
 
 
-def test_configs_with_infinities_and_without_a_context_go_through(tmp_path, capsys):
+def test_configs_with_infinities_or_without_a_context_are_accepted(tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     config = transformers.Mamba2Config(
         vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=8, num_heads=8, head_dim=8, n_groups=1,
@@ -340,7 +341,7 @@ def test_configs_with_infinities_and_without_a_context_go_through(tmp_path, caps
     assert open_network(str(tmp_path / "xlnet")).context is None
 
 
-def test_a_config_that_makes_no_model_is_reported(tmp_path, small_llama):
+def test_an_invalid_config_is_reported(tmp_path, small_llama):
     folder = tmp_path.parent / f"{tmp_path.name}-out"
     model = open_network(str(small_llama)).model
     checkpoint.export(ExportRequest(model, Allocation(find_layers(model)[:1], ("int8-channel",)), folder))

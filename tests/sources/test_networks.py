@@ -62,7 +62,7 @@ def test_a_hugging_face_folder(tmp_path):
         open_source(str(broken))
 
 
-def test_an_unfit_architecture_is_named(tmp_path):
+def test_an_unknown_architecture_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForNothing"]}')
     with pytest.raises(MpqError, match="is a BertForNothing: transformers has no such class"):
         open_network(str(tmp_path))
@@ -84,7 +84,7 @@ def test_an_image_classifier_folder(tmp_path):
     model.load_state_dict(network.model.state_dict())
 
 
-def test_unknown_names_are_reported_the_nearest(tmp_path):
+def test_unknown_names_are_reported_with_the_nearest(tmp_path):
     with pytest.raises(MpqError, match="unknown model 'tiny-ml': did you mean tiny-lm"):
         open_network("tiny-ml")
     with pytest.raises(MpqError, match=r"no config\.json"):

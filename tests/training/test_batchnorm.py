@@ -1,4 +1,4 @@
-"""Folding changes no output; freezing stops the statistics; what cannot be folded is told."""
+"""Folding keeps outputs; freezing stops the statistics; unfoldable norms are reported."""
 
 import copy
 
@@ -36,7 +36,7 @@ class Norms(nn.Module):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
-def test_outputs_stay(bias, affine):
+def test_folding_keeps_outputs(bias, affine):
     model = seed_weights(Norms(bias, affine)).double()
     images = class_batches((4, 6, 6), (32,))[0][0].double()
     for _ in range(5):
@@ -68,7 +68,7 @@ def test_frozen_norms_train_as_the_folded_model_would():
     assert not torch.equal(model.norm.running_mean, mean)
 
 
-def test_what_cannot_be_folded_is_reported():
+def test_unfoldable_norms_are_reported():
     images = torch.ones(2, 4)
     with pytest.raises(MpqError, match="batch normalization 1 does not follow a layer"):
         fold_batchnorm(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)), images, forward)

@@ -1,4 +1,4 @@
-"""Quantization on the way through a model: the numbers, the gradients, the ranges, and nothing left behind."""
+"""Fake quantization inside a model: values, gradients, ranges, and complete removal."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_convolutions_have_a_scale_for_each_output_channel():
     assert ((rounded - conv.weight.detach()).abs() <= steps * 0.5001).all()
 
 
-def test_nothing_is_left_behind():
+def test_detaching_restores_the_model():
     model = seed_weights(Convolutions()).eval()
     inputs = class_batches((4, 6, 6))[0][0]
     before, state = model(inputs), {name: value.clone() for name, value in model.state_dict().items()}
@@ -108,7 +108,7 @@ def test_ranges_are_a_moving_average_that_only_training_moves():
     torch.testing.assert_close(inputs.grad[0], weight.sum(0) * torch.tensor([0.0, 1.0, 1.0]))  # clipped: no gradient
 
 
-def test_inputs_that_are_no_numbers_are_reported():
+def test_nan_inputs_are_reported():
     model = nn.Sequential(nn.Linear(3, 2))
     attached(model, "bf16+a:int8")
     for value in (float("nan"), float("-inf")):

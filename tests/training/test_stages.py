@@ -1,4 +1,4 @@
-"""Fine-tuning in stages: the runs, what computes quantized in each, and the order that the verb takes."""
+"""Fine-tuning in stages: groups of layers, quantized layers of each stage, and the order of `finetune`."""
 
 import pytest
 import torch

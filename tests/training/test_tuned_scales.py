@@ -147,7 +147,7 @@ def test_texts_that_come_time_first_are_tuned_by_text():
         torch.testing.assert_close(found[1][name].scales, one.scales)
 
 
-def test_a_student_without_steps_is_the_simulated_model():
+def test_tuning_for_no_steps_gives_the_simulated_model():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 6, (2, 3)), nn.Flatten(), nn.LazyLinear(5))
     inputs = torch.randn(2, 3, 8, 8, generator=seeded(5))

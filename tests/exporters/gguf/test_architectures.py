@@ -1,4 +1,4 @@
-"""What llama.cpp's architectures ask of a file; `test_llama_cpp.py` lets llama.cpp compute from it."""
+"""Contents of GGUF files by architecture; `test_llama_cpp.py` runs llama.cpp on them."""
 
 import logging
 import math
@@ -30,12 +30,12 @@ def whole(model, scheme="fp32"):
     return Allocation(layers, (scheme,) * len(layers))
 
 
-def test_every_model_has_an_architecture():
+def test_every_supported_model_has_an_architecture():
     assert set(GGUF_MODELS) == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("kind", GGUF_MODELS)
-def test_tensors_stand_under_llama_cpps_names(kind, tmp_path):
+def test_tensors_have_llama_cpps_names(kind, tmp_path):
     model = model_of(kind)
     state, found = model.state_dict(), dict(read_tensors(export(model, whole(model), tmp_path / "out", to="gguf")))
     assert torch.equal(found["token_embd.weight"], state["model.embed_tokens.weight"])
@@ -57,7 +57,7 @@ def test_tensors_stand_under_llama_cpps_names(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2"])
-def test_transformers_own_reader_computes_the_same(kind, tmp_path):
+def test_transformers_reader_computes_the_same(kind, tmp_path):
     model = model_of(kind)
     folder = export(model, whole(model), tmp_path / "out", to="gguf")
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32).eval()
@@ -108,14 +108,14 @@ def test_llama_3s_frequencies():
         ("qwen3_moe", {"mlp_only_layers": [0]}, "experts in every layer"),
     ],
 )
-def test_what_llama_cpp_computes_otherwise_is_refused(kind, changes, message, tmp_path):
+def test_models_that_llama_cpp_computes_differently_are_refused(kind, changes, message, tmp_path):
     model = model_of(kind, **changes)
     with pytest.raises(MpqError, match=message):
         export(model, whole(model), tmp_path / "out", to="gguf")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_window_that_llama_cpp_does_not_know_is_reported(caplog):
+def test_an_unsupported_attention_window_is_reported(caplog):
     with caplog.at_level(logging.WARNING):
         check_config(model_of("gemma3_text").config)
         check_config(model_of("qwen2").config)

@@ -31,7 +31,7 @@ TOKENS = torch.randint(0, 64, (1, 12), generator=seeded(5))
 
 @settings(max_examples=80, deadline=None)
 @given(st.sampled_from(CODED), st.integers(1, 5), st.integers(1, 4), st.sampled_from(["random", "zero", "constant"]))
-def test_their_dequantizer_gives_our_numbers(name, rows, blocks, content):
+def test_gguf_pys_dequantizer_matches_ours(name, rows, blocks, content):
     weight = torch.randn(rows, 256 * blocks, generator=seeded(0, rows, blocks))
     weight = {"random": weight, "zero": weight * 0, "constant": weight * 0 + 0.37}[content]
     quantized = quantize(weight, parse_format(name))
@@ -42,7 +42,7 @@ def test_their_dequantizer_gives_our_numbers(name, rows, blocks, content):
 
 
 @pytest.mark.parametrize("name", ["q4_1", "q5_1", "int4-g32", "int5-g32", "int8-g32"])
-def test_our_rounding_is_at_least_as_good_as_the_packages_own(name):
+def test_our_rounding_error_is_at_most_gguf_pys(name):
     weight = torch.randn(64, 512, generator=seeded(3))
     kind = type_of(parse_format(name), gguf)[1]
     theirs = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind))
@@ -64,7 +64,7 @@ def allocate(model, schemes, **patterns):
 
 
 def served(model, folder):
-    """A model like this one with the numbers of the file, in transformers' own order of rows."""
+    """A model like this one with the file's weights, in transformers' order of rows."""
     copy, config = llama(**model.asked), model.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     numbers = dict(read_tensors(folder))
@@ -75,7 +75,7 @@ def served(model, folder):
             assert "output.weight" not in numbers
             continue
         values = numbers.pop(f"{names.get_name(stem)}.{ending}")
-        if stem.endswith(("q_proj", "k_proj")):  # back from neighbours to halves, as transformers' own reader does
+        if stem.endswith(("q_proj", "k_proj")):  # from interleaved to half-split rotary order
             heads = 4 if stem.endswith("q_proj") else 2
             values = values.reshape(heads, -1, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
         state[name].copy_(values)
@@ -98,7 +98,7 @@ def test_the_file_read_back_computes_our_logits(case, split, tmp_path):
     asked, schemes = ASKED[case]
     model = llama(**asked)
     model.asked = asked
-    exclude = "*.down_proj" if "super" in case else "*.0.self_attn.[qk]_proj"  # rows of 128; layers left as they are
+    exclude = "*.down_proj" if "super" in case else "*.0.self_attn.[qk]_proj"  # rows of 128; unquantized layers
     allocation = allocate(model, schemes, exclude=exclude)
     folder = export(model, allocation, tmp_path / "out", to="gguf", shard=30_000 if split else 10**9)
     assert (len(list(folder.glob("model-*-of-*.gguf"))) > 2) == split
@@ -106,7 +106,7 @@ def test_the_file_read_back_computes_our_logits(case, split, tmp_path):
     torch.testing.assert_close(served(model, folder)(TOKENS).logits, simulated(TOKENS).logits)
 
 
-def test_a_split_file_says_how_it_was_split(tmp_path):
+def test_a_split_file_records_its_shards(tmp_path):
     model = llama()
     folder = export(model, allocate(model, ("int8-g32",)), tmp_path / "out", to="gguf", shard=50_000)
     files = sorted(folder.glob("*.gguf"))
@@ -136,11 +136,11 @@ def test_only_one_rounded_layer_is_held_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gguf_file, "encode_blocks", counted)
     export(model, allocate(model, ("int8-g32",)), tmp_path / "out", to="gguf")
-    assert most <= 2  # the one that was just made, and the one that was just written
+    assert most <= 2  # the layer just rounded, and the one just written
 
 
 @pytest.mark.parametrize("kept", [0.2, 0.5, 0.99])
-def test_a_cut_file_is_named_with_its_tensor(kept, tmp_path):
+def test_a_truncated_file_is_refused_with_its_tensor(kept, tmp_path):
     model = llama()
     folder = export(model, allocate(model, ("int8-g32",)), tmp_path / "out", to="gguf")
     file = folder / "model.gguf"
@@ -156,7 +156,7 @@ def test_a_cut_file_is_named_with_its_tensor(kept, tmp_path):
         dict(read_tensors(folder))
 
 
-def test_an_altered_tensor_is_named(tmp_path):
+def test_an_altered_tensor_is_refused_by_name(tmp_path):
     model = llama()
     folder = export(model, allocate(model, ("int8-g32",)), tmp_path / "out", to="gguf")
     file = folder / "model.gguf"
@@ -169,7 +169,7 @@ def test_an_altered_tensor_is_named(tmp_path):
         dict(read_tensors(tmp_path))
 
 
-def test_what_has_no_tensor_type_is_refused(tmp_path):
+def test_formats_without_a_tensor_type_are_refused(tmp_path):
     model = llama()
     layers = find_layers(model, include="*.gate_proj")
     with pytest.raises(MpqError, match=r"gguf does not support layer .*gate_proj in int3-g32 \(.*\): .* is int4-g32"):

@@ -1,4 +1,4 @@
-"""llama.cpp itself reads our files and computes our numbers. Wants MPQ_LLAMA_PYTHON, a Python with llama-cpp-python."""
+"""llama.cpp reads our files and gives our perplexity. Needs MPQ_LLAMA_PYTHON, a Python with llama-cpp-python."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def ask(folder, windows, texts=()):
 
 
 def llama(tied=False, **changes):
-    """A head so strong that each type's rounding moves the perplexity, by 1 to 5 % below 6 bits."""
+    """A Llama with a head so large that each type's rounding moves the perplexity, by 1 to 5 % below 6 bits."""
     config = LlamaConfig(
         hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=64, tie_word_embeddings=tied, max_position_embeddings=64, **changes,
@@ -60,21 +60,21 @@ def llama(tied=False, **changes):
 
 
 def compare(model, allocation, folder, **options):
-    """Within 0.5 %: llama.cpp rounds activations to 8 bits on their way into a layer, which moves it by 0.2 %."""
+    """Within 0.5 %: llama.cpp rounds a layer's inputs to 8 bits, which changes the perplexity by 0.2 %."""
     export(model, allocation, folder, to="gguf", **options)
     ours = math.exp(mean_loss(simulate(model, allocation, trainable=False), [TOKENS], next_token_loss))
     assert ask(folder, TOKENS)["perplexity"] == pytest.approx(ours, rel=0.005)
 
 
 @pytest.mark.parametrize("scheme", sorted(GGUF_TYPES))
-def test_every_tensor_type_gives_our_perplexity(scheme, tmp_path):
+def test_every_tensor_type_has_the_simulated_perplexity(scheme, tmp_path):
     model = llama()
     layers = find_layers(model)
     compare(model, Allocation(layers, (scheme,) * len(layers)), tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", GGUF_MODELS)
-def test_every_architecture_gives_our_perplexity(kind, tmp_path):
+def test_every_architecture_has_the_simulated_perplexity(kind, tmp_path):
     """Within 0.1 %, as llama.cpp's cache has 16 bits; of experts 0.5 %, since a token may be routed to another one."""
     model = model_of(kind)
     layers = find_layers(model)
@@ -84,7 +84,7 @@ def test_every_architecture_gives_our_perplexity(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gemma3_text", "phi3"])
-def test_mixes_in_every_architecture_give_our_perplexity(kind, tmp_path):
+def test_mixes_in_every_architecture_have_the_simulated_perplexity(kind, tmp_path):
     """Within 1 % for 8-bit activations; of experts 4 %."""
     model = model_of(kind)
     layers = find_layers(model)
@@ -111,7 +111,7 @@ LONG = {"short_factor": [1.0] * 32, "long_factor": [1.5 + i / 5 for i in range(3
         ("phi3", {"rope_type": "default", "partial_rotary_factor": 0.5}),
     ],
 )
-def test_every_kind_of_rotary_position_gives_our_perplexity(kind, rope, tmp_path):
+def test_every_kind_of_rotary_position_has_the_simulated_perplexity(kind, rope, tmp_path):
     original = {"original_max_position_embeddings": 32} if "long_factor" in rope else {}
     model = model_of(kind, rope_parameters={"rope_theta": 500.0, **rope}, **original)
     layers = find_layers(model)
@@ -121,7 +121,7 @@ def test_every_kind_of_rotary_position_gives_our_perplexity(kind, rope, tmp_path
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_split_mix_of_types_with_biases_gives_our_perplexity(tied, tmp_path):
+def test_a_split_mix_with_biases_has_the_simulated_perplexity(tied, tmp_path):
     model = llama(tied, attention_bias=True)
     layers = find_layers(model, exclude="*.1.self_attn.*")
     kinds = [name for name in GGUF_TYPES if name != "fp32"]
@@ -131,7 +131,7 @@ def test_a_split_mix_of_types_with_biases_gives_our_perplexity(tied, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["wikitext2_llama_5m", "stories260K"])
-def test_text_is_cut_into_the_same_tokens(name, tmp_path):
+def test_tokenizers_agree(name, tmp_path):
     source = DATA / name
     if not source.is_dir():
         pytest.skip(f"the data folder has no {name}")
@@ -165,8 +165,8 @@ def test_a_cut_file_is_refused_by_llama_cpp(tmp_path):
     [("fp16", "int4-g32"), ("int4-g32", "fp16"), ("int5-g32", "int8-g32"), ("iq4_nl", "int4-g32-asym"),
      ("int8-g32", "int5-g32-asym"), ("int4-g32-asym", "iq4_nl"), ("int5-g32-asym", "int5-g32")],
 )  # fmt: skip
-def test_caches_change_as_much_as_simulated_by_the_command_in_the_folder(keys, values, tmp_path):
-    """Not the same tokens by as much: llama.cpp rotates heads before rounding, and scales groups in its own way."""
+def test_served_caches_lose_as_much_as_simulated(keys, values, tmp_path):
+    """Equal mean error, not equal tokens: llama.cpp rotates heads before rounding and chooses scales differently."""
     model = llama()
     layers, entries = find_layers(model), find_cached(model, TOKENS[:1], next_token_loss)
     cache = CacheFormats(entries, tuple(keys if entry.kind == KEYS else values for entry in entries))
@@ -179,7 +179,7 @@ def test_caches_change_as_much_as_simulated_by_the_command_in_the_folder(keys, v
         losses_of(simulate(model, one, trainable=False)) for one in (allocation, allocation.with_cache(None))
     )  # fmt: skip
     expected, seen = ((one - floats).square().mean().sqrt().item() for one in (rounded, served))
-    assert 0.6 * expected < seen < 1.5 * expected + 0.001  # what llama.cpp differs by in floating point
+    assert 0.6 * expected < seen < 1.5 * expected + 0.001  # llama.cpp's difference in floating point
 
 
 @torch.no_grad()

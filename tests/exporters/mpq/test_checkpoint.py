@@ -140,7 +140,7 @@ def test_shards_hold_the_same_model(tmp_path):
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(shards)
     assert torch.equal(load(folder, trust=True)(IMAGES), pack_model(model, allocation)(IMAGES))
-    export(model, allocation, folder, recipe=recipe(model))  # whole again: the shards are gone
+    export(model, allocation, folder, recipe=recipe(model))  # a single file again: the shards are removed
     assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]
     assert torch.equal(load(folder, trust=True)(IMAGES), pack_model(model, allocation)(IMAGES))
 
@@ -186,7 +186,7 @@ def test_an_edited_config_is_refused(exported):
         load(exported, trust=True)
 
 
-def test_names_that_climb_out_of_the_folder_are_refused(exported):
+def test_paths_outside_the_folder_are_refused(exported):
     checksums = json.loads((exported / "checksums.json").read_text())
     for name in ("../model.safetensors", "/etc/passwd", "a\\b", ""):
         (exported / "checksums.json").write_text(json.dumps({**checksums, name: "0"}))
@@ -201,7 +201,7 @@ def test_code_is_imported_only_when_trusted(exported):
         load(exported)
 
 
-def test_folders_that_are_no_export(tmp_path, exported):
+def test_foreign_folders_are_refused(tmp_path, exported):
     with pytest.raises(MpqError, match="is not a folder"):
         load(tmp_path / "nowhere")
     (tmp_path / "other").mkdir()
@@ -228,7 +228,7 @@ def test_foreign_files_are_never_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_other_files_of_the_folder_stay(tmp_path):
+def test_unrelated_files_in_the_folder_are_kept(tmp_path):
     model = language_model()
     folder = tmp_path / "out"
     folder.mkdir()
@@ -250,7 +250,7 @@ def test_a_failed_export_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tiny-lm", "tiny-cnn"])
-def test_bundled_models_come_back_by_name(name, tmp_path):
+def test_bundled_models_load_by_name(name, tmp_path):
     model = bundled_model(name)
     allocation = allocate(model, "int4-g128", "int8-channel")
     folder = export(model, allocation, tmp_path / "out", recipe={"kind": "bundled", "name": name})
@@ -280,7 +280,7 @@ def test_transformers_models_need_no_recipe(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["no place", "no tensor", "damaged"])
-def test_a_load_that_fails_leaves_the_callers_model_as_it_was(fault, tmp_path):
+def test_a_failed_load_leaves_the_callers_model_unchanged(fault, tmp_path):
     model = convolutions()
     folder = export(model, allocate(model, "int4-g32"), tmp_path / "out", recipe=recipe(model))
     given = convolutions().train()

@@ -1,4 +1,4 @@
-"""The checkpoint's versions: earlier ones stay loadable, and none changes without a new number."""
+"""Checkpoint versions: earlier ones stay loadable, and none changes without a new version number."""
 
 import json
 
@@ -25,7 +25,7 @@ def test_golden_checkpoints_of_every_version_stay_loadable(golden):
 
 
 @pytest.mark.parametrize("name", list(cases()))
-def test_what_is_written_changes_with_the_version_alone(name, tmp_path):
+def test_output_changes_only_with_the_version(name, tmp_path):
     golden = HOME / f"v{VERSION}" / name
     assert golden.is_dir(), "run python -m tests.golden.make"
     folder = written(name, tmp_path / "out")
@@ -39,7 +39,7 @@ def test_what_is_written_changes_with_the_version_alone(name, tmp_path):
 
 
 def contents(file):
-    """Every tensor's type, shape and bytes, and the file's note."""
+    """Every tensor's dtype, shape and bytes, and the file's metadata."""
     with safe_open(file, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         note = opened.metadata()

@@ -60,7 +60,7 @@ def test_onnxruntime_computes_what_was_simulated(build, inputs, start, tmp_path)
     folder = export(model, allocation, tmp_path / "out", to="onnx", inputs=inputs)
     expected = simulate(model, allocation, trainable=False)(inputs)
     torch.testing.assert_close(run(folder, inputs), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(run(folder, inputs[:1]), expected[:1], rtol=1e-4, atol=1e-4)  # the batch is open
+    torch.testing.assert_close(run(folder, inputs[:1]), expected[:1], rtol=1e-4, atol=1e-4)  # the batch is dynamic
 
 
 class Linears(nn.Module):
@@ -126,14 +126,14 @@ def test_static_activations(build, inputs, scheme, tmp_path):
     # The optimized graph rounds biases to multiples of the scales' product, and inputs once more, by block, where it
     # multiplies them by integers of 2 bits: at most about as much again as was rounded.
     assert (run(folder, inputs) - expected).norm() < 1.5 * (expected - floating).norm()
-    doubled = 2 * inputs  # beyond the calibrated ranges everything is clipped
+    doubled = 2 * inputs  # values beyond the calibrated ranges are clipped
     clipped = simulate(model, allocation, trainable=False, ranges=ranges)(doubled)
     torch.testing.assert_close(run(folder, doubled, optimized=False), clipped, rtol=1e-4, atol=1e-4)
     with pytest.raises(MpqError, match=r"layer \w+ has (int8|fp8-e4m3) activations: pass the ranges"):
         export(model, allocation, tmp_path / "other", to="onnx", inputs=inputs)
 
 
-def test_the_file_takes_the_promised_bytes(tmp_path):
+def test_the_file_has_the_predicted_size(tmp_path):
     model = seed_weights(nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 300))).eval()
     allocation = allocate(model, ("int4-g128", "int8-channel"))
     size = (
@@ -146,7 +146,7 @@ def test_the_file_takes_the_promised_bytes(tmp_path):
     assert promised < size < promised + 1000
 
 
-def test_large_graphs_keep_their_tensors_in_a_file_of_their_own(tmp_path):
+def test_large_graphs_store_tensors_in_a_separate_file(tmp_path):
     model = seed_weights(Linears(), 0.3).eval()
     allocation = allocate(model, ("fp32", "int8-channel"))
     folder = export(model, allocation, tmp_path / "out", to="onnx", inputs=SEQUENCES, shard=1000)
@@ -158,11 +158,11 @@ def test_large_graphs_keep_their_tensors_in_a_file_of_their_own(tmp_path):
     files[1].write_bytes(files[1].read_bytes()[:-8])
     with pytest.raises(Exception, match=r"External initializer: \S+ .* out of bounds"):
         run(folder, SEQUENCES)
-    export(model, allocation, folder, to="onnx", inputs=SEQUENCES)  # in one file again
+    export(model, allocation, folder, to="onnx", inputs=SEQUENCES)  # a single file again
     assert not files[1].exists()
 
 
-def test_every_modules_mode_is_left_as_it_was(tmp_path):
+def test_module_modes_are_restored(tmp_path):
     model = seed_weights(Convolutions()).train()
     model.norm.eval()  # frozen while the rest trains
     export(model, allocate(model, ["int8-channel"]), tmp_path / "out", to="onnx", inputs=IMAGES)
@@ -175,7 +175,7 @@ def test_every_modules_mode_is_left_as_it_was(tmp_path):
     ("scheme", "message"),
     [("int3-channel", "2, 4 or 8 bits.* is int2-g32"), ("nvfp4", "16- or 32-bit"), ("int8+a:int8-token", "static")],
 )
-def test_what_onnx_cannot_hold_is_refused(scheme, message):
+def test_formats_that_onnx_lacks_are_refused(scheme, message):
     layer = Layer("a", "linear", 64, 64)
     assert TARGETS["onnx"].objection(layer, parse_scheme(scheme))
     with pytest.raises(MpqError, match=message):
@@ -216,7 +216,7 @@ def test_outputs_are_compared_without_onnxruntime(build, inputs, schemes, no_run
         read_back(tmp_path / "out" / "model.onnx", model, allocation, matrices, (inputs,), None)
 
 
-def test_what_no_reader_runs_is_reported(no_runtime, monkeypatch, tmp_path, caplog):
+def test_graphs_that_no_reader_runs_are_reported(no_runtime, monkeypatch, tmp_path, caplog):
     def refuse(file, inputs):
         raise NotImplementedError("no Gelu")
 
@@ -276,7 +276,7 @@ def test_a_language_model_takes_texts_of_any_number_and_length(kind, count, tmp_
     assert model.config.use_cache
 
 
-def test_what_torch_cannot_trace_is_refused_in_one_sentence(tmp_path):
+def test_untraceable_models_are_refused_in_one_sentence(tmp_path):
     class Branching(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""The structs of abi.py against the library's own table of theirs, and the planner's choice of a path."""
+"""The structs of abi.py against the library's table of its own, and the planner's choice of a path."""
 
 import ctypes
 

@@ -1,4 +1,4 @@
-"""torch.ops.mpq.linear as PyTorch's dispatcher calls it, against the way through Python."""
+"""torch.ops.mpq.linear called by PyTorch's dispatcher, against the path through Python."""
 
 import ctypes
 import gc
@@ -30,7 +30,7 @@ def random(*shape):
 
 
 def weight(name="int4-g128", rows=ROWS, cols=COLS):
-    """What the op is called with between the input and the activation, no bias; known to the library."""
+    """The op's arguments between input and activation, without bias; registered with the library."""
     arranged = to_layout(pack(quantize(random(rows, cols), parse_format(name))), panels.NAME)
     cpu._plan(name, rows, cols)
     return list(arranged.tensors.values()), (name, rows, cols, panels.NAME)
@@ -62,7 +62,7 @@ BIASES = {"none": None, "float32": random(ROWS), "bfloat16": random(ROWS).bfloat
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("name", ["int4-g128", "nvfp4", "fp8-e4m3-channel"])
 @pytest.mark.parametrize("activation", ["", "int8-channel", "mxfp8-e4m3"])
-def test_every_call_is_as_through_python(name, activation, kind, bias):
+def test_every_call_matches_the_python_path(name, activation, kind, bias):
     tensors, facts = weight(name)
     call = (INPUTS[kind], tensors, BIASES[bias], *facts, activation)
     try:
@@ -80,7 +80,7 @@ def test_every_call_is_as_through_python(name, activation, kind, bias):
 
 
 def parts(names=("int2-g64", "int4-g64"), rows=ROWS):
-    """What linear_parts is called with between the input and the bias, and after it: rows take turns."""
+    """Arguments of linear_parts before and after the bias; rows take the formats round-robin."""
     tensors, counts = [], [len(range(place, rows, len(names))) for place in range(len(names))]
     for name, count in zip(names, counts, strict=True):
         arranged = to_layout(pack(quantize(random(count, COLS), parse_format(name))), panels.NAME)
@@ -94,7 +94,7 @@ def parts(names=("int2-g64", "int4-g64"), rows=ROWS):
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("names", [("int2-g64", "int4-g64"), ("int8-channel", "fp8-e4m3-channel", "int3-channel")])
 @pytest.mark.parametrize("activation", ["", "int8-channel", "mxfp8-e4m3"])
-def test_every_call_of_parts_is_as_through_python(names, activation, kind, bias):
+def test_every_call_of_parts_matches_the_python_path(names, activation, kind, bias):
     weights, facts = parts(names)
     call = (INPUTS[kind], *weights, BIASES[bias], *facts, activation)
     try:
@@ -111,7 +111,7 @@ def test_every_call_of_parts_is_as_through_python(names, activation, kind, bias)
     torch.testing.assert_close(served, other, rtol=0 if exact else 2**-7, atol=1e-6 if exact else 2**-6, equal_nan=True)
 
 
-def test_plain_calls_of_parts_meet_no_python(monkeypatch):
+def test_plain_calls_of_parts_bypass_python(monkeypatch):
     def fail(*arguments):
         raise AssertionError("Python was called")
 
@@ -124,7 +124,7 @@ def test_plain_calls_of_parts_meet_no_python(monkeypatch):
             torch.ops.mpq.linear_parts(*call)
 
 
-def test_plain_calls_meet_no_python(monkeypatch):
+def test_plain_calls_bypass_python(monkeypatch):
     def fail(*arguments):
         raise AssertionError("Python was called")
 
@@ -135,7 +135,7 @@ def test_plain_calls_meet_no_python(monkeypatch):
         torch.ops.mpq.linear(random(2, COLS).half(), tensors, None, *facts, "")
 
 
-def test_errors_say_what_came():
+def test_errors_name_the_given_shapes():
     tensors, facts = weight()
     with pytest.raises(RuntimeError, match=r"shape \(2, 7\) to a layer of 300 columns"):
         torch.ops.mpq.linear(random(2, 7), tensors, None, *facts, "")
@@ -143,8 +143,8 @@ def test_errors_say_what_came():
         torch.ops.mpq.linear(random(2, COLS), tensors, None, *facts, "int9")
 
 
-def test_thousands_of_weights_are_distinguished():
-    """More than there are places for: those without one are computed by way of Python."""
+def test_thousands_of_weights_are_computed_correctly():
+    """More weights than the table holds: the others are computed through Python."""
     for cols in range(1, 5001):
         cpu._plan("int8-channel", 3, cols)
     for cols in (1, 100, 2500, 5000):
@@ -175,16 +175,16 @@ class Heap(ctypes.Structure):
 
 
 def megabytes_in_use():
-    """What was allocated and not freed, after C's own books."""
+    """Allocated and not freed memory by the C library's statistics."""
     books = ctypes.CDLL(None).mallinfo2
     books.restype = Heap
     heap = books()
     return (heap.uordblks + heap.hblkhd) / 1e6
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library keeps no books of its heap")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library has no heap statistics")
 @pytest.mark.parametrize("fill", [0.5, float("nan")], ids=["served", "left to Python"])
-def test_nothing_is_kept_after_a_call(fill):
+def test_calls_do_not_leak_memory(fill):
     """Each call has a megabyte of inputs of its own, and as much output."""
     tensors, facts = weight("int2-g64", 1024, 1024)
     weights, part_facts = parts(("int2-g64", "int4-g64"), 1024)

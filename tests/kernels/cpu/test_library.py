@@ -45,7 +45,7 @@ def build(compiler, program, *flags):
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """Files as drive_native.c reads them; a tensor's own scale is left out."""
+    """Files in the format of drive_native.c; the tensor's scale is omitted."""
     folder, files = tmp_path_factory.mktemp("cases"), []
     for name, rows, cols in [(name, *shape) for name in NAMES for shape in SHAPES] + STEPS:
         format = parse_format(name)
@@ -63,7 +63,7 @@ def cases(tmp_path_factory):
 
 
 def drive(command, cases):
-    """The best level's name, and for each case a hash of what the first level computes."""
+    """The best level's name, and for each case a hash of the first level's output."""
     ran = subprocess.run([*map(str, (*command, *cases))], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     best, *hashes = ran.stdout.split()
@@ -85,7 +85,7 @@ def test_every_level_runs_clean_on_exact_allocations(here):
 
 @pytest.fixture(scope="module")
 def arm(tmp_path_factory):
-    """A command that runs the driver as a program for Arm, but for its arguments."""
+    """A command that runs the driver as a program for Arm, without arguments."""
     if shutil.which(CROSS) is None:
         pytest.skip(f"no {CROSS}: apt-get install gcc-aarch64-linux-gnu")
     return build(CROSS, tmp_path_factory.mktemp("arm") / "drive", "-O2", "-static")

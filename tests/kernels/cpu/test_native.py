@@ -42,7 +42,7 @@ needs_native = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True, scope="module")
 def poisoned():
-    """Whatever PyTorch allocates without content is full of NaN, integers of their largest: none may be left."""
+    """Fill PyTorch's uninitialized memory with NaN and the largest integers: none may remain in results."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
@@ -67,7 +67,7 @@ def weight_of(name, rows, cols):
 
 
 def linear(x, packed, bias=None, activation=""):
-    """The op's product, which is the same by way of Python, where poison shows what is not written."""
+    """The op's product; also computed through Python, where poisoned memory exposes unwritten elements."""
     call = (x, list(packed.tensors.values()), bias, packed.format.name, *packed.shape, packed.layout, activation)
     found, other = torch.ops.mpq.linear(*call), torch.ops.mpq.linear_any(*call)
     assert torch.equal(found.nan_to_num(), other.nan_to_num())
@@ -75,7 +75,7 @@ def linear(x, packed, bias=None, activation=""):
 
 
 def bound(x, packed, dtype=torch.float32):
-    """How far a kernel may be from exact products of the same numbers, (tokens, rows).
+    """Bound on a kernel's error against exact products of the same values, (tokens, rows).
 
     Activations: half a step of 1/32639 of the largest magnitude (bfloat16 in two planes: 2**-17 of each). Codebooks:
     half a step of 1/32639 of the grid's largest value. Levels of 16 bits: without the low bytes' product with those of
@@ -211,7 +211,7 @@ def test_nan_infinities_and_vanishing_numbers_pass_through(level, name, tokens, 
     for value in (float("nan"), float("inf"), -float("inf"), 1e-45, 1e-38, 3e38, -3e38, -1e12):
         x = torch.randn((tokens, 300), generator=seeded(tokens)).to(dtype)
         x[0, 150] = value
-        if abs(value) < 1:  # a whole token of denormals, where the type has them
+        if abs(value) < 1:  # a token of denormals only, where the type has them
             x[0] = value
         expected, found = linear(x, packed, None, activation), linear(x, arranged, None, activation)
         assert torch.equal(torch.isnan(expected), torch.isnan(found))
@@ -220,13 +220,13 @@ def test_nan_infinities_and_vanishing_numbers_pass_through(level, name, tokens, 
         if activation:  # a token has one scale, which is NaN if one of its numbers is not finite
             assert torch.equal(good.all(-1), x.isfinite().all(-1))
             x = reference.quantize_activation(x, activation)
-        # Tokens that no integers stand for are the reference's own; the others as close as everywhere, which leaves
-        # the reference's own rounding: each of 300 sums in float32, relative to the sum of magnitudes, and to the type.
+        # Tokens without an integer form are the reference's; the others are within the usual bound plus the reference's
+        # own rounding: each of 300 sums in float32, relative to the sum of magnitudes, and to the dtype.
         finite = x.float().nan_to_num(0, 3e38, 3e38)
         magnitudes = finite.double().abs() @ dequantize(unpack(packed)).double().abs().T
         allowed = bound(finite, packed, dtype) + 300 * 2**-24 * magnitudes + 2 * TYPES[dtype] * expected.double().abs()
         allowed += 2**-24 if dtype == torch.float16 else 0  # its subnormals
-        if activation:  # the reference rounds what it made of the activations to their type
+        if activation:  # the reference rounds its dequantized activations to their dtype
             allowed += TYPES[dtype] * magnitudes
         assert ((found.double() - expected.double()).abs()[good] <= allowed[good]).all()
 
@@ -277,7 +277,7 @@ def test_zero_tokens_and_leading_dimensions(level, activation):
 
 
 @needs_native
-def test_cpu_matrices_are_computed_in_panels():
+def test_cpu_weights_are_stored_in_panels():
     packed, _ = weight_of("int4-g128", 70, 300)
     assert best_layout(packed, torch.device("cpu")) == panels.NAME
     assert best_layout(pack(quantize(torch.ones(3, 3), parse_format("bf16"))), torch.device("cpu")) == "rows"
@@ -328,7 +328,7 @@ def test_embeddings_unpack_the_panels_they_need(name):
     assert torch.equal(found, expected)
 
 
-def test_formats_without_a_kernel_say_so_once_and_compute(caplog):
+def test_formats_without_a_kernel_warn_once_and_compute(caplog):
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
     packed = pack(quantize(weight, parse_format("q4_k")))
     cpu._say_uncompiled.cache_clear()

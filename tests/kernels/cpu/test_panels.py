@@ -9,7 +9,7 @@ from mpq.rounding.reference import quantize
 
 
 @pytest.mark.parametrize("name", ["int4-g32-asym", "int3", "int6-channel-asym", "nvfp4", "fp8-e4m3-channel"])
-def test_pieces_are_arranged_as_the_whole(name, monkeypatch):
+def test_arranging_in_pieces_equals_arranging_at_once(name, monkeypatch):
     packed = pack(quantize(torch.randn((300, 140), generator=seeded(0, name)), parse_format(name)))
     whole = panels.arrange(packed).tensors["panels"]
     monkeypatch.setattr(panels, "CODES_AT_A_TIME", 2 * 64 * 256)  # two panels at a time, or one

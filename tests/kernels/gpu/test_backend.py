@@ -1,4 +1,4 @@
-"""The CUDA backend as models meet it. What needs a device is skipped without one; the rest runs in the interpreter."""
+"""The CUDA backend as models use it. Tests that need a device are skipped without one; the rest is interpreted."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzer
 
 
 class Waits(TorchDispatchMode):
-    """Fails where an operator would make the host wait for a device: its result's value or shape is read."""
+    """Fails on operators that synchronize with the device, because their result's value or shape is read."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split("::")[1].split(".")[0]
@@ -44,19 +44,19 @@ def packed(scheme: str, rows: int, cols: int, device: str = "cpu") -> tuple[list
 
 @pytest.mark.skipif(COMPILED, reason="on a device the captured graph shows the same")
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_host_waits_for_nothing(scheme: str) -> None:
+def test_nothing_synchronizes_with_the_device(scheme: str) -> None:
     pytest.importorskip("triton")
     from mpq.kernels.gpu.triton.linear import linear
 
     weight, _, activation = packed(scheme, 40, 200)
     name, x = parse_scheme(scheme).weight.name, torch.randn(5, 200).half()
-    first = linear(x, weight, None, name, 40, 200, FRAGMENTS, activation)  # what is read once, is read here
+    first = linear(x, weight, None, name, 40, 200, FRAGMENTS, activation)  # one-time reads happen here
     with Waits():
         second = linear(x, weight, None, name, 40, 200, FRAGMENTS, activation)
     assert torch.equal(first, second)
 
 
-def test_waiting_shows() -> None:
+def test_synchronization_is_detected() -> None:
     x = torch.ones(3)
     with Waits():
         for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: bool((x > 0).all()), lambda: x.nonzero()):
@@ -80,7 +80,7 @@ def test_captured_graphs_replay_on_new_inputs(scheme: str, dtype: torch.dtype) -
             kept.copy_(one)
             output.fill_(torch.nan)
             graph.replay()
-            assert torch.equal(output, truth)  # the same bits as outside of the graph, each time
+            assert torch.equal(output, truth)  # bit-identical to the call outside of the graph, each time
 
 
 @needs_device
@@ -115,7 +115,7 @@ def test_large_products_on_the_device(name: str, dtype: torch.dtype, rows: int, 
 
 
 @needs_device
-def test_the_other_device_is_served() -> None:
+def test_products_run_on_the_inputs_device() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     weight, matrix, _ = packed("int4-g128", 128, 256, "cuda:1")

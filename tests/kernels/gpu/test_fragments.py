@@ -51,13 +51,13 @@ def test_arranging_is_lossless(name: str) -> None:
     assert [tensor.dtype for tensor in restored.values()] == [tensor.dtype for tensor in rows.tensors.values()]
 
 
-def test_float_copies_stay_as_they_are() -> None:
+def test_float_copies_are_not_rearranged() -> None:
     with pytest.raises(MpqError, match="float copy"):
         to_layout(pack(quantize(torch.ones(2, 2), parse_format("bf16"))), fragments.FRAGMENTS)
 
 
 @pytest.mark.parametrize("name", ["int4-g32", "int3-g16-asym", "int8", "nvfp4", "fp6-e3m2-channel"])
-def test_embeddings_unpack_the_rows_they_pick(name: str) -> None:
+def test_embeddings_unpack_only_the_selected_rows(name: str) -> None:
     format = parse_format(name)
     quantized = quantize(torch.randn(37, 70, generator=torch.Generator().manual_seed(2)), format)
     weight = list(to_layout(pack(quantized), fragments.FRAGMENTS).tensors.values())

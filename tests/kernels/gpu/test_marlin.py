@@ -19,7 +19,7 @@ def test_packing_is_invertible() -> None:
 
 
 def dequantize(word: int) -> list[float]:
-    """MARLIN's `dequant` twice: lop3, then subtract 1032 or multiply by 1/16 and add -72."""
+    """Apply MARLIN's `dequant` twice: lop3, then subtract 1032 or multiply by 1/16 and add -72."""
     numbers = []
     for _ in range(2):
         low = np.array([(word & 0x000F000F) | 0x64006400], np.uint32).view(np.float16)

@@ -1,4 +1,4 @@
-"""Building the emulated kernels, and the problems that they are given."""
+"""Build the emulated kernels and their test problems."""
 
 import ctypes
 import subprocess
@@ -54,7 +54,7 @@ def problem(name: str, dtype: torch.dtype, count: int, rows: int, cols: int) -> 
 
 
 def run(library: ctypes.CDLL, given: Problem, grid: tuple[int, int, int], numbers: tuple[int, ...]) -> None:
-    """Run both kernels and compare: the shares' sum to float32's rounding, outputs to half a last place."""
+    """Run both kernels and compare: the sum of shares within float32's rounding, outputs within half an ulp."""
     out, number = torch.full_like(given.truth, torch.nan, dtype=given.tokens.dtype), grid[1]
     buffer = torch.full((number, *out.shape), torch.nan) if number > 1 else None
     parts = given.parts
@@ -65,5 +65,5 @@ def run(library: ctypes.CDLL, given: Problem, grid: tuple[int, int, int], number
         assert float((shared - given.truth).norm() / given.truth.norm()) < 1e-6
         sizes = (number, out.numel(), out.shape[1])
         library.run_add_shares(-(-out.numel() // 256), *map(pointer, (buffer, given.bias, out)), *sizes)
-    # every output is within half a last place of the truth, and the sums' own rounding: the weights are exact
+    # weights are exact: every output is within half an ulp plus the rounding of the sums
     assert float((out.double() - given.truth).norm() / given.truth.norm()) < torch.finfo(out.dtype).eps / 2

@@ -1,4 +1,4 @@
-"""The sm_90a kernel: its own source run on a CPU with emulated instructions, and compiled."""
+"""The sm_90a kernel: its source run on a CPU with emulated instructions, and compiled."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernel: its own source run on a CPU with emulated instructions, and compiled for three targets."""
+"""The CUDA C++ kernel: its source run on a CPU with emulated instructions, and compiled for three targets."""
 
 import itertools
 import shutil
@@ -54,7 +54,7 @@ def test_nvrtc_compiles_it_and_keeps_the_cubin(
 
 
 @pytest.mark.skipif(nvrtc.find_library() is None, reason="needs NVRTC")
-def test_what_the_compiler_rejects_is_quoted() -> None:
+def test_compiler_errors_are_quoted() -> None:
     with pytest.raises(MpqError, match="undefined"):
         nvrtc.compile_source("__global__ void wrong() { missing(); }", ("--gpu-architecture=sm_80",))
 

@@ -1,4 +1,4 @@
-"""No CUDA C++ kernel runs that has not passed on its device."""
+"""CUDA C++ kernels run only after they have passed on the device."""
 
 import logging
 from pathlib import Path
@@ -24,7 +24,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plain(tokens, weight, bias, format, rows, shares):
-    """What a right kernel gives, by the reference."""
+    """A correct kernel's output, by the reference."""
     from mpq.rounding.reference import dequantize
 
     matrix = dequantize(unpack(packed_of(weight, format, (rows, tokens.shape[1]), FRAGMENTS)))
@@ -45,7 +45,7 @@ def test_right_products_pass_and_wrong_ones_do_not() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 @pytest.mark.parametrize("backend", sorted(verification.BACKENDS))
-def test_a_failed_trial_is_kept_and_reported_once(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_verification_is_cached_and_reported_once(backend: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert not verification.verified(backend, CPU)  # never compared
         complaint = verification.check(backend, torch.device("cuda", 0))
@@ -57,7 +57,7 @@ def test_a_failed_trial_is_kept_and_reported_once(backend: str, caplog: pytest.L
     assert "its trial failed" in caplog.records[1].getMessage()
 
 
-def test_what_is_not_verified_is_computed_by_triton() -> None:
+def test_unverified_kernels_fall_back_to_triton() -> None:
     pytest.importorskip("triton")
     from mpq.kernels.gpu.triton.config import Config
     from mpq.kernels.gpu.triton.linear import EMULATE, compute

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels for Ampere, Ada and Hopper, without a device."""
+"""Compiled code of the kernels for Ampere, Ada and Hopper, without a device."""
 
 import json
 import os
@@ -26,7 +26,7 @@ print(json.dumps(facts))
 
 
 def compile_all(cases: list[tuple[str | int, ...]]) -> list[dict[str, int]]:
-    """Compile in a process of its own: the interpreter, once chosen, holds for a whole process."""
+    """Compile in a separate process: once chosen, the interpreter stays for the whole process."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(cases)], capture_output=True, text=True, env=environment, check=False
@@ -36,7 +36,7 @@ def compile_all(cases: list[tuple[str | int, ...]]) -> list[dict[str, int]]:
     return facts
 
 
-def test_int4_reaches_the_tensor_cores_without_a_detour_through_shared_memory() -> None:
+def test_int4_goes_from_registers_to_the_tensor_cores() -> None:
     ampere, hopper = compile_all([("int4-g128", "float16", 80, "float"), ("int4-g128", "bfloat16", 90, "float")])
     assert ampere["mma.sync"] > 0
     assert ampere["cp.async.cg"] > 0  # 16 bytes a thread, in a pipeline
@@ -54,7 +54,7 @@ def test_formats_compile(capability: int) -> None:
     assert all(fact["cubin"] > 0 and fact["st.local"] == 0 for fact in compile_all(cases))
 
 
-def test_8_bit_inputs_reach_the_8_bit_instructions() -> None:
+def test_8_bit_inputs_use_8_bit_instructions() -> None:
     cases = [
         ("int4-g128", "float16", 80, "int8"), ("int8-channel", "bfloat16", 90, "int8"),
         ("fp8-e4m3-channel", "float16", 89, "fp8"), ("fp8-e4m3-channel", "bfloat16", 90, "fp8"),
@@ -64,7 +64,7 @@ def test_8_bit_inputs_reach_the_8_bit_instructions() -> None:
     assert facts[1]["st.shared"] == facts[3]["st.shared"] == 0
 
 
-def test_programs_that_stay_keep_the_pipeline_and_the_instructions() -> None:
+def test_persistent_programs_keep_pipeline_and_instructions() -> None:
     names = [("int4-g128", 80), ("int4-g128", 89), ("int4-g128", 90), ("nvfp4", 90)]
     facts = compile_all([(name, "bfloat16", capability, "float", 132) for name, capability in names])
     ampere, ada, hopper, _ = facts

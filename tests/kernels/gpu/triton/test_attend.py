@@ -68,7 +68,7 @@ def test_nan_reaches_the_heads_that_see_it():
     check(call("int8-asym", "int4-g32", change=change))
 
 
-def test_what_the_kernel_does_not_take_is_the_reference_s():
+def test_unsupported_calls_fall_back_to_the_reference():
     assert stored_of("nf4", 64) is None
     assert stored_of("int3-asym", 64) is None
     check(call("mxfp4", "int8-token"))

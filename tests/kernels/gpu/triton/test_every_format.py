@@ -1,4 +1,4 @@
-"""Every format and scheme that the GPU kernels promise, through `linear` with the device's own blocks."""
+"""Every format and scheme that the GPU kernels support, through `linear` with the device's default blocks."""
 
 from itertools import product
 
@@ -42,7 +42,7 @@ def test_every_promised_format_has_a_kernel() -> None:
         (["fp8-e4m3-channel", "fp8-e4m3", "mxfp8-e4m3"], "fp8-e4m3-channel", torch.float8_e4m3fn),
     ],
 )
-def test_promised_schemes_take_8_bit_instructions(weights: list[str], activation: str, dtype: torch.dtype) -> None:
+def test_promised_schemes_use_8_bit_instructions(weights: list[str], activation: str, dtype: torch.dtype) -> None:
     assert {eight_bits(parse_format(name), parse_format(activation), DEVICE) for name in weights} == {dtype}
 
 
@@ -73,8 +73,8 @@ def test_a_sample_of_them(
     rounded = fake_quantize(inputs, parse_format(activation)) if activation else inputs
     matrix = dequantize(quantized).double()
     truth = rounded.double() @ matrix.T + (0 if added is None else added.double())
-    # weights and inputs that no 16-bit float holds exactly, and the output, are each rounded once; the norm of the
-    # summands bounds them where the sum cancels
+    # weights and inputs that are not exact in 16 bits, and the output, are each rounded once; the norm of the
+    # summands bounds the errors where the sum cancels
     size = rounded.double().norm() * matrix.norm() / max(1, cols) ** 0.5 + truth.norm()
     assert outputs[0].dtype == dtype
     assert float((outputs[0].double() - truth).norm() / size) < 1.5 * torch.finfo(dtype).eps

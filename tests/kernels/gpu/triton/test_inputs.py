@@ -58,7 +58,7 @@ def test_other_inputs_are_rounded_as_the_reference_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ["int8-channel", "fp8-e4m3-channel"])
-def test_linear_takes_the_fast_way(activation: str) -> None:
+def test_linear_uses_the_8_bit_product(activation: str) -> None:
     random = torch.Generator().manual_seed(5)
     format = parse_format("int4-g64" if activation.startswith("int") else "fp8-e4m3-channel")
     quantized = quantize(torch.randn(48, 128, generator=random), format)

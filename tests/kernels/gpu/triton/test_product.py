@@ -26,7 +26,7 @@ BASE = Config(block_n=64, block_m=16)
 
 
 def problem(format: Format, tokens: int, rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
-    """Inputs, bias, the float64 truth and the weight's fragments."""
+    """Inputs, bias, the float64 product and the weight's fragments."""
     random = torch.Generator().manual_seed(seed)
     quantized = quantize(torch.randn(rows, cols, generator=random), format)
     inputs = torch.randn(tokens, cols, generator=random).to(dtype)
@@ -37,8 +37,8 @@ def problem(format: Format, tokens: int, rows: int, cols: int, dtype: torch.dtyp
 
 
 def cancels(truth: Tensor, cols: int) -> bool:
-    """Whether sums of products of standard normal numbers fell far below their usual size, to which rounding is
-    relative: one output alone often does.
+    """Whether sums of products of standard normal numbers are far below their usual magnitude, to which rounding errors
+    are relative; single outputs often are.
     """
     return bool(truth.norm() < 0.5 * (truth.numel() * cols) ** 0.5)
 
@@ -67,13 +67,13 @@ def test_every_format(name: str, dtype: torch.dtype) -> None:
     assert relative(output, truth) < tolerance(format, dtype, config)
 
 
-def test_numbers_beyond_float16_take_bfloat16_or_the_reference() -> None:
+def test_values_beyond_float16_use_bfloat16_or_the_reference() -> None:
     format = parse_format("fp8-e6m1-g32")
     inputs, bias, truth, *weight = problem(format, 5, 50, 64, torch.bfloat16)
     config = replace(BASE, block_k=32)
     assert relative(product(inputs, weight, bias, format, 50, config, torch.float32), truth) < 1e-6
     output = linear(inputs.half(), weight, bias.half(), format.name, 50, 64, FRAGMENTS, "")
-    assert relative(output, truth) < 0.01  # the inputs and bias themselves lose nothing: they are small
+    assert relative(output, truth) < 0.01  # inputs and bias are small and lose nothing
 
 
 @settings(max_examples=25, deadline=None)
@@ -101,7 +101,7 @@ def test_any_shape_blocks_and_split(
 def test_strided_inputs_and_leading_axes(dtype: torch.dtype) -> None:
     format = parse_format("int4-g64-asym")
     inputs, bias, truth, *weight = problem(format, 6, 40, 128, dtype)
-    columns = torch.empty(128, 6, dtype=dtype, device=DEVICE).copy_(inputs.T).T  # column by column in memory
+    columns = torch.empty(128, 6, dtype=dtype, device=DEVICE).copy_(inputs.T).T  # column-major
     spaced = torch.empty(6, 256, dtype=dtype, device=DEVICE)[:, ::2].copy_(inputs)
     expected = product(inputs, weight, bias, format, 40, BASE, dtype)
     assert relative(expected, truth) < torch.finfo(dtype).eps
@@ -111,7 +111,7 @@ def test_strided_inputs_and_leading_axes(dtype: torch.dtype) -> None:
         assert torch.equal(output.reshape(6, 40), expected)
 
 
-def test_nothing_outside_is_read_or_left_unwritten() -> None:
+def test_accesses_stay_within_bounds_and_outputs_are_complete() -> None:
     format = parse_format("int4-g32")
     inputs, _, _, *weight = problem(format, 3, 20, 70, torch.float16)
     room = torch.full((5, 90), torch.nan, dtype=torch.float16, device=DEVICE)
@@ -141,7 +141,7 @@ def test_shares_are_added_in_one_order() -> None:
     programs=st.integers(1, 9),
     bias=st.booleans(),
 )
-def test_programs_that_stay(
+def test_persistent_programs(
     name: str, tokens: int, rows: int, cols: int, blocks: tuple[int, int, int], programs: int, bias: bool
 ) -> None:
     format, dtype = parse_format(name), torch.float16
@@ -157,22 +157,22 @@ def test_programs_that_stay(
     assert torch.equal(outputs[0], outputs[1])
 
 
-def test_poison_shows() -> None:
+def test_poison_is_detected() -> None:
     with poisoned():
         assert torch.ones(1).new_empty(100).isnan().all()
 
 
 @given(programs=st.integers(1, 300), blocks=st.integers(1, 2000), steps=st.integers(1, 200))
-def test_every_step_of_every_block_is_shared_out_once(programs: int, blocks: int, steps: int) -> None:
+def test_every_step_of_every_block_is_assigned_once(programs: int, blocks: int, steps: int) -> None:
     cut = Stream(programs, blocks, steps)
     assert cut.waves * programs + cut.shared == blocks
     assert programs * cut.quota >= cut.shared * steps > (programs - 1) * cut.quota - programs
-    assert cut.quota <= 2 * steps  # a program works no longer than two blocks beyond its waves
+    assert cut.quota <= 2 * steps  # a program works at most two blocks beyond its waves
     assert cut.shared == 0 or blocks % programs
 
 
 @pytest.mark.parametrize(("tokens", "split"), [(1, 8), (16, 8), (64, 1), (4096, 1)])
-def test_few_programs_share_blocks_and_many_stay(tokens: int, split: int) -> None:
+def test_few_programs_share_blocks_and_many_are_persistent(tokens: int, split: int) -> None:
     config = default_config(spec_of(parse_format("int4-g128")), tokens, 4096, 4096, processors=132)
     assert config.split >= split if split > 1 else config.split == 1
     assert (config.programs > 0) == (tokens > 32)

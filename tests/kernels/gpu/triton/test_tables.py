@@ -40,7 +40,7 @@ def test_tuned_choices_are_kept_and_used() -> None:
         assert json.loads(tuned_path("interpreter").read_text())["tuned"] is True
 
 
-def test_the_shipped_table_says_that_it_is_not_tuned() -> None:
+def test_the_shipped_table_is_marked_untuned() -> None:
     table = json.loads((files("mpq.kernels.gpu.triton") / "NVIDIA_H100_80GB_HBM3.json").read_text())
     assert table["tuned"] is False
     assert len(table_of("NVIDIA H100 80GB HBM3")) == len(table["configs"]) > 0
@@ -63,7 +63,7 @@ def test_products_of_rounded_inputs_are_tuned_too() -> None:
         tune("bf16", 64, 128, 3, DEVICE)
 
 
-def test_tables_say_whether_anyone_measured() -> None:
+def test_tables_record_whether_they_were_measured() -> None:
     assert "never measured" in provenance_of("interpreter")
     tune("int4-g64", 64, 128, 3, DEVICE, [Config()])
     if EMULATE:
