@@ -26,6 +26,7 @@ from mpq.network.calibration import (
 from mpq.network.distance import relative_distance
 from mpq.network.samples import Samples, arranged
 from mpq.network.shelf import Kept, Shelf
+from mpq.network.storage import release_memory
 
 KINDS = ("accuracy", "perplexity", "distance", "loss")
 DIVERGE = KINDS[:2]  # kinds with logits, for which the divergence from the original is measured
@@ -119,10 +120,10 @@ class Reference:
 
     def __init__(
         self, model: nn.Module, batches: Iterable[Batch], kind: str, loss_fn: LossFn | None = None,
-        progress: bool = False,
+        progress: bool = False, shelf: Shelf | None = None,
     ) -> None:  # fmt: skip
         self.kind, self.samples = kind, _samples(model, check_batches(batches), kind, loss_fn)
-        self._shelf, self._known = Shelf(), list[Kept]()
+        self._shelf, self._known = shelf or Shelf(), list[Kept]()
         self.quality = _evaluate(model, self.samples, kind, progress, self._keep)
 
     def _keep(self, part: int, log_probs: Tensor) -> Tensor:
@@ -196,6 +197,7 @@ def _evaluate(model: nn.Module, samples: Samples, kind: str, progress: bool, kno
                     batch_parts.append(_measure(logits, targets, known, len(parts) + len(batch_parts)))
             check_loss(torch.cat([part.losses for part in batch_parts]).mean(), index)
             parts += batch_parts
+            release_memory()
     return _quality(kind, parts)
 
 

@@ -15,6 +15,7 @@ from mpq.evaluation import Quality, Reference, evaluate
 from mpq.network.batchnorm import estimate_means, stored_means
 from mpq.network.calibration import Batch, first_batches, samples_in
 from mpq.network.layers import find_layers
+from mpq.network.shelf import Shelf
 from mpq.quantized import quantized_layers
 from mpq.rounding import METHODS
 from mpq.rounding.store import Finished, Rounder, RoundingStore, moments_needed
@@ -51,13 +52,14 @@ class Measurer:
         self.trial = Trial(source.model, self.store)
         self.corrects = bool(stored_means(source.model))
         self._references: dict[str, Reference] = {}
+        self._shelf = Shelf()
 
     def reference(self, part: str) -> Reference:
         """The original model on a part of the data."""
         if part not in self._references:
             source = self.source
             self._references[part] = Reference(
-                source.model, self._batches(part), source.kind, source.loss_fn, self.progress
+                source.model, self._batches(part), source.kind, source.loss_fn, self.progress, self._shelf
             )
         return self._references[part]
 

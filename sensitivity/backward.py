@@ -4,7 +4,7 @@ Batches are cut into pieces whose graphs fit a limit of memory.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
 from mpq.network.calibration import Batch, check_gradient, check_loss, logits_of, samples_in, take
+from mpq.network.storage import release_memory
 from mpq.sensitivity.derivatives import Draw, Use, keep_samples, log, recording, slopes_of
 from mpq.sensitivity.graph import only_gradients_of
 from mpq.sensitivity.predictions import Predictions, predictions
@@ -51,10 +52,12 @@ def pieces(task: Task, what: str) -> Iterator[Piece]:
     """This process's batches in pieces whose graphs keep at most GRAPH numbers, or of one sample; a progress bar."""
     for index in task.own_batches(what):
         whole = Piece(task.batches[index], index, 0)
-        if whole.samples == 1 or task.together:
-            yield whole
-        else:
-            yield from whole.split(max(1, GRAPH // _numbers_kept(task, task.few_samples(1, index))))
+        parts: Iterable[Piece] = [whole]
+        if whole.samples > 1 and not task.together:
+            parts = whole.split(max(1, GRAPH // _numbers_kept(task, task.few_samples(1, index))))
+        for part in parts:
+            yield part
+            release_memory()  # what one pass frees is too scattered for the next
 
 
 def _numbers_kept(task: Task, sample: Batch) -> int:

@@ -11,6 +11,7 @@ from mpq.network.calibration import Batch, LossFn, counted_positions, evaluating
 from mpq.network.experts import routing
 from mpq.network.layers import input_matrix
 from mpq.network.parallel import gathered, share, total
+from mpq.network.storage import release_memory
 from mpq.network.uses import seeing_uses
 
 STRIP = 256  # columns
@@ -44,6 +45,7 @@ def second_moments(
         for batch in share(batches):
             masks = counted_positions(batch)
             forward(model, batch)
+            release_memory()
     sums = total(sums)
     rows = total({name: torch.tensor(count) for name, count in counts.items()})
     widths = gathered(widths)

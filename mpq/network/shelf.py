@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpq.network.fingerprint import as_bytes
 
-LIMIT = 2**28  # bytes in memory
+LIMIT = 2**27  # bytes in memory
 
 Kept: TypeAlias = Callable[[], Tensor]  # gives the tensor
 

@@ -61,16 +61,20 @@ class MethodRounder:
             raise MpqError(f"layer {layer.name}: {error}") from error
 
     def _in_one_format(self, layer: Layer, weight: Tensor, scheme: Scheme) -> Quantized:
-        if callable(self._second_moments):
-            self._second_moments = self._second_moments()
         try:
-            return self._choose(weight.detach(), scheme.weight, self._second_moments.get(layer.name))
+            return self._choose(weight.detach(), scheme.weight, self._moment(layer.name))
         except MpqError as error:
             raise MpqError(f"layer {layer.name} in {scheme.name}: {error}") from error
 
+    def _moment(self, layer: str) -> Tensor | None:
+        """The second moment of a layer's inputs, if it is known."""
+        if callable(self._second_moments):
+            self._second_moments = self._second_moments()
+        return self._second_moments.get(layer)
+
 
 class RoundingStore(MethodRounder):
-    """Rounds each layer of one model once in each format; keeps about a byte per weight and format.
+    """Rounds each layer of one model once in each format; keeps about a byte per weight and format, and the moments.
 
     Args:
         method, second_moments: as of `MethodRounder`.
@@ -80,6 +84,8 @@ class RoundingStore(MethodRounder):
     def __init__(self, method: "str | Method" = "mse", second_moments: Moments = None, limit: int = LIMIT) -> None:
         super().__init__(method, second_moments)
         self._shelf = Shelf(limit)
+        self._moments: dict[str, Kept] | None = None
+        self._last: tuple[str, Tensor | None] = "", None  # a layer and its moment, so that its factor can be used again
         self._rounded: dict[tuple[str, str], tuple[Quantized, Kept]] = {}
 
     def _in_one_format(self, layer: Layer, weight: Tensor, scheme: Scheme) -> Quantized:
@@ -92,6 +98,15 @@ class RoundingStore(MethodRounder):
             )
         tables, kept = self._rounded[key]
         return replace(tables, codes=kept())
+
+    def _moment(self, layer: str) -> Tensor | None:
+        if self._moments is None:
+            moments = dict(self._second_moments() if callable(self._second_moments) else self._second_moments)
+            self._second_moments = {}
+            self._moments = {name: self._shelf.keep(moments.pop(name)) for name in list(moments)}
+        if self._last[0] != layer:
+            self._last = layer, self._moments[layer]() if layer in self._moments else None
+        return self._last[1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,7 @@ from mpq.network.calibration import (
 from mpq.network.copies import copied
 from mpq.network.layers import is_transposed, shaped
 from mpq.network.samples import Arrangement, arrangement
+from mpq.network.storage import release_memory
 from mpq.quantized import checked_layers, round_inputs
 from mpq.rounding.codes import COPY_DTYPES
 from mpq.rounding.reference import Quantized, dequantize, group_scales, storable_scales, to_groups
@@ -88,6 +89,7 @@ def tune_scales(
                 _add_gradients(model, student, next(steps), loss_fn, arranged)
             optimizer.step()
             schedule.step()
+            release_memory()
     return {name: weight.quantized() for name, weight in scaled.items()}
 
 
