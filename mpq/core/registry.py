@@ -64,7 +64,7 @@ class Metric(Entry):
     activations: bool = False  # also scores formats of input activations
     second_order: bool = False  # differentiates twice, so the model must fit the device
     measured: bool = False  # a forward pass over the data for each layer and scheme
-    compares_losses: bool = False  # a score of 0 is then evidence, not a missing gradient
+    compares_losses: bool = False  # a score of 0 is then evidence where other weights change the loss
     rows: str = ""  # "module:function" that scores mixes too: function(task, mixes, **options), the same options
 
 

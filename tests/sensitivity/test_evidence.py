@@ -7,11 +7,12 @@ from torch import nn
 from torch.nn import functional
 from torch.utils import checkpoint
 
+from mpq.core.errors import MpqError
 from mpq.core.table import SensitivityTable
 from mpq.network.calibration import cross_entropy
 from mpq.network.layers import find_layers
 from mpq.network.ranges import input_ranges
-from mpq.sensitivity.evidence import FLAT, NO_GRADIENT, UNREACHED
+from mpq.sensitivity.evidence import FLAT, NO_GRADIENT, UNCHANGED, UNREACHED
 from mpq.sensitivity.profile import profile
 
 DERIVATIVES = ["kl-curvature", "kronecker", "fisher", "output", "gradient", "quadratic", "hessian", "eigenvalue"]
@@ -72,11 +73,59 @@ def test_experts_without_tokens(metric, always, caplog, tmp_path):
     assert SensitivityTable.load(tmp_path / "table.csv") == table
 
 
-@pytest.mark.parametrize("metric", ["loss", "divergence", "wrong", "linearity"])
+MEASURED = ["loss", "divergence", "wrong", "linearity"]
+
+
+@pytest.mark.parametrize("metric", MEASURED)
 def test_a_measured_zero_is_evidence_where_a_sample_reached_the_layer(metric):
     table = table_of(Experts(False), metric, formats=["int8-channel"])
     assert table.reasons == {"experts.2": UNREACHED}
     assert np.isfinite(table.scores[[layer.name != "experts.2" for layer in table.layers]]).all()
+
+
+class Gated(nn.Module):
+    """A branch that is multiplied by zero, and a gate so far from its threshold that no format moves it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lost, self.gate, self.out = nn.Linear(8, 8), nn.Linear(8, 1, bias=False), nn.Linear(8, 3)
+        nn.init.constant_(self.gate.weight, 100.3)
+        self.gate.weight.data[:, 1:] *= 0.01
+
+    def forward(self, x):
+        """Class logits."""
+        opened = (self.gate(x.abs()) > 0).float()
+        return self.out(torch.tanh(opened * x + 0.0 * self.lost(x)))
+
+
+@pytest.mark.parametrize("metric", MEASURED)
+def test_a_loss_that_a_layer_cannot_change_is_no_evidence(metric, caplog):
+    """The gate's zero is measured: other weights would close it. Nothing brings the lost branch back."""
+    table = table_of(Gated(), metric, formats=["int2-channel", "int8-channel"])
+    assert table.reasons == {"lost": UNCHANGED}
+    assert np.isnan(table.scores[0]).all()
+    assert table.scores[1].tolist() == [0.0, 0.0]
+    assert np.isfinite(table.scores[2]).all()
+    assert f"1 of 3 layers have no score ({UNCHANGED}): lost" in caplog.text
+
+
+@pytest.mark.parametrize("metric", ["loss", "linearity"])
+@pytest.mark.parametrize("constant", [0.0, 2.5])
+def test_a_loss_that_no_layer_changes_is_refused(metric, constant):
+    with pytest.raises(MpqError, match="or a loss that depends on the model's outputs"):
+        table_of(Gated(), metric, lambda model, batch: 0.0 * model(batch[0]).sum() + constant)
+
+
+@pytest.mark.parametrize("metric", [*DERIVATIVES, "gptq", "curvature"])
+@pytest.mark.parametrize("constant", [0.0, 2.5])
+def test_a_constant_loss_is_no_evidence_for_derivatives(metric, constant):
+    """Those that need the loss say so; those of the model's own predictions or outputs have evidence without it."""
+    try:
+        table = table_of(Gated(), metric, lambda model, batch: 0.0 * model(batch[0]).sum() + constant)
+    except MpqError:
+        return
+    assert not (table.scores == 0).any()
 
 
 @pytest.mark.parametrize("always", [False, True])
