@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import brute_force, make_problem, make_table
 
+from experiments.benchmarks.random_problems import BUDGETS, LOSSES, made, verdict
 from mpq.core.costs import kv_bytes_per_token
 from mpq.core.errors import MpqError
 from mpq.core.problem import build_problem
@@ -41,6 +42,12 @@ def test_equal_tiny_and_huge_losses_and_zero_costs(losses, limit):
     problem = replace(problem, losses=free + losses * bend, costs={**problem.costs, **none}, budgets=budgets)
     _, optima = brute_force(problem)
     assert integer(problem).losses[0] == pytest.approx(optima[-1], rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("names", BUDGETS, ids=len)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_random_problems_of_every_kind(kind, names):
+    assert {verdict(made(seed, kind, names)) for seed in range(10)} == {"agrees"}
 
 
 def between(problem, name, share):
