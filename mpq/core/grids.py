@@ -84,7 +84,7 @@ class Grid:
     @property
     def has_zero(self) -> bool:
         """Whether some code is zero."""
-        return self.family != "codebook" or 0.0 in self.codebook
+        return self.family in ("int", "float") or 0.0 in self.codebook
 
     @property
     def max_exponent(self) -> int:

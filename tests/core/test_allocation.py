@@ -90,5 +90,24 @@ def test_repr_shows_layers_bits_loss_and_most_frequent_schemes():
     assert "more" not in repr(Allocation(layers[:4], schemes[:4]))
 
 
+@pytest.mark.parametrize(
+    ("field", "least", "valid"),
+    [
+        ("rows", 1, True), ("cols", 1, True), ("macs", 0, True),
+        ("rows", 0, False), ("cols", 0, False), ("macs", -1, False),
+    ],
+)  # fmt: skip
+def test_layers_without_weights_are_refused(field, least, valid):
+    values = Allocation((Layer("a", "linear", 3, 5, macs=7),), ("int8-channel",)).to_json()
+    record = values["layers"]["a"]
+    record[field] = least
+    values["size"] = record["rows"] * (record["cols"] + 2)
+    if valid:
+        assert getattr(Allocation.from_json(values).layers[0], field) == least
+        return
+    with pytest.raises(ValueError, match="layer a of"):
+        Allocation.from_json(values)
+
+
 def test_memory_without_a_cache_is_that_of_the_model():
     assert make().memory(1000, 4) == make().total

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpq.core.errors import MpqError
-from mpq.core.files import DRAFT, write_atomically
+from mpq.core.files import DRAFT, draft_in, remove_dead_drafts, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -103,3 +103,28 @@ def test_drafts_of_dead_processes_are_removed(tmp_path):
         assert first.exists()
     assert (tmp_path / "table.csv").read_text() == "first"
     assert os.listdir(tmp_path) == ["table.csv"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_written_files_have_the_umask_permissions(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        (tmp_path / "plain").write_text("")
+        with write_atomically(tmp_path / "table.csv") as draft:
+            draft.write_text("")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "table.csv").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_symlinked_drafts_are_not_followed(tmp_path):
+    """Its target may be anybody's file."""
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / f".table{DRAFT}12345678.csv").symlink_to(tmp_path / "precious")
+    remove_dead_drafts(tmp_path, "table", ".csv")
+    with draft_in(tmp_path, "table", directory=True) as draft:
+        assert draft.is_dir()
+        remove_dead_drafts(tmp_path, "table")
+        assert draft.is_dir()
+    assert not draft.exists()
+    assert (tmp_path / "precious").read_text() == "kept"

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq.core.errors import MpqError
-from mpq.core.formats import FORMATS, parse_format
+from mpq.core.formats import ALIASES, DEFAULT_FORMATS, FORMATS, ROW_FORMATS, Format, parse_format
+from mpq.core.grids import int_grid
 
 
 @st.composite
@@ -77,6 +78,37 @@ def test_rows_and_zero_points_fill_whole_bytes():
     assert parse_format("q2_k").nbytes(3, 260) == 3 * (65 + 9 + 9 + 2 * 2 * 2)
 
 
+STANDARDS = {  # OCP MX 1.0 section 5, NVIDIA's NVFP4, ggml-common.h: spelt out
+    "mxfp4": "fp4-e2m1-g32-se8m0", "mxfp6-e3m2": "fp6-e3m2-g32-se8m0", "mxfp6-e2m3": "fp6-e2m3-g32-se8m0",
+    "mxfp8-e4m3": "fp8-e4m3-g32-se8m0", "mxfp8-e5m2": "fp8-e5m2-g32-se8m0", "mxint8": "int8-g32-se8m0",
+    "nvfp4": "fp4-e2m1-g16-se4m3-ts", "q2_k": "uint2-g16-suint4-muint4-b16", "q3_k": "int3-g16-sint6-b16",
+    "q4_k": "uint4-g32-suint6-muint6-b8", "q5_k": "uint5-g32-suint6-muint6-b8", "q6_k": "int6-g16-sint8-b16",
+    "q4_1": "uint4-g32-mfp16", "q5_1": "uint5-g32-mfp16", "iq4_nl": "iq4nl-g32",
+}  # fmt: skip
+LISTED = """
+int2-g32 int2-g64 int2-g128 int3-g32 int3-g64 int3-g128 int4-g32 int4-g64 int4-g128 int5-g32 int5-g64 int5-g128
+int6-g32 int6-g64 int6-g128 int8-g32 int8-g64 int8-g128 int2-g128-asym int3-g128-asym int4-g128-asym int8-g128-asym
+int2-channel int3-channel int4-channel int5-channel int6-channel int8-channel int8 nl2-g64 nl3-g64 nl4-g64 nl5-g64
+nf4-g64 fp4-e2m1-g32 fp6-e3m2-channel fp6-e2m3-channel fp8-e4m3 fp8-e4m3-channel fp8-e5m2 fp8-e5m2-channel
+"""
+
+
+def test_standard_names_match_their_layouts():
+    assert {name: parse_format(spelt) for name, spelt in STANDARDS.items()} == {
+        name: format for name, format in ALIASES.items() if not format.is_float_copy
+    }
+    assert list(ALIASES) == [*STANDARDS, "fp32", "fp16", "bf16"]
+    assert list(FORMATS) == [*LISTED.split(), *ALIASES]
+    assert set(ROW_FORMATS) == {name for name in DEFAULT_FORMATS if not name.endswith("g32")}
+
+
+def test_default_format_has_one_scale_per_tensor():
+    assert Format(int_grid(8)) == parse_format("int8") == parse_format("int8-tensor-sfp32")
+    assert [parse_format(name).groups(100) for name in ("int8", "int8-channel", "int8-g32", "bf16")] == [1, 1, 4, 0]
+    assert [parse_format(name).super_groups(520) for name in ("q2_k", "q4_k", "int8-g32")] == [3, 3, 0]
+    assert parse_format("fp3-e1m1").grid.values().tolist() == [0, 1, 2, 3, 0, -1, -2, -3]
+
+
 def test_ggmls_names_are_understood():
     names = ("q8_0", "Q4_0", "F16", "Q4_K", "IQ4_NL", "MXFP4")
     assert [parse_format(name).name for name in names] == ["int8-g32", "int4-g32", "fp16", "q4_k", "iq4_nl", "mxfp4"]
@@ -88,6 +120,7 @@ def test_ggmls_names_are_understood():
         ("int4-g12x", "int4-g128"),
         ("nvpf4", "nvfp4"),
         ("fp8-e4m2", "4 exponent and 2 mantissa bits are not 8 bits"),
+        ("fp4-e0m3", "0 exponent and 3 mantissa bits are not 4 bits"),
         ("nf4-g64-asym", "only int2 to int8"),
         ("int4-g32-asym-se8m0", "use fp16"),
         ("int4-g32-sfp9", "expected one of fp32"),

@@ -3,10 +3,21 @@
 import numpy as np
 import pytest
 import torch
+from gguf.quants import IQ4_NL
 
 from experiments.benchmarks import bench_codebooks
 from mpq.core.formats import parse_format
-from mpq.core.grids import E8M0, FLOAT_COPIES, NON_LINEAR, NORMAL_FLOAT_4, SCALES, float_grid, int_grid
+from mpq.core.grids import (
+    CODEBOOKS,
+    E8M0,
+    FLOAT_COPIES,
+    INTEGER_SCALES,
+    NON_LINEAR,
+    NORMAL_FLOAT_4,
+    SCALES,
+    float_grid,
+    int_grid,
+)
 from mpq.network.calibration import seeded
 
 TORCH_FLOATS = [
@@ -80,3 +91,46 @@ def test_integers_are_offset_binary(bits):
     assert int_grid(bits).values().tolist() == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
     assert int_grid(bits, signed=False).values().tolist() == list(range(2**bits))
     assert int_grid(bits).values()[int_grid(bits).offset] == 0
+
+
+# Bits, sign, bits of exponent and mantissa, bias, specials; least, largest, smallest positive value; a zero, its code.
+ATTRIBUTES = {
+    "fp32": (32, True, 8, 23, 127, "ieee", -(2 - 2**-23) * 2.0**127, (2 - 2**-23) * 2.0**127, 2.0**-149, True, 0),
+    "fp16": (16, True, 5, 10, 15, "ieee", -65504, 65504, 2**-24, True, 0),
+    "bf16": (16, True, 8, 7, 127, "ieee", -(2 - 2**-7) * 2.0**127, (2 - 2**-7) * 2.0**127, 2.0**-133, True, 0),
+    "e4m3": (8, True, 4, 3, 7, "fn", -448, 448, 2**-9, True, 0),
+    "ue5m3": (8, False, 5, 3, 15, "ieee", 0, 61440, 2**-17, True, 0),
+    "e8m0": (8, False, 8, 0, 127, "none", 2.0**-127, 2.0**127, 2.0**-127, False, 0),
+    "e5m2": (8, True, 5, 2, 15, "ieee", -57344, 57344, 2**-16, True, 0),
+    "e5m10": (16, True, 5, 10, 15, "ieee", -65504, 65504, 2**-24, True, 0),
+    "e2m1": (4, True, 2, 1, 1, "none", -6, 6, 0.5, True, 0),
+    "e6m1": (8, True, 6, 1, 31, "none", -1.5 * 2**32, 1.5 * 2**32, 2**-31, True, 0),
+    "e5m3": (9, True, 5, 3, 15, "none", -1.875 * 2**16, 1.875 * 2**16, 2**-17, True, 0),
+    "ue4m3": (7, False, 4, 3, 7, "none", 0, 480, 2**-9, True, 0),
+    "int6": (6, True, 0, 0, 0, "none", -32, 31, 1, True, 32),
+    "uint4": (4, False, 0, 0, 0, "none", 0, 15, 1, True, 0),
+    "nf4": (4, True, 0, 0, 0, "none", -1, 1, 0.07958029955625534, True, 0),
+    "iq4nl": (4, True, 0, 0, 0, "none", -127, 113, 1, False, 0),
+    "nl2": (2, True, 0, 0, 0, "none", -91, 127, 42, False, 0),
+}  # fmt: skip
+MORE = (float_grid(5, 2), float_grid(5, 10), float_grid(2, 1), float_grid(6, 1), float_grid(5, 3))
+KNOWN = {**CODEBOOKS, **{grid.name: grid for grid in (*MORE, float_grid(4, 3, signed=False))}, **SCALES}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes_of_grids(name):
+    grid = KNOWN.get(name) or int_grid(int(name[-1]), signed=name[0] != "u")
+    fields = (grid.bits, grid.signed, grid.exponent, grid.mantissa, grid.bias, grid.specials)
+    assert (grid.name, *fields, grid.min, grid.max, grid.smallest, grid.has_zero, grid.offset) == (
+        name, *ATTRIBUTES[name],
+    )  # fmt: skip
+    assert 2.0**grid.max_exponent <= grid.max < 2.0 ** (grid.max_exponent + 1)
+
+
+def test_codebooks_match_gguf():
+    assert CODEBOOKS["iq4nl"].values().tolist() == list(IQ4_NL.kvalues)
+    assert {name: grid.bits for name, grid in CODEBOOKS.items()} == {
+        "nf4": 4, "iq4nl": 4, "nl2": 2, "nl3": 3, "nl4": 4, "nl5": 5,
+    }  # fmt: skip
+    assert list(INTEGER_SCALES) == ["uint4", "uint6", "int6", "int8"]
+    assert all((np.diff(grid.values()) > 0).all() for grid in CODEBOOKS.values())

@@ -35,3 +35,22 @@ def test_the_roofline_is_the_maximum_of_memory_and_compute_time():
         assert machine.seconds(many, scheme) == 512_000 / width
         assert machine.seconds(few, scheme) == max(scheme.weight.nbytes(8, 64) / 100, 512 / width)
     assert machine.seconds(few, parse_scheme("fp32")) == 2048 / 100
+
+
+def test_area_and_time_of_mixes_and_codebooks():
+    """A mix multiplies in its widest format; nf4 is a float of 4 significant bits and an exponent of 1."""
+    assert area_of("int2-g32/int8-g32@4+a:int8-token") == area_of("int8-g32+a:int8-token") == 64 + 32
+    assert area_of("nf4-g64") == 4 * 8 + 32 + 9 + 80
+    assert area_of("nf4-g64+a:nf4-channel") == 4 * 4 + 32 + 2 + 80
+    assert [area_of(name) for name in ("fp16", "fp32")] == [11 * 8 + 32 + 9 + 80, 24 * 8 + 32 + 9 + 80]
+    machine = Machine(bytes_per_second=1e9, macs_per_second={4: 400.0, 8: 200.0, 16: 100.0})
+    layer = Layer("a", "linear", 64, 64, macs=4000)
+    assert machine.seconds(layer, parse_scheme("int2-g32/int8-g32@4+a:int4-token")) == 20
+    assert machine.seconds(layer, parse_scheme("fp32")) == 40  # the widest that is known
+
+
+def test_default_machine_doubles_throughput_at_half_width():
+    layer = Layer("a", "linear", 1, 1, macs=10**6)
+    names = ("int4+a:int4", "int8-channel+a:int8-token", "bf16", "fp32")
+    assert [Machine().seconds(layer, parse_scheme(name)) for name in names] == [2.5e-9, 5e-9, 1e-8, 2e-8]
+    assert Machine().seconds(Layer("a", "linear", 10, 10), parse_scheme("bf16")) == 2e-10

@@ -2,8 +2,11 @@ import importlib.metadata
 
 import pytest
 
+from mpq.core.cache_formats import CacheFormats
 from mpq.core.errors import MpqError
-from mpq.core.registry import Metric, Registry, Search
+from mpq.core.layer import Layer
+from mpq.core.registry import Metric, Registry, Search, Target
+from mpq.core.scheme import parse_scheme
 
 
 def twice(value):
@@ -72,3 +75,20 @@ def test_a_former_name_is_understood_and_reported():
     with pytest.warns(UserWarning, match="search 'quadratic' is 'pairwise' now"):
         assert SEARCHES.named("quadratic").name == "pairwise"
     assert "quadratic" not in SEARCHES
+
+
+def test_target_serving_command_and_refusals():
+    layer = Layer("a", "linear", 8, 8)
+    cache = CacheFormats((Layer("kv", "keys", 1, 64),), ("int8",))
+    target = Target(
+        "run", "builtins:len", command="serve {folder}", cache_options=lambda cache: f" --kv {cache.names[0]}",
+        objection=lambda layer, scheme: "too wide" if scheme.weight.grid.bits > 4 else "",
+    )  # fmt: skip
+    assert target.serving("out") == "serve out"
+    assert target.serving("out", cache) == "serve out --kv int8-token"
+    assert Target("none", "builtins:len").serving("out", cache) == ""
+    mix, wide, narrow = (parse_scheme(name) for name in ("int2-g64/int4-g64@3", "int8", "int4"))
+    assert target.refusal(layer, mix) == "all rows of a layer have one format there"
+    assert (target.refusal(layer, wide), target.refusal(layer, narrow)) == ("too wide", "")
+    rows = Target("rows", "builtins:len", mixes=True)
+    assert (rows.refusal(layer, mix), rows.refusal(layer, wide)) == ("", "")

@@ -1,6 +1,7 @@
 """Sensitivity tables survive saving and loading bit for bit, and damaged files are reported in one sentence."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
+from mpq.core.mix import parse_mix
 from mpq.core.table import COLUMNS, SensitivityTable
 
 LAYERS = (
@@ -128,6 +130,67 @@ def test_layers_of_impossible_sizes_are_reported(sizes, tmp_path):
     path.write_text(path.read_text().replace("embed,embedding,16,8,0", f"embed,embedding,{','.join(map(str, sizes))}"))
     with pytest.raises(MpqError, match=r"layer embed of \d+ x \d+ weights"):
         SensitivityTable.load(path)
+
+
+def test_negative_sizes_are_refused(tmp_path):
+    path = tmp_path / "t.csv"
+    table().save(path)
+    path.write_text(path.read_text().replace("embed,embedding,16,8,0", "embed,embedding,-16,-8,0"))
+    with pytest.raises(MpqError, match="layer embed of -16 x -8 weights"):
+        SensitivityTable.load(path)
+
+
+MIX = "int2-g64/int4-g64@3.25"
+
+
+def mixed(**changes):
+    """Eight rows of 34 bytes more or less: a table of one layer without scores and one with a mix."""
+    layers = (Layer("a", "linear", 8, 64), Layer("b", "linear", 8, 64))
+    scores = np.array([[np.nan, np.nan], [1.0, 2.0]])
+    room = parse_mix(MIX).nbytes(8, 64) - 1 - 8 * 18
+    assigned = ("1" * (room // 16)).rjust(8, "0")
+    values = {
+        "layers": layers, "schemes": ("int4-g64", MIX), "scores": scores, "errors": scores / 4, "metric": "m",
+        "provenance": {"seed": 1}, "reasons": {"a": "no sample"}, "assignments": {"b": {MIX: assigned}}, **changes,
+    }  # fmt: skip
+    return SensitivityTable(**values)
+
+
+def test_tables_differ_when_any_field_differs():
+    assert mixed() == mixed()
+    assert (mixed() == "table") is False
+    more = np.array([[np.nan, np.nan], [1.0, 2.5]])
+    renamed = (Layer("a", "linear", 8, 64), Layer("b", "conv2d", 8, 64))
+    for changes in (
+        {"layers": renamed}, {"schemes": ("int5-g64", MIX)}, {"metric": "n"}, {"scores": more}, {"errors": more},
+        {"provenance": {}}, {"reasons": {}}, {"assignments": {}},
+    ):  # fmt: skip
+        assert mixed(**changes) != mixed()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"c": {MIX: "00001111"}}, {"b": {"int4-g64": "00001111"}}, {"b": {"int2-g64/int8-g64@3.25": "00001111"}}]
+)
+def test_assignments_of_unknown_layers_or_mixes_are_refused(wrong):
+    with pytest.raises(MpqError, match="expected a layer and a mix of the table"):
+        mixed(assignments=wrong)
+
+
+def test_a_reason_for_a_layer_with_one_score_is_refused():
+    with pytest.raises(MpqError, match="names a: expected a layer whose scores are all NaN"):
+        mixed(scores=np.array([[np.nan, 0.0], [1.0, 2.0]]))
+
+
+def test_weights_drops_cache_entries(tmp_path):
+    alone = mixed()
+    assert alone.weights() is alone
+    entries = (Layer("kv", "keys", 8, 4, window=128),)
+    whole = alone.with_entries(entries, ("kv:int8-token",), np.array([[7.0]]), np.array([[1.0]]))
+    assert whole.entries == entries
+    assert whole.weights() == alone
+    whole.save(tmp_path / "t.csv")
+    assert SensitivityTable.load(tmp_path / "t.csv") == whole
+    assert replace(whole, layers=(*alone.layers, replace(entries[0], window=0))) != whole
 
 
 def test_adding_cache_entries_keeps_the_scores_of_weights():
