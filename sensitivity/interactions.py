@@ -44,8 +44,15 @@ def interactions(
     rounded once for each scheme, and kept.
 
     Args:
-        model, batches, loss_fn, schemes, method, include, exclude, progress: as `profile` takes them.
+        model: as in `profile`, like the other arguments.
+        batches: calibration data.
+        loss_fn: the batch's mean loss per sample.
+        schemes: candidates.
         way: "outputs" or "measured".
+        method: rounding method.
+        include: patterns of the layers to measure.
+        exclude: patterns of layers to leave out.
+        progress: show progress bars.
 
     Raises:
         MpqError: an unknown way, NaN data, or a loss other than cross-entropy with the way "outputs".

@@ -81,7 +81,8 @@ def integer_program(
         allocation: schemes of all its layers, symmetric integers by channel or tensor with integer activations of one
             scale: "int4-channel+a:int8".
         images: calibration inputs, (samples, channels, height, width).
-        method, second_moments: of the weights' rounding, as of `mpq.simulate`.
+        method: rounding method of the weights, as in `mpq.simulate`.
+        second_moments: of the layers' inputs, for methods that need them.
 
     Raises:
         MpqError: an operation, layer or scheme that has no integer form (named), or layers that read the same values in
