@@ -17,36 +17,33 @@ from mpq.acceptance import SAMPLES, STEPS, Acceptance, Candidate, accept, check_
 from mpq.card import circumstances, write_card
 from mpq.comparison import Measured, along, compare, on_other_text, sentences
 from mpq.core.allocation import Allocation
-from mpq.core.cache import parse_cache_format
 from mpq.core.cache_formats import CacheFormats
 from mpq.core.files import write_atomically
-from mpq.core.frontier import BITS_PER_BYTE, Frontier
+from mpq.core.frontier import Frontier
 from mpq.core.latency import LatencyTable
-from mpq.core.live_activations import ACTIVATIONS, LiveActivations
+from mpq.core.live_activations import LiveActivations
 from mpq.core.registry import Target
-from mpq.core.scheme import Scheme
-from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 from mpq.exporters.folder import refuse_foreign
-from mpq.exporters.holding import Held, restrict, tell_versions
+from mpq.exporters.holding import Held, restrict
 from mpq.exporters.mpq import checkpoint
-from mpq.exporters.targets import TARGETS, formats_of
-from mpq.exporting import export_to, sizer_for
-from mpq.feasible import Wanted, held_layers, own_format, without_kernels
+from mpq.exporters.targets import TARGETS
+from mpq.exporting import export_to
+from mpq.feasible import Wanted
 from mpq.measuring import Measurer, store_for
-from mpq.memory import Request, Serving, candidates, check_memory, choose_cache, live_in, serving_of
+from mpq.memory import Request, Serving, choose_cache
 from mpq.network.batchnorm import with_means
 from mpq.network.copies import copied
 from mpq.network.prepare import prepared
 from mpq.network.storage import release_memory, state_bytes
+from mpq.planning import Limits, Plan, layer_budget, planned
 from mpq.plots import Point, Prediction, draw_frontier, frontier_facts
 from mpq.report import Row, write_report
 from mpq.rounding import DEFAULT_METHOD
 from mpq.search import frontier_of
-from mpq.search.budgets import Budgets, check_budgets, check_latencies
-from mpq.sensitivity import DEFAULT_METRIC, METRICS
+from mpq.sensitivity import DEFAULT_METRIC
 from mpq.sensitivity.profile import profile
-from mpq.smallest import check_limit, smallest, within_limit
+from mpq.smallest import smallest, within_limit
 from mpq.sources import Source
 from mpq.tokens import in_words, tokens_beside, tokens_table
 from mpq.training.tuned_scales import Tuning
@@ -179,61 +176,27 @@ def quantize_model(
         bits, size, max_kl, memory, context, batch, kv_bits, kv_formats, formats, metric, include, exclude, pin, ties,
         table,
     )  # fmt: skip
-    if max_kl is not None:
-        check_limit(max_kl, source.kind)
-    check_budgets(budgets or {}, latencies, max_kl is not None)
     refuse_foreign(folder, checkpoint.FILES)
-    reader = TARGETS.named(target)
-    tell_versions(reader)
     source = replace(source, model=prepared(source.model))
-    granularity = _granularity(granularity, source, reader, metric, latencies)
-    serving = serving_of(source, memory, kv_bits, context, batch)
-    entries, cached = candidates(source, reader, table, kv_formats, metric) if serving else ((), ())
-    if reader.name == "mpq":
-        for sentence in without_kernels(formats or (), kv_formats or (), entries):
-            log.warning(sentence)
-    layers, asked = held_layers(source.model, reader, wanted)
-    sized = sizer_for(reader, source)
-    if size is not None:  # of the file, header and vocabulary counted
-        unranked = frontier_of(asked.table, pin=pin, forbid=asked.forbid, ties=ties or asked.fuses)
-        _layer_budget(unranked, sized, bits, parse_size(size))
-    if wanted.keeps_weights:
-        formats, bits = own_format(source.model)
-    if formats is None:
-        formats = formats_of(reader, granularity)
-    if serving:
-        check_memory(serving, entries, cached, asked.least(pin=pin, ties=ties))
-    served = 0 if serving is None else serving.context
-    if latencies is not None and "latency" in (budgets or {}):
-        named = [*formats, *(Scheme(parse_cache_format(name), cached=True).name for name in cached)]
-        check_latencies(latencies, (*layers, *entries), named, batch, served)
-    live = live_in(source, layers, batch, context, (budgets or {}).get(ACTIVATIONS), formats)
-    store = store_for(method, source, layers)
+    plan = planned(source, TARGETS.named(target), wanted, budgets or {}, latencies, granularity)
+    store = store_for(method, source, plan.layers)
     if table is None:
         table = profile(
-            source.model, source.calibration, source.loss_fn, formats, metric=metric, method=store, include=include,
-            exclude=exclude, seed=seed, progress=progress, resume=folder / "table.csv.unfinished",
-            options=metric_options, granularity=granularity, cache=cached,
-            provenance=source.provenance(),
+            source.model, source.calibration, source.loss_fn, plan.formats, metric=metric, method=store,
+            include=include, exclude=exclude, seed=seed, progress=progress, resume=folder / "table.csv.unfinished",
+            options=metric_options, granularity=plan.granularity, cache=plan.cached, provenance=source.provenance(),
         )  # fmt: skip
     release_memory()
-    held = restrict(table, reader)
-    further = Budgets(budgets or {}, latencies, live, batch, served)
-    limits = Limits(bits, None if size is None else parse_size(size), max_kl, further)
+    held = restrict(table, plan.target)
     measurer = Measurer(source, store, progress)
-    cache = None
-    if serving:
-        weights = sum(layer.params for layer in layers)
-        request = Request(source.model, serving, reader, pin, ties, limits.most(weights), further)
-        cache = choose_cache(held, request, measurer, measured=effort != "fast")
-        limits = limits.beside(cache, serving)
-    frontier, budget = _searched(held, limits, sized, cache, pin, ties or held.fuses)
+    cache, limits = _with_cache(plan, held, measurer, wanted, effort)
+    frontier, budget = _searched(held, limits, plan.sized, cache, pin, ties or held.fuses)
     table.save(folder / "table.csv")
     steps = STEPS[effort] if tuning_steps is None else tuning_steps
     tuning = Tuning(steps, SAMPLES.get(source.kind, Tuning.samples), seed=seed)
 
     def finish(size: float) -> Acceptance:
-        fits = partial(limits.hold, sized)
+        fits = partial(limits.hold, plan.sized)
         accepted = accept(frontier, size, measurer, effort=effort, seed=seed, fits=fits)
         release_memory()
         return with_tuned_scales(accepted, measurer, tuning)
@@ -242,53 +205,31 @@ def quantize_model(
     allocation, rounder = accepted.chosen.allocation, accepted.chosen.rounder or measurer.store
     corrected = replace(source, model=with_means(source.model, accepted.chosen.means))
     export_to(target, corrected, allocation, folder, rounder)
-    packed = _packed(source, folder, trust) if reader.name == "mpq" else None
-    measured = compare(measurer, frontier, accepted, packed, state_bytes(source.model), sized)
+    packed = _packed(source, folder, trust) if plan.target.name == "mpq" else None
+    measured = compare(measurer, frontier, accepted, packed, state_bytes(source.model), plan.sized)
     elsewhere = on_other_text(measurer, accepted, packed) if effort != "fast" else ""
     points = along(frontier, allocation, measurer) if source.kind != "loss" and effort != "fast" else {}
     outcome = Outcome(
         folder, table, frontier, allocation, measured, accepted, points, time.monotonic() - started, max_kl, elsewhere,
-        serving, live,
+        plan.serving, plan.live,
     )  # fmt: skip
-    _write_artefacts(outcome, source, reader)
+    _write_artefacts(outcome, source, plan.target)
     return outcome
 
 
-def _granularity(asked: str | None, source: Source, target: Target, metric: str, latencies: LatencyTable | None) -> str:
-    """The requested granularity if the target supports it; the default of `quantize_model` without a request."""
-    if asked is None:
-        timed = latencies is None or latencies.has_mixes
-        by_rows = source.kind == "perplexity" and target.mixes and bool(METRICS.named(metric).rows) and timed
-        return "row" if by_rows else "layer"
-    if asked == "row" and not target.mixes:
-        log.warning("%s supports one format per layer: granularity 'layer' is used", target.name)
-        return "layer"
-    return asked
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of the model: `bits` a weight and bytes of its file, the KL divergence alone, and other costs."""
-
-    bits: float | None
-    size: float | None
-    max_kl: float | None
-    budgets: Budgets
-
-    def most(self, weights: int) -> float | None:
-        """The limit in bytes of this many weights, or of the file; None without a limit."""
-        return self.size if self.bits is None else self.bits * weights / BITS_PER_BYTE
-
-    def beside(self, cache: CacheFormats, serving: Serving) -> "Limits":
-        """The limits that remain for the weights beside a cache."""
-        if serving.memory is None:
-            return self
-        left = serving.memory - cache.nbytes(serving.context, serving.batch)
-        return replace(self, size=min(self.size or math.inf, left))
-
-    def hold(self, sized: Callable[[Allocation], int], allocation: Allocation) -> bool:
-        """Whether an allocation's file and other costs are within them."""
-        return self.budgets.keep(allocation) and (self.size is None or sized(allocation) <= self.size)
+def _with_cache(
+    plan: Plan, held: Held, measurer: Measurer, wanted: Wanted, effort: str
+) -> tuple[CacheFormats | None, Limits]:
+    """The chosen formats of keys and values, and the limits that they leave to the weights."""
+    limits = plan.limits
+    if plan.serving is None:
+        return None, limits
+    most = limits.most(sum(layer.params for layer in plan.layers))
+    request = Request(
+        measurer.source.model, plan.serving, plan.target, wanted.pin, wanted.ties, most, limits.budgets
+    )  # fmt: skip
+    cache = choose_cache(held, request, measurer, measured=effort != "fast")
+    return cache, limits.beside(cache, plan.serving)
 
 
 def _searched(
@@ -303,7 +244,7 @@ def _searched(
     frontier = frontier_of(held.table, pin=pin, forbid=held.forbid, ties=ties, cache=cache)
     if limits.max_kl is not None:
         return frontier, math.inf
-    budget = _layer_budget(frontier, sized, limits.bits, limits.size)
+    budget = layer_budget(frontier, sized, limits.bits, limits.size)
     if not limits.budgets:
         return frontier, budget
     table = held.table.weights()
@@ -319,26 +260,6 @@ def _packed(source: Source, folder: Path, trust: bool) -> nn.Module:
     device = next((parameter.device for parameter in source.model.parameters()), torch.device("cpu"))
     own = None if source.recipe else copied(source.model)
     return checkpoint.load(folder, model=own, device=device, trust=trust)
-
-
-def _layer_budget(
-    frontier: Frontier, sized: Callable[[Allocation], int], bits: float | None, size: float | None
-) -> float:
-    """Maximum bytes of the layers; a size also includes the other tensors and the file's header.
-
-    Raises:
-        MpqError: a budget out of reach.
-    """
-    most = math.inf
-    if bits is not None:
-        frontier.index_at(bits=bits)
-        most = bits * frontier.problem.weights / BITS_PER_BYTE
-    if size is None:
-        return most
-    budget = size
-    while (excess := sized(frontier.at(size=budget)) - size) > 0:
-        budget -= excess
-    return min(budget - frontier.problem.overhead, most)
 
 
 def _write_artefacts(outcome: Outcome, source: Source, target: Target) -> None:
