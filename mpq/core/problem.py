@@ -156,56 +156,84 @@ def build_problem(
     """
     expect(table, SensitivityTable, "a SensitivityTable, as mpq.profile gives it")
     expect(pin or {}, Mapping, "pins as a mapping from layer patterns to formats")
-    alike = {cached: [one.name for one in table.layers if one.is_cached == cached] for cached in (False, True)}
-    pins = {pattern: parse_scheme(scheme) for pattern, scheme in (pin or {}).items()}
-    for pattern, scheme in pins.items():
-        if scheme.name not in table.schemes:
-            raise MpqError(f"cannot pin {pattern} to {scheme.name}: the table has {', '.join(table.schemes)}")
-    cache_loss = _cache_loss(table, cache)
+    pins = _pins(table, pin or {}, bool(context))
+    cache_loss, every = _cache_loss(table, cache), [layer.name for layer in table.layers]
     if not context:
-        pins = {pattern: scheme for pattern, scheme in pins.items() if not scheme.cached}
         table = table.weights()
-    names = [layer.name for layer in table.layers]
-    pinned = {name for pattern, scheme in pins.items() for name in match_names(pattern, alike[scheme.cached])}
-    scores, errors, assumed = supported(table, pinned)
-    losses = np.where(np.isnan(scores), np.inf, scores)
-    for pattern, scheme in pins.items():
-        for name in match_names(pattern, alike[scheme.cached]):
-            losses[names.index(name), [j for j, other in enumerate(table.schemes) if other != scheme.name]] = np.inf
-    for pattern, schemes in (forbid or {}).items():
-        matching = match_names(pattern, [*alike[False], *alike[True]])
-        if any(name in names for name in matching):
-            columns = [table.schemes.index(scheme) for scheme in match_names(schemes, table.schemes, "scheme")]
-            for name in set(matching) & set(names):
-                losses[names.index(name), columns] = np.inf
+    scores, errors, assumed = supported(table, {name for name, _ in pins})
+    losses = np.where(np.isnan(scores) | _forbidden(table, every, pins, forbid or {}), np.inf, scores)
+    by_layer = _costs(table, costs or {}, context, batch)
     groups = _groups(table.layers, ties)
-    parsed = [parse_scheme(scheme) for scheme in table.schemes]
-    by_layer: dict[str, Array] = {
-        "size": _cost(table.layers, parsed, file_bytes),
-        "bitops": _cost(table.layers, parsed, lambda layer, scheme: bitops(scheme, layer.macs)),
-        **(costs or {}),
-    }
-    if context:
-        by_layer["cache"] = _cost(table.layers, parsed, lambda one, scheme: cache_bytes(one, scheme, context, batch))
-        by_layer["memory"] = by_layer["size"] + by_layer["cache"]
-    for name in budgets or {}:
-        if name not in by_layer:
-            raise MpqError(f"unknown cost {name!r} of a budget: expected one of {', '.join(by_layer)}")
-    most = {name: parse_size(limit) if name in BYTES else float(limit) for name, limit in (budgets or {}).items()}
-    for name, limit in most.items():
-        if not math.isfinite(limit) or limit < 0:
-            raise MpqError(f"invalid budget {name}={limit}: expected a finite number of at least 0")
     problem = Problem(
         table.layers, table.schemes, groups, _summed(losses, groups), _summed(errors**2, groups),
         {name: _summed(np.asarray(cost, dtype=np.float64), groups) for name, cost in by_layer.items()},
-        most, table.metric, int(table.provenance.get("overhead", 0)), {**table.provenance, **assumed},
-        table.assignments, cache, cache_loss,
+        _limits(budgets or {}, by_layer), table.metric, int(table.provenance.get("overhead", 0)),
+        {**table.provenance, **assumed}, table.assignments, cache, cache_loss,
     )  # fmt: skip
     for group in np.flatnonzero(~np.isfinite(problem.losses).any(1)).tolist():
         raise MpqError(
             f"no scheme is left for {problem.group_name(group)}: pin its layers alike, or pin and forbid less"
         )
     return problem
+
+
+def _pins(table: SensitivityTable, pin: Mapping[str, str], cached: bool) -> list[tuple[str, Scheme]]:
+    """Pairs of a layer and the scheme that it is pinned to; keys and values only if `cached`."""
+    pins = []
+    for pattern, text in pin.items():
+        scheme = parse_scheme(text)
+        if scheme.name not in table.schemes:
+            raise MpqError(f"cannot pin {pattern} to {scheme.name}: the table has {', '.join(table.schemes)}")
+        if cached or not scheme.cached:
+            alike = [layer.name for layer in table.layers if layer.is_cached == scheme.cached]
+            pins += [(name, scheme) for name in match_names(pattern, alike)]
+    return pins
+
+
+def _forbidden(
+    table: SensitivityTable,
+    every: Sequence[str],
+    pins: Iterable[tuple[str, Scheme]],
+    forbid: Mapping[str, str | Iterable[str]],
+) -> NDArray[np.bool_]:
+    """Mask (layers, schemes) of what pins and forbidden schemes exclude; patterns match `every` layer's name."""
+    row = {layer.name: i for i, layer in enumerate(table.layers)}
+    mask = np.zeros((len(table.layers), len(table.schemes)), dtype=bool)
+    for name, scheme in pins:
+        mask[row[name]] |= [other != scheme.name for other in table.schemes]
+    for pattern, schemes in forbid.items():
+        rows = [row[name] for name in match_names(pattern, every) if name in row]
+        if rows:
+            columns = [table.schemes.index(scheme) for scheme in match_names(schemes, table.schemes, "scheme")]
+            mask[np.ix_(rows, columns)] = True
+    return mask
+
+
+def _costs(table: SensitivityTable, further: Mapping[str, Array], context: int, batch: int) -> dict[str, Array]:
+    """Costs (layers, schemes) by name."""
+    schemes = [parse_scheme(scheme) for scheme in table.schemes]
+    costs = {
+        "size": _cost(table.layers, schemes, file_bytes),
+        "bitops": _cost(table.layers, schemes, lambda layer, scheme: bitops(scheme, layer.macs)),
+        **further,
+    }
+    if context:
+        costs["cache"] = _cost(table.layers, schemes, lambda one, scheme: cache_bytes(one, scheme, context, batch))
+        costs["memory"] = costs["size"] + costs["cache"]
+    return costs
+
+
+def _limits(budgets: Mapping[str, float | str], costs: Iterable[str]) -> dict[str, float]:
+    """Budgets as numbers; MpqError for an unknown cost or an invalid limit."""
+    known = tuple(costs)
+    for name in budgets:
+        if name not in known:
+            raise MpqError(f"unknown cost {name!r} of a budget: expected one of {', '.join(known)}")
+    limits = {name: parse_size(limit) if name in BYTES else float(limit) for name, limit in budgets.items()}
+    for name, limit in limits.items():
+        if not math.isfinite(limit) or limit < 0:
+            raise MpqError(f"invalid budget {name}={limit}: expected a finite number of at least 0")
+    return limits
 
 
 def _cache_loss(table: SensitivityTable, cache: CacheFormats | None) -> tuple[float, float]:
