@@ -23,6 +23,7 @@ from mpq.core.frontier import Frontier
 from mpq.core.latency import LatencyTable
 from mpq.core.live_activations import LiveActivations
 from mpq.core.registry import Target
+from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 from mpq.exporters.folder import refuse_foreign
 from mpq.exporters.holding import Held, restrict
@@ -30,6 +31,7 @@ from mpq.exporters.mpq import checkpoint
 from mpq.exporters.targets import TARGETS
 from mpq.exporting import export_to
 from mpq.feasible import Wanted
+from mpq.forecast import forecast
 from mpq.measuring import Measurer, store_for
 from mpq.memory import Request, Serving, choose_cache
 from mpq.network.batchnorm import with_means
@@ -119,6 +121,7 @@ def quantize_model(
     granularity: str | None = None,
     effort: str = "normal",
     tuning_steps: int | None = None,
+    ram: float | str | None = None,
     seed: int = 0,
     progress: bool = True,
     trust: bool = False,
@@ -162,6 +165,8 @@ def quantize_model(
         effort: how much is measured before choosing: "fast", "normal" or "best" (`mpq.acceptance.accept`).
         tuning_steps: of tuning the chosen allocation's scales against the original (`mpq.training.tuned_scales`); by
             default 0, 60 or 200 by effort.
+        ram: maximum bytes that the job itself may use, or text as "8GB": one that is forecast to need more is refused.
+            Without it, such a job is only warned about, where the system has less memory free.
         seed: of all random numbers.
         progress: show progress bars.
         trust: whether the checkpoint may import the factory that built the model, to load it back.
@@ -179,6 +184,10 @@ def quantize_model(
     refuse_foreign(folder, checkpoint.FILES)
     source = replace(source, model=prepared(source.model))
     plan = planned(source, TARGETS.named(target), wanted, budgets or {}, latencies, granularity)
+    steps = STEPS[effort] if tuning_steps is None else tuning_steps
+    tuning = Tuning(steps, SAMPLES.get(source.kind, Tuning.samples), seed=seed)
+    expected = forecast(source, plan.layers, 0 if table else len(plan.formats), method, effort, tuning)
+    expected.announce(None if ram is None else parse_size(ram), progress)
     store = store_for(method, source, plan.layers)
     if table is None:
         table = profile(
@@ -192,8 +201,6 @@ def quantize_model(
     cache, limits = _with_cache(plan, held, measurer, wanted, effort)
     frontier, budget = _searched(held, limits, plan.sized, cache, pin, ties or held.fuses)
     table.save(folder / "table.csv")
-    steps = STEPS[effort] if tuning_steps is None else tuning_steps
-    tuning = Tuning(steps, SAMPLES.get(source.kind, Tuning.samples), seed=seed)
 
     def finish(size: float) -> Acceptance:
         fits = partial(limits.hold, plan.sized)

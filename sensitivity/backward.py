@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
 from mpq.network.calibration import Batch, check_gradient, check_loss, logits_of, samples_in, take
-from mpq.network.storage import release_memory
+from mpq.network.storage import numbers_kept, release_memory
 from mpq.sensitivity.derivatives import Draw, Use, keep_samples, log, recording, slopes_of
 from mpq.sensitivity.graph import only_gradients_of
 from mpq.sensitivity.predictions import Predictions, predictions
@@ -54,32 +54,10 @@ def pieces(task: Task, what: str) -> Iterator[Piece]:
         whole = Piece(task.batches[index], index, 0)
         parts: Iterable[Piece] = [whole]
         if whole.samples > 1 and not task.together:
-            parts = whole.split(max(1, GRAPH // _numbers_kept(task, task.few_samples(1, index))))
+            parts = whole.split(max(1, GRAPH // numbers_kept(task.model, task.few_samples(1, index), task.loss_fn)))
         for part in parts:
             yield part
             release_memory()  # what one pass frees is too scattered for the next
-
-
-def _numbers_kept(task: Task, sample: Batch) -> int:
-    """About what a sample's graph and gradients keep: twice the outputs of all modules that have no parts."""
-    numbers = 1
-
-    def count(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal numbers
-        numbers += output.numel() if isinstance(output, Tensor) else 0
-
-    handles = [
-        each.register_forward_hook(count)
-        for each in task.model.modules()
-        if not (isinstance(each, torch.jit.ScriptModule) or any(True for _ in each.children()))
-    ]
-    try:
-        with torch.no_grad():
-            task.loss_fn(task.model, sample)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return 2 * numbers
 
 
 def asked_of(task: Task, batch: Batch) -> list[Predictions] | None:

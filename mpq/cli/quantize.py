@@ -18,6 +18,7 @@ from mpq.cli.options import (
     print_table,
     profile_options,
     profiling_of,
+    size_of,
     source_of,
     target_option,
 )
@@ -44,6 +45,9 @@ def add(command: AddCommand) -> None:
     quantize.add_argument(
         "--tuning-steps", type=int, metavar="N",
         help="steps of tuning scales against the original model (default: 0, 60 or 200 by effort)",
+    )  # fmt: skip
+    quantize.add_argument(
+        "--ram", type=size_of, metavar="SIZE", help="maximum memory that this job itself may use, e.g. 8GB"
     )  # fmt: skip
     quantize.add_argument("--table", help="existing table, instead of profiling")
     quantize.add_argument("--recipe", help="file of options, such as recipe.yaml of an earlier output folder")
@@ -88,8 +92,8 @@ def run(options: argparse.Namespace) -> None:
     outcome = quantize_model(
         source, options.output, bits=options.bits, size=options.size, max_kl=options.max_kl, table=table, pin=pin,
         ties=not options.no_ties, trust=options.trust, target=options.target, effort=options.effort,
-        tuning_steps=options.tuning_steps, memory=options.memory, context=options.context, batch=options.batch,
-        kv_bits=options.kv_bits, kv_formats=kv_formats, budgets=budgets, latencies=latencies,
+        tuning_steps=options.tuning_steps, ram=options.ram, memory=options.memory, context=options.context,
+        batch=options.batch, kv_bits=options.kv_bits, kv_formats=kv_formats, budgets=budgets, latencies=latencies,
         metric_options=settings.pop("options"), **settings,
     )  # fmt: skip
     recipe.finish(options.output)

@@ -1,13 +1,15 @@
-"""Bytes of a model's tensors, shared ones counted once, and memory given back to the system."""
+"""Bytes of a model's tensors, shared ones counted once, numbers that a pass keeps, and memory given back."""
 
 import ctypes
 import os
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mpq.core.layer import Layer
+from mpq.network.calibration import Batch, LossFn
 
 
 def state_bytes(model: nn.Module, without: Iterable[Tensor] = ()) -> int:
@@ -30,6 +32,28 @@ def _memory_key(tensor: Tensor) -> tuple[Any, ...]:
     if not address:
         return (id(tensor),)
     return address, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+@torch.no_grad()
+def numbers_kept(model: nn.Module, batch: Batch, loss_fn: LossFn) -> int:
+    """About what a batch's graph and gradients keep: twice the outputs of all modules that have no parts."""
+    numbers = 1
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal numbers
+        numbers += output.numel() if isinstance(output, Tensor) else 0
+
+    handles = [
+        each.register_forward_hook(count)
+        for each in model.modules()
+        if not (isinstance(each, torch.jit.ScriptModule) or any(True for _ in each.children()))
+    ]
+    try:
+        loss_fn(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return 2 * numbers
 
 
 def release_memory() -> None:
