@@ -1,5 +1,6 @@
 /* Inner loops of rounding: GPTQ's columns and the search for scales. mpq/rounding/compiled.py calls them by ctypes;
- * mpq/rounding/gptq.py and clip_search.py hold the same arithmetic in PyTorch, the reference that tests compare with. */
+ * mpq/rounding/gptq.py and clip_search.py hold the same arithmetic in PyTorch, the reference that tests compare
+ * with. */
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 #include <math.h>
@@ -39,8 +40,8 @@ static inline float clamp(float x, float low, float high) {
     return x > high ? high : x;
 }
 
-/* Index of the nearest value in a sorted grid. Halves of equal length, whichever side x is on: a conditional move, where a
- * jump would be mispredicted half of the time. */
+/* Index of the nearest value in a sorted grid. Halves of equal length, whichever side x is on: a conditional move,
+ * where a jump would be mispredicted half of the time. */
 static inline int64_t nearest(const grid_t *grid, float x) {
     const float *base = grid->thresholds;
     int64_t left = grid->count - 1;
@@ -83,8 +84,9 @@ EVERY_LEVEL EXPORTED void mpq_gptq_block(float *pending, const float *scales, co
 
 enum { CHUNK = 64 };
 
-/* Values of the grid nearest to elements / factor, of at most CHUNK elements; with a zero point, of a grid from 0 up. Good
- * enough to compare scales: a product with 1 / factor stands for the quotient, and a codebook's values are sums of steps. */
+/* Values of the grid nearest to elements / factor, of at most CHUNK elements; with a zero point, of a grid from 0
+ * up. Good enough to compare scales: a product with 1 / factor stands for the quotient, and a codebook's values are
+ * sums of steps. */
 static inline __attribute__((always_inline)) void units_of(const float *restrict elements, int64_t count, float factor,
                                                            const float *zero, const grid_t *grid, int kind,
                                                            float *restrict units) {

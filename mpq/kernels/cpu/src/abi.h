@@ -28,9 +28,9 @@
 
 #define PANEL_ROWS 64
 
-/* Weight kinds: how a code becomes a number, factor * (level - offset) * scale. The level is
- * INTEGER: the code; TABLE8: a byte from `low`; TABLE16: 256 * (high - 128) + low, from both tables;
- * TABLE_BF16: a bf16 from both tables (its steps hold columns 0 and 1 of four rows, then columns 2 and 3, four times). */
+/* Weight kinds: how a code becomes a number, factor * (level - offset) * scale. The level is INTEGER: the code;
+ * TABLE8: a byte from `low`; TABLE16: 256 * (high - 128) + low, from both tables; TABLE_BF16: a bf16 from both
+ * tables (its steps hold columns 0 and 1 of four rows, then columns 2 and 3, four times). */
 enum { MPQ_INTEGER, MPQ_TABLE8, MPQ_TABLE16, MPQ_TABLE_BF16 };
 enum { MPQ_SCALE_FP32, MPQ_SCALE_FP16, MPQ_SCALE_BF16, MPQ_SCALE_E8M0, MPQ_SCALE_E4M3, MPQ_SCALE_UE5M3 };
 
@@ -118,12 +118,11 @@ ABI_ASSERT(mpq_decoder, 120, norm, 112);
 
 #define BLOCK 64 /* tokens of a cache that are stored together */
 
-/* How a cache stores vectors of keys or values, one for each token and head, in blocks of 64 tokens. Floats stand token after
- * token. Codes stand in steps of 64, as a weight's do. Of keys, a step holds 4 columns of 16 tokens; the steps of a
- * block are ordered by (16 tokens, 4 columns). Of values it holds 4 tokens of 16 columns, ordered by (16 columns, 4 tokens). After
- * them stand the block's scales (groups, 64), or (padded columns,), then its float16 minima; columns are padded to a multiple
- * of 16.
- * A number is factor * (level - offset) * scale + minimum. */
+/* How a cache stores vectors of keys or values, one for each token and head, in blocks of 64 tokens. Floats stand
+ * token after token. Codes stand in steps of 64, as a weight's do. Of keys, a step holds 4 columns of 16 tokens; the
+ * steps of a block are ordered by (16 tokens, 4 columns). Of values it holds 4 tokens of 16 columns, ordered by (16
+ * columns, 4 tokens). After them stand the block's scales (groups, 64), or (padded columns,), then its float16
+ * minima; columns are padded to a multiple of 16. A number is factor * (level - offset) * scale + minimum. */
 typedef struct {
   const mpq_weight *weight; /* bits, kind (INTEGER or TABLE8), offset, factor and tables of the codes; NULL: floats */
   int64_t width;
@@ -136,8 +135,8 @@ typedef struct {
 } mpq_vectors;
 ABI_ASSERT(mpq_vectors, 48, newest, 44);
 
-/* Memory for some blocks of every key head: (key heads, blocks, bytes). By column, the first slab of a cache holds the newest
- * tokens as floats, (key heads, 64, width). */
+/* Memory for some blocks of every key head: (key heads, blocks, bytes). By column, the first slab of a cache holds
+ * the newest tokens as floats, (key heads, 64, width). */
 typedef struct {
   uint8_t *data;
   int64_t blocks, head_bytes; /* blocks of a head; bytes between heads */
@@ -197,27 +196,29 @@ typedef struct {
 } mpq_token;
 ABI_ASSERT(mpq_token, 56, threads, 48);
 
-/* y = x W^T + bias. Returns how many tokens were skipped and must be recomputed by the caller, or -1 if out of memory. */
+/* y = x W^T + bias. Returns how many tokens were skipped and must be recomputed by the caller, or -1 if out of
+ * memory. */
 EXPORT int64_t mpq_linear(const mpq_weight *, const mpq_call *);
 
-/* The same for a matrix in several weights, each with some of its rows: `count` calls that differ in panels, tensor scale and
- * places alone. At most MPQ_MAX_PARTS, which share one parallel region where tokens are few. Returns how many were skipped, or -1. */
+/* The same for a matrix in several weights, each with some of its rows: `count` calls that differ in panels, tensor
+ * scale and places alone. At most MPQ_MAX_PARTS, which share one parallel region where tokens are few. Returns how
+ * many were skipped, or -1. */
 EXPORT int64_t mpq_linear_parts(const mpq_weight *const *, const mpq_call *, int64_t count);
 #define MPQ_MAX_PARTS 16
 
 /* The same for image patches: x is the images' first element, and `tokens` counts output positions. */
 EXPORT int64_t mpq_conv(const mpq_weight *, const mpq_call *, const mpq_images *);
 
-/* Compute the logits after a token. Returns 0; 1 if a product met values that it cannot represent: the caller recomputes
- * the step, and only the token's own cache entries were written; -1 if out of memory. */
+/* Compute the logits after a token. Returns 0; 1 if a product met values that it cannot represent: the caller
+ * recomputes the step, and only the token's own cache entries were written; -1 if out of memory. */
 EXPORT int64_t mpq_step(const mpq_decoder *, const mpq_token *);
 
-/* Attention of each sequence's newest token; the result does not depend on the number of threads. Returns 0, or -1 if out of
- * memory. */
+/* Attention of each sequence's newest token; the result does not depend on the number of threads. Returns 0, or -1
+ * if out of memory. */
 EXPORT int64_t mpq_attend(const mpq_attention *);
 
-/* Round tokens of `count` sequences to a cache's format and store them in their blocks; calls differ in slabs, x and position
- * alone. */
+/* Round tokens of `count` sequences to a cache's format and store them in their blocks; calls differ in slabs, x and
+ * position alone. */
 EXPORT void mpq_append_tokens(const mpq_append *, int64_t count);
 
 /* out (rows, cols) = the weight; `values` maps a code to its number. */

@@ -1,5 +1,5 @@
-/* Round new tokens' keys or values to a cache's format and store them in its blocks, as mpq/kernels/kv_cache.py defines: the same
- * codes and scales. */
+/* Round new tokens' keys or values to a cache's format and store them in its blocks, as mpq/kernels/kv_cache.py
+ * defines: the same codes and scales. */
 #include <math.h>
 
 #include "attention.h"

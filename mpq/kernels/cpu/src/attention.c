@@ -1,5 +1,5 @@
-/* Attention of one token to its cache: each key head's tokens are cut into parts, which threads share. The cut depends on the
- * length alone, and parts are merged in their order: the same bits whatever the number of threads. */
+/* Attention of one token to its cache: each key head's tokens are cut into parts, which threads share. The cut
+ * depends on the length alone, and parts are merged in their order: the same bits whatever the number of threads. */
 #include "attention.h"
 
 #include "level/exponential.h"

@@ -1,4 +1,5 @@
-/* y = x W^T: quantize the activations once, then decode each panel tile by tile and multiply it while it is in cache. */
+/* y = x W^T: quantize the activations once, then decode each panel tile by tile and multiply it while it is in
+ * cache. */
 #include "level/common.h"
 #include "numbers.h"
 #include "planner.h"

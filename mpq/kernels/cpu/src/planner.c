@@ -91,8 +91,9 @@ static int find_path(const mpq_weight *weight, const mpq_level *level, int64_t t
   return one->path;
 }
 
-/* The form that a path's tiles are decoded to. The matrix unit multiplies signed by signed bytes, or signed by unsigned: 16-bit
- * levels are always two planes of signed bytes there, 8-bit ones where a signed tile is multiplied often enough. */
+/* The form that a path's tiles are decoded to. The matrix unit multiplies signed by signed bytes, or signed by
+ * unsigned: 16-bit levels are always two planes of signed bytes there, 8-bit ones where a signed tile is multiplied
+ * often enough. */
 static int form_of(int path, int kind) {
   switch (path) {
     case PATH_FUSED: return TILE_CODES;

@@ -26,13 +26,13 @@
  * `mpq_signed_shift`, as int8; TILE_BF16: the weight's `bf16_terms`, scaled, in the matrix unit's layout. */
 enum { TILE_CODES = -1, TILE_LEVELS, TILE_BF16, TILE_SIGNED = 3 };
 
-/* How a chunk of tokens is multiplied; planner.c decides. FUSED: codes are decoded in registers; VECTORS: dot products of a
- * decoded tile; AMX_SMALL: one activation tile of int8; AMX_INT8: many tokens in int8; AMX_BF16: in bf16. */
+/* How a chunk of tokens is multiplied; planner.c decides. FUSED: codes are decoded in registers; VECTORS: dot
+ * products of a decoded tile; AMX_SMALL: one activation tile of int8; AMX_INT8: many tokens in int8; AMX_BF16: in
+ * bf16. */
 enum { PATH_FUSED, PATH_VECTORS, PATH_AMX_SMALL, PATH_AMX_INT8, PATH_AMX_BF16 };
 
-/* Activations of a chunk of tokens, cut like the weight's tiles.
- * Integers: x = scale * (256 q[0] + q[1]) with two planes, or scale * q[0] with one. For PATH_AMX_INT8, tokens of scale and
- * sums are padded to mpq_padded_tokens. */
+/* Activations of a chunk of tokens, cut like the weight's tiles. Integers: x = scale * (256 q[0] + q[1]) with two
+ * planes, or scale * q[0] with one. For PATH_AMX_INT8, tokens of scale and sums are padded to mpq_padded_tokens. */
 typedef struct {
   int64_t tokens;
   int32_t planes, path;

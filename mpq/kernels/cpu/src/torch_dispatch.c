@@ -1,6 +1,6 @@
-/* torch.ops.mpq.linear and linear_parts called by PyTorch's dispatcher without Python: plain calls are computed here, all others are
- * forwarded to mpq::linear_any and linear_parts_any. Uses PyTorch's stable C interface (torch/csrc/stable/c/shim.h,
- * torch/csrc/inductor/aoti_torch/c/shim.h), passed in by address: nothing is linked. */
+/* torch.ops.mpq.linear and linear_parts called by PyTorch's dispatcher without Python: plain calls are computed
+ * here, all others are forwarded to mpq::linear_any and linear_parts_any. Uses PyTorch's stable C interface
+ * (torch/csrc/stable/c/shim.h, torch/csrc/inductor/aoti_torch/c/shim.h), passed in by address: nothing is linked. */
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -81,7 +81,8 @@ EXPORT void mpq_know(const char *format, const mpq_weight *weight) {
   free(added);
 }
 
-/* A tensor viewed as rows of `cols` elements, `stride` apart; sizes and strides are those of an output with `rows` columns. */
+/* A tensor viewed as rows of `cols` elements, `stride` apart; sizes and strides are those of an output with `rows`
+ * columns. */
 typedef struct {
   void *data;
   int64_t dims, tokens, stride, sizes[MAX_DIMS], steps[MAX_DIMS];
@@ -168,7 +169,8 @@ static handle end_product(product *one, int failed) {
   return NULL;
 }
 
-/* Compute a plain call: float32 or bf16 rows at a constant distance and a registered weight in panels; NULL for any other. */
+/* Compute a plain call: float32 or bf16 rows at a constant distance and a registered weight in panels; NULL for any
+ * other. */
 static handle compute(const stable_value *stack) {
   const char *format;
   const int64_t rows = (int64_t)stack[4], cols = (int64_t)stack[5];
@@ -265,8 +267,8 @@ static void linear_from_dispatcher(stable_value *stack, uint64_t inputs, uint64_
   stack[0] = (stable_value)out;
 }
 
-/* linear_parts(Tensor input, Tensor[] weight, Tensor places, Tensor? bias, str formats, int[] rows, int cols, str layout,
- * str activation) */
+/* linear_parts(Tensor input, Tensor[] weight, Tensor places, Tensor? bias, str formats, int[] rows, int cols, str
+ * layout, str activation) */
 static void parts_from_dispatcher(stable_value *stack, uint64_t inputs, uint64_t outputs) {
   (void)inputs, (void)outputs;
   const handle out = compute_parts(stack);
@@ -282,8 +284,8 @@ static void parts_from_dispatcher(stable_value *stack, uint64_t inputs, uint64_t
   stack[0] = (stable_value)out;
 }
 
-/* Register as the CPU kernels of mpq::linear and mpq::linear_parts, at one instruction level; call again to change the level. Returns 0, or -1 if
- * PyTorch refuses. */
+/* Register as the CPU kernels of mpq::linear and mpq::linear_parts, at one instruction level; call again to change
+ * the level. Returns 0, or -1 if PyTorch refuses. */
 EXPORT int mpq_serve(const torch_interface *interface, int level, mpq_parallel parallel) {
   static handle library;
   torch_level = level, torch_parallel = parallel;

@@ -81,7 +81,8 @@ static u16 from_float(float value) {  // ties to even; no number here overflows
 }
 static u32 fused(u32 value, u32 factor, u32 addend) {
     const auto one = [&](int shift) {
-        return u32(from_float(std::fma(to_float(u16(value >> shift)), to_float(u16(factor >> shift)), to_float(u16(addend >> shift)))));
+        return u32(from_float(std::fma(to_float(u16(value >> shift)), to_float(u16(factor >> shift)),
+            to_float(u16(addend >> shift)))));
     };
     return one(0) | one(16) << 16;
 }

@@ -46,8 +46,9 @@ AMX_INLINE void load_token_values(const mpq_weight *weight, const mpq_tile *tile
   STORE(values->scale, _mm512_maskz_loadu_ps(some, scale));
 }
 
-/* Combine a token's plane products into one float. The integers fit 32 bits: at most 127 * 255 * 256 columns, times 256,
- * plus 128 * 255 * 256. With two level planes, the product of both low planes is dropped: 2**-16 of the largest product. */
+/* Combine a token's plane products into one float. The integers fit 32 bits: at most 127 * 255 * 256 columns, times
+ * 256, plus 128 * 255 * 256. With two level planes, the product of both low planes is dropped: 2**-16 of the largest
+ * product. */
 AMX_INLINE __m512 combine_planes(const int32_t *dots, int t, int count, const int planes, const int is_int16) {
   __m512i sum = LOAD(__m512i, dots + 16 * t);
   if (planes == 2 || is_int16) sum = _mm512_slli_epi32(sum, 8);

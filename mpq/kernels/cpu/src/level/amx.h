@@ -11,8 +11,8 @@
 
 static _Thread_local int configured; /* tile configuration loaded on this thread */
 
-/* Configure tiles: 0 and 1 activations of `first` and `second` tokens, `columns` bytes each; 2 and 3 weights; 4 to 7 sums,
- * (first, second) tokens by (tile 2, tile 3) rows. */
+/* Configure tiles: 0 and 1 activations of `first` and `second` tokens, `columns` bytes each; 2 and 3 weights; 4 to 7
+ * sums, (first, second) tokens by (tile 2, tile 3) rows. */
 AMX_INLINE void configure_tiles(int first, int second, int columns) {
   const int wanted = (first * 32 + second) * 128 + columns;
   if (configured == wanted) return;

@@ -29,7 +29,8 @@ AMX_INLINE void accumulate_row(const stage *done, int token, __m512i sum, const 
   STORE(to, _mm512_fmadd_ps(value, _mm512_mul_ps(done->scales, _mm512_set1_ps(done->scale[token])), LOAD(__m512, to)));
 }
 
-/* Add 32-bit sums to the floats, from `token` on. Both planes' sums fit one integer: 127 * 128 * 256 columns, times 256. */
+/* Add 32-bit sums to the floats, from `token` on. Both planes' sums fit one integer: 127 * 128 * 256 columns, times
+ * 256. */
 AMX_INLINE void accumulate_rows(const stage *done, const int32_t *dots, int token, const int count, const int planes,
                                 const int residual) {
   for (int t = token; t < token + count && t < 16; t++) {

@@ -1,5 +1,5 @@
-/* Attention of the query heads of one key head to a run of tokens, by an online softmax (Milakov and Gimelshein 2018, arXiv
- * 1805.02867) over blocks of 64: each block of keys and values is read once. */
+/* Attention of the query heads of one key head to a run of tokens, by an online softmax (Milakov and Gimelshein
+ * 2018, arXiv 1805.02867) over blocks of 64: each block of keys and values is read once. */
 #ifndef MPQ_ATTEND_H
 #define MPQ_ATTEND_H
 #include "attend_columns.h"

@@ -140,14 +140,15 @@ INLINE void score_codes(const block_scales *block, const uint8_t *levels, const 
   }
 }
 
-/* Floats as integers: x = scale * integer, times a block's scales where they are folded in, with the products of the block's
- * middle and minima with them. */
+/* Floats as integers: x = scale * integer, times a block's scales where they are folded in, with the products of the
+ * block's middle and minima with them. */
 typedef struct {
   float scale, bias;
   uint32_t offset;
 } folded;
 
-/* Numbers times the scales at `index` of a block's table, as two planes; those that are not `valid` are 0 (NULL: all are). */
+/* Numbers times the scales at `index` of a block's table, as two planes; those that are not `valid` are 0 (NULL: all
+ * are). */
 INLINE folded fold_scales(const block_scales *block, int64_t index, const vint32 *valid, const float *x, const int64_t count,
                           uint8_t *integers) {
   float scaled[MAX_HEAD_WIDTH] __attribute__((aligned(64)));
@@ -169,7 +170,8 @@ INLINE vfloat unfold(vint32 dots, folded by) {
   return __builtin_convertvector((vint32)((vuint32)dots - by.offset), vfloat) * by.scale;
 }
 
-/* Products of values' levels with two planes of a block's 64 tokens, from a column on: one or two strips, returns how many. */
+/* Products of values' levels with two planes of a block's 64 tokens, from a column on: one or two strips, returns
+ * how many. */
 INLINE int dot_values(const block_scales *block, const uint8_t *levels, const uint8_t *ahead, int64_t column, int64_t end,
                       const uint8_t *integers, const int count, vint32 *dots) {
   const int strips = end - column >= 32 ? 2 : 1;
@@ -179,7 +181,8 @@ INLINE int dot_values(const block_scales *block, const uint8_t *levels, const ui
   return strips;
 }
 
-/* mixed (count, padded width) = mixed * decay + probabilities (count, 64) times the values; invalid tokens are not read. */
+/* mixed (count, padded width) = mixed * decay + probabilities (count, 64) times the values; invalid tokens are not
+ * read. */
 INLINE void mix_codes(const block_scales *block, const uint8_t *levels, const uint8_t *ahead, const vint32 *valid, const float *p,
                       const float *decay, const int count, float *mixed) {
   const int64_t width = mpq_padded_width(block->vectors), groups = mpq_groups(block->vectors);

@@ -1,5 +1,6 @@
-/* Attention to a block of codes whose 64 tokens share a scale and a minimum for each column, as KIVI's keys do (arXiv
- * 2402.02750): scales of keys multiply the queries, which are rounded to integers for each block; those of values, the sums. */
+/* Attention to a block of codes whose 64 tokens share a scale and a minimum for each column, as KIVI's keys do
+ * (arXiv 2402.02750): scales of keys multiply the queries, which are rounded to integers for each block; those of
+ * values, the sums. */
 #ifndef MPQ_ATTEND_COLUMNS_H
 #define MPQ_ATTEND_COLUMNS_H
 #include "attend_codes.h"

@@ -132,7 +132,8 @@ INLINE float float_of_bits(uint32_t bits) {
   return value;
 }
 
-/* Point `from` at the tile's activations where they stand if they are contiguous; otherwise gather them into `buffer`. */
+/* Point `from` at the tile's activations where they stand if they are contiguous; otherwise gather them into
+ * `buffer`. */
 INLINE int read_in_place(const mpq_weight *weight, const void **from, const void *x, int is_bf16, int64_t column, float *buffer) {
   if (weight->segment == weight->group && column + weight->segment * weight->segments <= weight->cols) {
     *from = (const char *)x + column * (is_bf16 ? 2 : 4);

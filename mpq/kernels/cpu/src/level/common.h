@@ -172,7 +172,8 @@ INLINE int32_t integer_sum(const int16_t *int16s, const int8_t *int8s, int count
   return sum;
 }
 
-/* Quantize a token's activations; set `skipped` where integers cannot represent them (NaN, infinities, vanishing numbers). */
+/* Quantize a token's activations; set `skipped` where integers cannot represent them (NaN, infinities, vanishing
+ * numbers). */
 INLINE void quantize_any(const mpq_weight *weight, mpq_activation *to, const void *x, int is_bf16, int64_t stride,
                          int64_t token, int8_t *skipped, int use_int16) {
   const int tile = weight->segment * weight->segments;

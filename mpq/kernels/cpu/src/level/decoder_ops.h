@@ -1,5 +1,5 @@
-/* A decoder's float32 operations between its linear layers but attention, for one token, compiled once for each level. NaN and
- * infinity propagate: the next linear layer reports them. */
+/* A decoder's float32 operations between its linear layers but attention, for one token, compiled once for each
+ * level. NaN and infinity propagate: the next linear layer reports them. */
 #ifndef MPQ_DECODER_OPS_H
 #define MPQ_DECODER_OPS_H
 #include <math.h>

@@ -1,5 +1,5 @@
-/* Vectors of integers that stand for floats, and their dot products with steps of levels: 16 lanes, 4 bytes each. A level may
- * define LEVEL_DOT_STRIPS, which takes int8 planes; otherwise both planes are one int16. */
+/* Vectors of integers that stand for floats, and their dot products with steps of levels: 16 lanes, 4 bytes each. A
+ * level may define LEVEL_DOT_STRIPS, which takes int8 planes; otherwise both planes are one int16. */
 #ifndef MPQ_INTEGERS_H
 #define MPQ_INTEGERS_H
 #include "strips.h"
@@ -31,8 +31,8 @@ INLINE void store_integers(vint32 q, const int planes, void *out, int64_t i, int
 #endif
 }
 
-/* x = scale * integer; returns the scale, NaN if any number is not finite. `sums` are of each `each` integers. Two planes: to 1 /
- * 32639 of the largest magnitude; one: int8 with a float16 scale, rounded as activations are. */
+/* x = scale * integer; returns the scale, NaN if any number is not finite. `sums` are of each `each` integers. Two
+ * planes: to 1 / 32639 of the largest magnitude; one: int8 with a float16 scale, rounded as activations are. */
 INLINE float to_integers(const float *x, const int64_t count, const int planes, const int64_t each, void *out, int32_t *sums) {
   const float magic = 0x1.8p23f;
   vint32 magnitude = {0}, sum = {0};
@@ -72,8 +72,8 @@ INLINE vint32 dot_pairs(vint32 sums, vuint32 levels, int32_t pair) {
 #define LEVEL_DOT_PAIRS dot_pairs
 #endif
 
-/* dots (strips, count): products of one or two strips with `count` vectors of integers from `x` on, `stride` bytes apart and
- * their planes `plane` bytes. */
+/* dots (strips, count): products of one or two strips with `count` vectors of integers from `x` on, `stride` bytes
+ * apart and their planes `plane` bytes. */
 INLINE void dot_strips_any(const level_strips *from, const uint8_t *x, int64_t stride, int64_t plane, const int count,
                            const int planes, const int strips, vint32 *dots) {
   (void)plane, (void)planes;

@@ -1,4 +1,5 @@
-/* The product of one tile without intrinsics, on the compiler's 16-lane vectors; a level may replace the dot product. */
+/* The product of one tile without intrinsics, on the compiler's 16-lane vectors; a level may replace the dot
+ * product. */
 #ifndef MPQ_MULTIPLY_H
 #define MPQ_MULTIPLY_H
 #include "common.h"

@@ -3,8 +3,8 @@
 #define MPQ_STRIPS_H
 #include "exponential.h"
 
-/* Strips of `steps` steps of levels, 64 bytes each, `apart` bytes apart; or of nibbles, two steps in 64 bytes. `ahead` is
- * where the stream has the same codes one block later, to be prefetched, or NULL. */
+/* Strips of `steps` steps of levels, 64 bytes each, `apart` bytes apart; or of nibbles, two steps in 64 bytes.
+ * `ahead` is where the stream has the same codes one block later, to be prefetched, or NULL. */
 typedef struct {
   const uint8_t *levels, *ahead;
   int64_t apart, steps;
