@@ -11,7 +11,9 @@ def add(command: AddCommand) -> None:
     """Add the command to the grammar."""
     generate = command("generate", run, "continue a prompt with a packed language model")
     generate.add_argument("folder", help="folder that 'mpq quantize', 'mpq export' or another quantizer wrote")
-    generate.add_argument("--prompt", required=True, help="text to continue")
+    generate.add_argument(
+        "--prompt", required=True, nargs="+", metavar="TEXT", help="text to continue; several are continued at once"
+    )
     generate.add_argument("--max-new-tokens", type=int, default=64, help="tokens to generate")
     generate.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 (default): greedy")
     generate.add_argument("--seed", type=int, default=0, help="seed of sampling")
@@ -28,6 +30,7 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from mpq.exporters.opening import open_any
+    from mpq.generation.batch import generate_batch, throughput
     from mpq.generation.generate import compare_speeds, generate
     from mpq.generation.serving import serve_format
     from mpq.kernels.bench import device_of
@@ -50,12 +53,15 @@ def run(options: argparse.Namespace) -> None:
     if tokenizer is None:
         raise MpqError(f"{options.folder} has no tokenizer: only language models can continue a prompt")
     encode = encoder_of(tokenizer) if callable(tokenizer) else tokenizer.encode
-    prompt = torch.tensor(encode(options.prompt), device=device)
-    generation = generate(
-        model, prompt, max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
-    )
-    print(options.prompt + tokenizer.decode(list(generation.tokens)))
-    print(f"\n{generation.tokens_per_second:.1f} tokens per second")
+    prompts = [torch.tensor(encode(text), device=device) for text in options.prompt]
+    settings = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "seed": options.seed}
+    if len(prompts) == 1:
+        generations = [generate(model, prompts[0], **settings)]
+    else:
+        generations = generate_batch(model, prompts, **settings)
+    for text, generation in zip(options.prompt, generations, strict=True):
+        print(text + tokenizer.decode(list(generation.tokens)))
+    print(f"\n{throughput(generations):.1f} tokens per second")
     if options.compare and network is not None:
-        speeds = compare_speeds({"packed": model, "bfloat16": network.model.to(device, torch.bfloat16)}, prompt)
+        speeds = compare_speeds({"packed": model, "bfloat16": network.model.to(device, torch.bfloat16)}, prompts[0])
         print(", ".join(f"{which} {speed:.1f}" for which, speed in speeds.items()))

@@ -62,3 +62,9 @@ def generate_batch(
         Generation(tuple(tokens), prompted - started, max(0.0, end - prompted))
         for tokens, end in zip(found, ends, strict=True)
     ]
+
+
+def throughput(generations: Sequence[Generation]) -> float:
+    """Decoding speed of sequences generated together, in tokens per second; NaN for fewer than two tokens each."""
+    decoded, seconds = sum(len(one.tokens) - 1 for one in generations), max(one.seconds for one in generations)
+    return decoded / seconds if seconds > 0 and decoded > 0 else float("nan")

@@ -346,6 +346,9 @@ def test_a_packed_language_model_continues_a_prompt(tmp_path, capsys):
         texts.append(capsys.readouterr().out.rpartition("\n\n")[0])
     assert texts[0] != texts[1]  # two bits change the text
     assert texts[0].startswith(said[0])
+    assert main([*job[:3], "It was a truth", "She was", *job[4:-1]]) == 0
+    together = capsys.readouterr().out
+    assert together.startswith(said[0] + "\nShe was")
     assert main([*job, "--kv-cache", "int9"]) == 2
     assert "int9" in capsys.readouterr().err
 

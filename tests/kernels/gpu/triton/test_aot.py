@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import json, sys, torch
 from mpq.core.formats import parse_format
-from mpq.kernels.gpu.triton.aot import compile_product
+from triton_compiler import compile_product
 from mpq.kernels.gpu.triton.config import Config, step_cols
 from mpq.kernels.gpu.triton.spec import spec_of
 facts = []

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of a product, without a device."""
+"""Ahead-of-time compilation of a Triton product, without a device, for tests."""
 
 from typing import Any
 
