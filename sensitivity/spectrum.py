@@ -75,9 +75,12 @@ def spectrum(
     takes steps * weights * 4 bytes.
 
     Args:
-        model, batches, loss_fn: as `mpq.sensitivity.profile.profile` takes them.
+        model: as in `mpq.sensitivity.profile.profile`.
+        batches: calibration data.
+        loss_fn: the batch's mean loss per sample.
         operator: "hessian" or "gauss-newton".
-        include, exclude: patterns of layers.
+        include: patterns of the layers.
+        exclude: patterns of layers to leave out.
         steps: Lanczos steps of a run.
         runs: random starts.
         seed: of the starts.
