@@ -56,7 +56,7 @@ def check_packages(target: Target) -> None:
         raise MpqError(f"{target.name} files are written with {needed}: pip install 'mpq[{target.extra}]'")
 
 
-def tell_versions(target: Target) -> None:
+def warn_about_versions(target: Target) -> None:
     """Warn if the target's program is installed here in a version that was not measured."""
     for consumer in target.consumers:
         if why := consumer.objection():
@@ -151,9 +151,9 @@ class Held:
         problem = build_problem(self.table, forbid=self.forbid, ties=ties or self.fuses, **restrictions)
         least = float(np.where(np.isfinite(problem.losses), problem.costs["size"], np.inf).min(1).sum())
         if bits is not None and bits * problem.weights / 8 * (1 + 1e-9) < least:
-            told, needed = f"{bits:g} bits", f"{_up(8 * least / problem.weights):g} bits"
+            given, needed = f"{bits:g} bits", f"{_up(8 * least / problem.weights):g} bits"
         elif size is not None and parse_size(size) < least + problem.overhead:
-            told, needed = f"{parse_size(size):,.0f} bytes", f"{least + problem.overhead:,.0f} bytes"
+            given, needed = f"{parse_size(size):,.0f} bytes", f"{least + problem.overhead:,.0f} bytes"
         else:
             return
         advice = "raise the budget or add smaller formats"
@@ -163,7 +163,7 @@ class Held:
                 f"raise it, or exclude {left} (--exclude), so that the budget counts only the other {others} layers"
             )
         why = f" ({self.sentence})" if self.sentence else ""
-        raise MpqError(f"a budget of {told} is below the smallest allocation for {self.name}, {needed}{why}: {advice}")
+        raise MpqError(f"a budget of {given} is below the smallest allocation for {self.name}, {needed}{why}: {advice}")
 
 
 def _up(bits: float) -> float:

@@ -77,16 +77,16 @@ class Acceptance:
 
     def corrections(self) -> tuple[str, ...]:
         """One sentence for each correction of the choice after rounding."""
-        said = []
+        sentences = []
         if self.chosen.means:
-            said.append(f"Running means of {len(self.chosen.means)} batch normalizations were re-estimated.")
+            sentences.append(f"Running means of {len(self.chosen.means)} batch normalizations were re-estimated.")
         if self.untuned is not None:
             difference, error = self.chosen.quality.harm_above(self.untuned.quality)
-            said.append(
+            sentences.append(
                 f"Scales tuned against the original took its KL divergence from {self.untuned.harm():.4g} to "
                 f"{self.chosen.harm():.4g} (difference {difference:.3g} +- {error:.1g}) without changing the size."
             )
-        return tuple(said)
+        return tuple(sentences)
 
     def verdict(self) -> str:
         """One sentence: how the choice compares with the best uniform format within its size."""

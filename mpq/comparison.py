@@ -161,12 +161,12 @@ def sentences(measured: Sequence[Measured], acceptance: Acceptance | None = None
     assert chosen.allocation is not None
     what = "KL divergence from the original" if chosen.quality.divergence is not None else "loss increase"
     harm, error = chosen.harm
-    said = [f"On unseen data the {what} is {_with_error(harm, error)}."]
+    lines = [f"On unseen data the {what} is {_with_error(harm, error)}."]
     if acceptance is not None and uniform is not None and uniform is not acceptance.chosen:
         best = next(one for one in measured if one.name == uniform.name)
         difference, difference_error = chosen.quality.harm_above(best.quality)
         share = f", {100 * -difference / best.harm[0]:.0f} % less" if difference < 0 < best.harm[0] else ""
-        said.append(
+        lines.append(
             f"{best.name[:1].upper()}{best.name[1:]}, the best uniform format within the budget, has {best.harm[0]:.4g}"
             f"{share} (paired difference {difference:.3g} +- {difference_error:.1g})."
         )
@@ -175,8 +175,8 @@ def sentences(measured: Sequence[Measured], acceptance: Acceptance | None = None
         ratio = harm / predicted
         side = f"{ratio:.2g} times too low" if ratio >= 1 else f"{1 / ratio:.2g} times too high"
         untuned = acceptance is not None and acceptance.untuned is not None
-        said.append(f"The prediction was {predicted:.4g}{', before scales were tuned' if untuned else ''}, {side}.")
-    return tuple(said)
+        lines.append(f"The prediction was {predicted:.4g}{', before scales were tuned' if untuned else ''}, {side}.")
+    return tuple(lines)
 
 
 def _with_error(value: float, error: float) -> str:

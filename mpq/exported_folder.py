@@ -9,7 +9,7 @@ from pathlib import Path
 from mpq.card import circumstances, write_card
 from mpq.comparison import Measured, sentences
 from mpq.core.allocation import Allocation
-from mpq.exporters.holding import tell_versions
+from mpq.exporters.holding import warn_about_versions
 from mpq.exporters.targets import TARGETS
 from mpq.exporting import export_to, sizer_for
 from mpq.measuring import Measurer
@@ -31,12 +31,12 @@ class ExportedFolder:
 
     def words(self) -> tuple[str, ...]:
         """What was changed and measured, in sentences."""
-        said = () if self.resolved is None else (f"{self.resolved.sentence()}.",)
+        lines = () if self.resolved is None else (f"{self.resolved.sentence()}.",)
         if not self.measured:
-            return (*said, UNMEASURED)
+            return (*lines, UNMEASURED)
         if self.resolved is not None:
-            said = (*said, self.resolved.measured(self.measured[-1].quality, self.measured[-2].quality))
-        return (*said, *sentences(self.measured))
+            lines = (*lines, self.resolved.measured(self.measured[-1].quality, self.measured[-2].quality))
+        return (*lines, *sentences(self.measured))
 
 
 def export_folder(
@@ -66,7 +66,7 @@ def export_folder(
         MpqError: what the exporter refuses.
     """
     started, consumer = time.monotonic(), TARGETS.named(target)
-    tell_versions(consumer)
+    warn_about_versions(consumer)
     sized = sizer_for(consumer, source)
     measured: tuple[Measured, ...] = ()
     if measure:

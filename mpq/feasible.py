@@ -84,18 +84,18 @@ def without_kernels(schemes: Iterable[str], cached: Iterable[str], entries: Sequ
     floats = [
         name for name in cached if not all(rounds(vectors_of(cache_name(parse_cache_format(name)), w)) for w in widths)
     ]
-    told = []
+    sentences = []
     if slow:
-        told.append(
+        sentences.append(
             f"no compiled kernel multiplies the activations of {', '.join(slow)}: they are rounded separately and take "
             "several times as long as a:int8-token ('mpq bench --formats' times them)"
         )
     if floats:
-        told.append(
+        sentences.append(
             f"compiled attention does not read or write {', '.join(floats)} in heads of {', '.join(map(str, widths))}: "
             "'mpq generate' is slow with them, or stores them as floats, in more memory than predicted"
         )
-    return told
+    return sentences
 
 
 def held_layers(model: nn.Module, target: Target, wanted: Wanted) -> tuple[tuple[Layer, ...], Held]:

@@ -43,15 +43,15 @@ class FinetunedFolder:
 
     def words(self) -> tuple[str, ...]:
         """The changes, in sentences."""
-        said = [self.finetuned.verdict()]
+        sentences = [self.finetuned.verdict()]
         if self.before.divergence is not None and self.after.divergence is not None:
             (one, _), (other, _) = self.before.divergence.mean(), self.after.divergence.mean()
             difference, error = self.after.harm_above(self.before)
-            said.append(
+            sentences.append(
                 f"On the report's data the KL divergence from the original went from {one:.4g} to {other:.4g} "
                 f"(difference {difference:.3g} +- {error:.1g})."
             )
-        return tuple(said)
+        return tuple(sentences)
 
 
 def finetune_folder(

@@ -150,10 +150,10 @@ def _find_rate(student: nn.Module, settings: Finetuning, losses: Sequence[Callab
     """The rate of the student's weights; batch statistics are left as they were."""
     weights = [one for name, one in student.named_parameters() if one.requires_grad and not name.endswith(".shift")]
     buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
-    found = learning_rate(losses, weights, optimizer=settings.optimizer, seed=settings.seed)
+    rate = learning_rate(losses, weights, optimizer=settings.optimizer, seed=settings.seed)
     for name, buffer in student.named_buffers():
         buffer.copy_(buffers[name])
-    return found.lr, found.momentum
+    return rate.lr, rate.momentum
 
 
 def _runs(

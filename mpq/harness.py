@@ -71,13 +71,13 @@ def evaluate_tasks(
         pretrained=model.to(device), tokenizer=tokenizer, batch_size=batch_size or 8, device=device
     )
     try:
-        found = harness.simple_evaluate(
+        answers = harness.simple_evaluate(
             model=wrapped, tasks=names, task_manager=manager, num_fewshot=fewshot, limit=limit, random_seed=seed,
             numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed, bootstrap_iters=1000,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, ConnectionError) as error:
         raise MpqError(f"lm-evaluation-harness cannot run {', '.join(names)}: {error}") from error
-    return _results(found)
+    return _results(answers)
 
 
 def _files(tasks: Sequence[str]) -> list[str]:
@@ -114,9 +114,9 @@ def _language_model(folder: str | os.PathLike[str], trust: bool) -> tuple[Any, A
     return opened.model, tokenizer
 
 
-def _results(found: Mapping[str, Any]) -> tuple[TaskResult, ...]:
+def _results(answers: Mapping[str, Any]) -> tuple[TaskResult, ...]:
     results = []
-    for task, values in found["results"].items():
+    for task, values in answers["results"].items():
         for key, value in values.items():
             metric, _, filtered = key.partition(",")
             if metric.endswith("_stderr") or isinstance(value, str | bool) or not isinstance(value, int | float):
@@ -125,6 +125,6 @@ def _results(found: Mapping[str, Any]) -> tuple[TaskResult, ...]:
                 continue
             error = values.get(f"{metric}_stderr,{filtered}")
             name = metric if filtered in ("", "none") else key
-            shots = int(found.get("n-shot", {}).get(task, 0))
+            shots = int(answers.get("n-shot", {}).get(task, 0))
             results.append(TaskResult(task, name, float(value), error if isinstance(error, float) else None, shots))
     return tuple(results)

@@ -73,15 +73,15 @@ class Outcome:
     def words(self) -> tuple[str, ...]:
         """The measurements, in sentences."""
         live = [] if self.activations is None else [self.activations.sentence(self.allocation.scheme_of)]
-        said = (
+        lines = (
             self.accepted.verdict(), *self.accepted.corrections(), *live, *sentences(self.measured, self.accepted)
         )  # fmt: skip
-        said = (*said, *filter(None, [self.elsewhere]))
+        lines = (*lines, *filter(None, [self.elsewhere]))
         if self.serving is not None:
-            said = (*in_words(self.allocation, self.serving, self.measured[-1].size), *said)
+            lines = (*in_words(self.allocation, self.serving, self.measured[-1].size), *lines)
         if self.max_kl is None:
-            return said
-        return (within_limit(self.max_kl, self.accepted.chosen.harm(), self.measured[-1].harm[0]), *said)
+            return lines
+        return (within_limit(self.max_kl, self.accepted.chosen.harm(), self.measured[-1].harm[0]), *lines)
 
     def tokens(self) -> list[tuple[str, ...]]:
         """A heading and points of the frontier with the tokens that fit the memory; empty without one."""

@@ -15,7 +15,7 @@ from mpq.core.live_activations import ACTIVATIONS, LiveActivations
 from mpq.core.registry import Target
 from mpq.core.scheme import Scheme
 from mpq.core.sizes import parse_size
-from mpq.exporters.holding import tell_versions
+from mpq.exporters.holding import warn_about_versions
 from mpq.exporters.targets import formats_of
 from mpq.exporting import sizer_for
 from mpq.feasible import Wanted, held_layers, own_format, without_kernels
@@ -85,7 +85,7 @@ def planned(
     if wanted.max_kl is not None:
         check_limit(wanted.max_kl, source.kind)
     check_budgets(budgets, latencies, wanted.max_kl is not None)
-    tell_versions(target)
+    warn_about_versions(target)
     granularity = _granularity(granularity, source, target, wanted.metric, latencies)
     serving = serving_of(source, wanted.memory, wanted.kv_bits, wanted.context, wanted.batch)
     entries, cached = (

@@ -52,8 +52,8 @@ def table_beside(allocation: Allocation, file: Path) -> SensitivityTable | None:
     """The table that an allocation's file was made from: the one that it names, or `TABLE` beside it."""
     named = allocation.provenance.get("table")
     places = [Path(named), file.parent / named] if isinstance(named, str) else []
-    found = next((place for place in (*places, file.parent / TABLE) if place.is_file()), None)
-    return None if found is None else SensitivityTable.load(found)
+    path = next((place for place in (*places, file.parent / TABLE) if place.is_file()), None)
+    return None if path is None else SensitivityTable.load(path)
 
 
 def held_or_resolved(
@@ -94,9 +94,11 @@ def held_or_resolved(
     float_bytes = _bytes(held.floats, allocation, FLOAT)
     budget = allocation.size - _bytes(held.floats, allocation) + float_bytes
     frontier = frontier_of(held.table, forbid=held.forbid)
-    found = frontier.at(cost=float(np.clip(budget, frontier.costs[0], frontier.costs[-1])))
-    provenance = {**allocation.provenance, **found.provenance, "solved_for": target.name}
-    return Resolved(replace(found, provenance=provenance, cache=allocation.cache), allocation, why, len(held.floats))
+    candidate = frontier.at(cost=float(np.clip(budget, frontier.costs[0], frontier.costs[-1])))
+    provenance = {**allocation.provenance, **candidate.provenance, "solved_for": target.name}
+    return Resolved(
+        replace(candidate, provenance=provenance, cache=allocation.cache), allocation, why, len(held.floats)
+    )
 
 
 def _bytes(names: Mapping[str, str], allocation: Allocation, scheme: str = "") -> int:

@@ -27,9 +27,11 @@ def in_words(allocation: Allocation, serving: Serving, file_size: int) -> tuple[
         f"{kind} {', '.join(f'{count} x {name}' for name, count in counts.most_common())}"
         for kind, counts in kinds.items()
     )
-    said = f"Keys and values take {cache.bits:.4g} bits an element, {cache.token_bytes:,} bytes a token: {formats}. "
-    said += "All measured models cache in these formats, the original in floating point."
-    return (said, tokens_within(allocation, serving, file_size)) if serving.memory is not None else (said,)
+    sentence = (
+        f"Keys and values take {cache.bits:.4g} bits an element, {cache.token_bytes:,} bytes a token: {formats}. "
+    )
+    sentence += "All measured models cache in these formats, the original in floating point."
+    return (sentence, tokens_within(allocation, serving, file_size)) if serving.memory is not None else (sentence,)
 
 
 def tokens_within(allocation: Allocation, serving: Serving, file_size: int) -> str:

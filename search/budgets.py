@@ -45,10 +45,10 @@ class Budgets:
 
     def beside(self, table: SensitivityTable, cache: CacheFormats | None) -> dict[str, Any]:
         """What a cache leaves of them to the weights of a table, as `of`."""
-        found = self.of(table)
+        arguments = self.of(table)
         if self.latencies is not None and "latency" in self.limits:
-            found["budgets"]["latency"] -= cache_seconds(cache, self.latencies, self.batch, self.context)
-        return found
+            arguments["budgets"]["latency"] -= cache_seconds(cache, self.latencies, self.batch, self.context)
+        return arguments
 
     def keep(self, allocation: Allocation) -> bool:
         """Whether an allocation is within them, attention to a context counted."""

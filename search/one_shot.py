@@ -210,16 +210,16 @@ class OneShot:
         """
         best = self._best()
         counts = self.controller.counts.tolist()
-        found = np.zeros((len(counts), max(counts)))
+        above = np.zeros((len(counts), max(counts)))
         with self._computing_in(best):
             start = loss()
-        for decision, option in np.ndindex(*found.shape):
+        for decision, option in np.ndindex(*above.shape):
             if option < counts[decision] and option != best[decision]:
                 switched = best.copy()
                 switched[decision] = option
                 with self._computing_in(switched):
-                    found[decision, option] = loss() - start
-        return found
+                    above[decision, option] = loss() - start
+        return above
 
     def state_dict(self) -> dict[str, Any]:
         """The search's state for a checkpoint, beside the model's and the optimizer's own."""

@@ -36,9 +36,9 @@ def likeliest_within(log_probabilities: Array, costs: Array, budget: float) -> N
     if costs[rows, cheapest].sum() > budget:
         raise MpqError(f"a cost of {budget:.6g} is below the cheapest choice, {costs[rows, cheapest].sum():.6g}")
     for floor in FLOORS:
-        found = _solved(log_probabilities, costs, budget, floor)
-        if found is not None:
-            return found
+        solution = _solved(log_probabilities, costs, budget, floor)
+        if solution is not None:
+            return solution
     return cheapest
 
 
@@ -48,7 +48,7 @@ def _solved(log_probabilities: Array, costs: Array, budget: float, floor: float)
     rows, unit, limit = np.arange(decisions), float(np.abs(costs).max()), budget
     one_each = csr_array((np.ones(costs.size), (np.repeat(rows, options), np.arange(costs.size))))
     for _ in range(5):  # the solver keeps the budget only to a tolerance
-        found = milp(
+        solution = milp(
             (log_probabilities.max(1, keepdims=True) - log_probabilities).ravel(), integrality=np.ones(costs.size),
             bounds=Bounds(0, 1), options={"mip_rel_gap": 0.0},
             constraints=[
@@ -56,9 +56,9 @@ def _solved(log_probabilities: Array, costs: Array, budget: float, floor: float)
                 LinearConstraint(csr_array(costs.reshape(1, -1) / unit), floor * budget / unit, limit / unit),
             ],
         )  # fmt: skip
-        if found.x is None:
+        if solution.x is None:
             return None
-        chosen: NDArray[np.intp] = found.x.reshape(decisions, options).argmax(1)
+        chosen: NDArray[np.intp] = solution.x.reshape(decisions, options).argmax(1)
         excess = costs[rows, chosen].sum() - budget
         if excess <= 0:
             return chosen

@@ -20,8 +20,8 @@ def rules(problem: Problem, size: float) -> dict[str, Choices]:
         "ends first": [*ends, *(group for group in range(count) if group not in ends)],
         "outer blocks first": sorted(range(count), key=lambda group: min(group, count - 1 - group)),
     }
-    found = {name: raised(problem, size, order) for name, order in orders.items()}
-    return {name: choices for name, choices in found.items() if choices is not None}
+    allocations = {name: raised(problem, size, order) for name, order in orders.items()}
+    return {name: choices for name, choices in allocations.items() if choices is not None}
 
 
 def raised(problem: Problem, size: float, order: Sequence[int]) -> Choices | None:

@@ -12,12 +12,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mpq.core.errors import MpqError
 from mpq.network.calibration import Batch, check_gradient, check_loss, logits_of, samples_in, take
 from mpq.network.storage import numbers_kept, release_memory
-from mpq.sensitivity.derivatives import Draw, Use, keep_samples, log, recording, slopes_of
+from mpq.sensitivity.derivatives import Draw, Use, keep_samples, recording, slopes_of
 from mpq.sensitivity.graph import only_gradients_of
-from mpq.sensitivity.predictions import Predictions, predictions
+from mpq.sensitivity.predictions import predictions
 from mpq.sensitivity.samples import check_independent
 from mpq.sensitivity.task import Task
 
@@ -58,16 +57,6 @@ def pieces(task: Task, what: str) -> Iterator[Piece]:
         for part in parts:
             yield part
             release_memory()  # what one pass frees is too scattered for the next
-
-
-def asked_of(task: Task, batch: Batch) -> list[Predictions] | None:
-    """Weights and targets of the loss's predictions; None, with a note in the log, where it is not cross-entropy."""
-    try:
-        with only_gradients_of(task.model):
-            return predictions(task.model, batch, task.loss_fn)
-    except (MpqError, AttributeError, TypeError, RuntimeError) as error:  # outputs may be of any kind
-        log.warning("gradients are of the data's own labels: %s", error)
-        return None
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from mpq.kernels.token_blocks import whole
 from mpq.network.cached import changing
 from mpq.network.calibration import check_gradient, check_loss, logits_of, samples_in
 from mpq.network.parallel import total
-from mpq.sensitivity.backward import Piece, asked_of, pieces
-from mpq.sensitivity.derivatives import Draw, slopes_of
+from mpq.sensitivity.backward import Piece, pieces
+from mpq.sensitivity.derivatives import Draw, loss_predictions, slopes_of
 from mpq.sensitivity.graph import only_gradients_of
 from mpq.sensitivity.predictions import predictions
 from mpq.sensitivity.standard_error import power_sums, relative_error
@@ -50,7 +50,7 @@ def _scored(task: Task, entries: Sequence[Layer], formats: Sequence[Format]) -> 
     sums = {
         (entry.name, place): torch.zeros(3, dtype=torch.float64) for entry in entries for place in range(len(formats))
     }
-    drawn = asked_of(task, next(Piece(task.batches[0], 0, 0).split(1)).batch) is not None
+    drawn = loss_predictions(task, next(Piece(task.batches[0], 0, 0).split(1)).batch) is not None
     for piece in pieces(task, "cache gradients"):
         seen = _Seen([entry.name for entry in entries], formats, piece.samples)
         with only_gradients_of(task.model), changing(task.model, seen.watch):

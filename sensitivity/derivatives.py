@@ -125,7 +125,7 @@ def layer_uses(task: Task, index: int, labels: str = "data", draw: int = 0) -> I
     samples = samples_in(batch)
     asked = None
     if labels == "auto":
-        asked = what_is_asked(task, batch)
+        asked = loss_predictions(task, batch)
         labels = "data" if asked is None else "model"
     seeds = None if labels == "data" else (index, draw)
     (uses,) = _run(task, batch, index, [None if seeds is None else Draw(seeds)], asked)
@@ -175,8 +175,8 @@ def design_row(seed: int, row: int, order: int) -> Tensor:
     return 1.0 - 2.0 * parity
 
 
-def what_is_asked(task: Task, batch: Batch) -> list[Predictions] | None:
-    """Weights and targets of the loss's predictions, None where it is not cross-entropy."""
+def loss_predictions(task: Task, batch: Batch) -> list[Predictions] | None:
+    """Weights and targets of the loss's predictions; None, with a note in the log, if it is not cross-entropy."""
     try:
         with only_gradients_of(task.model):
             return predictions(task.model, batch, task.loss_fn)

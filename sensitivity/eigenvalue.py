@@ -88,8 +88,8 @@ def fine_tuning_order(
             model, data.batches, data.loss_fn, allocation.layers, (), rounder, seed,
             second=data.second, together=data.together,
         )  # fmt: skip
-        found = top_eigenvalues(task, samples=samples)
-    values = np.maximum(found.values, found.residuals)
+        tops = top_eigenvalues(task, samples=samples)
+    values = np.maximum(tops.values, tops.residuals)
     omegas = {
         layer.name: float(value) * task.weight_error(layer, scheme).square().sum(dtype=torch.float64).item()
         for value, (layer, scheme) in zip(values, checked, strict=True)

@@ -14,9 +14,10 @@ from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 from mpq.network.calibration import first_samples, outputs_of
-from mpq.sensitivity.backward import Labels, asked_of
+from mpq.sensitivity.backward import Labels
 from mpq.sensitivity.by_input import input_scores
 from mpq.sensitivity.by_position import position_scores
+from mpq.sensitivity.derivatives import loss_predictions
 from mpq.sensitivity.predictions import OtherLossError, Predictions
 from mpq.sensitivity.rows import Mixed, with_mixes
 from mpq.sensitivity.shrinkage import shrunk
@@ -99,7 +100,7 @@ def row_scores(
         raise MpqError(f"unknown labels {labels!r}: expected auto, data or model")
     asked = None
     if labels == "auto" or estimate == "auto":
-        asked = asked_of(task, task.few_samples(1))
+        asked = loss_predictions(task, task.few_samples(1))
     if labels == "auto" and asked is not None:
         try:
             return _rows(task, estimate, "model", draws, temperature, asked)

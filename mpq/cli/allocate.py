@@ -96,8 +96,8 @@ def run(options: argparse.Namespace) -> None:
             draft.write_text(configuration, encoding="utf-8")
     elif tool:
         print(configuration, end="")
-        told = [] if options.quiet else [held.sentence, summary(choice.frontier, choice.allocation)]
-        print("\n".join(filter(None, told)), file=sys.stderr)
+        lines = [] if options.quiet else [held.sentence, summary(choice.frontier, choice.allocation)]
+        print("\n".join(filter(None, lines)), file=sys.stderr)
         return
     if options.json:
         say_json(allocation_facts(choice.frontier, choice.allocation))

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=level, format="mpq: %(message)s")
         if os.environ.get("WORLD_SIZE", "1") != "1" and options.run is not profile.run:
             raise MpqError("only 'mpq profile' supports torchrun; pass its table with quantize --table")
-        libraries.tell_missing()
+        libraries.warn_about_missing()
         options.run(options)
     except MpqError as error:
         print(f"mpq: {error}", file=sys.stderr)

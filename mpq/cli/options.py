@@ -136,8 +136,8 @@ def kv_formats_of(options: argparse.Namespace) -> tuple[str, ...] | None:
 
 def target_option(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """The option of the target."""
-    told = "program that will run the model: vllm, llama.cpp, ...; limits schemes to those it supports"
-    parser.add_argument("--for", "--target", dest="target", default=default, metavar="TARGET", help=told)
+    help_text = "program that will run the model: vllm, llama.cpp, ...; limits schemes to those it supports"
+    parser.add_argument("--for", "--target", dest="target", default=default, metavar="TARGET", help=help_text)
     parser.epilog = f"{parser.epilog or ''}\n\ntargets:\n{TARGETS.help()}".strip()
 
 

@@ -151,9 +151,9 @@ class Frontier:
             choices = self.choices[index]
             allocation = self.problem.allocation(choices)
             totals = [f"{total:.15g}" for total in self.problem.totals(choices).values()]
-            found = measured.get(index, ("", "")) if measured else ()
+            measurements = measured.get(index, ("", "")) if measured else ()
             further = (tell(allocation) for tell in (told or {}).values())
-            cells = [*self.extra_columns(index).values(), *further, *found]
+            cells = [*self.extra_columns(index).values(), *further, *measurements]
             writer.writerow([repr(allocation.bits), *totals, *cells, *allocation.schemes])
         header = {CHECKSUM: checksum({}, body.getvalue())}
         with write_atomically(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:

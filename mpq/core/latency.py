@@ -81,18 +81,18 @@ class LatencyTable:
         Raises:
             MpqError: nothing was measured for the format and the batch.
         """
-        found = [
+        factors = [
             (one.rows * one.cols * one.context, one.seconds)
             for one in self.entries
             if (one.scheme, one.kind, one.batch) == (scheme.name, entry.kind, batch)
         ]
-        if not found:
+        if not factors:
             known = sorted({f"{one.scheme} at batch {one.batch}" for one in self.entries if one.kind == entry.kind})
             raise MpqError(
                 f"no measured latency for {entry.kind} in {scheme.name} at batch {batch}: "
                 f"{nearest_names(f'{scheme.name} at batch {batch}', known)}; 'mpq bench --attention' measures it"
             )
-        return _between(found, entry.params * entry.tokens(context))
+        return _between(factors, entry.params * entry.tokens(context))
 
     def _interpolated(self, scheme: Scheme, rows: int, cols: int, batch: int) -> float:
         """Seconds of a mix, interpolated between its formats by stored bits."""

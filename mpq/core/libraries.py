@@ -18,15 +18,15 @@ _log = logging.getLogger(__name__)
 @cache
 def path_of(room: str) -> str | None:
     """Where the library of `KERNELS` or `ROUNDING` stands; None, with one warning of the cost, where it is missing."""
-    found = PathFinder.find_spec("_native", [str(HOME / room)])
-    if found is None or found.origin is None:
+    spec = PathFinder.find_spec("_native", [str(HOME / room)])
+    if spec is None or spec.origin is None:
         advice = "install a wheel, or a C compiler and then mpq again"
         _log.warning("mpq was installed without its compiled %s; %s", COSTS[room], advice)
         return None
-    return found.origin
+    return spec.origin
 
 
-def tell_missing() -> None:
+def warn_about_missing() -> None:
     """Warn of each library that is missing, once."""
     for room in COSTS:
         path_of(room)

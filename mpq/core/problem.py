@@ -88,10 +88,10 @@ class Problem:
         pairs = [(layer, by_layer[index]) for index, layer in enumerate(self.layers)]
         entries = {layer: cache_name(parse_scheme(scheme).weight) for layer, scheme in pairs if layer.is_cached}
         weights = {layer: scheme for layer, scheme in pairs if not layer.is_cached}
-        found = {layer.name: self.assignments.get(layer.name, {}).get(scheme, "") for layer, scheme in pairs}
+        row_formats = {layer.name: self.assignments.get(layer.name, {}).get(scheme, "") for layer, scheme in pairs}
         return Allocation(
             tuple(weights), tuple(weights.values()), *self.prediction(choices), self.metric, self.overhead,
-            self.provenance, {name: assignment for name, assignment in found.items() if assignment},
+            self.provenance, {name: assignment for name, assignment in row_formats.items() if assignment},
             CacheFormats(tuple(entries), tuple(entries.values())) if entries else self.cache,
         )  # fmt: skip
 

@@ -155,8 +155,8 @@ class SensitivityTable:
         returns an equal table.
         """
         reasons = {REASONS: dict(self.reasons)} if self.reasons else {}
-        found = {name: dict(mixes) for name, mixes in self.assignments.items()}
-        assigned = {ASSIGNMENTS: found} if found else {}
+        mixes_of = {name: dict(mixes) for name, mixes in self.assignments.items()}
+        assigned = {ASSIGNMENTS: mixes_of} if mixes_of else {}
         header = {**self.provenance, **reasons, **assigned, ROW_COUNT: len(self.layers) * len(self.schemes)}
         body = io.StringIO()
         writer = csv.writer(body, lineterminator="\n")

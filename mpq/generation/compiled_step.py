@@ -102,7 +102,7 @@ def compiled_step(decoder: Decoder) -> CompiledStep | None:
 
 def _caches(memory: Memory, width: int, dtype: torch.dtype) -> ctypes.Array[abi.BlockCache] | tuple[()]:
     """The cache as passed to the library; () if the library cannot read it or round tokens to its formats."""
-    found = []
+    arrays = []
     for index, parts in enumerate(zip(memory.keys, memory.values, strict=True)):
         names = names_of(memory if memory.packed else Memory(), index, dtype)
         if not memory.packed and any(part[0].dtype != dtype or not part[0].is_contiguous() for part in parts):
@@ -112,8 +112,8 @@ def _caches(memory: Memory, width: int, dtype: torch.dtype) -> ctypes.Array[abi.
         vectors = [one for one in described if cached.rounds(one)]
         if len(vectors) < len(names):
             return ()
-        found.append(abi.BlockCache(*map(ctypes.pointer, vectors), *slabs))  # type: ignore[arg-type]
-    return (abi.BlockCache * len(found))(*found)
+        arrays.append(abi.BlockCache(*map(ctypes.pointer, vectors), *slabs))  # type: ignore[arg-type]
+    return (abi.BlockCache * len(arrays))(*arrays)
 
 
 def _rows(floats: Tensor) -> ctypes.Array[abi.Slab]:  # (1, key heads, capacity, head width)

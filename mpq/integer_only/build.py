@@ -224,13 +224,13 @@ class _Builder:
 
     def _readers(self, node: fx.Node, through: tuple[str, ...] | None) -> list[str]:
         """The layers that read a node's values: through operations that keep codes, or any (None) to the nearest."""
-        found: dict[str, None] = {}
+        readers: dict[str, None] = {}
         for user in node.users:
             if operation(user) in LAYERS:
-                found.update({layer_of(user): None})
+                readers.update({layer_of(user): None})
             elif through is None or operation(user) in through:
-                found.update(dict.fromkeys(self._readers(user, through)))
-        return list(found) if through is not None else list(found)[:1]
+                readers.update(dict.fromkeys(self._readers(user, through)))
+        return list(readers) if through is not None else list(readers)[:1]
 
 
 def _layer(builder: _Builder, node: fx.Node) -> Value:

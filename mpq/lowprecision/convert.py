@@ -146,17 +146,17 @@ def convert(
 
 def chosen_layers(model: nn.Module, include: str | Iterable[str], exclude: str | Iterable[str]) -> dict[str, nn.Module]:
     """The layers that `convert` replaces, by name; MpqError as there."""
-    found = convertible(model)
-    if not found:
+    candidates = convertible(model)
+    if not candidates:
         raise MpqError(
             f"{type(model).__name__} has no linear layer or convolution to train in few bits: a single layer needs a "
             "module around it"
         )
-    left_out, included = set(match_names(exclude, list(found))), match_names(include, list(found))
+    left_out, included = set(match_names(exclude, list(candidates))), match_names(include, list(candidates))
     others = [name for name, module in model.named_modules() if layer_kind(module) not in (None, "embedding")]
-    if others := [name for name in others if name and name not in found]:
+    if others := [name for name in others if name and name not in candidates]:
         log.info("kept in full precision, as their kind has no low-precision form: %s", ", ".join(others))
-    return {name: found[name] for name in included if name not in left_out}
+    return {name: candidates[name] for name in included if name not in left_out}
 
 
 def convertible(model: nn.Module) -> dict[str, nn.Module]:

@@ -68,8 +68,8 @@ def own_code(module: nn.Module) -> bool:
 
 def _transformers_conv1d(module: nn.Module) -> type[nn.Module] | None:
     """transformers' Conv1D, where the module is one or inherits from it, as parametrized modules do."""
-    found = (cls for cls in type(module).__mro__ if cls.__name__ == "Conv1D")
-    return next((cls for cls in found if cls.__module__.startswith("transformers.")), None)
+    bases = (cls for cls in type(module).__mro__ if cls.__name__ == "Conv1D")
+    return next((cls for cls in bases if cls.__module__.startswith("transformers.")), None)
 
 
 def find_layers(

@@ -98,10 +98,10 @@ def _call_of(model: nn.Module, sample: Batch, loss_fn: LossFn) -> tuple[tuple[An
 
 def _cached(outputs: Any) -> list[Tensor]:
     """Keys and values that an output holds for the next tokens."""
-    cache = next((found for name in ARGUMENTS if (found := getattr(outputs, name, None)) is not None), None)
+    cache = next((value for name in ARGUMENTS if (value := getattr(outputs, name, None)) is not None), None)
     layers = getattr(cache, "layers", ())
-    found = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-    return [tensor for tensor in found if isinstance(tensor, Tensor)]
+    cached = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    return [tensor for tensor in cached if isinstance(tensor, Tensor)]
 
 
 @dataclass
@@ -181,10 +181,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs: dict[int, LayerInput] = {}
         for live, module in self.seen.values():
             counted = [one for one in live if id(one) not in left_out]
-            found = {id(one): given for one in counted if (given := one.as_input) is not None}
-            inputs.update(found)
-            floats = sum(one.nbytes for one in counted if id(one) not in found)
-            key = frozenset(found)
+            inputs_of = {id(one): given for one in counted if (given := one.as_input) is not None}
+            inputs.update(inputs_of)
+            floats = sum(one.nbytes for one in counted if id(one) not in inputs_of)
+            key = frozenset(inputs_of)
             if floats > most.get(key, (-1, ""))[0]:
                 most[key] = floats, module
         for key, (floats, module) in most.items():

@@ -119,9 +119,9 @@ class Finished:
 
     def quantized(self, layer: Layer, weight: Tensor, scheme: Scheme) -> Quantized:
         """The finished weight where it has the scheme's format."""
-        found = self.rounded.get(layer.name)
-        if found is not None and found.format == scheme.weight:
-            return found
+        stored = self.rounded.get(layer.name)
+        if stored is not None and stored.format == scheme.weight:
+            return stored
         return self.others.quantized(layer, weight, scheme)
 
 

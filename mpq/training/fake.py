@@ -112,14 +112,14 @@ class FakeQuantization(nn.Module):
 
     def rounder(self) -> Finished:
         """A rounder that returns the layers' current rounded weights, learned scales included, for exports."""
-        found = {
+        states = {
             layer.name: self._quantized(
                 index, self._matrix(index, modules[0]).detach(), self.schemes[layer.name].weight
             )
             for index, (layer, modules) in enumerate(zip(self.layers, self._modules_of, strict=True))
             if layer.name in self.schemes
         }
-        return Finished(f"{self.method}, trained", found, MethodRounder(self.method))
+        return Finished(f"{self.method}, trained", states, MethodRounder(self.method))
 
     def _attach(self, index: int, module: nn.Module) -> tuple["torch.utils.hooks.RemovableHandle", ...]:
         name = self.layers[index].name

@@ -11,7 +11,7 @@ from mpq.core.registry import Target
 from mpq.core.scheme import parse_scheme
 from mpq.core.table import SensitivityTable
 from mpq.exporters import exporter_named
-from mpq.exporters.holding import check, nearest, restrict, tell_versions, unscored
+from mpq.exporters.holding import check, nearest, restrict, unscored, warn_about_versions
 from mpq.exporters.targets import TARGETS, formats_of
 
 LINEAR = Layer("a", "linear", 64, 256)
@@ -125,14 +125,14 @@ def test_mixes_are_supported_by_our_checkpoint_only():
 def test_an_unmeasured_version_is_reported(number, warns, monkeypatch, caplog):
     monkeypatch.setattr(consumers, "version", lambda package: number)
     target = Target("mine", print, consumers=(Consumer("Mine", ("mine",), "0.32", "0.33", ""),))
-    tell_versions(target)
+    warn_about_versions(target)
     assert [f"Mine {number} is installed, while its rules here were measured with 0.32 to 0.33" in caplog.text] == [
         warns
     ]
 
 
 def test_a_program_that_is_not_installed_is_not_reported(caplog):
-    tell_versions(Target("mine", print, consumers=(Consumer("Mine", ("no-such-package",), "1", "2", ""),)))
+    warn_about_versions(Target("mine", print, consumers=(Consumer("Mine", ("no-such-package",), "1", "2", ""),)))
     assert not caplog.text
 
 

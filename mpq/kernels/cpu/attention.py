@@ -52,8 +52,8 @@ def vectors_of(format_name: str, width: int, newest: torch.dtype = torch.float32
 
 def slabs_of(slabs: Sequence[Tensor]) -> ctypes.Array[abi.Slab]:
     """Slabs as passed to the library; the caller keeps the tensors alive."""
-    found = [abi.Slab(slab.data_ptr(), slab.shape[1], slab.stride(0) * slab.itemsize) for slab in slabs]
-    return (abi.Slab * len(found))(*found)
+    structs = [abi.Slab(slab.data_ptr(), slab.shape[1], slab.stride(0) * slab.itemsize) for slab in slabs]
+    return (abi.Slab * len(structs))(*structs)
 
 
 def attend(
