@@ -73,7 +73,7 @@ class Forecast:
         if ram is not None and self.memory > ram:
             raise MpqError(f"{self._excess(ram)}, or allow more (ram)")
         if progress:
-            tqdm.write(f"mpq: {self.sentence()}", sys.stderr)
+            tqdm.write(self.sentence(), sys.stderr)
         if self.memory > (free := available()):
             log.warning("%s", self._excess(free))
 
