@@ -194,7 +194,7 @@ def _measurer(
     model: nn.Module, batches: tuple[Batch, ...], loss_fn: LossFn, problem: Problem, method: str, progress: bool
 ) -> Callable[[Sequence[NDArray[np.intp]]], Array]:
     """A function that measures loss increases of choices; each layer is rounded once for each scheme."""
-    moments = moments_needed(method, model, problem.layers, batches, loss_fn)
+    moments = dict(moments_needed(method, model, problem.layers, batches, loss_fn))
     schemes = tuple(parse_scheme(name) for name in problem.schemes)
     rounder = RoundingStore(method, moments)
     task = Task(model, batches, loss_fn, problem.layers, schemes, rounder, progress=progress)

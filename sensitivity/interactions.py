@@ -64,7 +64,7 @@ def interactions(
     parsed = tuple(parse_scheme(scheme) if isinstance(scheme, str) else scheme for scheme in schemes)
     with evaluating(model):
         reference = mean_loss(model, batches, loss_fn)
-        moments = moments_needed(method, model, layers, batches, loss_fn)
+        moments = dict(moments_needed(method, model, layers, batches, loss_fn))
         task = Task(model, batches, loss_fn, layers, parsed, RoundingStore(method, moments), progress=progress)
         losses, pairs = (_from_outputs if way == "outputs" else _measured)(task)
     provenance: dict[str, Any] = {

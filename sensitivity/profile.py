@@ -132,7 +132,7 @@ def profile(
         }  # fmt: skip
         rounder = method
         if isinstance(rounder, str):
-            rounder = MethodRounder(rounder, moments_needed(rounder, model, layers, batches, loss_fn))
+            rounder = MethodRounder(rounder, dict(moments_needed(rounder, model, layers, batches, loss_fn)))
         journal = Journal(resume, settings)
         flat = not scorer.compares_losses and flat_loss(model, batches[0], loss_fn)
         task = Task(

@@ -74,7 +74,7 @@ class Case:
     @cached_property
     def moments(self) -> dict[str, Tensor]:
         """Second moments of the layers' inputs on the calibration data."""
-        return moments_needed("gptq", self.model, find_layers(self.model), self.calibration, self.loss_fn)
+        return dict(moments_needed("gptq", self.model, find_layers(self.model), self.calibration, self.loss_fn))
 
     def divergence(self, name: str) -> Tensor:
         """KL divergence of every prediction in a uniform format, rounded by GPTQ."""

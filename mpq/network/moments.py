@@ -27,6 +27,13 @@ def second_moments(
     `forward(model, batch)` runs the model; its result is ignored. A weight shared by an embedding and a linear layer
     gets the linear layer's inputs; other embeddings and layers without inputs are left out.
     """
+    return dict(moments_in_turn(model, layers, batches, forward))
+
+
+def moments_in_turn(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], forward: LossFn
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and moments of `second_moments`, one whole matrix in memory at a time beside the halves that are summed."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     widths: dict[str, int] = {}
@@ -49,7 +56,8 @@ def second_moments(
     sums = total(sums)
     rows = total({name: torch.tensor(count) for name, count in counts.items()})
     widths = gathered(widths)
-    return {name: whole_gram(sums.pop(name), widths[name]).div_(max(int(rows[name]), 1)) for name in list(sums)}
+    for name in list(sums):
+        yield name, whole_gram(sums.pop(name), widths[name]).div_(max(int(rows[name]), 1))
 
 
 def counted_rows(

@@ -3,7 +3,7 @@
 Each layer is rounded once in each format, so that evaluating an allocation costs only a forward pass.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
@@ -13,13 +13,14 @@ from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 from mpq.network.calibration import Batch, LossFn
-from mpq.network.moments import second_moments
+from mpq.network.moments import moments_in_turn
 from mpq.network.shelf import LIMIT, Kept, Shelf
 from mpq.rounding import METHODS, Method, method_named
 from mpq.rounding.mixed import mixed
 from mpq.rounding.reference import Quantized, no_codes
 
-Moments: TypeAlias = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None
+Pairs: TypeAlias = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]  # layer names and moments
+Moments: TypeAlias = Pairs | Callable[[], Pairs] | None
 
 
 class Rounder(Protocol):
@@ -38,8 +39,8 @@ class MethodRounder:
 
     Args:
         method: rounding method, by name or itself.
-        second_moments: of the layers' inputs, by layer name, where the method uses them, or a function that returns
-            them, called when the first layer is rounded.
+        second_moments: of the layers' inputs, by layer name or in turn, where the method uses them, or a function that
+            returns them, called when the first layer is rounded.
     """
 
     def __init__(self, method: "str | Method" = "mse", second_moments: Moments = None) -> None:
@@ -68,9 +69,13 @@ class MethodRounder:
 
     def _moment(self, layer: str) -> Tensor | None:
         """The second moment of a layer's inputs, if it is known."""
-        if callable(self._second_moments):
-            self._second_moments = self._second_moments()
+        if not isinstance(self._second_moments, Mapping):
+            self._second_moments = dict(self._all_moments())
         return self._second_moments.get(layer)
+
+    def _all_moments(self) -> Iterable[tuple[str, Tensor]]:
+        found = self._second_moments() if callable(self._second_moments) else self._second_moments
+        return found.items() if isinstance(found, Mapping) else found
 
 
 class RoundingStore(MethodRounder):
@@ -101,9 +106,8 @@ class RoundingStore(MethodRounder):
 
     def _moment(self, layer: str) -> Tensor | None:
         if self._moments is None:
-            moments = dict(self._second_moments() if callable(self._second_moments) else self._second_moments)
+            self._moments = {name: self._shelf.keep(moment) for name, moment in self._all_moments()}
             self._second_moments = {}
-            self._moments = {name: self._shelf.keep(moments.pop(name)) for name in list(moments)}
         if self._last[0] != layer:
             self._last = layer, self._moments[layer]() if layer in self._moments else None
         return self._last[1]
@@ -132,8 +136,6 @@ def rounder_of(method: str | Rounder, second_moments: Moments = None) -> Rounder
 
 def moments_needed(
     method: str, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], forward: LossFn
-) -> dict[str, Tensor]:
-    """The second moments of the layers' inputs by layer name, if the rounding method needs them; else none."""
-    if not METHODS.named(method).second_moment:
-        return {}
-    return second_moments(model, layers, batches, forward)
+) -> Iterable[tuple[str, Tensor]]:
+    """Layer names and second moments of the layers' inputs, in turn, if the rounding method needs them; else none."""
+    return moments_in_turn(model, layers, batches, forward) if METHODS.named(method).second_moment else ()
