@@ -111,7 +111,9 @@ def _named(model: nn.Module, ranges: Ranges | None, layer: str, packed: Packed, 
         assert ranges is not None
         assert scheme.activation is not None
         device = packed.tensors["packed"].device
-        tensors["input_scale"] = torch.tensor([static_scale(scheme.activation, ranges[layer])], device=device)
+        tensors["input_scale"] = torch.tensor(
+            [static_scale(scheme.activation, ranges[layer])], device=device, dtype=torch.float32
+        )
     return {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
 
 

@@ -85,9 +85,9 @@ def _named(model: nn.Module, ranges: Ranges, layer: str, packed: Packed, scheme:
         return {f"{layer}.weight": matrix_to_weight(packed.tensors["packed"], model.get_submodule(layer))}
     tensors = modelopt_tensors(packed)
     if scheme.activation is not None and scheme.activation.granularity == "tensor":
-        tensors["input_scale"] = torch.tensor(static_scale(scheme.activation, ranges[layer]))
+        tensors["input_scale"] = torch.tensor(static_scale(scheme.activation, ranges[layer]), dtype=torch.float32)
     elif _algorithm(scheme) == "NVFP4":
-        tensors["input_scale"] = torch.ones(())
+        tensors["input_scale"] = torch.ones((), dtype=torch.float32)
     return {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
 
 

@@ -229,7 +229,7 @@ def _activations(task: Task, keep: _Keeper) -> dict[str, Numbers]:
 def _by_sample(parts: Sequence[Tensor]) -> Tensor:
     """(samples, numbers); one row if samples had different numbers of positions, a zero without any."""
     if not parts:
-        return torch.zeros(1, 1)
+        return torch.zeros(1, 1, dtype=torch.float32)
     flat = [part.flatten(1) if part.ndim > 1 else part.reshape(1, -1) for part in parts]
     if len({part.shape[1] for part in flat}) == 1:
         return torch.cat(flat)

@@ -125,7 +125,10 @@ class Architecture:
     def masks(self, layers: Sequence[Layer], options: Sequence[int]) -> dict[str, Tensor]:
         """Mask of each layer's matrix, (1, cols), by name; unused rows are not masked, since nothing reads them."""
         pairs = zip(layers, self.kept(layers, options), strict=True)
-        masks = {layer.name: torch.zeros(1, layer.cols).index_fill_(1, columns, 1) for layer, (_, columns) in pairs}
+        masks = {
+            layer.name: torch.zeros(1, layer.cols, dtype=torch.float32).index_fill_(1, columns, 1)
+            for layer, (_, columns) in pairs
+        }
         return {name: mask for name, mask in masks.items() if not bool(mask.all())}
 
     @torch.no_grad()

@@ -84,7 +84,8 @@ class Controller:
         self.baseline: float | None = None
         self.counts = torch.tensor(counts or [options] * decisions)  # options of each decision
         impossible = torch.arange(options) >= self.counts.unsqueeze(1)
-        self.logits = torch.zeros(decisions, options).masked_fill_(impossible, IMPOSSIBLE).requires_grad_()
+        logits = torch.zeros(decisions, options, dtype=torch.float32)
+        self.logits = logits.masked_fill_(impossible, IMPOSSIBLE).requires_grad_()
         self._optimizer = torch.optim.Adam([self.logits], lr=schedule.rate)
 
     @property

@@ -68,7 +68,9 @@ class InputCurvature:
     def _of_inputs(self, uses: list[Use], format: Format, samples: int) -> Tensor:
         calls = [use for use in uses if not isinstance(use.module, nn.Embedding)]
         products = [input_error_slopes(use, format).reshape(samples, -1).sum(1) for use in calls]
-        return torch.stack(products).sum(0).square().unsqueeze(1) if products else torch.zeros(samples, 1)
+        if not products:
+            return torch.zeros(samples, 1, dtype=torch.float32)
+        return torch.stack(products).sum(0).square().unsqueeze(1)
 
 
 def input_scores(task: Task, labels: Labels) -> RowScores:
@@ -105,7 +107,7 @@ def _portions(layers: Sequence[Layer], formats: int) -> Iterator[list[Layer]]:
 
 def _weight_errors(task: Task, layer: Layer, weights: Sequence[Format]) -> Tensor:
     schemes = {scheme.weight: scheme for scheme in task.schemes}
-    errors = torch.empty(layer.rows, layer.cols, len(weights))
+    errors = torch.empty(layer.rows, layer.cols, len(weights), dtype=torch.float32)
     for number, format in enumerate(weights):
         errors[..., number] = task.weight_error(layer, schemes[format])
     return errors

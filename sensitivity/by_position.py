@@ -43,12 +43,12 @@ class PositionCurvature:
 
     def add(self, uses: list[Use], samples: int) -> None:
         """Take the calls of the layer on some samples."""
-        sizes = torch.zeros(samples)
+        sizes = torch.zeros(samples, dtype=torch.float32)
         for use in uses:
             if isinstance(use.module, nn.Embedding):
                 slopes = use.gradient.float().flatten(0, -2)
                 squares = slopes.square().sum(-1)
-                tokens = torch.zeros(1, self.layer.rows, device=squares.device)
+                tokens = torch.zeros(1, self.layer.rows, device=squares.device, dtype=torch.float32)
                 add(self.sums, "lookups", half_gram(slopes.unsqueeze(0)).cpu())
                 add(self.sums, "tokens", tokens.index_add_(1, use.inputs.flatten(), squares.unsqueeze(0)).cpu())
             else:

@@ -70,7 +70,7 @@ class _Seen:
 
     def __init__(self, names: Sequence[str], formats: Sequence[Format], samples: int) -> None:
         self.formats = formats
-        self.squares = {name: torch.zeros(len(formats), samples) for name in names}
+        self.squares = {name: torch.zeros(len(formats), samples, dtype=torch.float32) for name in names}
 
     def watch(self, name: str, vectors: Tensor) -> Tensor:
         """The vectors, with a hook on their gradient."""

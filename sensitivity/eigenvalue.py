@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
-from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, samples_in, seeded
+from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, samples_in, seeded_normal
 from mpq.network.prepare import prepared
 from mpq.network.samples import arranged
 from mpq.quantized import Moments, checked_layers
@@ -184,4 +184,4 @@ def _lanczos(task: Task, operator: str, max_steps: int, tolerance: float) -> Ite
 
 def _start(task: Task, layer: Layer) -> Tensor:
     weight: Tensor = task.module(layer).weight  # type: ignore[assignment]
-    return torch.randn(weight.shape, generator=seeded(task.seed, "eigenvalue", layer.name)).to(weight.device)
+    return seeded_normal(weight.shape, task.seed, "eigenvalue", layer.name).to(weight.device)

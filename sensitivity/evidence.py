@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme, parse_scheme
-from mpq.network.calibration import Batch, LossFn, logits_of, seeded, with_logits
+from mpq.network.calibration import Batch, LossFn, logits_of, seeded_normal, with_logits
 from mpq.network.parallel import gathered
 from mpq.network.uses import seeing_uses
 from mpq.rounding.reference import Quantized
@@ -134,7 +134,7 @@ def _slope(model: nn.Module, batch: Batch, loss_fn: LossFn, outputs: Sequence[An
     shifted: list[Any] = []
     for number, output in enumerate(outputs):
         detached = logits_of(output).detach()
-        noise = torch.randn(detached.shape, generator=seeded(0, "shift", number)).to(detached.device)
+        noise = seeded_normal(detached.shape, 0, "shift", number).to(detached.device)
         logits.append((detached + shift * detached.float().square().mean().sqrt() * noise).requires_grad_())
         shifted.append(with_logits(copy.copy(output), logits[-1]))
     with torch.enable_grad(), replaying(model, shifted):

@@ -40,7 +40,7 @@ def fisher(task: Task, *, labels: str = "data") -> Scores:
 
 def fisher_diagonals(task: Task, labels: str = "data") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Every layer's E_n[g_nj^2], (rows, cols), and the `power_sums` over samples of its sum, by layer name."""
-    diagonals = {layer.name: torch.zeros(layer.rows, layer.cols) for layer in task.layers}
+    diagonals = {layer.name: torch.zeros(layer.rows, layer.cols, dtype=torch.float32) for layer in task.layers}
     sums = {layer.name: torch.zeros(3, dtype=torch.float64) for layer in task.layers}
     for index in task.own_batches("per-sample gradients"):
         for samples, uses in layer_uses(task, index, labels):
@@ -54,11 +54,11 @@ def fisher_diagonals(task: Task, labels: str = "data") -> tuple[dict[str, Tensor
 def _add_squares(diagonal: Tensor, uses: list[Use], samples: int, layer: Layer) -> Tensor:
     """Add the samples' squared gradients to the diagonal; their sums (samples,). Several uses of a weight add up."""
     step = max(1, CHUNK // layer.params)
-    totals = [torch.zeros(0)]
+    totals = [torch.zeros(0, dtype=torch.float32)]
     for start in range(0, samples if uses else 0, step):
         count = min(step, samples - start)
         parts = uses if samples == 1 else [use.take(slice(start, start + count)) for use in uses]
         gradients = torch.stack([part.weight_gradients(count, layer.rows) for part in parts]).sum(0).square()
         diagonal += gradients.sum(0).cpu()
         totals.append(gradients.sum((1, 2)).cpu())
-    return torch.cat(totals) if uses else torch.zeros(samples)
+    return torch.cat(totals) if uses else torch.zeros(samples, dtype=torch.float32)

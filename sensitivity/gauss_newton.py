@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.layer import Layer
-from mpq.network.calibration import outputs_of, samples_in, seeded, tensors_in
+from mpq.network.calibration import outputs_of, samples_in, seeded_normal, tensors_in
 from mpq.sensitivity.derivatives import Use, Uses, designed_uses
 from mpq.sensitivity.graph import differentiable_twice, only_gradients_of
 from mpq.sensitivity.predictions import predictions
@@ -42,7 +42,7 @@ def _squares(layer: Layer, draws: Sequence[Uses], samples: int) -> Tensor:
     """Sum over samples of the squared norm of the layer's gradient, of each draw (draws,)."""
     calls = [uses[layer.name] for uses in draws]  # of the same inputs
     if not calls[0]:
-        return torch.zeros(len(draws))
+        return torch.zeros(len(draws), dtype=torch.float32)
     if any(isinstance(use.module, nn.Embedding) for use in calls[0]):
         return torch.stack([_looked_up(layer, uses, samples) for uses in calls])
     inputs = torch.cat([use.rows(samples)[0] for use in calls[0]], 2)  # (samples, groups, positions, cols)
@@ -98,13 +98,13 @@ def straight_layers(task: Task) -> list[bool]:
         if not outputs:
             return [False] * count
         parts = [
-            (each * torch.randn(each.shape, generator=seeded(task.seed, "straight", k)).to(each.device)).sum()
+            (each * seeded_normal(each.shape, task.seed, "straight", k).to(each.device)).sum()
             for k, each in enumerate(outputs)
         ]
         slopes = Hessian(torch.stack(parts).sum(), outputs, weights)
 
         def straight(i: int) -> bool:
-            vector = torch.randn(weights[i].shape, generator=seeded(task.seed, "bend", i)).to(weights[i].device)
+            vector = seeded_normal(weights[i].shape, task.seed, "bend", i).to(weights[i].device)
             return not bool(slopes.block(i, vector).any())
 
         known = {i: straight(i) for i in few}

@@ -67,7 +67,7 @@ class KroneckerStatistics:
 
     def add(self, uses: list[Use], samples: int) -> None:
         """Take the calls of the layer on some samples."""
-        sizes = torch.zeros(samples)
+        sizes = torch.zeros(samples, dtype=torch.float32)
         for use in uses:
             if isinstance(use.module, nn.Embedding):
                 slopes = use.gradient.float().flatten(0, -2)

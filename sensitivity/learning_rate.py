@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import check_loss, seeded
+from mpq.network.calibration import check_loss, seeded_normal
 from mpq.sensitivity.graph import differentiable_twice
 from mpq.sensitivity.lanczos import Lanczos
 from mpq.sensitivity.products import Hessian
@@ -77,7 +77,7 @@ def learning_rate(
         raise MpqError(f"unknown optimizer {optimizer!r}: expected adam or sgd")
     scale = _adam_scale(losses, parameters, damping) if optimizer == "adam" else None
     sizes = [parameter.numel() for parameter in parameters]
-    start = torch.randn(sum(sizes), generator=seeded(seed, "learning rate")).to(parameters[0].device)
+    start = seeded_normal(sum(sizes), seed, "learning rate").to(parameters[0].device)
     lanczos = Lanczos(start)
     with differentiable_twice():
         curvature = Hessian(check_loss(losses[0](), 0), (), parameters)
@@ -107,7 +107,8 @@ def _rate(eigenvalues: Sequence[float], optimizer: str, damping: float, beta: fl
 
 def _adam_scale(losses: Sequence[Callable[[], Tensor]], parameters: Sequence[Tensor], damping: float) -> Tensor:
     """1 / root of Adam's denominators, flat."""
-    squares = torch.zeros(sum(parameter.numel() for parameter in parameters), device=parameters[0].device)
+    count = sum(parameter.numel() for parameter in parameters)
+    squares = torch.zeros(count, device=parameters[0].device, dtype=torch.float32)
     for loss in losses:
         gradients = torch.autograd.grad(loss(), parameters, materialize_grads=True)
         squares += torch.cat([one.float().flatten() for one in gradients]).square() / len(losses)

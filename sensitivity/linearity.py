@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
-from mpq.network.calibration import seeded
+from mpq.network.calibration import seeded_normal
 from mpq.network.layers import weight_matrix
 from mpq.sensitivity.loss import ByBatch, batch_losses, batch_shares, mean_and_error, with_weight
 from mpq.sensitivity.task import Scores, Task, score_weight_errors
@@ -51,7 +51,7 @@ def _slope(
     weight = weight_matrix(task.module(layer)).detach().float()
     changes = []
     for draw in range(draws):
-        normal = torch.randn(weight.shape, generator=seeded(task.seed, "noise", layer.name, draw)).to(weight.device)
+        normal = seeded_normal(weight.shape, task.seed, "noise", layer.name, draw).to(weight.device)
         shift = normal * (noise * weight.norm() / normal.norm())
         both = np.zeros_like(reference)
         for sign in (1, -1):

@@ -106,7 +106,7 @@ class OutputStatistics:
 
     def add(self, uses: list[Use], samples: int, weighted: bool) -> None:
         """Take the calls of the layer on some samples."""
-        sizes = torch.zeros(samples)
+        sizes = torch.zeros(samples, dtype=torch.float32)
         for use in uses:
             if isinstance(use.module, nn.Embedding):
                 slopes = use.gradient.float()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import Batch, LossFn, check_gradient, logits_of, seeded, with_logits
+from mpq.network.calibration import Batch, LossFn, check_gradient, logits_of, seeded, seeded_normal, with_logits
 
 CHUNK = 2**20  # numbers of logits taken at a time
 TOLERANCE = 1e-3  # of the check that a loss is cross-entropy; float32 errs by about 1e-6
@@ -49,7 +49,7 @@ def predictions(
         if not logits.ndim:
             raise MpqError("the model returns its loss: give labels to a loss function of the model's logits instead")
         generator = seeded(0, "predictions", len(replaced))
-        random = torch.randn(logits.shape, generator=generator).to(logits.device).requires_grad_()
+        random = torch.randn(logits.shape, generator=generator, dtype=torch.float32).to(logits.device).requires_grad_()
         replaced.append(random)
         return with_logits(output, random)
 
@@ -123,7 +123,7 @@ def _one_label_each(logits: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor] | N
 def _soft_labels(loss: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and most likely targets by the loss's curvature, which is w (diag(p) - p p^T) whatever the labels are."""
     slopes = torch.autograd.grad(loss, logits, create_graph=True, retain_graph=True, materialize_grads=True)[0]
-    vectors = torch.randn(logits.shape, generator=seeded(0, "check")).to(logits.device)
+    vectors = seeded_normal(logits.shape, 0, "check").to(logits.device)
     curved = torch.zeros_like(logits)
     if slopes.requires_grad:
         curved = torch.autograd.grad(slopes, logits, vectors, retain_graph=True, materialize_grads=True)[0]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, samples_in, seeded
+from mpq.network.calibration import Batch, LossFn, check_batches, evaluating, samples_in, seeded_normal
 from mpq.network.layers import find_layers
 from mpq.network.parallel import share, total
 from mpq.network.prepare import prepared
@@ -115,7 +115,7 @@ def spectrum(
 
 def _run(task: Task, operator: str, steps: int, run: int, size: int) -> tuple[Array, Array, Array]:
     device = next(task.model.parameters()).device
-    lanczos = Lanczos(torch.randn(size, generator=seeded(task.seed, "spectrum", run)).to(device))
+    lanczos = Lanczos(seeded_normal(size, task.seed, "spectrum", run).to(device))
     for _ in task.track(range(steps), f"spectrum, run {run + 1}"):
         if lanczos.exhausted:
             break

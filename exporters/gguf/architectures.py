@@ -164,7 +164,10 @@ def further_tensors(config: Any) -> dict[str, Tensor]:
     rope = rotation(config)
     kind = rope.get("rope_type", "default")
     if kind in ("longrope", "su"):
-        return {f"rope_factors_{one}.weight": torch.tensor(rope[f"{one}_factor"]) for one in ("long", "short")}
+        return {
+            f"rope_factors_{one}.weight": torch.tensor(rope[f"{one}_factor"], dtype=torch.float32)
+            for one in ("long", "short")
+        }
     if kind != "llama3":
         return {}
     width = rotated(config)

@@ -22,7 +22,7 @@ def nbits_matrix(codes: Tensor, zeros: Tensor, values: dict[str, int]) -> tuple[
     blocks = -(-cols // values["block_size"])
     if zeros.ndim:
         return fields(codes, bits).reshape(rows, -1)[:, :cols], fields(zeros, bits).reshape(rows, -1)[:, :blocks]
-    return fields(codes, bits).reshape(rows, -1)[:, :cols], torch.tensor(2.0 ** (bits - 1))
+    return fields(codes, bits).reshape(rows, -1)[:, :cols], torch.tensor(2.0 ** (bits - 1), dtype=torch.float32)
 
 
 def reference_outputs(file: Path, inputs: tuple[Any, ...]) -> list[Tensor]:
@@ -51,7 +51,7 @@ def _matmul_nbits() -> Any:
         def _run(
             self, a: Any, codes: Any, scales: Any, zeros: Any = None, *_: Any, **values: Any
         ) -> tuple[NDArray[Any]]:
-            stored = torch.zeros(()) if zeros is None else torch.tensor(zeros)
+            stored = torch.zeros((), dtype=torch.float32) if zeros is None else torch.tensor(zeros)
             numbers, points = nbits_matrix(torch.tensor(codes), stored, values)
             size, cols = values["block_size"], values["K"]
             steps = torch.tensor(scales).reshape(values["N"], -1).repeat_interleave(size, 1)[:, :cols]

@@ -190,7 +190,7 @@ def round_inputs(graph: Graph, weight: str, format: Format, span: tuple[float, f
             node.input[0] = rounded[source]
     if not rounded:
         raise MpqError(f"no product with {weight} was found in the graph: leave its activations in floating point")
-    graph.store(parameters[0], TensorProto.FLOAT, [], torch.tensor([static_scale(format, span)]))
+    graph.store(parameters[0], TensorProto.FLOAT, [], torch.tensor([static_scale(format, span)], dtype=torch.float32))
 
 
 def _scale(graph: Graph, name: str, quantized: Quantized, whole: bool = False) -> str:

@@ -70,7 +70,11 @@ def _numbers(weight: str, stored: Mapping[str, Any], users: Mapping[str, Any], f
     if name.endswith(".copy"):
         return codes
     scales = _array(stored[f"{weight}.scale"], folder)
-    zeros = _array(stored[f"{weight}.zeros"], folder) if f"{weight}.zeros" in stored else torch.zeros(())
+    zeros = (
+        _array(stored[f"{weight}.zeros"], folder)
+        if f"{weight}.zeros" in stored
+        else torch.tensor(0.0, dtype=torch.float32)
+    )
     user = users[name]
     values = {attribute.name: int(attribute.i) for attribute in user.attribute}
     if user.op_type == "MatMulNBits":

@@ -241,7 +241,7 @@ def _layer(builder: _Builder, node: fx.Node) -> Value:
     shape = module.weight.shape
     weight = decode(quantized.codes, quantized.format.grid).double()
     scale = quantized.scales.double().flatten().expand(shape[0]) * inputs.scale
-    bias = torch.zeros(shape[0]).double() if module.bias is None else module.bias.detach().double()
+    bias = torch.zeros(shape[0], dtype=torch.float64) if module.bias is None else module.bias.detach().double()
     wide = bias.abs() > LARGEST_BIAS * scale.abs()  # next to such a bias the channel's weights are rounding errors
     coarser = torch.where(wide, bias.abs() / LARGEST_BIAS, scale)
     weight = (weight * (scale / coarser).unsqueeze(1)).round().long().reshape(shape)

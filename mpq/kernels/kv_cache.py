@@ -78,7 +78,7 @@ def quantize_heads(vectors: Tensor, format: Format | int) -> Heads:  # float (ba
 
 def _rounded(matrix: Tensor, format: Format) -> Quantized:
     """Finite vectors (rows, width), each with its own scales."""
-    one = torch.ones((), device=matrix.device)
+    one = torch.ones((), device=matrix.device, dtype=torch.float32)
     scales = one.reshape(1, 1) if format.granularity == "tensor" else None
     return quantize(matrix, format, scales=scales, tensor_scale=one if format.tensor_scale else None)
 
@@ -108,7 +108,7 @@ def dequantize_heads(heads: Heads) -> Tensor:
         return heads.codes.float()
     names = ("packed", "scale", "minimum")
     tensors = {name: tensor.flatten(0, 2) for name, tensor in zip(names, heads.tensors, strict=False)}
-    one = torch.ones((), device=heads.codes.device)
+    one = torch.ones((), device=heads.codes.device, dtype=torch.float32)
     if format.granularity == "tensor":
         tensors["scale"] = one.reshape(1, 1)
     if format.tensor_scale:

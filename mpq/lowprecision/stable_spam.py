@@ -70,7 +70,12 @@ class StableSPAM(torch.optim.Optimizer):
     def _fresh(self, parameter: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         state.update(step=0, age=0)
-        state.update({name: torch.zeros((), device=parameter.device) for name in ("largest", "norm", "squared_norm")})
+        state.update(
+            {
+                name: torch.zeros((), device=parameter.device, dtype=torch.float32)
+                for name in ("largest", "norm", "squared_norm")
+            }
+        )
         state.update({name: torch.zeros_like(parameter, dtype=torch.float32) for name in ("first", "second")})
         return state
 

@@ -253,7 +253,7 @@ def _ordinary(batch: Batch) -> Batch:
 def check_loss(loss: object, batch_index: int) -> Tensor:
     """The loss as a tensor; NotFiniteError naming the batch when it is NaN or infinite, MpqError for no number."""
     if isinstance(loss, Real):
-        loss = torch.tensor(float(loss))
+        loss = torch.tensor(float(loss), dtype=torch.float32)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
         came = f"a {type(loss).__name__}"
         if isinstance(loss, Tensor):
@@ -288,6 +288,11 @@ def seeded(seed: int, *names: object) -> torch.Generator:
     """A generator on the CPU that depends on the seed and the names only."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def seeded_normal(shape: Sequence[int] | int, seed: int, *names: object) -> Tensor:
+    """Standard normal numbers on the CPU, float32 whatever the default dtype, that depend on seed and names only."""
+    return torch.randn(shape, generator=seeded(seed, *names), dtype=torch.float32)
 
 
 @contextmanager

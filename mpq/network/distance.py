@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.core.errors import MpqError
-from mpq.network.calibration import Batch, evaluating, seeded
+from mpq.network.calibration import Batch, evaluating, seeded_normal
 
 TARGET, UNIT = "target:", "unit:"  # prefixes of outputs' names in a batch: targets, and mean squares by sample
 
@@ -63,7 +63,7 @@ def with_targets(
             extra: dict[str, Tensor] = {}
             for name, part in parts.items():
                 unit = part.float().square().mean().clamp(min=torch.finfo(torch.float32).tiny)
-                drawn = torch.randn(part.shape, generator=seeded(seed, "targets", index, name)).to(part.device)
+                drawn = seeded_normal(part.shape, seed, "targets", index, name).to(part.device)
                 extra[TARGET + name] = part.float() + (drawn * (unit / 2).sqrt() if noise else 0)
                 extra[UNIT + name] = unit.expand(len(part)).clone()
             targeted.append({**batch, **extra})

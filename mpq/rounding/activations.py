@@ -20,7 +20,7 @@ def fake_quantize_inputs(module: nn.Module, inputs: Tensor, format: Format, scal
     channels = inputs.ndim - len(module.kernel_size) - 1 if isinstance(module, _ConvNd) else -1
     tokens = inputs.movedim(channels, -1)
     matrix = tokens.reshape(-1, tokens.shape[-1])
-    scales = None if scale is None else torch.full((1, 1), scale, device=inputs.device)
+    scales = None if scale is None else torch.full((1, 1), scale, device=inputs.device, dtype=torch.float32)
     rounded = dequantize(quantize(matrix, format, scales=scales)).reshape(tokens.shape)
     return rounded.movedim(-1, channels).to(inputs.dtype)
 

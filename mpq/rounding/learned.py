@@ -137,7 +137,7 @@ def _slopes(matrix: Tensor, tables: Quantized) -> tuple[Tensor, Tensor, Tensor, 
     if minima is not None:
         elements = elements - minima.unsqueeze(-1)
     elements = elements / scales.unsqueeze(-1)
-    zeros = torch.zeros(()) if tables.zeros is None else tables.zeros.unsqueeze(-1).float()
+    zeros = torch.zeros((), dtype=torch.float32) if tables.zeros is None else tables.zeros.unsqueeze(-1).float()
     low, high = format.grid.min - zeros, format.grid.max - zeros
     rounded = snap(elements, format.grid) if tables.zeros is None else elements.round().clamp(low, high)
     inside = (elements >= low) & (elements <= high)

@@ -141,7 +141,7 @@ def dequantize(quantized: Quantized) -> Tensor:
     """The values of the codes, float32 (rows, cols)."""
     format = quantized.format
     if quantized.parts:
-        whole = torch.empty(quantized.shape, device=quantized.codes.device)
+        whole = torch.empty(quantized.shape, device=quantized.codes.device, dtype=torch.float32)
         for part, rows in zip(quantized.parts, quantized.part_rows(), strict=True):
             whole[rows] = dequantize(part)
         return whole
@@ -150,7 +150,7 @@ def dequantize(quantized: Quantized) -> Tensor:
     step = rows_at_once(quantized.shape[1])
     if quantized.shape[0] <= step or format.granularity == "tensor":
         return _numbers(quantized)
-    whole = torch.empty(quantized.shape, device=quantized.codes.device)
+    whole = torch.empty(quantized.shape, device=quantized.codes.device, dtype=torch.float32)
     for first in range(0, quantized.shape[0], step):
         some = slice(first, first + step)
         whole[some] = _numbers(_some_rows(quantized, some))

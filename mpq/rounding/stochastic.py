@@ -34,7 +34,7 @@ def stochastic_round(values: Tensor, grid: Grid, generator: torch.Generator, ran
     low, high = table[upper - 1], table[upper]
     fraction = (numbers - low) / (high - low)
     if random_bits is None:
-        draws = 1 - torch.rand(numbers.shape, generator=generator, device=values.device)
+        draws = 1 - torch.rand(numbers.shape, generator=generator, device=values.device, dtype=torch.float32)
     else:
         parts = torch.randint(0, 2**random_bits, numbers.shape, generator=generator, device=values.device)
         draws = (2 * parts + 1) / 2 ** (random_bits + 1)

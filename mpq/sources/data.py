@@ -292,7 +292,7 @@ def _image_tensor(images: Any, network: Network) -> Tensor:
     if network.size is not None and tensor.shape[2:] != network.size:
         tensor = functional.interpolate(tensor, network.size, mode="bilinear", antialias=True)
     if network.mean:
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (network.mean, network.std))
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (network.mean, network.std))
         tensor = (tensor - mean) / std
     return tensor
 

@@ -64,7 +64,7 @@ class FakeQuantization(nn.Module):
         self._choose = method_named(method)
         self.schemes: dict[str, Scheme] = {}  # by layer name; a layer without one is not quantized
         self.masks: dict[str, Tensor] = {}  # by layer name
-        self.register_buffer("ranges", torch.full((len(self.layers),), torch.nan))
+        self.register_buffer("ranges", torch.full((len(self.layers),), torch.nan, dtype=torch.float32))
         self.learned = nn.ModuleList()
         formats = tuple(format for format in dict.fromkeys(learned) if learnable(format))
         self._modules_of = [[model.get_submodule(name) for name in layer.names] for layer in self.layers]

@@ -45,7 +45,8 @@ def objective_loss(
             loss_fn(teacher, batch)
     with outputs_of(student) as given, _outputs_at(student, names) as actual:
         task = loss_fn(student, batch)
-    total = objective.task * check_gradient(task) if objective.task else torch.zeros((), device=task.device)
+    nothing = torch.zeros((), device=task.device, dtype=torch.float32)
+    total = objective.task * check_gradient(task) if objective.task else nothing
     if objective.kl:
         each, weights = divergences(_single(given), _single(wanted), batch, objective.temperature)
         total = total + objective.kl * objective.temperature**2 * (each * weights).sum() / weights.sum().clamp(min=1)

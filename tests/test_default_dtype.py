@@ -1,0 +1,82 @@
+"""Results do not depend on torch's default dtype, which some programs set to bfloat16 or float64."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import mpq
+from mpq.core.allocation import Allocation
+from mpq.network.moments import second_moments
+from mpq.rounding import METHODS
+from mpq.rounding.store import MethodRounder
+from mpq.sensitivity import METRICS
+
+FORMATS = ("int3-g8", "nl4-g8", "nvfp4", "int4-g8-asym", "q4_k", "fp8-e4m3", "int4-g8+a:int8-token")
+BATCHES = [(torch.randint(0, 20, (6, 5), generator=torch.Generator().manual_seed(i)), torch.arange(6)) for i in (0, 1)]
+
+
+class Net(nn.Module):
+    """An embedding and three kinds of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(20, 16), nn.Conv1d(16, 16, 3, padding=1)
+        self.norm, self.out = nn.BatchNorm1d(16), nn.Linear(16, 8)
+
+    def forward(self, tokens):
+        """Class logits."""
+        return self.out(self.norm(self.conv(self.embed(tokens).mT)).relu().mean(2))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
+def other(request):
+    """Run something under another default dtype."""
+
+    def under(function):
+        torch.set_default_dtype(request.param)
+        try:
+            return function()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return under
+
+
+def cross_entropy(model, batch):
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_scores(net, other, metric):
+    formats = FORMATS if METRICS[metric].activations else FORMATS[:-1]
+
+    def scores():
+        return mpq.profile(net, BATCHES, cross_entropy, formats, metric=metric, progress=False)
+
+    assert np.array_equal(other(scores).scores, scores().scores)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rounded_models(net, other, method, tmp_path):
+    layers = mpq.profile(net, BATCHES, cross_entropy, ["int4-g8"], progress=False).layers
+    for scheme in FORMATS:
+        allocation = Allocation(layers, (scheme,) * len(layers))
+
+        def logits(allocation=allocation, folder=tmp_path / scheme):
+            moments = second_moments(net, layers, BATCHES, cross_entropy)
+            simulated = mpq.simulate(net, allocation, method, moments, trainable=False)
+            rounder = MethodRounder(method, moments)
+            mpq.export(net, allocation, folder, method=rounder, inputs=lambda model: model(BATCHES[0][0]))
+            loaded = mpq.load(folder, model=Net())
+            return simulated.eval()(BATCHES[0][0]), loaded(BATCHES[0][0])
+
+        for ours, expected in zip(other(logits), logits(), strict=True):
+            assert torch.equal(ours, expected)
