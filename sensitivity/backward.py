@@ -97,7 +97,7 @@ def stream_uses(task: Task, piece: Piece, see: See, labels: Labels, *, apart: bo
         return
     if not calls:
         return
-    top, weights = [loss], [torch.ones((), dtype=torch.float32)]
+    top, weights = [loss], [torch.ones_like(loss)]
     if labels.kind == "data":
         check_gradient(loss)
     else:

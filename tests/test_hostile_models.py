@@ -137,6 +137,27 @@ def scripted_part() -> nn.Module:
     return net(torch.jit.script(nn.Sequential(nn.Linear(16, 12), nn.ReLU())), nn.Linear(12, 4))
 
 
+class WithoutRows(nn.Module):
+    """Layers without a single weight beside others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.none, self.nothing = net(), nn.Linear(16, 0), nn.Linear(0, 4)
+
+    def forward(self, x):
+        return self.body(x) + self.nothing(self.none(x))
+
+
+class Copying(nn.Sequential):
+    """Runs copies of its layers."""
+
+    def forward(self, x):
+        for layer in self:
+            x = copy.deepcopy(layer)(x)
+        return x
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "compiled forward": compiled_forward,
     "compiled child": compiled_child,
@@ -153,6 +174,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "computed bias": lambda: computed_bias(pruned=False),
     "computed attention": computed_attention,
     "scripted part": scripted_part,
+    "no rows": lambda: WithoutRows().eval(),
+    "copied layers": lambda: Copying(*net()).eval(),
 }
 
 

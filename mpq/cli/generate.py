@@ -38,6 +38,8 @@ def run(options: argparse.Namespace) -> None:
     from mpq.sources import names_in, open_network
     from mpq.sources.networks import encoder_of, tokenizer_in
 
+    if any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
+        raise MpqError("the prompt holds bytes that are no UTF-8 text: give it in UTF-8")
     device = device_of(options.device)
     opened = open_any(options.folder, device=device, trust=options.trust)
     model = fuse(opened.model)

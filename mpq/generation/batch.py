@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mpq.core.errors import MpqError
 from mpq.generation.architectures import decoder_of
 from mpq.generation.decoder import step, step_each
-from mpq.generation.generate import Generation, choose
+from mpq.generation.generate import Generation, check_finite, choose
 from mpq.generation.memory import Memory, can_pack
 from mpq.generation.serving import cache_formats_of
 from mpq.network.calibration import evaluating, seeded
@@ -33,8 +33,10 @@ def generate_batch(
     token.
 
     Raises:
-        MpqError: no prompts, an empty one, or a model that the light loop does not compute.
+        MpqError: no prompts, an empty one, another number that is negative or not finite, or a model that the light
+            loop does not compute.
     """
+    check_finite(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     decoder = decoder_of(model)
     if decoder is None:
         raise MpqError(f"{type(model).__name__} cannot generate for several prompts at once: call generate for each")

@@ -1,5 +1,6 @@
 """Text generation from causal language models, packed or not, with tokens per second."""
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -51,8 +52,9 @@ def generate(
     models recompute all positions for each token.
 
     Raises:
-        MpqError: an empty prompt.
+        MpqError: an empty prompt, or another number that is negative or not finite.
     """
+    check_finite(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     if prompt.ndim != 1 or not len(prompt):
         raise MpqError(f"invalid prompt: expected one row of at least one token, not {tuple(prompt.shape)}")
     chosen = _Chosen(partial(choose, temperature=temperature, top_k=top_k, random=seeded(seed, "generate")))
@@ -65,6 +67,13 @@ def generate(
             _loop(_follower(model, decoder, prompt.device), prompt, chosen, max_new_tokens, stop)
     first = chosen.first or started
     return Generation(tuple(chosen.tokens), first - started, time.perf_counter() - first)
+
+
+def check_finite(**numbers: float) -> None:
+    """MpqError naming a number that is negative, infinite or NaN."""
+    for name, value in numbers.items():
+        if not 0 <= value < math.inf:
+            raise MpqError(f"invalid {name} {value}: expected a finite number of at least 0")
 
 
 @dataclass

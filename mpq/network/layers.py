@@ -37,8 +37,8 @@ EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)
 def layer_kind(module: nn.Module) -> str | None:
     """The kind of a quantizable module, None for any other.
 
-    A layer has one plain floating-point weight, of two dimensions or more. Left out are the output projection of
-    nn.MultiheadAttention, which reads its weight in a fused kernel, and weights that a property computes.
+    A layer has one plain floating-point weight of two dimensions or more, none of them 0. Left out are the output
+    projection of nn.MultiheadAttention, which reads its weight in a fused kernel, and weights that a property computes.
     """
     kind = next((kind for kind, cls in BASES.items() if isinstance(module, cls)), None)
     if kind is None and _transformers_conv1d(module) is not None:
@@ -49,7 +49,9 @@ def layer_kind(module: nn.Module) -> str | None:
     weight = getattr(module, "weight", None) if stored else None
     if not isinstance(weight, Tensor) or weight.ndim < 2 or weight.dtype not in FLOATS:
         return None
-    return kind if type(weight) in (Tensor, nn.Parameter) else None  # other tensors may hold packed numbers
+    if type(weight) not in (Tensor, nn.Parameter):  # other tensors may hold packed numbers
+        return None
+    return kind if weight.numel() else None
 
 
 def own_code(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@ reads of the values."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -58,17 +59,17 @@ def seeing_uses(
     def enter(module: nn.Module, args: Any) -> None:
         watch.depth += 1
 
-    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+    def leave(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         watch.depth -= 1
         if isinstance(output, Tensor):
-            return see(modules[module], module, call_input(args, kwargs), output)
+            return see(name, module, call_input(args, kwargs), output)
         return None
 
     handles = []
-    for module in modules:
-        if not inside(module):
+    for module, name in modules.items():
+        if not inside(module):  # a copy that is made during the pass keeps its hooks, and so its name
             handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+            handles.append(module.register_forward_hook(partial(leave, name), with_kwargs=True, always_call=True))
     try:
         with watch:
             yield

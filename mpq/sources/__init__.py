@@ -1,6 +1,7 @@
 """Opening models and data by name, as a model with calibration and evaluation batches."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ def open_source(
         data_name, network, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, seed=seed,
         evaluation_samples=evaluation_samples, untrusted=untrusted,
     )  # fmt: skip
-    data = with_objective(network, data, seed)
+    with _running(model_name, data.name, "config" in network.recipe):
+        data = with_objective(network, data, seed)
     if data.loss_fn is None and data.kind not in LOSSES:
         raise MpqError(f"{data.name} has no loss: let its loader return a 'loss_fn'")
     source = Source(
@@ -140,15 +142,20 @@ def open_source(
 def _check_runs(source: Source) -> None:
     """MpqError where a model from files does not run on a sample of its data, or a user's own on a whole batch."""
     batch, files = source.calibration[0], "config" in source.recipe
+    with _running(source.name, source.data, files), torch.no_grad(), evaluating(source.model):
+        source.loss_fn(source.model, take(batch, slice(0, 1)) if files else batch)
+
+
+@contextmanager
+def _running(name: str, data: str, files: bool) -> Iterator[None]:
+    """Turn what a model raises on data into MpqError; `files`: the model is from files."""
     try:
-        with torch.no_grad(), evaluating(source.model):
-            source.loss_fn(source.model, take(batch, slice(0, 1)) if files else batch)
+        yield
     except (MpqError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a config or vocabulary that does not fit fails anywhere inside
-        reason = summary(error)
         why = ": its config, weights and tokenizer do not fit together" if files else ""
-        raise MpqError(f"{source.name} does not run on a sample of {source.data} ({reason}){why}") from error
+        raise MpqError(f"{name} does not run on a sample of {data} ({summary(error)}){why}") from error
 
 
 def check_device(device: str | torch.device | None) -> None:

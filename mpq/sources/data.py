@@ -97,7 +97,7 @@ def open_data(
         raise MpqError(f"seqlen {seqlen} is more than {network.name} takes: at most {network.context}")
     if nsamples < 1 or (batch_size is not None and batch_size < 1):
         raise MpqError(f"nsamples and batch_size must be at least 1, not {nsamples} and {batch_size}")
-    seqlen = seqlen or min(SEQLEN, network.context or SEQLEN)
+    seqlen = min(SEQLEN, network.context or SEQLEN) if seqlen is None else seqlen
     batch_size = batch_size or _fitting(network, seqlen)
     wanted = Wanted(nsamples, seqlen, batch_size, seed, evaluation_samples)
     if name is None:
@@ -188,18 +188,25 @@ def _text(name: str, use: str, network: Network) -> str:
 
 
 def _whole_text(path: Path) -> list[str]:
-    return [path.read_text("utf-8")]
+    return [path.read_text("utf-8-sig")]
 
 
 def _lines_of_json(path: Path) -> list[str]:
     texts = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):  # strings may hold other line ends
         try:
             if line.strip():
-                texts.append(json.loads(line)["text"])
+                texts.append(_text_in(line))
         except (ValueError, KeyError, TypeError) as error:
             raise MpqError(f'{path} line {number} is not {{"text": ...}}: {error!r}') from error
     return texts
+
+
+def _text_in(line: str) -> str:
+    text = json.loads(line)["text"]
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r:.40} is no text")
+    return text
 
 
 def _parquet_column(path: Path) -> list[str]:
@@ -207,8 +214,8 @@ def _parquet_column(path: Path) -> list[str]:
     columns = parquet.read_schema(path).names
     if "text" not in columns:
         raise MpqError(f"{path} has the columns {', '.join(columns)}: expected a column called text")
-    texts: list[str] = parquet.read_table(path, columns=["text"])["text"].to_pylist()
-    return texts
+    texts: list[str | None] = parquet.read_table(path, columns=["text"])["text"].to_pylist()
+    return [text for text in texts if text is not None]
 
 
 def _from_hub(name: str, network: Network, wanted: Wanted) -> Data:

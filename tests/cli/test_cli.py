@@ -340,6 +340,8 @@ def test_a_packed_language_model_continues_a_prompt(tmp_path, capsys):
         said.append(capsys.readouterr().out.rpartition("\n\n")[0])
     assert said[0] == said[1]
     assert len(set(said)) == 3
+    assert main(["generate", str(tmp_path / "out"), "--prompt", "an invalid byte \udcff"]) == 2
+    assert "bytes that are no UTF-8 text" in capsys.readouterr().err
     texts = []
     for name in ("int8-token", "int2-asym"):
         assert main([*job[:-3], "--max-new-tokens", "20", "--kv-cache", name]) == 0

@@ -7,6 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from experiments.models.model_cases import CASES
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
+from mpq.generation.batch import generate_batch
 from mpq.generation.generate import choose, compare_speeds, generate
 from mpq.models.tiny_lm import LMConfig, TinyLM
 from mpq.network.calibration import logits_of, seeded
@@ -106,3 +107,13 @@ def test_an_empty_prompt_is_an_error(model):
 
 def test_speeds_of_several_models(model):
     assert set(compare_speeds({"a": model, "b": model}, PROMPT, max_new_tokens=4, rounds=2)) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "option", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1}, {"max_new_tokens": -5}], ids=str
+)
+def test_invalid_numbers_are_refused(model, option):
+    (name,) = option
+    for call in (lambda: generate(model, PROMPT, **option), lambda: generate_batch(model, [PROMPT], **option)):
+        with pytest.raises(MpqError, match=f"invalid {name} .*: expected a finite number of at least 0"):
+            call()

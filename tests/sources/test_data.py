@@ -53,9 +53,29 @@ def test_lines_of_json_give_the_same_windows_as_their_text(tmp_path):
     # Reading text turns "\r" into "\n", and the numbered characters hold one.
     changed = [{tuple(10 if c == 13 else c for c in row) for row in windows(part)} for part in (lines.calibration,)]
     assert changed == [windows(text.calibration)]
-    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
-    with pytest.raises(MpqError, match="line 2"):
-        open_data(str(tmp_path / "b.jsonl"), words())
+    for wrong in ('{"txt": "b"}', '{"text": 3}', '{"text": null}', '{"text": ["b"]}', '["text"]', '{"tex'):
+        (tmp_path / "b.jsonl").write_text(f'{{"text": "a"}}\n{wrong}\n')
+        with pytest.raises(MpqError, match="line 2 is not"):
+            open_data(str(tmp_path / "b.jsonl"), words())
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_byte_order_marks_and_line_ends_of_other_systems(kind, tmp_path):
+    """A mark is no text, and a line separator within a string of JSON ends no line."""
+    text = numbered(300).replace("\r", "") + "\u2028\x85 end"
+    plain = text if kind == "txt" else json.dumps({"text": text}, ensure_ascii=False) + "\n"
+    (tmp_path / f"a.{kind}").write_bytes(plain.encode())
+    (tmp_path / f"b.{kind}").write_bytes(b"\xef\xbb\xbf" + plain.replace("\n", "\r\n").encode())
+    one, other = (open_data(str(tmp_path / f"{name}.{kind}"), words(), nsamples=5, seqlen=10) for name in "ab")
+    assert windows(one.calibration) == windows(other.calibration)
+    assert windows(one.evaluation) == windows(other.evaluation)
+
+
+def test_windows_of_no_tokens_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text(numbered(300), "utf-8")
+    for seqlen in (0, 1, -5):
+        with pytest.raises(MpqError, match=f"invalid seqlen {seqlen}: expected at least 2"):
+            open_data(str(tmp_path / "a.txt"), words(), seqlen=seqlen)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")

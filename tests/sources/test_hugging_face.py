@@ -324,6 +324,15 @@ def test_a_model_that_does_not_run_on_its_data_is_refused_at_once(small_llama, l
         open_source(str(small_llama), str(small_llama / "tokens.npz"), nsamples=2, evaluation_samples=2)
 
 
+def test_a_classifier_that_needs_a_padding_token_is_refused(tmp_path):
+    """It takes one text at a time without one, which shows only on a whole batch."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=64, **sizes)
+    save(tmp_path / "classifier", transformers.LlamaForSequenceClassification(config))
+    with pytest.raises(MpqError, match=r"does not run on a sample of .*no padding token is defined"):
+        open_source(str(tmp_path / "classifier"), str(tmp_path / "text.txt"), nsamples=4, seqlen=16)
+
+
 def test_configs_with_infinities_or_without_a_context_are_accepted(tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     config = transformers.Mamba2Config(
