@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.benchmarks.model_matrix import run_case
+from experiments.benchmarks.model_matrix import is_causal, run_case
 from experiments.models.model_cases import CASES, SAMPLED
 
 pytest.importorskip("transformers")
@@ -13,6 +13,7 @@ def test_the_whole_job(name, tmp_path):
     row = run_case(CASES[name], tmp_path / "out")
     assert (row.status, row.layers > 5) == ("ok", True), row
     assert row.coverage > 0.8
+    assert row.generates == is_causal(CASES[name])
 
 
 def test_a_failing_model_becomes_a_row():
