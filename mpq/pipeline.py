@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,17 +58,17 @@ class Outcome:
     """Result of `quantize_model`."""
 
     folder: Path
-    table: SensitivityTable
-    frontier: Frontier
+    table: SensitivityTable = field(repr=False)
+    frontier: Frontier = field(repr=False)
     allocation: Allocation
-    measured: tuple[Measured, ...]  # the original, uniform formats, the packed model last
-    accepted: Acceptance
-    points: Mapping[int, Candidate]  # of the frontier, by index, measured on acceptance data
+    measured: tuple[Measured, ...] = field(repr=False)  # the original, uniform formats, the packed model last
+    accepted: Acceptance = field(repr=False)
+    points: Mapping[int, Candidate] = field(repr=False)  # of the frontier, by index, measured on acceptance data
     seconds: float  # that the job took
     max_kl: float | None = None  # the requested limit
     elsewhere: str = ""  # quality on text of another kind
     serving: Serving | None = None  # the requested memory or bits of the cache
-    activations: LiveActivations | None = None  # None where they cannot be counted
+    activations: LiveActivations | None = field(default=None, repr=False)  # None where they cannot be counted
 
     def words(self) -> tuple[str, ...]:
         """The measurements, in sentences."""
@@ -124,7 +124,6 @@ def quantize_model(
     ram: float | str | None = None,
     seed: int = 0,
     progress: bool = True,
-    trust: bool = False,
 ) -> Outcome:
     """Profile, search, export, load back and measure; writes the model, table, frontier, plot and report to `folder`.
 
@@ -169,7 +168,6 @@ def quantize_model(
             Without it, such a job is only warned about, where the system has less memory free.
         seed: of all random numbers.
         progress: show progress bars.
-        trust: whether the checkpoint may import the factory that built the model, to load it back.
 
     Raises:
         MpqError: invalid options, or a budget that cannot be met.
@@ -212,7 +210,7 @@ def quantize_model(
     allocation, rounder = accepted.chosen.allocation, accepted.chosen.rounder or measurer.store
     corrected = replace(source, model=with_means(source.model, accepted.chosen.means))
     export_to(target, corrected, allocation, folder, rounder)
-    packed = _packed(source, folder, trust) if plan.target.name == "mpq" else None
+    packed = _packed(source, folder) if plan.target.name == "mpq" else None
     measured = compare(measurer, frontier, accepted, packed, state_bytes(source.model), plan.sized)
     elsewhere = on_other_text(measurer, accepted, packed) if effort != "fast" else ""
     points = along(frontier, allocation, measurer) if source.kind != "loss" and effort != "fast" else {}
@@ -263,10 +261,10 @@ def _searched(
     return frontier, budget
 
 
-def _packed(source: Source, folder: Path, trust: bool) -> nn.Module:
+def _packed(source: Source, folder: Path) -> nn.Module:
     device = next((parameter.device for parameter in source.model.parameters()), torch.device("cpu"))
     own = None if source.recipe else copied(source.model)
-    return checkpoint.load(folder, model=own, device=device, trust=trust)
+    return checkpoint.load(folder, model=own, device=device, trust=True)  # only the factory that built the source
 
 
 def _write_artefacts(outcome: Outcome, source: Source, target: Target) -> None:

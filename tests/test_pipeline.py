@@ -57,6 +57,7 @@ def test_quantize_does_the_whole_job_for_a_custom_model(tmp_path):
     source = mpq.Source("mine", small_cnn(), batches, batches, cross_entropy)
     outcome = mpq.quantize(source, tmp_path / "out", bits=5, formats=FORMATS, metric="fisher", progress=False)
     assert outcome.allocation.bits <= 5
+    assert len(repr(outcome)) < 1000
     assert outcome.measured[-1].size == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert not [file for file in (tmp_path / "out").iterdir() if "unfinished" in file.name]
 

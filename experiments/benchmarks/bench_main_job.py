@@ -66,7 +66,7 @@ def quantize_memory() -> float:
     size = sum(4 * parameter.numel() for parameter in wide_model.build().parameters())
     with tempfile.TemporaryDirectory() as folder:
         module = "experiments.models.wide_model"
-        job = ["quantize", f"{module}:build", "--dataset", f"{module}:load", "--bits", "4.25", "--trust"]
+        job = ["quantize", f"{module}:build", "--dataset", f"{module}:load", "--bits", "4.25"]
         whole = peak(WHOLE, *job, "--formats", "int2-g64,int4-g64,int8-channel", "--output", f"{folder}/out")
     return (whole - peak(BASE) + size) / size
 

@@ -52,7 +52,6 @@ def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> 
         help="model: tiny-lm, tiny-cnn, a Hugging Face folder or id, timm:NAME, package.module:factory",
     )
     data_options(parser)
-    parser.add_argument("--trust", action="store_true", help="allow a checkpoint to import the model's own factory")
 
 
 def data_options(parser: argparse.ArgumentParser) -> None:

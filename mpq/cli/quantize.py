@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
     recipe.begin(options.output, steps)
     outcome = quantize_model(
         source, options.output, bits=options.bits, size=options.size, max_kl=options.max_kl, table=table, pin=pin,
-        ties=not options.no_ties, trust=options.trust, target=options.target, effort=options.effort,
+        ties=not options.no_ties, target=options.target, effort=options.effort,
         tuning_steps=options.tuning_steps, ram=options.ram, memory=options.memory, context=options.context,
         batch=options.batch, kv_bits=options.kv_bits, kv_formats=kv_formats, budgets=budgets, latencies=latencies,
         metric_options=settings.pop("options"), **settings,

@@ -67,6 +67,13 @@ def test_names_in_files_are_imported_only_with_trust(command, provenance, here, 
         assert (here / MARK).exists()
 
 
+def test_a_factory_on_the_command_line_needs_no_trust(tmp_path):
+    names = ["sources.some_models:classifier", "--dataset", "sources.some_models:labelled"]
+    options = ["--bits", "6", "--formats", "int4-channel,int8-channel", "--metric", "proxy:size", "--effort", "fast"]
+    assert main(["-q", "quantize", *names, *options, "-o", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
 def test_names_on_the_command_line_need_no_trust(here):
     with pytest.raises(RuntimeError, match="called"):
         open_source("intruder:make")
