@@ -42,6 +42,7 @@ def test_area_and_time_of_mixes_and_codebooks():
     assert area_of("int2-g32/int8-g32@4+a:int8-token") == area_of("int8-g32+a:int8-token") == 64 + 32
     assert area_of("nf4-g64") == 4 * 8 + 32 + 9 + 80
     assert area_of("nf4-g64+a:nf4-channel") == 4 * 4 + 32 + 2 + 80
+    assert area_of("fp16+a:fp16") == 11 * 11 + 32 + 6 + 80
     assert [area_of(name) for name in ("fp16", "fp32")] == [11 * 8 + 32 + 9 + 80, 24 * 8 + 32 + 9 + 80]
     machine = Machine(bytes_per_second=1e9, macs_per_second={4: 400.0, 8: 200.0, 16: 100.0})
     layer = Layer("a", "linear", 64, 64, macs=4000)
@@ -51,6 +52,6 @@ def test_area_and_time_of_mixes_and_codebooks():
 
 def test_default_machine_doubles_throughput_at_half_width():
     layer = Layer("a", "linear", 1, 1, macs=10**6)
-    names = ("int4+a:int4", "int8-channel+a:int8-token", "bf16", "fp32")
-    assert [Machine().seconds(layer, parse_scheme(name)) for name in names] == [2.5e-9, 5e-9, 1e-8, 2e-8]
+    names = ("int4+a:int4", "int5+a:int5", "int8-channel+a:int8-token", "bf16", "fp32")
+    assert [Machine().seconds(layer, parse_scheme(name)) for name in names] == [2.5e-9, 5e-9, 5e-9, 1e-8, 2e-8]
     assert Machine().seconds(Layer("a", "linear", 10, 10), parse_scheme("bf16")) == 2e-10

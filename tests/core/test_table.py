@@ -1,5 +1,6 @@
 """Sensitivity tables survive saving and loading bit for bit, and damaged files are reported in one sentence."""
 
+import csv
 import math
 from dataclasses import replace
 
@@ -138,6 +139,18 @@ def test_negative_sizes_are_refused(tmp_path):
     path.write_text(path.read_text().replace("embed,embedding,16,8,0", "embed,embedding,-16,-8,0"))
     with pytest.raises(MpqError, match="layer embed of -16 x -8 weights"):
         SensitivityTable.load(path)
+
+
+def test_files_without_the_columns_of_later_versions_load(tmp_path):
+    table().save(tmp_path / "t.csv")
+    header, names, *rows = (tmp_path / "t.csv").read_text().splitlines()
+    kept = [place for place, name in enumerate(names.split(",")) if name not in ("aliases", "window")]
+    lines = list(csv.reader([names, *rows]))
+    with (tmp_path / "old.csv").open("w", newline="") as stream:
+        csv.writer(stream, lineterminator="\n").writerows([line[place] for place in kept] for line in lines)
+    old = SensitivityTable.load(tmp_path / "old.csv")
+    assert header.startswith("# ")
+    assert old.layers == tuple(replace(layer, aliases=()) for layer in LAYERS)
 
 
 MIX = "int2-g64/int4-g64@3.25"
