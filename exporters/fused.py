@@ -13,7 +13,7 @@ from mpq.quantized import checked_layers
 from mpq.rounding.codes import round_scales
 from mpq.rounding.reference import Quantized, tensor_scale_of
 
-NEGLIGIBLE = 2.0**-12  # of a layer's largest scale: smaller group scales may be rounded under the shared tensor scale
+NEGLIGIBLE = 2.0**-12  # share of a layer's largest scale: smaller group scales may be rounded under the tensor scale
 
 
 def shared_scales(model: nn.Module, allocation: Allocation) -> dict[str, Tensor]:

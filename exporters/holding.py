@@ -21,7 +21,7 @@ from mpq.core.sizes import parse_size
 from mpq.core.table import SensitivityTable
 
 _log = logging.getLogger(__name__)
-FLOAT = "bf16"  # of layers that stay in floating point
+FLOAT = "bf16"  # format of layers that stay in floating point
 
 
 class Holder(Protocol):
@@ -117,7 +117,7 @@ class Held:
     Layers that support none of its schemes, and those tied to them, are offered bf16 without loss.
     """
 
-    name: str  # of the holders
+    name: str  # names of the holders
     fuses: bool  # ties must be kept
     table: SensitivityTable
     forbid: Mapping[str, tuple[str, ...]]  # schemes by layer pattern, as `build_problem` takes them

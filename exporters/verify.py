@@ -31,7 +31,7 @@ from mpq.rounding.reference import Quantized, dequantize
 
 Run: TypeAlias = Callable[[nn.Module], Any]  # runs the model on a few samples; returns its output, a loss, or anything
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any] | Run
-Digests: TypeAlias = dict[str, str]  # of each layer's rounded weight, by layer name
+Digests: TypeAlias = dict[str, str]  # digest of each layer's rounded weight, by layer name
 
 HELD = 2**26  # bytes of the simulated layers' inputs and outputs in memory; the rest is in files
 

@@ -19,8 +19,8 @@ from mpq.search.measured import polish, ranked, starts
 from mpq.training.tuned_scales import Tuning
 
 ROUNDS = {"fast": 0, "normal": 8, "best": 64}  # allocations that polishing measures, by effort
-STEPS = {"fast": 0, "normal": 60, "best": 200}  # of tuning the scales of the chosen allocation
-SAMPLES = {"perplexity": 4, "accuracy": 32}  # of a step: a text is hundreds of predictions, an image is one
+STEPS = {"fast": 0, "normal": 60, "best": 200}  # to tune the scales of the chosen allocation
+SAMPLES = {"perplexity": 4, "accuracy": 32}  # samples of a step: a text has hundreds of predictions, an image one
 FINALISTS = 4  # searched candidates that are measured on acceptance data
 
 
@@ -32,7 +32,7 @@ class Candidate:
     allocation: Allocation
     quality: Quality
     means: Mapping[str, Tensor] = field(default_factory=dict)  # corrected running means, where that helps
-    rounder: Rounder | None = None  # of the finished weights, where scales were tuned; the measurer's store otherwise
+    rounder: Rounder | None = None  # finished weights if scales were tuned; otherwise the measurer's store serves
 
     @property
     def is_uniform(self) -> bool:

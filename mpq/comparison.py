@@ -22,7 +22,7 @@ USUAL = {
     "accuracy": ("int4-channel", "int3-channel"),
 }  # usual baselines
 ALONG = 3  # points of the frontier that are measured
-RANGE = 1.6  # of the chosen size: usual formats farther away are left out
+RANGE = 1.6  # largest ratio to the chosen size; usual formats farther away are omitted
 
 
 @dataclass(frozen=True)

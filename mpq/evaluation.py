@@ -31,7 +31,7 @@ from mpq.network.storage import release_memory
 KINDS = ("accuracy", "perplexity", "distance", "loss")
 DIVERGE = KINDS[:2]  # kinds with logits, for which the divergence from the original is measured
 IGNORED = -100  # the target of a position that predicts nothing
-TOKENS = 2048  # that a language model processes at once
+TOKENS = 2048  # processed at once by a language model
 WIDE = 2**10  # classes; of more, the original's log-probabilities are kept in float16
 
 

@@ -34,8 +34,8 @@ class Finetuned:
 
     model: nn.Module
     losses: tuple[float, ...]  # the objective at each step, on training data
-    lr: float  # of weights, as given or found
-    momentum: float  # of SGD; Adam's first decay
+    lr: float  # weights' learning rate, given or found
+    momentum: float  # SGD's momentum; Adam's first decay
     before: float  # harm of the start on acceptance data: KL from the float model, or the loss
     after: float  # harm after training; NaN if it diverged
     error: float  # standard error of the difference, over samples

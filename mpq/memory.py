@@ -171,13 +171,13 @@ def _numbers(serving: Serving, entries: Sequence[Layer]) -> int:
 class Request:
     """Conditions of the choice of a cache, beside the table."""
 
-    model: nn.Module  # whose other tensors count in memory
+    model: nn.Module  # its other tensors count as memory
     serving: Serving
     target: Target  # some serve one format for all keys, and one for all values
     pin: Mapping[str, str] | None = None
     ties: bool = True  # whether fused layers share a scheme
     weights: float | None = None  # bytes that the layers' weights may take, where they have a budget of their own
-    budgets: Budgets = field(default_factory=Budgets)  # of other costs
+    budgets: Budgets = field(default_factory=Budgets)  # budgets of other costs
 
 
 def splits(held: Held, request: Request) -> list[CacheFormats]:

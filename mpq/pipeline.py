@@ -63,8 +63,8 @@ class Outcome:
     allocation: Allocation
     measured: tuple[Measured, ...] = field(repr=False)  # the original, uniform formats, the packed model last
     accepted: Acceptance = field(repr=False)
-    points: Mapping[int, Candidate] = field(repr=False)  # of the frontier, by index, measured on acceptance data
-    seconds: float  # that the job took
+    points: Mapping[int, Candidate] = field(repr=False)  # points of the frontier by index, measured on acceptance data
+    seconds: float  # duration of the job
     max_kl: float | None = None  # the requested limit
     elsewhere: str = ""  # quality on text of another kind
     serving: Serving | None = None  # the requested memory or bits of the cache

@@ -97,7 +97,7 @@ def planned(
     layers, held = held_layers(source.model, target, wanted)
     sized = sizer_for(target, source)
     size = None if wanted.size is None else parse_size(wanted.size)
-    if size is not None:  # of the file, header and vocabulary counted
+    if size is not None:  # bytes of the file, with header and vocabulary
         unranked = frontier_of(held.table, pin=wanted.pin, forbid=held.forbid, ties=wanted.ties or held.fuses)
         layer_budget(unranked, sized, wanted.bits, size)
     formats, bits = wanted.formats, wanted.bits

@@ -17,7 +17,7 @@ from mpq.core.prediction import prediction_name, predicts_loss
 from mpq.core.scheme import parse_scheme
 from mpq.core.table import SensitivityTable
 
-POINTS = 1000  # of one curve: more are not visible
+POINTS = 1000  # per curve; more are not visible
 COLORS = ("#1f5fa8", "#c2572b", "#3d8a5b", "#7a4fa0", "#8c7a2e", "#a83a5b")
 ERRORS = " +- 2 standard errors"
 MEASURED = "#7a4fa0"
@@ -39,7 +39,7 @@ class Curve(NamedTuple):
     bits: NDArray[np.float64]
     losses: NDArray[np.float64]
     band: NDArray[np.float64]
-    predicted: NDArray[np.float64] | None = None  # of the same allocations, where the losses were measured
+    predicted: NDArray[np.float64] | None = None  # predicted losses of the same allocations if `losses` were measured
 
 
 class Point(NamedTuple):
@@ -287,7 +287,7 @@ def _label_marks(axes: Axes, marks: Sequence[Mark]) -> None:
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
-    for mark in sorted(marks, key=lambda mark: mark.loss):  # of close marks the best is labelled
+    for mark in sorted(marks, key=lambda mark: mark.loss):  # among close marks, label the best
         x, y = axes.transData.transform((mark.bits, mark.loss))
         if all(abs(x - other_x) > 70 or abs(y - other_y) > 11 for other_x, other_y in placed):
             axes.annotate(

@@ -13,7 +13,7 @@ from mpq.measuring import Measurer
 log = logging.getLogger(__name__)
 
 MEASURES = 12  # points of the frontier that are measured in one search
-CLOSE = 0.005  # of the size: narrower brackets are not refined
+CLOSE = 0.005  # share of the size; narrower brackets are not refined
 ATTEMPTS = 3  # finished models: gains of polishing and tuning are spent on fewer bytes
 SLACK = 0.95  # share of the limit that counts as used up
 

@@ -12,7 +12,7 @@ from mpq.core.frontier import Frontier
 from mpq.core.layer import KEYS, VALUES
 from mpq.memory import Serving
 
-POINTS = 8  # of a frontier in the table
+POINTS = 8  # points of the frontier in the table
 
 
 def in_words(allocation: Allocation, serving: Serving, file_size: int) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from mpq.proxies.statistics import Space, Statistics
 
 Array: TypeAlias = NDArray[Any]
 MEMORY = 400_000_000  # bytes of values that are kept
-ROUNDING = 1e-6  # of float32, relative
+ROUNDING = 1e-6  # relative rounding error of float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ def _minmax(numbers: Array, space: Space) -> Array:
 
 def _logsoftmax(numbers: Array, space: Space) -> Array:
     shifted = numbers - np.maximum.reduceat(numbers, space.starts, axis=-1)[:, space.owners]
-    logs = np.log(_mean(np.exp(shifted), space) * space.totals)  # of the sum over the whole matrix
+    logs = np.log(_mean(np.exp(shifted), space) * space.totals)  # log of the sum over the whole matrix
     return np.asarray(shifted - logs.astype(numbers.dtype)[:, space.owners])
 
 

@@ -78,7 +78,7 @@ class Individual:
 class Evolution:
     """Result of an evolution."""
 
-    best: Individual  # of all generations
+    best: Individual  # best of all generations
     population: tuple[Individual, ...]  # oldest first
     history: History
     fates: Mapping[str, int]  # number of genomes that passed screening ("judged") and were rejected, by reason

@@ -18,7 +18,7 @@ from mpq.proxies.programs import BINARY, INPUTS, UNARY, Apply, Input, Number, Pr
 
 _TOKEN = re.compile(r"\s*(?:(?P<number>\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)|(?P<name>[A-Za-z_]\w*)|(?P<symbol>[-+*/@()])|$)")
 _OPERATIONS = {symbol: name for name, symbol in BINARY.items()}
-DEPTH = 100  # of nested parentheses and signs
+DEPTH = 100  # largest nesting of parentheses and signs
 
 
 def parse(text: str) -> Program:

@@ -44,7 +44,7 @@ RISKY = {"log": 0.2, "sqrt": 0.2, "invert": 0.4, "exp": 0.4, "minmax": 0.5, "nor
 UNARY_GENES = (NOTHING, *UNARY)
 PRIORITY_UNARY = {NOTHING: 4.0, **{name: RISKY.get(name, 1.0) for name in UNARY}}
 PRIORITY_BINARY = {"multiply": 0.6, "add": 0.3, "subtract": 0.05, "matmul": 0.05}
-MUTATION = 0.3  # of each gene
+MUTATION = 0.3  # probability per gene
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class Generation(NamedTuple):
 
     generation: int
     best: float  # fitness
-    median: float  # of the population
+    median: float  # median fitness of the population
     judged: int  # distinct valid genomes
     drawn: int  # genomes, rejected ones included
     formula: str  # the best one

@@ -10,7 +10,7 @@ from mpq.core.errors import MpqError
 from mpq.proxies.benchmark import Benchmark
 
 Array = NDArray[np.float64]
-RATIOS = (1.0, 0.5, 0.2)  # of the rows, best by predicted score (EMQ's code)
+RATIOS = (1.0, 0.5, 0.2)  # shares of the rows, best by predicted score (EMQ's code)
 MEASURES = ("spearman@100%", "spearman@50%", "spearman@20%", "at fixed size")
 
 

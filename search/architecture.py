@@ -24,7 +24,7 @@ class Width:
 
     produced_by: tuple[str, ...]  # layers that compute them: a convolution, and a depthwise one after it
     read_by: tuple[str, ...]  # layers that read them
-    shares: tuple[float, ...] = (0.5, 0.75, 1.0)  # of the channels; the last one is all
+    shares: tuple[float, ...] = (0.5, 0.75, 1.0)  # shares of the channels; the last one is all
     along: tuple[str, ...] = ()  # batch normalizations of these channels
 
     @property

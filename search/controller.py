@@ -36,7 +36,7 @@ class Schedule:
     cost_weight: float = 1.0  # reward = quality - cost_weight * |1 - cost / target|, the absolute reward of TuNAS
     entropy_weight: float = 0.1  # largest weight of the entropy penalty
     entropy: str = "cosine"  # its schedule: half a "cosine", "linear", a "step" half-way, or "constant"
-    decay: float = 0.95  # of the moving-average baseline
+    decay: float = 0.95  # decay of the moving-average baseline
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 <= self.delay < 1:

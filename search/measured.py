@@ -22,13 +22,13 @@ from mpq.search.rules import rules
 
 Measure = Callable[[Choices], Array]  # losses (samples,) of a part of the data, not finite if the model breaks
 
-NEAR = 0.97  # of the budget: smaller uniform formats are not starts
-FEWER = 2  # of the smallest widths are left out in turn
-DEVIATION = 0.4  # of a scaled score: the prior's standard deviation
-MISFIT = 0.1  # of a measured difference: the part not explained by an additive table
+NEAR = 0.97  # share of the budget; smaller uniform formats are not starts
+FEWER = 2  # number of smallest widths that are left out in turn
+DEVIATION = 0.4  # prior standard deviation, relative to a scaled score
+MISFIT = 0.1  # share of a measured difference that an additive table does not explain
 SMALLEST_RADIUS = 2
 PATIENCE = 4  # known proposals in a row after which polishing ends
-SECONDS = 5.0  # of the integer program for one proposal
+SECONDS = 5.0  # time limit of the integer program per proposal
 CLEAR = 2.0  # standard errors of a paired difference beyond which nothing more is measured
 
 

@@ -30,7 +30,7 @@ class Piece:
     """Neighbouring samples of a batch, with the mean of their losses."""
 
     batch: Batch
-    index: int  # of the whole batch
+    index: int  # index of the whole batch
     start: int  # its first sample
 
     @property
@@ -65,7 +65,7 @@ class Labels:
 
     kind: str = "model"  # "data", or "model": random slopes as if they were drawn from the model's own predictions
     draws: int = 1
-    temperature: float = 1.0  # of the predictions
+    temperature: float = 1.0  # temperature of the predictions
 
 
 def stream_uses(task: Task, piece: Piece, see: See, labels: Labels, *, apart: bool = False) -> None:

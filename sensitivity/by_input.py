@@ -26,7 +26,7 @@ class InputCurvature:
 
     layer: Layer
     errors: Tensor  # (rows, cols, weight formats), Q(W) - W
-    formats: tuple[Format, ...] = ()  # of activations
+    formats: tuple[Format, ...] = ()  # activation formats
     squares: Tensor = field(init=False)  # (rows, weight formats) float64, sum of (dw_r . G_r)^2
     # By piece (batch, first sample): (samples, weight formats + activation formats), float64, sums over rows and draws.
     by_sample: dict[tuple[int, int], Tensor] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from mpq.sensitivity.rows import FLOOR, TEMPER, TOKENS_FLOOR, tempered
 from mpq.sensitivity.standard_error import power_sums, relative_error
 from mpq.sensitivity.task import RowScores, Task
 
-OUTLIER = 1 / 32  # of a piece's sum of |g_t|^2 |x_t|^2: larger positions are outliers
+OUTLIER = 1 / 32  # share of a piece's sum of |g_t|^2 |x_t|^2 above which a position is an outlier
 
 
 @dataclass
@@ -34,7 +34,7 @@ class PositionCurvature:
     """
 
     layer: Layer
-    formats: tuple[Format, ...] = ()  # of activations
+    formats: tuple[Format, ...] = ()  # activation formats
     # "moment": (groups, half of cols x cols); "rows": (groups, rows / groups), sums of g_tr^2. An embedding's
     # "lookups": (1, half of cols x cols); "tokens": (1, rows), sums of |g_t|^2. An activation format: (), sum of the
     # squares of `input_error_slopes`. "power sums": of the samples' sums of |g_t|^2 |x_t|^2.

@@ -32,8 +32,8 @@ NO_GRADIENT = "no gradient of the loss reaches it: no_grad, detach, argmax or th
 FLAT = "the loss has no gradient at this model, such as a distance to the model's own outputs"
 UNCHANGED = "the loss is the same in every format, and with the weights reversed and negated too"
 
-SHIFT = 1e-3  # of outputs, relative to their size
-NOISE = 1e-2  # of the gradient that such a shift makes
+SHIFT = 1e-3  # change of the outputs, relative to their size
+NOISE = 1e-2  # share of the gradient that such a shift causes
 
 
 @contextmanager

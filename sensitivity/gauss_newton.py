@@ -40,7 +40,7 @@ def gauss_newton_draws(task: Task, order: int | None, index: int, draws: Sequenc
 
 def _squares(layer: Layer, draws: Sequence[Uses], samples: int) -> Tensor:
     """Sum over samples of the squared norm of the layer's gradient, of each draw (draws,)."""
-    calls = [uses[layer.name] for uses in draws]  # of the same inputs
+    calls = [uses[layer.name] for uses in draws]  # calls with the same inputs
     if not calls[0]:
         return torch.zeros(len(draws), dtype=torch.float32)
     if any(isinstance(use.module, nn.Embedding) for use in calls[0]):

@@ -191,7 +191,7 @@ def _until_enough(
 def _summary(
     draws: NDArray[np.float64],  # (probes, batches, layers)
     shares: NDArray[np.float64],  # (batches,), sum 1
-    order: int | None = None,  # of the design that they are from: all its draws together have no error
+    order: int | None = None,  # draws of the full design, which has no error
 ) -> Traces:
     probes, batches, _ = draws.shape
     by_batch = draws.mean(0)

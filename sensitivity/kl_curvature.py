@@ -30,7 +30,7 @@ DOUBT = (
 )
 HOTTEST = 64.0
 SAMPLES = 64
-POSITIONS = 2**13  # that an estimate by position takes: 32 texts of 256 tokens
+POSITIONS = 2**13  # used by an estimate by position: 32 texts of 256 tokens
 ESTIMATES = ("auto", "position", "input")
 
 

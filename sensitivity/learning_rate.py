@@ -18,8 +18,8 @@ from mpq.sensitivity.graph import differentiable_twice
 from mpq.sensitivity.lanczos import Lanczos
 from mpq.sensitivity.products import Hessian
 
-DAMPING = 1e-2  # of the largest eigenvalue: lower bound of the curvature
-SHARE = 0.25  # of the largest stable rate: the best of grids lies at 1/2 to 1/8 of it (tests/sensitivity)
+DAMPING = 1e-2  # lower bound of the curvature, relative to the largest eigenvalue
+SHARE = 0.25  # share of the largest stable rate; grid searches find 1/2 to 1/8 of it best (tests/sensitivity)
 OPTIMIZERS = ("sgd", "adam")
 
 
@@ -30,7 +30,7 @@ class Rate:
     lr: float
     momentum: float
     largest: float  # eigenvalue of the (for Adam, scaled) batch Hessian
-    smallest: float  # of the positive ones found, damped
+    smallest: float  # smallest positive eigenvalue, damped
     stable: float  # the largest rate with this momentum at which a quadratic of this curvature does not diverge
 
     def at_batch(self, ratio: float, optimizer: str) -> "Rate":

@@ -12,7 +12,7 @@ from mpq.core.errors import MpqError
 from mpq.network.calibration import Batch, LossFn, check_gradient, logits_of, seeded, seeded_normal, with_logits
 
 CHUNK = 2**20  # numbers of logits taken at a time
-TOLERANCE = 1e-3  # of the check that a loss is cross-entropy; float32 errs by about 1e-6
+TOLERANCE = 1e-3  # tolerance when checking for cross-entropy; float32 errs by about 1e-6
 
 
 class OtherLossError(MpqError):

@@ -20,7 +20,7 @@ STEP = 0.25  # bits from one mix to the next,
 COARSE = 5.0  # twice that from here on
 HELD = 12  # digits of one number in the journal
 TEMPER = 0.5  # exponent of rows' shares where rows of one layer are compared
-FLOOR = 0.01  # of the mean share, added to each before that
+FLOOR = 0.01  # share of the mean that is added to each before that
 TOKENS_FLOOR = 1.0  # the same for an embedding's tokens, most of which are too rare in a few samples to be compared
 
 Array = NDArray[np.float64]

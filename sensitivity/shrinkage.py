@@ -10,7 +10,7 @@ from mpq.core.layer import Layer
 from mpq.sensitivity.task import Scores
 
 REACH = 2  # neighbours on each side
-WEIGHTS = np.array([1.0, 2.0, 0.0, 2.0, 1.0])  # of neighbours by distance
+WEIGHTS = np.array([1.0, 2.0, 0.0, 2.0, 1.0])  # weights of neighbours by distance
 
 
 def shrunk(layers: Sequence[Layer], scores: NDArray[np.float64], errors: NDArray[np.float64]) -> Scores:
@@ -49,6 +49,6 @@ def _drawn(values: NDArray[np.float64], noise: NDArray[np.float64]) -> tuple[NDA
     means, mean_variances = weights @ logs, weights**2 @ variances
     tau = max(float(np.mean((logs - means) ** 2 - variances - mean_variances)), 0.0)
     prior = np.maximum(tau + mean_variances, np.finfo(float).tiny)
-    share = prior / (prior + variances)  # of the score itself
+    share = prior / (prior + variances)  # weight of the score itself
     drawn = np.exp(share * logs + (1 - share) * means)
     return drawn, drawn * np.sqrt(share * variances)

@@ -31,7 +31,7 @@ from mpq.network.layers import find_layers
 from mpq.sources import Source
 
 MIXES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_K_M")
-GOAL = 0.9  # of the divergence of llama.cpp's mix
+GOAL = 0.9  # largest share of the divergence of llama.cpp's mix
 
 
 def tokenizer_of(smollm2: bool) -> Any:

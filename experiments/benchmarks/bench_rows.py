@@ -37,9 +37,9 @@ from mpq.training.tuned_scales import Tuning
 LANGUAGE = tuple(f"nl{width}-g64" for width in (2, 3, 4, 5))
 IMAGES = (*(f"nl{width}-channel" for width in (2, 3, 4, 5)), "int6-channel", "int8-channel")
 BITS = (2.5, 2.75, 3.0, 3.25, 3.75, 4.25)
-GOALS = {"layers": 0.8, "uniform": 0.67}  # of a language model's KL divergence
+GOALS = {"layers": 0.8, "uniform": 0.67}  # largest share of a language model's KL divergence
 PREDICTED = 0.15  # largest relative error of a language model's predictions
-PERPLEXITIES = {"rows": 51.0, "tuned": 43.0}  # of SmolLM2 at 3.25 bits
+PERPLEXITIES = {"rows": 51.0, "tuned": 43.0}  # SmolLM2 at 3.25 bits
 SHOWN = 3.25
 NEAR = 0.97  # smallest share of the budget that a uniform format must use to be compared
 

@@ -166,7 +166,7 @@ def subject(peer: str) -> tuple[Subject, int]:
     if peer != "peer_autoround":
         return Subject(resnet(20), cifar10_calibration(128, 32), cifar10_test(), cross_entropy), 128
     tokens, test = wikitext_tokens("train", 16), wikitext_tokens("test", 32)
-    ends = ("lm_head", "*embed_tokens")  # which it leaves alone
+    ends = ("lm_head", "*embed_tokens")  # not quantized by the peer
     return Subject(wikitext_llama(), tokens.split(2), test.split(8), next_token_loss, ends), 16
 
 

@@ -45,7 +45,7 @@ WINDOWS, LENGTH = 8, 256
 class Job:
     """A target's default of `mpq quantize`, and the consumer that serves it."""
 
-    consumer: str  # of consumer.py and environments.py
+    consumer: str  # name in consumer.py and environments.py
     dtype: str = "bfloat16"
     bits: float = 4.5
     exclude: tuple[str, ...] = ()

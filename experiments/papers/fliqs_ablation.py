@@ -50,7 +50,7 @@ class Measured:
     loss: float
     entropy: float = 0.0
     likeliest: float = 1.0  # cost of the likeliest choice over the target
-    cost: float = 1.0  # of the final choice
+    cost: float = 1.0  # the final choice's cost over the target
     early: float = 0.0  # switching error to other formats, mean, after a quarter of the steps
     wider: float = 0.0  # switching error to wider formats at the end, mean
     narrower: float = 0.0

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LIKELIEST = 20  # log-probabilities per position: vLLM's default maximum
-Logits = Callable[[list[int]], NDArray[Any]]  # of one window: (tokens, vocabulary)
+Logits = Callable[[list[int]], NDArray[Any]]  # logits of one window, (tokens, vocabulary)
 # llama.cpp's enum values of KV-cache types
 TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20}
 

@@ -29,7 +29,7 @@ def _write(spellings: Mapping[str, Spelling | None]) -> str:
 
 def _read(text: str, layers: Sequence[str]) -> Mapping[str, Spelling | None]:
     config = json.loads(text)
-    config = config.get("quantization_config", config)  # of a checkpoint's config.json
+    config = config.get("quantization_config", config)  # in a checkpoint's config.json
     usual = {"bits": config["bits"], "group_size": config.get("group_size", 128), "sym": config.get("sym", True)}
     spellings: dict[str, Spelling | None] = {}
     for layer in layers:

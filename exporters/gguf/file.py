@@ -33,7 +33,7 @@ from mpq.rounding.reference import Quantized, dequantize
 
 FILE = "model.gguf"
 EXPERT = re.compile(r"(?P<stack>.*\.experts)\.\d+\.(?P<matrix>\w+)")
-Numbers: TypeAlias = Tensor | list[Quantized]  # of a tensor: its values, or its matrices
+Numbers: TypeAlias = Tensor | list[Quantized]  # a tensor's values, or its matrices
 T = TypeVar("T")
 
 
@@ -42,7 +42,7 @@ class Entry:
     """A tensor of the file: its name, and shape and type as ggml stores it."""
 
     name: str
-    shape: tuple[int, ...]  # of bytes, where the type is ggml's own
+    shape: tuple[int, ...]  # in bytes if the type is ggml's own
     dtype: Any  # numpy's
     nbytes: int
     kind: Any  # ggml's type, None where numpy's says it

@@ -66,7 +66,7 @@ def _transformers_model(config: Mapping[str, Any], folder: Path, stored: Collect
     described = {key: decoded(value) for key, value in config.items() if key != "quantization_config"}
     try:
         model: nn.Module = cls._from_config(cls.config_class.from_dict(described))  # type: ignore[attr-defined]
-    except (RuntimeError, NotImplementedError):  # of a constructor that needs weights with content
+    except (RuntimeError, NotImplementedError):  # the constructor needs weights with content
         raise
     except Exception as error:  # a damaged config fails anywhere inside, in every way
         raise MpqError(f"the config in {folder} makes no {names[0]} ({first_line(error)}): is it damaged?") from error

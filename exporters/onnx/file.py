@@ -189,7 +189,7 @@ def _trace(model: nn.Module, allocation: Allocation, inputs: Any, int2: bool | N
     weights = {f"{name}.weight" for layer in allocation.layers for name in layer.names}
     stored = program.model.graph.initializers
     for name in weights & set(stored):
-        stored.pop(name).const_value = None  # which the optimizer would otherwise fold into new constants
+        stored.pop(name).const_value = None  # otherwise the optimizer folds it into new constants
     program.optimize()
     traced = _stripped(onnx_ir.to_proto(program.model))
     traced.opset_import.add(domain="com.microsoft", version=1)

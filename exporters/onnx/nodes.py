@@ -14,7 +14,7 @@ from mpq.network.ranges import static_scale
 from mpq.rounding.codes import encode_scales
 from mpq.rounding.reference import Quantized
 
-ALIGNMENT = 4096  # of tensors in a separate file, so that they can be memory-mapped
+ALIGNMENT = 4096  # bytes; tensors in a separate file can then be memory-mapped
 SMALL = 1024  # bytes of a tensor that stays in the graph
 
 

@@ -7,7 +7,7 @@ from mpq.core.layer import Layer
 from mpq.core.scheme import Scheme
 
 LINEAR = ("linear", "transformers-conv1d")
-LARGEST_BLOCK = 256  # of MatMulNBits in 2 bits; 4 and 8 bits would take more
+LARGEST_BLOCK = 256  # limit of MatMulNBits in 2 bits; 4 and 8 bits allow more
 OPSET, OPSET_INT2 = 21, 25  # blocks and 4-bit integers came with 21, 2-bit integers with 25
 
 

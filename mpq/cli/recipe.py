@@ -18,7 +18,7 @@ BUDGETS = (
     "max-kl",
     "memory",
     "kv-bits",
-)  # of which one is given: the command line's replaces the recipe's
+)  # mutually exclusive: one on the command line replaces the recipe's
 
 
 def expand(arguments: Sequence[str], commands: Mapping[str, argparse.ArgumentParser]) -> list[str]:

@@ -38,11 +38,11 @@ class Allocation:
     schemes: tuple[str, ...]  # canonical names, one for each layer
     loss: float = math.nan  # predicted loss increase; NaN where unknown
     error: float = math.nan  # its standard error
-    metric: str = ""  # that predicted the loss
+    metric: str = ""  # metric that predicted the loss
     overhead: int = 0  # bytes of tensors that no scheme changes: norms, biases, layers left out
     provenance: Mapping[str, Any] = field(default_factory=dict)  # JSON values
-    assignments: Mapping[str, str] = field(default_factory=dict)  # of mixes, by layer name: `mpq.core.mix.Mix`
-    cache: CacheFormats | None = None  # of keys and values; None leaves them in the model's floating point
+    assignments: Mapping[str, str] = field(default_factory=dict)  # rows' formats, by layer (`mpq.core.mix.Mix`)
+    cache: CacheFormats | None = None  # formats of keys and values; None leaves them in the model's floating point
 
     def __post_init__(self) -> None:
         if len(self.layers) != len(self.schemes):

@@ -20,7 +20,7 @@ CACHE_FORMATS = (
     "int3-g32-asym", "int4-asym", "int4-t64-asym", "int4-g32-asym", "int5-asym", "int6-asym", "int8-token", "fp16",
 )  # fmt: skip
 FLOAT_CACHE = "fp16"  # what a cache holds that is not quantized
-EVERY = ("*",)  # of targets: all formats of a cache
+EVERY = ("*",)  # for targets that support all cache formats
 ZERO = "fp16"  # number format of the zero, the value of code 0
 BLOCKS = re.compile(r"(u?int[2-8])-t([1-9]\d*)(-asym)?")  # names of `TokenBlocks`
 
@@ -32,7 +32,7 @@ class TokenBlocks(Format):
     The newest tokens, which fill no block yet, stay in floating point. `group_size` is the one column of a scale.
     """
 
-    tokens: int = 0  # of a block
+    tokens: int = 0  # tokens per block; 0: scales by vector
 
     @property
     def name(self) -> str:

@@ -43,7 +43,7 @@ class Frontier:
     costs: Array  # (points,), strictly rising
     losses: Array  # (points,), strictly falling
     choices: Sequence[NDArray[np.integer[Any]]]  # (points, groups)
-    cost: str = "size"  # which of the problem's costs
+    cost: str = "size"  # name of the problem's cost
     gap: float = 0.0
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ class Moment:
 
     floats: int  # bytes of tensors that others than layers read too
     inputs: tuple[LayerInput, ...]
-    module: str  # that runs
+    module: str  # the module that runs
 
     def nbytes(self, scheme_of: Mapping[str, Scheme]) -> int:
         """Bytes of all with these schemes by layer name."""

@@ -47,8 +47,8 @@ class Problem:
     metric: str = ""
     overhead: int = 0  # bytes that no scheme changes
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    assignments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of the table
-    cache: CacheFormats | None = None  # of keys and values that are no part of the problem
+    assignments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # the table's, by layer and mix
+    cache: CacheFormats | None = None  # fixed formats of keys and values, not searched
     cache_loss: tuple[float, float] = (0.0, 0.0)  # what they add to every prediction, and its variance
 
     @classmethod

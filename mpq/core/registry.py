@@ -101,7 +101,7 @@ class Target(Entry):
     command: str = ""  # what serves the folder, "{folder}" in it
     caches: tuple[str, ...] = ()  # cache formats that it serves; ("*",) for all
     caches_alike: str = ""  # "layers": keys and values of a layer share one; "kinds": all keys one and all values one
-    cache_options: "Callable[[CacheFormats], str]" = _no_options  # that `command` needs for them
+    cache_options: "Callable[[CacheFormats], str]" = _no_options  # options of `command` for cache formats
 
     def serving(self, folder: str, cache: "CacheFormats | None" = None) -> str:
         """The command that serves a folder, with keys and values in these formats; "" where there is none."""

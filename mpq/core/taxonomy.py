@@ -17,7 +17,7 @@ class Precision:
     label: str  # "MPW", "MPW+UPA", "MPW+MPA", "uniform" or "float"
     weights: str  # "mixed", "uniform" or "float"
     activations: str  # "mixed", "uniform" or "float"
-    cache: str = "float"  # of keys and values: "mixed", "uniform" or "float"
+    cache: str = "float"  # keys and values: "mixed", "uniform" or "float"
 
     def __str__(self) -> str:
         return self.label if self.cache == "float" else f"{self.label}, {self.cache} cache"

@@ -28,7 +28,7 @@ class Block:
     gate: nn.Module  # where `fused`, the rows of gate and up
     up: nn.Module
     down: nn.Module
-    q_norm: nn.Module | None = None  # of each head
+    q_norm: nn.Module | None = None  # norm of each head's queries
     k_norm: nn.Module | None = None
     after_attention: nn.Module | None = None  # norm of what attention adds
     after_mlp: nn.Module | None = None
@@ -48,9 +48,9 @@ class Decoder:
     head_width: int
     epsilon: float
     positions: Callable[[int, Tensor], tuple[Tensor, Tensor]]
-    local_positions: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None  # of blocks with local attention
+    local_positions: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None  # for blocks with local attention
     activation: Callable[[Tensor], Tensor] = functional.silu
-    scale: float | None = None  # of the products of queries and keys; None: 1 / sqrt(head width)
+    scale: float | None = None  # factor of query-key products; None: 1 / sqrt(head width)
     own_norms: bool = False  # whether norms compute something else than RMSNorm
 
     @property

@@ -27,7 +27,7 @@ class Generation:
 
     tokens: tuple[int, ...]  # without the prompt
     prompt_seconds: float  # until the first token
-    seconds: float  # of the tokens after the first
+    seconds: float  # for the tokens after the first
 
     @property
     def tokens_per_second(self) -> float:

@@ -39,7 +39,7 @@ class Memory:
     formats: CacheFormats | None = None  # formats of keys and values; None: not rounded
     packed: bool = False  # whether the cache holds the formats' bytes
     rotations: tuple[Tensor, ...] = ()  # cosines and sines, (capacity, rotated width); the sines' first half negative
-    local_rotations: tuple[Tensor, ...] = ()  # of blocks with local attention
+    local_rotations: tuple[Tensor, ...] = ()  # for blocks with local attention
     described: Any = None  # the cache as passed to compiled code, until it grows
 
     @property

@@ -22,8 +22,8 @@ from mpq.rounding.reference import Quantized
 from mpq.rounding.store import Rounder
 from mpq.training.batchnorm import fold_batchnorm
 
-OUTPUT_BITS = 16  # of the network's outputs, whose channels may have several scales as int32 sums
-LARGEST_BIAS = 2.0**30  # of the int32 sums
+OUTPUT_BITS = 16  # network outputs are rescaled to this width, since their int32 sums may have several scales
+LARGEST_BIAS = 2.0**30  # largest magnitude of a bias in int32 sums
 PIECE = 64  # images that ranges are taken from at once
 THROUGH = ("aten.slice.Tensor", "aten.pad.default", "aten.flatten.using_ints", "aten.max_pool2d.default", *SAME)
 
@@ -34,7 +34,7 @@ class Term:
 
     name: str
     scale: Tensor  # float64 (channels,) or (1,)
-    bound: float  # of their magnitudes
+    bound: float  # largest magnitude
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class IntegerProgram:
     input_scale: float
     input_bounds: tuple[int, int]  # smallest and largest code
     output_scale: float
-    offsets: Mapping[str, int]  # of stored codes, by name: what makes them unsigned
+    offsets: Mapping[str, int]  # added to make stored codes unsigned, by name
 
     def codes(self, images: Tensor) -> Tensor:
         """The images' codes, int64."""

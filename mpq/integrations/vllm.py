@@ -127,7 +127,7 @@ class ServedWeight(nn.Module):
         self.arrived: list[dict[str, Tensor]] = [{} for _ in parts]
         self.matrices = nn.ModuleList()
         self.activations: list[str] = []
-        self.joint: Joint | None = None  # of the matrices where one call computes them
+        self.joint: Joint | None = None  # set if one call computes all matrices
         self.is_ordered = True  # whether the concatenated matrices' rows are in the layer's order
         kinds = {name: spec[1] for part in parts for name, spec in _specs(part).items()}
         for name, kind in kinds.items():

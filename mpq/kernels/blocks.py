@@ -20,7 +20,7 @@ from mpq.kernels.layout import pack_bits, unpack_bits
 from mpq.kernels.token_blocks import columns, vectors_of
 from mpq.rounding.codes import COPY_DTYPES, SCALE_DTYPES
 
-TOKENS = 64  # of a block
+TOKENS = 64  # tokens per block
 LANES = 16
 
 

@@ -17,8 +17,8 @@ from mpq.kernels.layout import Packed, pack, unpack
 from mpq.rounding.codes import COPY_DTYPES, SCALE_DTYPES, to_float_copy
 from mpq.rounding.reference import Quantized, dequantize, quantize
 
-NAN_CODE = 0x7F  # of e4m3 and e5m2
-NAN_SCALES = {"e8m0": 0xFF, "e4m3": NAN_CODE, "ue5m3": 0xFF}  # of scales that are stored as bytes
+NAN_CODE = 0x7F  # e4m3 and e5m2
+NAN_SCALES = {"e8m0": 0xFF, "e4m3": NAN_CODE, "ue5m3": 0xFF}  # codes of NaN in scales stored as bytes
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Reproducibility:
     divergence: tuple[int | None, ...]  # Div_Index of each prompt: first token that differs, None where none does
     identical: float  # share of prompts whose probabilities are equal bit for bit in all configurations
     largest: float  # largest range of a probability over the configurations, up to the first token that differs
-    nbytes: int  # of parameters and buffers, shared ones once
+    nbytes: int  # bytes of parameters and buffers, shared ones once
 
     @property
     def diverged(self) -> float:

@@ -59,7 +59,7 @@ class Run:
     rate: float
     seed: int
     loss: float  # on unseen data; infinite where it is not finite
-    losses: tuple[float, ...]  # of every step
+    losses: tuple[float, ...]  # loss of every step
     sharpness: tuple[tuple[int, float], ...] = ()  # step, mean
 
 

@@ -21,7 +21,7 @@ from mpq.core.errors import ChangedBatchError, MpqError, NotFiniteError
 from mpq.network.parallel import share, total
 
 IGNORED = -100  # the label of a position without one
-ELEMENTS = 2**24  # of logits that are worked on at once
+ELEMENTS = 2**24  # logits processed at once
 
 # A tensor, or a tuple, list, mapping or dataclass of tensors whose first dimension counts samples.
 Batch: TypeAlias = Any

@@ -31,8 +31,8 @@ class Left:
 class Coverage:
     """Quantized share of a model; shared parameters count once."""
 
-    params: int  # of the whole model
-    quantized: int  # of them
+    params: int  # all parameters of the model
+    quantized: int  # quantized parameters
     macs: int  # multiply-accumulates of one sample in the whole model; 0 where unknown
     quantized_macs: int
     left: tuple[Left, ...] = ()  # largest first

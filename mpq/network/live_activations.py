@@ -40,7 +40,7 @@ def live_activations(
         MpqError: the model's code looks at numbers.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    model = copied(model, {id(tensor): tensor for tensor in tensors})  # whose code may keep what it computes
+    model = copied(model, {id(tensor): tensor for tensor in tensors})  # the model may store what it computes
     try:
         args, kwargs = _call_of(model, take(sample, slice(0, 1)), loss_fn)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
@@ -126,7 +126,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.known: dict[int, _Storage] = {}  # live ones by address of their handle
         self.seen: dict[tuple[int, ...], tuple[list[_Storage], str]] = {}
         self.modules: list[str] = []
-        self.inputs: list[tuple[str, int]] = []  # of the layers that run: name, and the handle of what they were given
+        self.inputs: list[tuple[str, int]] = []  # running layers: name, and handle of the input
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))

@@ -54,7 +54,7 @@ def _in_parts(model: nn.Module) -> Iterator[None]:
         yield
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of flags that this build of torch does not have
+        warnings.simplefilter("ignore")  # about flags that this build of torch lacks
         with torch.backends.mkldnn.flags(enabled=False):
             yield
 

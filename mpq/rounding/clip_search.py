@@ -28,8 +28,8 @@ from mpq.rounding.reference import (
 )
 from mpq.rounding.super_blocks import settle
 
-RATIOS = tuple(1.0 - 0.035 * step for step in range(20))  # of the absmax scale, 1 down to 0.335
-RANGES = tuple(1.1 - 0.06 * step for step in range(10))  # of a group's range where it has a minimum, 1.1 to 0.56
+RATIOS = tuple(1.0 - 0.035 * step for step in range(20))  # factors of the absmax scale, 1 down to 0.335
+RANGES = tuple(1.1 - 0.06 * step for step in range(10))  # factors of a group's range with a minimum, 1.1 to 0.56
 ANCHORS = (0.0, 0.5, 1.0)  # fixed point of a range that widens or narrows: low end, middle, high end
 REFITS = 3
 BLOCK = 2**18  # elements searched at once, so that temporaries stay in the cache

@@ -76,7 +76,7 @@ def gptq_block(
 def best_scales(
     elements: Tensor,  # (rows or 1, groups, size)
     weights: Tensor,  # the same
-    factors: Sequence[Tensor],  # of each candidate (rows or 1, groups)
+    factors: Sequence[Tensor],  # (rows or 1, groups) of each candidate
     zeros: Sequence[Tensor] | None,  # zero points of each candidate
     grid: Grid,
 ) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ class Quantized:
     minima: Tensor | None = None  # float32, as scales; exact in the minimum's own type
     super_scales: Tensor | None = None  # float32 (rows, super-blocks), exact in float16
     super_minima: Tensor | None = None  # the same for minima; usually negative
-    parts: tuple["Quantized", ...] = ()  # of a mix only: the rows of each format that has any; `codes` is then empty
+    parts: tuple["Quantized", ...] = ()  # mixes only: the rows in each used format; `codes` is then empty
 
     def tables(self) -> dict[str, Tensor]:
         """The tables of the format, by field name; those of a mix's parts by index and field name."""

@@ -30,7 +30,7 @@ EVALUATION = {"perplexity": 0.25, "accuracy": 4.0}
 EVALUATION_LEAST = 32
 BATCH = 16  # samples
 ARRAYS = ".npz"
-LOGITS = 2**24  # of a batch: 64 MB in float32
+LOGITS = 2**24  # logits per batch: 64 MB in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Data:
     kind: str  # "accuracy", "perplexity" or "loss"
     loss_fn: LossFn | None = None
     acceptance: tuple[Batch, ...] = ()  # empty where there are too few samples
-    other: tuple[Batch, ...] = ()  # of another kind of text, for the report
+    other: tuple[Batch, ...] = ()  # another kind of text, for the report
     other_name: str = ""
 
 

@@ -42,7 +42,7 @@ class Network:
     encode: Callable[[str], list[int]] | None = None  # text to tokens
     damage: str = ""  # why a tokenizer whose files are there cannot be loaded
     context: int | None = None  # longest sequence
-    mean: tuple[float, ...] = field(default=())  # of the channels of images in [0, 1]; () when not normalized
+    mean: tuple[float, ...] = field(default=())  # means of the channels of images in [0, 1]; () without normalization
     std: tuple[float, ...] = field(default=())
     size: tuple[int, int] | None = None  # height and width of images
     side_files: tuple[Path, ...] = ()  # tokenizer, processor and the like, to be written beside its weights

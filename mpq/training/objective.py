@@ -25,7 +25,7 @@ class Objective:
     kl: float = 1.0  # mean KL(float model || student) of the predictions, times temperature**2
     task: float = 0.0  # what `loss_fn` gives
     blocks: float = 0.0  # squared distance of each block's outputs relative to the float model's, averaged over blocks
-    temperature: float = 1.0  # that divides both models' logits
+    temperature: float = 1.0  # divides both models' logits
 
     def __post_init__(self) -> None:
         if min(self.kl, self.task, self.blocks) < 0 or max(self.kl, self.task, self.blocks) == 0:

@@ -18,18 +18,18 @@ class Finetuning:
     """
 
     steps: int = 300
-    lr: float | str = "auto"  # of weights, falling to zero along half a cosine; "auto": from the loss's curvature
-    scale_lr: float = 1e-3  # of learned scales, relative to each scale; with SGD, `lr` is LSQ's rate for them too
+    lr: float | str = "auto"  # weights' rate, falling to zero along half a cosine; "auto": from the loss's curvature
+    scale_lr: float = 1e-3  # rate of learned scales, relative to each scale; with SGD, `lr` is LSQ's rate for them too
     optimizer: str = "adam"  # or "sgd"
-    momentum: float = 0.9  # of SGD; "auto" sets it too
+    momentum: float = 0.9  # SGD's momentum; "auto" sets it too
     accumulate: int = 1  # batches of a step
     objective: Objective = field(default_factory=Objective)
-    stages: int = 1  # of layers quantized one after the other, the most sensitive first (HAWQ)
+    stages: int = 1  # stages in which layers are quantized, the most sensitive first (HAWQ)
     learned: bool = True  # whether scales are parameters (LSQ)
     freeze_batchnorm: bool = False  # keep the statistics of batch normalizations
     bfloat16: bool = False  # compute in bfloat16, with weights in float32
     save_every: int = 50  # steps between checkpoints
-    seed: int = 0  # of the order of the data and of dropout
+    seed: int = 0  # seed of data order and dropout
 
     def __post_init__(self) -> None:
         if min(self.accumulate, self.save_every, self.stages) < 1 or self.steps < self.stages:

@@ -44,7 +44,7 @@ class Tuning:
 
     steps: int = 60
     samples: int = 4  # samples of a step; 32 for images, which have one prediction each
-    rate: float = 2e-3  # of Adam, falling to zero along a half cosine
+    rate: float = 2e-3  # Adam's rate, falling to zero along half a cosine
     seed: int = 0
 
 

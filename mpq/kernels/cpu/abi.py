@@ -3,7 +3,7 @@
 import ctypes
 from ctypes import POINTER, c_float, c_int32, c_int64, c_ubyte, c_uint64, c_void_p
 
-MAX_PARTS = 16  # of a matrix with several formats by rows
+MAX_PARTS = 16  # formats of a matrix with formats by row
 
 Pair = c_int64 * 2
 Table = c_ubyte * 256

@@ -14,7 +14,7 @@ from mpq.kernels.cpu import native as cpu
 from mpq.rounding.codes import SCALE_DTYPES
 
 INT8_QUERIES = "int8-channel"  # rounded by the kernel itself
-MAX_WIDTH = 256  # of a head, so that its products fit 32 bits
+MAX_WIDTH = 256  # head width whose products fit 32 bits
 NEWEST = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as ELEMENTS
 ELEMENTS = {"fp32": 0, "fp16": 1, "bf16": 2, "e4m3": 4}  # as src/abi.h numbers MPQ_SCALE_*
 

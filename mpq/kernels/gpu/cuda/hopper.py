@@ -14,7 +14,7 @@ from mpq.kernels.gpu.fragments import BLOCK_COLS, names
 
 FILES = ("instructions.cuh", "decode.cuh", "hopper.cuh", "hopper.cu", "shares.cuh")
 ARCHITECTURE = "sm_90a"
-ROWS, THREADS = 128, 288  # of a block
+ROWS, THREADS = 128, 288  # per block
 BLOCKS = (16, 32, 64, 128)  # tokens of a block
 
 

@@ -12,7 +12,7 @@ from mpq.kernels.gpu.cuda.nvrtc import compiled, definitions, source_of
 from mpq.kernels.gpu.fragments import BLOCK_COLS, TILE_ROWS, names
 
 FILES = ("instructions.cuh", "decode.cuh", "int4.cu", "shares.cuh")
-ROWS, THREADS = 64, 128  # of a block
+ROWS, THREADS = 64, 128  # per block
 BLOCKS = (8, 16, 32, 64)  # tokens of a block
 
 
