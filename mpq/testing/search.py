@@ -86,7 +86,7 @@ class SearchConformance:
         assert np.array_equal(problem.losses, losses)
         assert np.array_equal(problem.costs["size"], sizes)
 
-    def test_an_unreachable_budget_is_told(self) -> None:
+    def test_an_unreachable_budget_is_reported(self) -> None:
         message = ""
         try:
             self.found(replace(small_problem(), budgets={"size": 1.0}))
