@@ -1,4 +1,4 @@
-"""Results do not depend on torch's default dtype, which some programs set to bfloat16 or float64."""
+"""Results do not depend on torch's default dtype, nor rounding on its default device, which some programs set."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,10 @@ from torch.nn import functional
 
 import mpq
 from mpq.core.allocation import Allocation
+from mpq.core.formats import parse_format
 from mpq.network.moments import second_moments
-from mpq.rounding import METHODS
+from mpq.rounding import METHODS, method_named
+from mpq.rounding.reference import dequantize
 from mpq.rounding.store import MethodRounder
 from mpq.sensitivity import METRICS
 
@@ -80,3 +82,14 @@ def test_rounded_models(net, other, method, tmp_path):
 
         for ours, expected in zip(other(logits), logits(), strict=True):
             assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rounding_under_another_default_device(net, method):
+    """Compiled code writes into tensors on the CPU."""
+    weight, moment = net.out.weight.detach().repeat(1, 16), torch.eye(256)[None]
+    for name in FORMATS[:-1]:
+        expected = dequantize(method_named(method)(weight, parse_format(name), moment))
+        with torch.device("meta"):
+            found = dequantize(method_named(method)(weight, parse_format(name), moment))
+        assert torch.equal(found, expected)

@@ -292,7 +292,7 @@ def seeded(seed: int, *names: object) -> torch.Generator:
 
 def seeded_normal(shape: Sequence[int] | int, seed: int, *names: object) -> Tensor:
     """Standard normal numbers on the CPU, float32 whatever the default dtype, that depend on seed and names only."""
-    return torch.randn(shape, generator=seeded(seed, *names), dtype=torch.float32)
+    return torch.randn(shape, generator=seeded(seed, *names), dtype=torch.float32, device="cpu")
 
 
 @contextmanager

@@ -86,10 +86,10 @@ class _Search:
 
     def __init__(self, elements: Tensor, weights: Tensor, format: Format, tensor_scale: Tensor | None) -> None:
         self.elements, self.weights, self.format, self.tensor_scale = elements, weights, format, tensor_scale
-        self.scales = torch.ones(elements.shape[:-1], dtype=torch.float32)
+        self.scales = elements.new_ones(elements.shape[:-1])
         self.zeros: Tensor | None = None
         self.minima: Tensor | None = None
-        self.errors = torch.full(elements.shape[:-1], torch.inf, dtype=torch.float32)
+        self.errors = elements.new_full(elements.shape[:-1], torch.inf)
         self.is_compiled = elements.shape[-1] > 0 and compiled.serves(format.grid, elements, weights)
 
     def offer(self, scales: Tensor, zeros: Tensor | None = None, minima: Tensor | None = None) -> None:

@@ -57,7 +57,7 @@ def gptq_block(
     """Round a block of columns one by one, compensating each error in later columns: the errors (rows, width)."""
     rows, width = pending.shape
     inverse = inverse.contiguous()  # factorizations are column-major
-    errors = torch.empty(rows, width, dtype=torch.float32)
+    errors = pending.new_empty(rows, width)
     described = _described(grid)
     function = _function("mpq_gptq_block")
 
@@ -86,7 +86,7 @@ def best_scales(
     groups = flat.numel() // size
     offered = torch.stack([factor.reshape(-1) for factor in factors]).float()
     offsets = None if zeros is None else torch.stack([zero.reshape(-1) for zero in zeros]).float()
-    best, least = torch.empty(groups, dtype=torch.int64), torch.empty(groups, dtype=torch.float32)
+    best, least = flat.new_empty(groups, dtype=torch.int64), flat.new_empty(groups)
     described, function = _described(grid), _function("mpq_best_scales")
 
     def work(first: int, last: int) -> None:
@@ -111,7 +111,7 @@ def refit(
     good.
     """
     size, flat, shares = elements.shape[-1], elements.contiguous(), weights.contiguous()
-    used, fits = factors.float().contiguous(), torch.empty(factors.shape, dtype=torch.float32)
+    used, fits = factors.float().contiguous(), elements.new_empty(factors.shape)
     offsets = None if zeros is None else zeros.float().contiguous()
     described, function = _described(grid), _function("mpq_refit")
 
@@ -134,9 +134,8 @@ class _Described:
     """A grid as passed to the library, with the tables that it points to."""
 
     def __init__(self, grid: Grid) -> None:
-        values = torch.tensor(
-            sorted({value for value in grid.values().tolist() if value == value}), dtype=torch.float32
-        )
+        numbers = sorted({value for value in grid.values().tolist() if value == value})
+        values = torch.tensor(numbers, dtype=torch.float32, device="cpu")
         self.tables = (values, _thresholds(values, grid), encode(values, grid))
         self.struct = GridStruct(
             KINDS[grid.family], grid.min, grid.max, grid.offset, 2.0 ** (1 - grid.bias), 2.0**grid.mantissa,

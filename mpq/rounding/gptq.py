@@ -158,7 +158,8 @@ def _compensate(weight: Tensor, start: Quantized, factor: Factor) -> tuple[Tenso
 
     pending = arrange(weight)
     scales, lowest = (arrange(table) for table in _elementwise(start))
-    codes, squares = torch.empty(pending.shape, dtype=torch.uint8), torch.zeros(pending.shape[:2], dtype=torch.float32)
+    codes = pending.new_empty(pending.shape, dtype=torch.uint8)
+    squares = pending.new_zeros(pending.shape[:2])
     grid = start.format.grid
     round_block = compiled.gptq_block if compiled.serves(grid, pending, inverse) else gptq_block
     for first in range(0, cols, BLOCK):
@@ -198,8 +199,8 @@ def gptq_block(
 
 def _elementwise(start: Quantized) -> tuple[Tensor, Tensor]:
     """Factor and offset of each element's code, both (rows, cols)."""
-    template = to_groups(torch.ones(start.shape, dtype=torch.float32), start.format)
     scales, minima = group_scales(start), group_minima(start)
+    template = to_groups(scales.new_ones(start.shape), start.format)
     if start.zeros is not None:
         minima = -scales * start.zeros
     if minima is None:

@@ -155,7 +155,7 @@ def linear(
     if status < 0:
         raise MemoryError("out of memory for the CPU kernel's scratch buffers")
     if status:
-        which = torch.empty(tokens, dtype=torch.int8)
+        which = torch.empty(tokens, dtype=torch.int8, device="cpu")
         loaded.library.mpq_linear(plan.weight, _call(loaded, weight, x, tokens, stride, bias, out, planes, which))
         rest = (weight, bias, format, rows, cols, layout, activation if planes == 1 else "")
         _redo(out.view(-1, rows), x.reshape(-1, cols), which.bool(), *rest)

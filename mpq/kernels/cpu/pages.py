@@ -26,7 +26,7 @@ def empty_on_large_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     memory = mmap.mmap(-1, nbytes + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % LARGE
