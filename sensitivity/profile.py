@@ -113,12 +113,12 @@ def profile(
         raise MpqError(
             f"the metric {metric} needs second derivatives, which offload does not support: take {DEFAULT_METRIC}"
         )
-    asked = {
-        "metric": metric, "options": dict(options or {}), "method": rounding, "seed": seed,
-        "schemes": tuple(scheme.name for scheme in scheme_tuple), "layers": [layer.name for layer in layers],
+    scoring = {"metric": metric, "options": dict(options or {}), "method": rounding, "seed": seed}
+    settings = {
+        **scoring, "schemes": tuple(scheme.name for scheme in scheme_tuple), "layers": [layer.name for layer in layers],
         "granularity": granularity, **({"cache": list(map(cache_name, cache_formats))} if cache else {}),
     }  # fmt: skip
-    check_settings(resume, asked)
+    check_settings(resume, settings)
     with evaluating(model), offloaded(model, offload) if offload is not None else nullcontext():
         samples = arranged(model, batches, loss_fn)
         batches, loss_fn = samples.batches, samples.loss_fn
@@ -126,8 +126,8 @@ def profile(
         covered = coverage(model, layers, macs)
         with reaching(model, layers) as reached:
             reference = mean_loss(model, first_batches(batches, REFERENCE), loss_fn)
-        settings = {
-            **asked, "weights": model_fingerprint(model), "loss": f"{_name_of(loss_fn)}: {reference:.4g}",
+        settings |= {
+            "weights": model_fingerprint(model), "loss": f"{_name_of(loss_fn)}: {reference:.4g}",
             "data": fingerprint(tensor for batch in batches for tensor in tensors_in(batch)),
         }  # fmt: skip
         rounder = method
@@ -144,8 +144,7 @@ def profile(
         (scores, errors), reasons = without_evidence(task, mixed.scores, reached, scorer.compares_losses)
         cached = cache_scores(task, entries, cache_formats) if cache else None
     recorded: dict[str, Any] = {
-        "metric": metric, "options": dict(options or {}), "method": rounding, "seed": seed,
-        "nsamples": sum(samples_in(batch) for batch in batches), "reference_loss": reference,
+        **scoring, "nsamples": sum(samples_in(batch) for batch in batches), "reference_loss": reference,
         "overhead": other_bytes(model, layers), "coverage": covered.to_json(),
         **({"granularity": granularity} if mixed.assignments else {}), **(provenance or {}),
     }  # fmt: skip
