@@ -120,13 +120,18 @@ def _not_linear(layer: Layer) -> str:
     return f"it quantizes linear layers with weights of their own, not {layer.kind}"
 
 
+def _weights_alone(scheme: Scheme) -> str | None:
+    """The answer of consumers without activation formats where the scheme alone decides it; None elsewhere."""
+    if scheme.activation is not None:
+        return "its activations stay in floating point"
+    return "" if scheme.weight.is_float_copy else None
+
+
 def gptq(layer: Layer, scheme: Scheme) -> str:
     """The GPTQ layout."""
     weight = scheme.weight
-    if scheme.activation is not None:
-        return "its activations stay in floating point"
-    if weight.is_float_copy:
-        return ""
+    if (known := _weights_alone(scheme)) is not None:
+        return known
     if why := _not_linear(layer):
         return why
     if weight.grid.name not in ("int2", "int3", "int4", "int8") or weight.granularity == "tensor":
@@ -193,10 +198,8 @@ def mlx_mode(format: Format) -> dict[str, Any] | None:
 def mlx(layer: Layer, scheme: Scheme) -> str:
     """Layers of MLX."""
     weight = scheme.weight
-    if scheme.activation is not None:
-        return "its activations stay in floating point"
-    if weight.is_float_copy:
-        return ""
+    if (known := _weights_alone(scheme)) is not None:
+        return known
     if layer.kind not in ("linear", "embedding"):
         return f"it quantizes linear layers and embeddings, not {layer.kind}"
     if mlx_mode(weight) is None:
