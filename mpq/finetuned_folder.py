@@ -112,14 +112,14 @@ def finetune_folder(
 def _start(packed: nn.Module, original: nn.Module, allocation: Allocation, rounding: str) -> tuple[Finished, nn.Module]:
     """The folder's codes, and the original with every other tensor as the folder has it."""
     layers = [layer for layer, _ in checked_layers(original, allocation)]
-    found: dict[str, Quantized] = {}
+    codes: dict[str, Quantized] = {}
     for layer in layers:
         weight = packed.get_submodule(layer.name).weight
         assert isinstance(weight, PackedWeight)
-        found[layer.name] = unpack(weight.matrix())
+        codes[layer.name] = unpack(weight.matrix())
     start, weights = copied(original), {f"{name}.weight" for layer in layers for name in layer.names}
     theirs = packed.state_dict()
     for name, tensor in start.state_dict().items():
         if name not in weights and name in theirs and theirs[name].shape == tensor.shape:
             tensor.copy_(theirs[name])
-    return Finished(rounding, found, MethodRounder("nearest")), start
+    return Finished(rounding, codes, MethodRounder("nearest")), start

@@ -190,7 +190,7 @@ def splits(held: Held, request: Request) -> list[CacheFormats]:
     if request.target.caches_alike == LAYERS:
         held = replace(held, table=_tied(held.table))
     joint_problem(held, request)  # raises MpqError for pins that match nothing
-    found: dict[CacheFormats, None] = {}
+    caches: dict[CacheFormats, None] = {}
     doubts = DOUBTS if request.serving.memory is not None else DOUBTS[:1]
     for doubt in doubts:
         scaled = replace(held, table=_scaled(held.table, doubt))
@@ -200,10 +200,10 @@ def splits(held: Held, request: Request) -> list[CacheFormats]:
             if one is not None and (best is None or one.loss < best.loss):
                 best = one
         if best is not None and best.cache is not None:
-            found[CacheFormats(entries, best.cache.names)] = None
-    if not found:
+            caches[CacheFormats(entries, best.cache.names)] = None
+    if not caches:
         raise MpqError("no formats of weights and cache are within all budgets: raise one of them")
-    return list(found)
+    return list(caches)
 
 
 def choose_cache(held: Held, request: Request, measurer: Measurer, measured: bool = True) -> CacheFormats:
@@ -218,11 +218,11 @@ def choose_cache(held: Held, request: Request, measurer: Measurer, measured: boo
     Raises:
         MpqError: budgets that cannot be met.
     """
-    found = splits(held, request)
-    if len(found) == 1 or not measured:
-        return found[0]
-    harms = [_harm(weights_within(held, request, cache), measurer) for cache in found]
-    return found[int(np.argmin(harms))]
+    caches = splits(held, request)
+    if len(caches) == 1 or not measured:
+        return caches[0]
+    harms = [_harm(weights_within(held, request, cache), measurer) for cache in caches]
+    return caches[int(np.argmin(harms))]
 
 
 def weights_within(held: Held, request: Request, cache: CacheFormats) -> Allocation:
@@ -302,15 +302,15 @@ def _optimum(held: Held, request: Request) -> Allocation | None:
         frontier = None if others or request.budgets else exact(joint_problem(held, request), cost="memory")
         while True:
             if frontier is not None:
-                found = frontier.at(cost=min(room, float(frontier.costs[-1])))
+                allocation = frontier.at(cost=min(room, float(frontier.costs[-1])))
             else:
                 within = {**others, **({"memory": room} if math.isfinite(room) else {})}
-                found = integer(joint_problem(held, request, within), cost="memory").allocation(0)
-            assert found.cache is not None
-            cached = found.cache.nbytes(serving.context, serving.batch)
-            excess = checkpoint.file_size(request.model, found) + cached - memory
+                allocation = integer(joint_problem(held, request, within), cost="memory").allocation(0)
+            assert allocation.cache is not None
+            cached = allocation.cache.nbytes(serving.context, serving.batch)
+            excess = checkpoint.file_size(request.model, allocation) + cached - memory
             if excess <= 0:
-                return found
+                return allocation
             room -= excess
     except MpqError:
         return None

@@ -274,20 +274,20 @@ def _write_artefacts(outcome: Outcome, source: Source, target: Target) -> None:
     outcome.frontier.save(outcome.folder / "frontier.csv", divergences=told, told=counted)
     measured = [*outcome.points.values(), *outcome.accepted.candidates]
     points = [
-        Point(found.name, found.allocation.bits, *found.harm_with_error())
-        for found in measured
-        if found.quality.divergence is not None
+        Point(one.name, one.allocation.bits, *one.harm_with_error())
+        for one in measured
+        if one.quality.divergence is not None
     ]
     figure = draw_frontier(
         frontier_facts({"searched frontier": outcome.frontier}, {"chosen": outcome.allocation}, points), source.name
     )
     with write_atomically(outcome.folder / "frontier.png") as draft:
         figure.savefig(draft, dpi=150)
-    compared = [found for found in outcome.measured if found.allocation is not None]
+    compared = [one for one in outcome.measured if one.allocation is not None]
     predictions = [
-        Prediction(found.name, found.allocation.loss, *found.harm)
-        for found in compared
-        if found.allocation is not None and not math.isnan(found.allocation.loss)
+        Prediction(one.name, one.allocation.loss, *one.harm)
+        for one in compared
+        if one.allocation is not None and not math.isnan(one.allocation.loss)
     ]
     title = f"{source.name} at {outcome.allocation.bits:.2f} bits per weight"
     settings = circumstances(source.model, outcome.seconds)

@@ -52,8 +52,8 @@ def smallest(frontier: Frontier, limit: float, measurer: Measurer, finish: Calla
 
     def divergence(index: int) -> float:
         if index not in known:
-            found = candidate_of(f"point {index}", frontier.allocation(index), measurer)
-            known[index] = math.inf if found is None else found.harm()
+            candidate = candidate_of(f"point {index}", frontier.allocation(index), measurer)
+            known[index] = math.inf if candidate is None else candidate.harm()
         return known[index]
 
     best: Acceptance | None = None
@@ -96,11 +96,11 @@ def _first_within(frontier: Frontier, limit: float, divergence: Callable[[int], 
             break
         guess = int((-frontier.losses).searchsorted(-limit / ratio)) if turn % 3 < 2 else (below + within) // 2
         guess = min(max(guess, below + 1), within - 1)
-        found = divergence(guess)
-        if found <= limit:
+        measured = divergence(guess)
+        if measured <= limit:
             within = guess
         else:
             below = guess
-        if math.isfinite(found) and found > 0 and frontier.losses[guess] > 0:
-            ratio = found / float(frontier.losses[guess])
+        if math.isfinite(measured) and measured > 0 and frontier.losses[guess] > 0:
+            ratio = measured / float(frontier.losses[guess])
     return within

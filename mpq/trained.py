@@ -30,7 +30,7 @@ def as_trained(model: nn.Module, allocation: Allocation, otherwise: Rounder) -> 
         MpqError: a layer that the allocation lacks or has in another scheme than it was trained in.
     """
     roundings = {name: one for name, module in model.named_modules() if (one := rounding_of(module)) is not None}
-    found: dict[str, Quantized] = {}
+    rounded: dict[str, Quantized] = {}
     methods: dict[str, None] = {}
     for layer, scheme in checked_layers(model, allocation):
         rounding = roundings.pop(layer.name, None)
@@ -43,7 +43,7 @@ def as_trained(model: nn.Module, allocation: Allocation, otherwise: Rounder) -> 
                 f"layer {layer.name} was trained in {rounding.rounding.format.name}, the allocation has "
                 f"{scheme.weight.name}: export with the allocation that the model was simulated in"
             )
-        found[layer.name] = rounding.quantized(_latent(model.get_submodule(layer.name)))
+        rounded[layer.name] = rounding.quantized(_latent(model.get_submodule(layer.name)))
         methods[rounding.method] = None
     for name, rounding in roundings.items():
         raise MpqError(f"layer {name} was trained in {rounding.rounding.format.name}, but the allocation leaves it out")
@@ -56,7 +56,7 @@ def as_trained(model: nn.Module, allocation: Allocation, otherwise: Rounder) -> 
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, PointHook):
                 del module._forward_hooks[key]
-    return plain, Finished(f"{', '.join(methods)}, trained", found, otherwise)
+    return plain, Finished(f"{', '.join(methods)}, trained", rounded, otherwise)
 
 
 def _latent(module: nn.Module) -> Tensor:

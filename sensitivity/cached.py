@@ -59,9 +59,9 @@ def _scored(task: Task, entries: Sequence[Layer], formats: Sequence[Format]) -> 
             sums[key] += power_sums(seen.squares[key[0]][key[1]])
     count = sum(samples_in(batch) for batch in task.batches)
     numbers: list[float] = []
-    for found in total(sums).values():
-        score = 0.5 * float(found[1]) / count
-        numbers += [score, score * relative_error(found)]
+    for power in total(sums).values():
+        score = 0.5 * float(power[1]) / count
+        numbers += [score, score * relative_error(power)]
     return numbers
 
 

@@ -81,8 +81,8 @@ def kl_curvature(
         pairs: list[float] = np.stack([scores.sum(0).numpy(), errors.numpy()], 1).flatten().tolist()
         return pairs
 
-    found = by_layer(task, numbers, "scores")
-    return shrunk(task.layers, *found) if shrink else found
+    scores = by_layer(task, numbers, "scores")
+    return shrunk(task.layers, *scores) if shrink else scores
 
 
 def kl_curvature_by_rows(task: Task, mixes: Sequence[Scheme], *, shrink: bool = True, **options: Any) -> Mixed:
@@ -148,7 +148,7 @@ def softness(task: Task) -> float:
 
 def _enough(task: Task, asked: list[Predictions] | None) -> Task:
     """The task with its first samples only, as many as have POSITIONS predictions."""
-    each = sum(int((found.weights > 0).sum()) for found in asked or [])
+    each = sum(int((one.weights > 0).sum()) for one in asked or [])
     if not each:
         return task
     if task.together:
@@ -159,6 +159,6 @@ def _enough(task: Task, asked: list[Predictions] | None) -> Task:
 def _several(task: Task, asked: list[Predictions]) -> bool:
     """Whether a sample has several predictions; `asked` are those of `few_samples(1)`."""
     if not task.together:
-        return any(int((found.weights > 0).sum()) > 1 for found in asked)
-    counts: list[Tensor] = [(found.weights > 0).flatten(1).sum(1) for found in asked if found.weights.ndim > 1]
+        return any(int((one.weights > 0).sum()) > 1 for one in asked)
+    counts: list[Tensor] = [(one.weights > 0).flatten(1).sum(1) for one in asked if one.weights.ndim > 1]
     return any(bool((count > 1).any()) for count in counts)

@@ -91,14 +91,14 @@ def _predictions(loss: Tensor, logits: Tensor) -> Predictions:
     slopes = torch.autograd.grad(loss, logits, retain_graph=True, materialize_grads=True)[0]
     seconds = logits.movedim(1, -1).shape if logits.ndim > 2 else logits.shape
     second = seconds[:-1] != logits.shape[:-1]  # where both could be, shapes do not tell which it is
-    found = _one_label_each(logits, slopes)
-    if found is None and second:
-        found = _one_label_each(logits.movedim(1, -1), slopes.movedim(1, -1))
-        if found is not None:
-            return Predictions(*(tensor.reshape(seconds[:-1]) for tensor in found))
-    if found is None:
-        found = _soft_labels(loss, logits)
-    return Predictions(*(tensor.reshape(logits.shape[:-1]) for tensor in found))
+    labels = _one_label_each(logits, slopes)
+    if labels is None and second:
+        labels = _one_label_each(logits.movedim(1, -1), slopes.movedim(1, -1))
+        if labels is not None:
+            return Predictions(*(tensor.reshape(seconds[:-1]) for tensor in labels))
+    if labels is None:
+        labels = _soft_labels(loss, logits)
+    return Predictions(*(tensor.reshape(logits.shape[:-1]) for tensor in labels))
 
 
 def _one_label_each(logits: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor] | None:

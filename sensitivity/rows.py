@@ -51,12 +51,12 @@ def tempered(shares: Tensor, exponent: float, floor: float = FLOOR) -> Tensor:
 
 def ladder(schemes: Sequence[Scheme]) -> tuple[Scheme, ...]:
     """Mixes of each family of formats among the schemes, STEP bits apart, between the smallest and the largest."""
-    found = []
+    mixes = []
     for activation in dict.fromkeys(scheme.activation for scheme in schemes):
         for family in families([scheme.weight for scheme in schemes if scheme.activation == activation]):
             bits = [format.effective_bits() for format in family]
-            found += [Scheme(mix_of(family, point), activation) for point in _points(min(bits), max(bits))]
-    return tuple(found)
+            mixes += [Scheme(mix_of(family, point), activation) for point in _points(min(bits), max(bits))]
+    return tuple(mixes)
 
 
 def _points(low: float, high: float) -> Iterator[float]:
@@ -92,13 +92,13 @@ def with_mixes(task: Task, rows: RowScores, mixes: Sequence[Scheme], shrink: boo
         return [*pairs, *shares.flatten().tolist(), *_condensed(places)]
 
     items = {layer.name: layer for layer in task.layers}
-    found = task.numbers(items, lambda layers: (numbers(layer) for layer in task.track(layers, "mixes")))
-    count, scores = len(task.layers), np.array([row[: 2 * plain] for row in found]).reshape(-1, plain, 2)
+    recorded = task.numbers(items, lambda layers: (numbers(layer) for layer in task.track(layers, "mixes")))
+    count, scores = len(task.layers), np.array([row[: 2 * plain] for row in recorded]).reshape(-1, plain, 2)
     values, errors = (np.full((count, plain + len(mixes)), np.nan) for _ in range(2))
     whole = scores[..., 0], scores[..., 1]
     values[:, :plain], errors[:, :plain] = shrunk(task.layers, *whole) if shrink else whole
     assignments: dict[str, dict[str, str]] = {layer.name: {} for layer in task.layers}
-    for i, (layer, row) in enumerate(zip(task.layers, found, strict=True)):
+    for i, (layer, row) in enumerate(zip(task.layers, recorded, strict=True)):
         shares = np.array(row[2 * plain : 2 * plain + len(mixes) * most]).reshape(len(mixes), most)
         places = _expanded(row[2 * plain + len(mixes) * most :], len(mixes), layer.rows)
         for j, (mix, part) in enumerate(zip(mixes, columns, strict=True)):

@@ -67,8 +67,10 @@ class Allocation:
     def scheme_of(self) -> dict[str, Scheme]:
         """Scheme by layer name; a mix knows its assignment, where there is one."""
         pairs = zip(self.layers, self.schemes, strict=True)
-        found = self.assignments
-        return {layer.name: parse_scheme(name).with_assignment(found.get(layer.name, "")) for layer, name in pairs}
+        assignments = self.assignments
+        return {
+            layer.name: parse_scheme(name).with_assignment(assignments.get(layer.name, "")) for layer, name in pairs
+        }
 
     @property
     def size(self) -> int:

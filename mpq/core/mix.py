@@ -101,10 +101,10 @@ class Mix(Format):
         places = np.frombuffer(self.assignment.encode("ascii", "replace"), np.uint8) - ord("0")
         if len(places) != rows or places.max(initial=0) >= len(self.formats):
             raise MpqError(f"{self.name} has an assignment of {len(places)} rows that does not fit {rows} rows")
-        found = int(np.array(self.row_bytes(cols))[places].sum()) + self.assignment_bytes(rows)
-        if found != self.nbytes(rows, cols):
+        total = int(np.array(self.row_bytes(cols))[places].sum()) + self.assignment_bytes(rows)
+        if total != self.nbytes(rows, cols):
             raise MpqError(
-                f"{self.name} takes {self.nbytes(rows, cols)} bytes of {rows} x {cols} weights, its assignment {found}"
+                f"{self.name} takes {self.nbytes(rows, cols)} bytes of {rows} x {cols} weights, its assignment {total}"
             )
         return places
 
@@ -172,10 +172,10 @@ def families(formats: Sequence[Format]) -> list[tuple[Format, ...]]:
 
     Integers and codebooks go together, small floats and grids without a sign are apart.
     """
-    found: dict[object, list[Format]] = {}
+    members: dict[object, list[Format]] = {}
     for format in formats:
         if mixable(format) and not format.is_float_copy:
             kin = replace(format, grid=formats[0].grid)
-            found.setdefault((kin, format.grid.family == "float", format.grid.signed), []).append(format)
-    kept = (sorted(set(family), key=lambda format: format.grid.bits) for family in found.values())
+            members.setdefault((kin, format.grid.family == "float", format.grid.signed), []).append(format)
+    kept = (sorted(set(family), key=lambda format: format.grid.bits) for family in members.values())
     return [tuple(family)[:MOST] for family in kept if len(family) > 1]

@@ -47,22 +47,22 @@ def generate_batch(
     pick = partial(choose, temperature=temperature, top_k=top_k)
     randoms = [seeded(seed, "generate", place) for place in range(len(prompts))]
     memories = [Memory(formats=formats, packed=packed) for _ in prompts]
-    found: list[list[int]] = [[] for _ in prompts]
+    texts: list[list[int]] = [[] for _ in prompts]
     ends, started = [0.0] * len(prompts), time.perf_counter()
     with evaluating(model):
         logits = [step(decoder, prompt.unsqueeze(0), memory) for prompt, memory in zip(prompts, memories, strict=True)]
         prompted, active = time.perf_counter(), list(range(len(prompts)))
         while active and max_new_tokens:
             for place, row in zip(active, logits, strict=True):
-                found[place].append(pick(row, random=randoms[place]))
+                texts[place].append(pick(row, random=randoms[place]))
                 ends[place] = time.perf_counter()
-            active = [place for place in active if len(found[place]) < max_new_tokens and found[place][-1] not in stop]
+            active = [place for place in active if len(texts[place]) < max_new_tokens and texts[place][-1] not in stop]
             if active:
-                tokens = prompts[0].new_tensor([found[place][-1] for place in active])
+                tokens = prompts[0].new_tensor([texts[place][-1] for place in active])
                 logits = list(step_each(decoder, tokens, [memories[place] for place in active]))
     return [
         Generation(tuple(tokens), prompted - started, max(0.0, end - prompted))
-        for tokens, end in zip(found, ends, strict=True)
+        for tokens, end in zip(texts, ends, strict=True)
     ]
 
 

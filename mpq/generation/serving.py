@@ -52,5 +52,5 @@ def _packed_cache(formats: CacheFormats, config: Any) -> Any:
 
 def cache_formats_of(model: nn.Module) -> CacheFormats | None:
     """The formats that `serve_cache` gave a model; None leaves keys and values in floating point."""
-    found = getattr(model, "cache_formats", None)
-    return found if isinstance(found, CacheFormats) else None
+    formats = getattr(model, "cache_formats", None)
+    return formats if isinstance(formats, CacheFormats) else None

@@ -50,5 +50,5 @@ def source_of(node: Any) -> fx.Node:
     """The node whose values an argument holds, identities left out."""
     while operation(node) in SAME:
         node = node.args[0]
-    found: fx.Node = node
-    return found
+    last: fx.Node = node
+    return last

@@ -204,7 +204,7 @@ def _width(groups: int, kind: str) -> int:
 def of_parts(mix: Mix, shape: tuple[int, int], parts: Sequence[Packed]) -> Packed:
     """A mix of matrices, each of the rows of one of its formats, canonical; the mix has its assignment."""
     named = [(mix.formats.index(part.format), to_layout(part, ROWS).tensors) for part in parts]
-    tensors = {f"{place}.{name}": tensor for place, found in named for name, tensor in found.items()}
+    tensors = {f"{place}.{name}": tensor for place, own in named for name, tensor in own.items()}
     places = torch.from_numpy(mix.assigned(*shape)).unsqueeze(0)
     tensors[ASSIGNMENT] = pack_bits(places, mix.assignment_bits)[0].to(next(iter(tensors.values())).device)
     return Packed(mix, shape, tensors=tensors)
@@ -213,12 +213,12 @@ def of_parts(mix: Mix, shape: tuple[int, int], parts: Sequence[Packed]) -> Packe
 def parts_of(packed: Packed) -> list[Packed]:
     """The matrices of a mix, one for each format that has rows."""
     assert isinstance(packed.format, Mix)
-    found = []
+    parts = []
     for place, format in enumerate(packed.format.formats):
         own = {name.partition(".")[2]: one for name, one in packed.tensors.items() if name.startswith(f"{place}.")}
         if own:
-            found.append(Packed(format, (len(own["packed"]), packed.shape[1]), tensors=own))
-    return found
+            parts.append(Packed(format, (len(own["packed"]), packed.shape[1]), tensors=own))
+    return parts
 
 
 def read_assignment(mix: Mix, stored: Tensor, rows: int) -> Mix:

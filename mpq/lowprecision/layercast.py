@@ -150,12 +150,12 @@ def layercast(model: nn.Module, *, include: str | Iterable[str] = "*", exclude: 
     Raises:
         MpqError: no layer to cast, or a pattern that matches none.
     """
-    found = {name: cls for name, module in model.named_modules() if name and (cls := _cast_class(module)) is not None}
-    if not found:
+    classes = {name: cls for name, module in model.named_modules() if name and (cls := _cast_class(module)) is not None}
+    if not classes:
         raise MpqError(f"{type(model).__name__} has no linear layer, convolution or embedding to cast")
-    left_out = set(match_names(exclude, list(found)))
-    chosen = [name for name in match_names(include, list(found)) if name not in left_out]
-    casts = {id(model.get_submodule(name)): found[name] for name in chosen}
+    left_out = set(match_names(exclude, list(classes)))
+    chosen = [name for name in match_names(include, list(classes)) if name not in left_out]
+    casts = {id(model.get_submodule(name)): classes[name] for name in chosen}
     # A weight that a layer which is not cast shares becomes float32 with it.
     others = {id(p) for m in model.modules() if id(m) not in casts for p in m._parameters.values() if p is not None}
     modules = [module for module in model.modules() if id(module) in casts]

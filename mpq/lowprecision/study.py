@@ -118,12 +118,12 @@ def gaps(runs: Sequence[Run], base: str) -> dict[tuple[str, float], NDArray[np.f
         MpqError: the base setting was not run with a rate and seed.
     """
     known = {(run.rate, run.seed): run.loss for run in runs if run.setting == base}
-    found: dict[tuple[str, float], list[float]] = {}
+    differences: dict[tuple[str, float], list[float]] = {}
     for run in runs:
         if (run.rate, run.seed) not in known:
             raise MpqError(f"{base!r} was not run at rate {run.rate:g} with seed {run.seed}: nothing to compare with")
-        found.setdefault((run.setting, run.rate), []).append(run.loss - known[run.rate, run.seed])
-    return {key: np.array(values) for key, values in found.items()}
+        differences.setdefault((run.setting, run.rate), []).append(run.loss - known[run.rate, run.seed])
+    return {key: np.array(values) for key, values in differences.items()}
 
 
 def mean_with_error(values: NDArray[np.float64]) -> tuple[float, float]:

@@ -67,9 +67,9 @@ def _dialogue(use: str) -> Iterator[list[Turn]]:
 def _code(use: str) -> Iterator[list[Turn]]:
     for module in CODE[use]:
         source = (files("mpq.core") / f"{module}.py").read_text("utf-8")
-        for found in FUNCTION.finditer(source):
-            question = f"Write a Python function `{found[1]}`: {found[2].strip()}"
-            yield _turns(question, f"```python\n{found[0].strip()}\n```")
+        for match in FUNCTION.finditer(source):
+            question = f"Write a Python function `{match[1]}`: {match[2].strip()}"
+            yield _turns(question, f"```python\n{match[0].strip()}\n```")
 
 
 def _turns(question: str, answer: str) -> list[Turn]:

@@ -94,13 +94,13 @@ def hosts(model: nn.Module) -> list[nn.Module]:
 
 def points(model: nn.Module) -> dict[str, CachePoint]:
     """The model's cache points by entry name, counted in the order of its modules."""
-    found: dict[str, CachePoint] = {}
+    by_name: dict[str, CachePoint] = {}
     counts = {KEYS: 0, VALUES: 0}
     for module in model.modules():
         if isinstance(module, CachePoint):
-            found[entry_name(counts[module.kind], module.kind)] = module
+            by_name[entry_name(counts[module.kind], module.kind)] = module
             counts[module.kind] += 1
-    return found
+    return by_name
 
 
 def change_cached(model: nn.Module, change: Change) -> list[RemovableHandle]:
@@ -127,8 +127,8 @@ def context_of(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
-    found = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "context"))
-    return next((int(one) for one in found if one), None)
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "context"))
+    return next((int(one) for one in lengths if one), None)
 
 
 @contextmanager
@@ -150,12 +150,12 @@ def find_cached(model: nn.Module, batch: Batch, loss_fn: LossFn) -> tuple[Layer,
     Raises:
         MpqError: the model caches nothing that can be seen.
     """
-    found: dict[str, Layer] = {}
+    entries: dict[str, Layer] = {}
 
     def see(name: str, vectors: Tensor) -> Tensor:
         if vectors.ndim == 4:
             kind, heads, width = name.rpartition(".")[2], vectors.shape[1], vectors.shape[3]
-            found[name] = Layer(name, kind, heads, width, window=windows.get(name.split(".")[1], 0))
+            entries[name] = Layer(name, kind, heads, width, window=windows.get(name.split(".")[1], 0))
         return vectors
 
     windows: dict[str, int] = {}
@@ -165,9 +165,9 @@ def find_cached(model: nn.Module, batch: Batch, loss_fn: LossFn) -> tuple[Layer,
         windows |= windows_of(host.config)
     with torch.no_grad(), evaluating(model), changing(model, see):
         loss_fn(model, batch)
-    if not found:
+    if not entries:
         raise MpqError(
             f"{type(model).__name__} has no cache of keys and values: leave out the budget of a cache (memory, kv_bits)"
         )
-    order = sorted(found, key=lambda name: (int(name.split(".")[1]), name))
-    return tuple(found[name] for name in order)
+    order = sorted(entries, key=lambda name: (int(name.split(".")[1]), name))
+    return tuple(entries[name] for name in order)

@@ -173,13 +173,13 @@ def take(batch: Batch, samples: slice | list[int]) -> Batch:
 
 def first_samples(batches: Iterable[Batch], count: int) -> tuple[Batch, ...]:
     """The first `count` samples, the last batch cut where it has more."""
-    found: list[Batch] = []
+    picked: list[Batch] = []
     for batch in batches:
         if count <= 0:
             break
-        found.append(take(batch, slice(0, count)))
+        picked.append(take(batch, slice(0, count)))
         count -= samples_in(batch)
-    return tuple(found)
+    return tuple(picked)
 
 
 def first_batches(batches: Sequence[Batch], count: float) -> Sequence[Batch]:

@@ -85,7 +85,7 @@ def harms(
     """
     if not objective.kl:
         return _harms_by_loss(student, teacher, tuple(batches), loss_fn, objective, arranged)
-    found: list[Tensor] = []
+    harms: list[Tensor] = []
     for batch in batches:
         with outputs_of(teacher) as wanted:
             loss_fn(teacher, batch)
@@ -95,8 +95,8 @@ def harms(
         if arranged.second and parts[0].shape[1:2] == (arranged.count(batch),):
             parts = turned(parts[0]), turned(parts[1])
         each, weights = (part.reshape(len(part), -1) for part in parts)
-        found.append((each * weights).sum(1) / weights.sum(1).clamp(min=1))
-    return torch.cat([harm.double().cpu() for harm in found])
+        harms.append((each * weights).sum(1) / weights.sum(1).clamp(min=1))
+    return torch.cat([harm.double().cpu() for harm in harms])
 
 
 def _harms_by_loss(
@@ -123,18 +123,18 @@ def block_names(model: nn.Module) -> tuple[str, ...]:
     Raises:
         MpqError: it has none.
     """
-    found: list[str] = []
+    blocks: list[str] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{block}.") for block in found)
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not inside and name not in found:
-            found += [
+        inside = any(name.startswith(f"{block}.") for block in blocks)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not inside and name not in blocks:
+            blocks += [
                 f"{name}.{key}".lstrip(".")
                 for key, child in module.named_children()
                 if next(child.parameters(), None) is not None
             ]
-    if not found:
+    if not blocks:
         raise MpqError(f"{type(model).__name__} has no list or sequence of blocks: leave the weight of blocks at 0")
-    return tuple(found)
+    return tuple(blocks)
 
 
 @contextmanager
