@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from problems import every_choice
 
 from mpq.cli.main import main
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
+from mpq.core.problem import build_problem
 from mpq.core.table import SensitivityTable
 from mpq.search.choice import allocate
 
@@ -86,3 +88,52 @@ def test_the_command_line_prints_entries_too(tmp_path: Path, capsys: pytest.Capt
     assert "need the number of cached tokens" in capsys.readouterr().err
     assert main(["allocate", str(tmp_path / "table.csv"), "--bits", "4"]) == 0
     assert "cache" not in capsys.readouterr().out
+
+
+def small(overhead: int | None) -> SensitivityTable:
+    """Three layers in three schemes and two entries in two, each with a window of its own: 108 allocations."""
+    random = np.random.default_rng(1)
+    layers = tuple(Layer(f"l{i}", "linear", 16 * (i + 1), 64, macs=64) for i in range(3))
+    scores = random.random((3, 1)) * np.array([9.0, 2.0, 0.3])
+    provenance = {} if overhead is None else {"overhead": overhead}
+    table = SensitivityTable(layers, ("int2-g32", "int4-g32", "int8-channel"), scores, 0 * scores, "loss", provenance)
+    entries = (Layer("cache.0.keys", "keys", 2, 64, window=40), Layer("cache.0.values", "values", 1, 32))
+    added = random.random((2, 1)) * np.array([4.0, 0.2])
+    return table.with_entries(entries, ("kv:int3-asym", "kv:int8-token"), added, 0 * added)
+
+
+@pytest.mark.parametrize("overhead", [None, 0, 3000])
+@pytest.mark.parametrize("seed", range(6))
+def test_every_combination_of_budgets_matches_enumeration(overhead: int | None, seed: int) -> None:
+    table, random, context, batch = small(overhead), np.random.default_rng(seed), 100, 3
+    problem = build_problem(table, context=context, batch=batch)
+    every = [problem.allocation(choices) for choices in every_choice(problem)]
+    numbers = sum(entry.params * entry.tokens(context) for entry in table.entries)
+    costs = {
+        "memory": [one.memory(context, batch) for one in every],
+        "size": [one.total for one in every],
+        "bits": [one.bits for one in every],
+        "kv_bits": [8 * one.cache.nbytes(context) / numbers for one in every],
+    }
+    for names in (("memory",), ("memory", "size"), ("memory", "bits"), ("bits", "kv_bits"), ("size", "kv_bits")):
+        budgets = {name: float(random.choice(costs[name])) for name in names}
+        met = [all(costs[name][i] <= most * (1 + 1e-12) for name, most in budgets.items()) for i in range(len(every))]
+        losses = [one.loss for one, fits in zip(every, met, strict=True) if fits]
+        if not losses:
+            with pytest.raises(MpqError):
+                allocate(table, context=context, batch=batch, **budgets)
+            continue
+        found = allocate(table, context=context, batch=batch, **budgets).allocation
+        assert found.loss == pytest.approx(min(losses))
+
+
+@pytest.mark.parametrize("overhead", [None, 3000])
+@pytest.mark.parametrize("search", ["exact", "integer"])
+def test_budgets_of_weights_match_enumeration(overhead: int | None, search: str) -> None:
+    table = small(overhead).weights()
+    problem = build_problem(table)
+    every = [problem.allocation(choices) for choices in every_choice(problem)]
+    for one in every[::5]:
+        for name, cost in (("bits", lambda own: own.bits), ("size", lambda own: own.total)):
+            best = min(other.loss for other in every if cost(other) <= cost(one) * (1 + 1e-12))
+            assert allocate(table, search=search, **{name: cost(one)}).allocation.loss == pytest.approx(best)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -35,6 +36,11 @@ def test_every_point_is_optimal_within_its_costs(seed):
     objectives = np.column_stack([found.costs, found.losses])
     for one in range(len(found)):
         assert not any((objectives[other] <= objectives[one]).all() for other in range(len(found)) if other != one)
+    best = costs[losses == losses.min()].min(0)
+    for budgets in product(*(np.linspace(low, high, 5) for low, high in zip(costs.min(0), best, strict=True))):
+        within, reached = ((one <= np.array(budgets) * (1 + 1e-9)).all(1) for one in (costs, found.costs))
+        if within.any():
+            assert found.losses[reached].min() == pytest.approx(losses[within].min(), rel=1e-6)
     assert found.losses.min() == pytest.approx(losses.min(), rel=1e-9)  # both ends of the grid are there
     assert found.costs[:, 0].min() == pytest.approx(costs[:, 0].min())
 
@@ -91,3 +97,23 @@ def test_invalid_arguments_are_refused():
         cheapest(make_problem(1), loss=1.0, cost="time")
     with pytest.raises(MpqError, match="below the smallest"):
         surface(replace(make_problem(1), budgets={"bitops": 1.0}))
+
+
+def test_a_surface_has_eight_steps_and_at_least_two():
+    problem = make_problem(2, 4)
+    assert surface(problem).losses.tolist() == surface(problem, steps=8).losses.tolist()
+    assert len(surface(problem, steps=2)) >= 2
+    with pytest.raises(MpqError, match="at least two steps, not size, bitops, 1"):
+        surface(problem, steps=1)
+
+
+def test_equal_allocations_are_one_point():
+    """Two layers alike: either may take the wider format."""
+    problem = make_problem(2, 4)
+
+    def alike(array):
+        return np.concatenate([array[:1], array[:1], array[2:]])
+
+    costs = {name: alike(cost) for name, cost in problem.costs.items()}
+    found = surface(replace(problem, losses=alike(problem.losses), costs=costs), steps=6)
+    assert len({(*point, loss) for point, loss in zip(found.costs.tolist(), found.losses, strict=True)}) == len(found)
