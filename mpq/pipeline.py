@@ -268,10 +268,10 @@ def _packed(source: Source, folder: Path) -> nn.Module:
 
 
 def _write_artefacts(outcome: Outcome, source: Source, target: Target) -> None:
-    told = {index: candidate.harm_with_error() for index, candidate in outcome.points.items()}
+    harms = {index: candidate.harm_with_error() for index, candidate in outcome.points.items()}
     serving = outcome.serving
     counted = {} if serving is None or serving.memory is None else {"tokens": partial(tokens_beside, serving=serving)}
-    outcome.frontier.save(outcome.folder / "frontier.csv", divergences=told, told=counted)
+    outcome.frontier.save(outcome.folder / "frontier.csv", divergences=harms, columns=counted)
     measured = [*outcome.points.values(), *outcome.accepted.candidates]
     points = [
         Point(one.name, one.allocation.bits, *one.harm_with_error())

@@ -44,7 +44,7 @@ def test_a_structure_has_the_layers_of_the_opened_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "message"),
     [
         (["--bits", "1.5", "--for", "llama.cpp"], "1.5 bits is below the smallest allocation for llama.cpp, 4."),
         (["--bits", "3", "--for", "vllm:cpu", "--formats", "int3-g32"], "add int4-"),
@@ -55,9 +55,9 @@ def test_a_structure_has_the_layers_of_the_opened_model(tmp_path):
         (["--kv-bits", "4", "--for", "vllm:cpu"], "vllm:cpu files cannot store cache formats"),
     ],
 )
-def test_impossible_requests_are_refused_without_weights(bare, tmp_path, capsys, asked, told):
+def test_impossible_requests_are_refused_without_weights(bare, tmp_path, capsys, asked, message):
     assert main(["quantize", str(bare), "-o", str(tmp_path / "out"), *asked]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -87,8 +87,8 @@ def test_formats_without_a_kernel_are_reported():
     entries = (Layer("cache.0.keys", "keys", 2, 80), Layer("cache.0.values", "values", 2, 80))
     fast = ("int4-g128", "int8-channel+a:int8-token", "nf4-g64", "int2-g64/int4-g64@3.25")
     assert without_kernels(fast, CACHE_FORMATS, entries) == []
-    (told,) = without_kernels((*fast, "int4-g128+a:int4-token"), (), entries)
-    assert "int4-g128+a:int4-token" in told
-    assert "int8-channel+a:int8-token," not in told
-    (told,) = without_kernels(fast, ("int4-asym", "int4-t32-asym", "int4-g20"), entries)
-    assert "int4-t32-asym, int4-g20 in heads of 80" in told
+    (message,) = without_kernels((*fast, "int4-g128+a:int4-token"), (), entries)
+    assert "int4-g128+a:int4-token" in message
+    assert "int8-channel+a:int8-token," not in message
+    (message,) = without_kernels(fast, ("int4-asym", "int4-t32-asym", "int4-g20"), entries)
+    assert "int4-t32-asym, int4-g20 in heads of 80" in message

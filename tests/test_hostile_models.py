@@ -263,10 +263,10 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_invalid_data_and_losses_are_reported_in_one_sentence(kind):
-    batches, loss, told = WRONG[kind]
+    batches, loss, message = WRONG[kind]
     kept = X.clone()
     try:
-        with pytest.raises(MpqError, match=told):
+        with pytest.raises(MpqError, match=message):
             mpq.profile(net(), batches, loss, ["int2-channel"], progress=False)
     finally:
         X.detach_().requires_grad_(False).copy_(kept)
@@ -291,8 +291,8 @@ FACES = {
 @pytest.mark.parametrize("kind", FACES)
 def test_arguments_of_a_wrong_type_are_reported_in_one_sentence(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    call, told = FACES[kind]
-    with pytest.raises(MpqError, match=told):
+    call, message = FACES[kind]
+    with pytest.raises(MpqError, match=message):
         call()
     assert not list(tmp_path.iterdir())
 

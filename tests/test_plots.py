@@ -156,5 +156,5 @@ def test_the_report_shows_the_share_of_rows_in_each_format():
     layer = Layer("l", "linear", 8, 256)
     scheme = parse_scheme("int2-g64/int3-g64@2.8")
     assert format_words(layer, scheme) == scheme.name
-    told = format_words(layer, scheme.with_assignment("00110011"))
-    assert told == "int2-g64/int3-g64@2.8: 50 % int2-g64, 50 % int3-g64 of the rows"
+    words = format_words(layer, scheme.with_assignment("00110011"))
+    assert words == "int2-g64/int3-g64@2.8: 50 % int2-g64, 50 % int3-g64 of the rows"

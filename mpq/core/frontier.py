@@ -131,13 +131,13 @@ class Frontier:
         *,
         points: int = 1000,
         divergences: Mapping[int, tuple[float, float]] | None = None,
-        told: Mapping[str, Callable[[Allocation], float]] | None = None,
+        columns: Mapping[str, Callable[[Allocation], float]] | None = None,
     ) -> None:
         """Write a CSV file: bits, all costs and `extra_columns` of at most `points` evenly spaced points.
 
         Its first line is `# ` and a checksum as JSON; `pandas.read_csv(path, comment="#")` reads it. Each layer has a
         column with its scheme. Measured `divergences` with their standard errors, by index of the point, fill two more
-        columns; these points are always included. `told` are further columns, by name.
+        columns; these points are always included. `columns` are further columns, by name.
         """
         measured = divergences or {}
         regular = np.linspace(0, len(self) - 1, min(points, len(self))).round().astype(int)
@@ -146,13 +146,13 @@ class Frontier:
         names = [layer.name for layer in self.problem.layers]
         body = io.StringIO()
         writer = csv.writer(body, lineterminator="\n")
-        writer.writerow(["bits", *self.problem.costs, *self.extra_columns(0), *(told or {}), *extra, *names])
+        writer.writerow(["bits", *self.problem.costs, *self.extra_columns(0), *(columns or {}), *extra, *names])
         for index in shown.tolist():
             choices = self.choices[index]
             allocation = self.problem.allocation(choices)
             totals = [f"{total:.15g}" for total in self.problem.totals(choices).values()]
             measurements = measured.get(index, ("", "")) if measured else ()
-            further = (tell(allocation) for tell in (told or {}).values())
+            further = (column(allocation) for column in (columns or {}).values())
             cells = [*self.extra_columns(index).values(), *further, *measurements]
             writer.writerow([repr(allocation.bits), *totals, *cells, *allocation.schemes])
         header = {CHECKSUM: checksum({}, body.getvalue())}

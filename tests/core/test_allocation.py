@@ -83,10 +83,10 @@ def test_repr_shows_layers_bits_loss_and_most_frequent_schemes():
     assert "predicted loss +0.5: 1 x bf16, 1 x int4-g32, 1 x int8-channel+a:int8-token)" in repr(make())
     layers = tuple(Layer(f"l{i}", "linear", 8, 64) for i in range(7))
     schemes = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int4-g64", "int4-g64")
-    told = repr(Allocation(layers, schemes))
-    assert "loss" not in told
-    assert "3 x int4-g64" in told
-    assert told.endswith(", and 1 more)")
+    text = repr(Allocation(layers, schemes))
+    assert "loss" not in text
+    assert "3 x int4-g64" in text
+    assert text.endswith(", and 1 more)")
     assert "more" not in repr(Allocation(layers[:4], schemes[:4]))
 
 

@@ -66,8 +66,8 @@ def test_an_assignment_must_take_the_bytes_of_its_mix():
 def test_families_differ_in_their_grid_alone():
     names = "nl4-g64 int2-g64 int3-g128 int8-channel bf16 int4-channel int4-g64-asym fp8-e4m3"
     found = families([parse_format(name) for name in names.split()])
-    told = [" ".join(one.name for one in family) for family in found]
-    assert told == ["int2-g64 nl4-g64", "int4-channel int8-channel"]
+    names = [" ".join(one.name for one in family) for family in found]
+    assert names == ["int2-g64 nl4-g64", "int4-channel int8-channel"]
 
 
 def made():

@@ -49,10 +49,10 @@ def test_damaged_files_are_reported_in_one_sentence(name, damage, tmp_path):
         pytest.skip("is JSON")
     path = tmp_path / name
     path.write_bytes(DAMAGE[damage])
-    with pytest.raises(MpqError, match=name) as told:
+    with pytest.raises(MpqError, match=name) as caught:
         READERS[name](path)
-    assert "\n" not in str(told.value)
-    assert len(str(told.value)) < 1000
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if not name.startswith(("study", "j."))])

@@ -66,15 +66,15 @@ def test_the_predicted_size_is_the_files(name, llama, classifier, tmp_path):
 @pytest.mark.parametrize("target", ["gguf", "gptq"])
 def test_a_size_budget_holds_for_the_targets_own_file(target, llama, tmp_path):
     pytest.importorskip("gguf")
-    told = {"metric": "proxy:size", "effort": "fast", "progress": False, "tuning_steps": 0}
+    options = {"metric": "proxy:size", "effort": "fast", "progress": False, "tuning_steps": 0}
     formats = ["int4-g32", "int8-g32"]
     layers = find_layers(llama.model)
     held = [name == "gguf" or layer.kind == "linear" for name in [target] for layer in layers]
     least = Allocation(layers, tuple("int4-g32" if one else "bf16" for one in held))
     smallest = sizer_for(TARGETS[target], llama)(least)
     with pytest.raises(mpq.MpqError, match="budget"):
-        mpq.quantize(llama, tmp_path / "none", size=smallest - 1, target=target, formats=formats, **told)
-    outcome = mpq.quantize(llama, tmp_path / "out", size=smallest + 3000, target=target, formats=formats, **told)
+        mpq.quantize(llama, tmp_path / "none", size=smallest - 1, target=target, formats=formats, **options)
+    outcome = mpq.quantize(llama, tmp_path / "out", size=smallest + 3000, target=target, formats=formats, **options)
     written = sum((outcome.folder / file).stat().st_size for file in FILES if (outcome.folder / file).is_file())
     assert outcome.allocation.schemes != least.schemes
     assert written <= smallest + 3000

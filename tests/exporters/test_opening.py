@@ -125,13 +125,13 @@ def test_unreadable_folders_are_reported_in_one_sentence(source, tmp_path):
     folder, _ = written(source, "gptq", tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
     expected = ("awq", "weights of 'awq', which mpq does not read"), ("gptq", "second layout"), ([1], "weights of")
-    for method, told in expected:
+    for method, message in expected:
         other = tmp_path / str(method)
         shutil.copytree(folder, other)
         changed = {**config["quantization_config"], "quant_method": method, "checkpoint_format": "gptq_v2"}
         (other / "config.json").write_text(json.dumps({**config, "quantization_config": changed}))
         (other / "checksums.json").unlink()  # other tools' folders have no checksums
-        with pytest.raises(MpqError, match=told):
+        with pytest.raises(MpqError, match=message):
             open_any(other)
     (tmp_path / "graph").mkdir()
     (tmp_path / "graph" / "model.onnx").touch()

@@ -50,9 +50,9 @@ def task(spoilt_from=10**6, **options):
 def test_settings_are_trained_with_the_same_data_and_paired():
     built, line = task(exclude=("2",))
     settings = {"full": Setting(), "mask": Setting(Mask(0)), "spam": Setting(Recipe("nvfp4"), StableSPAM)}
-    told = []
-    runs = compare(line, settings, seeds=2, steps=60, report=told.append)
-    assert list(runs) == told
+    reported = []
+    runs = compare(line, settings, seeds=2, steps=60, report=reported.append)
+    assert list(runs) == reported
     assert [(run.setting, run.seed) for run in runs[:3]] == [("full", 0), ("full", 1), ("mask", 0)]
     assert runs[0].losses[-1] < 0.3 * runs[0].losses[0]
     assert [isinstance(built[2][index], LowPrecisionLayer) for index in (0, 2)] == [True, False]
@@ -92,11 +92,11 @@ def test_a_warning_by_hand():
     runs = base + [
         made("mask", seed, loss, value) for seed, (loss, value) in enumerate(zip(losses, sharp, strict=True))
     ]
-    told = early_warning(runs, "full", far=1.0)
-    assert (told.failed, told.runs) == (3, 6)
-    assert told.auc == pytest.approx(8 / 9)  # nine pairs, one in the wrong order
-    assert told.interval[0] <= told.auc <= told.interval[1]
-    assert told.correlation == pytest.approx(1 - 6 * (0 + 4 + 1 + 1 + 0 + 0) / (6 * 35))
+    warning = early_warning(runs, "full", far=1.0)
+    assert (warning.failed, warning.runs) == (3, 6)
+    assert warning.auc == pytest.approx(8 / 9)  # nine pairs, one in the wrong order
+    assert warning.interval[0] <= warning.auc <= warning.interval[1]
+    assert warning.correlation == pytest.approx(1 - 6 * (0 + 4 + 1 + 1 + 0 + 0) / (6 * 35))
     assert math.isnan(early_warning(runs[:9], "full", far=1.0).auc)  # none failed
 
 

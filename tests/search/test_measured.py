@@ -78,8 +78,8 @@ def test_polishing_recovers_from_a_table_that_is_wrong_about_two_layers(seed):
     wrong = problem.losses.copy()
     wrong[2] *= 0.2
     wrong[5] *= 5
-    told = replace(problem, losses=wrong)
-    frontier = exact(told)
+    misled = replace(problem, losses=wrong)
+    frontier = exact(misled)
     size = float(np.median(frontier.costs))
     start = np.asarray(frontier.choices[frontier.index_at(cost=size)], dtype=np.intp)
     groups = np.arange(10)
@@ -88,7 +88,7 @@ def test_polishing_recovers_from_a_table_that_is_wrong_about_two_layers(seed):
         each = truth[groups, choices].sum()
         return each * (1 + 0.05 * np.random.default_rng(7).standard_normal(64))  # the same samples each time
 
-    found = polish(told, start, size, [measure], rounds=30, seed=seed)
+    found = polish(misled, start, size, [measure], rounds=30, seed=seed)
     best = exact(problem)
     optimum, before, after = (
         truth[groups, choices].sum() for choices in (best.choices[best.index_at(cost=size)], start, found.choices)

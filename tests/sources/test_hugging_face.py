@@ -300,12 +300,12 @@ def test_a_damaged_tokenizer_is_named(small_llama, content, caplog):
     text.write_text(TEXT)
     if content is not None:
         (small_llama / "tokenizer.json").write_bytes(content)
-    with pytest.raises(MpqError) as told:
+    with pytest.raises(MpqError) as caught:
         open_source(str(small_llama), str(text))
     said = "has no tokenizer" if content is None else "cannot be loaded from tokenizer.json"
-    assert said in str(told.value)
+    assert said in str(caught.value)
     assert said in caplog.text
-    assert "good.txt" not in str(told.value)
+    assert "good.txt" not in str(caught.value)
 
 
 def test_unused_tensors_are_reported(small_llama, caplog):
