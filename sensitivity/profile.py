@@ -103,16 +103,11 @@ def profile(
     """
     model, batches = prepared(model), check_batches(batches)
     scheme_tuple = _distinct(formats)
-    scorer, rounding = METRICS.named(metric), _known(method)
-    _check_options(scorer, options or {})
+    scorer, rounding = _scorer(metric, options or {}, offload), _known(method)
     check_granularity(granularity, metric)
     layers = find_layers(model, include, exclude)
     cache_formats = tuple(dict.fromkeys(parse_cache_format(name) for name in cache))
     entries = find_cached(model, take(batches[0], slice(0, 1)), loss_fn) if cache else ()
-    if offload is not None and scorer.second_order:
-        raise MpqError(
-            f"the metric {metric} needs second derivatives, which offload does not support: take {DEFAULT_METRIC}"
-        )
     scoring = {"metric": metric, "options": dict(options or {}), "method": rounding, "seed": seed}
     settings = {
         **scoring, "schemes": tuple(scheme.name for scheme in scheme_tuple), "layers": [layer.name for layer in layers],
@@ -182,15 +177,21 @@ def _scored(task: Task, metric: Metric, granularity: str, options: Mapping[str, 
     return mixed
 
 
-def _check_options(metric: Metric, options: Mapping[str, Any]) -> None:
+def _scorer(name: str, options: Mapping[str, Any], offload: str | None) -> Metric:
+    """The metric of this name; MpqError for options that it lacks, or if it does not support offload."""
+    metric = METRICS.named(name)
     known = inspect.signature(metric.load()).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
-        return
-    for name in options:
-        if name not in list(known)[1:]:
-            raise MpqError(
-                f"unknown option {name!r} of the metric {metric.name}: {nearest_names(name, list(known)[1:])}"
-            )
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
+        for option in options:
+            if option not in list(known)[1:]:
+                raise MpqError(
+                    f"unknown option {option!r} of the metric {name}: {nearest_names(option, list(known)[1:])}"
+                )
+    if offload is not None and metric.second_order:
+        raise MpqError(
+            f"the metric {name} needs second derivatives, which offload does not support: take {DEFAULT_METRIC}"
+        )
+    return metric
 
 
 def _distinct(schemes: Sequence[str | Scheme]) -> tuple[Scheme, ...]:
