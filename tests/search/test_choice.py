@@ -37,6 +37,7 @@ def test_incompatible_options_are_reported():
         ({"loss": 1, "search": "exact"}, "leave the search out"),
         ({"bits": 4, "whole_frontier": True}, "search on measured loss"),
         ({"bits": 4, "search": "exat"}, "did you mean exact"),
+        ({"bits": 4, "budgets": {"activations": 1}}, "needs the model: give live_activations"),
     ):
         with pytest.raises(MpqError, match=message):
             allocate(table, **options)

@@ -127,6 +127,10 @@ def test_every_combination_of_budgets_matches_enumeration(overhead: int | None, 
         assert found.loss == pytest.approx(min(losses))
 
 
+def test_one_cached_token_is_enough() -> None:
+    assert allocate(small(0), bits=4, kv_bits=5, context=1).allocation.cache is not None
+
+
 @pytest.mark.parametrize("overhead", [None, 3000])
 @pytest.mark.parametrize("search", ["exact", "integer"])
 def test_budgets_of_weights_match_enumeration(overhead: int | None, search: str) -> None:
