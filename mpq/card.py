@@ -47,7 +47,7 @@ def write_card(
         f"## How it was made\n\n{made}"
     )
     with write_atomically(path) as draft:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_text(text, "utf-8", "backslashreplace")
 
 
 def circumstances(model: nn.Module, seconds: float) -> dict[str, object]:

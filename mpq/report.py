@@ -99,7 +99,7 @@ def write_report(
     ]  # fmt: skip
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
     with write_atomically(path) as draft:
-        draft.write_text(page + "<body>" + "\n".join(parts) + "</body></html>\n", encoding="utf-8")
+        draft.write_text(page + "<body>" + "\n".join(parts) + "</body></html>\n", "utf-8", "backslashreplace")
 
 
 def _lead(table: SensitivityTable, frontier: Frontier, allocation: Allocation) -> str:
