@@ -12,6 +12,7 @@ from mpq.rounding import METHODS, method_named
 from mpq.rounding.clip_search import clip_search
 from mpq.rounding.gptq import _compensate, _factor, _importance, gptq, row_errors
 from mpq.rounding.reference import dequantize, quantize
+from mpq.rounding.scale_fit import fit_scales
 
 QUANTIZED = sorted(name for name, format in FORMATS.items() if not format.is_float_copy)
 
@@ -133,6 +134,25 @@ def test_no_row_of_gptq_is_worse_than_its_clip_search(name):
     assert (best <= start * (1 + 1e-4)).all()
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("name", ["int2-g32", "int2-channel", "fp8-e4m3-tensor"])
+def test_rows_take_the_codes_of_smaller_damped_error(name, groups):
+    """With a damping that decides between the two."""
+    weight, inputs = layer(rows=200, samples=50)
+    hessian = torch.stack([torch.ones(160, 160) + 0.01 * torch.eye(160), inputs.T @ inputs][:groups])
+    format = parse_format(name)
+    start, factor = clip_search(weight, format, importance=_importance(hessian, 200)), _factor(hessian, 0.1)
+    compensated = replace(start, codes=_compensate(weight, start, factor)[0])
+    damped = hessian + factor.ridge.reshape(-1, 1, 1) * torch.eye(160)
+    errors, others = (row_errors(weight, one, damped) for one in (compensated, start))
+    better = errors < others if format.granularity != "tensor" else (errors.sum() < others.sum()).expand(200)
+    assert format.granularity == "tensor" or 0 < better.sum() < 200
+    chosen = replace(start, codes=torch.where(better.unsqueeze(-1), compensated.codes, start.codes))
+    expected = dequantize(fit_scales(weight, chosen, damped))
+    rows = (dequantize(gptq(weight, format, hessian, damping=0.1)) != expected).any(1).sum()
+    assert rows <= 2  # sums in another order, where both are as good
+
+
 def test_columns_count_by_the_root_of_their_inputs_second_moment():
     hessian = torch.stack([torch.diag(torch.tensor([4.0, 1.0])), torch.diag(torch.tensor([9.0, 1.0]))])
     expected = torch.tensor([[2.0, 1.0], [2.0, 1.0], [3.0, 1.0], [3.0, 1.0]])
@@ -181,6 +201,9 @@ def test_invalid_arguments_name_the_expected_ones():
     weight, _ = layer()
     with pytest.raises(MpqError, match=r"finite \(160, 160\)"):
         gptq(weight, parse_format("int4-g32"), torch.eye(10))
+    for wrong in (torch.eye(160).index_fill(0, torch.tensor([3]), torch.nan), torch.eye(160).expand(7, 160, 160)):
+        with pytest.raises(MpqError, match="invalid second moment for GPTQ"):
+            gptq(weight, parse_format("int4-g32"), wrong)
     with pytest.raises(MpqError, match="gptq"):
         method_named("gtpq")
     assert set(METHODS) == {"nearest", "mse", "gptq"}
