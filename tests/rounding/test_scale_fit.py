@@ -43,20 +43,31 @@ def test_the_scale_of_a_row_that_has_one_is_the_best_of_many():
     assert (fitted > 0.99 * best).all()
 
 
-def test_each_group_in_turn_takes_its_best_scale():
-    """Reference: one group after the other, its scale by least squares over samples, later groups unchanged."""
-    weight, _ = layer(rows=3, cols=96)
+@pytest.mark.parametrize("name", ["int4-g32-sfp32", "int2-g16-se8m0", "int3-g32-se4m3", "nvfp4"])
+def test_each_group_in_turn_takes_its_best_scale(name):
+    """Reference: one group after the other by least squares over samples, stored where that lowers the error."""
+    weight, _ = layer(rows=6, cols=96)
     inputs = torch.randn(500, 96, generator=torch.Generator().manual_seed(1)) @ torch.randn(96, 96)
-    hessian = (inputs.T @ inputs)[None]
-    rounded = quantize(weight, parse_format("int4-g32-sfp32"))
-    numbers = dequantize(rounded)
-    for row in range(3):
-        for start in (0, 32, 64):
-            own = inputs[:, start : start + 32] @ numbers[row, start : start + 32]
-            others = inputs @ numbers[row] - own
-            ratio = own @ (inputs @ weight[row] - others) / (own @ own)
-            numbers[row, start : start + 32] *= ratio
-    torch.testing.assert_close(dequantize(fit_scales(weight, rounded, hessian)), numbers, rtol=1e-3, atol=1e-5)
+    rounded = quantize(weight, parse_format(name))
+    scales = rounded.scales.clone()
+    width = rounded.format.group_size
+
+    def error(row, numbers):
+        return (inputs.double() @ (numbers - weight[row]).double()).square().sum()
+
+    for row in range(6):
+        numbers = dequantize(rounded)[row]
+        for group, start in enumerate(range(0, 96, width)):
+            inside = slice(start, start + width)
+            own = inputs[:, inside] @ numbers[inside]
+            ratio = own @ (inputs @ (weight[row] - numbers) + own) / (own @ own)
+            stored = storable_scales(scales[row, group] * ratio, rounded.format)
+            changed = numbers.clone()
+            changed[inside] *= stored / scales[row, group]
+            if stored != 0 and error(row, changed) < error(row, numbers):
+                numbers, scales[row, group] = changed, stored
+    fitted = fit_scales(weight, rounded, (inputs.T @ inputs)[None])
+    torch.testing.assert_close(fitted.scales, scales, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["int4-tensor", "q4_k", "bf16"])
