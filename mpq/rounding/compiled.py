@@ -13,6 +13,7 @@ from mpq.core.grids import Grid
 from mpq.rounding.codes import decode, encode
 
 KINDS = {"int": 0, "float": 1, "codebook": 2}
+LANES = 16  # thresholds that rounding.c compares at once
 ELEMENTS_OF_A_THREAD = 2**19  # least work for which starting a thread pays
 
 
@@ -136,7 +137,8 @@ class _Described:
     def __init__(self, grid: Grid) -> None:
         numbers = sorted({value for value in grid.values().tolist() if value == value})
         values = torch.tensor(numbers, dtype=torch.float32, device="cpu")
-        self.tables = (values, _thresholds(values, grid), encode(values, grid))
+        padding = torch.full((-(len(values) - 1) % LANES + LANES,), torch.inf)
+        self.tables = (values, torch.cat([_thresholds(values, grid), padding]), encode(values, grid))
         self.struct = GridStruct(
             KINDS[grid.family], grid.min, grid.max, grid.offset, 2.0 ** (1 - grid.bias), 2.0**grid.mantissa,
             len(values), *(table.data_ptr() for table in self.tables),

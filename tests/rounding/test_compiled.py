@@ -58,7 +58,7 @@ def test_numbers_half_way_between_two_values_get_the_references_codes(name):
     values = torch.tensor(sorted({value for value in grid.values() if np.isfinite(value)}), dtype=torch.float32)
     half_way = (values[1:] + values[:-1]) / 2
     beside = [torch.nextafter(half_way, torch.full_like(half_way, end)) for end in (-torch.inf, torch.inf)]
-    numbers = torch.cat([values, half_way, *beside]).reshape(-1, 1)
+    numbers = torch.cat([values, half_way, *beside, torch.tensor([-torch.inf, torch.inf])]).reshape(-1, 1)
     codes, ones = torch.zeros(numbers.shape, dtype=torch.uint8), torch.ones_like(numbers)
     compiled.gptq_block(numbers.clone(), ones, torch.zeros_like(numbers), torch.ones(1, 1), codes, grid)
     assert torch.equal(codes, encode(numbers, grid))

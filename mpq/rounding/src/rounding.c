@@ -18,6 +18,8 @@
 #define EXPORTED __declspec(dllexport)
 #endif
 
+enum { LANES = 16 }; /* thresholds that are compared at once; compiled.LANES */
+
 enum { INTEGER = 0, FLOATING = 1, CODEBOOK = 2 };
 
 /* A grid as numbers: compiled.Grid in Python has the same fields. */
@@ -28,7 +30,8 @@ typedef struct {
     float smallest_power, steps; /* floating: the smallest normal number, and steps of a power of two, 2^mantissa */
     int64_t count;               /* sorted values of the other grids */
     const float *values;         /* (count) */
-    const float *thresholds;     /* (count - 1), smallest number that is rounded to the value above */
+    const float *thresholds;     /* (count - 1), smallest number that is rounded to the value above, and infinities up to
+                                  * a multiple of LANES */
     const uint8_t *codes;        /* (count), code of each value */
 } grid_t;
 
@@ -40,18 +43,18 @@ static inline float clamp(float x, float low, float high) {
     return x > high ? high : x;
 }
 
-/* Index of the nearest value in a sorted grid. Halves of equal length, whichever side x is on: a conditional move,
- * where a jump would be mispredicted half of the time. */
-static inline int64_t nearest(const grid_t *grid, float x) {
-    const float *base = grid->thresholds;
-    int64_t left = grid->count - 1;
-    while (left > 1) {
-        const int64_t half = left / 2;
-        base = x >= base[half - 1] ? base + half : base;
-        left -= half;
+/* Index of the nearest value in a sorted grid: how many thresholds are reached. Every one is compared, in vector
+ * instructions; a search by halves would wait for each comparison. */
+static inline __attribute__((always_inline)) int64_t nearest(const grid_t *grid, float x) {
+    int32_t reached = 0;
+    for (int64_t part = 0; part < grid->count; part += LANES) {
+        const float *thresholds = grid->thresholds + part;
+        for (int i = 0; i < LANES; i++) reached += x >= thresholds[i];
     }
-    return base - grid->thresholds + (left == 1 && x >= *base);
+    return reached < grid->count ? reached : grid->count - 1; /* an infinity reaches the padding */
 }
+
+enum { TOGETHER = 4 }; /* rows of GPTQ that hide each other's latency: a column needs the one before it */
 
 /* GPTQ over one block of columns: each element is rounded, and the columns of the block still to come take over its
  * error. Rows are independent. pending, scales, lowest, errors: (rows, width) with the strides given; codes: (rows,
@@ -60,24 +63,30 @@ EVERY_LEVEL EXPORTED void mpq_gptq_block(float *pending, const float *scales, co
                                          float *errors, const float *inverse, int64_t rows, int64_t width,
                                          int64_t stride, int64_t code_stride, int64_t inverse_stride,
                                          const grid_t *grid) {
-    for (int64_t row = 0; row < rows; row++) {
-        float *restrict line = pending + row * stride;
-        const float *scale_line = scales + row * stride, *lowest_line = lowest + row * stride;
+    for (int64_t first = 0; first < rows; first += TOGETHER) {
+        const int64_t last = first + TOGETHER < rows ? first + TOGETHER : rows;
         for (int64_t column = 0; column < width; column++) {
             const float *restrict factors = inverse + column * inverse_stride;
-            float scale = scale_line[column], wanted = line[column] - lowest_line[column];
-            float units = wanted / (scale == 0 ? 1.0f : scale), value;
-            if (grid->kind == INTEGER) {
-                value = clamp(rintf(units), grid->lowest, grid->highest);
-                codes[row * code_stride + column] = (uint8_t)((int64_t)value + grid->offset);
-            } else {
-                int64_t index = nearest(grid, units);
-                value = grid->values[index];
-                codes[row * code_stride + column] = grid->codes[index];
+            for (int64_t row = first; row < last; row++) {
+                const int64_t at = row * stride + column;
+                const float scale = scales[at], wanted = pending[at] - lowest[at];
+                const float units = wanted / (scale == 0 ? 1.0f : scale);
+                float value;
+                if (grid->kind == INTEGER) {
+                    value = clamp(rintf(units), grid->lowest, grid->highest);
+                    codes[row * code_stride + column] = (uint8_t)((int64_t)value + grid->offset);
+                } else {
+                    const int64_t index = nearest(grid, units);
+                    value = grid->values[index];
+                    codes[row * code_stride + column] = grid->codes[index];
+                }
+                errors[row * width + column] = (wanted - value * scale) / factors[column];
             }
-            float error = (wanted - value * scale) / factors[column];
-            errors[row * width + column] = error;
-            for (int64_t next = column + 1; next < width; next++) line[next] -= error * factors[next];
+            for (int64_t row = first; row < last; row++) {
+                float *restrict line = pending + row * stride;
+                const float error = errors[row * width + column];
+                for (int64_t next = column + 1; next < width; next++) line[next] -= error * factors[next];
+            }
         }
     }
 }
