@@ -66,6 +66,8 @@ def open_network(name: str, untrusted: Collection[str] = ()) -> Network:
                 return _gguf(files[0])
             raise MpqError(f"the folder {name} has no config.json: expected a Hugging Face model or a GGUF file")
         return _transformers(name)
+    if Path(name).is_file():
+        raise MpqError(f"{name} is a file: name the folder that holds it, or a .gguf file")
     if ":" in name:
         return _factory(name, untrusted)
     if "/" not in name and "did you mean" in nearest_names(name, BUNDLED):

@@ -324,6 +324,12 @@ def test_a_model_that_does_not_run_on_its_data_is_refused_at_once(small_llama, l
         open_source(str(small_llama), str(small_llama / "tokens.npz"), nsamples=2, evaluation_samples=2)
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_file_of_a_folder_is_no_model(small_llama, file):
+    with pytest.raises(MpqError, match=f"{file} is a file: name the folder that holds it"):
+        open_network(str(small_llama / file))
+
+
 def test_a_classifier_that_needs_a_padding_token_is_refused(tmp_path):
     """It takes one text at a time without one, which shows only on a whole batch."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
