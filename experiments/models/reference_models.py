@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,20 +144,38 @@ def smollm2(windows: int = 48, length: int = 256) -> tuple[nn.Module, Tensor]:
 
 def smollm2_and_text() -> tuple[nn.Module, Callable[[str, int, int], Tensor]]:
     """The same model, and a function that gives so many windows of so many tokens of "train", "valid" or "test"."""
+    model, tokenizer = _smollm2()
+
+    def tokens_of(split: str, windows: int, length: int) -> Tensor:
+        tokens = torch.tensor(tokenizer(_wikitext(split)[: windows * length * 12])["input_ids"])
+        return tokens[: windows * length].view(windows, length)
+
+    return model, tokens_of
+
+
+def write_smollm2(folder: Path) -> tuple[Path, Path]:
+    """Write the model and tokenizer to one folder, and WikiText-2's training text to a file: their paths."""
+    model, tokenizer = _smollm2()
+    model.save_pretrained(folder / "smollm2")
+    tokenizer.save_pretrained(folder / "smollm2")
+    (folder / "train.txt").write_text(_wikitext("train"), encoding="utf-8")
+    return folder / "smollm2", folder / "train.txt"
+
+
+def _smollm2() -> tuple[Any, Any]:
+    """The model and its tokenizer."""
     spec = importlib.util.spec_from_file_location("smollm2", data_file("smollm2.py"))
     assert spec is not None
     assert spec.loader is not None
     loader = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loader)
-    model, tokenizer = loader.load()
+    loaded: tuple[Any, Any] = loader.load()
+    return loaded
 
-    def tokens_of(split: str, windows: int, length: int) -> Tensor:
-        with zipfile.ZipFile(data_file("texts.zip")) as archive:
-            text = archive.read(f"wikitext2_{split}.txt").decode("utf-8")[: windows * length * 12]
-        tokens = torch.tensor(tokenizer(text)["input_ids"])
-        return tokens[: windows * length].view(windows, length)
 
-    return model, tokens_of
+def _wikitext(split: str) -> str:
+    with zipfile.ZipFile(data_file("texts.zip")) as archive:
+        return archive.read(f"wikitext2_{split}.txt").decode("utf-8")
 
 
 def wikitext_tokens(split: str = "test", windows: int | None = None, length: int = 256) -> Tensor:
@@ -164,8 +183,7 @@ def wikitext_tokens(split: str = "test", windows: int | None = None, length: int
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(data_file("wikitext2_llama_5m"))
-    with zipfile.ZipFile(data_file("texts.zip")) as archive:
-        text = archive.read(f"wikitext2_{split}.txt").decode("utf-8")
+    text = _wikitext(split)
     if windows is not None:
         text = text[: windows * length * 12]  # more than enough characters: a token has about four
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
