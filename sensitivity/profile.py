@@ -71,8 +71,8 @@ def profile(
     """Predict the loss increase of every layer in every scheme.
 
     The model is measured in evaluation mode and left unchanged, bit for bit. No copy of it is made, unless it computes
-    its weights (`mpq.network.prepare`). A layer without evidence, because no sample or no gradient reaches it, has NaN
-    scores, with the reason in the table's `reasons`.
+    its weights (`mpq.network.prepare`). A layer without evidence, because no sample or no gradient reaches it or
+    other weights leave a measured loss as it is, has NaN scores, with the reason in the table's `reasons`.
 
     Args:
         model: any module with Linear, Conv1d, Conv2d, Embedding or transformers' Conv1D layers.
