@@ -14,6 +14,7 @@ from mpq.core.frontier import SavedFrontier
 from mpq.core.interactions import Interactions
 from mpq.core.latency import load_latencies
 from mpq.core.layer import Layer
+from mpq.core.reading import reading
 from mpq.core.table import SensitivityTable
 from mpq.exporters.folder import read_json
 from mpq.proxies.benchmark import Benchmark
@@ -96,3 +97,19 @@ def test_a_random_table_of_bytes_never_ends_in_a_traceback(tmp_path):
         (tmp_path / "t.csv").write_bytes(whole[:index] + draw.randbytes(1) + whole[index + draw.randrange(2) :])
         with suppress(MpqError):
             SensitivityTable.load(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("x" * 200), r"\(x{200}\): again$"),
+        (ValueError("x" * 201), r"\(x{200}\.\.\.\): again$"),
+        (ValueError(), r"\(ValueError\): again$"),
+        (OSError("odd"), "cannot read the table file.csv: odd$"),
+        (FileNotFoundError(2, "No such file"), "cannot read the table file.csv: No such file$"),
+    ],
+    ids=["200", "201", "empty", "other", "system"],
+)
+def test_messages_are_short_and_never_empty(error, message):
+    with pytest.raises(MpqError, match=message), reading("file.csv", "table", "again"):
+        raise error
