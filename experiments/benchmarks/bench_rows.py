@@ -5,7 +5,7 @@
 Scores and second moments come from calibration data, different for each draw. Reported is the mean KL divergence from
 the original on held-out data, beside the table's prediction. Rows are compared with whole layers, with the best uniform
 format that fits, and, without a goal, with uniform integers of the same bytes. SmolLM2's perplexity is that of 12 times
-512 tokens of WikiText-2's test text; `--tuned` tunes the scales of its rows at 3.25 bits, as `mpq quantize` does.
+512 tokens of WikiText-2's raw test text; `--tuned` tunes the scales of its rows at 3.25 bits, as `mpq quantize` does.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def smollm2(draw: int) -> Contest:
     model, tokens_of = reference_models.smollm2_and_text()
     train = tokens_of("train", 32 * (draw + 1), 256)[32 * draw :]
     source = Source(
-        "smollm2", model, train.split(1), tokens_of("test", 12, 512).split(1), next_token_loss, "perplexity"
+        "smollm2", model, train.split(1), tokens_of("raw_test", 12, 512).split(1), next_token_loss, "perplexity"
     )
     return Contest(source, LANGUAGE, "gptq")
 

@@ -143,7 +143,7 @@ def smollm2(windows: int = 48, length: int = 256) -> tuple[nn.Module, Tensor]:
 
 
 def smollm2_and_text() -> tuple[nn.Module, Callable[[str, int, int], Tensor]]:
-    """The same model, and a function that gives so many windows of so many tokens of "train", "valid" or "test"."""
+    """The same model, and a function that gives so many windows of so many tokens of "train", "raw_test", ..."""
     model, tokenizer = _smollm2()
 
     def tokens_of(split: str, windows: int, length: int) -> Tensor:
