@@ -8,6 +8,7 @@ from torch.nn import functional
 
 import mpq
 from mpq.core.allocation import Allocation
+from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
 from mpq.network.moments import second_moments
 from mpq.rounding import METHODS, method_named
@@ -93,3 +94,9 @@ def test_rounding_under_another_default_device(net, method):
         with torch.device("meta"):
             found = dequantize(method_named(method)(weight, parse_format(name), moment))
         assert torch.equal(found, expected)
+
+
+def test_another_default_device_is_refused_before_any_work(net):
+    with torch.device("meta"), pytest.raises(MpqError, match=r"default device is meta.*set_default_device\('cpu'\)"):
+        mpq.profile(net, BATCHES, cross_entropy, ["int4-g8"], progress=False)
+    assert torch.get_default_device().type == "cpu"

@@ -30,9 +30,15 @@ def prepared(model: nn.Module) -> nn.Module:
     nn.MultiheadAttention are layers (`mpq.network.attention`). A model compiled as a whole is unwrapped.
 
     Raises:
-        MpqError: a parameter or buffer without content (named): on the device "meta", or of a lazy module; or sparse.
+        MpqError: a parameter or buffer without content (named): on the device "meta", or of a lazy module; or sparse;
+            a default device of torch other than the CPU.
     """
     expect(model, nn.Module, "a torch.nn.Module as the model")
+    if (default := torch.get_default_device()).type != "cpu":
+        raise MpqError(
+            f"torch's default device is {default}, where new tensors would be made: call "
+            "torch.set_default_device('cpu') first; the model and its data stay where they are"
+        )
     model = getattr(model, "_orig_mod", model)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
