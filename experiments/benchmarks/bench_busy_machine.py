@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less work, two rounds")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    rounds, repeats = (2, 5) if arguments.quick else (arguments.rounds, 40)
+    rounds, repeats = (2, 5) if arguments.quick else (arguments.rounds, 200)
     worker = subprocess.Popen(
         [sys.executable, "-c", WORK, str(repeats)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -69,7 +69,7 @@ def llama5m(draw: int) -> Contest:
 def smollm2(draw: int) -> Contest:
     """SmolLM2-135M off its 4-bit lattice."""
     model, tokens_of = reference_models.smollm2_and_text()
-    train = tokens_of("train", 32 * (draw + 1), 256)[32 * draw :]
+    train = tokens_of("train", 128 * (draw + 1), 256)[128 * draw :]  # as many windows as `mpq quantize` takes
     source = Source(
         "smollm2", model, train.split(1), tokens_of("raw_test", 12, 512).split(1), next_token_loss, "perplexity"
     )
