@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     from mpq.sources import names_in, open_network
     from mpq.sources.networks import encoder_of, tokenizer_in
 
-    if any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
+    if any("\ud800" <= letter <= "\udfff" for text in options.prompt for letter in text):
         raise MpqError("the prompt holds bytes that are no UTF-8 text: give it in UTF-8")
     device = device_of(options.device)
     opened = open_any(options.folder, device=device, trust=options.trust)
