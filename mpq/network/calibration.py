@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mpq.core.errors import ChangedBatchError, MpqError, NotFiniteError
+from mpq.core.errors import ChangedBatchError, MpqError, NotFiniteError, first_line
 from mpq.network.parallel import share, total
 
 IGNORED = -100  # the label of a position without one
@@ -300,12 +300,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block (no dropout, stored batch statistics); each module's mode is restored after.
 
     Modules compiled in place (`module.compile()`) run uncompiled, since compiled code ignores new hooks.
+
+    Raises:
+        MpqError: a module that does not let its mode be set.
     """
     compiled = [(module, vars(module)["_compiled_call_impl"]) for module in model.modules() if _is_compiled(module)]
     modes = [(module, module.training) for module in model.modules()]
     if any(training for _, training in modes):
         log.info("the model is in training mode: it is measured in evaluation mode, then set back")
-    model.eval()
+    try:
+        model.eval()
+    except AttributeError as error:
+        for module, training in modes:
+            vars(module)["training"] = training
+        raise MpqError(
+            f"{type(model).__name__} cannot be put into evaluation mode ({first_line(error)}): let its modules' "
+            "attributes be set"
+        ) from error
     for module, _ in compiled:
         module._compiled_call_impl = None
     try:

@@ -116,3 +116,17 @@ def test_first_samples_cut_the_last_batch():
     assert [len(part) for part in first_samples(batches, 3)] == [3]
     assert [len(part) for part in first_samples(batches, 100)] == [3, 4, 2]
     assert first_samples(batches, 0) == ()
+
+
+def test_a_model_that_forbids_attributes_is_refused_and_unchanged():
+    class Frozen(nn.Module):
+        def __setattr__(self, name, value):
+            if "frozen" in vars(self):
+                raise AttributeError(f"{name} is frozen")
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(nn.Linear(2, 2), Frozen())
+    vars(model[1])["frozen"] = True
+    with pytest.raises(MpqError, match=r"cannot be put into evaluation mode.*training is frozen"), evaluating(model):
+        pass
+    assert all(module.training for module in model.modules())
