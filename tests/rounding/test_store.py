@@ -4,12 +4,14 @@ import torch
 from small_cnn import images, small_cnn
 
 from mpq.core.allocation import Allocation
+from mpq.core.formats import parse_format
+from mpq.core.scheme import parse_scheme
 from mpq.network.calibration import cross_entropy
 from mpq.network.layers import find_layers
 from mpq.network.moments import second_moments
 from mpq.quantized import simulate
-from mpq.rounding.reference import dequantize
-from mpq.rounding.store import RoundingStore, moments_needed
+from mpq.rounding.reference import dequantize, quantize
+from mpq.rounding.store import Finished, RoundingStore, moments_needed
 from mpq.sensitivity.profile import profile
 from mpq.trial import Trial
 
@@ -34,6 +36,43 @@ def test_a_layer_is_rounded_once_and_simulated_alike_from_memory_and_from_files(
         again = store.quantized(layer, weight * 7, scheme)  # not rounded again
         assert torch.equal(dequantize(again), dequantize(first))
         assert bool((dequantize(first) != weight).any())
+
+
+def test_a_layer_s_moment_is_one_tensor_for_all_formats():
+    """Its factor is reused only for the same tensor."""
+    seen = []
+
+    def method(weight, format, moment):
+        seen.append(moment)
+        return quantize(weight, format)
+
+    model = small_cnn()
+    layers = find_layers(model)[:2]
+    moments = {layers[0].name: torch.eye(layers[0].cols)[None]}
+    store = RoundingStore(method, moments.items(), limit=0)
+    for layer in (*layers, layers[0]):
+        for name in ("int3-channel", "int4-channel"):
+            weight = model.get_submodule(layer.name).weight.flatten(1) + len(seen)  # not rounded before
+            store._rounded.clear()
+            store.quantized(layer, weight, parse_scheme(name))
+    first, second, third, fourth, fifth, sixth = seen
+    assert first is second
+    assert third is fourth is None
+    assert fifth is sixth
+    assert torch.equal(fifth, moments[layers[0].name])
+
+
+def test_finished_layers_come_before_others_in_their_own_format_alone():
+    model = small_cnn()
+    one, other = find_layers(model)[:2]
+    weight = model.get_submodule(one.name).weight.flatten(1)
+    mine = quantize(weight * 3, parse_format("int3-channel"))
+    rounder = Finished("tuned", {one.name: mine}, RoundingStore("nearest"))
+    assert rounder.quantized(one, weight, parse_scheme("int3-channel")) is mine
+    assert rounder.quantized(one, weight, parse_scheme("int4-channel")).format.name == "int4-channel"
+    theirs = model.get_submodule(other.name).weight.flatten(1)
+    found = rounder.quantized(other, theirs, parse_scheme("int3-channel"))
+    assert torch.equal(dequantize(found), dequantize(quantize(theirs, parse_format("int3-channel"))))
 
 
 def test_stored_layers_take_no_memory():
