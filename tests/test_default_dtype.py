@@ -10,8 +10,10 @@ import mpq
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.formats import parse_format
+from mpq.kernels import layout
+from mpq.kernels.cpu import panels
 from mpq.network.moments import second_moments
-from mpq.rounding import METHODS, method_named
+from mpq.rounding import METHODS, codes, compiled, hadamard, method_named, stochastic
 from mpq.rounding.reference import dequantize
 from mpq.rounding.store import MethodRounder
 from mpq.sensitivity import METRICS
@@ -44,13 +46,25 @@ def other(request):
     """Run something under another default dtype."""
 
     def under(function):
+        forget()
         torch.set_default_dtype(request.param)
         try:
             return function()
         finally:
             torch.set_default_dtype(torch.float32)
+            forget()
 
     return under
+
+
+def forget():
+    """Drop tables that are made once, in whatever dtype was the default then."""
+    tables = (
+        compiled._described, codes.decode_table, stochastic.ascending, hadamard._matrix, layout._block,
+        panels.levels_of, panels.bit_map_of,
+    )  # fmt: skip
+    for table in tables:
+        table.cache_clear()
 
 
 def cross_entropy(model, batch):

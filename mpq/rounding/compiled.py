@@ -137,7 +137,7 @@ class _Described:
     def __init__(self, grid: Grid) -> None:
         numbers = sorted({value for value in grid.values().tolist() if value == value})
         values = torch.tensor(numbers, dtype=torch.float32, device="cpu")
-        padding = torch.full((-(len(values) - 1) % LANES + LANES,), torch.inf)
+        padding = values.new_full((-(len(values) - 1) % LANES + LANES,), torch.inf)
         self.tables = (values, torch.cat([_thresholds(values, grid), padding]), encode(values, grid))
         self.struct = GridStruct(
             KINDS[grid.family], grid.min, grid.max, grid.offset, 2.0 ** (1 - grid.bias), 2.0**grid.mantissa,
