@@ -19,6 +19,7 @@ from mpq.acceptance import FINALISTS, ROUNDS
 from mpq.core.errors import MpqError
 from mpq.core.layer import Layer
 from mpq.evaluation import DIVERGE
+from mpq.measuring import SEARCHED
 from mpq.network.calibration import Batch, evaluating, outputs_of, samples_in, take, tensors_in
 from mpq.network.shelf import LIMIT
 from mpq.network.storage import numbers_kept, release_memory, state_bytes
@@ -160,5 +161,5 @@ def _samples(source: Source, with_moments: bool, effort: str, profiled: bool) ->
     if source.kind == "perplexity":
         scored = min(scored, math.ceil(POSITIONS / max(tensors_in(source.calibration[0])[0].shape[-1], 1)))
     profiling = BACKWARD * scored + with_moments * calibration if profiled else 0
-    searching = (MEASURED + ROUNDS[effort]) * calibration / 4 if ROUNDS[effort] else 0
+    searching = (MEASURED + ROUNDS[effort]) * SEARCHED * calibration if ROUNDS[effort] else 0
     return profiling + searching + 2 * FINALISTS * (acceptance or calibration) + MEASURED * evaluation

@@ -19,6 +19,7 @@ import torch
 
 from experiments.models import reference_models
 from experiments.result import result
+from mpq.acceptance import SAMPLES, STEPS
 from mpq.core.allocation import Allocation
 from mpq.core.errors import MpqError
 from mpq.core.frontier import Frontier
@@ -129,7 +130,7 @@ def compare(contest: Contest, bits: Sequence[float], tuned: bool) -> list[str]:
         for name, allocation in contestants(found, budget).items():
             qualities[name] = told(budget, name, allocation, measured(measurer, allocation))
             if name == "rows" and tuned and budget == SHOWN:
-                rounder = measurer.tuned(allocation, Tuning(60, 4, seed=0), {})
+                rounder = measurer.tuned(allocation, Tuning(STEPS["normal"], SAMPLES["perplexity"]), {})
                 quality = measurer.quality(allocation, "evaluation", rounder=rounder)
                 qualities["tuned"] = told(budget, "tuned", allocation, quality)
         for other in GOALS:
